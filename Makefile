@@ -1,0 +1,76 @@
+# Two commands to begin with: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+DEMO_CONFIG ?= examples/configs/oner_emoji.yaml
+DEMO_MODEL ?= runs/demo/model
+EMOJI := examples/data/emoji
+# nproc obeys OMP_NUM_THREADS, so that is hidden from it.
+CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+# Test processes x threads stay within the cores; each process takes about 1 GB.
+JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
+
+.PHONY: help demo test test-slow test-transformers lint format evidence dist clean
+
+help:
+	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
+	@echo 'make test               install, run the tests offline (15 minutes, 2 cores)'
+	@echo 'make test-slow          the tests marked slow'
+	@echo 'make test-transformers  the model tests of the installed transformers, from its source archive'
+	@echo 'make lint | format      ruff, checking or mending'
+	@echo 'make evidence           the ablation table, with the CLIP baseline (slow)'
+	@echo 'make dist               source archive and wheel in dist/'
+
+# The environment is remade only when the metadata changed; each set of extras leaves a stamp.
+$(VENV)/bin/python:
+	@set +e; found=; for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then found=$$p; break; fi; done; \
+	if [ -z "$$found" ]; then \
+	  echo "oner needs Python 3.10 or later on PATH; found: $$(python3 --version 2>&1 || true)" >&2; exit 1; fi; \
+	echo "making $(VENV) with $$($$found --version)"; \
+	$$found -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$$found -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-plots
+	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	  --dynamo_backend no examples/pretrain.py --config $(DEMO_CONFIG)
+	OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MODEL) --id_column hexcode \
+	  --data $(EMOJI)/test_style.parquet $(EMOJI)/test_concept.parquet --gallery $(EMOJI)/train.parquet
+
+test: $(VENV)/.installed-test
+	$(PYTEST) -n $(JOBS) --dist loadfile
+
+test-slow: $(VENV)/.installed-test
+	$(PYTEST) -m slow
+
+test-transformers: $(VENV)/.installed-test
+	$(PY) tests/model_tester/fetch.py
+	$(PYTEST) -o addopts= -ra -n $(JOBS) --dist loadfile tests/model_tester
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+evidence: $(VENV)/.installed-all
+	$(PY) examples/evidence.py
+
+dist: $(VENV)/.installed-test
+	rm -rf dist
+	$(PY) -c 'from setuptools import build_meta as b; b.build_sdist("dist")'
+	$(PY) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist dist/oner-*.tar.gz
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

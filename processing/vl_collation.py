@@ -1,0 +1,197 @@
+"""Rows to a training batch: the only place where data are corrupted at random.
+
+Shapes: B pairs, N patches of a picture (row-major), Lt words of the longest caption of the batch (at least 1),
+n words of the whole batch, M words with a masked-word target. Joint layout of a row: [CLS] [IMG]*N w1 ... wT [PAD]*.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .image_processing_vl import open_image
+from .vl_masking import mask_patches, mask_words, mim_ratio
+from .vl_sampling import RowKey, concept_id
+
+
+class PairCollator:
+    """Turns a list of (RowKey, row) into the batch that `OneRForPreTraining` and its objective take.
+
+    Every random choice about a row (which caption, crop, masked words, masked patches) is drawn from
+    `np.random.default_rng([seed, epoch, row])`: it does not depend on the row's batch, data worker or process.
+
+    Args:
+        tokenizer: fast tokenizer; its special tokens are neither added nor recognised inside a caption.
+        image_transform: (PIL RGB, numpy generator) -> (3, H, W) float tensor.
+        image_token_id, cls_token_id, mask_token_id, pad_token_id: ids of the layout.
+        vocab_size: a random replacement is drawn below it, special ids excluded.
+        patch_size: side of a square patch; must divide H and W.
+        max_text_length: words kept of a caption, without [CLS].
+        seed: seed of the run.
+        mlm_probability: share of words with a target.
+        mim_ratio: share of masked patches at the beginning and at the end of the run.
+        mask_text, mask_image: switch the corruption off (the twin then equals the clean ids, no patch is masked).
+        random_specials: a random word may be a special token, as in ALBEF.
+        max_pixels: largest picture that is decoded; None keeps the decoder's own cap.
+        source: name of the data, for error messages.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_transform: Callable[[Image.Image, np.random.Generator], torch.Tensor],
+        *,
+        image_token_id: int,
+        cls_token_id: int,
+        mask_token_id: int,
+        pad_token_id: int,
+        vocab_size: int,
+        patch_size: int,
+        max_text_length: int = 64,
+        seed: int = 0,
+        mlm_probability: float = 0.15,
+        mim_ratio: tuple[float, float] = (0.1, 0.5),
+        mask_text: bool = True,
+        mask_image: bool = True,
+        random_specials: bool = False,
+        max_pixels: int | None = None,
+        source: str = "the data set",
+    ) -> None:
+        layout = {"image": image_token_id, "cls": cls_token_id, "mask": mask_token_id, "pad": pad_token_id}
+        if len(set(layout.values())) < 4 or min(layout.values()) < 0 or max(layout.values()) >= vocab_size:
+            raise ValueError(f"special ids must be four different ids in [0, {vocab_size}), got {layout}")
+        if max_text_length < 1:
+            raise ValueError(f"max_text_length must be positive, got {max_text_length}")
+        self.tokenizer, self.image_transform = tokenizer, image_transform
+        self.image_token_id, self.cls_token_id = image_token_id, cls_token_id
+        self.mask_token_id, self.pad_token_id = mask_token_id, pad_token_id
+        self.vocab_size, self.patch_size, self.max_text_length = vocab_size, patch_size, max_text_length
+        self.seed, self.mlm_probability, self.mim_ratio = seed, mlm_probability, tuple(mim_ratio)
+        self.mask_text, self.mask_image, self.random_specials = mask_text, mask_image, random_specials
+        self.max_pixels, self.source = max_pixels, source
+        known = {i for i in getattr(tokenizer, "all_special_ids", []) if 0 <= i < vocab_size}
+        self.special_ids = sorted(known | set(layout.values()))
+
+    def __call__(self, items: Sequence[tuple[RowKey, dict]]) -> dict[str, torch.Tensor]:
+        """Batch of `items`.
+
+        Returns:
+            input_ids, attention_mask, masked_input_ids (B, 1+N+Lt) int64; pixel_values (B, 3, H, W) float32;
+            bool_masked_pos (B, N) bool; text_index (n,) int64, the places of the words in a flat (B, Lt);
+            mlm_index (M,) int64, places among those n words; mlm_labels (M,) int64, the words that stood there;
+            ids (B,) int64 concept ids; rows (B,) int64.
+
+        Raises:
+            ValueError: if a picture cannot be decoded (the message names the row), or has a wrong size.
+        """
+        if not items:
+            raise ValueError("an empty batch: expected at least one (RowKey, row)")
+        generators = [np.random.default_rng([self.seed, key.epoch, key.row]) for key, _ in items]
+        captions = [self._caption(key, row, rng) for (key, row), rng in zip(items, generators, strict=True)]
+        pictures = [self._picture(key, row, rng) for (key, row), rng in zip(items, generators, strict=True)]
+        pixels = torch.stack(pictures)
+        n_patches = self._patches(pixels)
+        words = self._words(captions)
+        corrupted, selected, patches = [], [], []
+        for (key, _), rng, clean in zip(items, generators, words, strict=True):
+            changed, places = self._mask_words(clean, rng)
+            corrupted.append(changed)
+            selected.append(places)
+            patches.append(self._mask_patches(n_patches, key.progress, rng))
+        batch = self._lay_out(words, corrupted, selected, n_patches)
+        batch["pixel_values"] = pixels
+        batch["bool_masked_pos"] = torch.from_numpy(np.stack(patches))
+        batch["ids"] = torch.tensor([concept_id(row.get("id", key.row)) for key, row in items], dtype=torch.int64)
+        batch["rows"] = torch.tensor([key.row for key, _ in items], dtype=torch.int64)
+        return batch
+
+    def _caption(self, key: RowKey, row: dict, rng: np.random.Generator) -> str:
+        """One of the captions; one draw whatever their number, so that later draws do not depend on it."""
+        captions = [row["captions"]] if isinstance(row["captions"], str) else row["captions"]
+        if not len(captions):
+            raise ValueError(f"row {key.row} of {self.source}: at least one caption is needed, got an empty list")
+        return captions[int(rng.random() * len(captions))]
+
+    def _picture(self, key: RowKey, row: dict, rng: np.random.Generator) -> torch.Tensor:
+        """Decoded and augmented, (3, H, W); the guarded decoder's error gets the row's number and name."""
+        cap = {} if self.max_pixels is None else {"max_pixels": self.max_pixels}
+        try:
+            image = open_image(row["image"], **cap)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"row {key.row} of {self.source}: cannot read the picture {_name(row['image'])}: {error}"
+            ) from error
+        return self.image_transform(image, rng)
+
+    def _patches(self, pixels: torch.Tensor) -> int:
+        height, width = pixels.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"pictures of {height}x{width} cannot be cut into patches of {self.patch_size}")
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def _words(self, captions: list[str]) -> list[np.ndarray]:
+        """Ids of each caption, (T,) with 0 <= T <= max_text_length; the text "[MASK]" in a caption is plain text."""
+        encoded = self.tokenizer(
+            captions,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            truncation=True,
+            max_length=self.max_text_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+
+    def _mask_words(self, words: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        if not self.mask_text:
+            return words, np.zeros(0, dtype=np.int64)
+        return mask_words(
+            words,
+            rng,
+            mask_token_id=self.mask_token_id,
+            vocab_size=self.vocab_size,
+            special_ids=self.special_ids,
+            probability=self.mlm_probability,
+            random_specials=self.random_specials,
+        )
+
+    def _mask_patches(self, n_patches: int, progress: float, rng: np.random.Generator) -> np.ndarray:
+        if not self.mask_image:
+            return np.zeros(n_patches, dtype=bool)
+        return mask_patches(n_patches, mim_ratio(progress, *self.mim_ratio), rng)
+
+    def _lay_out(
+        self, words: list[np.ndarray], corrupted: list[np.ndarray], selected: list[np.ndarray], n_patches: int
+    ) -> dict[str, torch.Tensor]:
+        """The joint rows, clean and corrupted, and the places of the words and of their targets."""
+        lengths = np.array([len(ids) for ids in words], dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        longest, head = max(1, int(lengths.max())), 1 + n_patches
+        real = np.arange(longest) < lengths[:, None]  # (B, Lt)
+        ids = np.full((len(words), head + longest), self.pad_token_id, dtype=np.int64)
+        ids[:, 0], ids[:, 1:head] = self.cls_token_id, self.image_token_id
+        twin, mask = ids.copy(), np.ones(ids.shape, dtype=np.int64)
+        packed = np.concatenate(words)
+        ids[:, head:][real] = packed
+        twin[:, head:][real] = np.concatenate(corrupted)
+        mask[:, head:] = real
+        targets = np.concatenate([places + start for places, start in zip(selected, starts, strict=True)])
+        arrays = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "masked_input_ids": twin,
+            "text_index": np.flatnonzero(real),
+            "mlm_index": targets,
+            "mlm_labels": packed[targets],
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _name(image: Any) -> str:
+    """What to call a picture in a message: its path where it has one."""
+    if isinstance(image, dict):
+        image = image.get("path") or image.get("bytes")
+    return f"({type(image).__name__})" if image is None or not isinstance(image, str) else repr(image)

@@ -1,0 +1,318 @@
+"""From rows to a batch: the layout, the masks, and that a row's draw depends on nothing but (seed, epoch, row)."""
+
+import io
+import random
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from oner.processing.image_augmentation import TrainingImageTransform
+from oner.processing.vl_collation import PairCollator
+from oner.processing.vl_dataset import PairTrainingSet, open_pairs
+from oner.processing.vl_sampling import PairBatchSampler, RowKey, concept_id
+from oner.processing.vl_tokenizer import train_tokenizer
+
+N, SIZE = 16, 32  # patches of 8 x 8
+
+
+@pytest.fixture(scope="module")
+def rows(emoji_folder, tmp_path_factory):
+    datasets.disable_progress_bars()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        return open_pairs(emoji_folder / "test_concept.parquet", id_column="hexcode")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(rows):
+    return train_tokenizer(rows.captions(), vocab_size=600)
+
+
+def collator(tokenizer, **options):
+    layout = {"image_token_id": 1, "cls_token_id": 3, "mask_token_id": 4, "pad_token_id": 0, "patch_size": 8}
+    return PairCollator(
+        tokenizer, **{"image_transform": TrainingImageTransform(SIZE), "vocab_size": 600, **layout, **options}
+    )
+
+
+def items_of(rows, numbers, epoch=0, progress=0.0):
+    return [(RowKey(i, epoch, progress), rows[i]) for i in numbers]
+
+
+def picture(size=(40, 30), mode="RGB", seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def made(captions, number=0, **row):
+    return RowKey(number, 0, 0.0), {"image": picture(), "captions": captions, **row}
+
+
+def test_shapes_types_and_layout(rows, tokenizer):
+    batch = collator(tokenizer)(items_of(rows, range(20)))
+    length = batch["input_ids"].shape[1]
+    expected = {
+        "input_ids": ((20, length), torch.int64),
+        "attention_mask": ((20, length), torch.int64),
+        "masked_input_ids": ((20, length), torch.int64),
+        "pixel_values": ((20, 3, SIZE, SIZE), torch.float32),
+        "bool_masked_pos": ((20, N), torch.bool),
+        "ids": ((20,), torch.int64),
+        "rows": ((20,), torch.int64),
+    }
+    for name, (shape, kind) in expected.items():
+        assert tuple(batch[name].shape) == shape and batch[name].dtype == kind, name
+    assert set(batch) == {*expected, "text_index", "mlm_index", "mlm_labels"}
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert (ids[:, 0] == 3).all() and (ids[:, 1 : 1 + N] == 1).all() and (mask[:, : 1 + N] == 1).all()
+    text, real = ids[:, 1 + N :], mask[:, 1 + N :].bool()
+    assert ((text == 0) == ~real).all() and (mask.sum(1).max() == length)
+    assert batch["ids"].tolist() == [concept_id(rows[i]["id"]) for i in range(20)]
+    assert batch["rows"].tolist() == list(range(20))
+    for i in range(20):
+        words = text[i][real[i]].tolist()
+        assert words in [tokenizer(caption, add_special_tokens=False)["input_ids"] for caption in rows[i]["captions"]]
+
+
+def test_indices_pack_words_and_targets(rows, tokenizer):
+    batch = collator(tokenizer, mlm_probability=0.5)(items_of(rows, range(30)))
+    clean = batch["input_ids"][:, 1 + N :]
+    twin = batch["masked_input_ids"][:, 1 + N :]
+    real = batch["attention_mask"][:, 1 + N :].bool()
+    packed = clean.reshape(-1)[batch["text_index"]]
+    assert torch.equal(packed, clean[real]) and len(packed) == int(real.sum())
+    assert torch.equal(packed[batch["mlm_index"]], batch["mlm_labels"])
+    assert (batch["mlm_index"].diff() > 0).all() and 0.3 < len(batch["mlm_index"]) / len(packed) < 0.7
+    changed = (clean.reshape(-1) != twin.reshape(-1)).nonzero().flatten()
+    targets = batch["text_index"][batch["mlm_index"]]
+    assert set(changed.tolist()) <= set(targets.tolist())
+    assert len(changed) > 0.8 * len(targets)
+    assert torch.equal(batch["input_ids"][:, : 1 + N], batch["masked_input_ids"][:, : 1 + N])
+    for special in (0, 1, 2, 3):
+        assert not (twin[clean != twin] == special).any()
+
+
+def test_the_ratio_of_patches_follows_progress(rows, tokenizer):
+    for progress, share in ((0.0, 0.1), (0.5, 0.3), (1.0, 0.5)):
+        masked = collator(tokenizer)(items_of(rows, range(4), progress=progress))["bool_masked_pos"]
+        assert masked.sum(1).tolist() == [int(N * share)] * 4
+
+
+def test_masks_can_be_switched_off(rows, tokenizer):
+    plain = collator(tokenizer, mask_text=False, mask_image=False)(items_of(rows, range(8)))
+    assert torch.equal(plain["input_ids"], plain["masked_input_ids"]) and not plain["bool_masked_pos"].any()
+    assert len(plain["mlm_index"]) == len(plain["mlm_labels"]) == 0 and plain["mlm_index"].dtype == torch.int64
+    # The crop and the caption are drawn before the masks, so that they are those of a masked run.
+    masked = collator(tokenizer)(items_of(rows, range(8)))
+    assert torch.equal(plain["pixel_values"], masked["pixel_values"])
+    assert torch.equal(plain["input_ids"], masked["input_ids"])
+
+
+def words_of(batch, i):
+    return batch["input_ids"][i, 1 + N :][batch["attention_mask"][i, 1 + N :].bool()].tolist()
+
+
+def twin_of(batch, i):
+    return batch["masked_input_ids"][i, 1 + N :][batch["attention_mask"][i, 1 + N :].bool()].tolist()
+
+
+def test_a_draw_depends_on_seed_epoch_and_row_alone(rows, tokenizer):
+    make = collator(tokenizer, mlm_probability=0.5)
+    wide, narrow = make(items_of(rows, range(12))), make(items_of(rows, [7, 2]))
+    for place, row in ((0, 7), (1, 2)):
+        assert torch.equal(wide["pixel_values"][row], narrow["pixel_values"][place])
+        assert torch.equal(wide["bool_masked_pos"][row], narrow["bool_masked_pos"][place])
+        assert words_of(wide, row) == words_of(narrow, place) and twin_of(wide, row) == twin_of(narrow, place)
+    for other in (
+        make(items_of(rows, range(12), epoch=1)),
+        collator(tokenizer, mlm_probability=0.5, seed=1)(items_of(rows, range(12))),
+    ):
+        assert not torch.equal(wide["pixel_values"], other["pixel_values"])
+        assert not torch.equal(wide["bool_masked_pos"], other["bool_masked_pos"])
+        assert [words_of(wide, i) for i in range(12)] != [words_of(other, i) for i in range(12)]
+
+
+def test_every_caption_has_its_turn(rows, tokenizer):
+    make = collator(tokenizer, mask_text=False)
+    captions = rows[0]["captions"]
+    known = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in captions}
+    counts = {}
+    for epoch in range(200):
+        words = tuple(words_of(make(items_of(rows, [0], epoch=epoch)), 0))
+        counts[words] = counts.get(words, 0) + 1
+    assert set(counts) == known and min(counts.values()) > 25  # 50 expected of each of the 4
+
+
+def batches(rows, tokenizer, workers=0, rank=0, world_size=1, start_step=0):
+    sampler = PairBatchSampler(
+        len(rows),
+        32,
+        seed=5,
+        total_steps=6,
+        groups=rows.ids(),
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+    )
+    loader = DataLoader(
+        PairTrainingSet(rows), batch_sampler=sampler, num_workers=workers, collate_fn=collator(tokenizer, seed=5)
+    )
+    return list(loader)
+
+
+def same(one, two):
+    return all(torch.equal(one[name], two[name]) for name in one) and set(one) == set(two)
+
+
+def test_workers_processes_and_resume_change_nothing(rows, tokenizer):
+    whole = batches(rows, tokenizer)
+    assert len(whole) == 6 and all(len(set(batch["ids"].tolist())) == 32 for batch in whole)
+    assert all(map(same, batches(rows, tokenizer, workers=2), whole))
+    assert all(map(same, batches(rows, tokenizer, start_step=4), whole[4:]))
+    for world_size in (2, 4):
+        share = 32 // world_size
+        for rank in range(world_size):
+            workers = 2 if (rank, world_size) == (1, 2) else 0
+            for part, full in zip(batches(rows, tokenizer, workers, rank, world_size), whole, strict=True):
+                mine = slice(rank * share, (rank + 1) * share)
+                for name in ("rows", "ids", "pixel_values", "bool_masked_pos"):
+                    assert torch.equal(part[name], full[name][mine])
+                for i in range(share):
+                    assert words_of(part, i) == words_of(full, rank * share + i)
+                    assert twin_of(part, i) == twin_of(full, rank * share + i)
+
+
+def test_an_empty_caption_is_a_row_without_words(tokenizer):
+    make = collator(tokenizer, mlm_probability=1.0)
+    batch = make([made(["\x07"]), made(["apple"], 1)])  # a control character leaves no word
+    assert batch["attention_mask"].sum(1).tolist()[0] == 1 + N and words_of(batch, 0) == []
+    assert batch["text_index"].tolist() == batch["attention_mask"][:, 1 + N :].flatten().nonzero().flatten().tolist()
+    assert len(batch["mlm_index"]) == len(batch["text_index"]) == len(words_of(batch, 1)) > 0
+    alone = make([made(["\x07"])])
+    assert alone["input_ids"].shape == (1, 1 + N + 1) and alone["attention_mask"][0, -1] == 0
+    for name in ("text_index", "mlm_index", "mlm_labels"):
+        assert alone[name].shape == (0,) and alone[name].dtype == torch.int64
+
+
+def test_special_tokens_in_a_caption_are_plain_text(tokenizer):
+    text = "[MASK] [CLS] an apple [PAD] [IMG] [UNK]"
+    batch = collator(tokenizer, mask_text=False)([made([text])])
+    words = words_of(batch, 0)
+    assert not {0, 1, 3, 4} & set(words) and len(words) > 7
+    # The tokenizer that was handed in still knows them afterwards.
+    assert tokenizer("[MASK]", add_special_tokens=False)["input_ids"] == [4]
+
+
+def test_long_captions_are_cut_and_ids_default_to_the_row(tokenizer):
+    batch = collator(tokenizer, max_text_length=5)([made(["red apple " * 40], 9), made(["red"], 11, id=4)])
+    assert batch["input_ids"].shape == (2, 1 + N + 5) and len(words_of(batch, 0)) == 5
+    assert batch["ids"].tolist() == [9, 4] and batch["rows"].tolist() == [9, 11]
+
+
+def test_a_broken_picture_names_row_and_source(tokenizer, tmp_path):
+    make = collator(tokenizer, source="train.parquet")
+    with pytest.raises(ValueError, match=r"row 17 of train.parquet: cannot read the picture 'a.png'"):
+        make([(RowKey(17, 0, 0.0), {"image": {"bytes": b"<html>", "path": "a.png"}, "captions": ["x"]})])
+    with pytest.raises(ValueError, match=r"row 3 of train.parquet: cannot read the picture .*none.png"):
+        make([(RowKey(3, 0, 0.0), {"image": str(tmp_path / "none.png"), "captions": ["x"]})])
+    with pytest.raises(ValueError, match="row 0 of train.parquet"):
+        collator(tokenizer, source="train.parquet", max_pixels=100)([made(["x"])])
+    buffer = io.BytesIO()
+    picture().save(buffer, "png")
+    with pytest.raises(ValueError, match=r"row 1 of train.parquet: cannot read the picture \(bytes\)"):
+        make([(RowKey(1, 0, 0.0), {"image": buffer.getvalue()[:200], "captions": ["x"]})])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mask_token_id": 3}, "special ids must be four different ids"),
+        ({"vocab_size": 4}, r"four different ids in \[0, 4\)"),
+        ({"max_text_length": 0}, "max_text_length must be positive, got 0"),
+    ],
+)
+def test_wrong_settings_are_refused(tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        collator(tokenizer, **options)
+
+
+def test_wrong_rows_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="pictures of 32x32 cannot be cut into patches of 7"):
+        collator(tokenizer, patch_size=7)([made(["x"])])
+    with pytest.raises(ValueError, match="row 2 .*at least one caption"):
+        collator(tokenizer)([made([], 2)])
+    with pytest.raises(ValueError, match="an empty batch"):
+        collator(tokenizer)([])
+
+
+def test_augmentation_is_a_function_of_its_generator():
+    transform, image = TrainingImageTransform(SIZE), picture((60, 50))
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    one, two = (transform(image, np.random.default_rng(4)) for _ in range(2))
+    random.seed(1)
+    three = transform(image, np.random.default_rng(4))
+    random.setstate(state)
+    assert torch.equal(one, two) and torch.equal(one, three) and one.is_contiguous()
+    assert not torch.equal(one, transform(image, np.random.default_rng(5)))
+    assert random.getstate() == state and torch.equal(torch.get_rng_state(), torch_state)
+
+
+def test_augmentation_restores_the_state_after_an_error(monkeypatch):
+    transform = TrainingImageTransform(SIZE)
+
+    def fail(image):
+        random.random()
+        raise RuntimeError("inside timm")
+
+    monkeypatch.setattr(transform, "crop", fail)
+    state = random.getstate()
+    with pytest.raises(RuntimeError, match="inside timm"):
+        transform(picture(), np.random.default_rng(0))
+    assert random.getstate() == state
+
+
+def test_augmentation_normalises_and_flips():
+    grey = Image.new("RGB", (50, 50), (128, 0, 255))
+    pixels = TrainingImageTransform(16)(grey, np.random.default_rng(0))
+    expected = (torch.tensor([128, 0, 255]) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    assert torch.allclose(pixels, expected.view(3, 1, 1).expand(3, 16, 16), atol=1e-5)
+    plain, mirrored = (TrainingImageTransform(16, hflip=p)(picture(), np.random.default_rng(0)) for p in (0.0, 1.0))
+    assert torch.equal(plain.flip(-1), mirrored)
+
+
+def test_augmentation_covers_at_least_half_of_the_picture():
+    image = picture((64, 64))
+    transform, areas = TrainingImageTransform(16), []
+    crop = transform.crop
+
+    def spy(img):
+        areas.append(np.prod(crop.get_params(img, crop.scale, crop.ratio)[2:]) / 64**2)
+        return crop(img)
+
+    transform.crop = spy
+    for seed in range(200):
+        transform(image, np.random.default_rng(seed))
+    assert 0.48 < min(areas) < 0.56 and 0.9 < max(areas) <= 1.0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_size": 0}, "image_size must be positive"),
+        ({"scale": (0.8, 0.5)}, "scale must be a rising pair"),
+        ({"ratio": (0, 1)}, "ratio must be a rising pair"),
+        ({"hflip": 2}, "hflip must be in"),
+        ({"std": (1, 0, 1)}, "mean and std need three values"),
+    ],
+)
+def test_augmentation_refuses_wrong_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingImageTransform(**{"image_size": 16, **options})
+    with pytest.raises(ValueError, match="must be RGB, got mode L"):
+        TrainingImageTransform(16)(picture(mode="L"), np.random.default_rng(0))

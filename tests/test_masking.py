@@ -1,0 +1,93 @@
+"""Masks of words and patches: shares, exact counts, purity."""
+
+import numpy as np
+import pytest
+
+from oner.processing.vl_masking import mask_patches, mask_words, mim_ratio
+
+VOCABULARY, SPECIALS, MASK = 1000, (0, 1, 100, 101, 103), 103
+
+
+def masked(n=400_000, seed=0, **options):
+    words = np.random.default_rng(99).integers(200, VOCABULARY, n)
+    options = {"mask_token_id": MASK, "vocab_size": VOCABULARY, "special_ids": SPECIALS, **options}
+    return words, *mask_words(words, np.random.default_rng(seed), **options)
+
+
+def test_shares_are_15_percent_and_80_10_10():
+    words, corrupted, selected = masked()
+    n, m = len(words), len(selected)
+    assert abs(m / n - 0.15) < 5 * np.sqrt(0.15 * 0.85 / n)
+    now, before = corrupted[selected], words[selected]
+    hidden, kept = (now == MASK).mean(), (now == before).mean()
+    # One random word in (vocabulary - specials) is the old word by chance.
+    chance = 0.1 / (VOCABULARY - len(SPECIALS))
+    for share, expected in ((hidden, 0.8), (kept, 0.1 + chance), (1 - hidden - kept, 0.1 - chance)):
+        assert abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / m)
+
+
+def test_words_that_are_not_selected_stay():
+    words, corrupted, selected = masked(5000)
+    rest = np.setdiff1d(np.arange(5000), selected)
+    assert np.array_equal(corrupted[rest], words[rest])
+    assert (np.diff(selected) > 0).all() and corrupted.dtype == selected.dtype == np.int64
+
+
+def test_random_words_cover_the_vocabulary_without_specials_evenly():
+    words = np.full(400_000, 500)
+    corrupted, _ = mask_words(
+        words, np.random.default_rng(1), mask_token_id=7, vocab_size=20, special_ids=(0, 3, 4, 19), probability=1.0
+    )
+    drawn = corrupted[(corrupted != 7) & (corrupted != 500)]
+    counts = np.bincount(drawn, minlength=20)
+    assert counts[[0, 3, 4, 19]].sum() == 0
+    allowed = [i for i in range(20) if i not in (0, 3, 4, 19, 7)]  # 7 is hidden behind the mask itself
+    assert abs(counts[allowed] / (400_000 * 0.1 / 16) - 1).max() < 0.1
+
+
+def test_random_specials_restores_albef():
+    words, corrupted, selected = masked(probability=1.0, random_specials=True)
+    assert np.isin(corrupted[selected], [0, 1, 100, 101]).sum() > 50
+    words, corrupted, selected = masked(probability=1.0)
+    assert np.isin(corrupted[selected], [0, 1, 100, 101]).sum() == 0
+
+
+def test_the_input_is_left_alone_and_the_draw_repeats():
+    words, corrupted, selected = masked(50)
+    again = masked(50)
+    assert np.array_equal(corrupted, again[1]) and np.array_equal(selected, again[2])
+    assert words.max() < VOCABULARY and np.array_equal(words, again[0])
+    assert not np.array_equal(masked(5000, seed=1)[2], masked(5000, seed=2)[2])
+
+
+def test_edges_of_word_masking():
+    for n, probability, expected in ((0, 0.15, 0), (5, 0.0, 0), (5, 1.0, 5)):
+        words, corrupted, selected = masked(n, probability=probability)
+        assert len(corrupted) == n and len(selected) == expected
+    with pytest.raises(ValueError, match="probability must be in .0, 1., got 1.5"):
+        masked(5, probability=1.5)
+    with pytest.raises(ValueError, match="special_ids must lie in"):
+        masked(5, special_ids=(VOCABULARY,))
+    with pytest.raises(ValueError, match="no random word is left"):
+        masked(5, vocab_size=2, special_ids=(0, 1))
+
+
+@pytest.mark.parametrize("n, ratio", [(196, 0.1), (196, 0.5), (64, 0.33), (1, 0.9), (10, 0.0), (10, 1.0)])
+def test_exactly_the_share_of_patches_is_masked(n, ratio):
+    mask = mask_patches(n, ratio, np.random.default_rng(0))
+    assert mask.shape == (n,) and mask.dtype == bool and mask.sum() == int(n * ratio)
+
+
+def test_every_patch_is_masked_equally_often():
+    rng = np.random.default_rng(0)
+    share = np.mean([mask_patches(64, 0.25, rng) for _ in range(20_000)], axis=0)
+    assert abs(share - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 20_000)
+
+
+def test_ratio_rises_linearly():
+    assert [mim_ratio(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.3, 0.5])
+    assert mim_ratio(0.25, start=0.75, end=0.75) == 0.75
+    with pytest.raises(ValueError, match="progress must be in .0, 1., got -0.1"):
+        mim_ratio(-0.1)
+    with pytest.raises(ValueError, match="ratio must be in .0, 1., got 1.1"):
+        mask_patches(4, 1.1, np.random.default_rng(0))

@@ -1,0 +1,44 @@
+"""The package `evaluate`, also where a script of that name comes first on the path.
+
+Python puts the folder of the running script first, so beside `examples/evaluate.py`, or an `evaluate.py` of the user's
+own, a plain `import evaluate` would run the script. Metrics take the package from here.
+"""
+
+import importlib
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+
+def _package_spec() -> ModuleSpec | None:
+    for entry in sys.path:
+        spec = PathFinder.find_spec("evaluate", [entry])
+        if spec is not None and spec.submodule_search_locations and spec.origin:  # a folder with an __init__.py
+            return spec
+    return None
+
+
+def import_evaluate() -> ModuleType:
+    """The package, imported once.
+
+    Raises:
+        ImportError: it is not installed, or a script has been imported under its name already.
+    """
+    known = sys.modules.get("evaluate")
+    if known is not None and not hasattr(known, "__path__"):
+        raise ImportError(f"the metrics need the package `evaluate`, but that name is taken by {known.__file__}")
+    spec = _package_spec() if known is None else None
+    if spec is None:
+        return importlib.import_module("evaluate")
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate"] = package
+    try:
+        spec.loader.exec_module(package)
+    except BaseException:
+        del sys.modules["evaluate"]
+        raise
+    return package
+
+
+evaluate = import_evaluate()

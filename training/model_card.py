@@ -1,0 +1,146 @@
+"""The model card of a published model: metadata that the Hub indexes, and a page that a reader can check.
+
+The page is rendered from `model_card_template.md` beside this file. It says only what it is given: a card without
+metrics says that there are none.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+PIPELINE_TAG = "zero-shot-image-classification"
+
+
+def slug(text: str) -> str:
+    """A lower-case file or tag name: letters, digits, `.`, `-` and `_`."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.")
+    if not name:
+        raise ValueError(f"a name needs at least one letter or digit, got {text!r}")
+    return name
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON and YAML can hold it: tensors and arrays of one number become numbers, NaN becomes None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "size", None) is not None and not isinstance(value, (int, float)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def split_metric(name: str) -> tuple[str, str]:
+    """`test_style/recall@10` → (`test_style`, `recall@10`); a name without `/` belongs to the set `evaluation`."""
+    dataset, _, metric = name.rpartition("/")
+    return dataset or "evaluation", metric
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; `|` and line breaks inside a cell are escaped."""
+
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+
+
+def metrics_table(metrics: Mapping[str, float]) -> str:
+    """One row per metric, in the order given; what could not be measured says so."""
+    rows = []
+    for name, value in plain(metrics).items():
+        shown = "not measurable" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+        rows.append([*split_metric(name), shown])
+    return markdown_table(["set", "metric", "value"], rows)
+
+
+def data_table(data: Sequence[Mapping[str, Any] | str]) -> str:
+    """One row per data set; the columns are the union of the keys that the entries have."""
+    entries = [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in data]
+    columns = list(dict.fromkeys(key for entry in entries for key in entry))
+    return markdown_table(columns, [[entry.get(column, "") for column in columns] for entry in entries])
+
+
+def eval_results(metrics: Mapping[str, float]) -> list[EvalResult]:
+    """The Hub's `model-index` entries of the finite metrics."""
+    results = []
+    for name, value in plain(metrics).items():
+        dataset, metric = split_metric(name)
+        if value is None or isinstance(value, (bool, str)):
+            continue
+        task = PIPELINE_TAG if re.search(r"top[-_]?\d|accuracy", metric) else "image-text-retrieval"
+        results.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=slug(dataset),
+                dataset_name=dataset,
+                metric_type=slug(metric),
+                metric_name=metric,
+                metric_value=value,
+            )
+        )
+    return results
+
+
+def model_card(
+    model: PreTrainedModel,
+    model_id: str,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    protocol: Mapping[str, Any] | str | None = None,
+    training_config: Mapping[str, Any] | None = None,
+    data: Sequence[Mapping[str, Any] | str] | None = None,
+    pictures: Mapping[str, str] | None = None,
+    tasks: Sequence[str] = (),
+    license: str = "apache-2.0",
+    stored_dtype: str = "float32",
+    compute_dtype: str = "float32",
+) -> ModelCard:
+    """The card of `model`; `pictures` maps captions to paths inside the repository, `tasks` are its own pipelines."""
+    config, name = model.config, model_id.rsplit("/", 1)[-1]
+    metadata = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAG,
+        tags=["oner", config.model_type, "custom_code", "image-text-retrieval"],
+        model_name=name,
+        eval_results=eval_results(metrics or {}) or None,
+    )
+    if isinstance(protocol, Mapping):
+        protocol = markdown_table(["", ""], [[key, json_cell(value)] for key, value in plain(protocol).items()])
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        model_name=name,
+        model_id=model_id,
+        class_name=type(model).__name__,
+        parameters=f"{model.num_parameters():,}",
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        max_text_length=config.max_text_length,
+        tasks=list(tasks),
+        metrics_table=metrics_table(metrics) if metrics else None,
+        protocol=protocol,
+        pictures=[{"caption": caption, "path": path} for caption, path in (pictures or {}).items()],
+        data_table=data_table(data) if data else None,
+        training_config=yaml.safe_dump(plain(training_config), sort_keys=False, width=110).strip()
+        if training_config
+        else None,
+        stored_dtype=stored_dtype,
+        compute_dtype=compute_dtype,
+    )
+
+
+def json_cell(value: Any) -> str:
+    """A string as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)

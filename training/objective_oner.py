@@ -1,0 +1,197 @@
+"""OneR's objective: image-text, mixup, contextual-invariance and contextual-mixup contrast, with masked modelling.
+
+With q the online network (projector, predictor), k the EMA teacher (projector), and mix = (F(I) + F(T)) / 2:
+
+    ITC = [NCE(q(I), k(T)) + NCE(q(T), k(I))] / 2                        equation 1
+    XMC =  NCE(q(mix), k(mix))                                           equation 2
+    CIC = [NCE(q(c), k(mix)) + NCE(q(mix), k(c))] / 2                    equation 3, c = (F(I|T) + F(T|I)) / 2
+    CMC = [NCE(q(I,T), k(mix)) + NCE(q(mix), k(I,T))] / 2                equation 4
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .distributed import gather_without_gradient, rank
+from .losses import info_nce, masked_image_loss, masked_language_loss
+from .teacher import EMATeacher
+
+# ctr(A, B): which online representation meets which of the teacher's
+CONTRASTS = {
+    "itc": (("image", "text"), ("text", "image")),
+    "xmc": (("mix", "mix"),),
+    "cic": (("context", "mix"), ("mix", "context")),
+    "cmc": (("image_text", "mix"), ("mix", "image_text")),
+}
+LOSSES = (*CONTRASTS, "mlm", "mim")
+
+
+@dataclass
+class OneRObjectiveArguments:
+    """What the paper's section "One Representation" and appendix C leave to choose."""
+
+    losses: list[str] = field(
+        default_factory=lambda: ["itc", "cmc", "mlm", "mim"],
+        metadata={"help": "Any subset of itc, xmc, cic, cmc, mlm, mim (Tables 1, 6 and 7)."},
+    )
+    loss_weights: dict | str | None = field(
+        default=None, metadata={"help": "Weight of each loss by name; 1 where not given (the paper names none)."}
+    )
+    ema_momentum: float = field(default=0.996, metadata={"help": "Constant momentum of the teacher (appendix C)."})
+    teacher: bool = field(
+        default=True, metadata={"help": "Keys from the EMA teacher; false: from the student itself, without gradient."}
+    )
+    match_ids: bool = field(
+        default=False, metadata={"help": "Rows of one concept id are positives of each other, not only the own pair."}
+    )
+    scale_by_temperature: bool = field(
+        default=False, metadata={"help": "MoCo-v3's factor 2T on InfoNCE; not in the paper's equations."}
+    )
+    contrast_masked: bool = field(
+        default=True,
+        metadata={"help": "Contrast the masked inputs in the same pass (appendix C) or clean ones in a pass beside."},
+    )
+    masked_streams: list[str] = field(
+        default_factory=lambda: ["image", "text", "image_text"],
+        metadata={"help": "Streams with masked modelling (Fig. 5: all three)."},
+    )
+    norm_pixels: bool = field(default=True, metadata={"help": "MIM targets normalised by patch, as public MAE."})
+
+
+class OneRObjective:
+    """
+    `objective(student, batch, progress)` -> (loss, parts); `after_step()` moves the teacher.
+
+    Args:
+        student (`OneRForPreTraining`): Unwrapped, with its weights in place; the teacher starts as its copy.
+        arguments (`OneRObjectiveArguments`): Losses and their readings.
+
+    Raises:
+        ValueError: an unknown loss, none at all, or one that the model's heads cannot serve.
+    """
+
+    def __init__(self, student: nn.Module, arguments: OneRObjectiveArguments):
+        self.arguments, self.config = arguments, student.config
+        unknown = [name for name in arguments.losses if name not in LOSSES]
+        if unknown or not arguments.losses:
+            raise ValueError(f"losses are {arguments.losses}; expected a non-empty subset of {list(LOSSES)}")
+        self.contrasts = [name for name in arguments.losses if name in CONTRASTS]
+        if self.config.two_heads and any(name != "itc" for name in self.contrasts):
+            raise ValueError(f"two_heads serves itc alone (Fig. 2c), got {self.contrasts}")
+        weights = arguments.loss_weights or {}
+        if foreign := [name for name in weights if name not in arguments.losses]:
+            raise ValueError(f"loss_weights name {foreign}, which are not among the losses {arguments.losses}")
+        self.weights = {name: float(weights.get(name, 1.0)) for name in arguments.losses}
+        pairs = [pair for name in self.contrasts for pair in CONTRASTS[name]]
+        self.queries = tuple(sorted({query for query, _ in pairs}))
+        self.keys = tuple(sorted({key for _, key in pairs}))
+        self._freeze_unused(student)
+        self.teacher = None
+        if arguments.teacher and self.contrasts:
+            unused = ("predictor", "text_predictor", "lm_head", "pixel_head")
+            self.teacher = EMATeacher(student, arguments.ema_momentum, unused=unused)
+
+    def _freeze_unused(self, student: nn.Module) -> None:
+        # a parameter that no loss reaches would make a data-parallel engine wait for its gradient for ever
+        if not self.contrasts:
+            for head in (
+                student.predictor,
+                student.text_predictor,
+                student.oner.projector,
+                student.oner.text_projector,
+            ):
+                if head is not None:
+                    head.requires_grad_(False)
+        if "mlm" not in self.weights:
+            words = student.oner.embeddings.word_embeddings.weight
+            for parameter in student.lm_head.parameters():
+                parameter.requires_grad_(parameter is words)
+        if "mim" not in self.weights:
+            student.pixel_head.requires_grad_(False)
+            student.oner.embeddings.patch_mask_token.requires_grad_(False)
+
+    def __call__(
+        self, student: nn.Module, batch: dict[str, torch.Tensor], progress: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        clean = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "text_index")}
+        arguments = self.arguments
+        online = student(
+            **clean,
+            masked_input_ids=batch["masked_input_ids"] if "mlm" in self.weights else None,
+            mlm_index=batch["mlm_index"] if "mlm" in self.weights else None,
+            bool_masked_pos=batch["bool_masked_pos"] if "mim" in self.weights else None,
+            representations=self.queries,
+            masked_streams=self._masked_streams(),
+            contrast_masked=arguments.contrast_masked,
+        )
+        parts = {}
+        if self.contrasts:
+            parts.update(self._contrast(online, self._keys(online, clean, student), batch["ids"]))
+        if "mlm" in self.weights:
+            losses = [masked_language_loss(logits, batch["mlm_labels"]) for logits in online.mlm_logits.values()]
+            parts["mlm"] = torch.stack(losses).mean()
+        if "mim" in self.weights:
+            losses = [
+                masked_image_loss(
+                    prediction,
+                    batch["pixel_values"],
+                    batch["bool_masked_pos"],
+                    self.config.patch_size,
+                    arguments.norm_pixels,
+                )
+                for prediction in online.pixel_predictions.values()
+            ]
+            parts["mim"] = torch.stack(losses).mean()
+        loss = sum(self.weights[name] * part for name, part in parts.items())
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _masked_streams(self) -> tuple[str, ...]:
+        """Only streams that a masked loss reads are worth their pass."""
+        reads = set()
+        if "mlm" in self.weights:
+            reads |= {"text", "image_text"}
+        if "mim" in self.weights:
+            reads |= {"image", "image_text"}
+        return tuple(name for name in self.arguments.masked_streams if name in reads)
+
+    @torch.no_grad()
+    def _keys(self, online, clean: dict[str, torch.Tensor], student: nn.Module) -> dict[str, torch.Tensor]:
+        """Keys (K, P) of all processes, clean inputs, without gradient and without predictor."""
+        network = student if self.teacher is None else self.teacher
+        output = network(**clean, representations=self.keys, masked_streams=(), predict=False)
+        return {name: gather_without_gradient(keys.float()) for name, keys in output.embeddings.items()}
+
+    def _contrast(self, online, keys: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        temperature = self.config.temperature if online.logit_scale is None else (-online.logit_scale).exp()
+        batch_size = len(ids)
+        query_ids = ids if self.arguments.match_ids else None
+        key_ids = gather_without_gradient(ids) if self.arguments.match_ids else None
+        parts = {}
+        for name in self.contrasts:
+            losses = [
+                info_nce(
+                    online.embeddings[query], keys[key], temperature, query_ids, key_ids, offset=batch_size * rank()
+                )
+                for query, key in CONTRASTS[name]
+            ]
+            parts[name] = torch.stack(losses).mean()
+            if self.arguments.scale_by_temperature:
+                parts[name] = parts[name] * 2 * temperature
+        return parts
+
+    def after_step(self) -> None:
+        if self.teacher is not None:
+            self.teacher.update()
+
+    def to(self, device: torch.device) -> "OneRObjective":
+        if self.teacher is not None:
+            self.teacher.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {} if self.teacher is None else {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if self.teacher is not None:
+            self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})
