@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 # name -> (hidden_size, num_hidden_layers, num_attention_heads, projection_hidden_size, projection_dim).
-# base, large and huge are MAE's encoders; tiny and small are DeiT's; nano is for pictures of 64 pixels and two CPU cores.
+# base, large and huge are MAE's encoders, tiny and small DeiT's; nano is for pictures of 64 pixels and two CPU cores.
 ONER_SIZES = {
     "nano": (256, 4, 4, 1024, 256),
     "tiny": (192, 12, 3, 4096, 256),
@@ -34,7 +34,7 @@ class OneRConfig(PreTrainedConfig):
             exceeds a patch, so masking after it leaks a rim of the masked patch. The paper is silent; default off.
         position_image_size (`int`, *optional*): Picture size at which the 2-D table is defined; the table is
             interpolated from there to `image_size` (appendix C, the 384 stage). Defaults to `image_size`.
-        position_interpolation (`"bicubic"` or `"recompute"`): How: bicubic as MAE does, or sines at scaled coordinates.
+        position_interpolation (`"bicubic"` or `"recompute"`): Bicubic as MAE does, or sines at scaled coordinates.
         max_text_length (`int`): Longest text in words, without [CLS]. The paper is silent.
         scale_word_embeddings (`bool`): Multiply words by sqrt(D) before the fixed sines are added (Vaswani et al.,
             2017, section 3.4). The paper is silent; default off.
@@ -50,8 +50,8 @@ class OneRConfig(PreTrainedConfig):
         two_heads (`bool`): A projector and predictor for each modality: the paper's baseline "ITC (two heads)".
         mixup_space (`"hidden"`, `"projected"` or `"normalized"`): Where (F(I)+F(T))/2 is taken (equation 2): of
             hidden states, literally; of projector outputs; of their unit vectors.
-        context_states (`"own"`, `"co_attention"` or `"last_layer"`): Whose keys and values F(X|Y) attends at each layer
-            (equation 3): Y's own stream; the other crossed stream; Y's own, at the last layer only.
+        context_states (`"own"`, `"co_attention"` or `"last_layer"`): Whose keys and values F(X|Y) attends at each
+            layer (equation 3): Y's own stream; the other crossed stream; Y's own, at the last layer only.
         context_cls (`bool`): Whether the context's [CLS] is among the keys of F(X|Y).
         temperature (`float`): InfoNCE temperature (MoCo-v3's ViT: 0.2).
         learnable_temperature (`bool`): CLIP's learnable scale instead, started at `temperature`.
@@ -110,7 +110,8 @@ class OneRConfig(PreTrainedConfig):
         """Raises `ValueError` naming the fields that do not fit together."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads ({self.num_attention_heads})"
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size must be a multiple of 4 for 2-D sines, got {self.hidden_size}")

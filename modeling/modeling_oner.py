@@ -215,7 +215,57 @@ class OneRPreTrainedModel(PreTrainedModel):
             check_layout(input_ids, attention_mask, config.image_token_id, n_patches, config.max_text_length)
 
 
-class OneRModel(OneRPreTrainedModel):
+class OneRFeatures:
+    """The three embeddings of the one space, for every class that keeps the projector."""
+
+    @property
+    def tower(self) -> "OneRModel":
+        return getattr(self, "oner", self)
+
+    def get_text_features(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Text alone: (B, L) -> `pooler_output` (B, P). The joint layout is accepted; its placeholders are passed over.
+        """
+        is_word = input_ids != self.config.image_token_id
+        real = is_word.long() if attention_mask is None else attention_mask * is_word
+        # a hidden placeholder must not be an id that the checks take for a patch
+        words = torch.where(is_word, input_ids, self.config.pad_token_id or 0)
+        return self._features(self.tower(input_ids=words, attention_mask=real, **kwargs))
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Pictures alone: (B, C, H, W) -> `pooler_output` (B, P)."""
+        return self._features(self.tower(pixel_values=pixel_values, **kwargs))
+
+    def get_multimodal_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Picture and text as one sequence, F(I, T | I, T): `pooler_output` (B, P).
+
+        Raises `ValueError` when either is missing.
+        """
+        if pixel_values is None or input_ids is None:
+            raise ValueError("get_multimodal_features expects both input_ids and pixel_values")
+        return self._features(
+            self.tower(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
+        )
+
+    @staticmethod
+    def _features(outputs: VisionLanguageModelOutput) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=outputs.pooler_output,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class OneRModel(OneRFeatures, OneRPreTrainedModel):
     """
     The tower. Reads text, pictures, or both; `pooler_output` is the retrieval embedding (facts: the projector's
     output, the space of the EMA keys), not normalised.
@@ -289,47 +339,8 @@ class OneRModel(OneRPreTrainedModel):
         content = ((token_types == PATCH_TOKEN) | (token_types == WORD_TOKEN)).to(hidden_states.dtype)[..., None]
         return (hidden_states * content).sum(1) / content.sum(1).clamp_min(1)
 
-    def get_text_features(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """
-        Text alone: (B, L) -> `pooler_output` (B, P). The joint layout is accepted; its placeholders are passed over.
-        """
-        is_word = input_ids != self.config.image_token_id
-        real = is_word.long() if attention_mask is None else attention_mask * is_word
-        # a hidden placeholder must not be an id that the checks take for a patch
-        words = torch.where(is_word, input_ids, self.config.pad_token_id or 0)
-        return self._features(self(input_ids=words, attention_mask=real, **kwargs))
 
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Pictures alone: (B, C, H, W) -> `pooler_output` (B, P)."""
-        return self._features(self(pixel_values=pixel_values, **kwargs))
-
-    def get_multimodal_features(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPooling:
-        """Picture and text as one sequence, F(I, T | I, T): `pooler_output` (B, P). Raises `ValueError` without both."""
-        if pixel_values is None or input_ids is None:
-            raise ValueError("get_multimodal_features expects both input_ids and pixel_values")
-        return self._features(
-            self(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
-        )
-
-    @staticmethod
-    def _features(outputs: VisionLanguageModelOutput) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=outputs.pooler_output,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-class OneRForImageTextRetrieval(OneRPreTrainedModel):
+class OneRForImageTextRetrieval(OneRFeatures, OneRPreTrainedModel):
     """Pictures against texts by cosine. `AutoModelForZeroShotImageClassification` returns this class."""
 
     def __init__(self, config: OneRConfig):
@@ -338,18 +349,6 @@ class OneRForImageTextRetrieval(OneRPreTrainedModel):
         if config.learnable_temperature:
             self.logit_scale = nn.Parameter(torch.zeros(1))  # not 0-dim: ZeRO-3 cannot partition a scalar
         self.post_init()
-
-    def get_text_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
-        """See [`OneRModel.get_text_features`]."""
-        return self.oner.get_text_features(*args, **kwargs)
-
-    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
-        """See [`OneRModel.get_image_features`]."""
-        return self.oner.get_image_features(*args, **kwargs)
-
-    def get_multimodal_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
-        """See [`OneRModel.get_multimodal_features`]."""
-        return self.oner.get_multimodal_features(*args, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_oner import OneRConfig
-from .modeling_oner import OneRModel, OneRPreTrainedModel
+from .modeling_oner import OneRFeatures, OneRModel, OneRPreTrainedModel
 from .vl_heads import ContrastiveHead, LanguageModelHead, PixelHead
 from .vl_layers import Stream
 from .vl_outputs import VisionLanguagePreTrainingOutput
@@ -28,7 +28,7 @@ SOURCES = {
 }
 
 
-class OneRForPreTraining(OneRPreTrainedModel):
+class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
     """
     The tower with everything that is trained: projector and predictor (MoCo-v3), language-model head tied to the
     words, pixel head. It computes representations and logits; losses, teacher and negatives are the objective's.
@@ -85,8 +85,8 @@ class OneRForPreTraining(OneRPreTrainedModel):
             pixel_values (`(B, C, H, W)`): Their pictures.
             masked_input_ids (`(B, L)`): The same ids after masking; None for clean inputs (the teacher's).
             bool_masked_pos (`(B, N)`): Masked patches; None for clean pictures.
-            text_index (`(n_words,)`): Slots of the real words in a flat (B, W). Found from the mask when None; given by
-                the collator so that neither a compiled graph nor an accelerator has to stop for it.
+            text_index (`(n_words,)`): Slots of the real words in a flat (B, W). Found from the mask when None; given
+                by the collator so that neither a compiled graph nor an accelerator has to stop for it.
             mlm_index (`(M,)`): Which of these words are to be predicted; no `mlm_logits` when None.
             representations: Contrastive embeddings to return, of `image`, `text`, `mix` (their mean), `image_text`
                 (the concatenated sequence), `context` (the mean of F(I|T) and F(T|I)).
@@ -168,7 +168,7 @@ class OneRForPreTraining(OneRPreTrainedModel):
         text_index: torch.Tensor,
         text_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, Stream]]:
-        """Streams end to end in (n, D): each is its [CLS] (and patches) as a rectangle, then its words if it reads any."""
+        """Streams end to end in (n, D): each its [CLS] (and patches) as a rectangle, then its words, if any."""
         tokens, streams, start = [], {}, 0
         for name, kind, (cls, patches, words) in wanted:
             queries = kind.split("|")[0]

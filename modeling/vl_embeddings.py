@@ -43,8 +43,8 @@ class LinearStem(nn.Module):
 
 class ConvStem(nn.Module):
     """
-    Early convolutions (Xiao et al., 2021) in the form of MoCo-v3's code: log2(p) times [3x3 stride 2, batch norm, ReLU]
-    with channels doubling up to D, then 1x1. (B, C, H, W) -> (B, N, D).
+    Early convolutions (Xiao et al., 2021) in the form of MoCo-v3's code: log2(p) times [3x3 stride 2, batch norm,
+    ReLU] with channels doubling up to D, then 1x1. (B, C, H, W) -> (B, N, D).
     """
 
     def __init__(self, patch_size: int, num_channels: int, hidden_size: int):

@@ -1,0 +1,142 @@
+"""CLIP as open_clip_torch builds it, at OneR's size and on OneR's batches: the two-tower row of the evidence.
+
+The image tower is open_clip's ViT, the text tower its causal transformer; both have the width, depth, heads, patches
+and vocabulary of a `OneRConfig`, so the two towers together have about twice its parameters. What is CLIP's own stays
+CLIP's: patch projection, learnable positions, linear projections, learnable temperature from .07, `ClipLoss`, no
+teacher, no masks. `ClipBaseline` answers `get_image_features` and `get_text_features`, so evaluators take it as it is.
+
+Shapes: B pairs, N patches, T words of the longest text, P embedding width. A text arrives in the processor's layout
+and is read as `[CLS] w1 ... wT [EOT] [PAD]*`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from oner.modeling import OneRConfig
+
+MAX_LOGIT_SCALE = math.log(100.0)  # CLIP clips its scale there, and so does open_clip's training loop
+
+
+def _open_clip() -> Any:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError("the CLIP baseline needs open_clip_torch: pip install 'oner[evidence]'") from error
+    return open_clip
+
+
+class ClipBaseline(nn.Module):
+    """open_clip's `CLIP` at the size of `config`, behind the interface of a retrieval model.
+
+    Args:
+        config: gives width, depth, heads, picture, patch, vocabulary, longest text and width of the embedding.
+
+    Raises:
+        ImportError: open_clip_torch is not installed.
+    """
+
+    def __init__(self, config: OneRConfig) -> None:
+        super().__init__()
+        self.config = config
+        # the end-of-text token gets the largest id of all, where CLIP's "argmax" pooling looks for it
+        self.end_of_text = config.vocab_size
+        ratio = config.intermediate_size / config.hidden_size
+        self.clip = _open_clip().model.CLIP(
+            embed_dim=config.projection_dim,
+            vision_cfg={
+                "layers": config.num_hidden_layers,
+                "width": config.hidden_size,
+                "head_width": config.hidden_size // config.num_attention_heads,
+                "mlp_ratio": ratio,
+                "patch_size": config.patch_size,
+                "image_size": config.image_size,
+            },
+            text_cfg={
+                "context_length": config.max_text_length + 2,  # [CLS], words, [EOT]
+                "vocab_size": config.vocab_size + 1,
+                "width": config.hidden_size,
+                "heads": config.num_attention_heads,
+                "layers": config.num_hidden_layers,
+                "mlp_ratio": ratio,
+            },
+            nonscalar_logit_scale=True,
+        )
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised pictures (B, P), normalised texts (B, P), and the factor on their products (1,)."""
+        images = nn.functional.normalize(self.clip.encode_image(pixel_values), dim=-1)
+        texts = nn.functional.normalize(self.encode_text(self.clip_ids(input_ids, attention_mask)), dim=-1)
+        return images, texts, self.clip.logit_scale.exp()
+
+    def clip_ids(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The processor's layout, (B, 1 + N + T) or (B, 1 + T), to CLIP's, (B, T + 2)."""
+        placeholders = (input_ids == self.config.image_token_id).any(0)
+        ids, mask = input_ids[:, ~placeholders], attention_mask[:, ~placeholders].bool()
+        ids = ids.masked_fill(~mask, self.config.pad_token_id)
+        ids = nn.functional.pad(ids, (0, 1), value=self.config.pad_token_id)
+        return ids.scatter(1, mask.sum(1, keepdim=True), self.end_of_text)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """open_clip's `encode_text` over the columns in use alone, (B, T + 2) -> (B, P).
+
+        Equal to padding up to `context_length`, as the attention is causal and what follows [EOT] is never read.
+
+        Raises:
+            ValueError: a text longer than the context.
+        """
+        clip, length = self.clip, ids.shape[1]
+        if length > clip.context_length:
+            raise ValueError(f"a text of {length} tokens, [CLS] and [EOT] included, in {clip.context_length} places")
+        states = clip.token_embedding(ids) + clip.positional_embedding[:length]
+        states = clip.transformer(states, attn_mask=clip.attn_mask[:length, :length])
+        ends = states[torch.arange(len(ids), device=ids.device), ids.argmax(1)]  # the norm is by place: pool first
+        return clip.ln_final(ends) @ clip.text_projection
+
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """Pictures (B, 3, H, W) -> pooler_output (B, P)."""
+        return BaseModelOutputWithPooling(pooler_output=self.clip.encode_image(pixel_values))
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutputWithPooling:
+        """Texts in the processor's layout -> pooler_output (B, P)."""
+        return BaseModelOutputWithPooling(pooler_output=self.encode_text(self.clip_ids(input_ids, attention_mask)))
+
+
+class ClipObjective:
+    """open_clip's `ClipLoss` as the engine's objective: clean pictures and clean words, negatives of all processes."""
+
+    def __init__(self, student: ClipBaseline, arguments: Any = None) -> None:
+        self.student, self.arguments = student, arguments
+        self.loss = None
+
+    def __call__(
+        self, student: nn.Module, batch: Mapping[str, Tensor], progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.loss is None:  # ranks are known only once the engine runs
+            from oner.training.distributed import rank, world_size
+
+            self.loss = _open_clip().ClipLoss(rank=rank(), world_size=world_size())
+        images, texts, scale = student(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+        loss = self.loss(images.float(), texts.float(), scale.float())
+        return loss, {"clip": loss.detach()}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keeps the temperature at .01 or above, as CLIP does."""
+        self.student.clip.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
+    def to(self, device: torch.device) -> "ClipObjective":
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"the CLIP objective has no state, got {sorted(state)}")

@@ -1,0 +1,107 @@
+"""Pretrain a family on pairs of pictures and text, evaluate, and write a model directory that is a Hub repository.
+
+accelerate launch examples/pretrain.py --config examples/configs/oner_emoji.yaml [--name value ...]
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+import oner  # noqa: F401  registers the families with transformers' auto classes
+from oner.processing.vl_dataset import open_pairs
+from oner.training.arguments import Arguments, parse_arguments
+from oner.training.engine import Engine, make_accelerator
+from oner.training.evaluation_retrieval import RetrievalEvaluator
+from oner.training.hub import export_model
+from oner.training.objective import build_objective
+from oner.training.pair_loading import PairLoader, build_model, build_processor_and_config, open_training_pairs
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs to the end and returns the last evaluation."""
+    arguments = parse_arguments(argv)
+    accelerator = make_accelerator(arguments.run)
+    pairs = open_training_pairs(arguments.data)
+    processor, config = build_processor_and_config(arguments, pairs)
+    model = build_model(arguments, config)
+    loader = PairLoader(arguments, pairs, processor, config)
+    evaluators = build_evaluators(arguments)
+
+    accelerator.print(describe(arguments, model, loader, accelerator))
+
+    def evaluate(student: PreTrainedModel) -> Iterator[tuple[str, float]]:
+        for evaluator in evaluators:
+            yield from evaluator.run(student, processor)
+
+    engine = Engine(
+        accelerator=accelerator,
+        model=model,
+        objective=build_objective(arguments.model.family, model, arguments.objective),
+        arguments=arguments,
+        loader=loader,
+        total_steps=loader.total_steps,
+        epoch_steps=loader.epoch_steps,
+        evaluate=evaluate if evaluators else None,
+    )
+    metrics = engine.fit()
+    if engine.stopped:
+        accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
+    elif accelerator.is_main_process:
+        directory = export(arguments, engine.model, processor, metrics, evaluators)
+        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
+        print(f"model directory: {directory}")
+    return metrics
+
+
+def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
+    """Retrieval on each evaluation set."""
+    data, run = arguments.data, arguments.run
+    return [
+        RetrievalEvaluator(
+            open_pairs(path, data.image_column, data.text_column, data.id_column),
+            name=Path(path).stem,
+            captions=run.eval_captions,
+            progress=False,
+        )
+        for path in run.eval_data
+    ]
+
+
+def describe(arguments: Arguments, model: PreTrainedModel, loader: PairLoader, accelerator) -> str:
+    """What is about to happen, in a line or two."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    line = (
+        f"{arguments.model.family}-{arguments.model.size}, {millions:.1f} M parameters, "
+        f"{loader.total_steps} steps of {arguments.run.batch_size} pairs on {accelerator.num_processes} x "
+        f"{accelerator.device.type}, precision {accelerator.mixed_precision}"
+    )
+    return line if loader.resume_note is None else f"{line}\n{loader.resume_note}"
+
+
+def export(
+    arguments: Arguments, model: PreTrainedModel, processor, metrics: dict[str, float], evaluators: list
+) -> Path:
+    """The model directory, with its card, from the student's weights."""
+    protocol = {
+        "seed": arguments.run.seed,
+        "weights": "student",
+        "resolution": model.config.image_size,
+        **{evaluator.name: evaluator.protocol for evaluator in evaluators},
+    }
+    return export_model(
+        model,
+        processor,
+        Path(arguments.run.output_dir) / "model",
+        metrics=metrics,
+        protocol=protocol,
+        training_config=arguments.to_dict(),
+        data=arguments.data.train_data,
+        dtype=getattr(torch, arguments.run.export_dtype),
+    )
+
+
+if __name__ == "__main__":
+    main()

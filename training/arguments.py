@@ -1,0 +1,180 @@
+"""What a run may be told: dataclasses, filled from a flat YAML file and the command line, in this order."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .objective import objective_classes
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class ModelArguments:
+    family: str = field(default="oner", metadata=_help("Which system: its model and its objective."))
+    size: str = field(default="base", metadata=_help("Named size of the family, when training from scratch."))
+    model_config: dict | str | None = field(default=None, metadata=_help("Fields of the model's configuration."))
+    initial_model: str | None = field(
+        default=None, metadata=_help("Directory or Hub id to start from (weights, processor), as the 384 stage does.")
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata=_help("A BERT vocabulary (vocab.txt) or saved tokenizer; trained on the captions if none."),
+    )
+    vocab_size: int = field(default=30522, metadata=_help("Upper bound of a trained vocabulary."))
+    attn_implementation: str | None = field(
+        default=None, metadata=_help("eager, sdpa, flash_attention_2, flex_attention; transformers chooses if none.")
+    )
+    gradient_checkpointing: bool = field(default=False, metadata=_help("Trade a second forward for memory."))
+
+
+@dataclass
+class DataArguments:
+    train_data: list[str] = field(
+        default_factory=list, metadata=_help("Files, one folder, or a name that `datasets` knows.")
+    )
+    split: str | None = field(default=None, metadata=_help("Split of a data set that has several."))
+    image_column: str | None = field(default=None, metadata=_help("Column of pictures; found by its usual names."))
+    text_column: str | None = field(default=None, metadata=_help("Column of captions, one or a list a row."))
+    id_column: str | None = field(default=None, metadata=_help("Rows that share an id are positives of each other."))
+    streaming: bool = field(default=False, metadata=_help("Read once in order; resuming can then not be exact."))
+    one_row_per_id: bool = field(default=False, metadata=_help("Never two rows of one id in a batch."))
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.5, 1.0], metadata=_help("Area range of RandomResizedCrop (appendix E, facts 19).")
+    )
+    horizontal_flip: float = field(default=0.0, metadata=_help("Probability; the paper names no flip."))
+    mlm_probability: float = field(default=0.15, metadata=_help("Share of words to predict (appendix C)."))
+    mim_ratio: list[float] = field(
+        default_factory=lambda: [0.1, 0.5],
+        metadata=_help("Share of masked patches at the start and the end, linear in progress (appendix C)."),
+    )
+    max_pixels: int | None = field(default=None, metadata=_help("Largest picture to decode, in pixels."))
+    num_workers: int = field(default=2, metadata=_help("Data workers a process."))
+
+
+@dataclass
+class RunArguments:
+    output_dir: str = field(default="runs/oner", metadata=_help("Checkpoints, log.jsonl, and the final `model/`."))
+    seed: int = field(default=0, metadata=_help("Decides weights, order, captions, crops and masks."))
+    epochs: float = field(default=40, metadata=_help("Length of the run (appendix C)."))
+    max_steps: int | None = field(default=None, metadata=_help("Length in steps instead of epochs."))
+    batch_size: int = field(default=4096, metadata=_help("Pairs a step over all processes (appendix C)."))
+    base_learning_rate: float = field(
+        default=1e-4, metadata=_help("The rate is this times batch_size / 256 (appendix C).")
+    )
+    min_learning_rate: float = field(default=0.0, metadata=_help("Where the cosine ends."))
+    warmup_epochs: float = field(default=4, metadata=_help("Linear warm-up from 0 (appendix C)."))
+    weight_decay: float = field(default=0.1, metadata=_help("AdamW's (appendix C)."))
+    decay_norm_and_bias: bool = field(
+        default=False, metadata=_help("Decay 1-D parameters too, literally as MoCo-v3's code does.")
+    )
+    adam_beta1: float = field(default=0.9, metadata=_help("AdamW's first moment."))
+    adam_beta2: float = field(default=0.999, metadata=_help("AdamW's second moment."))
+    max_grad_norm: float | None = field(default=None, metadata=_help("Clip the gradient's norm; the paper does not."))
+    mixed_precision: str = field(
+        default="bf16", metadata=_help("no, bf16, fp16, or auto: bf16 where the hardware multiplies it, else no.")
+    )
+    compile: bool = field(default=False, metadata=_help("torch.compile of the layers."))
+    log_every: int = field(default=10, metadata=_help("Steps between lines of log.jsonl."))
+    report_to: list[str] = field(default_factory=list, metadata=_help("Trackers of Accelerate: tensorboard, wandb..."))
+    save_every_epochs: float = field(default=1, metadata=_help("Epochs between checkpoints."))
+    keep_checkpoints: int = field(default=2, metadata=_help("How many of the last checkpoints to keep."))
+    resume: str | None = field(
+        default=None, metadata=_help("`auto`: the last whole checkpoint of output_dir if any; or a checkpoint's path.")
+    )
+    allow_changes: bool = field(default=False, metadata=_help("Resume although the configuration differs."))
+    eval_data: list[str] = field(default_factory=list, metadata=_help("Files for retrieval while training."))
+    eval_captions: str = field(default="all", metadata=_help("all or first: which captions of a row are texts."))
+    eval_every_epochs: float = field(default=1, metadata=_help("Epochs between evaluations; 0: only at the end."))
+    export_dtype: str = field(default="float32", metadata=_help("Precision of the published weights."))
+
+
+@dataclass
+class Arguments:
+    """Everything a run was told; `objective` is the family's own dataclass."""
+
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+    objective: Any
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, as in the YAML file."""
+        flat = {}
+        for part in dataclasses.fields(self):
+            flat.update(dataclasses.asdict(getattr(self, part.name)))
+        return flat
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A flat YAML file; `base: other.yaml` (relative to it) is read first and overridden. Raises `ValueError`."""
+    path = Path(path)
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of argument names, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    merged = read_config(path.parent / base)
+    if isinstance(merged.get("model_config"), dict) and isinstance(values.get("model_config"), dict):
+        values["model_config"] = {**merged["model_config"], **values["model_config"]}
+    return {**merged, **values}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """
+    `--config FILE.yaml`, then `--name value` for anything to override.
+
+    Raises:
+        ValueError: names that no argument has, or values out of range.
+        SystemExit: what argparse itself refuses, and `--help`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--family")
+    known, rest = first.parse_known_args(argv)
+    values = read_config(known.config) if known.config else {}
+    family = known.family or values.get("family", "oner")
+    objective = objective_classes(family)[1]
+    parser = HfArgumentParser([ModelArguments, DataArguments, RunArguments, objective], allow_abbrev=False)
+    names = {action.dest for action in parser._actions}
+    if foreign := sorted(set(values) - names):
+        raise ValueError(f"{known.config}: unknown arguments {foreign}; `--help` lists those there are")
+    parser.set_defaults(**{**values, "family": family})
+    parts = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+    arguments = Arguments(*parts)
+    for part in (arguments.model, arguments.objective):
+        for name in ("model_config", "loss_weights"):
+            if isinstance(getattr(part, name, None), str):
+                setattr(part, name, json.loads(getattr(part, name)))
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: Arguments) -> None:
+    data, run = arguments.data, arguments.run
+    if not data.train_data:
+        raise ValueError("train_data is empty; expected files, a folder, or the name of a data set")
+    if run.batch_size < 2:
+        raise ValueError(f"batch_size is {run.batch_size}; contrast needs at least 2 pairs a step")
+    for name in ("crop_scale", "mim_ratio"):
+        low_high = getattr(data, name)
+        if len(low_high) != 2 or not 0 <= low_high[0] <= 1 or not 0 <= low_high[1] <= 1:
+            raise ValueError(f"{name} is {low_high}; expected two numbers in [0, 1]")
+    if run.eval_captions not in ("all", "first"):
+        raise ValueError(f"eval_captions is {run.eval_captions!r}; expected 'all' or 'first'")
+    if run.mixed_precision not in ("no", "bf16", "fp16", "auto"):
+        raise ValueError(f"mixed_precision is {run.mixed_precision!r}; expected no, bf16, fp16 or auto")
+    if arguments.data.one_row_per_id and arguments.data.id_column is None:
+        raise ValueError("one_row_per_id needs id_column, got none")
