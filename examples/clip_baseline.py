@@ -1,5 +1,9 @@
 """CLIP as open_clip_torch builds it, at OneR's size and on OneR's batches: the two-tower row of the evidence.
 
+    python examples/clip_baseline.py --config examples/configs/oner_emoji.yaml --output_dir runs/clip
+
+The arguments are those of examples/pretrain.py; what is about OneR's heads, losses and masks has no effect.
+
 The image tower is open_clip's ViT, the text tower its causal transformer; both have the width, depth, heads, patches
 and vocabulary of a `OneRConfig`, so the two towers together have about twice its parameters. What is CLIP's own stays
 CLIP's: patch projection, learnable positions, linear projections, learnable temperature from .07, `ClipLoss`, no
@@ -10,15 +14,22 @@ and is read as `[CLS] w1 ... wT [EOT] [PAD]*`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from oner.modeling import OneRConfig
+from oner import OneRConfig
+from oner.training.arguments import parse_arguments
+from oner.training.distributed import rank, world_size
+from oner.training.engine import Engine, make_accelerator
+from oner.training.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
 
+WEIGHTS = "clip.safetensors"
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP clips its scale there, and so does open_clip's training loop
 
 
@@ -66,6 +77,19 @@ class ClipBaseline(nn.Module):
             },
             nonscalar_logit_scale=True,
         )
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "ClipBaseline":
+        """The model that `save` wrote."""
+        model = cls(OneRConfig.from_pretrained(directory))
+        model.load_state_dict(load_file(Path(directory) / WEIGHTS))
+        return model
+
+    def save(self, directory: str | Path) -> None:
+        """Weights, and the configuration that they were sized by."""
+        self.config.save_pretrained(directory)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, Path(directory) / WEIGHTS)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor
@@ -119,8 +143,6 @@ class ClipObjective:
         self, student: nn.Module, batch: Mapping[str, Tensor], progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.loss is None:  # ranks are known only once the engine runs
-            from oner.training.distributed import rank, world_size
-
             self.loss = _open_clip().ClipLoss(rank=rank(), world_size=world_size())
         images, texts, scale = student(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
         loss = self.loss(images.float(), texts.float(), scale.float())
@@ -140,3 +162,37 @@ class ClipObjective:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if state:
             raise ValueError(f"the CLIP objective has no state, got {sorted(state)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains the baseline with OneR's loader, optimiser, schedule and engine, and writes `output_dir/model`."""
+    arguments = parse_arguments(argv)
+    accelerator = make_accelerator(arguments.run)
+    pairs = open_training_pairs(arguments.data)
+    processor, config = build_processor_and_config(arguments, pairs)
+    torch.manual_seed(arguments.run.seed)
+    model = ClipBaseline(config)
+    loader = PairLoader(arguments, pairs, processor, config)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    accelerator.print(f"CLIP, {millions:.1f} M parameters, {loader.total_steps} steps of {arguments.run.batch_size}")
+    engine = Engine(
+        accelerator=accelerator,
+        model=model,
+        objective=ClipObjective(model),
+        arguments=arguments,
+        loader=loader,
+        total_steps=loader.total_steps,
+        epoch_steps=loader.epoch_steps,
+    )
+    engine.fit()
+    if engine.stopped:
+        accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
+    elif accelerator.is_main_process:
+        directory = Path(arguments.run.output_dir) / "model"
+        model.save(directory)
+        processor.save_pretrained(directory)
+        print(f"model directory: {directory}")
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,6 @@ from .vl_outputs import (
 AUTO_MAP = {
     "AutoConfig": "configuration_oner.OneRConfig",
     "AutoModel": "modeling_oner.OneRModel",
-    "AutoModelForPreTraining": "modeling_oner_pretraining.OneRForPreTraining",
     "AutoModelForZeroShotImageClassification": "modeling_oner.OneRForImageTextRetrieval",
     "AutoModelForMaskedLM": "modeling_oner.OneRForMaskedLM",
     "AutoModelForImageClassification": "modeling_oner.OneRForImageClassification",
@@ -53,10 +52,8 @@ class OneREmbeddings(nn.Module):
         self.patch_mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.word_scale = math.sqrt(config.hidden_size) if config.scale_word_embeddings else 1.0
         side = config.image_size // config.patch_size
-        self.register_buffer("image_positions", torch.zeros(side * side, config.hidden_size), persistent=False)
-        self.register_buffer(
-            "text_positions", torch.zeros(config.max_text_length, config.hidden_size), persistent=False
-        )
+        self.register_buffer("image_positions", self.make_image_positions((side, side)), persistent=False)
+        self.register_buffer("text_positions", self.make_text_positions(), persistent=False)
 
     def make_image_positions(self, grid: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
         """The 2-D table for a grid (h, w), from the grid the model was first trained on. -> (h*w, D), fp32."""
@@ -222,6 +219,7 @@ class OneRFeatures:
     def tower(self) -> "OneRModel":
         return getattr(self, "oner", self)
 
+    @can_return_tuple
     def get_text_features(
         self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
@@ -232,12 +230,14 @@ class OneRFeatures:
         real = is_word.long() if attention_mask is None else attention_mask * is_word
         # a hidden placeholder must not be an id that the checks take for a patch
         words = torch.where(is_word, input_ids, self.config.pad_token_id or 0)
-        return self._features(self.tower(input_ids=words, attention_mask=real, **kwargs))
+        return self._features(self.tower(input_ids=words, attention_mask=real, return_dict=True, **kwargs))
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """Pictures alone: (B, C, H, W) -> `pooler_output` (B, P)."""
-        return self._features(self.tower(pixel_values=pixel_values, **kwargs))
+        return self._features(self.tower(pixel_values=pixel_values, return_dict=True, **kwargs))
 
+    @can_return_tuple
     def get_multimodal_features(
         self,
         input_ids: torch.LongTensor,
@@ -252,7 +252,13 @@ class OneRFeatures:
         if pixel_values is None or input_ids is None:
             raise ValueError("get_multimodal_features expects both input_ids and pixel_values")
         return self._features(
-            self.tower(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
+            self.tower(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                pixel_values=pixel_values,
+                return_dict=True,
+                **kwargs,
+            )
         )
 
     @staticmethod
@@ -374,10 +380,10 @@ class OneRForImageTextRetrieval(OneRFeatures, OneRPreTrainedModel):
             raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
         image_embeds = text_embeds = logits = None
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values, **kwargs)
+            features = self.get_image_features(pixel_values, return_dict=True, **kwargs)
             image_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
         if input_ids is not None:
-            features = self.get_text_features(input_ids, attention_mask, **kwargs)
+            features = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
             text_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
         if image_embeds is not None and text_embeds is not None:
             scale = self.logit_scale.exp() if self.config.learnable_temperature else 1 / self.config.temperature
@@ -430,7 +436,7 @@ class OneRForMaskedLM(OneRPreTrainedModel):
         """`logits` (B, L, V) speak of the positions of `input_ids`; `labels` (B, L), -100 where there is no loss."""
         if input_ids is None:
             raise ValueError("OneRForMaskedLM expects input_ids, got None")
-        outputs = self.oner(input_ids, attention_mask, pixel_values, **kwargs)
+        outputs = self.oner(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
@@ -464,7 +470,7 @@ class OneRForImageClassification(OneRPreTrainedModel):
         """`logits` (B, classes); `labels` (B,)."""
         if pixel_values is None:
             raise ValueError("OneRForImageClassification expects pixel_values, got None")
-        outputs = self.oner(input_ids, attention_mask, pixel_values, **kwargs)
+        outputs = self.oner(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(self.oner.pool(outputs.last_hidden_state, outputs.token_types))
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         return ImageClassifierOutput(

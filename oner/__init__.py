@@ -44,6 +44,23 @@ __version__ = "0.1.0"
 
 AutoConfig.register("oner", OneRConfig, exist_ok=True)
 OneRConfig.register_for_auto_class()
+
+
+class _RegisteredPipelines:
+    """`config.custom_pipelines` as `pipeline()` reads it: empty, because the tasks are registered below.
+
+    A checkpoint names its pipelines' code for those who lack oner; with such an entry `pipeline()` asks for trust
+    even where an installed package serves the task. The entry itself stays in the instance, and in what is saved.
+    """
+
+    def __get__(self, config, owner=None) -> dict:
+        return {}
+
+    def __set__(self, config, value: dict) -> None:
+        config.__dict__["custom_pipelines"] = value
+
+
+OneRConfig.custom_pipelines = _RegisteredPipelines()
 for _auto, _model in (
     (AutoModel, OneRModel),
     (AutoModelForPreTraining, OneRForPreTraining),

@@ -29,6 +29,7 @@ class OneRProcessorKwargs(ProcessingKwargs, total=False):
     """The options of ``OneRProcessor.__call__``."""
 
     text_kwargs: OneRTextKwargs
+    _defaults = {}  # transformers 5.20, the newest for Python 3.10, asks for it
 
 
 class OneRProcessor(ProcessorMixin):
@@ -92,8 +93,8 @@ class OneRProcessor(ProcessorMixin):
         if images is None and text is None:
             raise ValueError(f"{type(self).__name__} got neither images nor text: pass at least one of them")
         self._check_options(kwargs)
-        merged = self._merge_kwargs(**kwargs)
-        options, image_options = merged["text_kwargs"], merged["images_kwargs"]
+        merged = self._merge_kwargs(OneRProcessorKwargs, **kwargs)
+        options, image_options = {**self.text_kwargs, **merged["text_kwargs"]}, merged["images_kwargs"]
         words = None if text is None else self._tokenize(text, options)
         data: dict[str, Any] = {}
         n_patches = 0

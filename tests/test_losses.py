@@ -16,7 +16,9 @@ def naive_info_nce(queries, keys, temperature, query_ids=None, key_ids=None, off
     for i in range(len(q)):
         cosines = [q[i] @ row / np.linalg.norm(q[i]) / np.linalg.norm(row) / temperature for row in k]
         log_sum = math.log(sum(math.exp(cosine) for cosine in cosines))
-        positives = [j for j in range(len(k)) if (j == i + offset if query_ids is None else query_ids[i] == key_ids[j])]
+        positives = [
+            j for j in range(len(k)) if (j == i + offset if query_ids is None else query_ids[i] == key_ids[j])
+        ]
         total += sum(log_sum - cosines[j] for j in positives) / len(positives)
     return total / len(q)
 
@@ -39,7 +41,9 @@ def test_info_nce_with_ids_equals_a_naive_loop():
 
 def test_distinct_ids_mean_the_own_key():
     queries, keys, ids = torch.randn(5, 6), torch.randn(5, 6), torch.tensor([4, 2, 9, 1, 0])
-    assert info_nce(queries, keys, 0.2, ids, ids).item() == pytest.approx(info_nce(queries, keys, 0.2).item(), abs=1e-6)
+    assert info_nce(queries, keys, 0.2, ids, ids).item() == pytest.approx(
+        info_nce(queries, keys, 0.2).item(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([1, 1, 2, 3, 1])])
@@ -102,7 +106,7 @@ def test_info_nce_of_halves_is_computed_in_full():
 
 
 def test_a_query_without_a_positive_key_is_an_error():
-    with pytest.raises(ValueError, match=r"query_ids \[8\] .*no key"):
+    with pytest.raises(ValueError, match=r"query_ids \[8\] have no key"):
         info_nce(torch.randn(2, 4), torch.randn(2, 4), 0.2, torch.tensor([1, 8]), torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="key_ids"):
         info_nce(torch.randn(2, 4), torch.randn(2, 4), 0.2, torch.tensor([1, 8]))

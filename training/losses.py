@@ -28,14 +28,19 @@ def info_nce(
         offset: Where this process's keys begin among the gathered ones (label = i + B * rank, MoCo-v3).
 
     Raises:
-        ValueError: a query without any positive key.
+        ValueError: query_ids without key_ids; a query without any positive key (looked at on the CPU only: reading
+            values would make an accelerator wait; there the loss is NaN).
     """
     queries = F.normalize(queries.float(), dim=-1)
     keys = F.normalize(keys.float(), dim=-1)
     logits = queries @ keys.T / temperature  # (B, K)
     if query_ids is None:
         return F.cross_entropy(logits, torch.arange(offset, offset + len(queries), device=logits.device))
+    if key_ids is None:
+        raise ValueError("got query_ids without key_ids; expected the id of every key")
     positives = (query_ids[:, None] == key_ids[None, :]).float()  # (B, K)
+    if positives.device.type == "cpu" and (lonely := query_ids[positives.sum(1) == 0]).numel():
+        raise ValueError(f"query_ids {lonely.tolist()} have no key; expected at least one key of each id")
     targets = positives / positives.sum(1, keepdim=True)
     return -(targets * F.log_softmax(logits, dim=1)).sum(1).mean()
 

@@ -1,0 +1,358 @@
+"""The paper's Table 6 on the embedded pairs, with the modality gap beside it: trains every row, writes docs/evidence.md.
+
+    python examples/evidence.py                                   six rows, one seed, two rows at a time on two cores
+    python examples/evidence.py --seeds 0 1 2 --jobs 1            three seeds, one after the other, as on a GPU
+    python examples/evidence.py --questions                       and ITC with other heads, pooling, temperature, batch
+    python examples/evidence.py --rows itc itc:head_norm=batch,head_statistics=separate --epochs 5
+
+A row is `name` or `name:key=value,...`; a key is an argument of examples/pretrain.py or a field of `OneRConfig`. Every
+row sees the same pairs in the same order for the same number of steps. A finished row is a JSON file in --output and is
+not trained again; an interrupted one goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from clip_baseline import ClipBaseline
+from evidence_table import machine_facts, write_evidence
+from tqdm.auto import tqdm
+from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
+
+from oner import OneRConfig, open_pairs
+from oner.training.arguments import read_config
+from oner.training.evaluation_embedding import embed_images, embed_texts, row_ids
+from oner.training.evaluation_gap import centroid_separability, linear_separability, paired_cosines
+from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
+from oner.training.metrics import centroid_distance
+from oner.training.model_card import slug
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "examples" / "configs"
+# name -> (title in the table, configuration); in the order of the paper's Table 6, then of Table 7
+ROWS = {
+    "clip": ("CLIP (open_clip, two towers)", "oner_emoji_itc_cmc.yaml"),
+    "itc": ("ITC", "oner_emoji_itc.yaml"),
+    "itc_two_heads": ("ITC (two heads)", "oner_emoji_itc_two_heads.yaml"),
+    "itc_xmc": ("ITC + XMC", "oner_emoji_itc_xmc.yaml"),
+    "itc_xmc_cic": ("ITC + XMC + CIC", "oner_emoji_itc_xmc_cic.yaml"),
+    "itc_cmc": ("ITC + CMC (OneR)", "oner_emoji_itc_cmc.yaml"),
+    "no_mim": ("OneR - MIM", "oner_emoji_no_mim.yaml"),
+    "no_mim_mlm": ("OneR - MIM - MLM", "oner_emoji_no_mim_mlm.yaml"),
+}
+TABLE_6 = [name for name in ROWS if not name.startswith("no_")]
+# what may decide whether naive contrast fails: statistics of the heads, pooled feature, temperature, batch size
+QUESTIONS = [
+    "itc:head_norm=batch,head_statistics=shared,projector_layers=3,predictor_layers=2",
+    "itc:head_norm=batch,head_statistics=separate,projector_layers=3,predictor_layers=2",
+    "itc:head_norm=layer,projector_layers=3,predictor_layers=2",
+    "itc_cmc:head_norm=batch,head_statistics=shared,projector_layers=3,predictor_layers=2",
+    "itc:pooling=mean",
+    "itc:temperature=0.07",
+    "itc:batch_size=64",
+]
+MODEL_FIELDS = {entry.name for entry in fields(OneRConfig)} - {"vocab_size"}  # the run's vocab_size is an upper bound
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table with one seed: what to train, and where it goes."""
+
+    row: str
+    seed: int
+    output: Path
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.row.split(":")[0]
+
+    @property
+    def title(self) -> str:
+        changed = self.row.partition(":")[2].replace(",", ", ")
+        return ROWS[self.name][0] + (f", {changed}" if changed else "")
+
+    @property
+    def directory(self) -> Path:
+        return self.output / slug(self.row) / f"seed{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return self.output / f"{slug(self.row)}-seed{self.seed}.json"
+
+    def arguments(self) -> dict[str, Any]:
+        """Everything told on top of the row's configuration, as names of arguments."""
+        told = {**self.options, **self.changes, "seed": self.seed}
+        model = {key: value for key, value in told.items() if key in MODEL_FIELDS}
+        flat = {key: value for key, value in told.items() if key not in MODEL_FIELDS}
+        if model:  # a mapping on the command line replaces the file's, so that one is merged in
+            flat["model_config"] = {**read_config(CONFIGS / ROWS[self.name][1]).get("model_config", {}), **model}
+        return flat
+
+    def command(self, threads: int) -> list[str]:
+        """The command that trains this row, from the top of the repository."""
+        script = "examples/clip_baseline.py" if self.name == "clip" else "examples/pretrain.py"
+        words = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, script]
+        words += ["--config", f"examples/configs/{ROWS[self.name][1]}", "--output_dir", str(self.directory)]
+        for key, value in {"resume": "auto", **self.arguments()}.items():
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+        return words
+
+    def setup(self) -> dict[str, Any]:
+        """What a finished result must agree with to be taken over."""
+        told = {key: value for key, value in self.arguments().items() if key != "num_workers"}
+        return json.loads(json.dumps({"row": self.row, "config": read_config(CONFIGS / ROWS[self.name][1]), **told}))
+
+
+def parse_changes(text: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words to a mapping; values are read as YAML. Raises `ValueError`."""
+    changes = {}
+    for word in text:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"expected key=value, got {word!r}")
+        changes[key] = yaml.safe_load(value)
+    return changes
+
+
+def plan(a: argparse.Namespace) -> list[Run]:
+    """The runs asked for. Raises `ValueError` for an unknown row."""
+    options: dict[str, Any] = {"eval_every_epochs": 0, "save_every_epochs": 5, "keep_checkpoints": 1, "num_workers": 0}
+    options |= {"epochs": a.epochs} if a.steps is None else {"max_steps": a.steps}
+    options |= {"head_norm": a.head_norm} if a.head_norm else {}
+    options |= {"head_statistics": a.head_statistics} if a.head_statistics else {}
+    options |= parse_changes(a.set)
+    runs = []
+    for row in dict.fromkeys([*a.rows, *(QUESTIONS if a.questions else [])]):
+        name, _, changes = row.partition(":")
+        if name not in ROWS:
+            raise ValueError(f"unknown row {name!r}; expected one of {', '.join(ROWS)}")
+        told = parse_changes(changes.split(",")) if changes else {}
+        runs += [Run(row, seed, Path(a.output), told, options) for seed in a.seeds]
+    return runs
+
+
+def finished(run: Run) -> dict[str, Any] | None:
+    """The result of a run that was done before.
+
+    Raises:
+        ValueError: it was made with other settings.
+    """
+    if not run.result.is_file():
+        return None
+    content = json.loads(run.result.read_text(encoding="utf-8"))
+    then, now = content["setup"], run.setup()
+    if then != now:
+        changed = [
+            f"{key}: {then.get(key)!r} -> {now.get(key)!r}" for key in {*then, *now} if then.get(key) != now.get(key)
+        ]
+        raise ValueError(
+            f"{run.result} was made with other settings ({'; '.join(sorted(changed))}): remove it or name another --output"
+        )
+    return content
+
+
+def train(run: Run, threads: int, children: list[subprocess.Popen]) -> None:
+    """Trains a row in a process of its own; what it prints goes to `train.log`.
+
+    Raises:
+        RuntimeError: it failed or was stopped, with the end of its log.
+    """
+    run.directory.mkdir(parents=True, exist_ok=True)
+    log = run.directory / "train.log"
+    with open(log, "ab") as stream:
+        child = subprocess.Popen(run.command(threads), cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+        children.append(child)
+        code = child.wait()
+    if code or not (run.directory / "model" / "config.json").is_file():
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"{run.row}, seed {run.seed}: the training ended with code {code}; {log} ends with\n{tail}")
+
+
+def training_facts(run: Run) -> dict[str, Any]:
+    """Steps, pairs and seconds of the training from its log, in which a resumed run may repeat some steps."""
+    lines = [json.loads(line) for line in (run.directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    speeds = {line["step"]: line["pairs_per_second"] for line in lines if "pairs_per_second" in line}
+    batch = run.setup().get("batch_size", run.setup()["config"].get("batch_size"))
+    steps = sorted(speeds)
+    seconds = sum((b - a) * batch / max(speeds[b], 0.1) for a, b in zip([0, *steps], steps, strict=False))
+    last = max((line for line in lines if "loss" in line), key=lambda line: line["step"])
+    return {"steps": steps[-1], "pairs": steps[-1] * batch, "train_seconds": seconds, "loss": last["loss"]}
+
+
+def load(run: Run, device: torch.device) -> tuple[Any, Any]:
+    """The trained model and its processor."""
+    directory = run.directory / "model"
+    if run.name == "clip":
+        model = ClipBaseline.from_directory(directory)
+    else:
+        model = AutoModelForZeroShotImageClassification.from_pretrained(directory)
+    return model.to(device).eval(), AutoProcessor.from_pretrained(directory)
+
+
+def evaluate(model: Any, processor: Any, rows: Sequence, gallery: Sequence, multimodal: bool) -> dict[str, float]:
+    """All numbers of a row: `first/...` and `all/...` retrieval, `gap/...`, `joint/...` for picture + caption.
+
+    `gap/` is taken on pictures and first captions: distance of the centroids, mean cosine of pairs and of others, and
+    how well a picture is told from a caption (.5: not at all).
+    """
+    values: dict[str, float] = {}
+    for captions in ("first", "all"):
+        evaluator = RetrievalEvaluator(rows, 128, name=captions, captions=captions, progress=False)
+        values |= dict(evaluator.run(model, processor))
+    image = embed_images(model, processor, [row["image"] for row in rows], 128).cpu()
+    text = embed_texts(model, processor, [str(row["captions"][0]) for row in rows], 512).cpu()
+    paired, unpaired = paired_cosines(image, text, row_ids(rows))
+    values |= {
+        "gap/distance": centroid_distance(image, text),
+        "gap/cosine_paired": paired,
+        "gap/cosine_unpaired": unpaired,
+        "gap/centroid_separability": centroid_separability(image, text),
+        "gap/linear_separability": linear_separability(image, text),
+    }
+    if multimodal:
+        evaluator = MultimodalRetrievalEvaluator(rows, gallery, 128, name="joint", progress=False)
+        values |= dict(evaluator.run(model, processor))
+    return values
+
+
+def work(run: Run, threads: int, data: tuple[Sequence, Sequence], children: list) -> dict[str, Any]:
+    """Trains and evaluates one run and writes its result."""
+    start = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train(run, threads, children)
+    model, processor = load(run, device)
+    values = evaluate(model, processor, *data, multimodal=run.name != "clip")
+    if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise ValueError(f"{run.row}, seed {run.seed}: not finite: {wrong}")
+    command = [str(word) for word in run.command(threads)]
+    command[2] = "python"
+    content = {
+        "row": run.row,
+        "title": run.title,
+        "seed": run.seed,
+        "values": values,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **training_facts(run),
+        "wall_seconds": time.perf_counter() - start,
+        "command": command,
+        "setup": run.setup(),
+        "machine": machine_facts(device),
+    }
+    partial = run.result.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(run.result)
+    for checkpoint in run.directory.glob("checkpoint-*"):  # the model stays
+        shutil.rmtree(checkpoint)
+    return content
+
+
+def steps_done(run: Run) -> int:
+    """The step of the last line in a run's log."""
+    log = run.directory / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def work_all(runs: Sequence[Run], jobs: int, threads: int, data: tuple[Sequence, Sequence]) -> list[BaseException]:
+    """All runs, `jobs` at a time, under a progress bar; the errors of those that failed. A signal stops the children."""
+    children: list[subprocess.Popen] = []
+    pool, errors = ThreadPoolExecutor(jobs), []
+    running = {pool.submit(work, run, threads, data, children): run for run in reversed(runs)}  # the longest first
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with tqdm(total=len(running), desc="rows", unit="row") as bar:
+            while running:
+                done, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    run = running.pop(future)
+                    bar.update()
+                    if error := future.exception():
+                        errors.append(error)
+                        bar.write(f"FAILED {run.row}, seed {run.seed}: {error}")
+                    else:
+                        bar.write(f"{run.row}, seed {run.seed}: {summary(future.result())}")
+                active = [run for future, run in running.items() if future.running()]
+                bar.set_postfix_str(", ".join(f"{run.row} step {steps_done(run)}" for run in active))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.terminate()  # the engine answers with a checkpoint
+        signal.signal(signal.SIGTERM, previous)
+    return errors
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    values = content["values"]
+    return (
+        f"TR@10 {values['first/tr_r@10']:.1%}, IR@10 {values['first/ir_r@10']:.1%}, gap {values['gap/distance']:.2f}, "
+        f"{content['wall_seconds'] / 60:.1f} min"
+    )
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=TABLE_6, help=f"of {', '.join(ROWS)}, or name:key=value,...")
+    parser.add_argument("--questions", action="store_true", help="also the rows that ask why naive contrast fails")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--steps", type=int, help="length in steps instead of epochs")
+    parser.add_argument("--head-norm", choices=("batch", "layer", "none"), help="of all rows but CLIP")
+    parser.add_argument("--head-statistics", choices=("shared", "separate"), help="of all rows but CLIP")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all rows")
+    parser.add_argument("--data", default=str(ROOT / "examples/data/emoji/test_style.parquet"))
+    parser.add_argument("--gallery", default=str(ROOT / "examples/data/emoji/train.parquet"))
+    parser.add_argument("--id-column", default="hexcode")
+    parser.add_argument("--limit", type=int, help="evaluate on so many rows only, evenly spaced")
+    parser.add_argument("--output", default="runs/evidence", help="models, logs, one JSON for each finished row")
+    parser.add_argument("--docs", default=str(ROOT / "docs"), help="where evidence.md and evidence.json go")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else min(cores, 4))
+    parser.add_argument("--threads", type=int, help="of a job; default: the cores divided by the jobs")
+    a = parser.parse_args(argv)
+    a.threads = a.threads or max(1, cores // a.jobs)
+    a.output = str(Path(a.output).resolve())
+    return a
+
+
+def read(source: str, id_column: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a source; of more than `limit`, evenly spaced ones."""
+    pairs = open_pairs(source, id_column=id_column)
+    count = len(pairs) if limit is None else min(limit, len(pairs))
+    return [pairs[number * len(pairs) // count] for number in range(count)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what is missing, writes the documents, and returns the number of rows that failed."""
+    a = parse(argv)
+    runs = plan(a)
+    missing = [run for run in runs if finished(run) is None]
+    data = (read(a.data, a.id_column, a.limit), read(a.gallery, a.id_column))
+    torch.set_num_threads(a.threads)
+    errors = work_all(missing, a.jobs, a.threads, data) if missing else []
+    contents = [content for run in runs if (content := finished(run)) is not None]
+    if contents:
+        command = ["python", "examples/evidence.py", *(sys.argv[1:] if argv is None else argv)]
+        facts = {"command": command, "jobs": a.jobs, "threads": a.threads, "data": Path(a.data).name}
+        facts |= {"pictures": len(data[0]), "gallery": Path(a.gallery).name}
+        print(write_evidence(Path(a.docs), contents, facts))
+    return len(errors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

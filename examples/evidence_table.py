@@ -1,0 +1,179 @@
+"""docs/evidence.md and docs/evidence.json from the finished rows of examples/evidence.py."""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oner.training.evaluation_results import library_versions
+from oner.training.model_card import markdown_table
+
+BEGIN, END = "<!-- begin: written by examples/evidence.py -->", "<!-- end: written by examples/evidence.py -->"
+# The paper's Table 6, MS-COCO zero-shot after CC3M (per cent): TR@1, TR@5, IR@1, IR@5; its CLIP is SLIP's, a ViT-B
+PAPER = {
+    "clip": (15.0, 34.8, 10.9, 26.7),
+    "itc": (0.8, 2.5, 0.7, 2.2),
+    "itc_two_heads": (10.4, 26.8, 10.7, 26.4),
+    "itc_xmc": (25.2, 48.1, 15.2, 33.6),
+    "itc_xmc_cic": (25.4, 48.1, 16.3, 35.5),
+    "itc_cmc": (25.5, 48.2, 16.9, 36.9),
+}
+KS = (1, 5, 10)
+Content = Mapping[str, Any]
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Processor, cores, accelerator if one was used, and versions."""
+    processor = platform.processor() or platform.machine()
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    facts = {"processor": processor, "cores": os.cpu_count(), "system": platform.platform()}
+    if device.type == "cuda":
+        facts["accelerator"] = torch.cuda.get_device_name(device)
+    return facts | {"versions": library_versions()}
+
+
+def spread(numbers: Sequence[float], form: Callable[[float], str]) -> str:
+    """One number as it is, several as mean ± standard deviation (of the sample)."""
+    mean = form(statistics.fmean(numbers))
+    return mean if len(numbers) == 1 else f"{mean} ± {form(statistics.stdev(numbers))}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def two_places(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def by_row(contents: Sequence[Content]) -> dict[str, list[Content]]:
+    """Row -> its results, one a seed, in the order of the rows."""
+    rows: dict[str, list[Content]] = {}
+    for content in contents:
+        rows.setdefault(content["row"], []).append(content)
+    return rows
+
+
+def cell(seeds: Sequence[Content], name: str, form: Callable[[float], str] = percent) -> str:
+    """A measured number of a row, over its seeds; what the row cannot do says so."""
+    if any(name not in content["values"] for content in seeds):
+        return "not possible"
+    return spread([content["values"][name] for content in seeds], form)
+
+
+def main_table(contents: Sequence[Content]) -> str:
+    """The form of the paper's Table 6, with the gap beside it and the paper's numbers at the end."""
+    header = ["Method", *(f"TR@{k}" for k in KS), *(f"IR@{k}" for k in KS)]
+    header += ["gap", "cosine of pairs / others", "told apart", "paper TR@1 / IR@1"]
+    chance = contents[0]["values"]
+    lines = [["chance", *(percent(chance[f"first/{way}_chance@{k}"]) for way in ("tr", "ir") for k in KS), *"   ", ""]]
+    for row, seeds in by_row(contents).items():
+        line = [seeds[0]["title"], *(cell(seeds, f"first/{way}_r@{k}") for way in ("tr", "ir") for k in KS)]
+        cosines = [cell(seeds, f"gap/cosine_{kind}", two_places) for kind in ("paired", "unpaired")]
+        apart = cell(seeds, "gap/centroid_separability")
+        paper = "{0} / {2}".format(*PAPER[row]) if row in PAPER else ""
+        lines.append([*line, cell(seeds, "gap/distance", two_places), " / ".join(cosines), apart, paper])
+    return markdown_table(header, lines)
+
+
+def more_table(contents: Sequence[Content]) -> str:
+    """All captions, and the query of picture and caption in one sequence."""
+    kinds = ("both", "image", "text")
+    header = ["Method", "TR@10", "IR@10", "picture + caption R@10", "picture alone", "caption alone"]
+    joint = next(
+        (content["values"] for content in contents if "joint/multimodal_chance@10" in content["values"]), None
+    )
+    ways = [percent(contents[0]["values"][f"all/{way}_chance@10"]) for way in ("tr", "ir")]
+    by_chance = "" if joint is None else percent(joint["joint/multimodal_chance@10"])
+    lines = [["chance", *ways, *[by_chance] * 3]]
+    for seeds in by_row(contents).values():
+        line = [seeds[0]["title"], cell(seeds, "all/tr_r@10"), cell(seeds, "all/ir_r@10")]
+        lines.append([*line, *(cell(seeds, f"joint/multimodal_{kind}_r@10") for kind in kinds)])
+    return markdown_table(header, lines)
+
+
+def cost_table(contents: Sequence[Content]) -> str:
+    """Size, pairs seen and time of every row."""
+    header = ["Method", "seeds", "parameters used in retrieval", "pairs seen", "training, min", "in all, min"]
+    lines = []
+    for seeds in by_row(contents).values():
+        times = [
+            spread([content[name] / 60 for content in seeds], lambda minutes: f"{minutes:.1f}")
+            for name in ("train_seconds", "wall_seconds")
+        ]
+        size = f"{seeds[0]['parameters'] / 1e6:.1f} M"
+        names = ", ".join(str(content["seed"]) for content in seeds)
+        lines.append([seeds[0]["title"], names, size, f"{seeds[0]['pairs']:,}", *times])
+    return markdown_table(header, lines)
+
+
+def commands(contents: Sequence[Content]) -> str:
+    """What trained each row, from the top of the repository."""
+    lines = [shlex.join(content["command"]) for content in contents]
+    return "```bash\n" + "\n".join(lines) + "\n```"
+
+
+def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
+    """The generated part of docs/evidence.md."""
+    machines = {json.dumps(content["machine"], sort_keys=True): content["machine"] for content in contents}
+    words = []
+    for machine in machines.values():
+        device = f", {machine['accelerator']}" if "accelerator" in machine else ""
+        words.append(f"{machine['processor']}, {machine['cores']} cores{device}, torch {machine['versions']['torch']}")
+    steps = sorted({content["steps"] for content in contents})
+    return f"""\
+{main_table(contents)}
+
+Per cent, on the {facts["pictures"]} pictures of `{facts["data"]}` (concepts seen in training, in a style never seen). A
+text is a picture's first caption; right is any text, or picture, of its concept. *gap*: distance between the centroids
+of normalised pictures and captions; it shrinks when a space loses its modalities, but also when it collapses, which
+*cosine of pairs / others* shows. *told apart*: how often the nearer centroid names the modality of a picture or caption
+right (50: no gap, 100: two clouds). The last column is the paper's: zero-shot MS-COCO after CC3M at base size; what can
+be compared is the order of the rows, not the numbers.
+
+{more_table(contents)}
+
+TR and IR with all captions of a picture. Picture + caption: one sequence asks for the concept's pictures in other
+styles among `{facts["gallery"]}`; beside it each half alone. A two-tower model has no embedding of a sequence of both.
+With two heads such a sequence goes through the pictures' head, which was never trained on it.
+
+{cost_table(contents)}
+
+All rows: the same pairs in the same order, {" or ".join(map(str, steps))} steps. {facts["jobs"]} row(s) at a time,
+{facts["threads"]} thread(s) each. Machine: {"; ".join(words)}.
+Standard deviations are over seeds; a single seed has none, so small differences between rows may be chance.
+
+`{shlex.join(facts["command"])}` ran:
+
+{commands(contents)}
+"""
+
+
+def write_evidence(directory: Path, contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
+    """Writes both files and returns the main table. What stands in evidence.md outside the marks is kept.
+
+    Raises:
+        ValueError: evidence.md exists and has not both marks.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {"facts": dict(facts), "rows": [dict(content) for content in contents]}
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    (directory / "evidence.json").write_text(text, encoding="utf-8")
+    path = directory / "evidence.md"
+    before, after = "# Does contextual mixup close the gap?\n\n", "\n"
+    if path.is_file():
+        whole = path.read_text(encoding="utf-8")
+        if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+            raise ValueError(f"{path} lacks the marks {BEGIN!r} and {END!r} between which the tables go")
+        before, after = whole.partition(BEGIN)[0], whole.partition(END)[2]
+    path.write_text(f"{before}{BEGIN}\n{page(contents, facts)}{END}{after}", encoding="utf-8")
+    return main_table(contents)

@@ -1,0 +1,208 @@
+"""Embeddings, attention and packing, each against what it says it computes.
+
+B rows, L positions, N = 16 patches, T words, D = 32 width.
+"""
+
+import pytest
+import torch
+from tiny_oner import CLS, IMAGE, joint_batch, naive_attention, randomised, text_of, tiny_config
+from torch import nn
+
+from oner import OneRModel
+from oner.modeling.vl_embeddings import ConvStem, LinearStem
+from oner.modeling.vl_heads import ContrastiveHead
+from oner.modeling.vl_layers import SelfAttention, Stream
+
+
+def tower(**overrides) -> OneRModel:
+    return randomised(OneRModel(tiny_config(**overrides))).eval()
+
+
+def test_words_start_at_position_zero_in_every_layout():
+    model, batch = tower(), joint_batch([4, 2])
+    embeddings, text = model.embeddings, text_of(batch)
+    alone, _ = embeddings(**text, pixel_values=None)
+    joint, _ = embeddings(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+    torch.testing.assert_close(joint[0, 17:], alone[0, 1:])
+    table, words = embeddings.text_positions, embeddings.word_embeddings.weight
+    torch.testing.assert_close(joint[0, 17 + 2], words[batch["input_ids"][0, 17 + 2]] + table[2])
+    torch.testing.assert_close(alone[1, 0], words[CLS])  # [CLS] has MAE's zero position
+
+
+def test_patches_stand_where_the_placeholders_are():
+    model, batch = tower(), joint_batch([4, 2])
+    joint, types = model.embeddings(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+    picture, picture_types = model.embeddings(None, None, batch["pixel_values"])
+    torch.testing.assert_close(joint[:, :17], picture)
+    assert types[0].tolist() == [0] + [1] * 16 + [2] * 4
+    assert types[1].tolist() == [0] + [1] * 16 + [2, 2, 3, 3]
+    assert picture_types.tolist() == [[0] + [1] * 16] * 2
+    # also when words come first
+    ids = torch.tensor([[CLS, 9, 8] + [IMAGE] * 16]).expand(2, -1)
+    moved, types = model.embeddings(ids, None, batch["pixel_values"])
+    torch.testing.assert_close(moved[:, 3:], picture[:, 1:])
+    assert types[0].tolist() == [0, 2, 2] + [1] * 16
+
+
+def test_words_are_scaled_when_asked():
+    plain = tower()
+    scaled = tower(scale_word_embeddings=True)
+    scaled.load_state_dict(plain.state_dict())
+    ids = torch.tensor([[CLS, 9, 8]])
+    table = plain.embeddings.text_positions[:2]
+    one, _ = plain.embeddings(ids, None, None)
+    many, _ = scaled.embeddings(ids, None, None)
+    torch.testing.assert_close(many[:, 0], one[:, 0] * 32**0.5)
+    torch.testing.assert_close(many[:, 1:] - table, (one[:, 1:] - table) * 32**0.5)
+
+
+def test_masked_patches_become_the_mask_token():
+    model, batch = tower(), joint_batch([2, 2])
+    masked = batch["bool_masked_pos"]
+    clean = model.embeddings.embed_patches(batch["pixel_values"])
+    hidden = model.embeddings.embed_patches(batch["pixel_values"], masked)
+    token = model.embeddings.patch_mask_token[0] + model.embeddings.image_positions
+    torch.testing.assert_close(hidden[masked], token.expand(2, -1, -1)[masked])
+    torch.testing.assert_close(hidden[~masked], clean[~masked])
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_masked_pixels_leak_through_the_stem_unless_zeroed_before(before):
+    model, batch = tower(mask_before_stem=before), joint_batch([2])
+    masked = torch.zeros(1, 16, dtype=torch.bool)
+    masked[0, 5] = True  # row 1, column 1 of the grid: pixels 4 to 7
+    other = batch["pixel_values"].clone()
+    other[:, :, 4:8, 4:8] += 3.0
+    one = model.embeddings.embed_patches(batch["pixel_values"], masked)
+    two = model.embeddings.embed_patches(other, masked)
+    assert torch.equal(one, two) == before
+
+
+def test_conv_stem_halves_the_picture_at_each_stage():
+    stem = ConvStem(patch_size=16, num_channels=3, hidden_size=768)
+    convolutions = [layer for layer in stem.layers if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [96, 192, 384, 768, 768]
+    assert [layer.stride[0] for layer in convolutions] == [2, 2, 2, 2, 1]
+    small = ConvStem(4, 3, 32).eval()
+    pixels = torch.randn(2, 3, 16, 24)
+    assert small(pixels).shape == (2, 4 * 6, 32)
+    maps = small.layers(pixels)
+    torch.testing.assert_close(small(pixels)[1, 1 * 6 + 4], maps[1, :, 1, 4])  # row-major
+
+
+def test_linear_stem_is_a_product_with_each_patch():
+    stem, pixels = LinearStem(4, 3, 8), torch.randn(1, 3, 8, 8)
+    kernel = stem.projection.weight.flatten(1)
+    expected = kernel @ pixels[0, :, 4:8, 0:4].flatten() + stem.projection.bias
+    torch.testing.assert_close(stem(pixels)[0, 2], expected)
+
+
+def test_contrastive_head_has_moco_v3s_layers():
+    head = ContrastiveHead(6, 10, 4, 3, "batch")
+    kinds = [type(layer).__name__ for layer in head]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
+    assert all(layer.bias is None for layer in head if isinstance(layer, nn.Linear))
+    assert head[1].affine and head[4].affine and not head[7].affine
+    kinds = [type(layer).__name__ for layer in ContrastiveHead(4, 10, 4, 2, "layer")]
+    assert kinds == ["Linear", "LayerNorm", "ReLU", "Linear", "LayerNorm"]
+    linear = ContrastiveHead(6, 10, 4, 1, "batch")
+    assert [type(layer).__name__ for layer in linear] == ["Linear"] and linear[0].bias is not None
+    states = torch.randn(3, 6)
+    assert ContrastiveHead(6, 10, 6, 0, "batch")(states) is states
+    assert [type(layer).__name__ for layer in ContrastiveHead(6, 9, 4, 2, "none")] == ["Linear", "ReLU", "Linear"]
+
+
+def attention_module(**overrides) -> SelfAttention:
+    config = tiny_config(**overrides)
+    config._attn_implementation = "eager"
+    module = randomised(SelfAttention(config))
+    nn.init.xavier_uniform_(module.qkv.weight, gain=3.0)
+    return module
+
+
+def test_attention_equals_a_naive_loop_over_heads():
+    module, states = attention_module(), torch.randn(2, 5, 32)
+    keys = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0]]).bool()
+    bias = torch.zeros(2, 1, 1, 5).masked_fill(~keys[:, None, None], torch.finfo(torch.float32).min)
+    output, weights = module(states, bias)
+    torch.testing.assert_close(output, naive_attention(module, states, states, keys), rtol=1e-4, atol=1e-5)
+    assert weights.shape == (2, 4, 5, 5)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 5))
+    assert weights[1, :, :, [2, 4]].abs().max() == 0
+
+
+def test_attention_to_both_splits_into_two_attentions():
+    """Appendix A, equations 9 to 14, on the module's own queries, keys and values, head by head, in fp64."""
+    module = attention_module().double()
+    module.config._attn_implementation = "sdpa"  # eager takes its softmax in fp32
+    x, y = torch.randn(1, 7, 32, dtype=torch.float64), torch.randn(1, 4, 32, dtype=torch.float64)
+    (q, k_x, v_x), (_, k_y, v_y) = (module.qkv(states).chunk(3, dim=-1) for states in (x, y))
+
+    def attend(keys, values):  # -> (1, L_X, D), before the output projection
+        return module._attend(q, keys, values, None)[0]
+
+    both = attend(torch.cat([k_x, k_y], 1), torch.cat([v_x, v_y], 1))  # f(X | X, Y)
+    own, other = attend(k_x, v_x), attend(k_y, v_y)  # f(X | X), f(X | Y)
+    heads = [states[0].view(-1, 4, 8) for states in (q, k_x, k_y)]
+    mass_x = torch.einsum("ihd,jhd->ihj", heads[0], heads[1]).div(8**0.5).exp().sum(-1)  # (L_X, H)
+    mass_y = torch.einsum("ihd,jhd->ihj", heads[0], heads[2]).div(8**0.5).exp().sum(-1)
+    share = (mass_x / (mass_x + mass_y)).repeat_interleave(8, dim=1)[None]  # lambda_X, (1, L_X, D)
+    assert share.std() > 0.05 and (own - other).abs().max() > 0.1  # the two differ and neither wins
+    torch.testing.assert_close(both, share * own + (1 - share) * other, rtol=0, atol=1e-12)
+    # the module's own forward over the concatenation is the same thing
+    output, _ = module(torch.cat([x, y], dim=1))
+    torch.testing.assert_close(output[:, :7], module.proj(both), rtol=0, atol=1e-12)
+
+
+def two_streams() -> tuple[torch.Tensor, Stream, Stream]:
+    """A text stream of lengths 2, 0, 3 in four slots, and a picture stream of 5 positions, packed behind it."""
+    text = Stream(start=0, batch_size=3, prefix=1, words=4, text_index=torch.tensor([0, 1, 8, 9, 10]))
+    picture = Stream(start=text.stop, batch_size=3, prefix=5)
+    return torch.randn(picture.stop, 32), text, picture
+
+
+def test_streams_pad_and_unpad():
+    packed, text, picture = two_streams()
+    assert (text.stop, picture.start, picture.stop) == (8, 8, 23)
+    padded = text.pad(packed)
+    assert padded.shape == (3, 5, 32)
+    torch.testing.assert_close(padded[:, 0], packed[:3])
+    torch.testing.assert_close(padded[0, 1:3], packed[3:5])
+    torch.testing.assert_close(padded[2, 1:4], packed[5:8])
+    assert padded[1, 1:].abs().sum() == 0 and padded[0, 3:].abs().sum() == 0 and padded[2, 4].abs().sum() == 0
+    torch.testing.assert_close(text.unpad(padded), packed[:8])
+    torch.testing.assert_close(picture.pad(packed), packed[8:].view(3, 5, 32))
+    torch.testing.assert_close(picture.unpad(picture.pad(packed)), packed[8:])
+
+
+def test_key_masks_say_what_may_be_attended():
+    _, text, picture = two_streams()
+    real = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
+    assert text.key_mask(real).tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]]
+    assert text.key_mask(real, skip_cls=True)[0].tolist() == [0, 1, 1, 0, 0]
+    assert picture.key_mask(real) is None
+    assert picture.key_mask(real, skip_cls=True).tolist() == [[0, 1, 1, 1, 1]] * 3
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packed_attention_equals_attention_of_each_stream(implementation):
+    packed, text, picture = two_streams()
+    module = attention_module()
+    module.config._attn_implementation = implementation
+    real = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
+    for stream in (text, picture):
+        stream.set_mask(module.config, stream.key_mask(real), like=packed)
+    crossed = Stream(start=8, batch_size=3, prefix=5, context=text)
+    crossed.set_mask(module.config, text.key_mask(real), like=packed)
+    keys = text.key_mask(real).bool()
+    everything = torch.ones(3, 5, dtype=torch.bool)
+
+    output, _ = module(packed, None, [text, picture])
+    expected = naive_attention(module, text.pad(packed), text.pad(packed), keys)
+    torch.testing.assert_close(output[:8], text.unpad(expected), rtol=1e-4, atol=1e-5)
+    expected = naive_attention(module, picture.pad(packed), picture.pad(packed), everything)
+    torch.testing.assert_close(output[8:], picture.unpad(expected), rtol=1e-4, atol=1e-5)
+
+    output, _ = module(packed, None, [text, crossed])
+    expected = naive_attention(module, picture.pad(packed), text.pad(packed), keys)
+    torch.testing.assert_close(output[8:], picture.unpad(expected), rtol=1e-4, atol=1e-5)
