@@ -44,7 +44,7 @@ demo: $(VENV)/.installed-plots
 	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
 	  --dynamo_backend no examples/pretrain.py --config $(DEMO_CONFIG)
 	OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MODEL) --id_column hexcode \
-	  --data $(EMOJI)/test_style.parquet $(EMOJI)/test_concept.parquet --gallery $(EMOJI)/train.parquet
+	  --data $(EMOJI)/test_style.parquet $(EMOJI)/test_concept.parquet --gallery $(EMOJI)/train.parquet --captions first
 
 test: $(VENV)/.installed-test
 	$(PYTEST) -n $(JOBS) --dist loadfile

@@ -21,10 +21,11 @@ from oner.training.evaluation_attention import AttentionEvaluator
 from oner.training.evaluation_composed import ComposedEvaluator
 from oner.training.evaluation_gap import GapEvaluator
 from oner.training.evaluation_localization import LocalizationEvaluator
-from oner.training.evaluation_results import write_results
+from oner.training.evaluation_results import read_results, write_results
 from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.evaluation_zero_shot import ZeroShotClassificationEvaluator
 from oner.training.hub import write_pictures
+from oner.training.model_card import add_evaluation
 
 zero_shot = ZeroShotClassificationEvaluator.from_rows
 TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], Any]] = {
@@ -69,11 +70,12 @@ def read(source: str, a: argparse.Namespace, limit: int | None = None) -> list[d
 
 def evaluate_split(
     a: argparse.Namespace, split: str, rows: Sequence, gallery: Sequence | None, model: Any, processor: Any
-) -> dict[str, float]:
-    """Run the tasks on one split, write their files, and return the numbers."""
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Run the tasks on one split and write their files: the numbers, and the paths of the pictures by caption."""
     output = Path(a.output or a.model)
     repeated = len({row["id"] for row in rows}) < len(rows)
     values: dict[str, float] = {}
+    drawn: dict[str, str] = {}
     for task in a.tasks or [task for task in TASKS if task != "zero_shot"]:  # bootstrap yields its numbers too
         if not a.tasks and task in ("multimodal", "composed") and gallery is None and not repeated:
             print(f"{split}: no {task}, as no concept has two pictures; name others with --gallery and --id_column")
@@ -88,10 +90,11 @@ def evaluate_split(
         checkpoint = a.model if Path(a.model).is_dir() else None
         if numbers:
             write_results(output / "results" / f"{split}.{task}.json", numbers, protocol, model, checkpoint)
-        for path in write_pictures(pictures, output).values():
-            print(f"picture: {output / path}")
+        drawn |= write_pictures(pictures, output)
         values |= numbers
-    return values
+    for path in drawn.values():
+        print(f"picture: {output / path}")
+    return values, drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -100,8 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     processor = AutoProcessor.from_pretrained(a.model)
     gallery = read(a.gallery, a) if a.gallery else None
     values: dict[str, float] = {}
+    pictures: dict[str, str] = {}
     for source in a.data:
-        values |= evaluate_split(a, Path(source).stem, read(source, a, a.limit), gallery, model, processor)
+        numbers, drawn = evaluate_split(a, Path(source).stem, read(source, a, a.limit), gallery, model, processor)
+        values |= numbers
+        pictures |= drawn
+    output = Path(a.output or a.model)
+    if output == Path(a.model) and (output / "README.md").is_file():
+        add_evaluation(output, read_results(output), pictures)
     width = max(map(len, values), default=0)
     print("\n".join(f"{name:<{width}}  {value:10.4f}" for name, value in values.items()))
     return values

@@ -1,13 +1,13 @@
-"""The paper's Table 6 on the embedded pairs, with the modality gap beside it: trains every row, writes docs/evidence.md.
+"""The paper's Table 6 on the embedded pairs, the modality gap beside it: trains every row, writes docs/evidence.md.
 
     python examples/evidence.py                                   six rows, one seed, two rows at a time on two cores
     python examples/evidence.py --seeds 0 1 2 --jobs 1            three seeds, one after the other, as on a GPU
     python examples/evidence.py --questions                       and ITC with other heads, pooling, temperature, batch
     python examples/evidence.py --rows itc itc:head_norm=batch,head_statistics=separate --epochs 5
 
-A row is `name` or `name:key=value,...`; a key is an argument of examples/pretrain.py or a field of `OneRConfig`. Every
-row sees the same pairs in the same order for the same number of steps. A finished row is a JSON file in --output and is
-not trained again; an interrupted one goes on from its last checkpoint.
+A row is `name` or `name:key=value,...`; a key is an argument of examples/pretrain.py or a field of `OneRConfig`.
+Every row sees the same pairs in the same order for the same number of steps. A finished row is a JSON file in --output
+and is not trained again; an interrupted one goes on from its last checkpoint.
 """
 
 import argparse
@@ -124,9 +124,9 @@ def parse_changes(text: Sequence[str]) -> dict[str, Any]:
     changes = {}
     for word in text:
         key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise ValueError(f"expected key=value, got {word!r}")
         changes[key] = yaml.safe_load(value)
+        if not equals or not key or changes[key] is None:
+            raise ValueError(f"expected key=value, got {word!r}")
     return changes
 
 
@@ -158,12 +158,9 @@ def finished(run: Run) -> dict[str, Any] | None:
     content = json.loads(run.result.read_text(encoding="utf-8"))
     then, now = content["setup"], run.setup()
     if then != now:
-        changed = [
-            f"{key}: {then.get(key)!r} -> {now.get(key)!r}" for key in {*then, *now} if then.get(key) != now.get(key)
-        ]
-        raise ValueError(
-            f"{run.result} was made with other settings ({'; '.join(sorted(changed))}): remove it or name another --output"
-        )
+        names = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+        changed = "; ".join(f"{key}: {then.get(key)!r} -> {now.get(key)!r}" for key in names)
+        raise ValueError(f"{run.result} has other settings ({changed}): remove it or name another --output")
     return content
 
 
@@ -233,7 +230,7 @@ def evaluate(model: Any, processor: Any, rows: Sequence, gallery: Sequence, mult
 
 def work(run: Run, threads: int, data: tuple[Sequence, Sequence], children: list) -> dict[str, Any]:
     """Trains and evaluates one run and writes its result."""
-    start = time.perf_counter()
+    start, resumed = time.perf_counter(), any(run.directory.glob("checkpoint-*"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train(run, threads, children)
     model, processor = load(run, device)
@@ -249,7 +246,8 @@ def work(run: Run, threads: int, data: tuple[Sequence, Sequence], children: list
         "values": values,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **training_facts(run),
-        "wall_seconds": time.perf_counter() - start,
+        "wall_seconds": time.perf_counter() - start,  # of this process, when resumed
+        "resumed": resumed,
         "command": command,
         "setup": run.setup(),
         "machine": machine_facts(device),
@@ -270,7 +268,7 @@ def steps_done(run: Run) -> int:
 
 
 def work_all(runs: Sequence[Run], jobs: int, threads: int, data: tuple[Sequence, Sequence]) -> list[BaseException]:
-    """All runs, `jobs` at a time, under a progress bar; the errors of those that failed. A signal stops the children."""
+    """All runs, `jobs` at a time, under a progress bar; returns the errors of those that failed."""
     children: list[subprocess.Popen] = []
     pool, errors = ThreadPoolExecutor(jobs), []
     running = {pool.submit(work, run, threads, data, children): run for run in reversed(runs)}  # the longest first
@@ -284,7 +282,7 @@ def work_all(runs: Sequence[Run], jobs: int, threads: int, data: tuple[Sequence,
                     bar.update()
                     if error := future.exception():
                         errors.append(error)
-                        bar.write(f"FAILED {run.row}, seed {run.seed}: {error}")
+                        bar.write(f"FAILED {error}")
                     else:
                         bar.write(f"{run.row}, seed {run.seed}: {summary(future.result())}")
                 active = [run for future, run in running.items() if future.running()]

@@ -75,7 +75,9 @@ def main_table(contents: Sequence[Content]) -> str:
     header = ["Method", *(f"TR@{k}" for k in KS), *(f"IR@{k}" for k in KS)]
     header += ["gap", "cosine of pairs / others", "told apart", "paper TR@1 / IR@1"]
     chance = contents[0]["values"]
-    lines = [["chance", *(percent(chance[f"first/{way}_chance@{k}"]) for way in ("tr", "ir") for k in KS), *"   ", ""]]
+    lines = [
+        ["chance", *(percent(chance[f"first/{way}_chance@{k}"]) for way in ("tr", "ir") for k in KS), "", "", "", ""]
+    ]
     for row, seeds in by_row(contents).items():
         line = [seeds[0]["title"], *(cell(seeds, f"first/{way}_r@{k}") for way in ("tr", "ir") for k in KS)]
         cosines = [cell(seeds, f"gap/cosine_{kind}", two_places) for kind in ("paired", "unpaired")]
@@ -89,12 +91,11 @@ def more_table(contents: Sequence[Content]) -> str:
     """All captions, and the query of picture and caption in one sequence."""
     kinds = ("both", "image", "text")
     header = ["Method", "TR@10", "IR@10", "picture + caption R@10", "picture alone", "caption alone"]
-    joint = next(
-        (content["values"] for content in contents if "joint/multimodal_chance@10" in content["values"]), None
-    )
+    joint = [
+        c["values"]["joint/multimodal_chance@10"] for c in contents if "joint/multimodal_chance@10" in c["values"]
+    ]
     ways = [percent(contents[0]["values"][f"all/{way}_chance@10"]) for way in ("tr", "ir")]
-    by_chance = "" if joint is None else percent(joint["joint/multimodal_chance@10"])
-    lines = [["chance", *ways, *[by_chance] * 3]]
+    lines = [["chance", *ways, *[percent(joint[0]) if joint else ""] * 3]]
     for seeds in by_row(contents).values():
         line = [seeds[0]["title"], cell(seeds, "all/tr_r@10"), cell(seeds, "all/ir_r@10")]
         lines.append([*line, *(cell(seeds, f"joint/multimodal_{kind}_r@10") for kind in kinds)])
@@ -110,6 +111,8 @@ def cost_table(contents: Sequence[Content]) -> str:
             spread([content[name] / 60 for content in seeds], lambda minutes: f"{minutes:.1f}")
             for name in ("train_seconds", "wall_seconds")
         ]
+        if any(content["resumed"] for content in seeds):
+            times[1] = "not known, resumed"
         size = f"{seeds[0]['parameters'] / 1e6:.1f} M"
         names = ", ".join(str(content["seed"]) for content in seeds)
         lines.append([seeds[0]["title"], names, size, f"{seeds[0]['pairs']:,}", *times])
@@ -133,23 +136,25 @@ def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
     return f"""\
 {main_table(contents)}
 
-Per cent, on the {facts["pictures"]} pictures of `{facts["data"]}` (concepts seen in training, in a style never seen). A
-text is a picture's first caption; right is any text, or picture, of its concept. *gap*: distance between the centroids
-of normalised pictures and captions; it shrinks when a space loses its modalities, but also when it collapses, which
-*cosine of pairs / others* shows. *told apart*: how often the nearer centroid names the modality of a picture or caption
-right (50: no gap, 100: two clouds). The last column is the paper's: zero-shot MS-COCO after CC3M at base size; what can
-be compared is the order of the rows, not the numbers.
+Per cent, on {facts["pictures"]} pictures of `{facts["data"]}` (known concepts in a style never seen). A text is a
+picture's first caption; right is any text, or picture, of its concept. *gap*: distance between the centroids of
+normalised pictures and captions; it shrinks when a space loses its modalities, but also when it collapses, which
+*cosine of pairs / others* shows. *told apart*: how often the nearer centroid names the modality of a picture or a
+caption right (50: no gap, 100: two clouds). The last column is the paper's: zero-shot MS-COCO after CC3M at base size;
+what can be compared is the order of the rows, not the numbers.
 
 {more_table(contents)}
 
 TR and IR with all captions of a picture. Picture + caption: one sequence asks for the concept's pictures in other
 styles among `{facts["gallery"]}`; beside it each half alone. A two-tower model has no embedding of a sequence of both.
-With two heads such a sequence goes through the pictures' head, which was never trained on it.
+With two heads such a sequence goes through the pictures' head, which was never trained on it. CLIP is open_clip's
+model and loss: learnable temperature from .07, clean inputs, no teacher, no masked modelling. One-tower rows include
+masked modelling, unless they say otherwise (- MIM, - MLM).
 
 {cost_table(contents)}
 
-All rows: the same pairs in the same order, {" or ".join(map(str, steps))} steps. {facts["jobs"]} row(s) at a time,
-{facts["threads"]} thread(s) each. Machine: {"; ".join(words)}.
+Every row of a seed: the same pairs in the same order, {" or ".join(map(str, steps))} steps; rows that change the batch
+see other batches. {facts["jobs"]} row(s) at a time, {facts["threads"]} thread(s) each. Machine: {"; ".join(words)}.
 Standard deviations are over seeds; a single seed has none, so small differences between rows may be chance.
 
 `{shlex.join(facts["command"])}` ran:

@@ -18,9 +18,9 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_oner import OneRConfig
-from .vl_embeddings import ConvStem, LinearStem, interpolate_positions, sincos_1d, sincos_2d
-from .vl_heads import ContrastiveHead, LanguageModelHead
-from .vl_inputs import check_finite, check_ids, check_layout, check_picture_size, check_shapes
+from .vl_embeddings import ConvStem, LinearStem, PatchProjection, interpolate_positions, sincos_1d, sincos_2d
+from .vl_heads import ContrastiveHead, HeadLinear, LanguageModelHead
+from .vl_inputs import check_finite, check_ids, check_layout, check_patch_mask, check_picture_size, check_shapes
 from .vl_layers import PreNormLayer, SelfAttention
 from .vl_outputs import (
     CLS_TOKEN,
@@ -73,6 +73,8 @@ class OneREmbeddings(nn.Module):
         """(B, C, H, W) -> (B, N, D); masked patches (B, N) become the mask token after the stem."""
         p = self.config.patch_size
         h, w = pixel_values.shape[-2] // p, pixel_values.shape[-1] // p
+        if bool_masked_pos is not None:
+            check_patch_mask(bool_masked_pos, len(pixel_values), h * w)
         if bool_masked_pos is not None and self.config.mask_before_stem:
             hidden = bool_masked_pos.view(-1, 1, h, w).repeat_interleave(p, 2).repeat_interleave(p, 3)
             pixel_values = pixel_values.masked_fill(hidden, 0.0)
@@ -147,17 +149,13 @@ class OneRPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """MAE's initialisation: Xavier for linear maps, N(0, .02) for tokens; torch's own for convolutions."""
-        if isinstance(module, ContrastiveHead):
-            module.reset_linear()
+        # transformers calls this only for modules that hold parameters themselves, so each case is a leaf
+        if isinstance(module, (HeadLinear, PatchProjection)):
+            module.reset()
         elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, LinearStem):
-            projection = module.projection  # seen as a linear map
-            bound = math.sqrt(6 / (projection.weight[0].numel() + projection.out_channels))
-            init.uniform_(projection.weight, -bound, bound)
-            init.zeros_(projection.bias)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:

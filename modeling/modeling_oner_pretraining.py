@@ -13,7 +13,8 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_oner import OneRConfig
 from .modeling_oner import OneRFeatures, OneRModel, OneRPreTrainedModel
 from .vl_heads import ContrastiveHead, LanguageModelHead, PixelHead
-from .vl_layers import Stream
+from .vl_inputs import check_pairs
+from .vl_layers import Stream, split_streams
 from .vl_outputs import VisionLanguagePreTrainingOutput
 
 REPRESENTATIONS = ("image", "text", "mix", "image_text", "context")
@@ -103,6 +104,7 @@ class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
         n_patches = (pixel_values.shape[-2] // self.config.patch_size) * (
             pixel_values.shape[-1] // self.config.patch_size
         )
+        check_pairs(input_ids, masked_input_ids, self.config.image_token_id, n_patches)
         text_mask = attention_mask[:, 1 + n_patches :]  # (B, W)
         if text_index is None:
             text_index = text_mask.flatten().nonzero().flatten()
@@ -119,23 +121,21 @@ class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
             wanted = [(name, name, clean) for name in sorted(contrast_names)]
             wanted += [("masked " + name, name, masked) for name in sorted(modelled)]
         packed, streams = self._pack(wanted, text_index, text_mask)
-        packed = self._encode(packed, streams, text_mask)
+        states = split_streams(self._encode(packed, streams, text_mask), list(streams.values()))
 
         prefix = "" if contrast_masked or not masks_anything else "masked "
         output = VisionLanguagePreTrainingOutput(
             logit_scale=self.logit_scale if self.config.learnable_temperature else None,
-            embeddings=self._represent(packed, streams, representations, predict) if representations else {},
+            embeddings=self._represent(states, streams, representations, predict) if representations else {},
             mlm_logits={},
             pixel_predictions={},
         )
         if masked_input_ids is not None and mlm_index is not None:
-            names = [name for name in masked_streams if name != "image"]
-            output.mlm_logits = self._predict_words(packed, [streams[prefix + n] for n in names], names, mlm_index)
+            words = {name: states[prefix + name][1] for name in masked_streams if name != "image"}
+            output.mlm_logits = self._predict_words(words, mlm_index)
         if bool_masked_pos is not None:
-            names = [name for name in masked_streams if name != "text"]
-            output.pixel_predictions = {
-                name: self.pixel_head(streams[prefix + name].prefix_of(packed)[:, 1:]) for name in names
-            }
+            patches = {name: states[prefix + name][0][:, 1:] for name in masked_streams if name != "text"}
+            output.pixel_predictions = {name: self.pixel_head(rows) for name, rows in patches.items()}
         return output
 
     def _check_request(self, representations: tuple[str, ...], masked_streams: tuple[str, ...]) -> None:
@@ -169,13 +169,13 @@ class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
         text_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, Stream]]:
         """Streams end to end in (n, D): each its [CLS] (and patches) as a rectangle, then its words, if any."""
-        tokens, streams, start = [], {}, 0
+        tokens, streams = [], {}
         for name, kind, (cls, patches, words) in wanted:
             queries = kind.split("|")[0]
             prefix = torch.cat([cls, patches], dim=1) if "image" in queries else cls  # (B, S, D)
             reads = "text" in queries
-            stream = Stream(
-                start=start,
+            streams[name] = Stream(
+                name=name,
                 batch_size=prefix.shape[0],
                 prefix=prefix.shape[1],
                 words=text_mask.shape[1] if reads else 0,
@@ -184,7 +184,6 @@ class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
             tokens.append(prefix.flatten(0, 1))
             if reads:
                 tokens.append(words)
-            streams[name], start = stream, stream.stop
         return torch.cat(tokens), streams
 
     def _encode(self, packed: torch.Tensor, streams: dict[str, Stream], text_mask: torch.Tensor) -> torch.Tensor:
@@ -209,30 +208,32 @@ class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
         """F(X|Y): the stream "X|Y" with keys and values of Y's own stream, or of "Y|X" in co-attention."""
         query, key = name.split("|")
         context = streams[f"{key}|{query}" if self.config.context_states == "co_attention" else key]
-        crossed = replace(stream, context=context)
+        crossed = replace(stream, context=context.name)
         crossed.set_mask(self.config, context.key_mask(text_mask, skip_cls=not self.config.context_cls), like=packed)
         return crossed
 
-    def _pool(self, packed: torch.Tensor, stream: Stream) -> torch.Tensor:
+    def _pool(self, prefix: torch.Tensor, words: torch.Tensor | None, stream: Stream) -> torch.Tensor:
         """F(X) of a stream: its [CLS] state, or the mean over its patches and words (equation 16). -> (B, D)."""
-        prefix = stream.prefix_of(packed)
         if self.config.pooling == "cls":
             return prefix[:, 0]
         total, count = prefix[:, 1:].sum(1), prefix.new_full((stream.batch_size, 1), prefix.shape[1] - 1)
-        if stream.text_index is not None:
+        if words is not None:
             row = stream.text_index // stream.words
-            words = stream.words_of(packed)
             total = total.index_add(0, row, words)
             count = count.index_add(0, row, words.new_ones(len(words), 1))
         return total / count.clamp_min(1)
 
     def _represent(
-        self, packed: torch.Tensor, streams: dict[str, Stream], representations: tuple[str, ...], predict: bool
+        self,
+        tokens: dict[str, tuple[torch.Tensor, torch.Tensor | None]],
+        streams: dict[str, Stream],
+        representations: tuple[str, ...],
+        predict: bool,
     ) -> dict[str, torch.Tensor]:
         """Pooled states through the heads, mixed where `mixup_space` says (equations 2 to 4). -> (B, P) each."""
         sources = sorted({source for name in representations for source in SOURCES[name]})
         parts = {"mix": ("image", "text"), "context": ("image|text", "text|image")}
-        states = {name: self._pool(packed, streams[name]) for name in sources}
+        states = {name: self._pool(*tokens[name], streams[name]) for name in sources}
         space = self.config.mixup_space
         if space == "hidden":
             states = {name: self._mean(states, parts.get(name, (name,))) for name in representations}
@@ -259,14 +260,12 @@ class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
         chunks = head(torch.cat(list(states.values()))).chunk(len(states))
         return dict(zip(states, chunks, strict=True))
 
-    def _predict_words(
-        self, packed: torch.Tensor, streams: list[Stream], names: list[str], mlm_index: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def _predict_words(self, words: dict[str, torch.Tensor], mlm_index: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits of the masked words only, all streams in one product with the vocabulary. -> (M, V) each."""
-        if not names:
+        if not words:
             return {}
-        states = torch.cat([stream.words_of(packed).index_select(0, mlm_index) for stream in streams])
-        return dict(zip(names, self.lm_head(states).chunk(len(names)), strict=True))
+        masked = torch.cat([states.index_select(0, mlm_index) for states in words.values()])
+        return dict(zip(words, self.lm_head(masked).chunk(len(words)), strict=True))
 
 
 __all__ = ["OneRForPreTraining"]

@@ -3,8 +3,11 @@
 B pictures, C channels, (h, w) patch grid, N = h*w patches, L words, D width, p patch side.
 """
 
+import math
+
 import torch
 from torch import nn
+from transformers import initialization as init
 
 
 def sincos_1d(positions: torch.Tensor, dim: int) -> torch.Tensor:
@@ -30,12 +33,21 @@ def interpolate_positions(table: torch.Tensor, grid: tuple[int, int], target: tu
     return maps.flatten(2)[0].T  # (h'*w', D)
 
 
+class PatchProjection(nn.Conv2d):
+    """One linear map of each patch, initialised as such (Xavier over the flat patch, as MAE)."""
+
+    def reset(self) -> None:
+        bound = math.sqrt(6 / (self.weight[0].numel() + self.out_channels))
+        init.uniform_(self.weight, -bound, bound)
+        init.zeros_(self.bias)
+
+
 class LinearStem(nn.Module):
     """ViT's patch projection. (B, C, H, W) -> (B, N, D)."""
 
     def __init__(self, patch_size: int, num_channels: int, hidden_size: int):
         super().__init__()
-        self.projection = nn.Conv2d(num_channels, hidden_size, patch_size, stride=patch_size)
+        self.projection = PatchProjection(num_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.projection(pixel_values).flatten(2).transpose(1, 2)

@@ -13,6 +13,19 @@ HEAD_NORMS = {
 }
 
 
+class HeadLinear(nn.Linear):
+    """
+    A linear map that keeps torch's own initialisation: MoCo-v3 makes its heads after the trunk's. A class of its own,
+    because transformers asks a model of custom code to initialise only modules that hold parameters themselves.
+    """
+
+    def reset(self) -> None:
+        bound = self.in_features**-0.5
+        init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.uniform_(self.bias, -bound, bound)
+
+
 class ContrastiveHead(nn.Sequential):
     """
     MoCo-v3's projector or predictor: `num_layers` linear maps, normalisation and ReLU between them, normalisation
@@ -27,21 +40,12 @@ class ContrastiveHead(nn.Sequential):
                 break
             last = number == num_layers
             normalisation = None if num_layers == 1 else HEAD_NORMS[norm](wide, not last)
-            layers.append(nn.Linear(narrow, wide, bias=normalisation is None))
+            layers.append(HeadLinear(narrow, wide, bias=normalisation is None))
             if normalisation is not None:
                 layers.append(normalisation)
             if not last:
                 layers.append(nn.ReLU())
         super().__init__(*layers)
-
-    def reset_linear(self) -> None:
-        """torch's default for `nn.Linear`: MoCo-v3 makes its heads after the trunk's own initialisation."""
-        for layer in self:
-            if isinstance(layer, nn.Linear):
-                bound = layer.in_features**-0.5
-                init.uniform_(layer.weight, -bound, bound)
-                if layer.bias is not None:
-                    init.uniform_(layer.bias, -bound, bound)
 
 
 class LanguageModelHead(nn.Module):

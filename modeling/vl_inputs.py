@@ -9,7 +9,11 @@ import torch
 def check_shapes(
     input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor | None
 ) -> None:
-    """The parts of a batch must have as many rows, and the mask the shape of the ids (B, L)."""
+    """Ids are whole numbers (B, L); the parts of a batch have as many rows, and the mask the shape of the ids."""
+    if input_ids is not None and (input_ids.ndim != 2 or not input_ids.numel()):
+        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected (rows, positions), one at least")
+    if input_ids is not None and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
+        raise ValueError(f"input_ids are {input_ids.dtype}; expected whole numbers")
     if input_ids is not None and attention_mask is not None and attention_mask.shape[:2] != input_ids.shape[:2]:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; "
@@ -33,6 +37,15 @@ def check_picture_size(pixel_values: torch.Tensor, num_channels: int, patch_size
     if got[2] % patch_size or got[3] % patch_size:
         raise ValueError(f"pictures are {got[2]}x{got[3]}; expected multiples of the patch size {patch_size}")
     return (got[2] // patch_size) * (got[3] // patch_size)
+
+
+def check_patch_mask(bool_masked_pos: torch.Tensor, batch_size: int, n_patches: int) -> None:
+    """One flag a patch: (B, N)."""
+    if tuple(bool_masked_pos.shape) != (batch_size, n_patches):
+        raise ValueError(
+            f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}; expected {(batch_size, n_patches)}, "
+            f"a flag for each patch of each picture"
+        )
 
 
 def check_finite(pixel_values: torch.Tensor) -> None:
@@ -79,3 +92,22 @@ def check_layout(
     words = (real.sum(1) - 1 - placeholders).max().item()
     if words > max_text_length:
         raise ValueError(f"a text has {words} words; expected at most {max_text_length} (config.max_text_length)")
+
+
+def check_pairs(
+    input_ids: torch.Tensor, masked_input_ids: torch.Tensor | None, image_token_id: int, n_patches: int
+) -> None:
+    """A training step cuts its streams from the joint layout: [CLS], N placeholders, then the words. (B, L) each."""
+    if masked_input_ids is not None and masked_input_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"masked_input_ids have shape {tuple(masked_input_ids.shape)}; "
+            f"expected {tuple(input_ids.shape)}, the shape of input_ids"
+        )
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    strays = (input_ids[:, 1 : 1 + n_patches] != image_token_id).any(1)
+    if strays.any():
+        raise ValueError(
+            f"in rows {strays.nonzero().flatten().tolist()} the {n_patches} image placeholders must follow [CLS], "
+            f"and the words come behind them; lay pairs out with OneRProcessor(images=..., text=...)"
+        )

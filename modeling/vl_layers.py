@@ -1,7 +1,7 @@
 """The transformer every family stacks, and the packing of several streams into one batch of tokens.
 
-B pairs, L positions of a stream, S prefix positions ([CLS], or [CLS] and patches), W word slots, D width, H heads,
-d = D / H, n tokens of the packed batch.
+B pairs, L = S + W positions of a stream, S prefix positions ([CLS], or [CLS] and patches), W word slots, D width,
+X any width, H heads, d = D / H, n tokens of the packed batch.
 """
 
 from collections.abc import Callable
@@ -22,54 +22,40 @@ class Stream:
     One stream of a packed batch: a rectangle of B x S prefix tokens, then the real words of B texts, end to end.
 
     Attributes:
-        start (`int`): First row of the stream in the packed tokens (n, D).
+        name (`str`): What other streams call it.
         batch_size, prefix (`int`): B and S.
         words (`int`): W, slots a text has when padded; 0 for a stream without text.
         text_index (`torch.LongTensor` of shape `(n_words,)`, *optional*): Slot of each real word in the flat (B, W).
-        context (`"Stream"`, *optional*): Whose keys and values this stream attends; itself when None. F(X|Y).
+        context (`str`, *optional*): Whose keys and values this stream attends; its own when None. F(X|Y).
         attention_mask: What the attention implementation in use wants for (this stream, its context).
     """
 
-    start: int
+    name: str
     batch_size: int
     prefix: int
     words: int = 0
     text_index: torch.Tensor | None = None
-    context: "Stream | None" = None
+    context: str | None = None
     attention_mask: object = None
 
     @property
     def length(self) -> int:
         return self.prefix + self.words
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.batch_size * self.prefix + (0 if self.text_index is None else len(self.text_index))
-
-    def prefix_of(self, packed: torch.Tensor) -> torch.Tensor:
-        """(n, D) -> (B, S, D)."""
-        rows = packed[self.start : self.start + self.batch_size * self.prefix]
-        return rows.view(self.batch_size, self.prefix, -1)
-
-    def words_of(self, packed: torch.Tensor) -> torch.Tensor:
-        """(n, D) -> (n_words, D)."""
-        return packed[self.start + self.batch_size * self.prefix : self.stop]
-
-    def pad(self, packed: torch.Tensor) -> torch.Tensor:
-        """(n, D) -> (B, L, D), zeros where there is no word."""
-        prefix = self.prefix_of(packed)
-        if self.text_index is None:
+    def pad(self, prefix: torch.Tensor, words: torch.Tensor | None) -> torch.Tensor:
+        """(B, S, X) and (n_words, X) -> (B, L, X), zeros where there is no word."""
+        if words is None:
             return prefix
-        slots = packed.new_zeros(self.batch_size * self.words, packed.shape[-1])
-        slots = slots.index_copy(0, self.text_index, self.words_of(packed))
+        slots = words.new_zeros(self.batch_size * self.words, words.shape[-1])
+        slots = slots.index_copy(0, self.text_index, words)
         return torch.cat([prefix, slots.view(self.batch_size, self.words, -1)], dim=1)
 
-    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) -> the stream's rows (n_s, D)."""
-        prefix = padded[:, : self.prefix].flatten(0, 1)
+    def unpad(self, padded: torch.Tensor) -> list[torch.Tensor]:
+        """(B, L, X) -> the stream's rows: (B * S, X) and, if it has words, (n_words, X)."""
         if self.text_index is None:
-            return prefix
-        return torch.cat([prefix, padded[:, self.prefix :].flatten(0, 1).index_select(0, self.text_index)])
+            return [padded.flatten(0, 1)]
+        prefix, slots = padded.split([self.prefix, self.words], dim=1)
+        return [prefix.flatten(0, 1), slots.flatten(0, 1).index_select(0, self.text_index)]
 
     def key_mask(self, text_mask: torch.Tensor, skip_cls: bool = False) -> torch.Tensor | None:
         """Which of the L positions may be attended. Real words (B, W) -> (B, L), or None for all."""
@@ -92,6 +78,26 @@ class Stream:
         self.attention_mask = create_bidirectional_mask(
             config=config, inputs_embeds=queries, attention_mask=key_mask, encoder_hidden_states=keys
         )
+
+
+def split_streams(packed: torch.Tensor, streams: list[Stream]) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """
+    (n, X) -> by stream, its prefix (B, S, X) and its words (n_words, X) or None. One split, so that the backward is one
+    concatenation: a slice for each part would fill and add a tensor of n rows for each.
+    """
+    sizes = []
+    for stream in streams:
+        sizes.append(stream.batch_size * stream.prefix)
+        if stream.text_index is not None:
+            sizes.append(len(stream.text_index))
+    parts = iter(packed.split(sizes))
+    return {
+        stream.name: (
+            next(parts).view(stream.batch_size, stream.prefix, -1),
+            next(parts) if stream.text_index is not None else None,
+        )
+        for stream in streams
+    }
 
 
 def eager_attention_forward(
@@ -125,17 +131,22 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, L, 3D) -> query, key, value, each (B, H, L, d)."""
+        return qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: object, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, L, D), (B, L', D), (B, L', D) -> (B, L, D) and the weights where the implementation gives them."""
-        heads = (states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value))
+        """(B, H, L, d), (B, H, L', d) twice -> (B, L, D) and the weights where the implementation gives them."""
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention_interface(
             self,
-            *heads,  # each (B, H, L, d)
+            query,
+            key,
+            value,
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
@@ -150,17 +161,17 @@ class SelfAttention(nn.Module):
         streams: list[Stream] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+        qkv = self.qkv(hidden_states)
         if streams is None:
-            output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+            output, weights = self._attend(*self._heads(qkv), attention_mask, **kwargs)
             return self.proj(output), weights
+        parts = split_streams(qkv, streams)
+        heads = {stream.name: self._heads(stream.pad(*parts[stream.name])) for stream in streams}
         rows = []
         for stream in streams:
-            context = stream.context or stream
-            output, _ = self._attend(
-                stream.pad(query), context.pad(key), context.pad(value), stream.attention_mask, **kwargs
-            )
-            rows.append(stream.unpad(output))
+            query, (_, key, value) = heads[stream.name][0], heads[stream.context or stream.name]
+            output, _ = self._attend(query, key, value, stream.attention_mask, **kwargs)
+            rows += stream.unpad(output)
         return self.proj(torch.cat(rows)), None
 
 

@@ -7,7 +7,6 @@ import copy
 import os
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -57,7 +56,7 @@ def test_parameter_counts_at_base():
     words, trunk = 30522 * d, 12 * block + 2 * d
     tower = model.oner
     assert count(tower.layers, tower.norm) == trunk == 85_056_000
-    assert count(tower.embeddings.stem) == stem == 4_077_312
+    assert count(tower.embeddings.stem) == stem == 4_079_712
     assert tower.embeddings.word_embeddings.weight.numel() == words == 23_440_896
     assert round((trunk + stem + words) / 1e6, 1) == 112.6
     projector = d * 4096 + 2 * 4096 + 4096 * 4096 + 2 * 4096 + 4096 * 256
@@ -243,30 +242,32 @@ def test_hidden_states_and_attentions_come_when_asked():
 # ways to compute the same
 
 
-def test_eager_equals_sdpa_and_flex():
+def test_eager_equals_sdpa():
     model, batch = build(), joint_batch([5, 0, 3])
     real = batch["attention_mask"].bool()
-    outputs = {}
-    for name in ("sdpa", "eager", "flex_attention"):
+    outputs = []
+    for name in ("sdpa", "eager"):
         model.set_attn_implementation(name)
-        try:
-            with torch.no_grad():
-                outputs[name] = model(**joint_of(batch)).last_hidden_state[real]
-                text = model(**text_of(batch)).pooler_output
-        except (RuntimeError, NotImplementedError, ImportError) as error:  # flex needs a compiler on the CPU
-            if name != "flex_attention":
-                raise
-            warnings.warn(f"flex attention does not run here: {error}", stacklevel=1)
-            continue
-        outputs[name] = torch.cat([outputs[name].flatten(), text.flatten()])
-    for name, output in outputs.items():
-        torch.testing.assert_close(output, outputs["sdpa"], rtol=0, atol=5e-6, msg=name)
+        text = model(**text_of(batch)).pooler_output
+        outputs.append(torch.cat([model(**joint_of(batch)).last_hidden_state[real].flatten(), text.flatten()]))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=5e-6)
+
+
+@pytest.mark.slow  # on the CPU each shape is compiled to C++ first
+@torch.no_grad()
+def test_flex_equals_sdpa():
+    model, batch = build(), joint_batch([5, 0, 3])
+    real = batch["attention_mask"].bool()
+    expected = model(**joint_of(batch)).last_hidden_state[real]
+    model.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(model(**joint_of(batch)).last_hidden_state[real], expected, rtol=0, atol=5e-6)
 
 
 def test_gradient_checkpointing_changes_nothing():
     plain, batch = build().train(), joint_batch([5, 0, 3])
     saving = copy.deepcopy(plain)
-    saving.gradient_checkpointing_enable()
+    # renamed in transformers 5.23; the old name warns there
+    (getattr(saving, "activation_checkpointing_enable", None) or saving.gradient_checkpointing_enable)()
     assert all(layer.gradient_checkpointing for layer in saving.layers)
     for model in (plain, saving):
         model(**joint_of(batch)).pooler_output.square().sum().backward()

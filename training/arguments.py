@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -147,19 +148,62 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     values = read_config(known.config) if known.config else {}
     family = known.family or values.get("family", "oner")
     objective = objective_classes(family)[1]
-    parser = HfArgumentParser([ModelArguments, DataArguments, RunArguments, objective], allow_abbrev=False)
-    names = {action.dest for action in parser._actions}
-    if foreign := sorted(set(values) - names):
+    kinds = [ModelArguments, DataArguments, RunArguments, objective]
+    parser = HfArgumentParser(kinds, allow_abbrev=False)
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    if foreign := sorted(set(values) - set(hints)):
         raise ValueError(f"{known.config}: unknown arguments {foreign}; `--help` lists those there are")
+    values = {name: _fit(name, value, hints[name], known.config) for name, value in values.items()}
     parser.set_defaults(**{**values, "family": family})
     parts = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
     arguments = Arguments(*parts)
     for part in (arguments.model, arguments.objective):
         for name in ("model_config", "loss_weights"):
             if isinstance(getattr(part, name, None), str):
-                setattr(part, name, json.loads(getattr(part, name)))
+                setattr(part, name, _read_json(name, getattr(part, name)))
     _check(arguments)
     return arguments
+
+
+def _fit(name: str, value: Any, hint: Any, file: str) -> Any:
+    """A YAML value as its field's type: YAML reads 1e-4 as text and `no` as false, and one file needs no brackets."""
+    if name == "mixed_precision" and value is False:
+        return "no"
+    alternatives = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in alternatives:
+        return None
+    kind = alternatives[0]  # of `str | None`; a dict may also be given as JSON
+    is_list = get_origin(kind) is list
+    item = get_args(kind)[0] if is_list else kind
+    try:
+        if is_list:
+            return [_scalar(one, item) for one in (value if isinstance(value, list) else [value])]
+        return _scalar(value, item)
+    except (TypeError, ValueError) as error:
+        expected = f"a list of {item.__name__}" if is_list else item.__name__
+        raise ValueError(f"{file}: {name} is {value!r}; expected {expected}") from error
+
+
+def _scalar(value: Any, kind: type) -> Any:
+    if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and kind in (int, float):
+        return kind(value)
+    if isinstance(value, str) and kind is dict:
+        return value  # JSON, read later
+    raise TypeError(f"got {type(value).__name__}")
+
+
+def _read_json(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}; expected a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {text!r}; expected a JSON object")
+    return value
 
 
 def _check(arguments: Arguments) -> None:
@@ -168,6 +212,9 @@ def _check(arguments: Arguments) -> None:
         raise ValueError("train_data is empty; expected files, a folder, or the name of a data set")
     if run.batch_size < 2:
         raise ValueError(f"batch_size is {run.batch_size}; contrast needs at least 2 pairs a step")
+    for name in ("log_every", "keep_checkpoints"):
+        if getattr(run, name) < 1:
+            raise ValueError(f"{name} is {getattr(run, name)}; expected at least 1")
     for name in ("crop_scale", "mim_ratio"):
         low_high = getattr(data, name)
         if len(low_high) != 2 or not 0 <= low_high[0] <= 1 or not 0 <= low_high[1] <= 1:

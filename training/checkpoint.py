@@ -85,6 +85,8 @@ def verify(path: str | Path) -> None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST}: cannot be read: {error}") from error
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path / MANIFEST}: expected a mapping of digests, got {type(manifest).__name__}")
     for name, digest in manifest.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name}: missing")
@@ -105,6 +107,14 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]
 
 def load_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """All weights and buffers of the model, or a `CheckpointError` that lists the keys that do not fit."""
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = {
+        name: f"{tuple(value.shape)}, expected {tuple(shapes[name])}"
+        for name, value in weights.items()
+        if name in shapes and value.shape != shapes[name]
+    }
+    if wrong:
+        raise CheckpointError(f"{path}: wrong shapes {dict(list(wrong.items())[:10])}")
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise CheckpointError(f"{path}: missing keys {missing[:10]}, unexpected keys {unexpected[:10]}")
@@ -124,12 +134,21 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]
 ) -> None:
-    """The inverse of `flatten_optimizer`."""
+    """
+    The moments of each parameter. Rates, betas and decay are the run's own: the same, unless changes were allowed.
+
+    Raises:
+        CheckpointError: the parameters are grouped in another way.
+    """
+    current = optimizer.state_dict()["param_groups"]
+    theirs, mine = [[len(group["params"]) for group in one] for one in (groups, current)]
+    if theirs != mine:
+        raise CheckpointError(f"the optimiser's groups hold {theirs} parameters, expected {mine}")
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": current})
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from tqdm.auto import tqdm
@@ -47,8 +48,12 @@ def make_accelerator(run: RunArguments) -> Accelerator:
     Accelerate as the command line launched it, with this run's precision and trackers.
 
     Raises:
-        ValueError: gradient accumulation or ZeRO-3, which this engine would get wrong.
+        ValueError: gradient accumulation or ZeRO-3, which this engine would get wrong; a tracker that is not there.
     """
+    installed = {tracker.value for tracker in get_available_trackers()}
+    if absent := [name for name in run.report_to if name not in {*installed, "all"}]:
+        # Accelerate would only warn, and the numbers be lost
+        raise ValueError(f"report_to names {absent}, which is not installed; there are {sorted(installed)}")
     accelerator = Accelerator(
         mixed_precision=choose_precision(run.mixed_precision),
         log_with=run.report_to or None,
@@ -67,6 +72,8 @@ def make_accelerator(run: RunArguments) -> Accelerator:
                 "ZeRO-3 partitions the student, and the EMA teacher would average empty shards: use ZeRO-1 or ZeRO-2"
             )
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = run.batch_size // accelerator.num_processes
+        # DeepSpeed clips by itself, at Accelerate's 1.0 unless told; 0 is never
+        plugin.deepspeed_config["gradient_clipping"] = run.max_grad_norm or 0.0
     return accelerator
 
 
@@ -133,8 +140,16 @@ class Engine:
     def fit(self) -> dict[str, float]:
         """Runs to the end; returns the last evaluation. `self.stopped` tells whether a signal cut it short."""
         previous = signal.signal(signal.SIGTERM, self._on_signal)
-        self.accelerator.init_trackers("oner", config={"run": json.dumps(self.arguments.to_dict())})
-        self._resume()
+        try:
+            self.accelerator.init_trackers("oner", config={"run": json.dumps(self.arguments.to_dict())})
+            self._resume()
+            self._loop()
+            self.accelerator.end_training()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        return self.metrics
+
+    def _loop(self) -> None:
         clock, logged = time.perf_counter(), self.step
         with tqdm(
             total=self.total_steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process
@@ -152,13 +167,11 @@ class Engine:
                     self._evaluate()
                     clock, logged = time.perf_counter(), self.step
                 if stopping or self._due(self.run.save_every_epochs) or self.step == self.total_steps:
+                    self._check_finite(loss, parts, batch)
                     self._save()
                 if stopping:
                     self.stopped = self.step < self.total_steps
                     break
-        self.accelerator.end_training()
-        signal.signal(signal.SIGTERM, previous)
-        return self.metrics
 
     def _train_step(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
@@ -188,12 +201,19 @@ class Engine:
             return False
         return any_process(self.stopped, self.accelerator.device)
 
-    def _log(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], speed: float, batch: dict) -> float:
-        values = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+    def _check_finite(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], batch: dict) -> dict[str, float]:
+        """The loss and its parts, means over processes. Looked at before each line of the log and each checkpoint."""
+        named = {"loss": loss, **parts}
+        means = self.accelerator.reduce(torch.stack([part.float() for part in named.values()]), reduction="mean")
+        values = dict(zip(named, means.tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss is {values['loss']} at step {self.step} ({values}), rows {batch['rows'].tolist()[:16]}..."
             )
+        return values
+
+    def _log(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], speed: float, batch: dict) -> float:
+        values = self._check_finite(loss, parts, batch)
         values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "pairs_per_second": round(speed, 1)}
         self._write({"epoch": round(self.step / self.epoch_steps, 4), **values})
         return values["loss"]

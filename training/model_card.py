@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+EVALUATION = re.compile(r"<!-- evaluation -->.*?<!-- /evaluation -->", re.DOTALL)
 PIPELINE_TAG = "zero-shot-image-classification"
 
 
@@ -139,6 +140,34 @@ def model_card(
         stored_dtype=stored_dtype,
         compute_dtype=compute_dtype,
     )
+
+
+def add_evaluation(
+    directory: str | Path, results: Mapping[str, Mapping[str, Any]], pictures: Mapping[str, str] | None = None
+) -> None:
+    """Brings the card of an exported model up to date with what was measured and drawn after the export.
+
+    - results: name -> content of a `results/<name>.json` that `write_results` wrote.
+    - pictures: caption -> path inside the repository.
+
+    Raises ValueError if the directory's README.md is not a card of this package's template.
+    """
+    card = ModelCard.load(Path(directory) / "README.md")
+    if not EVALUATION.search(card.text):
+        raise ValueError(f"{directory}/README.md has no evaluation section; expected a card that export_model wrote")
+    parts = ["### Evaluation"]
+    for name, content in results.items():
+        stated = {key: value for key, value in plain(content["protocol"]).items() if value is not None}
+        told = ", ".join(f"{key}: {json_cell(value)}" for key, value in stated.items())
+        parts += [f"`results/{name}.json` ({told})", metrics_table(content["values"])]
+    parts += [f"![{caption}]({path})\n*{caption}*" for caption, path in (pictures or {}).items()]
+    text = "\n\n".join(["<!-- evaluation -->", *parts, "<!-- /evaluation -->"])
+    card.text = EVALUATION.sub(lambda _: text, card.text)
+    measured = eval_results({key: value for content in results.values() for key, value in content["values"].items()})
+    known = {(result.dataset_name, result.metric_name) for result in measured}
+    kept = [r for r in card.data.eval_results or [] if (r.dataset_name, r.metric_name) not in known]
+    card.data.eval_results = kept + measured
+    card.save(Path(directory) / "README.md")
 
 
 def json_cell(value: Any) -> str:

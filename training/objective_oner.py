@@ -24,7 +24,9 @@ CONTRASTS = {
     "cic": (("context", "mix"), ("mix", "context")),
     "cmc": (("image_text", "mix"), ("mix", "image_text")),
 }
-LOSSES = (*CONTRASTS, "mlm", "mim")
+# the streams in which a masked loss finds its targets
+READS = {"mlm": ("text", "image_text"), "mim": ("image", "image_text")}
+LOSSES = (*CONTRASTS, *READS)
 
 
 @dataclass
@@ -68,7 +70,8 @@ class OneRObjective:
         arguments (`OneRObjectiveArguments`): Losses and their readings.
 
     Raises:
-        ValueError: an unknown loss, none at all, or one that the model's heads cannot serve.
+        ValueError: an unknown loss or stream, none at all, or a loss that the model's heads or the masked streams
+            cannot serve.
     """
 
     def __init__(self, student: nn.Module, arguments: OneRObjectiveArguments):
@@ -83,6 +86,7 @@ class OneRObjective:
         if foreign := [name for name in weights if name not in arguments.losses]:
             raise ValueError(f"loss_weights name {foreign}, which are not among the losses {arguments.losses}")
         self.weights = {name: float(weights.get(name, 1.0)) for name in arguments.losses}
+        self._check_masked_streams()
         pairs = [pair for name in self.contrasts for pair in CONTRASTS[name]]
         self.queries = tuple(sorted({query for query, _ in pairs}))
         self.keys = tuple(sorted({key for _, key in pairs}))
@@ -91,6 +95,15 @@ class OneRObjective:
         if arguments.teacher and self.contrasts:
             unused = ("predictor", "text_predictor", "lm_head", "pixel_head")
             self.teacher = EMATeacher(student, arguments.ema_momentum, unused=unused)
+
+    def _check_masked_streams(self) -> None:
+        given = self.arguments.masked_streams
+        known = sorted({stream for streams in READS.values() for stream in streams})
+        if unknown := [stream for stream in given if stream not in known]:
+            raise ValueError(f"unknown masked_streams {unknown}; expected any of {known}")
+        for name, streams in READS.items():
+            if name in self.weights and not set(streams) & set(given):
+                raise ValueError(f"{name} needs one of {list(streams)}, but masked_streams are {given}")
 
     def _freeze_unused(self, student: nn.Module) -> None:
         # a parameter that no loss reaches would make a data-parallel engine wait for its gradient for ever
@@ -103,6 +116,10 @@ class OneRObjective:
             ):
                 if head is not None:
                     head.requires_grad_(False)
+            if student.config.learnable_temperature:
+                student.logit_scale.requires_grad_(False)
+            if self._masked_streams() == ("text",):
+                student.oner.embeddings.stem.requires_grad_(False)
         if "mlm" not in self.weights:
             words = student.oner.embeddings.word_embeddings.weight
             for parameter in student.lm_head.parameters():
@@ -148,11 +165,7 @@ class OneRObjective:
 
     def _masked_streams(self) -> tuple[str, ...]:
         """Only streams that a masked loss reads are worth their pass."""
-        reads = set()
-        if "mlm" in self.weights:
-            reads |= {"text", "image_text"}
-        if "mim" in self.weights:
-            reads |= {"image", "image_text"}
+        reads = {stream for name, streams in READS.items() if name in self.weights for stream in streams}
         return tuple(name for name in self.arguments.masked_streams if name in reads)
 
     @torch.no_grad()
@@ -177,7 +190,7 @@ class OneRObjective:
             ]
             parts[name] = torch.stack(losses).mean()
             if self.arguments.scale_by_temperature:
-                parts[name] = parts[name] * 2 * temperature
+                parts[name] = (parts[name] * 2 * temperature).squeeze()  # a learnable one has shape (1,)
         return parts
 
     def after_step(self) -> None:

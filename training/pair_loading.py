@@ -138,5 +138,7 @@ class PairLoader:
             collate_fn=self.collator,
             num_workers=self.arguments.data.num_workers,
             pin_memory=torch.cuda.is_available(),
+            # its own, or opening a loader would draw from the generator that a resumed run has just restored
+            generator=torch.Generator().manual_seed(self.arguments.run.seed),
             **options,
         )

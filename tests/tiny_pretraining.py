@@ -1,0 +1,96 @@
+"""examples/pretrain.py in this process, on forty real pairs and a model of some thousand weights."""
+
+import importlib.util
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from oner.training.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = 40
+TINY_MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "projection_hidden_size": 32,
+    "projection_dim": 16,
+    "max_text_length": 16,
+}
+
+
+def load_example(name: str) -> ModuleType:
+    """examples/NAME.py as a module; the folder is no package, and `evaluate` is another package's name."""
+    spec = importlib.util.spec_from_file_location(f"{name}_example", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_pairs(path: Path, rows: int = PAIRS) -> Path:
+    """Every 150th row of the embedded pairs: few of them show the same concept."""
+    table = pq.read_table(ROOT / "examples" / "data" / "emoji" / "train.parquet")
+    pq.write_table(table.take(list(range(0, 150 * rows, 150))), path)
+    return path
+
+
+def tiny_arguments(pairs: Path, output_dir: Path, **overrides: Any) -> list[str]:
+    """A command line: two epochs of five steps of eight pairs, in fp32. `model_config` is merged, None is left out."""
+    fields = {
+        "train_data": [pairs],
+        "text_column": "captions",
+        "id_column": "hexcode",
+        "size": "nano",
+        "vocab_size": 300,
+        "batch_size": 8,
+        "epochs": 2,
+        "warmup_epochs": 0.6,
+        "base_learning_rate": 0.03,
+        "num_workers": 0,
+        "mixed_precision": "no",
+        "log_every": 1,
+        "eval_every_epochs": 0,
+        "output_dir": output_dir,
+        **overrides,
+        "model_config": json.dumps({**TINY_MODEL, **overrides.get("model_config", {})}),
+    }
+    line = []
+    for name, value in fields.items():
+        if value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            line += [f"--{name}", *map(str, values)]
+    return line
+
+
+def forget_accelerator() -> None:
+    """Accelerate keeps one state a process; a second run with another precision needs it gone."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def read_log(output_dir: Path) -> list[dict[str, Any]]:
+    """Lines of log.jsonl without the only value that is a matter of time."""
+    lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
+
+
+def assert_same_checkpoint(one: Path, other: Path, but: Iterable[str] = ()) -> None:
+    """Every tensor bit for bit, and the state but for the arguments."""
+    tensors, state = load_checkpoint(one)
+    tensors_other, state_other = load_checkpoint(other)
+    assert tensors.keys() == tensors_other.keys()
+    for stem in tensors.keys() - set(but):
+        assert tensors[stem].keys() == tensors_other[stem].keys()
+        different = [
+            name for name, value in tensors[stem].items() if not torch.equal(value, tensors_other[stem][name])
+        ]
+        assert not different, f"{stem}: {len(different)} differ, {different[:3]}"
+    state.pop("arguments"), state_other.pop("arguments")
+    assert state == state_other
