@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import oner  # noqa: F401  registers the families with transformers' auto classes
 from oner.processing.vl_dataset import open_pairs
 from oner.training.arguments import Arguments, parse_arguments
+from oner.training.distributed import synchronise_batch_norm
 from oner.training.engine import Engine, make_accelerator
 from oner.training.evaluation_retrieval import RetrievalEvaluator
 from oner.training.hub import export_model
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     accelerator = make_accelerator(arguments.run)
     pairs = open_training_pairs(arguments.data)
     processor, config = build_processor_and_config(arguments, pairs)
-    model = build_model(arguments, config)
+    model = synchronise_batch_norm(build_model(arguments, config), accelerator.device)
     loader = PairLoader(arguments, pairs, processor, config)
     evaluators = build_evaluators(arguments)
 

@@ -82,8 +82,8 @@ class Stream:
 
 def split_streams(packed: torch.Tensor, streams: list[Stream]) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """
-    (n, X) -> by stream, its prefix (B, S, X) and its words (n_words, X) or None. One split, so that the backward is one
-    concatenation: a slice for each part would fill and add a tensor of n rows for each.
+    (n, X) -> by stream, its prefix (B, S, X) and its words (n_words, X) or None. One split, so that the backward is
+    one concatenation: a slice for each part would fill and add a tensor of n rows for each.
     """
     sizes = []
     for stream in streams:

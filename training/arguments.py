@@ -54,6 +54,8 @@ class DataArguments:
         default_factory=lambda: [0.5, 1.0], metadata=_help("Area range of RandomResizedCrop (appendix E, facts 19).")
     )
     horizontal_flip: float = field(default=0.0, metadata=_help("Probability; the paper names no flip."))
+    color_jitter: float = field(default=0.0, metadata=_help("Strength; the paper found none helps (appendix E)."))
+    grayscale: float = field(default=0.0, metadata=_help("Probability of losing colour; likewise."))
     mlm_probability: float = field(default=0.15, metadata=_help("Share of words to predict (appendix C)."))
     mim_ratio: list[float] = field(
         default_factory=lambda: [0.1, 0.5],

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -89,7 +88,7 @@ def choose_precision(asked: str) -> str:
 
 class Engine:
     """
-    Trains `model` to the end of the run, or to a SIGTERM, which ends it cleanly with a checkpoint.
+    Trains `model` to the end of the run, or to a SIGTERM or Ctrl-C, which ends it cleanly with a checkpoint.
 
     Args:
         accelerator (`Accelerator`): From `make_accelerator`.
@@ -118,8 +117,6 @@ class Engine:
         self.output_dir = Path(run.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.model = model
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         optimizer = build_optimizer(self.model, run)
         self.schedule = build_schedule(optimizer, run, total_steps, epoch_steps)
         if run.compile:
@@ -139,14 +136,15 @@ class Engine:
 
     def fit(self) -> dict[str, float]:
         """Runs to the end; returns the last evaluation. `self.stopped` tells whether a signal cut it short."""
-        previous = signal.signal(signal.SIGTERM, self._on_signal)
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.accelerator.init_trackers("oner", config={"run": json.dumps(self.arguments.to_dict())})
             self._resume()
             self._loop()
             self.accelerator.end_training()
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         return self.metrics
 
     def _loop(self) -> None:
@@ -193,6 +191,8 @@ class Engine:
         return every > 0 and self.step % every == 0
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stopped and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C means now
         self.stopped = True
 
     def _stopping(self) -> bool:

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .distributed import gather_without_gradient, rank
 from .losses import info_nce, masked_image_loss, masked_language_loss
 from .teacher import EMATeacher
+
+logger = logging.get_logger(__name__)
 
 # ctr(A, B): which online representation meets which of the teacher's
 CONTRASTS = {
@@ -90,11 +93,21 @@ class OneRObjective:
         pairs = [pair for name in self.contrasts for pair in CONTRASTS[name]]
         self.queries = tuple(sorted({query for query, _ in pairs}))
         self.keys = tuple(sorted({key for _, key in pairs}))
+        if "cic" in self.contrasts and self._context_is_mix():
+            logger.warning(
+                "CIC equals XMC under this configuration: a [CLS] that attends Y's own states is Y's own [CLS], so "
+                "F(I|T) = F(T). Set context_states to co_attention or last_layer, context_cls to false, or pooling "
+                "to mean."
+            )
         self._freeze_unused(student)
         self.teacher = None
         if arguments.teacher and self.contrasts:
             unused = ("predictor", "text_predictor", "lm_head", "pixel_head")
             self.teacher = EMATeacher(student, arguments.ema_momentum, unused=unused)
+
+    def _context_is_mix(self) -> bool:
+        config = self.config
+        return config.pooling == "cls" and config.context_states == "own" and config.context_cls
 
     def _check_masked_streams(self) -> None:
         given = self.arguments.masked_streams

@@ -106,7 +106,13 @@ class PairLoader:
             self.resume_note = None
         self.collator = PairCollator(
             processor.tokenizer,
-            TrainingImageTransform(config.image_size, scale=tuple(data.crop_scale), hflip=data.horizontal_flip),
+            TrainingImageTransform(
+                config.image_size,
+                scale=tuple(data.crop_scale),
+                hflip=data.horizontal_flip,
+                color_jitter=data.color_jitter,
+                grayscale=data.grayscale,
+            ),
             image_token_id=config.image_token_id,
             cls_token_id=config.cls_token_id,
             mask_token_id=config.mask_token_id,
