@@ -11,7 +11,7 @@ from torch import nn
 from oner import OneRModel
 from oner.modeling.vl_embeddings import ConvStem, LinearStem
 from oner.modeling.vl_heads import ContrastiveHead
-from oner.modeling.vl_layers import SelfAttention, Stream
+from oner.modeling.vl_layers import SelfAttention, Stream, split_streams
 
 
 def tower(**overrides) -> OneRModel:
@@ -99,17 +99,21 @@ def test_linear_stem_is_a_product_with_each_patch():
 
 def test_contrastive_head_has_moco_v3s_layers():
     head = ContrastiveHead(6, 10, 4, 3, "batch")
-    kinds = [type(layer).__name__ for layer in head]
+    kinds = [type(layer).__name__.removeprefix("Head") for layer in head]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
     assert all(layer.bias is None for layer in head if isinstance(layer, nn.Linear))
     assert head[1].affine and head[4].affine and not head[7].affine
-    kinds = [type(layer).__name__ for layer in ContrastiveHead(4, 10, 4, 2, "layer")]
+    kinds = [type(layer).__name__.removeprefix("Head") for layer in ContrastiveHead(4, 10, 4, 2, "layer")]
     assert kinds == ["Linear", "LayerNorm", "ReLU", "Linear", "LayerNorm"]
     linear = ContrastiveHead(6, 10, 4, 1, "batch")
-    assert [type(layer).__name__ for layer in linear] == ["Linear"] and linear[0].bias is not None
+    assert [type(layer).__name__.removeprefix("Head") for layer in linear] == ["Linear"] and linear[0].bias is not None
     states = torch.randn(3, 6)
     assert ContrastiveHead(6, 10, 6, 0, "batch")(states) is states
-    assert [type(layer).__name__ for layer in ContrastiveHead(6, 9, 4, 2, "none")] == ["Linear", "ReLU", "Linear"]
+    assert [type(layer).__name__.removeprefix("Head") for layer in ContrastiveHead(6, 9, 4, 2, "none")] == [
+        "Linear",
+        "ReLU",
+        "Linear",
+    ]
 
 
 def attention_module(**overrides) -> SelfAttention:
@@ -136,16 +140,15 @@ def test_attention_to_both_splits_into_two_attentions():
     module = attention_module().double()
     module.config._attn_implementation = "sdpa"  # eager takes its softmax in fp32
     x, y = torch.randn(1, 7, 32, dtype=torch.float64), torch.randn(1, 4, 32, dtype=torch.float64)
-    (q, k_x, v_x), (_, k_y, v_y) = (module.qkv(states).chunk(3, dim=-1) for states in (x, y))
+    (q, k_x, v_x), (_, k_y, v_y) = (module._heads(module.qkv(states)) for states in (x, y))  # each (1, H, L, d)
 
     def attend(keys, values):  # -> (1, L_X, D), before the output projection
         return module._attend(q, keys, values, None)[0]
 
-    both = attend(torch.cat([k_x, k_y], 1), torch.cat([v_x, v_y], 1))  # f(X | X, Y)
+    both = attend(torch.cat([k_x, k_y], 2), torch.cat([v_x, v_y], 2))  # f(X | X, Y)
     own, other = attend(k_x, v_x), attend(k_y, v_y)  # f(X | X), f(X | Y)
-    heads = [states[0].view(-1, 4, 8) for states in (q, k_x, k_y)]
-    mass_x = torch.einsum("ihd,jhd->ihj", heads[0], heads[1]).div(8**0.5).exp().sum(-1)  # (L_X, H)
-    mass_y = torch.einsum("ihd,jhd->ihj", heads[0], heads[2]).div(8**0.5).exp().sum(-1)
+    mass_x = torch.einsum("hid,hjd->ihj", q[0], k_x[0]).div(8**0.5).exp().sum(-1)  # (L_X, H)
+    mass_y = torch.einsum("hid,hjd->ihj", q[0], k_y[0]).div(8**0.5).exp().sum(-1)
     share = (mass_x / (mass_x + mass_y)).repeat_interleave(8, dim=1)[None]  # lambda_X, (1, L_X, D)
     assert share.std() > 0.05 and (own - other).abs().max() > 0.1  # the two differ and neither wins
     torch.testing.assert_close(both, share * own + (1 - share) * other, rtol=0, atol=1e-12)
@@ -156,23 +159,31 @@ def test_attention_to_both_splits_into_two_attentions():
 
 def two_streams() -> tuple[torch.Tensor, Stream, Stream]:
     """A text stream of lengths 2, 0, 3 in four slots, and a picture stream of 5 positions, packed behind it."""
-    text = Stream(start=0, batch_size=3, prefix=1, words=4, text_index=torch.tensor([0, 1, 8, 9, 10]))
-    picture = Stream(start=text.stop, batch_size=3, prefix=5)
-    return torch.randn(picture.stop, 32), text, picture
+    text = Stream("text", batch_size=3, prefix=1, words=4, text_index=torch.tensor([0, 1, 8, 9, 10]))
+    picture = Stream("image", batch_size=3, prefix=5)
+    return torch.randn(3 + 5 + 15, 32), text, picture
 
 
-def test_streams_pad_and_unpad():
+def padded_streams(packed: torch.Tensor, text: Stream, picture: Stream) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = split_streams(packed, [text, picture])
+    return text.pad(*parts["text"]), picture.pad(*parts["image"])
+
+
+def test_streams_split_pad_and_unpad():
     packed, text, picture = two_streams()
-    assert (text.stop, picture.start, picture.stop) == (8, 8, 23)
-    padded = text.pad(packed)
+    parts = split_streams(packed, [text, picture])
+    torch.testing.assert_close(parts["text"][0], packed[:3].view(3, 1, 32))
+    torch.testing.assert_close(parts["text"][1], packed[3:8])
+    assert parts["image"][1] is None
+    padded, pictures = padded_streams(packed, text, picture)
     assert padded.shape == (3, 5, 32)
     torch.testing.assert_close(padded[:, 0], packed[:3])
     torch.testing.assert_close(padded[0, 1:3], packed[3:5])
     torch.testing.assert_close(padded[2, 1:4], packed[5:8])
     assert padded[1, 1:].abs().sum() == 0 and padded[0, 3:].abs().sum() == 0 and padded[2, 4].abs().sum() == 0
-    torch.testing.assert_close(text.unpad(padded), packed[:8])
-    torch.testing.assert_close(picture.pad(packed), packed[8:].view(3, 5, 32))
-    torch.testing.assert_close(picture.unpad(picture.pad(packed)), packed[8:])
+    torch.testing.assert_close(torch.cat(text.unpad(padded)), packed[:8])
+    torch.testing.assert_close(pictures, packed[8:].view(3, 5, 32))
+    torch.testing.assert_close(torch.cat(picture.unpad(pictures)), packed[8:])
 
 
 def test_key_masks_say_what_may_be_attended():
@@ -192,17 +203,18 @@ def test_packed_attention_equals_attention_of_each_stream(implementation):
     real = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
     for stream in (text, picture):
         stream.set_mask(module.config, stream.key_mask(real), like=packed)
-    crossed = Stream(start=8, batch_size=3, prefix=5, context=text)
+    crossed = Stream("crossed", batch_size=3, prefix=5, context="text")
     crossed.set_mask(module.config, text.key_mask(real), like=packed)
     keys = text.key_mask(real).bool()
     everything = torch.ones(3, 5, dtype=torch.bool)
+    texts, pictures = padded_streams(packed, text, picture)
 
     output, _ = module(packed, None, [text, picture])
-    expected = naive_attention(module, text.pad(packed), text.pad(packed), keys)
-    torch.testing.assert_close(output[:8], text.unpad(expected), rtol=1e-4, atol=1e-5)
-    expected = naive_attention(module, picture.pad(packed), picture.pad(packed), everything)
-    torch.testing.assert_close(output[8:], picture.unpad(expected), rtol=1e-4, atol=1e-5)
+    expected = naive_attention(module, texts, texts, keys)
+    torch.testing.assert_close(output[:8], torch.cat(text.unpad(expected)), rtol=1e-4, atol=1e-5)
+    expected = naive_attention(module, pictures, pictures, everything)
+    torch.testing.assert_close(output[8:], torch.cat(picture.unpad(expected)), rtol=1e-4, atol=1e-5)
 
     output, _ = module(packed, None, [text, crossed])
-    expected = naive_attention(module, picture.pad(packed), text.pad(packed), keys)
-    torch.testing.assert_close(output[8:], picture.unpad(expected), rtol=1e-4, atol=1e-5)
+    expected = naive_attention(module, pictures, texts, keys)
+    torch.testing.assert_close(output[8:], torch.cat(picture.unpad(expected)), rtol=1e-4, atol=1e-5)

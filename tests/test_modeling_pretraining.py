@@ -249,7 +249,8 @@ def test_own_context_is_the_plain_pass(kind):
     wanted = [(kind, kind, embedded), (f"{kind}|{kind}", f"{kind}|{kind}", embedded)]
     packed, streams = model._pack(wanted, batch["text_index"], text_mask)
     packed = model._encode(packed, streams, text_mask)
-    own, crossed = (stream.pad(packed) for stream in streams.values())
+    parts = split_streams(packed, list(streams.values()))
+    own, crossed = (stream.pad(*parts[name]) for name, stream in streams.items())
     torch.testing.assert_close(crossed, own, rtol=0, atol=1e-6)
     mask = masks_of(batch)[kind][..., None]
     plain = separate_states(model, batch, masked=False)[kind]
