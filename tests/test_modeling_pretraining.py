@@ -10,6 +10,7 @@ import torch
 from tiny_oner import joint_batch, naive_layer, randomised, text_of, tiny_config
 
 from oner import OneRForMaskedLM, OneRForPreTraining
+from oner.modeling.vl_layers import split_streams
 
 LENGTHS = [5, 0, 3, 1]
 STEP = (
