@@ -289,14 +289,7 @@ class OneRModel(OneRFeatures, OneRPreTrainedModel):
         self.post_init()
 
     def _make_projector(self) -> ContrastiveHead:
-        config = self.config
-        return ContrastiveHead(
-            config.hidden_size,
-            config.projection_hidden_size,
-            config.projection_dim,
-            config.projector_layers,
-            config.head_norm,
-        )
+        return ContrastiveHead.from_config(self.config, self.config.hidden_size, self.config.projector_layers)
 
     @capture_outputs
     def forward(

@@ -49,14 +49,7 @@ class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
         self.post_init()
 
     def _make_predictor(self) -> ContrastiveHead:
-        config = self.config
-        return ContrastiveHead(
-            config.projection_dim,
-            config.projection_hidden_size,
-            config.projection_dim,
-            config.predictor_layers,
-            config.head_norm,
-        )
+        return ContrastiveHead.from_config(self.config, self.config.projection_dim, self.config.predictor_layers)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder

@@ -47,6 +47,11 @@ class ContrastiveHead(nn.Sequential):
                 layers.append(nn.ReLU())
         super().__init__(*layers)
 
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, input_dim: int, num_layers: int) -> "ContrastiveHead":
+        """A head to `projection_dim`, as the configuration's widths and norm have it."""
+        return cls(input_dim, config.projection_hidden_size, config.projection_dim, num_layers, config.head_norm)
+
 
 class LanguageModelHead(nn.Module):
     """BERT's: dense, GELU, norm, then the words themselves with a bias. (..., D) -> (..., V)."""

@@ -68,10 +68,18 @@ class Stream:
             mask[:, 0] = 0
         return mask
 
+    def implementation(self, config: PreTrainedConfig) -> str:
+        """The attention in use; sdpa for F(X|Y) under flash, whose padding helper takes queries and keys for one."""
+        flash = self.context is not None and "flash" in config._attn_implementation
+        return "sdpa" if flash else config._attn_implementation
+
     def set_mask(self, config: PreTrainedConfig, key_mask: torch.Tensor | None, like: torch.Tensor) -> None:
         """Prepares `attention_mask` from the context's `key_mask` (B, L_context); `like` gives dtype and device."""
         if key_mask is None:
             self.attention_mask = None
+            return
+        if self.implementation(config) != config._attn_implementation:
+            self.attention_mask = key_mask[:, None, None, :].bool().expand(-1, 1, self.length, -1)
             return
         queries = like.new_empty(self.batch_size, self.length, 1)
         keys = like.new_empty(self.batch_size, key_mask.shape[1], 1)
@@ -136,11 +144,17 @@ class SelfAttention(nn.Module):
         return qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: object, **kwargs
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: object,
+        implementation: str | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, H, L, d), (B, H, L', d) twice -> (B, L, D) and the weights where the implementation gives them."""
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            implementation or self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention_interface(
             self,
@@ -170,7 +184,8 @@ class SelfAttention(nn.Module):
         rows = []
         for stream in streams:
             query, (_, key, value) = heads[stream.name][0], heads[stream.context or stream.name]
-            output, _ = self._attend(query, key, value, stream.attention_mask, **kwargs)
+            implementation = stream.implementation(self.config)
+            output, _ = self._attend(query, key, value, stream.attention_mask, implementation, **kwargs)
             rows += stream.unpad(output)
         return self.proj(torch.cat(rows)), None
 

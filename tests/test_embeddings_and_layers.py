@@ -218,3 +218,21 @@ def test_packed_attention_equals_attention_of_each_stream(implementation):
     output, _ = module(packed, None, [text, crossed])
     expected = naive_attention(module, pictures, texts, keys)
     torch.testing.assert_close(output[8:], torch.cat(picture.unpad(expected)), rtol=1e-4, atol=1e-5)
+
+
+def test_crossed_streams_leave_flash_to_sdpa():
+    """transformers' flash path pads queries by the keys' mask, so F(X|Y) takes sdpa there; the rest keeps flash."""
+    packed, text, picture = two_streams()
+    module = attention_module()
+    real = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
+    crossed = Stream("crossed", batch_size=3, prefix=5, context="text")
+    results = {}
+    for implementation in ("sdpa", "flash_attention_2"):
+        module.config._attn_implementation = implementation
+        assert text.implementation(module.config) == implementation
+        assert crossed.implementation(module.config) == "sdpa"
+        crossed.set_mask(module.config, text.key_mask(real), like=packed)
+        texts, pictures = padded_streams(packed, text, picture)
+        query, (_, key, value) = module._heads(module.qkv(pictures))[0], module._heads(module.qkv(texts))
+        results[implementation] = module._attend(query, key, value, crossed.attention_mask, "sdpa")[0]
+    torch.testing.assert_close(results["flash_attention_2"], results["sdpa"])

@@ -97,7 +97,9 @@ def test_a_row_becomes_a_command_with_its_changes(few: Path, tmp_path: Path) -> 
 def test_every_question_parses(few: Path, tmp_path: Path) -> None:
     import evidence
 
-    for run in evidence.plan(evidence.parse([*options(few, tmp_path, "itc"), "--questions"])):
+    runs = evidence.plan(evidence.parse([*options(few, tmp_path, "itc"), "--questions"]))
+    assert len(runs) == 1 + len(evidence.QUESTIONS)
+    for run in runs:
         command = run.command(threads=1)
         arguments = parse_arguments(command[command.index("--config") :])
         OneRConfig.from_size(arguments.model.size, **arguments.model.model_config)
