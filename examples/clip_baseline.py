@@ -145,7 +145,8 @@ class ClipObjective:
         if self.loss is None:  # ranks are known only once the engine runs
             self.loss = _open_clip().ClipLoss(rank=rank(), world_size=world_size())
         images, texts, scale = student(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
-        loss = self.loss(images.float(), texts.float(), scale.float())
+        with torch.autocast(images.device.type, enabled=False):  # as info_nce: the loss in fp32
+            loss = self.loss(images.float(), texts.float(), scale.float())
         return loss, {"clip": loss.detach()}
 
     @torch.no_grad()

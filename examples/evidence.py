@@ -307,7 +307,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=TABLE_6, help=f"of {', '.join(ROWS)}, or name:key=value,...")
     parser.add_argument("--questions", action="store_true", help="also the rows that ask why naive contrast fails")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2] if torch.cuda.is_available() else [0])
     parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--steps", type=int, help="length in steps instead of epochs")
     parser.add_argument("--head-norm", choices=("batch", "layer", "none"), help="of all rows but CLIP")

@@ -174,3 +174,11 @@ def test_no_masked_patches_cost_nothing_but_keep_the_graph():
     loss = masked_image_loss(predictions, torch.randn(1, 3, 4, 4), torch.zeros(1, 4, dtype=torch.bool), 2)
     loss.backward()
     assert loss.item() == 0 and predictions.grad.abs().sum() == 0
+
+
+def test_info_nce_is_fp32_under_autocast():
+    queries, keys = torch.randn(6, 16), torch.randn(6, 16)
+    expected = info_nce(queries, keys, 0.07)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = info_nce(queries, keys, 0.07)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)

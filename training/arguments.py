@@ -53,6 +53,13 @@ class DataArguments:
     crop_scale: list[float] = field(
         default_factory=lambda: [0.5, 1.0], metadata=_help("Area range of RandomResizedCrop (appendix E, facts 19).")
     )
+    eval_crop: float = field(
+        default=1.0,
+        metadata=_help(
+            "timm's crop_pct, kept in the processor: below 1, pictures are resized to image_size / eval_crop and "
+            "their middle is taken, which shows things as large as training crops do; 1 squeezes the whole picture."
+        ),
+    )
     horizontal_flip: float = field(default=0.0, metadata=_help("Probability; the paper names no flip."))
     color_jitter: float = field(default=0.0, metadata=_help("Strength; the paper found none helps (appendix E)."))
     grayscale: float = field(default=0.0, metadata=_help("Probability of losing colour; likewise."))
@@ -221,6 +228,8 @@ def _check(arguments: Arguments) -> None:
         low_high = getattr(data, name)
         if len(low_high) != 2 or not 0 <= low_high[0] <= 1 or not 0 <= low_high[1] <= 1:
             raise ValueError(f"{name} is {low_high}; expected two numbers in [0, 1]")
+    if not 0 < data.eval_crop <= 1:
+        raise ValueError(f"eval_crop is {data.eval_crop}; expected a share in (0, 1]")
     if run.eval_captions not in ("all", "first"):
         raise ValueError(f"eval_captions is {run.eval_captions!r}; expected 'all' or 'first'")
     if run.mixed_precision not in ("no", "bf16", "fp16", "auto"):

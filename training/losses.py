@@ -33,7 +33,8 @@ def info_nce(
     """
     queries = F.normalize(queries.float(), dim=-1)
     keys = F.normalize(keys.float(), dim=-1)
-    logits = queries @ keys.T / temperature  # (B, K)
+    with torch.autocast(queries.device.type, enabled=False):  # else the product would be taken in half precision
+        logits = queries @ keys.T / temperature  # (B, K)
     if query_ids is None:
         return F.cross_entropy(logits, torch.arange(offset, offset + len(queries), device=logits.device))
     if key_ids is None:

@@ -51,9 +51,16 @@ def build_processor_and_config(
         }
         config_class = CONFIG_MAPPING[model.family]
         config = config_class.from_size(model.size, **{"vocab_size": len(tokenizer), **ids, **overrides})
-    size = {"height": config.image_size, "width": config.image_size}
-    image_processor = OneRImageProcessor(size=size, patch_size=config.patch_size)
+    image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop)
     return OneRProcessor(image_processor, tokenizer, max_text_length=config.max_text_length), config
+
+
+def _image_processor(image_size: int, patch_size: int, eval_crop: float) -> OneRImageProcessor:
+    side = round(image_size / eval_crop)
+    options = {"size": {"height": side, "width": side}, "patch_size": patch_size}
+    if eval_crop < 1:
+        options |= {"do_center_crop": True, "crop_size": {"height": image_size, "width": image_size}}
+    return OneRImageProcessor(**options)
 
 
 def _tokenizer(arguments: Arguments, pairs: PairRows | PairStream, max_text_length: int):
