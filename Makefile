@@ -45,11 +45,13 @@ demo: $(VENV)/.installed-plots
 	  --dynamo_backend no examples/pretrain.py --config $(DEMO_CONFIG)
 	OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MODEL) --id_column hexcode \
 	  --data $(EMOJI)/test_style.parquet $(EMOJI)/test_concept.parquet --gallery $(EMOJI)/train.parquet --captions first
+	OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MODEL) --id_column hexcode --tasks multimodal \
+	  --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --limit 1200
 
 test: $(VENV)/.installed-test
 	$(PYTEST) -n $(JOBS) --dist loadfile
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-all
 	$(PYTEST) -m slow
 
 test-transformers: $(VENV)/.installed-test

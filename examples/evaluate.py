@@ -5,6 +5,10 @@
 
 A task is one entry of `TASKS`: it makes an evaluator, whose `run(model, processor)` yields names, each with a number
 or a picture to be saved. `multimodal` and `composed` need other pictures of the same concept, in --data or --gallery.
+
+Pictures with class numbers instead of captions, for instance a folder with one folder a class:
+
+    python examples/evaluate.py --model runs/demo/model --data imagenet/val --class_names imagenet
 """
 
 import argparse
@@ -19,27 +23,39 @@ import oner  # noqa: F401  registers the models with transformers' auto classes
 from oner.processing.vl_dataset import open_pairs
 from oner.training.evaluation_attention import AttentionEvaluator
 from oner.training.evaluation_composed import ComposedEvaluator
+from oner.training.evaluation_embedding import Gallery, spaced
 from oner.training.evaluation_gap import GapEvaluator
+from oner.training.evaluation_labels import open_labelled
 from oner.training.evaluation_localization import LocalizationEvaluator
 from oner.training.evaluation_results import read_results, write_results
 from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.evaluation_zero_shot import ZeroShotClassificationEvaluator
 from oner.training.hub import write_pictures
 from oner.training.model_card import add_evaluation
+from oner.training.prompts import load_class_names
 
-zero_shot = ZeroShotClassificationEvaluator.from_rows
+
+def zero_shot(a: argparse.Namespace, name: str, rows: Sequence, bootstrap: bool) -> ZeroShotClassificationEvaluator:
+    """With --class_names a row's id is the number of its class; without, every concept is a class."""
+    how = {"templates": a.templates, "batch_size": a.batch_size, "name": name, "bootstrap": bootstrap}
+    how |= {"bootstrap_rows": a.bootstrap_rows, "shown": 8}
+    if a.class_names is None:
+        return ZeroShotClassificationEvaluator.from_rows(rows, **how)
+    labels = [row["id"] for row in rows]
+    return ZeroShotClassificationEvaluator(rows, labels, load_class_names(a.class_names), **how)
+
+
 TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], Any]] = {
     "retrieval": lambda a, name, rows, _: RetrievalEvaluator(rows, a.batch_size, a.ks, name, a.captions),
-    "zero_shot": lambda a, name, rows, _: zero_shot(rows, templates=a.templates, batch_size=a.batch_size, name=name),
-    "bootstrap": lambda a, name, rows, _: zero_shot(
-        rows, templates=a.templates, batch_size=a.batch_size, name=name, bootstrap=True
-    ),
+    "zero_shot": lambda a, name, rows, _: zero_shot(a, name, rows, bootstrap=False),
+    "bootstrap": lambda a, name, rows, _: zero_shot(a, name, rows, bootstrap=True),
     "multimodal": lambda a, name, rows, gallery: MultimodalRetrievalEvaluator(rows, gallery, a.batch_size, a.ks, name),
     "composed": lambda a, name, rows, gallery: ComposedEvaluator(rows, gallery),
     "gap": lambda a, name, rows, _: GapEvaluator(rows),
     "localization": lambda a, name, rows, _: LocalizationEvaluator(rows),
     "attention": lambda a, name, rows, _: AttentionEvaluator(rows),
 }
+CLASS_TASKS = ("zero_shot", "bootstrap")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,20 +68,36 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_column")
     parser.add_argument("--text_column")
     parser.add_argument("--id_column", help="rows with equal ids are positives of each other (hexcode for the emoji)")
+    parser.add_argument(
+        "--class_names",
+        help="imagenet, cifar10, cifar100, or a JSON file with a list: the classes of zero_shot and bootstrap, the only "
+        "tasks then; captions are not needed, and --id_column (label, or the folder of a picture) holds the number of "
+        "each row's class, its place in that list",
+    )
     parser.add_argument("--captions", choices=("all", "first"), default="all")
     parser.add_argument("--templates", default="slip", help="name of a template set, or a JSON file with a list")
     parser.add_argument("--ks", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--limit", type=int, help="use only so many rows of each split, evenly spaced")
+    parser.add_argument(
+        "--bootstrap_rows", type=int, default=300,
+        help="guide only so many evenly spaced pictures, at ten more passes each (default 300; 0: all)",
+    )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    a = parser.parse_args(arguments)
+    a.bootstrap_rows = a.bootstrap_rows or None
+    if a.class_names is not None:
+        if other := [task for task in a.tasks or () if task not in CLASS_TASKS]:
+            parser.error(f"--class_names is for the tasks {' and '.join(CLASS_TASKS)}, got {', '.join(other)}")
+        a.tasks = a.tasks or ["bootstrap"]
+    return a
 
 
 def read(source: str, a: argparse.Namespace, limit: int | None = None) -> list[dict[str, Any]]:
     """Rows of a source; of more than `limit`, evenly spaced ones."""
-    pairs = open_pairs(source, a.image_column, a.text_column, a.id_column)
-    count = len(pairs) if limit is None else min(limit, len(pairs))
-    return [pairs[number * len(pairs) // count] for number in range(count)]
+    if a.class_names is not None:
+        return spaced(open_labelled(source, load_class_names(a.class_names), a.image_column, a.id_column), limit)
+    return spaced(open_pairs(source, a.image_column, a.text_column, a.id_column), limit)
 
 
 def evaluate_split(
@@ -86,10 +118,10 @@ def evaluate_split(
             name = name if name.startswith(f"{split}/") else f"{split}/{name}"
             (numbers if isinstance(value, int | float) else pictures)[name] = value
         facts = {"task": task, "split": split, "rows": len(rows), "limit": a.limit, "gallery_source": a.gallery}
+        facts |= {} if a.class_names is None else {"class_names": a.class_names}
         protocol = {**facts, **getattr(evaluator, "protocol", {})}
-        checkpoint = a.model if Path(a.model).is_dir() else None
         if numbers:
-            write_results(output / "results" / f"{split}.{task}.json", numbers, protocol, model, checkpoint)
+            write_results(output / "results" / f"{split}.{task}.json", numbers, protocol, model, a.model)
         drawn |= write_pictures(pictures, output)
         values |= numbers
     for path in drawn.values():
@@ -101,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     a = parse(arguments)
     model = AutoModelForZeroShotImageClassification.from_pretrained(a.model).to(a.device).eval()
     processor = AutoProcessor.from_pretrained(a.model)
-    gallery = read(a.gallery, a) if a.gallery else None
+    gallery = Gallery(read(a.gallery, a)) if a.gallery and a.class_names is None else None
     values: dict[str, float] = {}
     pictures: dict[str, str] = {}
     for source in a.data:

@@ -34,7 +34,7 @@ from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 from oner import OneRConfig, open_pairs
 from oner.training.arguments import read_config
-from oner.training.evaluation_embedding import embed_images, embed_texts, row_ids
+from oner.training.evaluation_embedding import embed_images, embed_texts, row_ids, spaced
 from oner.training.evaluation_gap import centroid_separability, linear_separability, paired_cosines
 from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.metrics import centroid_distance
@@ -328,19 +328,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return a
 
 
-def read(source: str, id_column: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a source; of more than `limit`, evenly spaced ones."""
-    pairs = open_pairs(source, id_column=id_column)
-    count = len(pairs) if limit is None else min(limit, len(pairs))
-    return [pairs[number * len(pairs) // count] for number in range(count)]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what is missing, writes the documents, and returns the number of rows that failed."""
     a = parse(argv)
     runs = plan(a)
     missing = [run for run in runs if finished(run) is None]
-    data = (read(a.data, a.id_column, a.limit), read(a.gallery, a.id_column))
+    data = tuple(
+        spaced(open_pairs(source, id_column=a.id_column), limit)
+        for source, limit in ((a.data, a.limit), (a.gallery, None))
+    )
     torch.set_num_threads(a.threads)
     errors = work_all(missing, a.jobs, a.threads, data) if missing else []
     contents = [content for run in runs if (content := finished(run)) is not None]

@@ -4,6 +4,7 @@ accelerate launch examples/pretrain.py --config examples/configs/oner_emoji.yaml
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -74,8 +75,10 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
 def describe(arguments: Arguments, model: PreTrainedModel, loader: PairLoader, accelerator) -> str:
     """What is about to happen, in a line or two."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    given = arguments.model
+    origin = f"-{given.size}" if given.initial_model is None else f" from {given.initial_model}"
     line = (
-        f"{arguments.model.family}-{arguments.model.size}, {millions:.1f} M parameters, "
+        f"{given.family}{origin}, {millions:.1f} M parameters, "
         f"{loader.total_steps} steps of {arguments.run.batch_size} pairs on {accelerator.num_processes} x "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}"
     )
@@ -92,16 +95,26 @@ def export(
         "resolution": model.config.image_size,
         **{evaluator.name: evaluator.protocol for evaluator in evaluators},
     }
-    return export_model(
+    directory = export_model(
         model,
         processor,
         Path(arguments.run.output_dir) / "model",
         metrics=metrics,
         protocol=protocol,
         training_config=arguments.to_dict(),
-        data=arguments.data.train_data,
+        data=training_sets(arguments),
         dtype=getattr(torch, arguments.run.export_dtype),
     )
+    if arguments.data.attribution is not None:
+        shutil.copy(arguments.data.attribution, directory)
+    return directory
+
+
+def training_sets(arguments: Arguments) -> list[dict[str, str]]:
+    """The card's table of data."""
+    data = arguments.data
+    told = {"licence": data.data_licence, "attribution": data.attribution and Path(data.attribution).name}
+    return [{"name": name, **{key: value for key, value in told.items() if value}} for name in data.train_data]
 
 
 if __name__ == "__main__":

@@ -136,6 +136,21 @@ class OneRConfig(PreTrainedConfig):
                 f"expected projector_layers >= 1 and predictor_layers >= 0, "
                 f"got {self.projector_layers} and {self.predictor_layers}"
             )
+        for name in ("num_hidden_layers", "max_text_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        self._check_special_ids()
+
+    def _check_special_ids(self) -> None:
+        names = ("pad_token_id", "image_token_id", "cls_token_id", "mask_token_id")
+        ids = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        outside = {name: value for name, value in ids.items() if not 0 <= value < self.vocab_size}
+        if outside:
+            raise ValueError(f"{outside} are not ids in [0, {self.vocab_size - 1}] (vocab_size {self.vocab_size})")
+        if len(set(ids.values())) < len(ids):
+            raise ValueError(f"the special ids must differ from each other, got {ids}")
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "OneRConfig":

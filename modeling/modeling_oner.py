@@ -20,7 +20,15 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_oner import OneRConfig
 from .vl_embeddings import ConvStem, LinearStem, PatchProjection, interpolate_positions, sincos_1d, sincos_2d
 from .vl_heads import ContrastiveHead, HeadLinear, LanguageModelHead
-from .vl_inputs import check_finite, check_ids, check_layout, check_patch_mask, check_picture_size, check_shapes
+from .vl_inputs import (
+    check_finite,
+    check_ids,
+    check_layout,
+    check_one_modality,
+    check_patch_mask,
+    check_picture_size,
+    check_shapes,
+)
 from .vl_layers import PreNormLayer, SelfAttention
 from .vl_outputs import (
     CLS_TOKEN,
@@ -105,6 +113,8 @@ class OneREmbeddings(nn.Module):
         bool_masked_pos: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sequence (B, L, D) and what each position is (B, L)."""
+        if bool_masked_pos is not None and pixel_values is None:
+            raise ValueError("got bool_masked_pos, which masks patches, but pixel_values is None")
         if input_ids is None:
             patches = self.embed_patches(pixel_values, bool_masked_pos)
             hidden_states = torch.cat([self.embed_cls(len(patches)), patches], dim=1)
@@ -219,11 +229,17 @@ class OneRFeatures:
 
     @can_return_tuple
     def get_text_features(
-        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None, **kwargs
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
         Text alone: (B, L) -> `pooler_output` (B, P). The joint layout is accepted; its placeholders are passed over.
+        Raises `ValueError` when pictures come along.
         """
+        check_one_modality("get_text_features", input_ids, pixel_values, self.config.patch_size)
         is_word = input_ids != self.config.image_token_id
         real = is_word.long() if attention_mask is None else attention_mask * is_word
         # a hidden placeholder must not be an id that the checks take for a patch
@@ -231,9 +247,15 @@ class OneRFeatures:
         return self._features(self.tower(input_ids=words, attention_mask=real, return_dict=True, **kwargs))
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Pictures alone: (B, C, H, W) -> `pooler_output` (B, P)."""
-        return self._features(self.tower(pixel_values=pixel_values, return_dict=True, **kwargs))
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, input_ids: torch.LongTensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Pictures alone: (B, C, H, W) -> `pooler_output` (B, P). `input_ids` may hold [CLS] and the placeholders.
+        Raises `ValueError` when words come along.
+        """
+        check_one_modality("get_image_features", input_ids, pixel_values, self.config.patch_size)
+        return self._features(self.tower(input_ids=input_ids, pixel_values=pixel_values, return_dict=True, **kwargs))
 
     @can_return_tuple
     def get_multimodal_features(

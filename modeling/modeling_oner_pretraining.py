@@ -97,7 +97,7 @@ class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
         n_patches = (pixel_values.shape[-2] // self.config.patch_size) * (
             pixel_values.shape[-1] // self.config.patch_size
         )
-        check_pairs(input_ids, masked_input_ids, self.config.image_token_id, n_patches)
+        check_pairs(input_ids, attention_mask, masked_input_ids, self.config.image_token_id, n_patches)
         text_mask = attention_mask[:, 1 + n_patches :]  # (B, W)
         if text_index is None:
             text_index = text_mask.flatten().nonzero().flatten()

@@ -40,12 +40,27 @@ def check_picture_size(pixel_values: torch.Tensor, num_channels: int, patch_size
 
 
 def check_patch_mask(bool_masked_pos: torch.Tensor, batch_size: int, n_patches: int) -> None:
-    """One flag a patch: (B, N)."""
+    """One flag a patch: bool (B, N)."""
+    if bool_masked_pos.dtype != torch.bool:
+        raise ValueError(f"bool_masked_pos is {bool_masked_pos.dtype}; expected torch.bool, True for masked patches")
     if tuple(bool_masked_pos.shape) != (batch_size, n_patches):
         raise ValueError(
             f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}; expected {(batch_size, n_patches)}, "
             f"a flag for each patch of each picture"
         )
+
+
+def check_one_modality(
+    method: str, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, patch_size: int
+) -> None:
+    """No pictures for `get_text_features`; for `get_image_features` no slots behind the placeholders (B, 1 + N)."""
+    other = "use get_multimodal_features"
+    if method == "get_text_features" and pixel_values is not None:
+        raise ValueError(f"get_text_features reads text alone; drop pixel_values or {other}")
+    if method == "get_image_features" and input_ids is not None:
+        n_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
+        if input_ids.shape[-1] > 1 + n_patches:
+            raise ValueError(f"get_image_features reads pictures alone; drop input_ids or {other}")
 
 
 def check_finite(pixel_values: torch.Tensor) -> None:
@@ -95,9 +110,16 @@ def check_layout(
 
 
 def check_pairs(
-    input_ids: torch.Tensor, masked_input_ids: torch.Tensor | None, image_token_id: int, n_patches: int
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    masked_input_ids: torch.Tensor | None,
+    image_token_id: int,
+    n_patches: int,
 ) -> None:
-    """A training step cuts its streams from the joint layout: [CLS], N placeholders, then the words. (B, L) each."""
+    """
+    A training step cuts its streams from the joint layout: [CLS], N placeholders, then the words. (B, L) each.
+    There a word's slot is its place in the text, so padding may only stand behind the words.
+    """
     if masked_input_ids is not None and masked_input_ids.shape != input_ids.shape:
         raise ValueError(
             f"masked_input_ids have shape {tuple(masked_input_ids.shape)}; "
@@ -110,4 +132,11 @@ def check_pairs(
         raise ValueError(
             f"in rows {strays.nonzero().flatten().tolist()} the {n_patches} image placeholders must follow [CLS], "
             f"and the words come behind them; lay pairs out with OneRProcessor(images=..., text=...)"
+        )
+    real = attention_mask != 0
+    gaps = (real[:, 1:] & ~real[:, :-1]).any(1)
+    if gaps.any():
+        raise ValueError(
+            f"in rows {gaps.nonzero().flatten().tolist()} attention_mask has a 0 before a 1; expected padding on the "
+            f"right only, as OneRProcessor(images=..., text=...) lays pairs out"
         )

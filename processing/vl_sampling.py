@@ -179,18 +179,13 @@ class PairBatchSampler(Sampler[list[RowKey]]):
         self.rank, self.world_size = rank, world_size
         # The group of a row is sorted out once; epochs only shuffle the codes.
         self.groups = None if groups is None else _group_codes(groups, n_rows)[0]
-        self._steps_per_epoch = steps_in_epoch(n_rows, batch_size, self.groups)
-        self.total_steps = int(total_epochs * self._steps_per_epoch) if total_steps is None else int(total_steps)
+        self.steps_per_epoch = steps_in_epoch(n_rows, batch_size, self.groups)
+        self.total_steps = int(total_epochs * self.steps_per_epoch) if total_steps is None else int(total_steps)
         if self.total_steps < 1:
-            raise ValueError(f"the run has no step: {total_epochs} epochs of {self._steps_per_epoch} steps")
+            raise ValueError(f"the run has no step: {total_epochs} epochs of {self.steps_per_epoch} steps")
         if not 0 <= start_step <= self.total_steps:
             raise ValueError(f"start_step must be in [0, {self.total_steps}], got {start_step}")
         self.start_step = start_step
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Full global batches an epoch; the same for every epoch."""
-        return self._steps_per_epoch
 
     def __len__(self) -> int:
         return self.total_steps - self.start_step
@@ -200,7 +195,7 @@ class PairBatchSampler(Sampler[list[RowKey]]):
         mine = slice(self.rank * share, (self.rank + 1) * share)
         batches, current = None, -1
         for step in range(self.start_step, self.total_steps):
-            epoch, place = divmod(step, self._steps_per_epoch)
+            epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 batches = epoch_batches(self.n_rows, self.batch_size, self.seed, epoch, self.groups)
                 current = epoch

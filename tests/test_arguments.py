@@ -113,6 +113,12 @@ def test_json_on_the_command_line(parse):
         ("eval_captions: second", "eval_captions is 'second'; expected 'all' or 'first'"),
         ("mixed_precision: fp8", "mixed_precision is 'fp8'; expected no, bf16, fp16 or auto"),
         ("one_row_per_id: true", "one_row_per_id needs id_column"),
+        (
+            "one_row_per_id: true\nid_column: id\nstreaming: true",
+            "one_row_per_id needs all ids .*a stream cannot give",
+        ),
+        ("max_steps: 0", "max_steps is 0; expected at least 1"),
+        ("max_steps: -3", "max_steps is -3; expected at least 1"),
         ("log_every: 0", "log_every is 0; expected at least 1"),
         ("keep_checkpoints: 0", "keep_checkpoints is 0; expected at least 1"),
         ("family: oscar", "unknown family 'oscar'; expected one of oner"),

@@ -26,9 +26,19 @@ from transformers import AutoModel, AutoModelForZeroShotImageClassification, Aut
 from oner.modeling.vl_embeddings import interpolate_positions, sincos_2d
 from oner.processing.vl_dataset import open_pairs
 from oner.processing.vl_tokenizer import train_tokenizer
-from oner.training.arguments import RunArguments
-from oner.training.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, verify
+from oner.training.arguments import RunArguments, parse_arguments
+from oner.training.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+    verify,
+)
 from oner.training.engine import Engine, choose_precision, make_accelerator
+from oner.training.pair_loading import build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 # dropout, so that the generators count too; a checkpoint after every one of the ten steps
@@ -202,7 +212,43 @@ def test_sigterm_is_given_back(example, pairs, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_in_the_last_step_cuts_nothing_short(example, pairs, tmp_path, monkeypatch):
+    save = Engine._save
+
+    def save_and_stop(self):
+        save(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Engine, "_save", save_and_stop)
+    example.main(tiny_arguments(pairs, tmp_path, max_steps=1))
+    assert last(tmp_path).name == "checkpoint-00000001" and (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_several_processes_resume_with_generators_of_their_own(monkeypatch):
+    tensors, state = random_state()
+    drawn = {}
+    for place, count in ((0, 1), (0, 2), (1, 2), (1, 2)):
+        monkeypatch.setattr("oner.training.engine.rank", lambda place=place: place)
+        accelerator = SimpleNamespace(num_processes=count)
+        engine = SimpleNamespace(accelerator=accelerator, run=RunArguments(seed=4), step=7)
+        Engine._restore_randomness(engine, tensors, state)
+        drawn.setdefault((place, count), []).append(torch.rand(3).tolist())
+    restore_random_state(tensors, state)
+    assert drawn[0, 1] == [torch.rand(3).tolist()]
+    assert drawn[1, 2][0] == drawn[1, 2][1] and drawn[0, 2][0] not in (drawn[1, 2][0], drawn[0, 1][0])
+
+
 # Refusals
+
+
+def test_an_objective_of_another_shape_is_named_with_its_file(example, pairs, undisturbed, tmp_path):
+    tensors, state = load_checkpoint(undisturbed / "checkpoint-00000009")
+    name = "teacher.oner.layers.0.attention.qkv.weight"
+    del tensors["objective"][name]
+    path = save_checkpoint(tmp_path, 9, tensors, state)
+    with pytest.raises(CheckpointError) as error:
+        example.main(tiny_arguments(pairs, tmp_path, resume="auto", **EVERY_STEP))
+    assert str(path) in str(error.value) and name.removeprefix("teacher.") in str(error.value)
 
 
 def test_a_loss_that_is_not_finite_names_its_rows_and_is_never_saved(example, pairs, tmp_path):
@@ -330,7 +376,23 @@ def test_variants_run_and_learn(example, pairs, tmp_path, config, options):
         assert not torch.equal(one["logit_scale"], two["logit_scale"])
 
 
-def test_the_second_stage_starts_from_the_first_and_interpolates_positions(example, pairs, undisturbed, tmp_path):
+def test_what_the_first_stage_lacks_is_drawn_by_the_seed(pairs, undisturbed, tmp_path):
+    tower = AutoModel.from_pretrained(undisturbed / "model")
+    tower.save_pretrained(tmp_path)
+    heads = []
+    for seed in (3, 3, 4):
+        torch.rand(len(heads))  # wherever the generator happens to be
+        model = build_model(
+            parse_arguments(tiny_arguments(pairs, tmp_path, initial_model=tmp_path, seed=seed)), tower.config
+        )
+        assert torch.equal(model.oner.layers[0].attention.qkv.weight, tower.layers[0].attention.qkv.weight)
+        heads.append(model.pixel_head.weight.detach())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_the_second_stage_starts_from_the_first_and_interpolates_positions(
+    example, pairs, undisturbed, tmp_path, capsys
+):
     # at a rate of zero, the weights of the second stage are those of the first
     example.main(
         tiny_arguments(
@@ -338,6 +400,7 @@ def test_the_second_stage_starts_from_the_first_and_interpolates_positions(examp
             model_config={"image_size": 64},
         )
     )  # fmt: skip
+    assert f"oner from {undisturbed / 'model'}, " in capsys.readouterr().out
     first, second = (AutoModel.from_pretrained(path / "model") for path in (undisturbed, tmp_path))
     for name, value in first.named_parameters():
         assert torch.equal(value, second.get_parameter(name)), name
@@ -360,6 +423,8 @@ def test_a_stream_says_that_it_cannot_resume_exactly_and_runs(example, pairs, tm
     stream = {"streaming": True, "tokenizer": tmp_path / "tokenizer"}
     with pytest.raises(ValueError, match="the run needs max_steps, got none"):
         example.main(tiny_arguments(pairs, tmp_path / "b", **stream))
+    with pytest.raises(ValueError, match=r"warmup_epochs is 4\.0, .* the end of 7 steps; for a stream, .* below 1"):
+        example.main(tiny_arguments(pairs, tmp_path / "b", max_steps=7, warmup_epochs=4, **stream))
     capsys.readouterr()
     example.main(tiny_arguments(pairs, tmp_path / "c", max_steps=7, **stream))
     printed = capsys.readouterr().out

@@ -18,11 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import oner
+from oner.modeling.modeling_oner import AUTO_MAP
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_dataset import open_pairs
 from oner.processing.vl_tokenizer import train_tokenizer
-from oner.training.hub import export_model, push_to_hub
+from oner.training.hub import export_model, model_classes, push_to_hub
+from oner.training.hub import reference as named
 
 TOLERANCE = 1e-6
 METRICS = {"test_style/image_to_text_recall@10": 0.25, "test_style/top1": 0.125, "test_concept/gap": float("nan")}
@@ -157,6 +159,18 @@ def test_plain_save_pretrained_names_only_what_it_ships(model, tmp_path):
             file, referred = reference.split(".")
             path = folder / f"{file}.py"
             assert path.is_file() and f"class {referred}" in path.read_text(), f"{cls.__name__}: {name} → {reference}"
+
+
+def test_plain_save_pretrained_names_what_is_registered(model):
+    """All but the pretraining class, whose code does not travel with the others."""
+    registered = {"AutoConfig": type(model.config), **model_classes(model.config)}
+    del registered["AutoModelForPreTraining"]
+    assert {name: named(cls) for name, cls in registered.items()} == AUTO_MAP
+
+
+def test_everybody_may_read_an_export(exported):
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in exported.rglob("*") if path.is_file()}
+    assert "model.safetensors" in modes and set(modes.values()) == {"0o644"}, modes
 
 
 def test_resaving_keeps_the_pipelines(exported, tmp_path):

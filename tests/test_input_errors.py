@@ -123,6 +123,14 @@ CASES = {
         {"pixel_values": pixels(2), "bool_masked_pos": torch.zeros(2, 9, dtype=torch.bool)},
         "bool_masked_pos has shape (2, 9); expected (2, 16)",
     ),
+    "patch mask of numbers": (
+        {"pixel_values": pixels(2), "bool_masked_pos": torch.zeros(2, 16, dtype=torch.long)},
+        "bool_masked_pos is torch.int64; expected torch.bool",
+    ),
+    "patch mask without pictures": (
+        {"input_ids": ids([CLS, 9]), "bool_masked_pos": torch.zeros(1, 16, dtype=torch.bool)},
+        "got bool_masked_pos, which masks patches, but pixel_values is None",
+    ),
 }
 
 
@@ -180,6 +188,27 @@ def test_multimodal_features_need_both(models):
         models[OneRModel].get_multimodal_features(**text_of(joint_batch([2])))
 
 
+def test_features_of_one_modality_refuse_the_other(models):
+    batch = joint_batch([2])
+    both = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    for cls in (OneRModel, OneRForImageTextRetrieval, OneRForPreTraining):
+        with pytest.raises(ValueError, match="get_text_features reads text alone; drop pixel_values or use get_multi"):
+            models[cls].get_text_features(**both)
+        with pytest.raises(ValueError, match="get_image_features reads pictures alone; drop input_ids or use get_mul"):
+            models[cls].get_image_features(**both)
+    # what a processor makes of pictures alone has placeholders and no words
+    alone = {"pixel_values": both["pixel_values"]}
+    laid_out = {**alone, "input_ids": ids([CLS] + PLACEHOLDERS), "attention_mask": ids([1] * 17)}
+    one, other = (models[OneRModel].get_image_features(**inputs).pooler_output for inputs in (alone, laid_out))
+    torch.testing.assert_close(one, other)
+
+
+def mask_of(hidden: list[int]) -> torch.Tensor:
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, hidden] = 0
+    return mask
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -199,6 +228,12 @@ def test_multimodal_features_need_both(models):
             {"input_ids": ids([CLS, 9, 8, 7] + PLACEHOLDERS, [CLS] + PLACEHOLDERS + [9, 8, 7])},
             "placeholders must follow",
         ),
+        (
+            {"attention_mask": mask_of([18])},
+            "in rows [1] attention_mask has a 0 before a 1; expected padding on the right",
+        ),
+        ({"attention_mask": mask_of([17, 18])}, "in rows [1] attention_mask has a 0 before a 1"),
+        ({"attention_mask": mask_of([0])}, "in rows [1] attention_mask has a 0 before a 1"),
         (
             {"masked_input_ids": torch.zeros(2, 19, dtype=torch.long)},
             "masked_input_ids have shape (2, 19); expected (2, 20), the shape of input_ids",
@@ -243,6 +278,13 @@ def test_ids_added_to_the_vocabulary_are_accepted():
         ({"position_image_size": 18}, "position_image_size (18) must be a multiple of patch_size (4)"),
         ({"patch_size": 12, "image_size": 24}, "needs a patch_size that is a power of two, got 12"),
         ({"hidden_size": 36, "patch_size": 16}, "needs hidden_size divisible by 8, got 36"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"max_text_length": 0}, "max_text_length must be at least 1, got 0"),
+        ({"temperature": 0}, "temperature must be above 0, got 0"),
+        ({"temperature": -0.1}, "temperature must be above 0, got -0.1"),
+        ({"mask_token_id": VOCAB}, "{'mask_token_id': 50} are not ids in [0, 49] (vocab_size 50)"),
+        ({"cls_token_id": -1}, "{'cls_token_id': -1} are not ids in [0, 49]"),
+        ({"mask_token_id": CLS}, "the special ids must differ from each other, got {'pad_token_id': 0,"),
         ({"projector_layers": 0}, "expected projector_layers >= 1 and predictor_layers >= 0, got 0 and 2"),
     ],
 )

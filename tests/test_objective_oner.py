@@ -318,6 +318,7 @@ def test_no_masked_word_in_a_batch_still_reaches_every_parameter():
             {},
             r"losses are \['itc', 'itm'\]; expected a non-empty subset of \['itc',",
         ),
+        ({"losses": ["itc", "mlm", "itc"]}, {}, r"losses are \['itc', 'mlm', 'itc'\]; expected each once"),
         ({"losses": []}, {}, r"losses are \[\]; expected a non-empty subset"),
         ({"losses": ["itc", "cmc"]}, {"two_heads": True}, r"two_heads serves itc alone .*got \['itc', 'cmc'\]"),
         ({"losses": ["itc"], "loss_weights": {"mlm": 2}}, {}, r"loss_weights name \['mlm'\], which are not among"),

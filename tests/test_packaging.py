@@ -80,6 +80,13 @@ def test_versions_agree():
     assert f"## {oner.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_every_pattern_of_package_data_names_a_file(setup):
+    for package, text in setup["options.package_data"].items():
+        folder = ROOT / setup["options"]["package_dir"].split(f"\n{package} = ")[1].split("\n")[0]
+        for pattern in filter(None, text.split("\n")):
+            assert [path for path in folder.glob(pattern) if path.is_file()], f"{package}: {pattern}"
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """A copy of the tracked tree → source archive → wheel, with the installed setuptools: no network."""
@@ -123,7 +130,9 @@ def test_wheel_holds_every_file_of_every_room(built):
     for room in ("modeling", "processing", "training"):
         missing = {f"oner/{room}/{name}" for name in files_of(room)} - names
         assert not missing, missing
-    assert "oner/__init__.py" in names and not any(name.startswith(("examples", "tests")) for name in names)
+    assert {"oner/__init__.py", "oner/py.typed"} <= names and not any(
+        name.startswith(("examples", "tests")) for name in names
+    )
 
 
 def test_source_archive_is_complete(built):

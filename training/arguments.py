@@ -44,6 +44,10 @@ class DataArguments:
     train_data: list[str] = field(
         default_factory=list, metadata=_help("Files, one folder, or a name that `datasets` knows.")
     )
+    data_licence: str | None = field(default=None, metadata=_help("Licence of the pairs, for the model card."))
+    attribution: str | None = field(
+        default=None, metadata=_help("File that names the pairs' makers; copied into the model directory.")
+    )
     split: str | None = field(default=None, metadata=_help("Split of a data set that has several."))
     image_column: str | None = field(default=None, metadata=_help("Column of pictures; found by its usual names."))
     text_column: str | None = field(default=None, metadata=_help("Column of captions, one or a list a row."))
@@ -83,7 +87,9 @@ class RunArguments:
         default=1e-4, metadata=_help("The rate is this times batch_size / 256 (appendix C).")
     )
     min_learning_rate: float = field(default=0.0, metadata=_help("Where the cosine ends."))
-    warmup_epochs: float = field(default=4, metadata=_help("Linear warm-up from 0 (appendix C)."))
+    warmup_epochs: float = field(
+        default=4, metadata=_help("Linear warm-up from 0 (appendix C); of a stream, a share of max_steps below 1.")
+    )
     weight_decay: float = field(default=0.1, metadata=_help("AdamW's (appendix C)."))
     decay_norm_and_bias: bool = field(
         default=False, metadata=_help("Decay 1-D parameters too, literally as MoCo-v3's code does.")
@@ -221,6 +227,8 @@ def _check(arguments: Arguments) -> None:
         raise ValueError("train_data is empty; expected files, a folder, or the name of a data set")
     if run.batch_size < 2:
         raise ValueError(f"batch_size is {run.batch_size}; contrast needs at least 2 pairs a step")
+    if run.max_steps is not None and run.max_steps < 1:
+        raise ValueError(f"max_steps is {run.max_steps}; expected at least 1, or none for a run of `epochs`")
     for name in ("log_every", "keep_checkpoints"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} is {getattr(run, name)}; expected at least 1")
@@ -234,5 +242,7 @@ def _check(arguments: Arguments) -> None:
         raise ValueError(f"eval_captions is {run.eval_captions!r}; expected 'all' or 'first'")
     if run.mixed_precision not in ("no", "bf16", "fp16", "auto"):
         raise ValueError(f"mixed_precision is {run.mixed_precision!r}; expected no, bf16, fp16 or auto")
-    if arguments.data.one_row_per_id and arguments.data.id_column is None:
+    if data.one_row_per_id and data.id_column is None:
         raise ValueError("one_row_per_id needs id_column, got none")
+    if data.one_row_per_id and data.streaming:
+        raise ValueError("one_row_per_id needs all ids at the start, which a stream cannot give; drop one of the two")

@@ -50,7 +50,7 @@ def save_checkpoint(
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in content.items()},
                   partial / f"{stem}.safetensors")  # fmt: skip
     (partial / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
-    manifest = {file.name: _digest(file) for file in sorted(partial.iterdir())}
+    manifest = {file.name: sha256_of(file) for file in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for file in partial.iterdir():
         _flush(file)
@@ -90,7 +90,7 @@ def verify(path: str | Path) -> None:
     for name, digest in manifest.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name}: missing")
-        if _digest(path / name) != digest:
+        if sha256_of(path / name) != digest:
             raise CheckpointError(f"{path / name}: its bytes are not those that were written")
 
 
@@ -174,11 +174,12 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], state: Mapping[str
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
 
 
-def _digest(file: Path) -> str:
+def sha256_of(path: str | Path) -> str:
+    """Hex digest of a file, read in pieces."""
     digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     return digest.hexdigest()
 
 

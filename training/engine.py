@@ -145,6 +145,8 @@ class Engine:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        # a signal that came in the last step cut nothing short
+        self.stopped = self.stopped and self.step < self.total_steps
         return self.metrics
 
     def _loop(self) -> None:
@@ -168,7 +170,7 @@ class Engine:
                     self._check_finite(loss, parts, batch)
                     self._save()
                 if stopping:
-                    self.stopped = self.step < self.total_steps
+                    self.stopped = True  # on the processes too that got no signal
                     break
 
     def _train_step(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -270,12 +272,22 @@ class Engine:
                 f"in a checkpoint yet; start from its weights with initial_model, or resume under DDP"
             )
         load_weights(self.model, tensors["model"], path)
-        self.objective.load_state_dict(tensors.get("objective", {}))
+        try:
+            self.objective.load_state_dict(tensors.get("objective", {}))
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: the objective's state is not the one expected: {error}") from error
         restore_optimizer(self.optimizer, tensors["optimizer"], state["optimizer_groups"])
-        restore_random_state(tensors["random"], state["random"])
+        self.step, self.metrics = state["step"], state["metrics"]
+        self._restore_randomness(tensors["random"], state["random"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.metrics = state["step"], state["metrics"]
+
+    def _restore_randomness(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        if self.accelerator.num_processes > 1:
+            # a checkpoint holds the first process's generators only: restored on all, every process would draw alike
+            set_seed(self.run.seed + rank() + self.step)
+        else:
+            restore_random_state(tensors, state)
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
         then, now = state["arguments"], self.arguments.to_dict()

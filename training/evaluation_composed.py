@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oner.processing.image_processing_vl import open_image
-from oner.training.evaluation_embedding import Column, embed_images, embed_pairs, embed_texts, row_ids
+from oner.training.evaluation_embedding import Column, embed_images, embed_pairs, embed_texts, gallery_vectors, row_ids
 from oner.training.evaluation_sheets import Row, describe, new_figure, one_of_each_id, wrapped
 
 WAYS = ("picture", "words", "both")
@@ -127,7 +127,7 @@ class ComposedEvaluator:
         """Yields a sheet of own captions, with finds of the same id in green, and a sheet of other words."""
         gallery = self.rows if self.gallery is None else self.gallery
         pictures, ids = Column(gallery, "image"), row_ids(gallery)
-        vectors = embed_images(model, processor, pictures).cpu()
+        vectors = gallery_vectors(model, processor, gallery).cpu()
         places = one_of_each_id(_Numbered(self.rows), self.shown, self.seed)
         hidden = [row["place"] for row in places] if self.gallery is None else None
         images, texts = [row["image"] for row in places], [str(row["captions"][0]) for row in places]

@@ -83,14 +83,20 @@ def embed_pairs(
     texts: Sequence[str],
     batch_size: int = 64,
     progress: bool = False,
+    times: int = 1,
 ) -> Tensor:
-    """f(I, T), (n, P): picture and text as one sequence."""
-    if len(images) != len(texts):
-        raise ValueError(f"one text a picture: got {len(images)} pictures and {len(texts)} texts")
+    """f(I, T), (n, P): picture and text as one sequence.
+
+    With `times` above 1 each picture has that many texts in a row, n = times * pictures; a batch decodes it once.
+    """
+    if len(images) * times != len(texts):
+        raise ValueError(f"{times} text(s) a picture: got {len(images)} pictures and {len(texts)} texts")
 
     def encode(rows: slice) -> Any:
+        first, last = rows.start // times, (rows.stop - 1) // times + 1
+        opened = [open_image(image) for image in images[first:last]]
         batch = processor(
-            images=[open_image(image) for image in images[rows]],
+            images=[opened[row // times - first] for row in range(rows.start, rows.stop)],
             text=list(texts[rows]),
             padding=True,
             truncation=True,
@@ -101,7 +107,7 @@ def embed_pairs(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=batch["pixel_values"]
         )
 
-    return _embed(model, len(images), encode, batch_size, "pairs", progress)
+    return _embed(model, len(texts), encode, batch_size, "pairs", progress)
 
 
 class Column(Sequence):
@@ -118,6 +124,51 @@ class Column(Sequence):
         if isinstance(index, slice):
             return [self.rows[row][self.name] for row in self.indices[index]]
         return self.rows[self.indices[index]][self.name]
+
+
+class Gallery(Sequence):
+    """Rows whose pictures are embedded once, for the several evaluators that search them.
+
+    For one model, whose weights no longer change.
+    """
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
+        self._vectors: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.rows[index]
+
+    def vectors(self, model: Any, processor: Any, batch_size: int = 64, progress: bool = False) -> Tensor:
+        """f(I) of every row, (n, P)."""
+        if self._vectors is None:
+            self._vectors = embed_images(model, processor, Column(self.rows, "image"), batch_size, progress)
+        return self._vectors
+
+
+def gallery_vectors(
+    model: Any, processor: Any, rows: Sequence[Row], batch_size: int = 64, progress: bool = False
+) -> Tensor:
+    """f(I) of the pictures of `rows`, (n, P); a `Gallery` keeps them for the next one who asks."""
+    rows = rows if isinstance(rows, Gallery) else Gallery(rows)
+    return rows.vectors(model, processor, batch_size, progress)
+
+
+def spaced(rows: Sequence[Any], limit: int | None = None) -> list[Any]:
+    """All of `rows` in order, or of more than `limit` so many evenly spaced ones, the first among them.
+
+    Raises:
+        ValueError: a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"a limit must be at least 1, got {limit}")
+    count = len(rows) if limit is None else min(limit, len(rows))
+    places = [number * len(rows) // count for number in range(count)]
+    take = getattr(rows, "take", None)  # of `PairRows`: one read for all
+    return [rows[place] for place in places] if take is None else take(places)
 
 
 def row_ids(rows: Iterable[Row], owner: str = "row") -> list[Hashable]:

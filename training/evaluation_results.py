@@ -3,14 +3,13 @@
 `<directory>/results/<name>.json` holds
     values      name -> number
     protocol    task, split, counts, templates: whatever the evaluator's `protocol` states, and the caller adds
-    checkpoint  directory, and the SHA-256 of every weights file in it
+    checkpoint  directory and the SHA-256 of every weights file in it, or name and commit on the Hub
     model       class, parameters, resolution, patch size
     versions    of python and the libraries that take part
     date        UTC
 """
 
 import datetime
-import hashlib
 import json
 import math
 import platform
@@ -19,24 +18,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import sha256_of
+
 LIBRARIES = ("oner", "torch", "torchvision", "transformers", "tokenizers", "datasets", "evaluate", "timm", "pillow")
 
 
-def sha256_of(path: str | Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def checkpoint_facts(directory: str | Path) -> dict[str, Any]:
-    """Where the weights are and the digest of each file of them.
+def checkpoint_facts(directory: str | Path, model: Any = None) -> dict[str, Any]:
+    """Where the weights are and the digest of each file of them; of a name on the Hub, the commit `model` came from.
 
     Raises:
-        FileNotFoundError: the directory holds no `*.safetensors`.
+        FileNotFoundError: the directory holds no `*.safetensors`, or there is neither a directory nor a commit.
     """
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    if not Path(directory).is_dir():
+        if commit is None:
+            raise FileNotFoundError(f"{directory} is no directory, and the model names no commit of the Hub")
+        return {"name": str(directory), "commit": commit}
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory} holds no *.safetensors: a result must say which weights it is of")
@@ -79,7 +76,7 @@ def write_results(
         path: the JSON file; folders above it are made.
         values: name -> finite number.
         protocol: what was done; must name the "split".
-        model: adds its `model_facts`. checkpoint: the model's directory, adds its `checkpoint_facts`.
+        model: adds its `model_facts`. checkpoint: the model's directory or Hub name, adds its `checkpoint_facts`.
 
     Raises:
         ValueError: no values, a value that is not finite, or a protocol without "split".
@@ -91,7 +88,7 @@ def write_results(
         raise ValueError(f"values must be finite numbers, got {wrong or 'none'}")
     content: dict[str, Any] = {"values": dict(values), "protocol": dict(protocol)}
     if checkpoint is not None:
-        content["checkpoint"] = checkpoint_facts(checkpoint)
+        content["checkpoint"] = checkpoint_facts(checkpoint, model)
     if model is not None:
         content["model"] = model_facts(model)
     content["versions"] = library_versions()

@@ -17,6 +17,7 @@ from oner.training.evaluation_embedding import (
     embed_images,
     embed_pairs,
     embed_texts,
+    gallery_vectors,
     numbered,
     picture_key,
     row_ids,
@@ -190,10 +191,10 @@ class MultimodalRetrievalEvaluator:
         how = {"batch_size": self.batch_size, "progress": self.progress}
         pictures = Column(self.query_rows, "image", self.asked)
         texts = [self.query_rows[number]["captions"][0] for number in self.asked]
-        all_pictures = Column(self.gallery_rows, "image")
         if self.gallery == "image":
-            gallery = embed_images(model, processor, all_pictures, **how)
+            gallery = gallery_vectors(model, processor, self.gallery_rows, **how)
         else:
+            all_pictures = Column(self.gallery_rows, "image")
             gallery_texts = [row["captions"][0] for row in self.gallery_rows]
             gallery = embed_pairs(model, processor, all_pictures, gallery_texts, **how)
         queries = {

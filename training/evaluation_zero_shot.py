@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from oner.training.evaluation_embedding import Column, Row, embed_images, embed_pairs, embed_texts, row_ids
+from oner.training.evaluation_embedding import Column, Row, embed_images, embed_pairs, embed_texts, row_ids, spaced
+from oner.training.evaluation_guidance import guidance_sheet, guided_examples
+from oner.training.evaluation_sheets import describe
 from oner.training.metric_zero_shot_accuracy import ZeroShotAccuracy
 from oner.training.prompts import ClassName, check_templates, fill, load_templates
 
@@ -59,8 +61,11 @@ class ZeroShotClassificationEvaluator:
         guided_score: order the candidates by s' ("guided") or by s + s' ("sum").
         guided_text: t_c is the class in `guided_template` ("prompt") or its bare name ("name"); of synonyms the first.
         guided_target: s' compares with f(t_c) ("text") or with the class's ensemble embedding ("ensemble").
+        bootstrap_rows: guide only so many evenly spaced pictures; None guides all.
+        shown: pictures on the sheet of guidance, 0 for none.
 
-    Yields name/zero_shot_top<k>, name/zero_shot_chance<k>, and name/bootstrap_top<k>.
+    Yields name/zero_shot_top<k>, name/zero_shot_chance<k>; with `bootstrap` also name/bootstrap_top<k>, beside it
+    name/bootstrap_without_top<k> (the plain scores of the same pictures), and the sheet name/bootstrap_sheet.
     """
 
     def __init__(
@@ -78,6 +83,8 @@ class ZeroShotClassificationEvaluator:
         guided_text: Literal["prompt", "name"] = "prompt",
         guided_target: Literal["text", "ensemble"] = "text",
         guided_template: str = "a photo of a {}",
+        bootstrap_rows: int | None = None,
+        shown: int = 0,
         progress: bool = True,
     ):
         for option, value, known in (
@@ -94,13 +101,14 @@ class ZeroShotClassificationEvaluator:
             raise ValueError(f"labels must be in 0..{len(class_names) - 1}, got {outside[0]}")
         if not 1 <= candidates:
             raise ValueError(f"candidates must be at least 1, got {candidates}")
+        self.guided_rows = spaced(range(len(images)), bootstrap_rows)
         rows = len(images) > 0 and isinstance(images[0], Mapping) and "image" in images[0]
         self.images = Column(images, "image") if rows else images
         self.labels = torch.as_tensor([int(label) for label in labels])
         self.class_names = list(class_names)
         self.templates = load_templates(templates) if isinstance(templates, str) else check_templates(templates)
         self.top_k, self.batch_size, self.name, self.progress = tuple(top_k), batch_size, name, progress
-        self.bootstrap, self.candidates = bootstrap, min(candidates, len(class_names))
+        self.bootstrap, self.candidates, self.shown = bootstrap, min(candidates, len(class_names)), shown
         self.guided_score, self.guided_text, self.guided_target = guided_score, guided_text, guided_target
         (self.guided_template,) = check_templates([guided_template])
 
@@ -130,6 +138,7 @@ class ZeroShotClassificationEvaluator:
         }
         if self.bootstrap:
             facts["guidance"] = {
+                "pictures": len(self.guided_rows),
                 "candidates": self.candidates,
                 "score": self.guided_score,
                 "text": self.guided_template if self.guided_text == "prompt" else "{}",
@@ -137,52 +146,57 @@ class ZeroShotClassificationEvaluator:
             }
         return facts
 
-    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
-        """Embed pictures and prompts and yield (name, value)."""
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
+        """Embed pictures and prompts and yield (name, value), and the sheet last."""
         images = embed_images(model, processor, self.images, self.batch_size, self.progress)
         classes = class_embeddings(
             model, processor, self.class_names, self.templates, 4 * self.batch_size, self.progress
         )
         scores = images @ classes.T
-        plain = self._accuracy(scores)
+        plain = self._accuracy(scores, self.labels)
         for k in self.top_k:
             yield f"{self.name}/zero_shot_top{k}", plain[f"top{k}"]
             yield f"{self.name}/zero_shot_chance{k}", plain[f"chance{k}"]
-        if self.bootstrap:
-            guided = self._accuracy(self.guide(model, processor, scores, classes))
-            for k in self.top_k:
-                yield f"{self.name}/bootstrap_top{k}", guided[f"top{k}"]
+        if not self.bootstrap:
+            return
+        rows = self.guided_rows
+        scores, labels = scores[rows], self.labels[rows]
+        pictures = [self.images[row] for row in rows]  # as they lie, not decoded
+        candidates, guided = self.guide(model, processor, pictures, scores, classes)
+        reranked = rerank(scores, candidates, guided)
+        without, after = self._accuracy(scores, labels), self._accuracy(reranked, labels)
+        for k in self.top_k:
+            yield f"{self.name}/bootstrap_top{k}", after[f"top{k}"]
+            yield f"{self.name}/bootstrap_without_top{k}", without[f"top{k}"]
+        if self.shown:
+            examples = guided_examples(pictures, labels, scores, reranked, guided, self.shown)
+            title = (
+                f"{describe(model)}: the first five of {len(classes)} classes before and after bootstrapped guidance "
+                f"of {self.candidates} candidates, cosines in brackets; right class green. Shown first: pictures whose "
+                f"right class is a candidate. Top-1 of {len(rows)} pictures: {without['top1']:.1%} → {after['top1']:.1%}"
+            )
+            names = [name if isinstance(name, str) else name[0] for name in self.class_names]
+            yield f"{self.name}/bootstrap_sheet", guidance_sheet(examples, names, title)
 
-    def guide(self, model: Any, processor: Any, scores: Tensor, classes: Tensor) -> Tensor:
-        """Scores (n, C), class embeddings (C, P) -> scores (n, C) with the first K classes of each row re-ranked."""
+    def guide(
+        self, model: Any, processor: Any, pictures: Sequence[Any], scores: Tensor, classes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pictures (n), scores (n, C), class embeddings (C, P) -> the first K classes of each row and the scores that
+        order them anew, (n, K) each."""
         template = self.guided_template if self.guided_text == "prompt" else "{}"
         texts = [fill([template], name)[0] for name in self.class_names]
         targets = classes
         if self.guided_target == "text":
             targets = embed_texts(model, processor, texts, 4 * self.batch_size)
         old, candidates = scores.topk(self.candidates, dim=1)  # both (n, K)
-        pictures = _Repeated(self.images, self.candidates)
         asked = [texts[column] for column in candidates.flatten().tolist()]
-        mixed = embed_pairs(model, processor, pictures, asked, self.batch_size, self.progress)  # (n * K, P)
+        mixed = embed_pairs(  # (n * K, P)
+            model, processor, pictures, asked, self.batch_size, self.progress, times=self.candidates
+        )
         guided = (mixed * targets[candidates.flatten()]).sum(-1).view_as(old)
-        return rerank(scores, candidates, guided + old if self.guided_score == "sum" else guided)
+        return candidates, guided + old if self.guided_score == "sum" else guided
 
-    def _accuracy(self, scores: Tensor) -> dict[str, float]:
+    def _accuracy(self, scores: Tensor, labels: Tensor) -> dict[str, float]:
         metric = ZeroShotAccuracy(keep_in_memory=True)
-        metric.add_batch(predictions=scores, references=self.labels.to(scores.device))
+        metric.add_batch(predictions=scores, references=labels.to(scores.device))
         return metric.compute(ks=list(self.top_k))
-
-
-class _Repeated(Sequence):
-    """Each item `times` in a row: picture i stands at i * times ... (i + 1) * times - 1."""
-
-    def __init__(self, items: Sequence[Any], times: int):
-        self.items, self.times = items, times
-
-    def __len__(self) -> int:
-        return len(self.items) * self.times
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self.items[place // self.times] for place in range(*index.indices(len(self)))]
-        return self.items[index // self.times]

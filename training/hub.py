@@ -251,6 +251,9 @@ def export_model(
             compute_dtype=computed,
         )
         card.save(scratch / "README.md")
+        for file in scratch.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes for the owner's eyes only
         move_into_place(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

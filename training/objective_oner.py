@@ -73,8 +73,8 @@ class OneRObjective:
         arguments (`OneRObjectiveArguments`): Losses and their readings.
 
     Raises:
-        ValueError: an unknown loss or stream, none at all, or a loss that the model's heads or the masked streams
-            cannot serve.
+        ValueError: an unknown loss or stream, none at all, one twice, or a loss that the model's heads or the masked
+            streams cannot serve.
     """
 
     def __init__(self, student: nn.Module, arguments: OneRObjectiveArguments):
@@ -82,6 +82,8 @@ class OneRObjective:
         unknown = [name for name in arguments.losses if name not in LOSSES]
         if unknown or not arguments.losses:
             raise ValueError(f"losses are {arguments.losses}; expected a non-empty subset of {list(LOSSES)}")
+        if len(set(arguments.losses)) < len(arguments.losses):
+            raise ValueError(f"losses are {arguments.losses}; expected each once (loss_weights makes one count more)")
         self.contrasts = [name for name in arguments.losses if name in CONTRASTS]
         if self.config.two_heads and any(name != "itc" for name in self.contrasts):
             raise ValueError(f"two_heads serves itc alone (Fig. 2c), got {self.contrasts}")
@@ -157,7 +159,7 @@ class OneRObjective:
         )
         parts = {}
         if self.contrasts:
-            parts.update(self._contrast(online, self._keys(online, clean, student), batch["ids"]))
+            parts.update(self._contrast(online, self._keys(clean, student), batch["ids"]))
         if "mlm" in self.weights:
             losses = [masked_language_loss(logits, batch["mlm_labels"]) for logits in online.mlm_logits.values()]
             parts["mlm"] = torch.stack(losses).mean()
@@ -182,7 +184,7 @@ class OneRObjective:
         return tuple(name for name in self.arguments.masked_streams if name in reads)
 
     @torch.no_grad()
-    def _keys(self, online, clean: dict[str, torch.Tensor], student: nn.Module) -> dict[str, torch.Tensor]:
+    def _keys(self, clean: dict[str, torch.Tensor], student: nn.Module) -> dict[str, torch.Tensor]:
         """Keys (K, P) of all processes, clean inputs, without gradient and without predictor."""
         network = student if self.teacher is None else self.teacher
         output = network(**clean, representations=self.keys, masked_streams=(), predict=False)

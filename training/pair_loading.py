@@ -72,7 +72,8 @@ def _tokenizer(arguments: Arguments, pairs: PairRows | PairStream, max_text_leng
 
 
 def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The student in fp32: from `initial_model`, or from scratch by `seed`."""
+    """The student in fp32: from `initial_model`, or from scratch. What no checkpoint gives is drawn by `seed`."""
+    torch.manual_seed(arguments.run.seed)
     options = {}
     if arguments.model.attn_implementation is not None:
         options["attn_implementation"] = arguments.model.attn_implementation
@@ -81,7 +82,6 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
             arguments.model.initial_model, config=config, dtype=torch.float32, **options
         )
     else:
-        torch.manual_seed(arguments.run.seed)
         model = AutoModelForPreTraining.from_config(config, dtype=torch.float32, **options)
     if arguments.model.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -94,8 +94,11 @@ class PairLoader:
     was ever stopped. A stream is the exception, and says so: `resume_note`.
 
     Attributes:
-        epoch_steps, total_steps (`int`): Length of an epoch and of the run.
+        epoch_steps, total_steps (`int`): Length of an epoch and of the run; a stream's epoch is the whole run.
         resume_note (`str`, *optional*): Why resuming cannot be exact, if it cannot.
+
+    Raises:
+        ValueError: a stream without max_steps, or with a warm-up that would last as long as the run.
     """
 
     def __init__(self, arguments: Arguments, pairs: PairRows | PairStream, processor: OneRProcessor, config):
@@ -105,6 +108,11 @@ class PairLoader:
         if isinstance(pairs, PairStream):
             if run.max_steps is None:
                 raise ValueError("a stream has no length, so the run needs max_steps, got none")
+            if run.warmup_epochs >= 1:
+                raise ValueError(
+                    f"warmup_epochs is {run.warmup_epochs}, which would warm up to the end of {run.max_steps} steps; "
+                    f"for a stream, warmup_epochs is a share of max_steps below 1"
+                )
             self.total_steps, self.epoch_steps = run.max_steps, run.max_steps
             self.resume_note = pairs.resume_note
         else:
