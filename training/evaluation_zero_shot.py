@@ -172,8 +172,9 @@ class ZeroShotClassificationEvaluator:
             examples = guided_examples(pictures, labels, scores, reranked, guided, self.shown)
             title = (
                 f"{describe(model)}: the first five of {len(classes)} classes before and after bootstrapped guidance "
-                f"of {self.candidates} candidates, cosines in brackets; right class green. Shown first: pictures whose "
-                f"right class is a candidate. Top-1 of {len(rows)} pictures: {without['top1']:.1%} → {after['top1']:.1%}"
+                f"of {self.candidates} candidates, cosines in brackets; right class green. Shown first: pictures "
+                f"whose right class is a candidate. Top-1 of {len(rows)} pictures: "
+                f"{without['top1']:.1%} → {after['top1']:.1%}"
             )
             names = [name if isinstance(name, str) else name[0] for name in self.class_names]
             yield f"{self.name}/bootstrap_sheet", guidance_sheet(examples, names, title)
