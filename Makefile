@@ -8,6 +8,7 @@ PY := $(VENV)/bin/python
 DEMO_CONFIG ?= examples/configs/oner_emoji.yaml
 DEMO_MODEL ?= runs/demo/model
 EMOJI := examples/data/emoji
+EVALUATE = OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MODEL) --id_column hexcode
 # nproc obeys OMP_NUM_THREADS, so that is hidden from it.
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Test processes x threads stay within the cores; each process takes about 1 GB.
@@ -43,10 +44,9 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 demo: $(VENV)/.installed-plots
 	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
 	  --dynamo_backend no examples/pretrain.py --config $(DEMO_CONFIG)
-	OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MODEL) --id_column hexcode \
-	  --data $(EMOJI)/test_style.parquet $(EMOJI)/test_concept.parquet --gallery $(EMOJI)/train.parquet --captions first
-	OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MODEL) --id_column hexcode --tasks multimodal \
-	  --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --limit 1200
+	$(EVALUATE) --data $(EMOJI)/test_style.parquet --gallery $(EMOJI)/train.parquet --captions first
+	$(EVALUATE) --data $(EMOJI)/test_concept.parquet --captions first
+	$(EVALUATE) --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --limit 1200 --tasks multimodal
 
 test: $(VENV)/.installed-test
 	$(PYTEST) -n $(JOBS) --dist loadfile

@@ -1,0 +1,173 @@
+"""Configuration of OneR. Every reading of the paper that is open to doubt is a field, with its source beside it."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# name -> (hidden_size, num_hidden_layers, num_attention_heads, projection_hidden_size, projection_dim).
+# base, large and huge are MAE's encoders, tiny and small DeiT's; nano is for pictures of 64 pixels and two CPU cores.
+ONER_SIZES = {
+    "nano": (256, 4, 4, 1024, 256),
+    "tiny": (192, 12, 3, 4096, 256),
+    "small": (384, 12, 6, 4096, 256),
+    "base": (768, 12, 12, 4096, 256),
+    "large": (1024, 24, 16, 4096, 256),
+    "huge": (1280, 32, 16, 4096, 256),
+}
+
+
+@strict
+class OneRConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`OneRModel`]. The defaults are the paper's base model: MAE's ViT-B/16, a convolutional stem,
+    BERT's words, MoCo-v3's heads (appendix C).
+
+    Args:
+        vocab_size (`int`): Words, BERT's uncased vocabulary by default.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps:
+            The pre-norm trunk (MAE). `intermediate_size=None` means `4 * hidden_size`.
+        image_size, patch_size, num_channels (`int`): Pictures are square, `image_size` pixels a side.
+        stem (`"conv"` or `"linear"`): Learnable ConvStem (appendix C; channels D/8, D/4, D/2, D as in MoCo-v3's code)
+            or the plain patch projection of ViT.
+        mask_before_stem (`bool`): Also zero the masked pixels before the stem. The stem's receptive field (31 pixels)
+            exceeds a patch, so masking after it leaks a rim of the masked patch. The paper is silent; default off.
+        position_image_size (`int`, *optional*): Picture size at which the 2-D table is defined; the table is
+            interpolated from there to `image_size` (appendix C, the 384 stage). Defaults to `image_size`.
+        position_interpolation (`"bicubic"` or `"recompute"`): Bicubic as MAE does, or sines at scaled coordinates.
+        max_text_length (`int`): Longest text in words, without [CLS]. The paper is silent.
+        scale_word_embeddings (`bool`): Multiply words by sqrt(D) before the fixed sines are added (Vaswani et al.,
+            2017, section 3.4). The paper is silent; default off.
+        initializer_range (`float`): Standard deviation of word and mask embeddings (MAE, BERT: 0.02).
+        pooling (`"cls"` or `"mean"`): F(X): the final [CLS] state ("[CLS] prepended", Fig. 1) or the mean over patches
+            and words (appendix A, equation 16).
+        projection_dim, projection_hidden_size, projector_layers, predictor_layers (`int`): MoCo-v3's heads, 3 and 2
+            layers. `projector_layers=1` is a plain linear map, `predictor_layers=0` no predictor.
+        head_norm (`"batch"`, `"layer"` or `"none"`): Normalisation inside the heads. Not in the paper; MoCo-v3: batch.
+        head_statistics (`"shared"` or `"separate"`): Whether one head call sees all streams (one set of batch
+            statistics) or each stream its own. Separate statistics remove the mean modality gap while training and
+            bring it back at evaluation, so the default is shared.
+        two_heads (`bool`): A projector and predictor for each modality: the paper's baseline "ITC (two heads)".
+        mixup_space (`"hidden"`, `"projected"` or `"normalized"`): Where (F(I)+F(T))/2 is taken (equation 2): of
+            hidden states, literally; of projector outputs; of their unit vectors.
+        context_states (`"own"`, `"co_attention"` or `"last_layer"`): Whose keys and values F(X|Y) attends at each
+            layer (equation 3): Y's own stream; the other crossed stream; Y's own, at the last layer only.
+        context_cls (`bool`): Whether the context's [CLS] is among the keys of F(X|Y).
+        temperature (`float`): InfoNCE temperature (MoCo-v3's ViT: 0.2).
+        learnable_temperature (`bool`): CLIP's learnable scale instead, started at `temperature`.
+        pad_token_id, image_token_id, cls_token_id, mask_token_id (`int`): Ids in BERT's vocabulary; the image
+            placeholder is `[unused0]`.
+    """
+
+    model_type = "oner"
+    attribute_map = {"d_model": "hidden_size"}
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    layer_norm_eps: float | int = 1e-6
+    attention_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    stem: Literal["conv", "linear"] = "conv"
+    mask_before_stem: bool = False
+    position_image_size: int | None = None
+    position_interpolation: Literal["bicubic", "recompute"] = "bicubic"
+    max_text_length: int = 64
+    scale_word_embeddings: bool = False
+    pooling: Literal["cls", "mean"] = "cls"
+    projection_dim: int = 256
+    projection_hidden_size: int = 4096
+    projector_layers: int = 3
+    predictor_layers: int = 2
+    head_norm: Literal["batch", "layer", "none"] = "batch"
+    head_statistics: Literal["shared", "separate"] = "shared"
+    two_heads: bool = False
+    mixup_space: Literal["hidden", "projected", "normalized"] = "hidden"
+    context_states: Literal["own", "co_attention", "last_layer"] = "own"
+    context_cls: bool = True
+    temperature: float | int = 0.2
+    learnable_temperature: bool = False
+    pad_token_id: int | None = 0
+    image_token_id: int = 1
+    cls_token_id: int = 101
+    mask_token_id: int = 103
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.position_image_size is None:
+            self.position_image_size = self.image_size
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Raises `ValueError` naming the fields that do not fit together."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size must be a multiple of 4 for 2-D sines, got {self.hidden_size}")
+        for name in ("image_size", "position_image_size"):
+            if getattr(self, name) % self.patch_size:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) must be a multiple of patch_size ({self.patch_size})"
+                )
+        if self.stem == "conv":
+            stages = self.patch_size.bit_length() - 1
+            if self.patch_size != 2**stages or self.patch_size < 2:
+                raise ValueError(
+                    f"a convolutional stem needs a patch_size that is a power of two, got {self.patch_size}"
+                )
+            if self.hidden_size % 2 ** (stages - 1):
+                raise ValueError(
+                    f"a convolutional stem of {stages} stages needs hidden_size divisible by {2 ** (stages - 1)}, "
+                    f"got {self.hidden_size}"
+                )
+        if self.projector_layers < 1 or self.predictor_layers < 0:
+            raise ValueError(
+                f"expected projector_layers >= 1 and predictor_layers >= 0, "
+                f"got {self.projector_layers} and {self.predictor_layers}"
+            )
+        for name in ("num_hidden_layers", "max_text_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        self._check_special_ids()
+
+    def _check_special_ids(self) -> None:
+        names = ("pad_token_id", "image_token_id", "cls_token_id", "mask_token_id")
+        ids = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        outside = {name: value for name, value in ids.items() if not 0 <= value < self.vocab_size}
+        if outside:
+            raise ValueError(f"{outside} are not ids in [0, {self.vocab_size - 1}] (vocab_size {self.vocab_size})")
+        if len(set(ids.values())) < len(ids):
+            raise ValueError(f"the special ids must differ from each other, got {ids}")
+
+    @classmethod
+    def from_size(cls, size: str, **overrides) -> "OneRConfig":
+        """The configuration of a named size (`ONER_SIZES`), with any field overridden. Raises `ValueError`."""
+        if size not in ONER_SIZES:
+            raise ValueError(f"unknown size {size!r}; expected one of {', '.join(ONER_SIZES)}")
+        names = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "projection_hidden_size",
+            "projection_dim",
+        )
+        fields = dict(zip(names, ONER_SIZES[size], strict=True))
+        if size == "nano":
+            fields["image_size"] = 64
+        return cls(**{**fields, **overrides})
+
+
+__all__ = ["ONER_SIZES", "OneRConfig"]

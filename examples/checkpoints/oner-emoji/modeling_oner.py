@@ -1,0 +1,500 @@
+"""OneR: one transformer, one representation space for images, text and the two mixed (Jang et al., 2022).
+
+B pairs, L positions, N = h*w patches, T words, D width, P embedding width, V words of the vocabulary.
+A sequence is [CLS], N patches, T words; either part may be missing. The same weights read all three kinds.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, MaskedLMOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_oner import OneRConfig
+from .vl_embeddings import ConvStem, LinearStem, PatchProjection, interpolate_positions, sincos_1d, sincos_2d
+from .vl_heads import ContrastiveHead, HeadLinear, LanguageModelHead
+from .vl_inputs import (
+    check_finite,
+    check_ids,
+    check_layout,
+    check_one_modality,
+    check_patch_mask,
+    check_picture_size,
+    check_shapes,
+)
+from .vl_layers import PreNormLayer, SelfAttention
+from .vl_outputs import (
+    CLS_TOKEN,
+    PADDING_TOKEN,
+    PATCH_TOKEN,
+    WORD_TOKEN,
+    ImageTextRetrievalOutput,
+    VisionLanguageModelOutput,
+)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_oner.OneRConfig",
+    "AutoModel": "modeling_oner.OneRModel",
+    "AutoModelForZeroShotImageClassification": "modeling_oner.OneRForImageTextRetrieval",
+    "AutoModelForMaskedLM": "modeling_oner.OneRForMaskedLM",
+    "AutoModelForImageClassification": "modeling_oner.OneRForImageClassification",
+}
+
+
+class OneREmbeddings(nn.Module):
+    """Words and patches, with fixed sines added: the only part of OneR that knows one modality from the other."""
+
+    def __init__(self, config: OneRConfig):
+        super().__init__()
+        self.config = config
+        stem = ConvStem if config.stem == "conv" else LinearStem
+        self.stem = stem(config.patch_size, config.num_channels, config.hidden_size)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.patch_mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.word_scale = math.sqrt(config.hidden_size) if config.scale_word_embeddings else 1.0
+        side = config.image_size // config.patch_size
+        self.register_buffer("image_positions", self.make_image_positions((side, side)), persistent=False)
+        self.register_buffer("text_positions", self.make_text_positions(), persistent=False)
+
+    def make_image_positions(self, grid: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
+        """The 2-D table for a grid (h, w), from the grid the model was first trained on. -> (h*w, D), fp32."""
+        config = self.config
+        side = config.position_image_size // config.patch_size
+        if config.position_interpolation == "recompute":
+            rows, columns = (torch.arange(n, device=device, dtype=torch.float64) * side / n for n in grid)
+            return sincos_2d(rows, columns, config.hidden_size).float()
+        ticks = torch.arange(side, device=device, dtype=torch.float64)
+        return interpolate_positions(sincos_2d(ticks, ticks, config.hidden_size).float(), (side, side), grid)
+
+    def make_text_positions(self) -> torch.Tensor:
+        """The 1-D table. -> (max_text_length, D), fp32."""
+        return sincos_1d(torch.arange(self.config.max_text_length), self.config.hidden_size).float()
+
+    def embed_patches(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, C, H, W) -> (B, N, D); masked patches (B, N) become the mask token after the stem."""
+        p = self.config.patch_size
+        h, w = pixel_values.shape[-2] // p, pixel_values.shape[-1] // p
+        if bool_masked_pos is not None:
+            check_patch_mask(bool_masked_pos, len(pixel_values), h * w)
+        if bool_masked_pos is not None and self.config.mask_before_stem:
+            hidden = bool_masked_pos.view(-1, 1, h, w).repeat_interleave(p, 2).repeat_interleave(p, 3)
+            pixel_values = pixel_values.masked_fill(hidden, 0.0)
+        patches = self.stem(pixel_values.to(self.patch_mask_token.dtype))
+        if bool_masked_pos is not None:
+            patches = torch.where(bool_masked_pos[..., None], self.patch_mask_token.to(patches.dtype), patches)
+        if h * p == w * p == self.config.image_size:
+            positions = self.image_positions
+        else:
+            positions = self.make_image_positions((h, w), pixel_values.device)
+        return patches + positions.to(patches.dtype)
+
+    def embed_words(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Ids and their places in the text, any equal shape. (...) -> (..., D)."""
+        words = self.word_embeddings(input_ids) * self.word_scale
+        return words + self.text_positions[positions].to(words.dtype)
+
+    def embed_cls(self, batch_size: int) -> torch.Tensor:
+        """The [CLS] word, at MAE's zero position. -> (B, 1, D)."""
+        ids = torch.full((batch_size, 1), self.config.cls_token_id, device=self.patch_mask_token.device)
+        return self.word_embeddings(ids) * self.word_scale
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        bool_masked_pos: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sequence (B, L, D) and what each position is (B, L)."""
+        if bool_masked_pos is not None and pixel_values is None:
+            raise ValueError("got bool_masked_pos, which masks patches, but pixel_values is None")
+        if input_ids is None:
+            patches = self.embed_patches(pixel_values, bool_masked_pos)
+            hidden_states = torch.cat([self.embed_cls(len(patches)), patches], dim=1)
+            token_types = torch.full(hidden_states.shape[:2], PATCH_TOKEN, device=hidden_states.device)
+            token_types[:, 0] = CLS_TOKEN
+            return hidden_states, token_types
+        token_types = torch.full_like(input_ids, WORD_TOKEN)
+        token_types = token_types.masked_fill(input_ids == self.config.image_token_id, PATCH_TOKEN)
+        if attention_mask is not None:
+            token_types = token_types.masked_fill(attention_mask == 0, PADDING_TOKEN)
+        token_types[:, 0] = CLS_TOKEN
+        place = (token_types == WORD_TOKEN).cumsum(1) - 1
+        words = self.embed_words(input_ids, place.clamp(0, self.config.max_text_length - 1))
+        hidden_states = torch.cat([self.embed_cls(len(words)).to(words.dtype), words[:, 1:]], dim=1)
+        if pixel_values is not None:
+            patches = self.embed_patches(pixel_values, bool_masked_pos)
+            is_patch = token_types == PATCH_TOKEN
+            source = (is_patch.cumsum(1) - 1).clamp(0, patches.shape[1] - 1)
+            patches = patches.gather(1, source[..., None].expand(-1, -1, patches.shape[-1]))  # (B, L, D)
+            hidden_states = torch.where(is_patch[..., None], patches.to(hidden_states.dtype), hidden_states)
+        return hidden_states, token_types
+
+
+class OneRPreTrainedModel(PreTrainedModel):
+    config: OneRConfig
+    base_model_prefix = "oner"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PreNormLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": PreNormLayer, "attentions": SelfAttention}
+    # one checkpoint serves every class: what a class has no use for is left behind in silence
+    _keys_to_ignore_on_load_unexpected = [
+        r"predictor\.", r"projector\.", r"lm_head\.", r"pixel_head\.", r"classifier\.", r"^logit_scale$",
+    ]  # fmt: skip
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """MAE's initialisation: Xavier for linear maps, N(0, .02) for tokens; torch's own for convolutions."""
+        # transformers calls this only for modules that hold parameters themselves, so each case is a leaf
+        if isinstance(module, (HeadLinear, PatchProjection)):
+            module.reset()
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, OneREmbeddings):
+            init.normal_(module.patch_mask_token, std=self.config.initializer_range)
+            side = self.config.image_size // self.config.patch_size
+            init.copy_(module.image_positions, module.make_image_positions((side, side)))
+            init.copy_(module.text_positions, module.make_text_positions())
+        elif hasattr(module, "logit_scale"):
+            init.constant_(module.logit_scale, -math.log(self.config.temperature))
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return getattr(self, "oner", self).embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        getattr(self, "oner", self).embeddings.word_embeddings = value
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        # transformers would list only the class that is saved; a repository serves all of them
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
+
+    def check_inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        interpolate_pos_encoding: bool = False,
+    ) -> None:
+        """Raises `ValueError` that says what was got and what is expected; values only where looking costs nothing."""
+        config = self.config
+        if input_ids is None and pixel_values is None:
+            raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
+        check_shapes(input_ids, attention_mask, pixel_values)
+        n_patches = None
+        if pixel_values is not None:
+            size = None if interpolate_pos_encoding else config.image_size
+            n_patches = check_picture_size(pixel_values, config.num_channels, config.patch_size, size)
+        # reading values breaks compiled graphs and makes an accelerator wait: there only outside of training
+        device = (input_ids if input_ids is not None else pixel_values).device.type
+        if torch.compiler.is_compiling() or device == "meta" or (device != "cpu" and self.training):
+            return
+        if pixel_values is not None:
+            check_finite(pixel_values)
+        if input_ids is not None:
+            vocab_size = self.get_input_embeddings().num_embeddings
+            check_ids(input_ids, vocab_size, config.cls_token_id)
+            check_layout(input_ids, attention_mask, config.image_token_id, n_patches, config.max_text_length)
+
+
+class OneRFeatures:
+    """The three embeddings of the one space, for every class that keeps the projector."""
+
+    @property
+    def tower(self) -> "OneRModel":
+        return getattr(self, "oner", self)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Text alone: (B, L) -> `pooler_output` (B, P). The joint layout is accepted; its placeholders are passed over.
+        Raises `ValueError` when pictures come along.
+        """
+        check_one_modality("get_text_features", input_ids, pixel_values, self.config.patch_size)
+        is_word = input_ids != self.config.image_token_id
+        real = is_word.long() if attention_mask is None else attention_mask * is_word
+        # a hidden placeholder must not be an id that the checks take for a patch
+        words = torch.where(is_word, input_ids, self.config.pad_token_id or 0)
+        return self._features(self.tower(input_ids=words, attention_mask=real, return_dict=True, **kwargs))
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, input_ids: torch.LongTensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Pictures alone: (B, C, H, W) -> `pooler_output` (B, P). `input_ids` may hold [CLS] and the placeholders.
+        Raises `ValueError` when words come along.
+        """
+        check_one_modality("get_image_features", input_ids, pixel_values, self.config.patch_size)
+        return self._features(self.tower(input_ids=input_ids, pixel_values=pixel_values, return_dict=True, **kwargs))
+
+    @can_return_tuple
+    def get_multimodal_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Picture and text as one sequence, F(I, T | I, T): `pooler_output` (B, P).
+
+        Raises `ValueError` when either is missing.
+        """
+        if pixel_values is None or input_ids is None:
+            raise ValueError("get_multimodal_features expects both input_ids and pixel_values")
+        return self._features(
+            self.tower(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                pixel_values=pixel_values,
+                return_dict=True,
+                **kwargs,
+            )
+        )
+
+    @staticmethod
+    def _features(outputs: VisionLanguageModelOutput) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=outputs.pooler_output,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class OneRModel(OneRFeatures, OneRPreTrainedModel):
+    """
+    The tower. Reads text, pictures, or both; `pooler_output` is the retrieval embedding (facts: the projector's
+    output, the space of the EMA keys), not normalised.
+
+    Args:
+        config (`OneRConfig`): The configuration.
+        add_pooling_layer (`bool`, defaults to `True`): Whether to have the projector(s).
+    """
+
+    def __init__(self, config: OneRConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = OneREmbeddings(config)
+        self.layers = nn.ModuleList([PreNormLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projector = self._make_projector() if add_pooling_layer else None
+        self.text_projector = self._make_projector() if add_pooling_layer and config.two_heads else None
+        self.post_init()
+
+    def _make_projector(self) -> ContrastiveHead:
+        return ContrastiveHead.from_config(self.config, self.config.hidden_size, self.config.projector_layers)
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VisionLanguageModelOutput:
+        r"""
+        Args:
+            input_ids (`(B, L)`): [CLS], a placeholder per patch if there are pictures, words, padding on the right.
+            attention_mask (`(B, L)`): 1 for real tokens, 0 for padding.
+            pixel_values (`(B, C, H, W)`): Normalised pictures; alone they are laid out as [CLS] and patches.
+            bool_masked_pos (`(B, N)`): Patches to replace by the mask token.
+            interpolate_pos_encoding: Accept other picture sizes by interpolating the 2-D positions.
+
+        Raises:
+            ValueError: neither input, a picture of a wrong size, too long a text, ids out of range, NaN pixels, or
+                placeholders that do not match the patches.
+        """
+        self.check_inputs(input_ids, attention_mask, pixel_values, interpolate_pos_encoding)
+        hidden_states, token_types = self.embeddings(input_ids, attention_mask, pixel_values, bool_masked_pos)
+        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask if input_ids is not None else None)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=mask, **kwargs)
+        hidden_states = self.norm(hidden_states)
+        pooled = self.pool(hidden_states, token_types)
+        if self.projector is not None:
+            text_only = pixel_values is None and self.text_projector is not None
+            pooled = (self.text_projector if text_only else self.projector)(pooled)
+        else:
+            pooled = None
+        return VisionLanguageModelOutput(
+            last_hidden_state=hidden_states, pooler_output=pooled, token_types=token_types
+        )
+
+    def pool(self, hidden_states: torch.Tensor, token_types: torch.Tensor) -> torch.Tensor:
+        """F(X): the [CLS] state, or the mean over patches and words (equation 16). (B, L, D) -> (B, D)."""
+        if self.config.pooling == "cls":
+            return hidden_states[:, 0]
+        content = ((token_types == PATCH_TOKEN) | (token_types == WORD_TOKEN)).to(hidden_states.dtype)[..., None]
+        return (hidden_states * content).sum(1) / content.sum(1).clamp_min(1)
+
+
+class OneRForImageTextRetrieval(OneRFeatures, OneRPreTrainedModel):
+    """Pictures against texts by cosine. `AutoModelForZeroShotImageClassification` returns this class."""
+
+    def __init__(self, config: OneRConfig):
+        super().__init__(config)
+        self.oner = OneRModel(config)
+        if config.learnable_temperature:
+            self.logit_scale = nn.Parameter(torch.zeros(1))  # not 0-dim: ZeRO-3 cannot partition a scalar
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        return_loss: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageTextRetrievalOutput:
+        r"""
+        Each modality is embedded alone, so the numbers of texts and pictures may differ.
+
+        Args:
+            input_ids, attention_mask (`(texts, L)`): [CLS] and words; placeholders are passed over.
+            pixel_values (`(pictures, C, H, W)`): Normalised pictures.
+            return_loss: Also the symmetric InfoNCE of the pairs; expects as many texts as pictures.
+
+        Raises:
+            ValueError: as [`OneRModel`]; `return_loss` without pairs.
+        """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
+        image_embeds = text_embeds = logits = None
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, return_dict=True, **kwargs)
+            image_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
+        if input_ids is not None:
+            features = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+            text_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
+        if image_embeds is not None and text_embeds is not None:
+            scale = self.logit_scale.exp() if self.config.learnable_temperature else 1 / self.config.temperature
+            logits = image_embeds @ text_embeds.T * scale
+        return ImageTextRetrievalOutput(
+            loss=self._pair_loss(logits) if return_loss else None,
+            logits_per_image=logits,
+            logits_per_text=logits.T if logits is not None else None,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+        )
+
+    @staticmethod
+    def _pair_loss(logits: torch.Tensor | None) -> torch.Tensor:
+        if logits is None or logits.shape[0] != logits.shape[1]:
+            got = "one modality" if logits is None else f"{logits.shape[0]} pictures and {logits.shape[1]} texts"
+            raise ValueError(f"return_loss expects pairs, got {got}")
+        labels = torch.arange(len(logits), device=logits.device)
+        return (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
+
+
+class OneRForMaskedLM(OneRPreTrainedModel):
+    """BERT's language-model head on the tower, with a picture to look at if there is one."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "oner.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: OneRConfig):
+        super().__init__(config)
+        self.oner = OneRModel(config, add_pooling_layer=False)
+        self.lm_head = LanguageModelHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """`logits` (B, L, V) speak of the positions of `input_ids`; `labels` (B, L), -100 where there is no loss."""
+        if input_ids is None:
+            raise ValueError("OneRForMaskedLM expects input_ids, got None")
+        outputs = self.oner(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class OneRForImageClassification(OneRPreTrainedModel):
+    """A linear classifier on F(I), or on F(I, T) when words come along to say where to look."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: OneRConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.oner = OneRModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """`logits` (B, classes); `labels` (B,)."""
+        if pixel_values is None:
+            raise ValueError("OneRForImageClassification expects pixel_values, got None")
+        outputs = self.oner(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
+        logits = self.classifier(self.oner.pool(outputs.last_hidden_state, outputs.token_types))
+        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "OneRForImageClassification",
+    "OneRForImageTextRetrieval",
+    "OneRForMaskedLM",
+    "OneRModel",
+    "OneRPreTrainedModel",
+]

@@ -1,0 +1,264 @@
+"""One pre-training step of OneR, all streams in one call: the figure's five inputs side by side in one batch.
+
+B pairs, N patches, W word slots, L = 1 + N + W, n tokens of the packed batch, D width, P embedding width,
+M masked words, V vocabulary. F(X|Y): X's tokens as queries, Y's as keys and values (equation 3); F(X) = F(X|X).
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_oner import OneRConfig
+from .modeling_oner import OneRFeatures, OneRModel, OneRPreTrainedModel
+from .vl_heads import ContrastiveHead, LanguageModelHead, PixelHead
+from .vl_inputs import check_pairs
+from .vl_layers import Stream, split_streams
+from .vl_outputs import VisionLanguagePreTrainingOutput
+
+REPRESENTATIONS = ("image", "text", "mix", "image_text", "context")
+MASKED_STREAMS = ("image", "text", "image_text")
+# the streams that a representation is made of
+SOURCES = {
+    "image": ("image",),
+    "text": ("text",),
+    "mix": ("image", "text"),
+    "image_text": ("image_text",),
+    "context": ("image", "text", "image|text", "text|image"),
+}
+
+
+class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
+    """
+    The tower with everything that is trained: projector and predictor (MoCo-v3), language-model head tied to the
+    words, pixel head. It computes representations and logits; losses, teacher and negatives are the objective's.
+    """
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "oner.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: OneRConfig):
+        super().__init__(config)
+        self.oner = OneRModel(config)
+        self.predictor = self._make_predictor()
+        self.text_predictor = self._make_predictor() if config.two_heads else None
+        self.lm_head = LanguageModelHead(config)
+        self.pixel_head = PixelHead(config)
+        if config.learnable_temperature:
+            self.logit_scale = nn.Parameter(torch.zeros(1))  # not 0-dim: ZeRO-3 cannot partition a scalar
+        self.post_init()
+
+    def _make_predictor(self) -> ContrastiveHead:
+        return ContrastiveHead.from_config(self.config, self.config.projection_dim, self.config.predictor_layers)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        pixel_values: torch.FloatTensor,
+        masked_input_ids: torch.LongTensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        text_index: torch.LongTensor | None = None,
+        mlm_index: torch.LongTensor | None = None,
+        representations: tuple[str, ...] = ("image", "text", "mix", "image_text"),
+        masked_streams: tuple[str, ...] = MASKED_STREAMS,
+        contrast_masked: bool = True,
+        predict: bool = True,
+        **kwargs,
+    ) -> VisionLanguagePreTrainingOutput:
+        r"""
+        Args:
+            input_ids, attention_mask (`(B, L)`): Pairs in the processor's joint layout.
+            pixel_values (`(B, C, H, W)`): Their pictures.
+            masked_input_ids (`(B, L)`): The same ids after masking; None for clean inputs (the teacher's).
+            bool_masked_pos (`(B, N)`): Masked patches; None for clean pictures.
+            text_index (`(n_words,)`): Slots of the real words in a flat (B, W). Found from the mask when None; given
+                by the collator so that neither a compiled graph nor an accelerator has to stop for it.
+            mlm_index (`(M,)`): Which of these words are to be predicted; no `mlm_logits` when None.
+            representations: Contrastive embeddings to return, of `image`, `text`, `mix` (their mean), `image_text`
+                (the concatenated sequence), `context` (the mean of F(I|T) and F(T|I)).
+            masked_streams: Streams with masked modelling, of `image`, `text`, `image_text`.
+            contrast_masked: Whether the contrastive embeddings come from the masked inputs, in the same pass
+                (appendix C, "a single forward pass"), or from clean ones in streams of their own.
+            predict: Apply the predictor (online network) or stop at the projector (teacher).
+
+        Raises:
+            ValueError: unknown names, what [`OneRModel`] raises, or two heads asked for a mixed representation.
+        """
+        self._check_request(representations, masked_streams)
+        self.oner.check_inputs(input_ids, attention_mask, pixel_values)
+        n_patches = (pixel_values.shape[-2] // self.config.patch_size) * (
+            pixel_values.shape[-1] // self.config.patch_size
+        )
+        check_pairs(input_ids, attention_mask, masked_input_ids, self.config.image_token_id, n_patches)
+        text_mask = attention_mask[:, 1 + n_patches :]  # (B, W)
+        if text_index is None:
+            text_index = text_mask.flatten().nonzero().flatten()
+        masks_anything = masked_input_ids is not None or bool_masked_pos is not None
+        ids = masked_input_ids if masked_input_ids is not None else input_ids
+        masked = self._embed(ids[:, 1 + n_patches :], pixel_values, bool_masked_pos, text_index)
+        contrast_names = {source for name in representations for source in SOURCES[name]}
+        modelled = set(masked_streams) if masks_anything else set()
+
+        if contrast_masked or not masks_anything:
+            wanted = [(name, name, masked) for name in sorted(contrast_names | modelled)]
+        else:
+            clean = self._embed(input_ids[:, 1 + n_patches :], pixel_values, None, text_index)
+            wanted = [(name, name, clean) for name in sorted(contrast_names)]
+            wanted += [("masked " + name, name, masked) for name in sorted(modelled)]
+        packed, streams = self._pack(wanted, text_index, text_mask)
+        states = split_streams(self._encode(packed, streams, text_mask), list(streams.values()))
+
+        prefix = "" if contrast_masked or not masks_anything else "masked "
+        output = VisionLanguagePreTrainingOutput(
+            logit_scale=self.logit_scale if self.config.learnable_temperature else None,
+            embeddings=self._represent(states, streams, representations, predict) if representations else {},
+            mlm_logits={},
+            pixel_predictions={},
+        )
+        if masked_input_ids is not None and mlm_index is not None:
+            words = {name: states[prefix + name][1] for name in masked_streams if name != "image"}
+            output.mlm_logits = self._predict_words(words, mlm_index)
+        if bool_masked_pos is not None:
+            patches = {name: states[prefix + name][0][:, 1:] for name in masked_streams if name != "text"}
+            output.pixel_predictions = {name: self.pixel_head(rows) for name, rows in patches.items()}
+        return output
+
+    def _check_request(self, representations: tuple[str, ...], masked_streams: tuple[str, ...]) -> None:
+        for got, known, what in (
+            (representations, REPRESENTATIONS, "representations"),
+            (masked_streams, MASKED_STREAMS, "masked_streams"),
+        ):
+            if unknown := [name for name in got if name not in known]:
+                raise ValueError(f"unknown {what} {unknown}; expected any of {list(known)}")
+        if self.config.two_heads and (mixed := [name for name in representations if name not in ("image", "text")]):
+            raise ValueError(f"two_heads has no head for {mixed}; expected only 'image' and 'text'")
+
+    def _embed(
+        self,
+        text_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None,
+        text_index: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Stem and words once for every stream: [CLS] (B, 1, D), patches (B, N, D), real words (n_words, D)."""
+        embeddings = self.oner.embeddings
+        patches = embeddings.embed_patches(pixel_values, bool_masked_pos)
+        words = embeddings.embed_words(text_ids.flatten()[text_index], text_index % text_ids.shape[1])
+        dtype = torch.promote_types(patches.dtype, words.dtype)
+        return embeddings.embed_cls(len(patches)).to(dtype), patches.to(dtype), words.to(dtype)
+
+    def _pack(
+        self,
+        wanted: list[tuple[str, str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]],
+        text_index: torch.Tensor,
+        text_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, Stream]]:
+        """Streams end to end in (n, D): each its [CLS] (and patches) as a rectangle, then its words, if any."""
+        tokens, streams = [], {}
+        for name, kind, (cls, patches, words) in wanted:
+            queries = kind.split("|")[0]
+            prefix = torch.cat([cls, patches], dim=1) if "image" in queries else cls  # (B, S, D)
+            reads = "text" in queries
+            streams[name] = Stream(
+                name=name,
+                batch_size=prefix.shape[0],
+                prefix=prefix.shape[1],
+                words=text_mask.shape[1] if reads else 0,
+                text_index=text_index if reads else None,
+            )
+            tokens.append(prefix.flatten(0, 1))
+            if reads:
+                tokens.append(words)
+        return torch.cat(tokens), streams
+
+    def _encode(self, packed: torch.Tensor, streams: dict[str, Stream], text_mask: torch.Tensor) -> torch.Tensor:
+        """The trunk over all streams. (n, D) -> (n, D)."""
+        own = []
+        for stream in streams.values():
+            stream.set_mask(self.config, stream.key_mask(text_mask), like=packed)
+            own.append(stream)
+        crossed = [
+            self._cross(name, stream, streams, text_mask, packed) if "|" in name else stream
+            for name, stream in streams.items()
+        ]
+        last = len(self.oner.layers) - 1
+        for number, layer in enumerate(self.oner.layers):
+            early = self.config.context_states == "last_layer" and number < last
+            packed = layer(packed, None, own if early else crossed)
+        return self.oner.norm(packed)
+
+    def _cross(
+        self, name: str, stream: Stream, streams: dict[str, Stream], text_mask: torch.Tensor, packed: torch.Tensor
+    ) -> Stream:
+        """F(X|Y): the stream "X|Y" with keys and values of Y's own stream, or of "Y|X" in co-attention."""
+        query, key = name.split("|")
+        context = streams[f"{key}|{query}" if self.config.context_states == "co_attention" else key]
+        crossed = replace(stream, context=context.name)
+        crossed.set_mask(self.config, context.key_mask(text_mask, skip_cls=not self.config.context_cls), like=packed)
+        return crossed
+
+    def _pool(self, prefix: torch.Tensor, words: torch.Tensor | None, stream: Stream) -> torch.Tensor:
+        """F(X) of a stream: its [CLS] state, or the mean over its patches and words (equation 16). -> (B, D)."""
+        if self.config.pooling == "cls":
+            return prefix[:, 0]
+        total, count = prefix[:, 1:].sum(1), prefix.new_full((stream.batch_size, 1), prefix.shape[1] - 1)
+        if words is not None:
+            row = stream.text_index // stream.words
+            total = total.index_add(0, row, words)
+            count = count.index_add(0, row, words.new_ones(len(words), 1))
+        return total / count.clamp_min(1)
+
+    def _represent(
+        self,
+        tokens: dict[str, tuple[torch.Tensor, torch.Tensor | None]],
+        streams: dict[str, Stream],
+        representations: tuple[str, ...],
+        predict: bool,
+    ) -> dict[str, torch.Tensor]:
+        """Pooled states through the heads, mixed where `mixup_space` says (equations 2 to 4). -> (B, P) each."""
+        sources = sorted({source for name in representations for source in SOURCES[name]})
+        parts = {"mix": ("image", "text"), "context": ("image|text", "text|image")}
+        states = {name: self._pool(*tokens[name], streams[name]) for name in sources}
+        space = self.config.mixup_space
+        if space == "hidden":
+            states = {name: self._mean(states, parts.get(name, (name,))) for name in representations}
+            states = self._through(self.oner.projector, self.oner.text_projector, states)
+        else:
+            states = self._through(self.oner.projector, self.oner.text_projector, states)
+            if space == "normalized":
+                states = {name: nn.functional.normalize(state, dim=-1) for name, state in states.items()}
+            states = {name: self._mean(states, parts.get(name, (name,))) for name in representations}
+        return self._through(self.predictor, self.text_predictor, states) if predict else states
+
+    @staticmethod
+    def _mean(states: dict[str, torch.Tensor], names: tuple[str, ...]) -> torch.Tensor:
+        return sum(states[name] for name in names) / len(names)
+
+    def _through(
+        self, head: ContrastiveHead, text_head: ContrastiveHead | None, states: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """(B, ·) each -> (B, P) each, in one call of the head so that all streams share its batch statistics."""
+        if text_head is not None:
+            return {name: (text_head if name == "text" else head)(state) for name, state in states.items()}
+        if self.config.head_statistics == "separate":
+            return {name: head(state) for name, state in states.items()}
+        chunks = head(torch.cat(list(states.values()))).chunk(len(states))
+        return dict(zip(states, chunks, strict=True))
+
+    def _predict_words(self, words: dict[str, torch.Tensor], mlm_index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits of the masked words only, all streams in one product with the vocabulary. -> (M, V) each."""
+        if not words:
+            return {}
+        masked = torch.cat([states.index_select(0, mlm_index) for states in words.values()])
+        return dict(zip(words, self.lm_head(masked).chunk(len(words)), strict=True))
+
+
+__all__ = ["OneRForPreTraining"]
