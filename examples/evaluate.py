@@ -72,8 +72,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--class_names",
         help="imagenet, cifar10, cifar100, or a JSON file with a list: the classes of zero_shot and bootstrap, the "
         "only tasks then; captions are not needed, and --id_column (label, or the folder of a picture) holds the "
-        "number of "
-        "each row's class, its place in that list",
+        "number of each row's class, its place in that list",
     )
     parser.add_argument("--captions", choices=("all", "first"), default="all")
     parser.add_argument("--templates", default="slip", help="name of a template set, or a JSON file with a list")

@@ -55,6 +55,7 @@ def composed_sheet(
     found: Mapping[str, tuple[Tensor, Tensor]],
     gallery: Sequence[Any],
     right: Mapping[str, Sequence[Sequence[bool]]] | None = None,
+    same: Sequence[int] | None = None,
 ) -> Any:
     """A Figure with a block of three lines for each query: what its picture, its words, and both find.
 
@@ -63,6 +64,7 @@ def composed_sheet(
         found: for each way "picture", "words", "both" the (scores, places) of `nearest`, (Q, K) each.
         gallery: pictures, by place.
         right: for each way, whether a find shares the query's id: framed in green.
+        same: how many pictures of the gallery could be framed, for each query.
     """
     shown = found["both"][1].shape[1]
     figure = new_figure(1.0 * (shown + 2.6), 3.75 * len(images) + 0.55)
@@ -77,7 +79,8 @@ def composed_sheet(
         top = 4 * query
         axes = figure.add_subplot(grid[top : top + 3, 0])
         _picture(axes, image, "0.3")
-        axes.set_xlabel("“" + wrapped(text, 20, 3) + "”", fontsize=9, parse_math=False)
+        beside = "" if same is None else f"\n{same[query]} of its id searched"
+        axes.set_xlabel("“" + wrapped(text, 20, 3) + "”" + beside, fontsize=9, parse_math=False)
         for line, way in enumerate(WAYS):
             label = figure.add_subplot(grid[top + line, 1])
             label.axis("off")
@@ -137,8 +140,9 @@ class ComposedEvaluator:
             way: [[ids[j] == row.get("id") for j in line] for row, line in zip(places, lines.tolist(), strict=True)]
             for way, (_, lines) in found.items()
         }
+        same = [ids.count(row.get("id")) - (hidden is not None) for row in places]
         title = f"{describe(model)}: nearest of {len(pictures)} pictures by picture, caption, both (green: same id)"
-        yield f"{self.name}/sheet", composed_sheet(title, images, texts, found, pictures, right)
+        yield f"{self.name}/sheet", composed_sheet(title, images, texts, found, pictures, right, same)
 
         mixed = self.queries or list(zip(images, texts[1:] + texts[:1], strict=True))
         images, texts = [image for image, _ in mixed], [text for _, text in mixed]

@@ -147,7 +147,9 @@ def gap_figure(embeddings: Mapping[str, Tensor], title: str, note: str = "", lin
     axes.set_yticks([])
     for side in axes.spines.values():
         side.set(color="0.8", linewidth=0.6)
-    axes.legend(loc="upper right", fontsize=9, framealpha=0.9, markerscale=1.8)
+    axes.legend(  # below the plot, where it hides no point
+        loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, fontsize=9, frameon=False, markerscale=1.8
+    )
     axes.set_title(title, fontsize=10, parse_math=False)
     figure.text(0.5, 0.02, note, ha="center", va="bottom", fontsize=8, color="0.3", parse_math=False)
     return figure
@@ -187,7 +189,7 @@ class GapEvaluator:
         measures = gap_measures(embeddings, row_ids(rows), self.seed)
         yield from ((f"{self.name}/{key}", value) for key, value in measures.items())
         drawn = {kind: vectors[: self.drawn] for kind, vectors in embeddings.items()}
-        title = f"{describe(model)}\nt-SNE of {len(drawn['image'])} rows: image, text, image + text"
+        title = f"{describe(model)}\nt-SNE of {len(drawn['image'])} rows; lines join picture and caption of {min(25, len(drawn['image']))} rows"
         note = (
             f"distance of centroids: image-text {measures['image_text']:.2f}, "
             f"image-both {measures['image_both']:.2f}, text-both {measures['text_both']:.2f}\n"

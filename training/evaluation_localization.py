@@ -111,8 +111,9 @@ def localization_sheet(
     images: Sequence[Any],
     texts: Sequence[Sequence[str]],
     image_size: int | None = None,
+    note: str = "",
 ) -> Any:
-    """A Figure with one row for each picture: the picture, then its map for each of its texts.
+    """A Figure with one row for each picture: the picture, then its map for each of its texts; `note` ends the title.
 
     The range of raw cosines stands under each map, since the colours are min-maxed map by map.
     """
@@ -125,7 +126,7 @@ def localization_sheet(
         rows[i].append(Panel(seen[i], heat, wrapped(text), f"cosine {heat.min():.2f} to {heat.max():.2f}"))
     title = (
         f"{describe(model)}: zero-shot localisation. Cosine of the final patch states "
-        "with the mean final word state; blue low, red high, each map on its own scale"
+        f"with the mean final word state; blue low, red high, each map on its own scale{note and '. ' + note}"
     )
     return heat_sheet(rows, title)
 
@@ -175,8 +176,12 @@ class LocalizationEvaluator:
         yield f"{self.name}/pointing_chance", 0.25
         yield f"{self.name}/cosine_lift", lift
         images, asked_of = self._queries()
-        yield f"{self.name}/sheet", localization_sheet(model, processor, images, asked_of)
-        yield f"{self.name}/scenes_sheet", self._scene_sheet(model, processor, scenes[: self.shown])
+        note = "First map: its own caption; the others: of other pictures" if self.queries is None else ""
+        yield f"{self.name}/sheet", localization_sheet(model, processor, images, asked_of, note=note)
+        note = f"Over {len(scenes)} scenes the highest patch lies on the named picture in {accuracy:.0%} (chance 25%)"
+        shown = scenes[: self.shown]
+        pictures, words = [s.image for s in shown], [s.words for s in shown]
+        yield f"{self.name}/scenes_sheet", localization_sheet(model, processor, pictures, words, note=note)
 
     def _queries(self) -> tuple[list[Any], list[list[str]]]:
         if self.queries is not None:
@@ -186,7 +191,3 @@ class LocalizationEvaluator:
         count = len(rows)
         texts = [list(dict.fromkeys(names[(i + step) % count] for step in range(3))) for i in range(count)]
         return [row["image"] for row in rows], texts
-
-    @staticmethod
-    def _scene_sheet(model: Any, processor: Any, scenes: Sequence[Scene]) -> Any:
-        return localization_sheet(model, processor, [s.image for s in scenes], [s.words for s in scenes])

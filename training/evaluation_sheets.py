@@ -62,8 +62,12 @@ def patch_grid(pixel_values: Tensor, model: torch.nn.Module) -> tuple[int, int]:
 
 
 def describe(model: torch.nn.Module) -> str:
-    """A short name of the model for titles: its directory or Hub name, else class, depth and width."""
-    name = str(getattr(model.config, "name_or_path", "") or "").rstrip("/").split("/")[-1]
+    """A short name of the model for titles: its directory or Hub name, else class, depth and width.
+
+    A directory called `model`, as the trainings write it, says nothing: it is shown with the run's name before it.
+    """
+    parts = str(getattr(model.config, "name_or_path", "") or "").rstrip("/").split("/")
+    name = "/".join(parts[-2:] if parts[-1] == "model" else parts[-1:])
     config = model.config
     shape = f"{getattr(config, 'num_hidden_layers', '?')} layers of {getattr(config, 'hidden_size', '?')}"
     return f"{name} ({shape})" if name else f"{type(model).__name__} ({shape})"
