@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
-from oner.processing.vl_dataset import open_pairs
+from oner.processing.vl_dataset import PairDataError, open_pairs
 from oner.processing.vl_tokenizer import train_tokenizer
-from oner.training.evaluation_results import read_results, write_results
+from oner.training.evaluation_embedding import Gallery, embed_pairs, gallery_vectors, spaced
+from oner.training.evaluation_labels import class_numbers, open_labelled
+from oner.training.evaluation_results import checkpoint_facts, read_results, write_results
 
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT / "examples" / "data" / "emoji"
@@ -87,6 +90,77 @@ def test_what_the_data_do_not_allow_is_said_and_left_out(example, model_director
     )  # fmt: skip
     assert "test_style: no multimodal, as no concept has two pictures" in capsys.readouterr().out
     assert "test_style/tr_r@10" in values and not any("multimodal" in name for name in values)
+
+
+def test_class_names_need_no_captions(example, model_directory, tmp_path, capsys):
+    folder, names = tmp_path / "three", tmp_path / "names.json"
+    for number, (name, ink) in enumerate([("blue", (0, 0, 250)), ("green", (0, 250, 0)), ("red", (250, 0, 0))]):
+        (folder / name).mkdir(parents=True)
+        for copy in range(2 + number):
+            Image.new("RGB", (40, 40), ink).save(folder / name / f"{copy}.png")
+    names.write_text(json.dumps(["blue", ["green", "leafy"], "red"]))
+    common = ["--model", str(model_directory), "--device", "cpu", "--output", str(tmp_path), "--templates", "name"]
+    values = example.main([*common, "--data", str(folder), "--class_names", str(names)])
+    assert values["three/zero_shot_chance1"] == pytest.approx(1 / 3) and "three/bootstrap_top1" in values
+    protocol = read_results(tmp_path)["three.bootstrap"]["protocol"]
+    assert (protocol["rows"], protocol["classes"], protocol["class_names"]) == (9, 3, str(names))
+    assert (tmp_path / "pictures" / "three-bootstrap_sheet.png").is_file()
+    rows = open_labelled(str(folder), ["blue", ["green", "leafy"], "red"])
+    assert [row["id"] for row in rows] == [0, 0, 1, 1, 1, 2, 2, 2, 2] and rows[2]["captions"] == ["green"]
+    with pytest.raises(PairDataError, match="its 3 classes .* but 10 class names are given"):
+        example.main([*common, "--data", str(folder), "--class_names", "cifar10"])
+    with pytest.raises(SystemExit):
+        example.main([*common, "--data", str(folder), "--class_names", str(names), "--tasks", "gap"])
+    assert "--class_names is for the tasks zero_shot and bootstrap, got gap" in capsys.readouterr().err
+
+
+def test_class_numbers_of_a_table_are_checked(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    table = tmp_path / "rows.csv"
+    table.write_text("file_name,label\na.png,2\na.png,0\n")
+    assert [(row["id"], row["captions"]) for row in open_labelled(str(table), ["x", "y", "z"])] == [
+        (2, ["z"]), (0, ["x"]),
+    ]  # fmt: skip
+    with pytest.raises(PairDataError, match=r"a whole number in 0\.\.1, got 2 in row 0"):
+        open_labelled(str(table), ["x", "y"])
+    with pytest.raises(PairDataError, match="no column 'kind' for the class numbers; columns found: file_name, label"):
+        open_labelled(str(table), ["x", "y"], label_column="kind")
+    with pytest.raises(PairDataError, match="got 'b' in row 1 and 1 more"):
+        class_numbers([1, "b", -1], 2, "here")
+
+
+def test_a_gallery_is_embedded_once_and_rows_are_spaced(model_directory):
+    model = OneRForImageTextRetrieval.from_pretrained(model_directory).eval()
+    processor = OneRProcessor.from_pretrained(model_directory)
+    pairs = open_pairs(EMOJI / "test_concept.parquet")
+    rows = spaced(pairs, 6)
+    assert [row["id"] for row in rows] == [number * len(pairs) // 6 for number in range(6)]
+    assert spaced(range(3), 5) == [0, 1, 2]
+    gallery = Gallery(rows)
+    first = gallery_vectors(model, processor, gallery)
+    assert gallery_vectors(model, processor, gallery) is first
+    assert torch.equal(first, gallery_vectors(model, processor, rows))
+
+
+def test_pairs_of_one_picture_with_several_texts_are_as_if_it_were_repeated(model_directory):
+    model = OneRForImageTextRetrieval.from_pretrained(model_directory).eval()
+    processor = OneRProcessor.from_pretrained(model_directory)
+    images = [row["image"] for row in spaced(open_pairs(EMOJI / "test_concept.parquet"), 3)]
+    texts = ["a dog", "the sun", "a cat", "rain", "a tree", "snow"]
+    found = embed_pairs(model, processor, images, texts, batch_size=3, times=2)  # a batch ends inside a picture
+    repeated = embed_pairs(model, processor, [image for image in images for _ in range(2)], texts, batch_size=3)
+    assert torch.equal(found, repeated)
+    with pytest.raises(ValueError, match="got 3 pictures and 6 texts"):
+        embed_pairs(model, processor, images, texts)
+
+
+def test_a_name_on_the_hub_is_stored_with_its_commit(tmp_path):
+    config = OneRConfig.from_size("nano")
+    model = SimpleNamespace(config=config)
+    with pytest.raises(FileNotFoundError, match="names no commit"):
+        checkpoint_facts("someone/some-oner", model)
+    config._commit_hash = "0a1b2c"
+    assert checkpoint_facts("someone/some-oner", model) == {"name": "someone/some-oner", "commit": "0a1b2c"}
 
 
 def test_results_refuse_what_would_not_be_evidence(tmp_path):

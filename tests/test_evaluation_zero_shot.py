@@ -13,6 +13,7 @@ from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_dataset import open_pairs
 from oner.processing.vl_tokenizer import train_tokenizer
+from oner.training.evaluation_guidance import guidance_sheet, guided_examples
 from oner.training.evaluation_zero_shot import ZeroShotClassificationEvaluator, class_embeddings, rerank
 from oner.training.prompts import class_name_sets, fill, load_class_names, load_templates, template_sets
 
@@ -122,6 +123,42 @@ def test_guidance_asks_every_picture_with_its_own_candidates():
         assert guided[picture].tolist() == pytest.approx(expected, abs=1e-5)
         (rest,) = set(range(3)) - set(candidates)
         assert rerank(scores, found, guided)[picture].argmin() == rest
+
+
+def test_only_some_pictures_are_guided_and_compared_with_themselves():
+    model = Words(lambda pixels, text: text.pooler_output)
+    images = [colour(250, 0, 0), colour(0, 250, 0), colour(0, 0, 250), colour(0, 250, 0), colour(0, 0, 250)]
+    evaluator = ZeroShotClassificationEvaluator(
+        images, [1, 1, 2, 1, 2], ["red", "green", "blue"], ["{}"], (1,), bootstrap=True, candidates=2, name="s",
+        bootstrap_rows=2, progress=False, guided_text="name",
+    )  # fmt: skip
+    values = dict(evaluator.run(model, word_processor))
+    assert model.asked == [4] and evaluator.guided_rows == [0, 2]
+    assert evaluator.protocol["guidance"]["pictures"] == 2 and evaluator.protocol["pictures"] == 5
+    assert values["s/zero_shot_top1"] == 0.8 and values["s/bootstrap_without_top1"] == 0.5
+    with pytest.raises(ValueError, match="a limit must be at least 1, got -1"):
+        ZeroShotClassificationEvaluator(images, [0] * 5, ["red"], bootstrap_rows=-1)
+
+
+def test_the_sheet_lists_classes_before_and_after_with_the_right_one_marked():
+    names = ["sun", "moon", "star", "cloud", "rain", "snow", "wind"]
+    scores = torch.tensor([[0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])
+    guided = torch.tensor([[0.11, 0.12, 0.93], [0.81, 0.82, 0.83]])
+    reranked = rerank(scores, scores.topk(3).indices, guided)
+    pictures, labels = [colour(9, 9, 9), colour(200, 9, 9)], torch.tensor([2, 1])
+    first, second = guided_examples(pictures, labels, scores, reranked, guided, 8)
+    assert (first.before[:4], first.after[:4]) == ([0, 1, 2, 3], [2, 1, 0, 3]) and first.label == 2
+    assert first.before_scores == pytest.approx([0.7, 0.6, 0.5])
+    assert first.after_scores == pytest.approx([0.93, 0.12, 0.11])
+    assert second.before[:3] == [6, 5, 4] and second.after[:3] == [4, 5, 6] and second.label == 1
+    (chosen,) = guided_examples(pictures, torch.tensor([6, 6]), scores, reranked, guided, 1)
+    assert chosen.picture is pictures[1]  # the other's right class is no candidate
+    figure = guidance_sheet([first, second], names, "a title")
+    texts = {text.get_text(): text for axes in figure.axes for text in axes.texts}
+    assert texts["star  (0.50)"].get_weight() == texts["star  (0.93)"].get_weight() == "bold"
+    assert texts["sun  (0.70)"].get_weight() == "normal" and "moon  (rank 6)" in texts
+    with pytest.raises(ValueError, match="at least one picture"):
+        guidance_sheet([], names, "a title")
 
 
 def test_rerank_keeps_the_rest_below_and_in_order():

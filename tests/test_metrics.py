@@ -56,6 +56,27 @@ def test_recall_is_clip_benchmarks(fixture, k):
     assert 0 < image_recall < 1 or k == 23
 
 
+# Recorded: plain loops over the definition in LAION-AI/CLIP_benchmark, clip_benchmark/metrics/zeroshot_retrieval.py
+# at 082089f (a query counts 1 if at least one positive is among its first k), checked by hand. Nothing ties.
+RECORDED_SCORES = [  # 7 captions of 4 pictures
+    [0.90, 0.10, 0.30, 0.20],
+    [0.15, 0.60, 0.85, 0.25],
+    [0.40, 0.55, 0.20, 0.70],
+    [0.35, 0.95, 0.05, 0.45],
+    [0.80, 0.65, 0.50, 0.75],
+    [0.30, 0.50, 0.42, 0.08],
+    [0.22, 0.33, 0.11, 0.44],
+]
+RECORDED_OWNERS = [0, 0, 0, 1, 2, 2, 3]
+RECORDED = {"image": {1: 3 / 7, 2: 4 / 7, 3: 5 / 7, 4: 1.0}, "text": {1: 2 / 4, 2: 3 / 4, 3: 3 / 4, 4: 1.0}}
+
+
+def test_recall_equals_recorded_numbers_of_clip_benchmarks_definition():
+    scores, owners = torch.tensor(RECORDED_SCORES), torch.tensor(RECORDED_OWNERS)
+    assert recall_at_k(scores, (owners, torch.arange(4)), [1, 2, 3, 4]) == pytest.approx(RECORDED["image"])
+    assert recall_at_k(scores.T, (torch.arange(4), owners), [1, 2, 3, 4]) == pytest.approx(RECORDED["text"])
+
+
 def test_ranks_are_albefs_best_rank_over_the_captions_of_a_picture(fixture):
     scores, owners = fixture["scores"].T, fixture["owners"]
     expected = []

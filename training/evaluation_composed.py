@@ -140,7 +140,7 @@ class ComposedEvaluator:
             way: [[ids[j] == row.get("id") for j in line] for row, line in zip(places, lines.tolist(), strict=True)]
             for way, (_, lines) in found.items()
         }
-        same = [ids.count(row.get("id")) - (hidden is not None) for row in places]
+        same = [max(0, ids.count(row.get("id")) - (hidden is not None)) for row in places]
         title = f"{describe(model)}: nearest of {len(pictures)} pictures by picture, caption, both (green: same id)"
         yield f"{self.name}/sheet", composed_sheet(title, images, texts, found, pictures, right, same)
 

@@ -189,7 +189,7 @@ class GapEvaluator:
         measures = gap_measures(embeddings, row_ids(rows), self.seed)
         yield from ((f"{self.name}/{key}", value) for key, value in measures.items())
         drawn = {kind: vectors[: self.drawn] for kind, vectors in embeddings.items()}
-        title = f"{describe(model)}\nt-SNE of {len(drawn['image'])} rows; lines join picture and caption of {min(25, len(drawn['image']))} rows"
+        title = f"{describe(model)}\nt-SNE of {len(drawn['image'])} rows; lines join some pictures with their captions"
         note = (
             f"distance of centroids: image-text {measures['image_text']:.2f}, "
             f"image-both {measures['image_both']:.2f}, text-both {measures['text_both']:.2f}\n"

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from oner.training.evaluation_sheets import (
     Panel,
     Row,
-    Scene,
     describe,
     draw_scenes,
     evaluating,
