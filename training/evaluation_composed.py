@@ -79,7 +79,7 @@ def composed_sheet(
         top = 4 * query
         axes = figure.add_subplot(grid[top : top + 3, 0])
         _picture(axes, image, "0.3")
-        beside = "" if same is None else f"\n{same[query]} of its id searched"
+        beside = "" if same is None else f"\n{same[query]} of its id to be found"
         axes.set_xlabel("“" + wrapped(text, 20, 3) + "”" + beside, fontsize=9, parse_math=False)
         for line, way in enumerate(WAYS):
             label = figure.add_subplot(grid[top + line, 1])

@@ -133,7 +133,7 @@ def gap_figure(embeddings: Mapping[str, Tensor], title: str, note: str = "", lin
     points = tsne(torch.cat([embeddings[kind] for kind in KINDS]), min(30.0, (3 * count - 1) / 3), seed)
     image, text, both = points.split(count)
     figure = new_figure(7.0, 7.2)
-    axes = figure.add_axes((0.03, 0.09, 0.94, 0.82))
+    axes = figure.add_axes((0.03, 0.12, 0.94, 0.79))
     for one, two in zip(image[:links].tolist(), text[:links].tolist(), strict=True):
         axes.plot(*zip(one, two, strict=True), color="0.6", linewidth=0.5, zorder=1)
     looks = {"image": ("#2f6fdb", "o", image), "text": ("#e0452b", "s", text), "both": ("#2ca25f", "^", both)}
