@@ -64,9 +64,16 @@ class DataArguments:
             "their middle is taken, which shows things as large as training crops do; 1 squeezes the whole picture."
         ),
     )
+    crop_margin: float = field(
+        default=0.0,
+        metadata=_help("White ground laid round a picture before the crop, up to this share of each side."),
+    )
     horizontal_flip: float = field(default=0.0, metadata=_help("Probability; the paper names no flip."))
     color_jitter: float = field(default=0.0, metadata=_help("Strength; the paper found none helps (appendix E)."))
     grayscale: float = field(default=0.0, metadata=_help("Probability of losing colour; likewise."))
+    rand_augment: str | None = field(
+        default=None, metadata=_help('timm\'s RandAugment by its string, "rand-m7-n2-mstd0.5"; likewise.')
+    )
     mlm_probability: float = field(default=0.15, metadata=_help("Share of words to predict (appendix C)."))
     mim_ratio: list[float] = field(
         default_factory=lambda: [0.1, 0.5],

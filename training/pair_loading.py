@@ -124,9 +124,11 @@ class PairLoader:
             TrainingImageTransform(
                 config.image_size,
                 scale=tuple(data.crop_scale),
+                margin=data.crop_margin,
                 hflip=data.horizontal_flip,
                 color_jitter=data.color_jitter,
                 grayscale=data.grayscale,
+                rand_augment=data.rand_augment,
             ),
             image_token_id=config.image_token_id,
             cls_token_id=config.cls_token_id,
