@@ -49,7 +49,9 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
     "retrieval": lambda a, name, rows, _: RetrievalEvaluator(rows, a.batch_size, a.ks, name, a.captions),
     "zero_shot": lambda a, name, rows, _: zero_shot(a, name, rows, bootstrap=False),
     "bootstrap": lambda a, name, rows, _: zero_shot(a, name, rows, bootstrap=True),
-    "multimodal": lambda a, name, rows, gallery: MultimodalRetrievalEvaluator(rows, gallery, a.batch_size, a.ks, name),
+    "multimodal": lambda a, name, rows, gallery: MultimodalRetrievalEvaluator(
+        rows, gallery, a.batch_size, a.ks, name, captions=a.captions
+    ),
     "composed": lambda a, name, rows, gallery: ComposedEvaluator(rows, gallery),
     "gap": lambda a, name, rows, _: GapEvaluator(rows),
     "localization": lambda a, name, rows, _: LocalizationEvaluator(rows),

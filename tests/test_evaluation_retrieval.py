@@ -124,6 +124,26 @@ def test_picture_and_caption_together_find_what_neither_finds_alone():
     assert values["s/multimodal_chance@1"] == pytest.approx(0.5) and values["s/multimodal_queries"] == 1
 
 
+def test_each_caption_of_a_row_asks_once_with_its_picture():
+    # the first caption tells what the picture lacks, the second leads away: 1 of 2 queries of the first row is right
+    rows = [
+        colour_row((200, 200, 10), ["1 1 1"], "both"),
+        colour_row((10, 10, 200), ["1 1 1"], "blue"),
+    ]
+    query = [
+        colour_row((1, 200, 1), ["200 1 1", "1 1 255"], "both"),
+        colour_row((1, 1, 200), ["1 1 200"], "blue"),
+    ]
+    values = {}
+    for captions in ("first", "all"):
+        evaluator = MultimodalRetrievalEvaluator(query, rows, ks=(1,), name=captions, progress=False, captions=captions)
+        values |= evaluator.run(Colours(), colour_processor)
+    assert (values["first/multimodal_queries"], values["all/multimodal_queries"]) == (2, 3)
+    assert values["first/multimodal_text_r@1"] == 1.0 and values["all/multimodal_text_r@1"] == pytest.approx(2 / 3)
+    assert values["all/multimodal_image_r@1"] == 1.0  # a picture counts as often as it is asked with a caption
+    assert evaluator.protocol["captions"] == "all" and evaluator.protocol["pictures"] == 2
+
+
 def test_own_picture_is_excluded_and_queries_without_another_are_left_out():
     rows = [
         colour_row((200, 20, 20), ["1 1 200"], "a"),
@@ -132,7 +152,7 @@ def test_own_picture_is_excluded_and_queries_without_another_are_left_out():
         colour_row((90, 90, 90), ["1 200 1"]),
     ]
     evaluator = MultimodalRetrievalEvaluator(rows, ks=(1, 3), name="s", progress=False)
-    assert evaluator.asked == [0, 1] and evaluator.protocol["queries_left_out"] == 2
+    assert evaluator.asked == [0, 1] and evaluator.protocol["pictures_left_out"] == 2
     values = dict(evaluator.run(Colours(), colour_processor))
     assert values["s/multimodal_image_r@1"] == 0.0  # with itself in the gallery it would be 1
     assert values["s/multimodal_image_r@3"] == 1.0 and values["s/multimodal_chance@1"] == pytest.approx(1 / 3)
@@ -150,6 +170,8 @@ def test_bad_options_are_named():
         RetrievalEvaluator([])
     with pytest.raises(ValueError, match="row 1 has no captions"):
         RetrievalEvaluator([row, {"image": row["image"], "captions": []}])
+    with pytest.raises(ValueError, match='captions must be "all" or "first", got .some'):
+        MultimodalRetrievalEvaluator([row, row], captions="some")
     with pytest.raises(ValueError, match="gallery must be"):
         MultimodalRetrievalEvaluator([row, row], gallery="text")
 

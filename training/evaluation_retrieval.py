@@ -130,7 +130,8 @@ class RetrievalEvaluator:
 class MultimodalRetrievalEvaluator:
     """Does picture + caption find its concept's other pictures better than the picture or the caption alone?
 
-    Queries are `query_rows` three ways: f(I, T) with picture and first caption as one sequence, f(I), and f(T). The
+    Queries are `query_rows` three ways: f(I, T) with picture and caption as one sequence, f(I), and f(T). With
+    `captions="first"` a row asks once, with `"all"` once with each of its captions. The
     gallery is the pictures of `gallery_rows` (default: the same rows), f(I) or with `gallery="both"` f(I, T); the
     query's own picture is excluded, right is any other picture of its concept. Queries without one are left out.
 
@@ -147,13 +148,16 @@ class MultimodalRetrievalEvaluator:
         gallery: Literal["image", "both"] = "image",
         chunk_size: int = 1024,
         progress: bool = True,
+        captions: Literal["all", "first"] = "first",
     ):
+        if captions not in ("all", "first"):
+            raise ValueError(f'captions must be "all" or "first", got {captions!r}')
         if gallery not in ("image", "both"):
             raise ValueError(f'gallery must be "image" or "both", got {gallery!r}')
         self.query_rows = query_rows
         self.gallery_rows = query_rows if gallery_rows is None else gallery_rows
         self.batch_size, self.ks, self.name, self.gallery = batch_size, tuple(ks), name, gallery
-        self.chunk_size, self.progress = chunk_size, progress
+        self.chunk_size, self.progress, self.captions = chunk_size, progress, captions
         query_keys = [picture_key(row["image"]) for row in self.query_rows]
         gallery_keys = [picture_key(row["image"]) for row in self.gallery_rows]
         pictures: dict[Any, set[str]] = {}
@@ -170,19 +174,26 @@ class MultimodalRetrievalEvaluator:
                 f"none of the {len(query_rows)} query rows has another picture of its concept among the "
                 f"{len(self.gallery_rows)} gallery rows: rows of one concept must share an id"
             )
-        self.query_ids, self.gallery_ids = numbered([concepts[number] for number in self.asked], gallery_concepts)
-        self.query_keys, self.gallery_keys = numbered([query_keys[number] for number in self.asked], gallery_keys)
+        # a query is a picture, by its place in `asked`, and one of its captions
+        told = [self.query_rows[number]["captions"] for number in self.asked]
+        told = [words[:1] if captions == "first" else words for words in told]
+        self.texts = [text for words in told for text in words]
+        self.pictures = [place for place, words in enumerate(told) for _ in words]
+        asking = [self.asked[place] for place in self.pictures]
+        self.query_ids, self.gallery_ids = numbered([concepts[number] for number in asking], gallery_concepts)
+        self.query_keys, self.gallery_keys = numbered([query_keys[number] for number in asking], gallery_keys)
 
     @property
     def protocol(self) -> dict[str, Any]:
         """What the numbers mean, for the file of results."""
         return {
             "task": "pictures of the same concept from picture + caption, picture alone, caption alone",
-            "queries": len(self.asked),
-            "queries_left_out": len(self.query_rows) - len(self.asked),
+            "queries": len(self.texts),
+            "pictures": len(self.asked),
+            "pictures_left_out": len(self.query_rows) - len(self.asked),
             "gallery": len(self.gallery_rows),
             "gallery_embedding": {"image": "f(I)", "both": "f(I, T)"}[self.gallery],
-            "caption": "first",
+            "captions": self.captions,
             "excluded": "the query's own picture",
         }
 
@@ -190,7 +201,7 @@ class MultimodalRetrievalEvaluator:
         """Embed the gallery once and the queries three ways, and yield (name, value)."""
         how = {"batch_size": self.batch_size, "progress": self.progress}
         pictures = Column(self.query_rows, "image", self.asked)
-        texts = [self.query_rows[number]["captions"][0] for number in self.asked]
+        asking = Column(self.query_rows, "image", [self.asked[place] for place in self.pictures])
         if self.gallery == "image":
             gallery = gallery_vectors(model, processor, self.gallery_rows, **how)
         else:
@@ -198,9 +209,9 @@ class MultimodalRetrievalEvaluator:
             gallery_texts = [row["captions"][0] for row in self.gallery_rows]
             gallery = embed_pairs(model, processor, all_pictures, gallery_texts, **how)
         queries = {
-            "both": embed_pairs(model, processor, pictures, texts, **how),
-            "image": embed_images(model, processor, pictures, **how),
-            "text": embed_texts(model, processor, texts, **how),
+            "both": embed_pairs(model, processor, asking, self.texts, **how),
+            "image": embed_images(model, processor, pictures, **how)[self.pictures],
+            "text": embed_texts(model, processor, self.texts, **how),
         }
         matching = (self.query_ids, self.gallery_ids, self.ks, self.query_keys, self.gallery_keys, self.chunk_size)
         for kind, embeddings in queries.items():
