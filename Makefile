@@ -16,15 +16,20 @@ JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help demo test test-slow test-transformers lint format evidence dist clean
+.PHONY: help demo test test-slow test-transformers lint format evidence fuzz scale benchmark kill-test resume-matrix dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
 	@echo 'make test               install, run the tests offline (15 minutes, 2 cores)'
 	@echo 'make test-slow          the tests marked slow'
 	@echo 'make test-transformers  the model tests of the installed transformers, from its source archive'
+	@echo 'make kill-test          200 SIGKILLs, a full disk and other losses, each followed by a resume (slow)'
+	@echo 'make resume-matrix      120 ways to stop and resume, to the bit (slow)'
 	@echo 'make lint | format      ruff, checking or mending'
 	@echo 'make evidence           the ablation table, with the CLIP baseline (slow)'
+	@echo 'make fuzz               mutated pictures, captions and files of rows: none may crash or hang (slow)'
+	@echo 'make scale              memory of InfoNCE at 32k x 32k, memory and time of cached gradients (slow)'
+	@echo 'make benchmark          docs/performance.json and the tables of docs/performance.md (6 minutes, 2 quiet cores)'
 	@echo 'make dist               source archive and wheel in dist/'
 
 # The environment is remade only when the metadata changed; each set of extras leaves a stamp.
@@ -43,7 +48,7 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 
 demo: $(VENV)/.installed-plots
 	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
-	  --dynamo_backend no examples/pretrain.py --config $(DEMO_CONFIG)
+	  --dynamo_backend no examples/pretrain.py --config $(DEMO_CONFIG) --resume
 	$(EVALUATE) --data $(EMOJI)/test_style.parquet --gallery $(EMOJI)/train.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/test_concept.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --limit 1200 --tasks multimodal
@@ -53,6 +58,12 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-all
 	$(PYTEST) -m slow
+
+kill-test: $(VENV)/.installed-test
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/kill.py
+
+resume-matrix: $(VENV)/.installed-test
+	$(PYTEST) -m "slow or not slow" tests/test_resume_matrix.py
 
 test-transformers: $(VENV)/.installed-test
 	$(PY) tests/model_tester/fetch.py
@@ -68,6 +79,15 @@ format: $(VENV)/.installed-test
 
 evidence: $(VENV)/.installed-all
 	$(PY) examples/evidence.py
+
+fuzz: $(VENV)/.installed-test
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/fuzz_inputs.py
+
+scale: $(VENV)/.installed-test
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/scale.py
+
+benchmark: $(VENV)/.installed-all
+	$(OFFLINE) OMP_NUM_THREADS=$(CORES) $(PY) examples/benchmark.py
 
 dist: $(VENV)/.installed-test
 	rm -rf dist

@@ -26,8 +26,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from oner import OneRConfig
 from oner.training.arguments import parse_arguments
 from oner.training.distributed import rank, world_size
-from oner.training.engine import Engine, make_accelerator
+from oner.training.engine import Engine
 from oner.training.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
+from oner.training.parallel import make_accelerator
 
 WEIGHTS = "clip.safetensors"
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP clips its scale there, and so does open_clip's training loop
@@ -149,9 +150,12 @@ class ClipObjective:
             loss = self.loss(images.float(), texts.float(), scale.float())
         return loss, {"clip": loss.detach()}
 
+    def teachers(self) -> tuple[()]:
+        return ()
+
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Keeps the temperature at .01 or above, as CLIP does."""
+    def after_step(self, applied: Tensor | None = None) -> None:
+        """Keeps the temperature at .01 or above, as CLIP does; one that did not move is there already."""
         self.student.clip.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
     def to(self, device: torch.device) -> "ClipObjective":
@@ -169,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains the baseline with OneR's loader, optimiser, schedule and engine, and writes `output_dir/model`."""
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments.run)
-    pairs = open_training_pairs(arguments.data)
+    pairs = open_training_pairs(arguments.data, arguments.run.output_dir)
     processor, config = build_processor_and_config(arguments, pairs)
     torch.manual_seed(arguments.run.seed)
     model = ClipBaseline(config)

@@ -32,6 +32,7 @@ from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, Ret
 from oner.training.evaluation_zero_shot import ZeroShotClassificationEvaluator
 from oner.training.hub import write_pictures
 from oner.training.model_card import add_evaluation
+from oner.training.model_loading import load_model
 from oner.training.prompts import load_class_names
 
 
@@ -133,7 +134,7 @@ def evaluate_split(
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     a = parse(arguments)
-    model = AutoModelForZeroShotImageClassification.from_pretrained(a.model).to(a.device).eval()
+    model = load_model(AutoModelForZeroShotImageClassification, a.model).to(a.device).eval()
     processor = AutoProcessor.from_pretrained(a.model)
     gallery = Gallery(read(a.gallery, a)) if a.gallery and a.class_names is None else None
     values: dict[str, float] = {}

@@ -39,6 +39,7 @@ from oner.training.evaluation_gap import centroid_separability, linear_separabil
 from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.metrics import centroid_distance
 from oner.training.model_card import slug
+from oner.training.model_loading import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"
@@ -198,7 +199,7 @@ def load(run: Run, device: torch.device) -> tuple[Any, Any]:
     if run.name == "clip":
         model = ClipBaseline.from_directory(directory)
     else:
-        model = AutoModelForZeroShotImageClassification.from_pretrained(directory)
+        model = load_model(AutoModelForZeroShotImageClassification, directory)
     return model.to(device).eval(), AutoProcessor.from_pretrained(directory)
 
 

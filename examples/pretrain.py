@@ -15,18 +15,23 @@ import oner  # noqa: F401  registers the families with transformers' auto classe
 from oner.processing.vl_dataset import open_pairs
 from oner.training.arguments import Arguments, parse_arguments
 from oner.training.distributed import synchronise_batch_norm
-from oner.training.engine import Engine, make_accelerator
+from oner.training.engine import Engine
+from oner.training.evaluation_embedding import check_pictures
 from oner.training.evaluation_retrieval import RetrievalEvaluator
+from oner.training.host_memory import keep_freed_memory
 from oner.training.hub import export_model
 from oner.training.objective import build_objective
 from oner.training.pair_loading import PairLoader, build_model, build_processor_and_config, open_training_pairs
+from oner.training.parallel import choose_precision, make_accelerator
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Runs to the end and returns the last evaluation."""
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments.run)
-    pairs = open_training_pairs(arguments.data)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    pairs = open_training_pairs(arguments.data, arguments.run.output_dir)
     processor, config = build_processor_and_config(arguments, pairs)
     model = synchronise_batch_norm(build_model(arguments, config), accelerator.device)
     loader = PairLoader(arguments, pairs, processor, config)
@@ -59,17 +64,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
-    """Retrieval on each evaluation set."""
-    data, run = arguments.data, arguments.run
-    return [
-        RetrievalEvaluator(
-            open_pairs(path, data.image_column, data.text_column, data.id_column),
-            name=Path(path).stem,
-            captions=run.eval_captions,
-            progress=False,
-        )
-        for path in run.eval_data
-    ]
+    """Retrieval on each evaluation set, whose pictures are all tried first."""
+    data, run, evaluators = arguments.data, arguments.run, []
+    for path in run.eval_data:
+        rows = open_pairs(path, data.image_column, data.text_column, data.id_column)
+        check_pictures(rows, path)
+        evaluators.append(RetrievalEvaluator(rows, name=Path(path).stem, captions=run.eval_captions, progress=False))
+    return evaluators
 
 
 def describe(arguments: Arguments, model: PreTrainedModel, loader: PairLoader, accelerator) -> str:
@@ -80,7 +81,7 @@ def describe(arguments: Arguments, model: PreTrainedModel, loader: PairLoader, a
     line = (
         f"{given.family}{origin}, {millions:.1f} M parameters, "
         f"{loader.total_steps} steps of {arguments.run.batch_size} pairs on {accelerator.num_processes} x "
-        f"{accelerator.device.type}, precision {accelerator.mixed_precision}"
+        f"{accelerator.device.type}, precision {choose_precision(arguments.run.mixed_precision)}"
     )
     return line if loader.resume_note is None else f"{line}\n{loader.resume_note}"
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-from transformers import pipeline
+from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
 from oner.processing.image_processing_vl import open_image
 from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline, list_pictures
 from oner.processing.retrieval_index import INDEX_FILE, RetrievalIndexError
 from oner.processing.vl_dataset import open_pairs
+from oner.training.model_loading import load_model
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints" / "oner-emoji"
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
@@ -71,7 +72,12 @@ def load_pipeline(model: str) -> ImageTextRetrievalPipeline:
             "with `make demo` and pass the directory it prints"
         )
     # The class by name: a checkpoint that carries its own copy of the code need not be trusted to be used.
-    return pipeline("image-text-retrieval", model=model, pipeline_class=ImageTextRetrievalPipeline)
+    return pipeline(
+        "image-text-retrieval",
+        model=load_model(AutoModelForZeroShotImageClassification, model),
+        processor=AutoProcessor.from_pretrained(model),
+        pipeline_class=ImageTextRetrievalPipeline,
+    )
 
 
 def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | None) -> None:

@@ -1,14 +1,25 @@
-"""Batches and answers: processor, data, masks, the retrieval pipeline and its index. Hub-portable, like modeling."""
+"""Batches and answers: processor, data, masks, the retrieval pipeline and its index. Hub-portable, like modeling.
 
-from .image_augmentation import TrainingImageTransform
-from .image_processing_vl import ImageDecodeError, OneRImageProcessor, open_image
-from .pipeline_image_text_retrieval import ImageTextRetrievalPipeline
-from .processing_vl import OneRProcessor
-from .retrieval_index import RetrievalIndex
-from .vl_collation import PairCollator
-from .vl_dataset import PairDataError, open_pairs
-from .vl_tokenizer import tokenizer_from_vocab, train_tokenizer
+A name is imported when it is used: a processor needs neither `datasets` nor timm, which take half a second each.
+"""
 
+from importlib import import_module as _import_module
+
+_FILES = {
+    "ImageDecodeError": "image_processing_vl",
+    "ImageTextRetrievalPipeline": "pipeline_image_text_retrieval",
+    "OneRImageProcessor": "image_processing_vl",
+    "OneRProcessor": "processing_vl",
+    "PairCollator": "vl_collation",
+    "PairDataError": "vl_dataset",
+    "RetrievalIndex": "retrieval_index",
+    "TrainingImageTransform": "image_augmentation",
+    "open_image": "image_processing_vl",
+    "open_mixture": "vl_mixture",
+    "open_pairs": "vl_dataset",
+    "tokenizer_from_vocab": "vl_tokenizer",
+    "train_tokenizer": "vl_tokenizer",
+}
 __all__ = [
     "ImageDecodeError",
     "ImageTextRetrievalPipeline",
@@ -19,7 +30,20 @@ __all__ = [
     "RetrievalIndex",
     "TrainingImageTransform",
     "open_image",
+    "open_mixture",
     "open_pairs",
     "tokenizer_from_vocab",
     "train_tokenizer",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import_module(f"{__name__}.{_FILES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

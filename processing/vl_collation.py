@@ -1,10 +1,12 @@
-"""Rows to a training batch: the only place where data are corrupted at random.
+"""Rows to a training batch: the only place where data are corrupted at random, and where bad rows are replaced.
 
 Shapes: B pairs, N patches of a picture (row-major), Lt words of the longest caption of the batch (at least 1),
 n words of the whole batch, M words with a masked-word target. Joint layout of a row: [CLS] [IMG]*N w1 ... wT [PAD]*.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,34 @@ import torch
 from PIL import Image
 
 from .image_processing_vl import open_image
+from .vl_captions import caption_reason
 from .vl_masking import mask_patches, mask_words, mim_ratio
+from .vl_quarantine import MAX_ATTEMPTS, SHOWN, BadRow, BadRowsError
 from .vl_sampling import RowKey, concept_id
+
+NO_WORDS = np.zeros(0, dtype=np.int64)
+
+
+@dataclass
+class Example:
+    """A row whose caption is chosen and whose picture is decoded; `words` are the caption's ids, (T,)."""
+
+    key: RowKey
+    row: dict[str, Any]
+    rng: np.random.Generator
+    caption: str
+    pixels: torch.Tensor
+    words: np.ndarray = field(default_factory=NO_WORDS.copy)
 
 
 class PairCollator:
     """Turns a list of (RowKey, row) into the batch that `OneRForPreTraining` and its objective take.
 
     Every random choice about a row (which caption, crop, masked words, masked patches) is drawn from
-    `np.random.default_rng([seed, epoch, row])`: it does not depend on the row's batch, data worker or process.
+    `key.generator(seed)`: it does not depend on the row's batch, data worker or process.
+
+    An item may hold a third member, (RowKey, row) pairs of those that stand in for the row if it cannot be used: its
+    picture is none, its caption no text or without words, or a `BadRow` holds its place. Without it that is an error.
 
     Args:
         tokenizer: fast tokenizer; its special tokens are neither added nor recognised inside a caption.
@@ -74,56 +95,110 @@ class PairCollator:
         known = {i for i in getattr(tokenizer, "all_special_ids", []) if 0 <= i < vocab_size}
         self.special_ids = sorted(known | set(layout.values()))
 
-    def __call__(self, items: Sequence[tuple[RowKey, dict]]) -> dict[str, torch.Tensor]:
-        """Batch of `items`.
+    def __call__(self, items: Sequence[tuple]) -> dict[str, Any]:
+        """Batch of `items`, (RowKey, row) or (RowKey, row, stand-ins).
 
         Returns:
             input_ids, attention_mask, masked_input_ids (B, 1+N+Lt) int64; pixel_values (B, 3, H, W) float32;
             bool_masked_pos (B, N) bool; text_index (n,) int64, the places of the words in a flat (B, Lt);
             mlm_index (M,) int64, places among those n words; mlm_labels (M,) int64, the words that stood there;
-            ids (B,) int64 concept ids; rows (B,) int64.
+            ids (B,) int64 concept ids; rows (B,) int64; and, if rows were replaced, quarantine: a list of
+            {"row", "epoch", "attempt", "reason", "replaced_by"}, one for each row that could not be used and was not
+            known to be bad.
 
         Raises:
-            ValueError: if a picture cannot be decoded (the message names the row), or has a wrong size.
+            ValueError: if a row without stand-ins cannot be used (the message names it), or a picture ends in a size
+                that patches do not fit.
+            BadRowsError: no stand-in can be used either.
         """
         if not items:
             raise ValueError("an empty batch: expected at least one (RowKey, row)")
-        generators = [np.random.default_rng([self.seed, key.epoch, key.row]) for key, _ in items]
-        captions = [self._caption(key, row, rng) for (key, row), rng in zip(items, generators, strict=True)]
-        pictures = [self._picture(key, row, rng) for (key, row), rng in zip(items, generators, strict=True)]
-        pixels = torch.stack(pictures)
+        quarantine: list[dict[str, Any]] = []
+        examples = self._with_words([self._read(key, row) for key, row, *_ in items])
+        for place, example in enumerate(examples):
+            if isinstance(example, BadRow):
+                examples[place] = self._stand_in(items[place], example, quarantine)
+        pixels = torch.stack([example.pixels for example in examples])
         n_patches = self._patches(pixels)
-        words = self._words(captions)
         corrupted, selected, patches = [], [], []
-        for (key, _), rng, clean in zip(items, generators, words, strict=True):
-            changed, places = self._mask_words(clean, rng)
+        for example in examples:
+            changed, places = self._mask_words(example.words, example.rng)
             corrupted.append(changed)
             selected.append(places)
-            patches.append(self._mask_patches(n_patches, key.progress, rng))
-        batch = self._lay_out(words, corrupted, selected, n_patches)
+            patches.append(self._mask_patches(n_patches, example.key.progress, example.rng))
+        batch: dict[str, Any] = self._lay_out([example.words for example in examples], corrupted, selected, n_patches)
         batch["pixel_values"] = pixels
         batch["bool_masked_pos"] = torch.from_numpy(np.stack(patches))
-        batch["ids"] = torch.tensor([concept_id(row.get("id", key.row)) for key, row in items], dtype=torch.int64)
-        batch["rows"] = torch.tensor([key.row for key, _ in items], dtype=torch.int64)
+        ids = [concept_id(example.row.get("id", example.key.row)) for example in examples]
+        batch["ids"] = torch.tensor(ids, dtype=torch.int64)
+        batch["rows"] = torch.tensor([example.key.row for example in examples], dtype=torch.int64)
+        if quarantine:
+            batch["quarantine"] = quarantine
         return batch
 
-    def _caption(self, key: RowKey, row: dict, rng: np.random.Generator) -> str:
-        """One of the captions; one draw whatever their number, so that later draws do not depend on it."""
+    def _read(self, key: RowKey, row: dict[str, Any] | BadRow) -> Example | BadRow:
+        """A row's caption and picture, or why there are none."""
+        if isinstance(row, BadRow):
+            return row
+        rng = key.generator(self.seed)
         captions = [row["captions"]] if isinstance(row["captions"], str) else row["captions"]
         if not len(captions):
-            raise ValueError(f"row {key.row} of {self.source}: at least one caption is needed, got an empty list")
-        return captions[int(rng.random() * len(captions))]
-
-    def _picture(self, key: RowKey, row: dict, rng: np.random.Generator) -> torch.Tensor:
-        """Decoded and augmented, (3, H, W); the guarded decoder's error gets the row's number and name."""
+            return BadRow("at least one caption is needed, got an empty list")
+        # one draw whatever their number, so that later draws do not depend on it
+        caption = captions[int(rng.random() * len(captions))]
+        reason = caption_reason(caption)
+        if reason is not None:
+            return BadRow(reason)
         cap = {} if self.max_pixels is None else {"max_pixels": self.max_pixels}
         try:
             image = open_image(row["image"], **cap)
         except (ValueError, OSError) as error:
-            raise ValueError(
-                f"row {key.row} of {self.source}: cannot read the picture {_name(row['image'])}: {error}"
-            ) from error
-        return self.image_transform(image, rng)
+            return BadRow(f"cannot read the picture {_name(row['image'])}: {error}")
+        try:
+            return Example(key, row, rng, caption, self.image_transform(image, rng))
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            return BadRow(f"cannot transform the picture {_name(row['image'])} of {image.size}: {error}")
+
+    def _with_words(self, examples: list[Example | BadRow]) -> list[Example | BadRow]:
+        """The examples with their captions as ids; a caption without any is bad."""
+        good = [example for example in examples if isinstance(example, Example)]
+        words = iter(self._words([example.caption for example in good]) if good else [])
+        done = []
+        for example in examples:
+            if isinstance(example, Example):
+                example.words = next(words)
+                if not len(example.words):
+                    example = BadRow(f"no word is left of the caption {example.caption[:40]!r}")
+            done.append(example)
+        return done
+
+    def _stand_in(self, item: tuple, bad: BadRow, quarantine: list[dict[str, Any]]) -> Example:
+        """The first of the item's stand-ins that can be used; `quarantine` learns of the rows that could not."""
+        key, _, *stand_ins = item
+        if not stand_ins:
+            raise ValueError(f"row {key.row} of {self.source}: {bad.reason}")
+        failed = [(key.row, bad)]
+        for other, row in islice(stand_ins[0], MAX_ATTEMPTS):
+            (example,) = self._with_words([self._read(other, row)])
+            if isinstance(example, Example):
+                quarantine += [
+                    {
+                        "row": number,
+                        "epoch": key.epoch,
+                        "attempt": attempt,
+                        "reason": wrong.reason,
+                        "replaced_by": other.row,
+                    }
+                    for attempt, (number, wrong) in enumerate(failed)
+                    if not wrong.known
+                ]
+                return example
+            failed.append((other.row, example))
+        lines = "\n".join(f"  row {number}: {wrong.reason}" for number, wrong in failed[:SHOWN])
+        raise BadRowsError(
+            f"row {key.row} of {self.source} cannot be used, and none of {len(failed) - 1} rows that could stand in "
+            f"for it; the first of them all:\n{lines}"
+        )
 
     def _patches(self, pixels: torch.Tensor) -> int:
         height, width = pixels.shape[-2:]

@@ -14,16 +14,30 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+EXTRA_TURN = 1 << 61  # above the turns of visits that the shares ask for
+
 
 class RowKey(NamedTuple):
     """What a data set and a collator need to know about one place in the order.
 
-    `progress` is the share of the run that is done before this step: step / total_steps, in [0, 1).
+    Attributes:
+        row: number of the row.
+        epoch: of the run.
+        progress: share of the run that is done before this step: step / total_steps, in [0, 1).
+        turn: no two places of a run have the same row and turn, so random choices about a row are drawn from
+            (seed, turn, row): copies of a row in one epoch get their own. The epoch, if rows occur once an epoch.
+        position: place in the run, step * batch_size + place in the global batch.
     """
 
     row: int
     epoch: int
     progress: float
+    turn: int = -1
+    position: int = -1
+
+    def generator(self, seed: int, *more: int) -> np.random.Generator:
+        """For every random choice about the row at this place; `more` tells several generators apart."""
+        return np.random.default_rng([seed, self.epoch if self.turn < 0 else self.turn, self.row, *more])
 
 
 def concept_id(value: int | str) -> int:
@@ -64,7 +78,8 @@ def epoch_batches(
     rng = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
     if groups is not None:
         codes, counts = _group_codes(groups, n_rows)
-        return _grouped_batches(codes, counts, batch_size, rng, drop_last)
+        possible = _full_steps(n_rows, batch_size, counts)
+        return _grouped_batches(codes, counts, batch_size, rng, possible if drop_last else None)
     steps = _full_steps(n_rows, batch_size, None)
     order = rng.permutation(n_rows).astype(np.int64, copy=False)
     if drop_last:
@@ -112,12 +127,14 @@ def _full_steps(n_rows: int, batch_size: int, counts: np.ndarray | None) -> int:
 
 
 def _grouped_batches(
-    codes: np.ndarray, counts: np.ndarray, batch_size: int, rng: np.random.Generator, drop_last: bool
+    codes: np.ndarray, counts: np.ndarray, batch_size: int, rng: np.random.Generator, steps: int | None
 ) -> np.ndarray:
-    """Rows laid out group after group, dealt to the S batches in turn: a group of at most S rows meets none twice."""
-    n_rows = len(codes)
-    steps = _full_steps(n_rows, batch_size, counts)
-    if not drop_last:
+    """Rows laid out group after group, dealt to the S batches in turn: a group of at most S rows meets none twice.
+
+    `steps` full batches, at most `_full_steps`; None uses every row, and batches that are not full end in -1.
+    """
+    n_rows, drop_last = len(codes), steps is not None
+    if steps is None:
         steps = max(-(-n_rows // batch_size), int(counts.max()))
     rows = rng.permutation(n_rows)
     rank_of_group = rng.permutation(len(counts))
@@ -138,6 +155,163 @@ def _grouped_batches(
     return np.ascontiguousarray(batches)
 
 
+class PairOrder:
+    """The order of a run of any length: `keys(step)` is the global batch, a pure function of the step.
+
+    One source, or several one after the other without weights: `epoch_batches`. With `weights`, an epoch of S steps
+    visits source k v_k times, v_k being its share of the S * batch_size places (rounded to whole rows, so that the
+    shares of an epoch are off by less than 1 / (S * batch_size)). The j-th visit of a source in the run reads place
+    j mod n_k of its pass j div n_k, and each pass is a new shuffle of its n_k rows: after any epoch the rows of a
+    source have been visited equally often, or once more. The visits of an epoch are shuffled into its batches.
+
+    With `groups` and weights, S is what the mean visits of the groups fill. Only where an epoch visits a group more
+    than S times, the surplus is dropped, at random, and as many visits of other groups are added: shares and
+    evenness then hold on average.
+
+    Args:
+        n_rows: rows of all sources together, numbered one source after the other.
+        batch_size: rows of a step over all processes.
+        seed: with the epoch, decides the order.
+        groups: optional concept id of each row, one row per concept in a global batch.
+        sizes: rows of each source; with `weights` only.
+        weights: share of each source, any positive scale; None walks every row once an epoch.
+
+    Attributes:
+        steps_per_epoch: S, the same for every epoch.
+
+    Raises:
+        ValueError: if the sizes do not fit each other, or a share gives a source no row in an epoch.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        batch_size: int,
+        seed: int = 0,
+        groups: Sequence | None = None,
+        sizes: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        if weights is not None and (sizes is None or sum(sizes) != n_rows):
+            raise ValueError(f"weights need the sizes of the sources, {n_rows} rows in sum, got {sizes}")
+        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
+        # The group of a row is sorted out once; epochs only shuffle the codes.
+        self.groups = None if groups is None else _group_codes(groups, n_rows)[0]
+        self.sizes = self.visits = None
+        if weights is None:
+            self.steps_per_epoch = steps_in_epoch(n_rows, batch_size, self.groups)
+        else:
+            steps, self.sizes = _full_steps(n_rows, batch_size, None), tuple(map(int, sizes))
+            self.visits = shares_of(steps * batch_size, weights, len(self.sizes))
+            self.steps_per_epoch = steps if groups is None else self._mean_steps(steps)
+        self._epoch, self._batches = -1, None
+
+    def keys(self, step: int, total_steps: int) -> list[RowKey]:
+        """The global batch of a step of a run of `total_steps` steps."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._batches, self._epoch = self._shuffled(epoch), epoch
+        rows, turns = (array[place].tolist() for array in self._batches)
+        progress, first = step / total_steps, step * self.batch_size
+        return [
+            RowKey(row, epoch, progress, turn, first + number)
+            for number, (row, turn) in enumerate(zip(rows, turns, strict=True))
+        ]
+
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and turns of an epoch, each (S, batch_size)."""
+        if self.visits is None:
+            rows = epoch_batches(self.n_rows, self.batch_size, self.seed, epoch, self.groups)
+            return rows, np.broadcast_to(np.int64(epoch), rows.shape)
+        rows, turns = epoch_visits(self.sizes, self.visits, self.seed, epoch)
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
+        if self.groups is None:
+            places = rng.permutation(len(rows)).reshape(self.steps_per_epoch, self.batch_size)
+        else:
+            rows, turns = self._filled_up(rows, turns, epoch, rng)
+            codes, counts = _group_codes(self.groups[rows], len(rows))
+            places = _grouped_batches(codes, counts, self.batch_size, rng, self.steps_per_epoch)
+        return rows[places], turns[places]
+
+    def _mean_steps(self, steps: int) -> int:
+        """Largest S <= steps that the mean visits of the groups in an epoch fill; see `_full_steps`."""
+        mean, start = np.zeros(int(self.groups.max()) + 1), 0
+        for size, visits in zip(self.sizes, self.visits, strict=True):
+            mean += np.bincount(self.groups[start : start + size], minlength=len(mean)) * (visits / size)
+            start += size
+        low, high = 0, steps
+        while low < high:
+            middle = (low + high + 1) // 2
+            # half a row for rounding: rows are whole, and what an epoch lacks is filled up anyway
+            fits = np.minimum(mean, middle).sum() + 0.5 >= middle * self.batch_size
+            low, high = (middle, high) if fits else (low, middle - 1)
+        if low < 1:
+            raise ValueError(
+                f"with these weights a batch of {self.batch_size} rows with one row per group cannot be filled from "
+                f"{len(mean)} groups, {float(np.minimum(mean, 1).sum()):.1f} of which an epoch visits on average; "
+                "lower the batch size or allow several rows of a group in a batch (groups=None)"
+            )
+        return low
+
+    def _filled_up(
+        self, rows: np.ndarray, turns: np.ndarray, epoch: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The visits, and as many more as S batches lack because some groups by chance have more than S of them."""
+        steps, places = self.steps_per_epoch, self.steps_per_epoch * self.batch_size
+        counts = np.bincount(self.groups[rows], minlength=int(self.groups.max()) + 1)
+        lack = places - int(np.minimum(counts, steps).sum())
+        if lack <= 0:
+            return rows, turns
+        room = np.repeat(np.arange(len(counts)), np.clip(steps - counts, 0, lack))
+        chosen = rng.permutation(room)[:lack]
+        by_group = np.argsort(self.groups, kind="stable")
+        sizes = np.bincount(self.groups)
+        extra = by_group[(np.cumsum(sizes) - sizes)[chosen] + rng.integers(sizes[chosen])]
+        extra_turns = EXTRA_TURN + epoch * places + np.arange(lack)
+        return np.concatenate([rows, extra]), np.concatenate([turns, extra_turns])
+
+
+def shares_of(places: int, weights: Sequence[float], sources: int) -> tuple[int, ...]:
+    """`places` divided by weight into whole numbers, the largest remainders rounded up (the first of equal ones).
+
+    Raises:
+        ValueError: not one positive finite weight a source, or one so small that it gives no place.
+    """
+    shares = checked_shares(weights, sources)
+    exact = shares * places
+    whole = np.floor(exact).astype(np.int64)
+    whole[np.argsort(whole - exact, kind="stable")[: places - int(whole.sum())]] += 1
+    if whole.min() < 1:
+        raise ValueError(f"weights {list(weights)} give a source none of the {places} places of an epoch")
+    return tuple(whole.tolist())
+
+
+def checked_shares(weights: Sequence[float], sources: int) -> np.ndarray:
+    """Weights on any scale as shares of 1, (sources,). Raises `ValueError` unless there is a positive one for each."""
+    shares = np.asarray(weights, dtype=np.float64)
+    if shares.shape != (sources,) or not np.isfinite(shares).all() or shares.min() <= 0:
+        raise ValueError(f"weights must be one positive number for each of {sources} sources, got {list(weights)}")
+    return shares / shares.sum()
+
+
+def epoch_visits(sizes: Sequence[int], visits: Sequence[int], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The visits of an epoch of a mixture, source after source: global row numbers and passes, each (V,) int64.
+
+    Visit j of source k in the run is place j mod n_k of its pass j div n_k; epoch e holds the visits from e v_k on.
+    """
+    rows, passes, offset = [], [], 0
+    for source, (size, count) in enumerate(zip(sizes, visits, strict=True)):
+        first, end = epoch * count, (epoch + 1) * count
+        for number in range(first // size, -(-end // size)):
+            shuffle = np.random.SeedSequence(seed, spawn_key=(source, number))
+            order = np.random.default_rng(shuffle).permutation(size)
+            part = order[max(first - number * size, 0) : min(end - number * size, size)]
+            rows.append(part + offset)
+            passes.append(np.full(len(part), number))
+        offset += size
+    return np.concatenate(rows).astype(np.int64), np.concatenate(passes).astype(np.int64)
+
+
 class PairBatchSampler(Sampler[list[RowKey]]):
     """Batches of `RowKey` for one process: the contiguous slice `rank` of every global batch.
 
@@ -149,7 +323,7 @@ class PairBatchSampler(Sampler[list[RowKey]]):
         batch_size: rows of a step over all processes; a multiple of `world_size`.
         seed: with the epoch, decides the order.
         total_epochs, total_steps: length of the run; exactly one of them.
-        groups: optional concept id of each row, one row per concept in a global batch.
+        groups, sizes, weights: see `PairOrder`.
         rank, world_size: this process among all.
         start_step: step of the run at which iteration begins (resume).
 
@@ -165,6 +339,8 @@ class PairBatchSampler(Sampler[list[RowKey]]):
         total_epochs: int | None = None,
         total_steps: int | None = None,
         groups: Sequence | None = None,
+        sizes: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
@@ -175,11 +351,9 @@ class PairBatchSampler(Sampler[list[RowKey]]):
             raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size} processes")
         if batch_size % world_size:
             raise ValueError(f"the global batch of {batch_size} rows is not a multiple of {world_size} processes")
-        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        # The group of a row is sorted out once; epochs only shuffle the codes.
-        self.groups = None if groups is None else _group_codes(groups, n_rows)[0]
-        self.steps_per_epoch = steps_in_epoch(n_rows, batch_size, self.groups)
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.order = PairOrder(n_rows, batch_size, seed, groups, sizes, weights)
+        self.steps_per_epoch = self.order.steps_per_epoch
         self.total_steps = int(total_epochs * self.steps_per_epoch) if total_steps is None else int(total_steps)
         if self.total_steps < 1:
             raise ValueError(f"the run has no step: {total_epochs} epochs of {self.steps_per_epoch} steps")
@@ -193,11 +367,5 @@ class PairBatchSampler(Sampler[list[RowKey]]):
     def __iter__(self) -> Iterator[list[RowKey]]:
         share = self.batch_size // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        batches, current = None, -1
         for step in range(self.start_step, self.total_steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != current:
-                batches = epoch_batches(self.n_rows, self.batch_size, self.seed, epoch, self.groups)
-                current = epoch
-            progress = step / self.total_steps
-            yield [RowKey(int(row), epoch, progress) for row in batches[place, mine]]
+            yield self.order.keys(step, self.total_steps)[mine]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny_oner import tiny_config
 
 from oner.modeling.modeling_oner import OneRModel
@@ -15,7 +16,6 @@ from oner.training import checkpoint
 from oner.training.checkpoint import (
     CheckpointError,
     find_checkpoint,
-    flatten_optimizer,
     list_checkpoints,
     load_checkpoint,
     load_weights,
@@ -23,10 +23,12 @@ from oner.training.checkpoint import (
     restore_optimizer,
     restore_random_state,
     save_checkpoint,
+    set_aside,
     verify,
 )
+from oner.training.sharding import full_optimizer_state
 
-FILES = ("model.safetensors", "objective.safetensors", "state.json", "manifest.json")
+NAMES = ("model.safetensors", "objective.safetensors", "state.json", "manifest.json")
 
 
 def some_tensors() -> dict[str, dict[str, torch.Tensor]]:
@@ -83,19 +85,19 @@ def test_an_optimiser_goes_on_where_it_was(tmp_path, fused):
 
     undisturbed, optimizer = build()
     steps(undisturbed, optimizer, range(10, 14))
-    tensors, groups = flatten_optimizer(optimizer)
+    tensors, groups = full_optimizer_state(optimizer)
     path = save_checkpoint(tmp_path, 4, {"model": undisturbed.state_dict(), "optimizer": tensors}, {"groups": groups})
     steps(undisturbed, optimizer, range(14, 18))
 
     loaded, state = load_checkpoint(path)
     resumed, fresh = build()
     resumed.load_state_dict(loaded["model"])
-    restore_optimizer(fresh, loaded["optimizer"], state["groups"])
+    restore_optimizer(fresh, loaded["optimizer"], state["groups"], path)
     steps(resumed, fresh, range(14, 18))
     for one, other in zip(undisturbed.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
-    for name, value in flatten_optimizer(optimizer)[0].items():
-        assert torch.equal(value, flatten_optimizer(fresh)[0][name]), name
+    for name, value in full_optimizer_state(optimizer)[0].items():
+        assert torch.equal(value, full_optimizer_state(fresh)[0][name]), name
 
 
 def test_a_changed_hyperparameter_is_not_undone_by_resuming():
@@ -103,11 +105,35 @@ def test_a_changed_hyperparameter_is_not_undone_by_resuming():
     old = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.1)
     weight.sum().backward()
     old.step()
-    tensors, groups = flatten_optimizer(old)
+    tensors, groups = full_optimizer_state(old)
     new = torch.optim.AdamW([weight], lr=0.2, weight_decay=0.5)
-    restore_optimizer(new, tensors, groups)
+    restore_optimizer(new, tensors, groups, "here")
     assert new.param_groups[0]["weight_decay"] == 0.5 and new.param_groups[0]["lr"] == 0.2
     assert torch.equal(new.state[weight]["exp_avg"], old.state[weight]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t | {"7.exp_avg": torch.zeros(2)}, r"holds '7\.exp_avg'; expected a number below 2"),
+        (lambda t: t | {"exp_avg": torch.zeros(2)}, r"holds 'exp_avg'; expected a number"),
+        (lambda t: t | {"1.exp_avg": torch.zeros(3)}, r"1\.exp_avg has shape \(3,\), expected \(2,\)"),
+        (
+            lambda t: {k: v for k, v in t.items() if k != "1.exp_avg_sq"},
+            "not the same for all .*'exp_avg_sq'",
+        ),
+    ],
+    ids=["foreign", "nameless", "shape", "missing"],
+)
+def test_an_optimiser_state_with_other_keys_is_refused(change, said):
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(weights, lr=0.1)
+    sum(weight.sum() for weight in weights).backward()
+    optimizer.step()
+    tensors, groups = full_optimizer_state(optimizer)
+    restore_optimizer(optimizer, tensors, groups, "here")
+    with pytest.raises(CheckpointError, match=said):
+        restore_optimizer(optimizer, change(tensors), groups, "here")
 
 
 def test_an_optimiser_of_other_groups_is_refused():
@@ -115,57 +141,90 @@ def test_an_optimiser_of_other_groups_is_refused():
     old = torch.optim.AdamW(weights, lr=0.1)
     sum(weight.sum() for weight in weights).backward()
     old.step()
-    tensors, groups = flatten_optimizer(old)
+    tensors, groups = full_optimizer_state(old)
     with pytest.raises(CheckpointError, match=r"\[3\] parameters, expected \[2, 1\]"):
-        restore_optimizer(torch.optim.AdamW([{"params": weights[:2]}, {"params": weights[2:]}]), tensors, groups)
+        restore_optimizer(
+            torch.optim.AdamW([{"params": weights[:2]}, {"params": weights[2:]}]), tensors, groups, "here"
+        )
 
 
 def test_the_generators_of_torch_numpy_and_python_go_on(tmp_path):
-    np.random.standard_normal(3)  # an odd number leaves a cached gauss behind
-    random.gauss(0, 1)
-    tensors, state = random_state()
-    path = save_checkpoint(tmp_path, 0, {"random": tensors}, {"random": state})
-
     def draw() -> tuple:
         return torch.randn(3).tolist(), np.random.standard_normal(3).tolist(), random.gauss(0, 1), random.random()
 
-    expected = draw()
-    assert draw() != expected
-    loaded, loaded_state = load_checkpoint(path)
-    restore_random_state(loaded["random"], loaded_state["random"])
-    assert draw() == expected
+    for odd in (True, False):  # an odd number of draws leaves a cached gauss behind
+        np.random.standard_normal(2 + odd)
+        random.gauss(0, 1)
+        if not odd:
+            random.gauss(0, 1)
+        path = save_checkpoint(tmp_path, int(odd), {"random": random_state()}, {})
+        expected = draw()
+        assert draw() != expected
+        restore_random_state(load_checkpoint(path)[0]["random"])
+        assert draw() == expected
 
 
 def test_a_crash_before_the_rename_leaves_the_earlier_one(tmp_path, monkeypatch):
     earlier = save(tmp_path, 1)
 
+    class Killed(BaseException):
+        """Nothing catches it, as nothing catches SIGKILL."""
+
     def crash(self, target):
-        raise OSError("power is gone")
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", crash)
-        with pytest.raises(OSError, match="power"):
+        with pytest.raises(Killed):
             save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name]
     assert find_checkpoint(tmp_path) == earlier == list_checkpoints(tmp_path)[-1]
-    later = save(tmp_path, 2)  # and what is left over does not hinder the next
+    later = save(tmp_path, 3)  # and what is left over is cleared away, of whatever step
     assert find_checkpoint(tmp_path) == later
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000001", "checkpoint-00000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000001", "checkpoint-00000003"]
 
 
-def test_a_crash_in_the_midst_of_a_file_leaves_the_earlier_one(tmp_path, monkeypatch):
+def test_a_crash_while_an_old_one_is_removed_leaves_whole_ones(tmp_path, monkeypatch):
+    save(tmp_path, 1), save(tmp_path, 2)
+    remove = checkpoint.shutil.rmtree
+
+    class Killed(BaseException):
+        pass
+
+    def crash(path, **options):
+        if "discarded" not in path.name:
+            return remove(path, **options)
+        next(path.glob("*.safetensors")).unlink()
+        raise Killed
+
+    for step, keep in ((3, 1), (3, 9)):  # one too many, and one that is written again
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.shutil, "rmtree", crash)
+            with pytest.raises(Killed):
+                save(tmp_path, step, keep=keep)
+        for path in list_checkpoints(tmp_path):
+            verify(path)
+    save(tmp_path, 4, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000004"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), SafetensorError("I/O error")])
+def test_a_file_that_cannot_be_written_is_a_typed_error_and_leaves_the_earlier_ones(tmp_path, monkeypatch, error):
     earlier = save(tmp_path, 1)
+    before = {path: path.read_bytes() for path in earlier.iterdir()}
     write = checkpoint.save_file
 
-    def crash(tensors, file):
+    def fail(tensors, file):
         write(tensors, file)
         file.write_bytes(file.read_bytes()[:20])
-        raise OSError("no space left on device")
+        raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", crash)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(CheckpointError, match=f"checkpoint-00000002: cannot be written.*{error}"):
         save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
     assert find_checkpoint(tmp_path) == earlier
+    assert {path: path.read_bytes() for path in earlier.iterdir()} == before
 
 
 def damage(path: Path, how: str) -> None:
@@ -180,7 +239,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "flipped"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", NAMES)
 def test_damage_is_an_error_that_names_the_file_and_is_passed_over(tmp_path, name, how):
     earlier, last = save(tmp_path, 1), save(tmp_path, 2)
     damage(last / name, how)
@@ -192,11 +251,64 @@ def test_damage_is_an_error_that_names_the_file_and_is_passed_over(tmp_path, nam
     assert find_checkpoint(tmp_path) == earlier
 
 
-def test_a_manifest_that_is_no_mapping_is_damage(tmp_path):
+@pytest.mark.parametrize("content", ["[]", "{}", '{"model.safetensors": "00"}'])
+def test_a_manifest_that_names_no_state_is_damage(tmp_path, content):
     path = save(tmp_path, 1)
-    (path / "manifest.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: expected the digests of state\.json"):
         verify(path)
+
+
+def test_a_file_that_no_digest_vouches_for_is_damage(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "extra.safetensors").write_bytes((path / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"holds \['extra\.safetensors'\], which its manifest\.json"):
+        load_checkpoint(path)
+
+
+def every_kibibyte(path: Path) -> list[int]:
+    return [*range(0, path.stat().st_size, 1024), path.stat().st_size - 1]
+
+
+def test_a_checkpoint_cut_at_any_kibibyte_or_flipped_anywhere_is_named(tmp_path):
+    """Each file cut at each KiB and a byte before its end, and a bit turned at each of these places."""
+    tensors = some_tensors() | {"optimizer": {"0.exp_avg": torch.randn(4, 3000)}}
+    path = save_checkpoint(tmp_path, 1, tensors, {"step": 1, "arguments": {str(n): n for n in range(100)}})
+    files, cases = sorted(path.iterdir()), 0
+    for file in files:
+        whole = file.read_bytes()
+        for place in every_kibibyte(file):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << place % 8
+            for damaged in (whole[:place], bytes(flipped)):
+                file.write_bytes(damaged)
+                # a turned bit of the manifest may show at another file: its digest, or its name, fits no more
+                with pytest.raises(CheckpointError, match=path.name if file.name == "manifest.json" else file.name):
+                    load_checkpoint(path)
+                cases += 1
+        file.write_bytes(whole)
+    load_checkpoint(path)
+    assert len(files) == 5 and cases > 110
+
+
+def test_none_whole_is_not_none_at_all(tmp_path):
+    assert find_checkpoint(tmp_path) is None
+    for step in (1, 2):
+        damage(save(tmp_path, step) / "model.safetensors", "flipped")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole; .*-00000002/model\.s.*-00000001/model\.s"):
+        find_checkpoint(tmp_path)
+
+
+def test_the_course_that_was_left_is_set_aside(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=9)
+    assert [path.name for path in set_aside(tmp_path, 1)] == [
+        "passed-over-checkpoint-00000002", "passed-over-checkpoint-00000003"
+    ]  # fmt: skip
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-00000001"]
+    save(tmp_path, 2, keep=1)  # and does not count among those kept
+    assert find_checkpoint(tmp_path).name == "checkpoint-00000002" and len(list_checkpoints(tmp_path)) == 1
+    assert set_aside(tmp_path, 1) and not set_aside(tmp_path, 1)
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path):
@@ -234,9 +346,9 @@ def test_missing_and_foreign_keys_and_wrong_shapes_are_listed(tmp_path):
 
 
 def test_nothing_in_it_is_a_pickle(tmp_path):
-    tensors, groups = flatten_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
+    tensors, groups = full_optimizer_state(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
     path = save_checkpoint(
-        tmp_path, 1, {**some_tensors(), "optimizer": tensors, "random": random_state()[0]}, {"groups": groups}
+        tmp_path, 1, {**some_tensors(), "optimizer": tensors, "random": random_state()}, {"groups": groups}
     )
     for file in path.iterdir():
         assert file.suffix in (".json", ".safetensors")

@@ -136,7 +136,9 @@ def test_each_caption_of_a_row_asks_once_with_its_picture():
     ]
     values = {}
     for captions in ("first", "all"):
-        evaluator = MultimodalRetrievalEvaluator(query, rows, ks=(1,), name=captions, progress=False, captions=captions)
+        evaluator = MultimodalRetrievalEvaluator(
+            query, rows, ks=(1,), name=captions, progress=False, captions=captions
+        )
         values |= evaluator.run(Colours(), colour_processor)
     assert (values["first/multimodal_queries"], values["all/multimodal_queries"]) == (2, 3)
     assert values["first/multimodal_text_r@1"] == 1.0 and values["all/multimodal_text_r@1"] == pytest.approx(2 / 3)

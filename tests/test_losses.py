@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from oner.training.losses import info_nce, masked_image_loss, masked_language_loss
 
@@ -182,3 +183,87 @@ def test_info_nce_is_fp32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         loss = info_nce(queries, keys, 0.07)
     assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+
+
+# In blocks
+
+
+class LargestTensor(TorchDispatchMode):
+    """The numbers in the largest tensor that is made while it is on."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = result if isinstance(result, tuple | list) else [result]
+        self.numbers = max([self.numbers, *(one.numel() for one in made if isinstance(one, torch.Tensor))])
+        return result
+
+
+def slow_info_nce(queries, keys, temperature, query_ids=None, key_ids=None, offset=0) -> torch.Tensor:
+    """All cosines at once, for autograd."""
+    logits = (queries / queries.norm(dim=1, keepdim=True)) @ (keys / keys.norm(dim=1, keepdim=True)).T / temperature
+    logs = logits - logits.exp().sum(1, keepdim=True).log()
+    if query_ids is None:
+        return -sum(logs[i, i + offset] for i in range(len(logs))) / len(logs)
+    rows = [logs[i][key_ids == one].mean() for i, one in enumerate(query_ids)]
+    return -sum(rows) / len(rows)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "block"), [(7, 9, 9), (7, 9, 20), (8, 30, 1), (1, 3, 2), (6, 6, 1 << 20)])
+def test_blocks_of_any_size_make_the_loss_and_every_gradient(with_ids, rows, columns, block):
+    queries, keys = torch.randn(rows, 5).double() * 3, torch.randn(columns, 5).double()
+    temperature = torch.tensor([0.13]).double()
+    key_ids = torch.arange(columns) % 4
+    arguments = (torch.arange(rows) % 3, key_ids) if with_ids else (None, None, columns - rows)
+    results = []
+    for loss_of, options in ((info_nce, {"block": block}), (slow_info_nce, {})):
+        leaves = [tensor.clone().requires_grad_() for tensor in (queries, keys, temperature)]
+        loss = loss_of(*leaves, *arguments, **options)
+        (loss * 3).sum().backward()
+        results.append([loss.detach().reshape(()), *(leaf.grad for leaf in leaves)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_keys_without_gradient_get_none_and_cost_none():
+    queries, keys = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
+    info_nce(queries, keys, 0.2).backward()
+    assert keys.grad is None and queries.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not info_nce(queries, keys, 0.2).requires_grad
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_no_tensor_is_larger_than_a_block_or_an_input(with_ids):
+    queries, keys = torch.randn(200, 8, requires_grad=True), torch.randn(400, 8, requires_grad=True)
+    ids = (torch.arange(200), torch.arange(400)) if with_ids else ()
+    with LargestTensor() as largest:
+        info_nce(queries, keys, 0.2, *ids, block=5 * 400).backward()
+    assert largest.numbers == 400 * 8  # against 200 * 400 cosines
+
+
+def test_a_lonely_query_is_found_in_any_block():
+    ids = torch.tensor([1, 2, 3, 8])
+    with pytest.raises(ValueError, match=r"query_ids \[8\] have no key"):
+        info_nce(torch.randn(4, 4), torch.randn(3, 4), 0.2, ids, torch.tensor([1, 2, 3]), block=3)
+
+
+def test_counts_of_the_whole_batch_divide_the_sum_of_a_part():
+    logits, labels = torch.randn(6, 9), torch.tensor([0, 8, 3, 3, 1, 7])
+    parts = [masked_language_loss(logits[rows], labels[rows], 6) for rows in (slice(0, 1), slice(1, 6), slice(6, 6))]
+    assert sum(parts).item() == pytest.approx(masked_language_loss(logits, labels).item(), rel=1e-6)
+    pixels, predictions = torch.randn(3, 3, 8, 8), torch.randn(3, 16, 12)
+    masked = torch.rand(3, 16) < 0.4
+    count = masked.sum()
+    parts = [
+        masked_image_loss(predictions[i], pixels[i], masked[i], 2, True, count) for i in (slice(0, 1), slice(1, 3))
+    ]
+    assert sum(parts).item() == pytest.approx(masked_image_loss(predictions, pixels, masked, 2).item(), rel=1e-6)
+
+
+def test_losses_of_doubles_are_doubles():
+    queries, keys = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    assert info_nce(queries, keys, 0.2).dtype == torch.float64
+    assert masked_language_loss(queries, torch.tensor([0, 1, 3])).dtype == torch.float64

@@ -15,6 +15,7 @@ from oner.training.metrics import (
     centroid_distance,
     chance_recall,
     chunked_standing,
+    match_ids,
     ranks,
     recall,
     recall_at_k,
@@ -120,14 +121,32 @@ def test_chance_agrees_with_random_scores():
         assert recall(where, KS)[k] == pytest.approx(value, abs=0.03)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, 64, 1000])
-def test_chunks_change_nothing(chunk_size):
+@pytest.mark.parametrize("chunk_size, block_size", [(1, 1), (7, 9), (64, 13), (1000, 69), (50, 70), (1000, 1000)])
+@pytest.mark.parametrize("excluding", [False, True])
+def test_chunks_and_blocks_change_nothing(chunk_size, block_size, excluding):
+    """Against the whole matrix in fp64, of vectors of few values, so that many scores are exactly equal."""
     torch.manual_seed(1)
-    queries, gallery = torch.randn(50, 8), torch.randn(70, 8)
-    pair = (torch.arange(50) % 25, torch.arange(70) % 25)
-    whole = standing(queries @ gallery.T, pair)
-    for one, other in zip(whole, chunked_standing(queries, gallery, *pair, chunk_size=chunk_size), strict=True):
+    queries, gallery = torch.randint(-2, 3, (50, 4)).float(), torch.randint(-2, 3, (70, 4)).float()
+    pair = (torch.arange(50) % 25, torch.randperm(70) % 25)
+    keys = (torch.arange(50), torch.randint(0, 90, (70,))) if excluding else (None, None)
+    scores = queries.double() @ gallery.double().T
+    whole = standing(scores, pair, match_ids(*keys) if excluding else None)
+    assert whole.tied.max() > whole.tied_positives.max() > 1
+    sizes = {"chunk_size": chunk_size, "block_size": block_size}
+    for one, other in zip(whole, chunked_standing(queries, gallery, *pair, *keys, **sizes), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("width", [5, 64, 200])
+def test_copies_of_a_vector_tie_in_any_block(width):
+    """A product must not depend on the place of its column, or copies in a short last block would not tie."""
+    torch.manual_seed(2)
+    once = torch.nn.functional.normalize(torch.randn(40, width), dim=-1)
+    places = torch.randint(0, 40, (3000,))
+    where = chunked_standing(once, once[places], torch.arange(40), places, chunk_size=17, block_size=512)
+    copies = torch.bincount(places, minlength=40)
+    assert torch.equal(where.tied, copies) and torch.equal(where.tied_positives, copies)
+    assert where.above.max() == 0 and torch.equal(where.positives, copies)
 
 
 def test_an_excluded_item_is_neither_found_nor_counted():
@@ -136,6 +155,33 @@ def test_an_excluded_item_is_neither_found_nor_counted():
     where = chunked_standing(embeddings[:2], embeddings, ids[:2], ids, keys[:2], keys, chunk_size=1)
     assert where.candidates.tolist() == [2, 2] and where.positives.tolist() == [1, 1]
     assert recall(where, [1])[1] == 1.0 and chance_recall(where, [1])[1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_embeddings_held_in_16_bits_are_compared_in_fp32(dtype):
+    torch.manual_seed(3)
+    queries, gallery = torch.randn(40, 16).to(dtype), torch.randn(90, 16).to(dtype)
+    pair = (torch.arange(40) % 30, torch.arange(90) % 30)
+    whole = standing(queries.double() @ gallery.double().T, pair)
+    assert whole.tied.max() == 1  # products rounded to 16 bits would tie
+    for one, other in zip(whole, chunked_standing(queries, gallery, *pair, chunk_size=9, block_size=20), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_chunks_name_bad_input():
+    one, ids = torch.ones(3, 2), torch.arange(3)
+    with pytest.raises(ValueError, match=r"1 of 2 queries from query 2 on \(of 4\) have no .* query 3"):
+        chunked_standing(torch.ones(4, 2), one, torch.tensor([0, 1, 2, 5]), ids, chunk_size=2)
+    with pytest.raises(ValueError, match="1 of 3 gallery items have NaN or infinite embeddings"):
+        chunked_standing(one, torch.tensor([[1.0, 1], [math.inf, 0], [0, 1]]), ids, ids)
+    with pytest.raises(ValueError, match="numbers up to 1e\\+20 and 1e\\+20 would overflow"):
+        chunked_standing(one * 1e20, one * 1e20, ids, ids)
+    with pytest.raises(ValueError, match="got 2 ids for 3 queries"):
+        chunked_standing(one, one, ids[:2], ids)
+    with pytest.raises(ValueError, match="must be at least 1, got 1 and 0"):
+        chunked_standing(one, one, ids, ids, chunk_size=1, block_size=0)
+    with pytest.raises(ValueError, match="got 0 and 3"):
+        chunked_standing(one[:0], one, ids[:0], ids)
 
 
 def test_bad_input_is_named():
@@ -208,3 +254,12 @@ def test_evaluate_modules_name_what_is_wrong():
         metric.add_batch(predictions=torch.rand(2, 3), references=[[0]])
     with pytest.raises(ValueError, match=r"must be in 0\.\.2, got \[3\]"):
         metric.add_batch(predictions=torch.rand(1, 3), references=[[3]])
+
+
+@pytest.mark.slow
+def test_a_million_queries_are_ranked_in_a_million_items_within_two_gib(root):
+    """All embeddings are held; 2,048 queries are ranked, since memory does not grow with them."""
+    command = [sys.executable, str(root / "tests" / "reliability" / "ranks.py"), "--ranked", "2048"]
+    figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert figures["queries"] == figures["gallery"] == 1_000_000 and 0.5 < figures["recall@1"] < 1
+    assert figures["peak_MiB"] < 2048 and figures["peak_MiB"] - figures["MiB_before"] < 256

@@ -1,10 +1,13 @@
 """The retrieval pipeline with a random-weight model, a trained tokenizer and real pictures."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bad_inputs.pictures import READ, REFUSED
 from torch.nn.functional import normalize
 from transformers import pipeline
 
@@ -94,6 +97,40 @@ def test_folder_is_indexed_recursively_and_broken_pictures_are_listed(
     assert skipped["item"] == str(photos / "sub" / "broken.png") and "cannot read" in skipped["reason"]
     best = pipe(image=photos / "sub" / "c.png", top_k=1)[0]
     assert best["item"].endswith("c.png") and best["index"] == 2 and best["score"] == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Image was not the expected size")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_folder_of_every_bad_kind_is_indexed_without_it(
+    pipe: ImageTextRetrievalPipeline, pairs: list[dict], tmp_path: Path
+) -> None:
+    """What a picture can be on the web and on a disk: refused kinds are listed with their reasons, others found."""
+    picture = open_image(pairs[3]["image"])
+    refused = [tmp_path / f"bad-{number:02}.jpg" for number in range(len(REFUSED))]
+    for path, (make, _) in zip(refused, REFUSED.values(), strict=True):
+        path.write_bytes(make(picture))
+    read = [tmp_path / f"good-{number:02}.jpg" for number in range(len(READ))]
+    for path, make in zip(read, READ.values(), strict=True):
+        path.write_bytes(make(picture))
+    os.mkfifo(tmp_path / "pipe.png")  # whoever opened it would wait for ever
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+    with pytest.warns(UserWarning, match=f"{len(refused) + 2} of {len(refused) + len(read) + 2} entries"):
+        index = pipe.index(tmp_path, show_progress=False)
+    assert sorted(index.items) == sorted(map(str, read))
+    reasons = {Path(entry["item"]).name: entry["reason"] for entry in index.skipped}
+    assert set(reasons) == {path.name for path in refused} | {"pipe.png", "link.png"}
+    assert "pipe, socket or device, not a file" in reasons["pipe.png"] and "No such file" in reasons["link.png"]
+    for path, (_, words) in zip(refused, REFUSED.values(), strict=True):
+        assert re.search(words, reasons[path.name])
+
+
+def test_a_text_that_is_no_text_is_named(pipe: ImageTextRetrievalPipeline) -> None:
+    pipe.index_texts(["red fruit", "green tree"], show_progress=False)
+    for text, words in (("caf\ud800", "lone surrogate"), ("a\0b", "NUL"), ("a" * 70_000, "70000 characters")):
+        with pytest.raises(ValueError, match=f"the text of a query cannot be read: .*{words}"):
+            pipe(text)
+        with pytest.raises(ValueError, match=f"row 1: the text of a query cannot be read: .*{words}"):
+            pipe.index_texts(["apple", text], show_progress=False)
 
 
 def test_answers_are_the_exact_cosines_of_the_models_own_features(

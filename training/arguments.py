@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,39 @@ import yaml
 from transformers import HfArgumentParser
 
 from .objective import objective_classes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """
+    What a launcher (torchrun, `accelerate launch`) left in the environment, where Accelerate reads it too.
+
+    Args:
+        ranked: It numbered this process among others.
+        cpu: It was told to take the CPU.
+        fsdp, deepspeed, megatron: Engines it was asked for.
+    """
+
+    ranked: bool
+    cpu: bool
+    fsdp: bool
+    deepspeed: bool
+    megatron: bool
+
+
+def read_launch() -> Launch:
+    """Read now, not at import: a launcher may run in this very process."""
+
+    def flag(name: str) -> bool:
+        return os.environ.get(f"ACCELERATE_{name}", "").lower() in ("true", "1", "yes")
+
+    return Launch(
+        ranked=int(os.environ.get("LOCAL_RANK", "-1")) >= 0,
+        cpu=flag("USE_CPU"),
+        fsdp=flag("USE_FSDP"),
+        deepspeed=flag("USE_DEEPSPEED"),
+        megatron=flag("USE_MEGATRON_LM"),
+    )
 
 
 def _help(text: str) -> dict[str, str]:
@@ -42,7 +76,12 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     train_data: list[str] = field(
-        default_factory=list, metadata=_help("Files, one folder, or a name that `datasets` knows.")
+        default_factory=list,
+        metadata=_help("Files, shards (cc-{00..15}.tar), folders, names known to `datasets`; several are a mixture."),
+    )
+    data_weights: list[float] | None = field(
+        default=None,
+        metadata=_help("Share of each entry of train_data, on any scale; by their numbers of rows if none."),
     )
     data_licence: str | None = field(default=None, metadata=_help("Licence of the pairs, for the model card."))
     attribution: str | None = field(
@@ -80,6 +119,10 @@ class DataArguments:
         metadata=_help("Share of masked patches at the start and the end, linear in progress (appendix C)."),
     )
     max_pixels: int | None = field(default=None, metadata=_help("Largest picture to decode, in pixels."))
+    max_bad_rows: float = field(
+        default=0.01,
+        metadata=_help("Share of rows that may be unusable; those are replaced and listed, above it the run stops."),
+    )
     num_workers: int = field(default=2, metadata=_help("Data workers a process."))
 
 
@@ -90,6 +133,13 @@ class RunArguments:
     epochs: float = field(default=40, metadata=_help("Length of the run (appendix C)."))
     max_steps: int | None = field(default=None, metadata=_help("Length in steps instead of epochs."))
     batch_size: int = field(default=4096, metadata=_help("Pairs a step over all processes (appendix C)."))
+    gradient_cache_chunks: int = field(
+        default=1,
+        metadata=_help(
+            "Pieces in which a process's share of a batch passes the model; loss and gradient are the whole batch's "
+            "(GradCache). More pieces, less memory, for one more forward."
+        ),
+    )
     base_learning_rate: float = field(
         default=1e-4, metadata=_help("The rate is this times batch_size / 256 (appendix C).")
     )
@@ -113,7 +163,15 @@ class RunArguments:
     save_every_epochs: float = field(default=1, metadata=_help("Epochs between checkpoints."))
     keep_checkpoints: int = field(default=2, metadata=_help("How many of the last checkpoints to keep."))
     resume: str | None = field(
-        default=None, metadata=_help("`auto`: the last whole checkpoint of output_dir if any; or a checkpoint's path.")
+        default=None,
+        metadata={
+            **_help("Alone, or `auto`: the last whole checkpoint of output_dir, if any; or a checkpoint's path."),
+            "nargs": "?",
+            "const": "auto",
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=3, metadata=_help("Updates in a row that may be skipped, for NaN or infinity, before the run stops.")
     )
     allow_changes: bool = field(default=False, metadata=_help("Resume although the configuration differs."))
     eval_data: list[str] = field(default_factory=list, metadata=_help("Files for retrieval while training."))
@@ -232,17 +290,27 @@ def _check(arguments: Arguments) -> None:
     data, run = arguments.data, arguments.run
     if not data.train_data:
         raise ValueError("train_data is empty; expected files, a folder, or the name of a data set")
+    if data.data_weights is not None and len(data.data_weights) != len(data.train_data):
+        raise ValueError(
+            f"data_weights is {data.data_weights}; expected one for each of the {len(data.train_data)} in train_data"
+        )
     if run.batch_size < 2:
         raise ValueError(f"batch_size is {run.batch_size}; contrast needs at least 2 pairs a step")
+    if not 1 <= run.gradient_cache_chunks <= run.batch_size:
+        raise ValueError(
+            f"gradient_cache_chunks is {run.gradient_cache_chunks}; expected 1 to the batch_size of {run.batch_size}"
+        )
     if run.max_steps is not None and run.max_steps < 1:
         raise ValueError(f"max_steps is {run.max_steps}; expected at least 1, or none for a run of `epochs`")
-    for name in ("log_every", "keep_checkpoints"):
+    for name in ("log_every", "keep_checkpoints", "max_nonfinite_steps"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} is {getattr(run, name)}; expected at least 1")
     for name in ("crop_scale", "mim_ratio"):
         low_high = getattr(data, name)
         if len(low_high) != 2 or not 0 <= low_high[0] <= 1 or not 0 <= low_high[1] <= 1:
             raise ValueError(f"{name} is {low_high}; expected two numbers in [0, 1]")
+    if not 0 <= data.max_bad_rows <= 1:
+        raise ValueError(f"max_bad_rows is {data.max_bad_rows}; expected a share in [0, 1]")
     if not 0 < data.eval_crop <= 1:
         raise ValueError(f"eval_crop is {data.eval_crop}; expected a share in (0, 1]")
     if run.eval_captions not in ("all", "first"):

@@ -17,9 +17,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .sharding import full_shapes, load_full_optimizer_state, load_full_state
+
+logger = logging.get_logger(__name__)
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
+STATE = "state.json"
+# in state.json, the stems of the safetensors files
+FILES = "files"
 
 
 class CheckpointError(RuntimeError):
@@ -39,43 +47,101 @@ def save_checkpoint(
     Args:
         tensors: File stem -> tensors by name; one safetensors file each.
         state: What else there is to keep, JSON-serialisable.
+
+    Raises:
+        CheckpointError: it cannot be written (no space, no permission); earlier ones are whole, nothing is left over.
     """
     directory = Path(directory)
     final = directory / f"{PREFIX}{step:08d}"
     partial = directory / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        sweep(directory)
+        _write(partial, tensors, state)
+        if final.exists():
+            _discard(final)
+        partial.rename(final)
+        _flush(directory)
+        for old in list_checkpoints(directory)[:-keep]:
+            _discard(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: cannot be written, checkpoints before it are as they were: {error}"
+        ) from error
+    return final
+
+
+def sweep(directory: str | Path) -> None:
+    """Removes what runs left that were killed while they wrote or removed a checkpoint."""
+    for left in Path(directory).glob(f".{PREFIX}*.partial"):
+        shutil.rmtree(left)
+
+
+def _discard(path: Path) -> None:
+    # renamed first: a kill in the midst of the removal would leave a damaged checkpoint
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.discarded.partial")))
+
+
+def _write(directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
+    directory.mkdir(parents=True)
     for stem, content in tensors.items():
         # a clone of its own for each: safetensors refuses tied tensors, and a checkpoint has no use for ties
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in content.items()},
-                  partial / f"{stem}.safetensors")  # fmt: skip
-    (partial / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
-    manifest = {file.name: sha256_of(file) for file in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for file in partial.iterdir():
+                  directory / f"{stem}.safetensors")  # fmt: skip
+    text = json.dumps({**state, FILES: sorted(tensors)}, indent=1)
+    (directory / STATE).write_text(text, encoding="utf-8")
+    manifest = {file.name: sha256_of(file) for file in sorted(directory.iterdir())}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for file in directory.iterdir():
         _flush(file)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
     _flush(directory)
-    for old in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
     """Checkpoints by step, the last one last, whole or not."""
-    return sorted(path for path in Path(directory).glob(f"{PREFIX}*") if path.is_dir())
+    found = [path for path in Path(directory).glob(f"{PREFIX}*") if path.is_dir() and step_of(path) is not None]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: str | Path) -> int | None:
+    """The step in a checkpoint's name, None if it is not one's."""
+    number = Path(path).name.removeprefix(PREFIX)
+    return int(number) if number.isascii() and number.isdigit() else None
 
 
 def find_checkpoint(directory: str | Path) -> Path | None:
-    """The last whole checkpoint of a run, or None; damaged ones are passed over."""
+    """
+    The last whole checkpoint of a run; None if there is none at all. Damaged ones are passed over, and named.
+
+    Raises:
+        CheckpointError: there are some, but not one is whole: to begin anew in silence would be to lose the run.
+    """
+    damage = []
     for path in reversed(list_checkpoints(directory)):
         try:
             verify(path)
-        except CheckpointError:
+        except CheckpointError as error:
+            logger.warning(f"{path} is damaged and passed over: {error}")
+            damage.append(str(error))
             continue
         return path
+    if damage:
+        raise CheckpointError(f"{directory}: no checkpoint is whole; " + "; ".join(damage))
     return None
+
+
+def set_aside(directory: str | Path, step: int) -> list[Path]:
+    """
+    Renames the checkpoints after `step` to `passed-over-checkpoint-...`, where no later resume takes them up: they are
+    damaged, or belong to a course of the run that is being left. Returns the new paths.
+    """
+    moved = []
+    for path in list_checkpoints(directory):
+        if step_of(path) > step:
+            target = path.with_name(f"passed-over-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
 
 
 def verify(path: str | Path) -> None:
@@ -85,29 +151,39 @@ def verify(path: str | Path) -> None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST}: cannot be read: {error}") from error
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{path / MANIFEST}: expected a mapping of digests, got {type(manifest).__name__}")
+    if not isinstance(manifest, dict) or STATE not in manifest:
+        raise CheckpointError(f"{path / MANIFEST}: expected the digests of {STATE} and others, got {manifest!r:.80}")
     for name, digest in manifest.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name}: missing")
         if sha256_of(path / name) != digest:
             raise CheckpointError(f"{path / name}: its bytes are not those that were written")
+    if foreign := sorted({file.name for file in path.iterdir()} - {*manifest, MANIFEST}):
+        raise CheckpointError(f"{path}: holds {foreign}, which its {MANIFEST} does not name")
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
     """Tensors by file stem, and the state. Raises `CheckpointError`."""
     path = Path(path)
     verify(path)
+    return read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """`load_checkpoint` of one that was verified."""
     try:
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-        return tensors, json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        stems = state.pop(FILES, None)
+        if stems is None:
+            raise CheckpointError(f"{path / STATE}: lacks {FILES!r}; it was written by an earlier version of oner")
+        return {stem: load_file(path / f"{stem}.safetensors") for stem in stems}, state
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """All weights and buffers of the model, or a `CheckpointError` that lists the keys that do not fit."""
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    shapes = full_shapes(model)
     wrong = {
         name: f"{tuple(value.shape)}, expected {tuple(shapes[name])}"
         for name, value in weights.items()
@@ -115,63 +191,71 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], pa
     }
     if wrong:
         raise CheckpointError(f"{path}: wrong shapes {dict(list(wrong.items())[:10])}")
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing, unexpected = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     if missing or unexpected:
         raise CheckpointError(f"{path}: missing keys {missing[:10]}, unexpected keys {unexpected[:10]}")
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """AdamW's state as tensors by "index.name", and its groups as JSON."""
-    state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, entries in state["state"].items()
-        for name, value in entries.items()
-    }
-    return tensors, state["param_groups"]
+    load_full_state(model, weights)
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    groups: list[dict[str, Any]],
+    path: str | Path,
 ) -> None:
     """
     The moments of each parameter. Rates, betas and decay are the run's own: the same, unless changes were allowed.
 
     Raises:
-        CheckpointError: the parameters are grouped in another way.
+        CheckpointError: the parameters are grouped in another way, or keys or shapes are not theirs.
     """
-    current = optimizer.state_dict()["param_groups"]
-    theirs, mine = [[len(group["params"]) for group in one] for one in (groups, current)]
-    if theirs != mine:
-        raise CheckpointError(f"the optimiser's groups hold {theirs} parameters, expected {mine}")
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": current})
+    parameters = sum(len(group["params"]) for group in groups)
+    names: dict[str, set[str]] = {}
+    for key in tensors:
+        index, _, name = key.partition(".")
+        if not index.isdigit() or int(index) >= parameters or not name:
+            raise CheckpointError(f"{path}: the optimiser's state holds {key!r}; expected a number below {parameters} "
+                                  f"and a name")  # fmt: skip
+        names.setdefault(index, set()).add(name)
+    if len(kinds := {frozenset(held) for held in names.values()}) > 1:
+        different = sorted(map(sorted, kinds))
+        raise CheckpointError(f"{path}: the optimiser's state is not the same for all parameters: {different}")
+    try:
+        load_full_optimizer_state(optimizer, tensors, groups)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """This process's generators: tensors, and what fits into JSON."""
+def random_state() -> dict[str, torch.Tensor]:
+    """This process's generators of torch, numpy and Python, as tensors."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    tensors["numpy"] = torch.from_numpy(keys.astype(np.int64))
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    tensors["numpy"] = torch.from_numpy(np.array([*keys, position, has_gauss, _bits(cached)], dtype=np.int64))
     version, internal, gauss = random.getstate()
-    tensors["python"] = torch.tensor(internal, dtype=torch.int64)
-    return tensors, {"numpy": [name, int(position), int(has_gauss), float(cached)], "python": [version, gauss]}
+    tensors["python"] = torch.tensor([*internal, version, gauss is not None, _bits(gauss or 0.0)], dtype=torch.int64)
+    return tensors
 
 
-def restore_random_state(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+def restore_random_state(tensors: Mapping[str, torch.Tensor]) -> None:
     """The inverse of `random_state`."""
-    torch.set_rng_state(tensors["cpu"])
+    # a copy: torch reads from the start of the storage, and crashes on a row of several states
+    torch.set_rng_state(tensors["cpu"].clone())
     if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    name, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
-    version, gauss = state["python"]
-    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+        torch.cuda.set_rng_state(tensors["cuda"].clone())
+    *keys, position, has_gauss, cached = tensors["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, _number(cached)))
+    *internal, version, has_gauss, gauss = tensors["python"].tolist()
+    random.setstate((version, tuple(internal), _number(gauss) if has_gauss else None))
+
+
+def _bits(number: float) -> int:
+    return int(np.float64(number).view(np.int64))
+
+
+def _number(bits: int) -> float:
+    return float(np.int64(bits).view(np.float64))
 
 
 def sha256_of(path: str | Path) -> str:

@@ -1,8 +1,13 @@
 """The only user of torch.distributed. With one process every function here is the identity."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_distributed() -> bool:
@@ -27,6 +32,43 @@ def gather_without_gradient(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    Rows of all processes as above, and the gradient goes back to the process that each row came from: the sum of what
+    every process has for it. With data-parallel averaging of gradients that is the gradient of the mean of the losses.
+    """
+    return _Gather.apply(tensor) if is_distributed() else tensor
+
+
+class _Gather(torch.autograd.Function):
+    """Own code: torch.distributed.nn has been deprecated in favour of a private module."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        return gather_without_gradient(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+@torch.no_grad()
+def mean_counts(counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    0-dim counts of each process, or of this one -> their means over processes, at least one in all: what a process has
+    to divide its own sum by for the mean over processes to be the mean over everything that was counted.
+    """
+    if not counts:
+        return {}
+    total = torch.stack([count.long() for count in counts.values()])
+    if is_distributed():
+        dist.all_reduce(total)
+    return dict(zip(counts, (total.clamp_min(1) / world_size()).unbind(), strict=True))
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """True everywhere as soon as one process says so: a stop signal reaches one process, all must stop together."""
     if not is_distributed():
@@ -36,8 +78,53 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(votes.item())
 
 
+def sum_over_processes(counts: Sequence[int], device: torch.device) -> list[int]:
+    """Each count summed over processes, the same everywhere. Every process waits here for the others."""
+    if not is_distributed():
+        return list(counts)
+    total = torch.tensor(counts, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def minimum_over_processes(flag: torch.Tensor) -> torch.Tensor:
+    """The least of all processes' 0-dim flags, on their device; the host does not wait for it."""
+    if is_distributed():
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return flag
+
+
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """SyncBN as MoCo-v3 has it, before the teacher is copied from the model. torch has it on accelerators only."""
     if is_distributed() and device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
+
+
+def fsdp_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a tensor that FSDP2 spread over processes, sharing its memory; else the tensor."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def fsdp_whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All rows of it, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fsdp_spread(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, the same on each process, spread as `like` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    whole = whole.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def fsdp_shard_alike(frozen: nn.Module, sharded: nn.Module) -> None:
+    """FSDP2 over a frozen copy of a model that is under FSDP2: each parameter is cut as that of the model is."""
+    mesh = next(parameter.device_mesh for parameter in sharded.parameters() if isinstance(parameter, DTensor))
+    for module in reversed(list(frozen.modules())[1:]):
+        if type(module).__name__ in (getattr(sharded, "_no_split_modules", None) or ()):
+            fully_shard(module, mesh=mesh)
+    # torch's default keeps the root's parameters gathered until a backward that a frozen model never has: they would
+    # stay those of the first step
+    fully_shard(frozen, mesh=mesh, reshard_after_forward=True)

@@ -13,77 +13,34 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .arguments import Arguments, RunArguments
+from .arguments import Arguments
 from .checkpoint import (
     CheckpointError,
-    find_checkpoint,
-    flatten_optimizer,
-    load_checkpoint,
     load_weights,
     random_state,
+    read_checkpoint,
     restore_optimizer,
     restore_random_state,
     save_checkpoint,
+    set_aside,
+    sweep,
 )
-from .distributed import any_process, rank
+from .distributed import any_process, gather_without_gradient, rank, world_size
+from .gradient_cache import loss_and_gradients
+from .nonfinite import NonFiniteGuard, gradient_norm, whole
 from .objective import Objective
-from .optimization import build_optimizer, build_schedule
+from .optimization import build_optimizer, build_schedule, compile_regions
+from .parallel import WholeModel, prepare
+from .resumption import RunLog, check_same_run, choose_checkpoint
+from .sharding import full_optimizer_state, full_state
 
 # loader(start_step) -> batches of this process from that step to the end of the run
 LoaderFactory = Callable[[int], Iterable[dict[str, torch.Tensor]]]
 Evaluate = Callable[[PreTrainedModel], Iterator[tuple[str, float]]]
-
-# what may differ between the run that saved and the run that resumes, since no result depends on it
-HARMLESS = {"resume", "allow_changes", "output_dir", "log_every", "report_to", "keep_checkpoints", "num_workers"}
-
-
-def make_accelerator(run: RunArguments) -> Accelerator:
-    """
-    Accelerate as the command line launched it, with this run's precision and trackers.
-
-    Raises:
-        ValueError: gradient accumulation or ZeRO-3, which this engine would get wrong; a tracker that is not there.
-    """
-    installed = {tracker.value for tracker in get_available_trackers()}
-    if absent := [name for name in run.report_to if name not in {*installed, "all"}]:
-        # Accelerate would only warn, and the numbers be lost
-        raise ValueError(f"report_to names {absent}, which is not installed; there are {sorted(installed)}")
-    accelerator = Accelerator(
-        mixed_precision=choose_precision(run.mixed_precision),
-        log_with=run.report_to or None,
-        project_dir=run.output_dir,
-        step_scheduler_with_optimizer=False,
-    )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: accumulating a contrastive "
-            f"loss leaves only a micro-batch's negatives, which is another loss; lower batch_size or add processes"
-        )
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        if plugin.zero_stage == 3:
-            raise ValueError(
-                "ZeRO-3 partitions the student, and the EMA teacher would average empty shards: use ZeRO-1 or ZeRO-2"
-            )
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = run.batch_size // accelerator.num_processes
-        # DeepSpeed clips by itself, at Accelerate's 1.0 unless told; 0 is never
-        plugin.deepspeed_config["gradient_clipping"] = run.max_grad_norm or 0.0
-    return accelerator
-
-
-def choose_precision(asked: str) -> str:
-    """`auto` is bf16 on accelerators that have it and on CPUs with bf16 matrix units, else no."""
-    if asked != "auto":
-        return asked
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    # a private name, but torch has no public one: without these units bf16 on a CPU is slower than fp32
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
 
 
 class Engine:
@@ -120,19 +77,15 @@ class Engine:
         optimizer = build_optimizer(self.model, run)
         self.schedule = build_schedule(optimizer, run, total_steps, epoch_steps)
         if run.compile:
-            for layer in self.model.modules():
-                if type(layer).__name__ in self.model._no_split_modules:
-                    layer.compile()
-        self.student, self.optimizer = accelerator.prepare(self.model, optimizer)
-        self.objective = objective.to(accelerator.device)
+            compile_regions([self.model, *(teacher.model for teacher in objective.teachers())])
+        self.whole_model = WholeModel(accelerator, model)
+        self.student, self.optimizer = prepare(accelerator, model, optimizer, objective)
+        self.objective = objective
         self.step, self.stopped = 0, False
         self.metrics: dict[str, float] = {}
+        self.log = RunLog(self.output_dir / "log.jsonl")
+        self.guard = NonFiniteGuard(self.output_dir, run.max_nonfinite_steps, self.model, self.objective)
         set_seed(run.seed + rank())
-
-    @property
-    def keeps_optimizer(self) -> bool:
-        # DeepSpeed shards the optimiser and can only pickle it
-        return self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
     def fit(self) -> dict[str, float]:
         """Runs to the end; returns the last evaluation. `self.stopped` tells whether a signal cut it short."""
@@ -141,6 +94,8 @@ class Engine:
             self.accelerator.init_trackers("oner", config={"run": json.dumps(self.arguments.to_dict())})
             self._resume()
             self._loop()
+            with self.whole_model() as model:
+                self.model = model  # to be exported by one process, which cannot do it with a part
             self.accelerator.end_training()
         finally:
             for number, handler in previous.items():
@@ -161,32 +116,58 @@ class Engine:
                     seconds, clock = time.perf_counter() - clock, time.perf_counter()
                     speed = (self.step - logged) * self.run.batch_size / seconds
                     logged = self.step
-                    bar.set_postfix(loss=f"{self._log(loss, parts, speed, batch):.3f}", pairs_s=f"{speed:.0f}")
+                    bar.set_postfix(loss=f"{self._log(loss, parts, speed):.3f}", pairs_s=f"{speed:.0f}")
                 stopping = self._stopping()
                 if self._due(self.run.eval_every_epochs) or self.step == self.total_steps:
                     self._evaluate()
                     clock, logged = time.perf_counter(), self.step
                 if stopping or self._due(self.run.save_every_epochs) or self.step == self.total_steps:
-                    self._check_finite(loss, parts, batch)
+                    self.guard.settle()
                     self._save()
                 if stopping:
                     self.stopped = True  # on the processes too that got no signal
                     break
 
     def _train_step(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+        progress = self.step / self.total_steps
+        self.guard.before(self.step + 1, batch, progress)
         self.student.train()
         self.schedule.step_update(self.step)
-        with self.accelerator.autocast():
-            loss, parts = self.objective(self.student, batch, self.step / self.total_steps)
-        self.accelerator.backward(loss)
-        if self.run.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.student.parameters(), self.run.max_grad_norm)
-        self.optimizer.step()
+        loss, parts = loss_and_gradients(
+            self.accelerator, self.objective, self.student, batch, progress, self.run.gradient_cache_chunks
+        )
+        applied = self._update(loss)
         self.optimizer.zero_grad()
-        self.objective.after_step()
+        self.objective.after_step(applied)
         self.step += 1
-        return loss.detach(), parts
+        return loss, parts
+
+    def _update(self, loss: torch.Tensor) -> torch.Tensor:
+        """The optimiser's step, unless it is not finite: 1 or 0, on the device, for the teacher to obey too."""
+        accelerator = self.accelerator
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # it stepped in its backward, or did not, for a gradient that was not finite
+            norm = math.nan if self.optimizer.step_was_skipped else 0.0
+            return self.guard.judge(loss, torch.tensor(norm, device=loss.device))
+        if self.run.max_grad_norm is not None:
+            norm = whole(accelerator.clip_grad_norm_(self.student.parameters(), self.run.max_grad_norm))
+        else:
+            accelerator.unscale_gradients()
+            norm = gradient_norm(self.student.parameters())
+        scaler = accelerator.scaler
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+        applied = self.guard.judge(loss, norm, scale)
+        # torch's own way to skip without the host's knowing, which GradScaler uses; its fused optimisers obey it
+        optimizer = self.optimizer.optimizer
+        optimizer.found_inf = 1 - applied
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            # not scaler.step, whose own verdict does not know the loss
+            optimizer.step()
+            scaler.update()
+        del optimizer.found_inf
+        return applied
 
     def _due(self, epochs: float) -> bool:
         every = round(epochs * self.epoch_steps)
@@ -203,102 +184,115 @@ class Engine:
             return False
         return any_process(self.stopped, self.accelerator.device)
 
-    def _check_finite(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], batch: dict) -> dict[str, float]:
-        """The loss and its parts, means over processes. Looked at before each line of the log and each checkpoint."""
+    def _log(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], speed: float) -> float:
+        """A line of the loss and its parts, means over processes."""
+        self.guard.settle()
         named = {"loss": loss, **parts}
         means = self.accelerator.reduce(torch.stack([part.float() for part in named.values()]), reduction="mean")
         values = dict(zip(named, means.tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} at step {self.step} ({values}), rows {batch['rows'].tolist()[:16]}..."
-            )
-        return values
-
-    def _log(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], speed: float, batch: dict) -> float:
-        values = self._check_finite(loss, parts, batch)
+        shown = values["loss"]
+        # JSON has no NaN
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "pairs_per_second": round(speed, 1)}
+        if self.guard.total:
+            values["nonfinite_steps"] = self.guard.total
         self._write({"epoch": round(self.step / self.epoch_steps, 4), **values})
-        return values["loss"]
+        return shown
 
     def _write(self, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with open(self.output_dir / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            self.log.write({"step": self.step, **values})
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=self.step)
 
     def _evaluate(self) -> None:
         if self.evaluate is None:
             return
-        if self.accelerator.is_main_process:
-            self.metrics = dict(self.evaluate(self.model))
-            tqdm.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
+        with self.whole_model() as model:
+            if self.accelerator.is_main_process:
+                self.metrics = dict(self.evaluate(model))
+                tqdm.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
         self._write(self.metrics)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        random_tensors, random_json = random_state()
+        device = self.accelerator.device
+        generators = {
+            name: gather_without_gradient(value[None].to(device)).cpu() for name, value in random_state().items()
+        }
+        moments, groups = full_optimizer_state(self.optimizer)
+        tensors = {
+            "model": full_state(self.model),
+            "objective": self.objective.state_dict(),
+            "optimizer": moments,
+            "random": generators,
+        }
+        error = None
         if self.accelerator.is_main_process:
-            tensors = {
-                "model": self.model.state_dict(),
-                "objective": self.objective.state_dict(),
-                "random": random_tensors,
-            }
-            groups = None
-            if self.keeps_optimizer:
-                tensors["optimizer"], groups = flatten_optimizer(self.optimizer)
-            state = {
-                "step": self.step,
-                "total_steps": self.total_steps,
-                "arguments": self.arguments.to_dict(),
-                "optimizer_groups": groups,
-                "random": random_json,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-                "metrics": self.metrics,
-            }
-            save_checkpoint(self.output_dir, self.step, tensors, state, keep=self.run.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+            try:
+                self._write_checkpoint(tensors, groups)
+            except (CheckpointError, FloatingPointError) as caught:
+                error = caught
+        # all end together: the others would wait for the first one's next word
+        if any_process(error is not None, device):
+            raise error or CheckpointError(f"the first process could not save step {self.step}")
+
+    def _write_checkpoint(self, tensors: dict[str, dict[str, torch.Tensor]], groups: list[dict[str, Any]]) -> None:
+        for stem in ("model", "objective"):
+            spoiled = [n for n, v in tensors[stem].items() if v.is_floating_point() and not v.isfinite().all()]
+            if spoiled:
+                raise FloatingPointError(
+                    f"not saved: at step {self.step} NaN or infinity is in {len(spoiled)} tensors of the {stem}: "
+                    f"{spoiled[:5]}; lower the learning rate"
+                )
+        state = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "epoch_steps": self.epoch_steps,
+            "arguments": self.arguments.to_dict(),
+            "optimizer_groups": groups,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "nonfinite": self.guard.state_dict(),
+            "metrics": self.metrics,
+        }
+        self.log.flush()
+        save_checkpoint(self.output_dir, self.step, tensors, state, keep=self.run.keep_checkpoints)
 
     def _resume(self) -> None:
-        if self.run.resume is None:
-            return
-        path = find_checkpoint(self.output_dir) if self.run.resume == "auto" else Path(self.run.resume)
-        if path is None:
-            return
-        tensors, state = load_checkpoint(path)
-        self._check_same_run(path, state)
-        if not self.keeps_optimizer or state["optimizer_groups"] is None:
-            raise CheckpointError(
-                f"{path}: the optimiser's state is sharded by {self.accelerator.distributed_type.value} and not kept "
-                f"in a checkpoint yet; start from its weights with initial_model, or resume under DDP"
-            )
+        path = choose_checkpoint(self.output_dir, self.run.resume, self.accelerator.device)
+        if path is not None:
+            tensors, state = read_checkpoint(path)
+            try:
+                self._restore(path, tensors, state)
+            except KeyError as error:
+                raise CheckpointError(f"{path}: lacks {error}") from error
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            sweep(self.output_dir)
+            self.log.trim(self.step)
+            self.guard.forget(self.step)
+            for moved in set_aside(self.output_dir, self.step):
+                tqdm.write(f"set aside, for the run goes on from step {self.step}: {moved}")
+
+    def _restore(self, path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+        lengths = {name: getattr(self, name) for name in ("total_steps", "epoch_steps")}
+        then = {**state["arguments"], **{name: state[name] for name in lengths}}
+        check_same_run(path, then, {**self.arguments.to_dict(), **lengths}, self.run.allow_changes)
         load_weights(self.model, tensors["model"], path)
         try:
-            self.objective.load_state_dict(tensors.get("objective", {}))
+            self.objective.load_state_dict(tensors["objective"])
         except RuntimeError as error:
             raise CheckpointError(f"{path}: the objective's state is not the one expected: {error}") from error
-        restore_optimizer(self.optimizer, tensors["optimizer"], state["optimizer_groups"])
+        restore_optimizer(self.optimizer, tensors["optimizer"], state["optimizer_groups"], path)
         self.step, self.metrics = state["step"], state["metrics"]
-        self._restore_randomness(tensors["random"], state["random"])
+        self.guard.load_state_dict(state["nonfinite"])
+        self._restore_randomness(tensors["random"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def _restore_randomness(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        if self.accelerator.num_processes > 1:
-            # a checkpoint holds the first process's generators only: restored on all, every process would draw alike
-            set_seed(self.run.seed + rank() + self.step)
-        else:
-            restore_random_state(tensors, state)
-
-    def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
-        then, now = state["arguments"], self.arguments.to_dict()
-        # both through JSON, where a tuple is a list
-        now = json.loads(json.dumps(now))
-        changed = [
-            f"{name}: {then.get(name)!r} -> {now.get(name)!r}"
-            for name in sorted({*then, *now} - HARMLESS)
-            if then.get(name) != now.get(name)
-        ]
-        if changed and not self.run.allow_changes:
-            raise CheckpointError(
-                f"{path} belongs to another configuration; " + "; ".join(changed) + " (allow_changes resumes anyway)"
-            )
+    def _restore_randomness(self, generators: dict[str, torch.Tensor]) -> None:
+        """Each process's own; of another number of processes, or of other devices, seeds of this place in the run."""
+        processes, seed = len(generators["cpu"]), self.run.seed + rank() + self.step
+        if processes != world_size() or (torch.cuda.is_available() and "cuda" not in generators):
+            set_seed(seed)
+        if processes == world_size():
+            restore_random_state({name: value[rank()] for name, value in generators.items()})

@@ -6,6 +6,7 @@ A row is {"image": PIL | bytes | path | {"bytes", "path"}, "captions": list[str]
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from oner.processing.image_processing_vl import open_image
+from oner.processing.image_processing_vl import ImageDecodeError, open_image
+from oner.processing.vl_row_checks import SHOWN, PairDataError, report
 from oner.training.evaluation_sheets import evaluating, on_device
 
 Row = Mapping[str, Any]
@@ -49,13 +51,45 @@ def _embed(
     return embeddings
 
 
+def check_pictures(rows: Sequence[Row], name: str, threads: int = 4) -> None:
+    """
+    Decodes every picture once. A score over fewer rows is another score, so in an evaluation a bad row is never left
+    out; this names it before a run begins, not when it evaluates for the first time.
+
+    Raises:
+        PairDataError: pictures that cannot be read, the first ten with their numbers, and how many there are.
+    """
+
+    def reason(number: int) -> str | None:
+        try:
+            open_image(rows[number]["image"])
+        except ImageDecodeError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(threads) as pool:
+        bad = [(number, text) for number, text in enumerate(pool.map(reason, range(len(rows)))) if text is not None]
+    if bad:
+        raise PairDataError(report(name, bad[:SHOWN], len(bad), len(rows)))
+
+
+def _opened(images: Iterable[Any], first: int) -> list[Any]:
+    """Decoded, the number of one that cannot be read in the error; they count from `first`."""
+    decoded = []
+    for number, image in enumerate(images, first):
+        try:
+            decoded.append(open_image(image))
+        except ImageDecodeError as error:
+            raise ImageDecodeError(f"picture {number}: {error}") from error
+    return decoded
+
+
 def embed_images(
     model: Any, processor: Any, images: Sequence[Any], batch_size: int = 64, progress: bool = False
 ) -> Tensor:
     """f(I), (n, P). `images` are anything that `open_image` opens, or rows' "image"; decoded a batch at a time."""
 
     def encode(rows: slice) -> Any:
-        batch = processor(images=[open_image(image) for image in images[rows]], return_tensors="pt")
+        batch = processor(images=_opened(images[rows], rows.start), return_tensors="pt")
         return model.get_image_features(pixel_values=on_device(batch, model)["pixel_values"])
 
     return _embed(model, len(images), encode, batch_size, "pictures", progress)
@@ -94,7 +128,7 @@ def embed_pairs(
 
     def encode(rows: slice) -> Any:
         first, last = rows.start // times, (rows.stop - 1) // times + 1
-        opened = [open_image(image) for image in images[first:last]]
+        opened = _opened(images[first:last], first)
         batch = processor(
             images=[opened[row // times - first] for row in range(rows.start, rows.stop)],
             text=list(texts[rows]),

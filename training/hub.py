@@ -24,6 +24,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from oner.training.model_card import model_card, plain, slug
+from oner.training.model_loading import write_digests
 
 MODEL_AUTO_CLASSES = (
     "AutoModel",
@@ -251,6 +252,7 @@ def export_model(
             compute_dtype=computed,
         )
         card.save(scratch / "README.md")
+        write_digests(scratch)
         for file in scratch.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)  # safetensors writes for the owner's eyes only

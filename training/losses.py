@@ -1,12 +1,21 @@
-"""Losses as pure functions on tensors, computed in fp32 whatever the inputs are.
+"""Losses as pure functions on tensors, computed in fp32 (fp64 stays fp64) whatever the inputs are.
 
 B queries of this process, K keys of all processes, P embedding width, M masked words, V vocabulary, N patches.
 """
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from oner.modeling.vl_embeddings import patchify
+
+# cosines that InfoNCE holds at a time, in a few tensors of so many fp32 numbers: 64 MiB each
+BLOCK_COSINES = 1 << 24
+
+
+def in_full(tensor: torch.Tensor) -> torch.Tensor:
+    """fp32, or fp64 where it is that already: the precision of every loss."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def info_nce(
@@ -16,41 +25,117 @@ def info_nce(
     query_ids: torch.Tensor | None = None,
     key_ids: torch.Tensor | None = None,
     offset: int = 0,
+    block: int = BLOCK_COSINES,
 ) -> torch.Tensor:
     r"""
-    InfoNCE, NCE(l, r) of equation 1: cross-entropy of cos(q, k) / T against the own key.
+    InfoNCE, NCE(l, r) of equation 1: cross-entropy of cos(q, k) / T against the own key. The B x K cosines exist in
+    blocks of rows only, with the gradient taken on the way, so that memory grows with B + K and nothing is done twice.
 
     Args:
         queries (`(B, P)`), keys (`(K, P)`): Normalised here. Keys carry gradient if the caller lets them.
-        temperature: T, a number or a tensor of shape (1,).
+        temperature: T, a number or a tensor of one element, which may carry gradient.
         query_ids (`(B,)`), key_ids (`(K,)`): With ids, all keys of a query's id are positives of equal weight (ALBEF's
             targets); without, key `offset + i` is the positive of query i.
         offset: Where this process's keys begin among the gathered ones (label = i + B * rank, MoCo-v3).
+        block: Cosines to hold at a time, at least one row of K.
 
     Raises:
         ValueError: query_ids without key_ids; a query without any positive key (looked at on the CPU only: reading
             values would make an accelerator wait; there the loss is NaN).
     """
-    queries = F.normalize(queries.float(), dim=-1)
-    keys = F.normalize(keys.float(), dim=-1)
-    with torch.autocast(queries.device.type, enabled=False):  # else the product would be taken in half precision
-        logits = queries @ keys.T / temperature  # (B, K)
-    if query_ids is None:
-        return F.cross_entropy(logits, torch.arange(offset, offset + len(queries), device=logits.device))
-    if key_ids is None:
+    if query_ids is not None and key_ids is None:
         raise ValueError("got query_ids without key_ids; expected the id of every key")
-    positives = (query_ids[:, None] == key_ids[None, :]).float()  # (B, K)
-    if positives.device.type == "cpu" and (lonely := query_ids[positives.sum(1) == 0]).numel():
+    queries = F.normalize(in_full(queries), dim=-1)
+    keys = F.normalize(in_full(keys), dim=-1)
+    if isinstance(temperature, torch.Tensor):
+        scale = in_full(temperature).reciprocal().reshape(())
+    else:
+        scale = torch.full((), 1 / temperature, dtype=queries.dtype, device=queries.device)
+    rows = max(1, block // max(1, len(keys)))
+    with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (queries, keys, scale))
+    return _BlockwiseNCE.apply(queries, keys, scale, query_ids, key_ids, offset, rows, with_gradient)
+
+
+class _BlockwiseNCE(torch.autograd.Function):
+    """
+    Rows of queries against all keys, a block of rows at a time: a row's log-sum-exp needs no other row, so that its
+    gradient is known as soon as its loss is. Own code: torch's chunked cross-entropy is for a vocabulary and labels,
+    and knows neither several positives nor the gradient of a temperature.
+    """
+
+    @staticmethod
+    def forward(ctx, queries, keys, scale, query_ids, key_ids, offset, rows, with_gradient):
+        total = queries.new_zeros(())
+        toward_queries = torch.empty_like(queries) if with_gradient else None
+        toward_keys = torch.zeros_like(keys) if with_gradient else None
+        toward_scale = torch.zeros_like(scale)
+        # else the products would be taken in half precision
+        with torch.autocast(queries.device.type, enabled=False):
+            for first in range(0, len(queries), rows):
+                block = slice(first, first + rows)
+                logits = (queries[block] @ keys.T).mul_(scale)  # (rows, K)
+                targets = _targets(logits, query_ids, key_ids, first + offset, block)
+                logits, loss = _cross_entropy(logits, targets)
+                total += loss
+                if with_gradient:
+                    slopes = _slopes(logits, targets).div_(len(queries))
+                    by_query = slopes @ keys  # (rows, P)
+                    toward_scale += (queries[block] * by_query).sum()
+                    toward_queries[block] = by_query.mul_(scale)
+                    toward_keys.addmm_(slopes.T, queries[block] * scale)
+        if with_gradient:
+            ctx.save_for_backward(toward_queries, toward_keys, toward_scale)
+        return total / len(queries)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        slopes = [
+            slope * gradient if needed else None
+            for slope, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+        ]
+        return *slopes, None, None, None, None, None
+
+
+def _targets(
+    logits: torch.Tensor, query_ids: torch.Tensor | None, key_ids: torch.Tensor | None, label: int, block: slice
+) -> torch.Tensor:
+    """The label of each row (rows,) int64, or the weight of each key (rows, K), each row of sum 1."""
+    if query_ids is None:
+        return torch.arange(label, label + len(logits), device=logits.device)
+    positives = (query_ids[block, None] == key_ids[None, :]).to(logits.dtype)
+    counts = positives.sum(1, keepdim=True)
+    if logits.device.type == "cpu" and (lonely := query_ids[block][counts[:, 0] == 0]).numel():
         raise ValueError(f"query_ids {lonely.tolist()} have no key; expected at least one key of each id")
-    targets = positives / positives.sum(1, keepdim=True)
-    return -(targets * F.log_softmax(logits, dim=1)).sum(1).mean()
+    return positives.div_(counts)
 
 
-def masked_language_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the masked words (M, V), (M,); zero, with a graph, when there are none."""
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (rows, K), in the place of the logits, and the sum over rows of their cross-entropy."""
+    logits = logits.sub_(logits.logsumexp(1, keepdim=True))
+    if targets.ndim == 1:
+        return logits, -logits.gather(1, targets[:, None]).sum()
+    return logits, -torch.einsum("rk,rk->r", targets, logits).sum()
+
+
+def _slopes(logs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Probability less target, the gradient at the logits (rows, K), in the place of the log-probabilities."""
+    slopes = logs.exp_()
+    if targets.ndim == 1:
+        return slopes.scatter_add_(1, targets[:, None], slopes.new_full((len(slopes), 1), -1.0))
+    return slopes.sub_(targets)
+
+
+def masked_language_loss(
+    logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """
+    Cross-entropy over the masked words (M, V), (M,): their sum over `count`, the mean if there is none given; zero,
+    with a graph, when there are no words. The count of a batch in pieces, or on several processes, is the whole's.
+    """
     if len(labels) == 0:
-        return logits.float().sum() * 0.0
-    return F.cross_entropy(logits.float(), labels)
+        return in_full(logits).sum() * 0.0
+    return F.cross_entropy(in_full(logits), labels, reduction="sum") / (len(labels) if count is None else count)
 
 
 def masked_image_loss(
@@ -59,15 +144,17 @@ def masked_image_loss(
     bool_masked_pos: torch.Tensor,
     patch_size: int,
     norm_pixels: bool = True,
+    count: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    MAE's: mean squared error per patch, averaged over the masked ones. `norm_pixels` normalises each target patch by
-    its mean and unbiased variance. (B, N, p*p*C), (B, C, H, W), (B, N) bool -> scalar.
+    MAE's: mean squared error per patch, summed over the masked ones and divided by `count`, or by their number.
+    `norm_pixels` normalises each target patch by its mean and unbiased variance.
+    (B, N, p*p*C), (B, C, H, W), (B, N) bool -> scalar.
     """
-    targets = patchify(pixel_values.float(), patch_size)
+    targets = patchify(in_full(pixel_values), patch_size)
     if norm_pixels:
         mean, variance = targets.mean(-1, keepdim=True), targets.var(-1, keepdim=True)
         targets = (targets - mean) / (variance + 1e-6).sqrt()
-    error = (predictions.float() - targets).square().mean(-1)  # (B, N)
-    masked = bool_masked_pos.float()
-    return (error * masked).sum() / masked.sum().clamp_min(1)
+    error = (in_full(predictions) - targets).square().mean(-1)  # (B, N)
+    masked = bool_masked_pos.to(error.dtype)
+    return (error * masked).sum() / (masked.sum().clamp_min(1) if count is None else count)

@@ -91,29 +91,123 @@ def chunked_standing(
     query_keys: Tensor | None = None,
     gallery_keys: Tensor | None = None,
     chunk_size: int = 1024,
+    block_size: int = 1024,
 ) -> Standing:
-    """`standing` of dot products without ever holding more than (chunk_size, G) of them.
+    """`standing` of dot products without ever holding more than (chunk_size, block_size) of them.
+
+    The best positive of a query is looked for first, in those blocks of the gallery alone that hold one; then every
+    block is counted against it. A product that is computed twice is computed with the same operands of the same
+    shape, so that it equals itself.
 
     Args:
-        queries: (Q, P) and gallery: (G, P), usually L2-normalised.
+        queries: (Q, P) and gallery: (G, P), usually L2-normalised; those held in 16 bits are multiplied in fp32.
         query_ids: (Q,) and gallery_ids: (G,), equal ids are positives.
         query_keys: (Q,) and gallery_keys: (G,), equal keys are excluded (the query itself in the gallery).
+
+    Raises:
+        ValueError: sizes that do not fit, no queries, NaN scores, a query without a positive.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if min(chunk_size, block_size) < 1:
+        raise ValueError(f"chunk_size and block_size must be at least 1, got {chunk_size} and {block_size}")
     if len(queries) != len(query_ids) or len(gallery) != len(gallery_ids):
         raise ValueError(
             f"one id an embedding: got {len(query_ids)} ids for {len(queries)} queries "
             f"and {len(gallery_ids)} ids for a gallery of {len(gallery)}"
         )
-    if len(queries) == 0:
-        raise ValueError("there are no queries")
+    if len(queries) == 0 or len(gallery) == 0:
+        raise ValueError(f"there are no queries, or nothing to ask: got {len(queries)} and {len(gallery)}")
+    _check_numbers(queries, gallery)
+    cuts = [slice(start, start + block_size) for start in range(0, len(gallery), block_size)]
+    blocks = [
+        _Block(gallery[cut], gallery_ids[cut], None if query_keys is None else gallery_keys[cut]) for cut in cuts
+    ]
+    precise = torch.promote_types(queries.dtype, torch.float32)
     parts = []
     for start in range(0, len(queries), chunk_size):
         rows = slice(start, start + chunk_size)
-        excluded = None if query_keys is None else match_ids(query_keys[rows], gallery_keys)
-        parts.append(standing(queries[rows] @ gallery.T, (query_ids[rows], gallery_ids), excluded))
+        keys = None if query_keys is None else query_keys[rows]
+        parts.append(
+            _standing_in_blocks(queries[rows].to(precise), query_ids[rows], keys, blocks, start, len(queries))
+        )
     return Standing(*(torch.cat(counts) for counts in zip(*parts, strict=True)))
+
+
+class _Block(NamedTuple):
+    """A part of a gallery: embeddings (B, P), ids (B,), and keys (B,) if any item is excluded for anyone."""
+
+    embeddings: Tensor
+    ids: Tensor
+    keys: Tensor | None
+
+    def excluded(self, keys: Tensor | None) -> Tensor | None:
+        """bool (chunk, B), or None if nothing here is excluded for these queries."""
+        return match_ids(keys, self.keys) if keys is not None and bool(torch.isin(keys, self.keys).any()) else None
+
+    def positives(self, ids: Tensor, excluded: Tensor | None) -> Tensor | None:
+        """bool (chunk, B), or None if none of these queries has a positive here."""
+        if not bool(torch.isin(ids, self.ids).any()):
+            return None
+        positives = match_ids(ids, self.ids)
+        return positives if excluded is None else positives & ~excluded
+
+
+@torch.no_grad()
+def _standing_in_blocks(
+    queries: Tensor, ids: Tensor, keys: Tensor | None, blocks: list[_Block], start: int, of: int
+) -> Standing:
+    best = queries.new_full((len(queries), 1), -torch.inf)
+    above, tied, tied_positives, count, absent = (torch.zeros_like(ids, dtype=torch.int64) for _ in range(5))
+    # two matrices for all blocks: fresh ones would cost more than the product. Marks are floats, whose sums are
+    # several times as fast as those of bools and exact up to 2^24
+    size = len(queries), len(blocks[0].ids)
+    memory = queries.new_empty(size), torch.empty(size, dtype=torch.float32, device=queries.device)
+    for block in blocks:
+        positives = block.positives(ids, block.excluded(keys))
+        if positives is not None:
+            count += positives.sum(1)
+            scores, _ = _scores(queries, block, memory)
+            best = torch.maximum(best, scores.masked_fill_(~positives, -torch.inf).amax(1, keepdim=True))
+    lonely = (count == 0).nonzero().flatten()
+    if len(lonely):
+        raise ValueError(
+            f"{len(lonely)} of {len(queries)} queries from query {start} on (of {of}) have no positive, the first is "
+            f"query {start + int(lonely[0])}"
+        )
+    for block in blocks:
+        excluded = block.excluded(keys)
+        positives = block.positives(ids, excluded)
+        scores, marks = _scores(queries, block, memory)
+        if excluded is not None:
+            scores.masked_fill_(excluded, torch.nan)  # which is neither above nor equal to anything
+            absent += excluded.sum(1)
+        above += torch.gt(scores, best, out=marks).sum(1).long()
+        tied += torch.eq(scores, best, out=marks).sum(1).long()
+        if positives is not None:
+            tied_positives += marks.mul_(positives).sum(1).long()
+    candidates = sum(len(block.ids) for block in blocks) - absent
+    return Standing(above, tied, tied_positives, count, candidates)
+
+
+def _scores(queries: Tensor, block: _Block, memory: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Dot products, and as many marks: both (chunk, B), in `memory` unless the block is a shorter one."""
+    if len(block.ids) != memory[0].shape[1]:
+        memory = memory[0].new_empty(len(queries), len(block.ids)), memory[1].new_empty(len(queries), len(block.ids))
+    return torch.mm(queries, block.embeddings.to(queries.dtype).T, out=memory[0]), memory[1]
+
+
+def _check_numbers(queries: Tensor, gallery: Tensor) -> None:
+    """Dot products of finite vectors whose norms multiply to less than the largest number are no NaN.
+
+    Raises:
+        ValueError: an embedding that is NaN or infinite, or so large that scores could overflow.
+    """
+    for name, embeddings in (("queries", queries), ("gallery items", gallery)):
+        bad = sum(int((~torch.isfinite(part).all(1)).sum()) for part in embeddings.split(1 << 16))
+        if bad:
+            raise ValueError(f"{bad} of {len(embeddings)} {name} have NaN or infinite embeddings")
+    largest = [max(float(part.abs().max()) for part in x.split(1 << 16)) for x in (queries, gallery)]
+    if largest[0] * largest[1] * queries.shape[1] >= torch.finfo(torch.float32).max:
+        raise ValueError(f"embeddings with numbers up to {largest[0]:.3g} and {largest[1]:.3g} would overflow")
 
 
 def ranks(where: Standing) -> Tensor:

@@ -14,8 +14,11 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .distributed import gather_without_gradient, rank
-from .losses import info_nce, masked_image_loss, masked_language_loss
+from oner.processing.vl_pieces import split_pairs
+
+from .distributed import gather_with_gradient, gather_without_gradient, rank
+from .losses import in_full, info_nce, masked_image_loss, masked_language_loss
+from .objective import Objective, Representations
 from .teacher import EMATeacher
 
 logger = logging.get_logger(__name__)
@@ -53,6 +56,12 @@ class OneRObjectiveArguments:
     scale_by_temperature: bool = field(
         default=False, metadata={"help": "MoCo-v3's factor 2T on InfoNCE; not in the paper's equations."}
     )
+    gather_gradient: bool = field(
+        default=False,
+        metadata={
+            "help": "Keys of all processes with gradient, as CLIP has them: the student's own, so teacher is false."
+        },
+    )
     contrast_masked: bool = field(
         default=True,
         metadata={"help": "Contrast the masked inputs in the same pass (appendix C) or clean ones in a pass beside."},
@@ -64,7 +73,7 @@ class OneRObjectiveArguments:
     norm_pixels: bool = field(default=True, metadata={"help": "MIM targets normalised by patch, as public MAE."})
 
 
-class OneRObjective:
+class OneRObjective(Objective):
     """
     `objective(student, batch, progress)` -> (loss, parts); `after_step()` moves the teacher.
 
@@ -91,6 +100,8 @@ class OneRObjective:
         if foreign := [name for name in weights if name not in arguments.losses]:
             raise ValueError(f"loss_weights name {foreign}, which are not among the losses {arguments.losses}")
         self.weights = {name: float(weights.get(name, 1.0)) for name in arguments.losses}
+        if arguments.gather_gradient and arguments.teacher:
+            raise ValueError("gather_gradient needs teacher: false, since a teacher's keys carry no gradient")
         self._check_masked_streams()
         pairs = [pair for name in self.contrasts for pair in CONTRASTS[name]]
         self.queries = tuple(sorted({query for query, _ in pairs}))
@@ -143,25 +154,50 @@ class OneRObjective:
             student.pixel_head.requires_grad_(False)
             student.oner.embeddings.patch_mask_token.requires_grad_(False)
 
-    def __call__(
-        self, student: nn.Module, batch: dict[str, torch.Tensor], progress: float
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        clean = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "text_index")}
-        arguments = self.arguments
+    def split(self, batch: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
+        return split_pairs(batch, pieces)
+
+    def count(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        masked = batch["bool_masked_pos"].sum()
+        counts = {"mlm": torch.full_like(masked, len(batch["mlm_labels"])), "mim": masked}
+        return {name: counts[name] for name in READS if name in self.weights}
+
+    def represent(
+        self,
+        student: nn.Module,
+        batch: dict[str, torch.Tensor],
+        progress: float,
+        counts: dict[str, torch.Tensor] | None = None,
+    ) -> Representations:
+        if counts is None and not self.contrasts:
+            return Representations()
+        # streams of masked modelling alone can be left out where no dropout is drawn over all streams at once
+        masks_alone = counts is not None or self.config.attention_dropout > 0
         online = student(
-            **clean,
+            **_clean(batch),
             masked_input_ids=batch["masked_input_ids"] if "mlm" in self.weights else None,
-            mlm_index=batch["mlm_index"] if "mlm" in self.weights else None,
+            mlm_index=batch["mlm_index"] if "mlm" in self.weights and counts is not None else None,
             bool_masked_pos=batch["bool_masked_pos"] if "mim" in self.weights else None,
             representations=self.queries,
-            masked_streams=self._masked_streams(),
-            contrast_masked=arguments.contrast_masked,
+            masked_streams=self._masked_streams() if masks_alone else (),
+            contrast_masked=self.arguments.contrast_masked,
         )
+        rows = dict(online.embeddings)
+        if self.arguments.gather_gradient and self.contrasts:
+            keys = student(**_clean(batch), representations=self.keys, masked_streams=(), predict=False)
+            rows.update({f"key of {name}": value for name, value in keys.embeddings.items()})
+        common = {"logit_scale": online.logit_scale} if self.contrasts and online.logit_scale is not None else {}
+        return Representations(rows, common, {} if counts is None else self._masked_parts(online, batch, counts))
+
+    def _masked_parts(
+        self, online, batch: dict[str, torch.Tensor], counts: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         parts = {}
-        if self.contrasts:
-            parts.update(self._contrast(online, self._keys(clean, student), batch["ids"]))
         if "mlm" in self.weights:
-            losses = [masked_language_loss(logits, batch["mlm_labels"]) for logits in online.mlm_logits.values()]
+            losses = [
+                masked_language_loss(logits, batch["mlm_labels"], counts["mlm"])
+                for logits in online.mlm_logits.values()
+            ]
             parts["mlm"] = torch.stack(losses).mean()
         if "mim" in self.weights:
             losses = [
@@ -170,13 +206,13 @@ class OneRObjective:
                     batch["pixel_values"],
                     batch["bool_masked_pos"],
                     self.config.patch_size,
-                    arguments.norm_pixels,
+                    self.arguments.norm_pixels,
+                    counts["mim"],
                 )
                 for prediction in online.pixel_predictions.values()
             ]
             parts["mim"] = torch.stack(losses).mean()
-        loss = sum(self.weights[name] * part for name, part in parts.items())
-        return loss, {name: part.detach() for name, part in parts.items()}
+        return parts
 
     def _masked_streams(self) -> tuple[str, ...]:
         """Only streams that a masked loss reads are worth their pass."""
@@ -184,23 +220,35 @@ class OneRObjective:
         return tuple(name for name in self.arguments.masked_streams if name in reads)
 
     @torch.no_grad()
-    def _keys(self, clean: dict[str, torch.Tensor], student: nn.Module) -> dict[str, torch.Tensor]:
-        """Keys (K, P) of all processes, clean inputs, without gradient and without predictor."""
-        network = student if self.teacher is None else self.teacher
-        output = network(**clean, representations=self.keys, masked_streams=(), predict=False)
-        return {name: gather_without_gradient(keys.float()) for name, keys in output.embeddings.items()}
+    def targets(self, student: nn.Module, batch: dict[str, torch.Tensor], progress: float) -> dict[str, torch.Tensor]:
+        """Keys (B, P) by name, from clean inputs, without predictor; ids (B,)."""
+        targets = {"ids": batch["ids"]}
+        if self.contrasts and not self.arguments.gather_gradient:
+            network = student if self.teacher is None else self.teacher
+            keys = network(**_clean(batch), representations=self.keys, masked_streams=(), predict=False)
+            targets.update({f"key of {name}": in_full(value) for name, value in keys.embeddings.items()})
+        return targets
 
-    def _contrast(self, online, keys: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        temperature = self.config.temperature if online.logit_scale is None else (-online.logit_scale).exp()
-        batch_size = len(ids)
-        query_ids = ids if self.arguments.match_ids else None
-        key_ids = gather_without_gradient(ids) if self.arguments.match_ids else None
+    def compare(
+        self,
+        rows: dict[str, torch.Tensor],
+        common: dict[str, torch.Tensor],
+        targets: dict[str, torch.Tensor],
+        progress: float,
+    ) -> dict[str, torch.Tensor]:
+        if not self.contrasts:
+            return {}
+        gather = gather_with_gradient if self.arguments.gather_gradient else gather_without_gradient
+        side = rows if self.arguments.gather_gradient else targets
+        keys = {name: gather(in_full(side[f"key of {name}"])) for name in self.keys}
+        ids = targets["ids"]
+        offset = len(ids) * rank()
+        query_ids, key_ids = (ids, gather_without_gradient(ids)) if self.arguments.match_ids else (None, None)
+        temperature = (-common["logit_scale"]).exp() if common else self.config.temperature
         parts = {}
         for name in self.contrasts:
             losses = [
-                info_nce(
-                    online.embeddings[query], keys[key], temperature, query_ids, key_ids, offset=batch_size * rank()
-                )
+                info_nce(rows[query], keys[key], temperature, query_ids, key_ids, offset)
                 for query, key in CONTRASTS[name]
             ]
             parts[name] = torch.stack(losses).mean()
@@ -208,9 +256,15 @@ class OneRObjective:
                 parts[name] = (parts[name] * 2 * temperature).squeeze()  # a learnable one has shape (1,)
         return parts
 
-    def after_step(self) -> None:
+    def weigh(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(self.weights[name] * part for name, part in parts.items())
+
+    def teachers(self) -> tuple[EMATeacher, ...]:
+        return () if self.teacher is None else (self.teacher,)
+
+    def after_step(self, applied: torch.Tensor | None = None) -> None:
         if self.teacher is not None:
-            self.teacher.update()
+            self.teacher.update(applied)
 
     def to(self, device: torch.device) -> "OneRObjective":
         if self.teacher is not None:
@@ -223,3 +277,7 @@ class OneRObjective:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         if self.teacher is not None:
             self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})
+
+
+def _clean(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "text_index")}

@@ -1,10 +1,13 @@
-"""AdamW over two groups and a cosine per iteration, both timm's."""
+"""AdamW over two groups and a cosine per iteration, both timm's; which parts of a model are compiled."""
+
+from collections.abc import Iterable
 
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from transformers import PreTrainedModel
 
 from .arguments import RunArguments
 
@@ -33,3 +36,17 @@ def build_schedule(
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+def compile_regions(models: Iterable[PreTrainedModel]) -> int:
+    """
+    `torch.compile` of each layer by itself (`_no_split_modules`): equal layers share one graph, so that it takes the
+    time of one layer, whatever the depth. A teacher has as many layers as its student and wants it as much.
+
+    Returns:
+        How many layers were compiled.
+    """
+    layers = [part for model in models for part in model.modules() if type(part).__name__ in model._no_split_modules]
+    for layer in layers:
+        layer.compile()
+    return len(layers)

@@ -1,8 +1,11 @@
 """From arguments to processor, model, and batches: what a run of any family on pairs begins with."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -11,20 +14,47 @@ from oner.processing.image_augmentation import TrainingImageTransform
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_collation import PairCollator
-from oner.processing.vl_dataset import PairRows, PairStream, PairTrainingSet, PairTrainingStream, open_pairs
-from oner.processing.vl_sampling import PairBatchSampler, steps_in_epoch
+from oner.processing.vl_dataset import PairRows, PairStream, PairTrainingSet, PairTrainingStream
+from oner.processing.vl_mixture import open_mixture
+from oner.processing.vl_quarantine import Quarantine, StandIns, line_of
+from oner.processing.vl_sampling import PairBatchSampler, PairOrder
 from oner.processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer
 
 from .arguments import Arguments, DataArguments
-from .distributed import rank, world_size
+from .data_workers import outlive_signals_to_the_group
+from .distributed import rank, sum_over_processes, world_size
+from .model_loading import load_model
 
 
-def open_training_pairs(data: DataArguments) -> PairRows | PairStream:
-    """The training pairs, columns checked. Raises `PairDataError` that names rows and reasons."""
-    source = data.train_data if len(data.train_data) > 1 else data.train_data[0]
-    return open_pairs(
-        source, data.image_column, data.text_column, data.id_column, split=data.split, streaming=data.streaming
+def open_training_pairs(data: DataArguments, output_dir: str | None = None) -> PairRows | PairStream:
+    """
+    The training pairs, columns checked; rows found bad are left to the quarantine of `PairLoader`.
+
+    Raises:
+        PairDataError: data that cannot be read as rows of pairs; names the file and what is wrong.
+        BadRowsError: if `output_dir` is given: too many rows are bad. Its quarantine.jsonl lists them.
+    """
+    pairs = open_mixture(
+        data.train_data,
+        data.image_column,
+        data.text_column,
+        data.id_column,
+        split=data.split,
+        streaming=data.streaming,
+        bad_rows="skip",
+        weights=data.data_weights,
     )
+    if output_dir is not None:
+        quarantine_of(pairs, output_dir, data.max_bad_rows).check_opening()
+    return pairs
+
+
+def quarantine_of(pairs: PairRows | PairStream, output_dir: str, max_bad_rows: float) -> Quarantine:
+    """The list of bad rows of a run over `pairs`, with those that are known already."""
+    if isinstance(pairs, PairStream):
+        return Quarantine(output_dir, max_bad_rows, is_main=rank() == 0)
+    opened = [(*pairs.where(row), reason) for row, reason in sorted(pairs.bad.items())]
+    return Quarantine(output_dir, max_bad_rows, opened, len(pairs), is_main=rank() == 0)
 
 
 def build_processor_and_config(
@@ -72,14 +102,25 @@ def _tokenizer(arguments: Arguments, pairs: PairRows | PairStream, max_text_leng
 
 
 def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The student in fp32: from `initial_model`, or from scratch. What no checkpoint gives is drawn by `seed`."""
+    """
+    The student in fp32: from `initial_model`, or from scratch. Heads that the first stage never had are drawn by
+    `seed`, and named.
+
+    Raises:
+        ModelDirectoryError: `initial_model` is damaged, or lacks weights of its tower or a part of a head.
+    """
     torch.manual_seed(arguments.run.seed)
     options = {}
     if arguments.model.attn_implementation is not None:
         options["attn_implementation"] = arguments.model.attn_implementation
     if arguments.model.initial_model is not None:
-        model = AutoModelForPreTraining.from_pretrained(
-            arguments.model.initial_model, config=config, dtype=torch.float32, **options
+        model = load_model(
+            AutoModelForPreTraining,
+            arguments.model.initial_model,
+            draws_heads=True,
+            config=config,
+            dtype=torch.float32,
+            **options,
         )
     else:
         model = AutoModelForPreTraining.from_config(config, dtype=torch.float32, **options)
@@ -93,18 +134,24 @@ class PairLoader:
     `loader(start_step)` yields this process's batches from that step to the end of the run, the same whether the run
     was ever stopped. A stream is the exception, and says so: `resume_note`.
 
+    A row that cannot be used is replaced and listed in `quarantine.jsonl` in the output directory.
+
     Attributes:
+        quarantine (`Quarantine`): That list.
         epoch_steps, total_steps (`int`): Length of an epoch and of the run; a stream's epoch is the whole run.
         resume_note (`str`, *optional*): Why resuming cannot be exact, if it cannot.
 
     Raises:
         ValueError: a stream without max_steps, or with a warm-up that would last as long as the run.
+        BadRowsError: more rows are bad than `max_bad_rows` allows, here or while the batches are read.
     """
 
     def __init__(self, arguments: Arguments, pairs: PairRows | PairStream, processor: OneRProcessor, config):
         data, run = arguments.data, arguments.run
         self.arguments, self.pairs = arguments, pairs
-        self.groups = pairs.ids() if data.one_row_per_id and isinstance(pairs, PairRows) else None
+        self.quarantine = quarantine_of(pairs, run.output_dir, data.max_bad_rows)
+        self.quarantine.check_opening()
+        groups = pairs.ids() if data.one_row_per_id and isinstance(pairs, PairRows) else None
         if isinstance(pairs, PairStream):
             if run.max_steps is None:
                 raise ValueError("a stream has no length, so the run needs max_steps, got none")
@@ -116,7 +163,10 @@ class PairLoader:
             self.total_steps, self.epoch_steps = run.max_steps, run.max_steps
             self.resume_note = pairs.resume_note
         else:
-            self.epoch_steps = steps_in_epoch(len(pairs), run.batch_size, self.groups)
+            self.mixture = {"groups": groups}
+            if data.data_weights is not None:
+                self.mixture |= {"sizes": pairs.sizes, "weights": data.data_weights}
+            self.epoch_steps = PairOrder(len(pairs), run.batch_size, **self.mixture).steps_per_epoch
             self.total_steps = run.max_steps or round(run.epochs * self.epoch_steps)
             self.resume_note = None
         self.collator = PairCollator(
@@ -144,22 +194,50 @@ class PairLoader:
             source=", ".join(data.train_data),
         )
 
-    def __call__(self, start_step: int) -> Iterable[dict[str, torch.Tensor]]:
+    def __call__(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
+        return self._watched(self._loader_from(start_step), start_step)
+
+    def _watched(self, batches: Iterable[dict[str, Any]], start_step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The batches, while what they tell of bad rows goes into the quarantine."""
+        run, quarantine, device = self.arguments.run, self.quarantine, PartialState().device
+        quarantine.begin(start_step)
+        if quarantine.opened and quarantine.is_main:
+            count, total, path = len(quarantine.opened), quarantine.total, quarantine.path
+            warnings.warn(f"{count} of {total} rows cannot be used and will be replaced; see {path}", stacklevel=3)
+        earlier = sum_over_processes(quarantine.before if quarantine.is_main else (0, 0), device)
+        for step, batch in enumerate(batches, start_step):
+            failed = batch.pop("quarantine", [])
+            if failed and quarantine.new == (0, 0):
+                warnings.warn(f"a row cannot be used: {failed[0]['reason']}; see {quarantine.path}", stacklevel=3)
+            quarantine.add(step, [self._line(**row) for row in failed])
+            # several processes agree only now and then: the question makes an accelerator wait
+            if world_size() == 1 or (step + 1) % run.log_every == 0 or step + 1 == self.total_steps:
+                failures, stand_ins = map(sum, zip(earlier, sum_over_processes(quarantine.new, device), strict=True))
+                quarantine.check(failures, (step + 1) * run.batch_size + stand_ins)
+            yield batch
+
+    def _line(self, row: int, **what: Any) -> dict[str, Any]:
+        place = (self.pairs.name, row) if isinstance(self.pairs, PairStream) else self.pairs.where(row)
+        return line_of(*place, **what)
+
+    def _loader_from(self, start_step: int) -> DataLoader:
         run = self.arguments.run
         place = {"rank": rank(), "world_size": world_size(), "seed": run.seed, "start_step": start_step}
         if isinstance(self.pairs, PairStream):
             stream = PairTrainingStream(self.pairs, run.batch_size, self.total_steps, **place)
             return self._loader(stream, batch_size=None)
         sampler = PairBatchSampler(
-            len(self.pairs), run.batch_size, total_steps=self.total_steps, groups=self.groups, **place
+            len(self.pairs), run.batch_size, total_steps=self.total_steps, **self.mixture, **place
         )
-        return self._loader(PairTrainingSet(self.pairs), batch_sampler=sampler)
+        stand_ins = StandIns(self.pairs, sampler.order, self.total_steps)
+        return self._loader(PairTrainingSet(self.pairs, stand_ins), batch_sampler=sampler)
 
     def _loader(self, dataset, **options) -> DataLoader:
         return DataLoader(
             dataset,
             collate_fn=self.collator,
             num_workers=self.arguments.data.num_workers,
+            worker_init_fn=outlive_signals_to_the_group,
             pin_memory=torch.cuda.is_available(),
             # its own, or opening a loader would draw from the generator that a resumed run has just restored
             generator=torch.Generator().manual_seed(self.arguments.run.seed),

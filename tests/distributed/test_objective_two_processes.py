@@ -1,8 +1,7 @@
 """Two processes with b pairs each make the loss and the gradient of one process with 2b.
 
 Layer norm and a linear stem: no row sees another but through the contrast. (Batch norm across processes is
-`SyncBatchNorm`, which exists on accelerators only.) Every row has as many masked patches, every process as many masked
-words, because each process averages over its own.
+`SyncBatchNorm`, which exists on accelerators only.) The processes hold different numbers of masked words and patches.
 """
 
 import multiprocessing
@@ -22,11 +21,13 @@ def whole_batch() -> dict[str, torch.Tensor]:
 
     batch = joint_batch([4, 2, 1, 5], slots=5)
     batch["ids"] = torch.tensor([3, 8, 3, 9])  # a positive in the other process
+    batch["mlm_index"], batch["mlm_labels"] = batch["mlm_index"][:3], batch["mlm_labels"][:3]
+    batch["bool_masked_pos"][3] = torch.arange(16) == 2
     return batch
 
 
 def part_of(batch: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
-    """Rows 2r and 2r + 1, with the word indices counted from there: six words each, two of them masked."""
+    """Rows 2r and 2r + 1, with the word indices counted from there: six words each, two or one of them masked."""
     rows = slice(2 * rank, 2 * rank + 2)
     part = {
         name: value[rows] for name, value in batch.items() if name not in ("text_index", "mlm_index", "mlm_labels")
@@ -34,7 +35,8 @@ def part_of(batch: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor
     part["text_index"] = part["attention_mask"][:, 17:].flatten().nonzero().flatten()
     mine = batch["mlm_index"] // 6 == rank
     part["mlm_index"], part["mlm_labels"] = batch["mlm_index"][mine] - 6 * rank, batch["mlm_labels"][mine]
-    assert len(part["mlm_index"]) == 2 and len(part["text_index"]) == 6
+    assert len(part["mlm_index"]) == 2 - rank and len(part["text_index"]) == 6
+    assert part["bool_masked_pos"].sum() == (10, 6)[rank]
     return part
 
 
@@ -70,6 +72,11 @@ def one_rank(rank: int, folder: str) -> None:
     wrapped = DistributedDataParallel(student)
     result = step(wrapped, student, objective, part_of(whole_batch(), rank))
     result["gathered"] = distributed.gather_without_gradient(torch.tensor([[rank, 0], [rank, 1]]))
+    own = (torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (rank + 1)).requires_grad_()
+    everyone = distributed.gather_with_gradient(own)
+    (everyone * torch.arange(8.0).view(4, 2) * (1 + 10 * rank)).sum().backward()
+    result["gathered with gradient"], result["its gradient"] = everyone.detach(), own.grad
+    result["counts"] = distributed.mean_counts({"few": torch.tensor(rank), "none": torch.tensor(0)})
     result["votes"] = [distributed.any_process(flag, torch.device("cpu")) for flag in (rank == 1, False)]
     result["rank"] = (distributed.rank(), distributed.world_size())
     torch.save(result, f"{folder}/rank{rank}.pt")
@@ -114,6 +121,11 @@ def test_two_processes_equal_one(tmp_path, root):
 
     for number, rank in enumerate(ranks):
         assert rank["gathered"].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+        assert rank["gathered with gradient"].tolist() == [[1, 2], [3, 4], [2, 4], [6, 8]]
+        # once from its own process's loss, eleven times from the other's
+        assert rank["its gradient"].tolist() == [[12.0 * (4 * number + 2 * i + j) for j in (0, 1)] for i in (0, 1)]
+        # of one thing counted in all, each process has half; of nothing too, so that nothing is divided by zero
+        assert {name: count.item() for name, count in rank["counts"].items()} == {"few": 0.5, "none": 0.5}
         assert rank["votes"] == [True, False]
         assert rank["rank"] == (number, 2)
 
@@ -124,6 +136,8 @@ def test_one_process_is_the_identity():
     tensor = torch.randn(3, 2, requires_grad=True)
     gathered = distributed.gather_without_gradient(tensor)
     assert torch.equal(gathered, tensor) and not gathered.requires_grad
+    assert distributed.gather_with_gradient(tensor) is tensor
+    assert distributed.mean_counts({"words": torch.tensor(7)})["words"] == 7 and distributed.mean_counts({}) == {}
     assert (distributed.rank(), distributed.world_size(), distributed.is_distributed()) == (0, 1, False)
     assert distributed.any_process(True, torch.device("cpu")) and not distributed.any_process(
         False, torch.device("cpu")

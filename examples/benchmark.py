@@ -1,0 +1,235 @@
+"""What a step costs, and what the machine could do: rates, FLOP, MFU, memory and shares, beside open_clip's CLIP.
+
+    python examples/benchmark.py                               every case; fills docs/performance.json and .md
+    python examples/benchmark.py --cases oner_bf16 clip_bf16   some of them; the others keep their last figures
+    python examples/benchmark.py --batch_size 256              on an accelerator, which is used where there is one
+
+Each case runs in a process of its own, so that its memory is its own, and measures the machine's GEMM peak before and
+after its steps. MFU divides by the highest peak of its dtype in the whole run: nothing profits from a slow moment.
+On a CPU, cases in fp32 take half the batch.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_steps import STEPS, Batch, Step, padded
+from evidence_table import machine_facts
+from performance_table import write_tables
+
+from oner.training.arguments import Arguments, parse_arguments
+from oner.training.checkpoint import save_checkpoint
+from oner.training.flops import counted_flops, gemm_peak, wait_for
+from oner.training.host_memory import keep_freed_memory
+from oner.training.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
+from oner.training.sharding import full_optimizer_state
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "examples" / "configs" / "benchmark_base_224.yaml"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+OTHERS = ("loader", "checkpoint", "imports")
+# asked for by name only
+LONG = ("oner_bf16_as_is", "clip_fp32")
+
+
+def device_of_run() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def default_cases(device: torch.device) -> list[str]:
+    """All but `LONG` ones, what takes longest last; on a CPU without bf16 matrix units only those in fp32."""
+    halves = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    names = [name for name in STEPS if name not in LONG and (halves or "bf16" not in name)]
+    return sorted([*names, *OTHERS], key=lambda name: "compiled" in name)
+
+
+def open_data(arguments: Arguments) -> tuple[PairLoader, Any]:
+    """The run's own loader, and the model's configuration."""
+    pairs = open_training_pairs(arguments.data, arguments.run.output_dir)
+    processor, config = build_processor_and_config(arguments, pairs)
+    return PairLoader(arguments, pairs, processor, config), config
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    wait_for(device)
+    start = time.perf_counter()
+    function()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+class Phases:
+    """Seconds by name; the device is waited for at both ends of each."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        wait_for(self.device)
+        start = time.perf_counter()
+        yield
+        wait_for(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def measure_step(name: str, arguments: Arguments, repeats: int) -> dict[str, Any]:
+    """One case: seconds of a step, its operations, the machine's peak around it, shares of its phases, memory."""
+    device, dtype = device_of_run(), DTYPES["bf16" if "bf16" in name else "fp32"]
+    if device.type == "cpu" and "as_is" not in name:
+        keep_freed_memory()
+    if device.type == "cpu" and "fp32" in name:
+        arguments.run.batch_size = max(2, arguments.run.batch_size // 2)  # each pair takes several times as long
+    loader, config = open_data(arguments)
+    batches = [batch for batch, _ in zip(loader(0), range(2), strict=False)]
+    if "padded" in name:
+        batches = [padded(batch, config) for batch in batches]
+    first, second = (on_device(batch, device) for batch in batches)
+    step: Step = STEPS[name](arguments, config, device)
+    peak = gemm_peak(dtype, device, seconds=0.3)
+    flops = counted_flops(lambda: step(first))  # and the optimiser's state is there
+    warm = []
+    if step.compiled:
+        step.compile()
+        # two sizes of batch, after which graphs are compiled for any
+        warm += [timed(lambda batch=batch: step(batch), device) for batch in (first, second)]
+    seconds = [timed(lambda i=i: step((first, second)[i % 2]), device) for i in range(repeats)]
+    phases = Phases(device)
+    step.in_phases(second, phases)
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "pairs": len(first["ids"]),
+        "tokens": step.tokens(second),
+        "seconds": statistics.median(seconds),
+        "all_seconds": seconds,
+        "first_seconds": warm,
+        "flops": flops,
+        "formula_flops": step.formula(first),
+        "parameters": sum(parameter.numel() for parameter in step.model.parameters()),
+        "memory_bytes": memory,
+        "phases": phases.seconds,
+        "peak_flops": max(peak, gemm_peak(dtype, device, seconds=0.3)),
+    }
+
+
+def measure_loader(arguments: Arguments, seconds: float = 6.0) -> dict[str, Any]:
+    """Pairs a second of the loader alone: in this process, and with a worker for each core."""
+    rates = {}
+    for workers in (0, max(1, torch.get_num_threads())):
+        arguments.data.num_workers = workers
+        batches = iter(open_data(arguments)[0](0))
+        pairs = len(next(batches)["ids"])  # workers have started
+        start, read = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            next(batches)
+            read += pairs
+        rates[str(workers)] = read / (time.perf_counter() - start)
+    return {"pairs_per_second": rates}
+
+
+def measure_checkpoint(arguments: Arguments) -> dict[str, Any]:
+    """Seconds to save a run of this size: weights, teacher and both moments, with digests, flushed to the disk."""
+    _, config = open_data(arguments)
+    step = STEPS["oner_fp32"](arguments, config, torch.device("cpu"))
+    for parameter in step.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step.optimizer.step()
+    moments, _ = full_optimizer_state(step.optimizer)
+    runs = Path(arguments.run.output_dir)
+    runs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runs) as folder:
+        tensors = {"model": step.model.state_dict(), "objective": step.objective.state_dict(), "optimizer": moments}
+        seconds = timed(lambda: save_checkpoint(folder, 1, tensors, {"step": 1}), torch.device("cpu"))
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    return {"seconds": seconds, "bytes": size}
+
+
+def measure_imports(repeats: int = 2) -> dict[str, Any]:
+    """Seconds of an import in a fresh process, the best of some: the first fills the file cache."""
+    statements = {
+        "transformers": "import transformers",
+        "oner": "import oner",
+        "oner.OneRModel": "from oner import OneRModel",
+        "oner.open_pairs": "from oner import open_pairs",
+    }
+    took: dict[str, list[float]] = {name: [] for name in statements}
+    for _ in range(repeats):
+        for name, statement in statements.items():
+            code = f"import time\nstart = time.perf_counter()\n{statement}\nprint(time.perf_counter() - start)"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+            took[name].append(float(done.stdout.split()[-1]))
+    return {name: min(seconds) for name, seconds in took.items()}
+
+
+def run_case(name: str, arguments: Arguments, repeats: int) -> dict[str, Any]:
+    if name == "loader":
+        return measure_loader(arguments)
+    if name == "checkpoint":
+        return measure_checkpoint(arguments)
+    return measure_imports() if name == "imports" else measure_step(name, arguments, repeats)
+
+
+def in_process(command: list[str], limit: float) -> dict[str, Any]:
+    """What a case printed last, or why there is nothing; its own messages pass through."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done in {limit:.0f} s"}
+    if done.returncode:
+        return {"error": f"exit status {done.returncode}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", default=str(CONFIG), help="The run whose step is measured.")
+    parser.add_argument("--cases", nargs="+", choices=[*STEPS, *OTHERS], help="Which; all by default.")
+    parser.add_argument("--repeats", type=int, default=2, help="Steps of a case after its first ones.")
+    parser.add_argument("--limit", type=float, default=240.0, help="Seconds after which a case is given up.")
+    parser.add_argument("--output", default=str(ROOT / "docs" / "performance.json"), help="Where the figures go.")
+    parser.add_argument("--tables", default=str(ROOT / "docs" / "performance.md"), help="Page with its tables.")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the cases one after the other; figures and tables are written after each."""
+    options, rest = parse(argv)
+    arguments = parse_arguments(["--config", options.config, *rest])
+    if options.case:
+        print("\n" + json.dumps(run_case(options.case, arguments, options.repeats)))
+        return
+    output, device = Path(options.output), device_of_run()
+    figures = json.loads(output.read_text(encoding="utf-8")) if output.is_file() and options.cases else {"cases": {}}
+    figures |= {"machine": machine_facts(device), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    figures["command"] = " ".join(["python examples/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    for name in options.cases or default_cases(device):
+        start = time.perf_counter()
+        command = [sys.executable, __file__, "--config", options.config, "--case", name]
+        figures["cases"][name] = in_process([*command, "--repeats", str(options.repeats), *rest], options.limit)
+        output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_tables(figures, Path(options.tables))
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Whole tensors out of those that FSDP2 and DeepSpeed's ZeRO spread over processes, and back.
+
+Everything here is collective: all processes call it, in the same order. With plain parameters it only copies.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .distributed import fsdp_part, fsdp_spread, fsdp_whole, rank, world_size
+
+State = dict[str, torch.Tensor]
+Groups = list[dict[str, Any]]
+
+# what AdamW keeps that has not its parameter's shape: one number for each, or for a flat partition of many
+COUNTS = ("step",)
+
+
+def is_zero_3(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 keeps only a part of a parameter here; its own shape is then (0,)."""
+    return hasattr(tensor, "ds_tensor")
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter, to read or to write: all of it where nothing is spread."""
+    return tensor.ds_tensor if is_zero_3(tensor) else fsdp_part(tensor)
+
+
+def full_shape(tensor: torch.Tensor) -> torch.Size:
+    return torch.Size(tensor.ds_shape) if is_zero_3(tensor) else tensor.shape
+
+
+def full_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of a module's weights and buffers by name, as if nothing were spread."""
+    return {name: full_shape(value) for name, value in module.state_dict(keep_vars=True).items()}
+
+
+@torch.no_grad()
+def full_state(module: nn.Module) -> State:
+    """
+    A module's weights and buffers on the CPU: whole on the first process, {} on the others. What is plain and lies on
+    the CPU already is not copied.
+    """
+    return _collect((name, _whole(value)) for name, value in module.state_dict(keep_vars=True).items())
+
+
+@torch.no_grad()
+def load_full_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """
+    The inverse: each process takes its parts out of the whole. The fp32 masters of ZeRO are set too.
+
+    Raises:
+        RuntimeError: names or shapes that are not the module's, as torch has it; nothing has been written then.
+    """
+    targets = module.state_dict(keep_vars=True)
+    wrong = {name: "missing" for name in targets.keys() - state.keys()}
+    wrong |= {name: "unexpected" for name in state.keys() - targets.keys()}
+    wrong |= {
+        name: f"{tuple(state[name].shape)}, expected {tuple(full_shape(target))}"
+        for name, target in targets.items()
+        if name in state and state[name].shape != full_shape(target)
+    }
+    if wrong:
+        raise RuntimeError(f"the state does not fit {type(module).__name__}: {dict(sorted(wrong.items())[:10])}")
+    for name, target in targets.items():
+        _fill(target, state[name])
+
+
+@torch.no_grad()
+def full_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[State, Groups]:
+    """
+    AdamW's state by "index.name", index counting the parameters over all groups, and the groups as JSON.
+
+    Tensors are whole on the first process, {} on the others; the groups are there on all.
+    """
+    if (zero := _zero_optimizer(optimizer)) is not None:
+        return _zero_state(zero)
+    state = optimizer.state_dict()
+    tensors = _collect(
+        (f"{index}.{name}", _whole(torch.as_tensor(value)))
+        for index, entries in state["state"].items()
+        for name, value in entries.items()
+    )
+    return tensors, state["param_groups"]
+
+
+@torch.no_grad()
+def load_full_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], groups: Groups
+) -> None:
+    """
+    The inverse. Rates, betas and decay stay the optimiser's own.
+
+    Raises:
+        ValueError: the parameters are grouped in another way, or a tensor has not its parameter's shape.
+    """
+    zero = _zero_optimizer(optimizer)
+    mine = [len(group) for group in _zero_groups(zero)] if zero else [len(g["params"]) for g in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in groups]
+    if theirs != mine:
+        raise ValueError(f"the optimiser's groups hold {theirs} parameters, expected {mine}")
+    parameters = [p for group in (_zero_groups(zero) if zero else _parameters(optimizer)) for p in group]
+    state: dict[int, State] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        if name not in COUNTS and value.shape != full_shape(parameters[int(index)]):
+            expected = tuple(full_shape(parameters[int(index)]))
+            raise ValueError(f"the optimiser's {key} has shape {tuple(value.shape)}, expected {expected}")
+        state.setdefault(int(index), {})[name] = value
+    if zero is not None:
+        _load_zero_state(zero, state)
+        return
+    for index, entries in state.items():
+        for name, value in entries.items():
+            entries[name] = value if name in COUNTS else fsdp_spread(value, parameters[index])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
+    return [group["params"] for group in optimizer.param_groups]
+
+
+def _collect(named: Iterable[tuple[str, torch.Tensor]]) -> State:
+    """Copied to the CPU one after another, so that no more than one whole tensor lies on the device."""
+    state = {}
+    for name, value in named:
+        if rank() == 0:
+            state[name] = value.detach().cpu()
+    return state
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    if not is_zero_3(tensor):
+        return fsdp_whole(tensor)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
+
+
+def _zero_3_part(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor as ZeRO-3 cuts it: flat, in equal parts, the last one padded."""
+    size = parameter.ds_tensor.numel()
+    flat = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
+    return flat[size * rank() : size * (rank() + 1)]
+
+
+def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
+    value = value.to(device=target.device, dtype=target.dtype)
+    if is_zero_3(target):
+        part = _zero_3_part(value, target)
+        target.ds_tensor.copy_(part)
+        if target.numel():  # a small one that ZeRO-3 keeps whole
+            target.copy_(value)
+        if target.requires_grad and getattr(target, "_z3_optimizer", None) is not None:
+            target._z3_optimizer.set_local_hp_param(part, target)
+        return
+    own_part(target).copy_(fsdp_part(fsdp_spread(value, target)))
+    if getattr(target, "_hp_mapping", None) is not None:
+        target.set_full_hp_param(value)
+
+
+def _zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
+    """DeepSpeed's ZeRO optimiser inside Accelerate's wrapper, if there is one."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if hasattr(inner, "bit16_groups") or hasattr(inner, "fp16_groups") else None
+
+
+def _is_stage_3(zero: Any) -> bool:
+    return not hasattr(zero, "bit16_groups")
+
+
+def _zero_groups(zero: Any) -> list[list[torch.Tensor]]:
+    """The parameters as the optimiser was given them; ZeRO put flat partitions into its place of them."""
+    if not _is_stage_3(zero):
+        return [list(group) for group in zero.bit16_groups]
+    groups: list[list[torch.Tensor]] = [[] for _ in zero.optimizer.param_groups]
+    for number, part in enumerate(zero.fp16_groups):
+        groups[zero.sub_group_to_group_id[number]].extend(part)
+    return groups
+
+
+def _flat_masters(zero: Any) -> list[torch.Tensor]:
+    return zero.fp32_partitioned_groups_flat if _is_stage_3(zero) else zero.single_partition_of_fp32_groups
+
+
+def _flat_of_each(zero: Any) -> list[torch.Tensor]:
+    """For each parameter, in the order of `_zero_groups`, the flat master that its part lies in."""
+    parts = zero.fp16_groups if _is_stage_3(zero) else zero.bit16_groups
+    return [flat for part, flat in zip(parts, _flat_masters(zero), strict=True) for _ in part]
+
+
+def _link_moments(zero: Any) -> None:
+    # ZeRO-1 and 2 do so after the first step of the first group, when the others have no moments yet
+    if not _is_stage_3(zero):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _zero_state(zero: Any) -> tuple[State, Groups]:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    held = zero.optimizer.state
+    _link_moments(zero)
+    parameters = [parameter for group in _zero_groups(zero) for parameter in group]
+
+    def entries() -> Iterable[tuple[str, torch.Tensor]]:
+        for index, (parameter, flat) in enumerate(zip(parameters, _flat_of_each(zero), strict=True)):
+            for name, value in held[flat].items() if flat in held else ():
+                is_part = torch.is_tensor(value) and value.shape == flat.shape
+                whole = safe_get_full_optimizer_state(parameter, name) if is_part else torch.as_tensor(value)
+                yield f"{index}.{name}", whole.clone()
+
+    tensors, groups, start = _collect(entries()), [], 0
+    for group, settings in zip(_zero_groups(zero), zero.optimizer.param_groups, strict=True):
+        kept = {name: value for name, value in settings.items() if name != "params"}
+        groups.append({**kept, "params": list(range(start, start + len(group)))})
+        start += len(group)
+    return tensors, groups
+
+
+def _load_zero_state(zero: Any, state: Mapping[int, State]) -> None:
+    parameters = [parameter for group in _zero_groups(zero) for parameter in group]
+    for index, flat in enumerate(_flat_of_each(zero)):
+        held = zero.optimizer.state.setdefault(flat, {})
+        for name, value in state.get(index, {}).items():
+            if name in COUNTS:
+                held[name] = value.to(flat.device)
+            elif name not in held:
+                held[name] = torch.zeros_like(flat)
+    _link_moments(zero)
+    for index, parameter in enumerate(parameters):
+        for name, value in state.get(index, {}).items():
+            if name in COUNTS:
+                continue
+            if _is_stage_3(zero):
+                part = _zero_3_part(value.to(parameter.ds_tensor), parameter)
+                zero.set_local_hp_param(part, parameter, name)
+            else:
+                # DeepSpeed's own `safe_set_full_optimizer_state`, which would ask each parameter for its stage
+                parameter.set_full_hp_param(value.to(parameter.device), name)
