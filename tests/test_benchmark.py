@@ -20,7 +20,6 @@ from oner import OneRConfig  # noqa: E402
 from oner.training.arguments import parse_arguments  # noqa: E402
 from oner.training.flops import attention_flops, counted_flops, gemm_peak, linear_flops  # noqa: E402
 from oner.training.flops_oner import PairShape, oner_step_flops  # noqa: E402
-from oner.training.host_memory import keep_freed_memory  # noqa: E402
 from oner.training.objective import build_objective  # noqa: E402
 from oner.training.objective_oner import OneRObjectiveArguments  # noqa: E402
 from oner.training.optimization import compile_regions  # noqa: E402

@@ -6,6 +6,7 @@ Shapes: B pictures, H height, W width in pixels, P patch size; N = (H / P) * (W 
 
 import io
 import os
+import stat
 import urllib.request
 from functools import lru_cache
 from typing import Any
@@ -111,7 +112,14 @@ def _from_mapping(source: dict) -> Any:
 
 def _from_path(path: str, max_pixels: int | None) -> Image.Image:
     try:
+        # before opening: a pipe that nobody writes to would be waited for without end
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind):
+            what = "directory" if stat.S_ISDIR(kind) else "pipe, socket or device"
+            raise ImageDecodeError(f"cannot read {path!r}: a {what}, not a file")
         stream = open(path, "rb")
+    except ImageDecodeError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise ImageDecodeError(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from error
     with stream:
@@ -149,7 +157,9 @@ def _from_stream(stream: Any, name: str, max_pixels: int | None) -> Image.Image:
         raise ImageDecodeError(f"cannot read {name}: {_reason(error)}") from error
     with image:
         _check_pixels(image.size, max_pixels, name)
-        return _guarded(_decode, image, name)
+        decoded = _guarded(_decode, image, name)
+    _check_pixels(decoded.size, max_pixels, name)  # a container's header may say less than what it holds
+    return decoded
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int | None, name: str) -> None:

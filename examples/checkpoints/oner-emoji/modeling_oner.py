@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, MaskedLMOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, is_tracing
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -209,8 +209,8 @@ class OneRPreTrainedModel(PreTrainedModel):
             size = None if interpolate_pos_encoding else config.image_size
             n_patches = check_picture_size(pixel_values, config.num_channels, config.patch_size, size)
         # reading values breaks compiled graphs and makes an accelerator wait: there only outside of training
-        device = (input_ids if input_ids is not None else pixel_values).device.type
-        if torch.compiler.is_compiling() or device == "meta" or (device != "cpu" and self.training):
+        given = input_ids if input_ids is not None else pixel_values
+        if is_tracing(given) or given.is_meta or (given.device.type != "cpu" and self.training):
             return
         if pixel_values is not None:
             check_finite(pixel_values)

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .image_processing_vl import MAX_PIXELS, ImageDecodeError, open_image
 from .retrieval_index import RetrievalIndex, space_fingerprint
+from .vl_captions import caption_reason
 
 PICTURE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 QUERY_KEYS = ("text", "image")
@@ -60,6 +61,8 @@ def read_query(query: Any) -> Query:
         raise TypeError(f'"text" of a query must be a str, got {type(kept["text"]).__name__}')
     if "text" in kept and not kept["text"].strip():
         raise ValueError("the text of a query is empty")
+    if "text" in kept and (reason := caption_reason(kept["text"])) is not None:
+        raise ValueError(f"the text of a query cannot be read: {reason}")
     return kept
 
 

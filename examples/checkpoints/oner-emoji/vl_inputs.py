@@ -4,6 +4,7 @@ B rows, L positions, N = patches of a picture, C channels, H x W pixels, p patch
 """
 
 import torch
+from transformers.utils import is_tracing
 
 
 def check_shapes(
@@ -125,7 +126,7 @@ def check_pairs(
             f"masked_input_ids have shape {tuple(masked_input_ids.shape)}; "
             f"expected {tuple(input_ids.shape)}, the shape of input_ids"
         )
-    if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if input_ids.device.type != "cpu" or is_tracing(input_ids):
         return
     strays = (input_ids[:, 1 : 1 + n_patches] != image_token_id).any(1)
     if strays.any():

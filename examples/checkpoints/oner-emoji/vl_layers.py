@@ -119,10 +119,11 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(Q K^T / sqrt(d)) V, equation 8. (B, H, L, d) -> (B, L, H, d) and weights (B, H, L, L)."""
-    scores = query @ key.transpose(2, 3) * scaling
+    # the scale on the smaller factor; softmax sums in fp32 whatever it is given, so its result needs no cast
+    scores = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
