@@ -32,6 +32,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 
 import oner
+from oner.command_line import main as command_line
 from oner.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from oner.training.evaluation_localization import similarity_maps
 from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
@@ -188,10 +189,13 @@ def write_file(path: Path, text: str) -> None:
 
 
 def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python SCRIPT ...` or `accelerate launch ... SCRIPT ...`, in this process, for speed."""
+    """`python SCRIPT ...`, `accelerate launch ... SCRIPT ...` or `oner ...`, in this process, for speed."""
     if words[:2] == ["accelerate", "launch"]:
         launch = launch_command_parser().parse_args(words[2:])
         words = ["python", launch.training_script, *launch.training_script_args]
+    if words[0] == "oner":
+        assert command_line(words[1:]) == 0
+        return
     assert words[0] == "python", f"cannot run {words[0]}: mark the block as checked"
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", words[1:])
