@@ -51,7 +51,7 @@ demo: $(VENV)/.installed-plots
 	  --dynamo_backend no examples/pretrain.py --config $(DEMO_CONFIG) --resume
 	$(EVALUATE) --data $(EMOJI)/test_style.parquet --gallery $(EMOJI)/train.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/test_concept.parquet --captions first
-	$(EVALUATE) --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --limit 1200 --tasks multimodal
+	$(EVALUATE) --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --tasks multimodal
 
 test: $(VENV)/.installed-test
 	$(PYTEST) -n $(JOBS) --dist loadfile
