@@ -84,7 +84,12 @@ class Stream:
         queries = like.new_empty(self.batch_size, self.length, 1)
         keys = like.new_empty(self.batch_size, key_mask.shape[1], 1)
         self.attention_mask = create_bidirectional_mask(
-            config=config, inputs_embeds=queries, attention_mask=key_mask, encoder_hidden_states=keys
+            config=config,
+            inputs_embeds=queries,
+            attention_mask=key_mask,
+            encoder_hidden_states=keys,
+            # whether a mask can be left out is read from its values: an accelerator would wait for the answer
+            allow_is_bidirectional_skip=like.device.type == "cpu",
         )
 
 

@@ -196,6 +196,16 @@ def test_key_masks_say_what_may_be_attended():
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_an_accelerator_is_not_asked_for_the_values_of_a_mask(implementation):
+    """A tensor without values stands for one whose values would have to be waited for."""
+    module = attention_module()
+    module.config._attn_implementation = implementation
+    stream = Stream("text", batch_size=2, prefix=1, words=3)
+    stream.set_mask(module.config, torch.ones(2, 4, device="meta"), like=torch.empty(2, 4, 32, device="meta"))
+    assert stream.attention_mask.shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_packed_attention_equals_attention_of_each_stream(implementation):
     packed, text, picture = two_streams()
     module = attention_module()
