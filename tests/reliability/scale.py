@@ -1,6 +1,6 @@
 """What exactness at scale costs: InfoNCE in blocks, and a step in pieces against the step in one go.
 
-.venv/bin/python tests/reliability/scale.py [contrast] [cache] [--output FILE.json]
+.venv/bin/python tests/reliability/scale.py [contrast|cache] [--output FILE.json]
 
 `contrast`: peak memory of the loss and every gradient over 32,768 x 32,768, each measured in a process of its own;
 eight rows are compared with fp64. `cache`: memory of a step against the batch, with pieces of one size, and CPU time
@@ -153,15 +153,15 @@ def seconds(batch_size: int, pieces: int, turns: int, directory: str) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", choices=["contrast", "cache", []], default=["contrast", "cache"])
+    parser.add_argument("what", nargs="?", choices=["contrast", "cache", "all"], default="all")
     parser.add_argument("--output", type=Path, help="where the figures go as JSON")
     parser.add_argument("--size", type=int, default=32768)
     parser.add_argument("--turns", type=int, default=5)
     asked = parser.parse_args()
     figures, directory = {"torch": torch.__version__, "threads": 1}, "/tmp/oner-scale"
-    if "contrast" in asked.what:
+    if asked.what in ("contrast", "all"):
         figures["contrast"] = [alone(contrast, asked.size, asked.size, 256, with_ids) for with_ids in (False, True)]
-    if "cache" in asked.what:
+    if asked.what in ("cache", "all"):
         steps = [(8, 1), (16, 1), (32, 1), (16, 2), (32, 4), (64, 8), (128, 16)]
         figures["memory"] = [alone(memory, *step, directory) for step in steps]
         figures["time"] = [alone(seconds, 16, pieces, asked.turns, directory) for pieces in (2, 4)]
