@@ -8,7 +8,9 @@ for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import ModuleType  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -38,3 +40,43 @@ def root() -> Path:
 def emoji_folder() -> Path:
     """The embedded pairs: train, train_extra, test_style and test_concept as parquet files."""
     return ROOT / "examples" / "data" / "emoji"
+
+
+# Runs of examples/pretrain.py in this process; the helpers are imported late, for most tests need no training
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    """examples/pretrain.py as a module."""
+    from tiny_pretraining import load_example
+
+    return load_example("pretrain")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    """Forty real pairs in a parquet file."""
+    from tiny_pretraining import write_pairs
+
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet")
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps its state in the process: none of an earlier test's, and none is left."""
+    from tiny_pretraining import forget_accelerator
+
+    forget_accelerator()
+    yield
+    forget_accelerator()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(example, pairs, tmp_path_factory) -> Path:
+    """A run of ten steps that nobody stops, with a checkpoint after each."""
+    from tiny_pretraining import EVERY_STEP, forget_accelerator, tiny_arguments
+
+    forget_accelerator()
+    directory = tmp_path_factory.mktemp("undisturbed")
+    example.main(tiny_arguments(pairs, directory, **EVERY_STEP))
+    return directory

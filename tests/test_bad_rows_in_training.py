@@ -12,7 +12,6 @@ from tiny_pretraining import (
     PAIRS,
     assert_same_checkpoint,
     forget_accelerator,
-    load_example,
     read_log,
     tiny_arguments,
     write_pairs,
@@ -26,23 +25,12 @@ from oner.training.engine import Engine
 from oner.training.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerator"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.* cannot be used:UserWarning"),
 ]
 DECODED, OPENED = (3, 11, 12), (20, 33)  # bad when decoded, bad when opened
 MANY = {"max_bad_rows": 0.5, "save_every_epochs": 0.2, "keep_checkpoints": 20}
-
-
-@pytest.fixture(scope="module")
-def example():
-    return load_example("pretrain")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    forget_accelerator()
-    yield
-    forget_accelerator()
 
 
 def spoil(path: Path, decoded=DECODED, opened=OPENED) -> Path:

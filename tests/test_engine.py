@@ -13,13 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_pretraining import (
+    EVERY_STEP,
     ROOT,
     assert_same_checkpoint,
     forget_accelerator,
-    load_example,
     read_log,
     tiny_arguments,
-    write_pairs,
 )
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
@@ -39,34 +38,7 @@ from oner.training.engine import Engine
 from oner.training.pair_loading import build_model
 from oner.training.parallel import choose_precision, make_accelerator
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-# dropout, so that the generators count too; a checkpoint after every one of the ten steps
-EVERY_STEP = {"save_every_epochs": 0.2, "keep_checkpoints": 20, "model_config": {"attention_dropout": 0.1}}
-
-
-@pytest.fixture(scope="module")
-def example():
-    return load_example("pretrain")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    forget_accelerator()
-    yield
-    forget_accelerator()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(example, pairs, tmp_path_factory) -> Path:
-    forget_accelerator()
-    directory = tmp_path_factory.mktemp("undisturbed")
-    example.main(tiny_arguments(pairs, directory, **EVERY_STEP))
-    return directory
+pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
 def last(directory: Path) -> Path:

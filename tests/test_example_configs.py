@@ -7,11 +7,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from tiny_pretraining import ROOT, TINY_MODEL, forget_accelerator, load_example, read_log, write_pairs
+from tiny_pretraining import ROOT, TINY_MODEL, forget_accelerator, read_log
 from transformers import AutoConfig
 
 from oner.training.arguments import parse_arguments, read_config
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 LAUNCHES = sorted((ROOT / "examples" / "configs" / "accelerate").glob("*.yaml"))
 SHRUNK = {
@@ -23,23 +24,6 @@ SHRUNK = {
     "eval_data": [],
     "log_every": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def example():
-    return load_example("pretrain")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    forget_accelerator()
-    yield
-    forget_accelerator()
 
 
 def shrink(config: Path, pairs: Path, directory: Path, **overrides) -> list[str]:

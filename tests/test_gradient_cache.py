@@ -19,7 +19,7 @@ from naive_pretraining import (
     oracle,
     uneven_batch,
 )
-from tiny_pretraining import forget_accelerator, load_example, read_log, tiny_arguments, write_pairs
+from tiny_pretraining import forget_accelerator, load_example, read_log, tiny_arguments
 from torch import nn
 
 from oner.processing.vl_pieces import split_pairs
@@ -341,11 +341,6 @@ def test_what_cannot_be_split_is_named(accelerator):
 
 
 # The engine
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet")
 
 
 def test_a_run_in_pieces_is_the_run_in_one_go(pairs, tmp_path):

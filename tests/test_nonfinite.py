@@ -7,36 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_pretraining import forget_accelerator, load_example, read_log, tiny_arguments, write_pairs
+from tiny_pretraining import forget_accelerator, read_log, tiny_arguments
 
 from oner.training.checkpoint import list_checkpoints, load_checkpoint, restore_random_state
 from oner.training.engine import Engine
 from oner.training.nonfinite import NonFiniteGuard, gradient_norm
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 # batch norm in the heads, whose statistics a forward moves; a checkpoint after every one of the ten steps
 EVERY_STEP = {
     "save_every_epochs": 0.2,
     "keep_checkpoints": 20,
     "model_config": {"attention_dropout": 0.1, "head_norm": "batch"},
 }
-
-
-@pytest.fixture(scope="module")
-def example():
-    return load_example("pretrain")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    forget_accelerator()
-    yield
-    forget_accelerator()
 
 
 def spoil_pictures(monkeypatch, steps: set[int]) -> list[list[int]]:

@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from tiny_pretraining import (
     assert_same_checkpoint,
     forget_accelerator,
-    load_example,
     read_log,
     tiny_arguments,
     write_pairs,
@@ -90,11 +89,6 @@ def queued(monkeypatch):
     forget_accelerator()
     yield
     forget_accelerator()
-
-
-@pytest.fixture(scope="module")
-def example():
-    return load_example("pretrain")
 
 
 def write_shard(path: Path, rows: list[dict]) -> Path:

@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch
 from tiny_pretraining import (
+    EVERY_STEP,
     assert_same_checkpoint,
     forget_accelerator,
-    load_example,
     read_log,
     tiny_arguments,
     write_pairs,
@@ -26,36 +26,11 @@ from oner.training.engine import Engine
 from oner.training.resumption import RunLog, check_same_run, choose_checkpoint
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerator"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
-EVERY_STEP = {"save_every_epochs": 0.2, "keep_checkpoints": 20, "model_config": {"attention_dropout": 0.1}}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def example():
-    return load_example("pretrain")
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    forget_accelerator()
-    yield
-    forget_accelerator()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(example, pairs, tmp_path_factory) -> Path:
-    forget_accelerator()
-    directory = tmp_path_factory.mktemp("undisturbed")
-    example.main(tiny_arguments(pairs, directory, **EVERY_STEP))
-    return directory
 
 
 def numbered(step: int) -> str:

@@ -24,6 +24,8 @@ TINY_MODEL = {
     "projection_dim": 16,
     "max_text_length": 16,
 }
+# dropout, so that the generators count too; a checkpoint after every one of the ten steps
+EVERY_STEP = {"save_every_epochs": 0.2, "keep_checkpoints": 20, "model_config": {"attention_dropout": 0.1}}
 
 
 def load_example(name: str) -> ModuleType:

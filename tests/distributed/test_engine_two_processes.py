@@ -20,7 +20,6 @@ from tiny_pretraining import (
     load_example,
     read_log,
     tiny_arguments,
-    write_pairs,
 )
 
 from oner.training.checkpoint import list_checkpoints, load_checkpoint, verify
@@ -59,11 +58,6 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
         [sys.executable, "-m", *command], capture_output=True, text=True, timeout=300, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.parquet")
 
 
 @pytest.fixture(scope="module")
