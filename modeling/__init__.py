@@ -1,6 +1,7 @@
 """Models: configurations and `PreTrainedModel` classes. Each file travels to the Hub inside every published model."""
 
 from .configuration_oner import ONER_SIZES, OneRConfig
+from .configuration_simla import SIMLA_SIZES, SimlaConfig
 from .modeling_oner import (
     OneRForImageClassification,
     OneRForImageTextRetrieval,
@@ -9,9 +10,12 @@ from .modeling_oner import (
     OneRPreTrainedModel,
 )
 from .modeling_oner_pretraining import OneRForPreTraining
+from .modeling_simla import SimlaForImageTextRetrieval, SimlaForMaskedLM, SimlaModel, SimlaPreTrainedModel
+from .modeling_simla_pretraining import SimlaForPreTraining
 
 __all__ = [
     "ONER_SIZES",
+    "SIMLA_SIZES",
     "OneRConfig",
     "OneRForImageClassification",
     "OneRForImageTextRetrieval",
@@ -19,4 +23,10 @@ __all__ = [
     "OneRForPreTraining",
     "OneRModel",
     "OneRPreTrainedModel",
+    "SimlaConfig",
+    "SimlaForImageTextRetrieval",
+    "SimlaForMaskedLM",
+    "SimlaForPreTraining",
+    "SimlaModel",
+    "SimlaPreTrainedModel",
 ]
