@@ -21,6 +21,11 @@ if _TYPE_CHECKING:
         OneRForMaskedLM,
         OneRForPreTraining,
         OneRModel,
+        SimlaConfig,
+        SimlaForImageTextRetrieval,
+        SimlaForMaskedLM,
+        SimlaForPreTraining,
+        SimlaModel,
     )
     from .processing.image_processing_vl import OneRImageProcessor, open_image
     from .processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline
@@ -42,7 +47,16 @@ _FAMILIES = {
         "AutoModelForImageClassification": "OneRForImageClassification",
         "AutoImageProcessor": "OneRImageProcessor",
         "AutoProcessor": "OneRProcessor",
-    }
+    },
+    "simla": {
+        "AutoConfig": "SimlaConfig",
+        "AutoModel": "SimlaModel",
+        "AutoModelForPreTraining": "SimlaForPreTraining",
+        "AutoModelForZeroShotImageClassification": "SimlaForImageTextRetrieval",
+        "AutoModelForMaskedLM": "SimlaForMaskedLM",
+        "AutoImageProcessor": "OneRImageProcessor",
+        "AutoProcessor": "OneRProcessor",
+    },
 }
 
 __all__ = [
@@ -56,6 +70,11 @@ __all__ = [
     "OneRModel",
     "OneRProcessor",
     "RetrievalIndex",
+    "SimlaConfig",
+    "SimlaForImageTextRetrieval",
+    "SimlaForMaskedLM",
+    "SimlaForPreTraining",
+    "SimlaModel",
     "open_image",
     "open_pairs",
     "tokenizer_from_vocab",

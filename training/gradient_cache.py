@@ -79,6 +79,7 @@ class _CachedStep:
         self.common_slopes: Tensors = {}
 
     def run(self) -> tuple[torch.Tensor, Tensors]:
+        self.objective.before_step()
         parts = self.compare(*self.represent())
         self.statistics.begin()
         for number in range(len(self.pieces)):

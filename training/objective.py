@@ -13,7 +13,10 @@ from .distributed import mean_counts
 from .teacher import EMATeacher
 
 # family -> module of the objective and of its arguments; a new family adds its line here
-OBJECTIVES = {"oner": ("oner.training.objective_oner", "OneRObjective", "OneRObjectiveArguments")}
+OBJECTIVES = {
+    "oner": ("oner.training.objective_oner", "OneRObjective", "OneRObjectiveArguments"),
+    "simla": ("oner.training.objective_simla", "SimlaObjective", "SimlaObjectiveArguments"),
+}
 
 
 @dataclass
@@ -45,10 +48,14 @@ class Objective(ABC):
         self, student: nn.Module, batch: dict[str, torch.Tensor], progress: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch, and the parts to log as 0-dim tensors. `student` may be wrapped by an engine."""
+        self.before_step()
         online = self.represent(student, batch, progress, mean_counts(self.count(batch)))
         targets = self.targets(student, batch, progress)
         parts = {**self.compare(online.rows, online.common, targets, progress), **online.parts}
         return self.weigh(parts), {name: part.detach() for name, part in parts.items()}
+
+    def before_step(self) -> None:  # noqa: B027  most families have nothing to move
+        """Called once before the passes of a step, in one go or in pieces: what has to move before it is taken."""
 
     @abstractmethod
     def split(self, batch: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
