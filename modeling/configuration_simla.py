@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 # name -> (hidden_size, visual layers, text layers, heads). base is the paper's; tiny and small are DeiT's widths,
 # nano is for pictures of 64 pixels and two CPU cores.
 SIMLA_SIZES = {
-    "nano": (192, 4, 4, 4),
+    "nano": (192, 4, 2, 4),
     "tiny": (192, 12, 12, 3),
     "small": (384, 12, 12, 6),
     "base": (768, 12, 12, 12),
@@ -33,6 +33,8 @@ class SimlaConfig(PreTrainedConfig):
             pixels, not for the 384 of fine-tuning, which completes none).
         max_text_length (`int`): Longest text in words, without [CLS] (ALBEF's code: 25 with it).
         image_size, patch_size, num_channels (`int`): Pictures are square, `image_size` pixels a side.
+        stem (`"linear"` or `"conv"`): ViT's patch projection, or early convolutions, which learn faster from few pairs
+            (Xiao et al., 2021; not SIMLA's).
         position_image_size (`int`, *optional*): Picture size of the learned table of positions, which is interpolated
             from there to `image_size` (bicubic, as ALBEF does it). Defaults to `image_size`.
         initializer_range (`float`): Standard deviation of weights, embeddings and tokens (ViT, BERT: 0.02).
@@ -74,6 +76,7 @@ class SimlaConfig(PreTrainedConfig):
     image_size: int = 256
     patch_size: int = 16
     num_channels: int = 3
+    stem: Literal["linear", "conv"] = "linear"
     position_image_size: int | None = None
     initializer_range: float | int = 0.02
     projection_dim: int = 256
@@ -118,6 +121,12 @@ class SimlaConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) must be a multiple of patch_size ({self.patch_size})"
                 )
+        stages = self.patch_size.bit_length() - 1
+        if self.stem == "conv" and (self.patch_size != 2**stages or self.hidden_size % 2 ** max(0, stages - 1)):
+            raise ValueError(
+                f"a convolutional stem needs a patch_size that is a power of two and a hidden_size divisible by half "
+                f"of it, got {self.patch_size} and {self.hidden_size}"
+            )
         for name in ("num_hidden_layers", "num_text_layers", "max_text_length", "num_visual_codes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_simla import SimlaConfig
-from .vl_embeddings import LinearStem, interpolate_positions
+from .vl_embeddings import ConvStem, LinearStem, interpolate_positions
 from .vl_features import RetrievalFeatures, pair_loss
 from .vl_fusion import FusionAttention, FusionLayer, TextEmbeddings, context_mask_of, self_mask
 from .vl_gradcam import GroundedMatching
@@ -34,6 +34,14 @@ from .vl_outputs import (
     VisionLanguageModelOutput,
 )
 
+# what a repository with these weights offers, whichever class saved it
+AUTO_MAP = {
+    "AutoConfig": "configuration_simla.SimlaConfig",
+    "AutoModel": "modeling_simla.SimlaModel",
+    "AutoModelForZeroShotImageClassification": "modeling_simla.SimlaForImageTextRetrieval",
+    "AutoModelForMaskedLM": "modeling_simla.SimlaForMaskedLM",
+}
+
 
 class SimlaVisionEmbeddings(nn.Module):
     """Patches, [CLS] and learned positions. (B, C, H, W) -> (B, 1 + N, D)."""
@@ -41,7 +49,8 @@ class SimlaVisionEmbeddings(nn.Module):
     def __init__(self, config: SimlaConfig):
         super().__init__()
         self.config = config
-        self.stem = LinearStem(config.patch_size, config.num_channels, config.hidden_size)
+        stem = ConvStem if config.stem == "conv" else LinearStem
+        self.stem = stem(config.patch_size, config.num_channels, config.hidden_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         places = 1 + (config.position_image_size // config.patch_size) ** 2
@@ -123,7 +132,7 @@ class SimlaTextEncoder(nn.Module):
         mask = self_mask(self.config, hidden_states, key_mask)
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, mask, context)
-        return self.layers[-1].attention.first_row(hidden_states, key_mask)
+        return self.layers[-1](hidden_states, first_row=True, key_mask=key_mask)
 
 
 class SimlaPreTrainedModel(PreTrainedModel):
@@ -155,8 +164,9 @@ class SimlaPreTrainedModel(PreTrainedModel):
             module.reset()
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            bound = module.weight[0].numel() ** -0.5
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, SimlaVisionEmbeddings):
             init.normal_(module.cls_token, std=self.config.initializer_range)
             init.normal_(module.position_embeddings, std=self.config.initializer_range)
@@ -171,6 +181,11 @@ class SimlaPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         getattr(self, "simla", self).text.embeddings.word_embeddings = value
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        # transformers would list only the class that is saved; a repository serves all of them
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
 
 
 class SimlaFeatures(RetrievalFeatures):

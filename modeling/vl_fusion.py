@@ -121,8 +121,13 @@ class FusionLayer(GradientCheckpointingLayer):
         context: torch.Tensor | None = None,
         context_mask: object = None,
         context_index: torch.Tensor | None = None,
+        first_row: bool = False,
+        key_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
+        """With `first_row`, what the first position attends of 1 for real keys (R, L): (R, H, L) instead of states."""
+        if first_row:  # by a call of the layer, at which an engine that shards brings its weights together
+            return self.attention.first_row(hidden_states, key_mask)
         attended, _ = self.attention(hidden_states, None, attention_mask, **kwargs)
         hidden_states = self.attention_norm(self.dropout(attended) + hidden_states)
         if context is not None:
