@@ -1,10 +1,10 @@
 """Rows to a training batch: the only place where data are corrupted at random, and where bad rows are replaced.
 
 Shapes: B pairs, N patches of a picture (row-major), Lt words of the longest caption of the batch (at least 1),
-n words of the whole batch, M words with a masked-word target. Joint layout of a row: [CLS] [IMG]*N w1 ... wT [PAD]*.
+n words of the whole batch, M words or patches with a target. Joint layout of a row: [CLS] [IMG]*N w1 ... wT [PAD]*.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -15,22 +15,26 @@ from PIL import Image
 
 from .image_processing_vl import open_image
 from .vl_captions import caption_reason
-from .vl_masking import mask_patches, mask_words, mim_ratio
+from .vl_masking import mask_blocks, mask_patches, mask_words, mim_ratio
 from .vl_quarantine import MAX_ATTEMPTS, SHOWN, BadRow, BadRowsError
 from .vl_sampling import RowKey, concept_id
 
 NO_WORDS = np.zeros(0, dtype=np.int64)
+MIM_MASKINGS = ("random", "blocks")
 
 
 @dataclass
 class Example:
-    """A row whose caption is chosen and whose picture is decoded; `words` are the caption's ids, (T,)."""
+    """A row whose caption is chosen and whose picture is decoded; `words` are the caption's ids, (T,).
+
+    `pixels` holds the views of the picture by their names in the batch.
+    """
 
     key: RowKey
     row: dict[str, Any]
     rng: np.random.Generator
     caption: str
-    pixels: torch.Tensor
+    pixels: Mapping[str, torch.Tensor]
     words: np.ndarray = field(default_factory=NO_WORDS.copy)
 
 
@@ -45,7 +49,8 @@ class PairCollator:
 
     Args:
         tokenizer: fast tokenizer; its special tokens are neither added nor recognised inside a caption.
-        image_transform: (PIL RGB, numpy generator) -> (3, H, W) float tensor.
+        image_transform: (PIL RGB, numpy generator) -> (3, H, W) float tensor, or several views by their names in the
+            batch, `pixel_values` among them: each is stacked.
         image_token_id, cls_token_id, mask_token_id, pad_token_id: ids of the layout.
         vocab_size: a random replacement is drawn below it, special ids excluded.
         patch_size: side of a square patch; must divide H and W.
@@ -53,8 +58,11 @@ class PairCollator:
         seed: seed of the run.
         mlm_probability: share of words with a target.
         mim_ratio: share of masked patches at the beginning and at the end of the run.
+        mim_masking: "random" patches, or "blocks" as BEiT, which may fall short of the share by a few patches.
+        mim_min_block: patches of the smallest block; where that is more than all to be masked, those.
         mask_text, mask_image: switch the corruption off (the twin then equals the clean ids, no patch is masked).
         random_specials: a random word may be a special token, as in ALBEF.
+        clean_caption: rewrites a caption before it is tokenised, as `pre_caption` does.
         max_pixels: largest picture that is decoded; None keeps the decoder's own cap.
         source: name of the data, for error messages.
     """
@@ -74,9 +82,12 @@ class PairCollator:
         seed: int = 0,
         mlm_probability: float = 0.15,
         mim_ratio: tuple[float, float] = (0.1, 0.5),
+        mim_masking: str = "random",
+        mim_min_block: int = 16,
         mask_text: bool = True,
         mask_image: bool = True,
         random_specials: bool = False,
+        clean_caption: Callable[[str], str] | None = None,
         max_pixels: int | None = None,
         source: str = "the data set",
     ) -> None:
@@ -85,11 +96,16 @@ class PairCollator:
             raise ValueError(f"special ids must be four different ids in [0, {vocab_size}), got {layout}")
         if max_text_length < 1:
             raise ValueError(f"max_text_length must be positive, got {max_text_length}")
+        if mim_masking not in MIM_MASKINGS:
+            raise ValueError(f"mim_masking must be one of {MIM_MASKINGS}, got {mim_masking!r}")
+        if mim_min_block < 1:
+            raise ValueError(f"mim_min_block must be positive, got {mim_min_block}")
         self.tokenizer, self.image_transform = tokenizer, image_transform
         self.image_token_id, self.cls_token_id = image_token_id, cls_token_id
         self.mask_token_id, self.pad_token_id = mask_token_id, pad_token_id
         self.vocab_size, self.patch_size, self.max_text_length = vocab_size, patch_size, max_text_length
         self.seed, self.mlm_probability, self.mim_ratio = seed, mlm_probability, tuple(mim_ratio)
+        self.mim_masking, self.mim_min_block, self.clean_caption = mim_masking, mim_min_block, clean_caption
         self.mask_text, self.mask_image, self.random_specials = mask_text, mask_image, random_specials
         self.max_pixels, self.source = max_pixels, source
         known = {i for i in getattr(tokenizer, "all_special_ids", []) if 0 <= i < vocab_size}
@@ -99,8 +115,9 @@ class PairCollator:
         """Batch of `items`, (RowKey, row) or (RowKey, row, stand-ins).
 
         Returns:
-            input_ids, attention_mask, masked_input_ids (B, 1+N+Lt) int64; pixel_values (B, 3, H, W) float32;
-            bool_masked_pos (B, N) bool; text_index (n,) int64, the places of the words in a flat (B, Lt);
+            input_ids, attention_mask, masked_input_ids (B, 1+N+Lt) int64; pixel_values (B, 3, H, W) float32 and any
+            other view of the transform; bool_masked_pos (B, N) bool; mim_index (M,) int64, the masked patches' places
+            in a flat (B, N); text_index (n,) int64, the places of the words in a flat (B, Lt);
             mlm_index (M,) int64, places among those n words; mlm_labels (M,) int64, the words that stood there;
             ids (B,) int64 concept ids; rows (B,) int64; and, if rows were replaced, quarantine: a list of
             {"row", "epoch", "attempt", "reason", "replaced_by"}, one for each row that could not be used and was not
@@ -118,17 +135,18 @@ class PairCollator:
         for place, example in enumerate(examples):
             if isinstance(example, BadRow):
                 examples[place] = self._stand_in(items[place], example, quarantine)
-        pixels = torch.stack([example.pixels for example in examples])
-        n_patches = self._patches(pixels)
+        views = {name: torch.stack([one.pixels[name] for one in examples]) for name in examples[0].pixels}
+        grid = self._grid(views["pixel_values"])
         corrupted, selected, patches = [], [], []
         for example in examples:
             changed, places = self._mask_words(example.words, example.rng)
             corrupted.append(changed)
             selected.append(places)
-            patches.append(self._mask_patches(n_patches, example.key.progress, example.rng))
-        batch: dict[str, Any] = self._lay_out([example.words for example in examples], corrupted, selected, n_patches)
-        batch["pixel_values"] = pixels
+            patches.append(self._mask_patches(grid, example.key.progress, example.rng))
+        words = [example.words for example in examples]
+        batch: dict[str, Any] = {**self._lay_out(words, corrupted, selected, grid[0] * grid[1]), **views}
         batch["bool_masked_pos"] = torch.from_numpy(np.stack(patches))
+        batch["mim_index"] = torch.from_numpy(np.flatnonzero(patches))
         ids = [concept_id(example.row.get("id", example.key.row)) for example in examples]
         batch["ids"] = torch.tensor(ids, dtype=torch.int64)
         batch["rows"] = torch.tensor([example.key.row for example in examples], dtype=torch.int64)
@@ -155,9 +173,10 @@ class PairCollator:
         except (ValueError, OSError) as error:
             return BadRow(f"cannot read the picture {_name(row['image'])}: {error}")
         try:
-            return Example(key, row, rng, caption, self.image_transform(image, rng))
+            pixels = self.image_transform(image, rng)
         except (ValueError, ArithmeticError, RuntimeError) as error:
             return BadRow(f"cannot transform the picture {_name(row['image'])} of {image.size}: {error}")
+        return Example(key, row, rng, caption, pixels if isinstance(pixels, Mapping) else {"pixel_values": pixels})
 
     def _with_words(self, examples: list[Example | BadRow]) -> list[Example | BadRow]:
         """The examples with their captions as ids; a caption without any is bad."""
@@ -200,14 +219,16 @@ class PairCollator:
             f"for it; the first of them all:\n{lines}"
         )
 
-    def _patches(self, pixels: torch.Tensor) -> int:
+    def _grid(self, pixels: torch.Tensor) -> tuple[int, int]:
         height, width = pixels.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"pictures of {height}x{width} cannot be cut into patches of {self.patch_size}")
-        return (height // self.patch_size) * (width // self.patch_size)
+        return height // self.patch_size, width // self.patch_size
 
     def _words(self, captions: list[str]) -> list[np.ndarray]:
         """Ids of each caption, (T,) with 0 <= T <= max_text_length; the text "[MASK]" in a caption is plain text."""
+        if self.clean_caption is not None:
+            captions = [self.clean_caption(caption) for caption in captions]
         encoded = self.tokenizer(
             captions,
             add_special_tokens=False,
@@ -233,10 +254,14 @@ class PairCollator:
             random_specials=self.random_specials,
         )
 
-    def _mask_patches(self, n_patches: int, progress: float, rng: np.random.Generator) -> np.ndarray:
+    def _mask_patches(self, grid: tuple[int, int], progress: float, rng: np.random.Generator) -> np.ndarray:
+        n_patches = grid[0] * grid[1]
         if not self.mask_image:
             return np.zeros(n_patches, dtype=bool)
-        return mask_patches(n_patches, mim_ratio(progress, *self.mim_ratio), rng)
+        ratio = mim_ratio(progress, *self.mim_ratio)
+        if self.mim_masking == "blocks":
+            return mask_blocks(grid, int(n_patches * ratio), rng, min_block=self.mim_min_block)
+        return mask_patches(n_patches, ratio, rng)
 
     def _lay_out(
         self, words: list[np.ndarray], corrupted: list[np.ndarray], selected: list[np.ndarray], n_patches: int

@@ -1,14 +1,14 @@
 """A batch of pairs in pieces, as if each had been collated by itself at the width of the whole.
 
-B rows, N patches, W word slots, n words of the batch, M words to predict.
+B rows, N patches, W word slots, n words of the batch, M words or patches to predict.
 """
 
 from collections.abc import Mapping
 
 import torch
 
-# packed over the batch: places and labels of words, not rows
-PACKED = ("text_index", "mlm_index", "mlm_labels")
+# packed over the batch: places and labels of words or patches, not rows
+PACKED = ("text_index", "mlm_index", "mlm_labels", "mim_index")
 
 
 def split_pairs(batch: Mapping[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
@@ -30,7 +30,7 @@ def split_pairs(batch: Mapping[str, torch.Tensor], pieces: int) -> list[dict[str
     split = []
     for start, end in zip(starts[:-1], starts[1:], strict=True):
         piece = {name: value[start:end] for name, value in rows.items()}
-        split.append({**piece, **_split_words(batch, start, end)})
+        split.append({**piece, **_split_words(batch, start, end), **_split_patches(batch, start, end)})
     return split
 
 
@@ -50,3 +50,12 @@ def _split_words(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dic
         packed["mlm_index"] = batch["mlm_index"][mine] - first
         packed["mlm_labels"] = batch["mlm_labels"][mine]
     return packed
+
+
+def _split_patches(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
+    """Places of the masked patches of rows `start` to `end`."""
+    if "mim_index" not in batch:
+        return {}
+    places, n_patches = batch["mim_index"].contiguous(), batch["bool_masked_pos"].shape[1]
+    edges = torch.tensor([start * n_patches, end * n_patches], device=places.device)
+    return {"mim_index": places[slice(*torch.searchsorted(places, edges).tolist())] - start * n_patches}

@@ -1,6 +1,7 @@
 """What a run may be told: YAML files, their bases, the command line, and what is refused."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from oner.training.arguments import Arguments, parse_arguments, read_config
 from oner.training.objective_oner import OneRObjectiveArguments
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+# those of other examples are tried where these are: test_finetune_example.py and the tests of image tokenizers
+OTHERS = ("finetune_", "image_tokenizer_")
+CONFIGS = sorted(p for p in (ROOT / "examples" / "configs").glob("*.yaml") if not p.stem.startswith(OTHERS))
 
 
 @pytest.fixture
@@ -117,6 +120,15 @@ def test_json_on_the_command_line(parse):
             "one_row_per_id: true\nid_column: id\nstreaming: true",
             "one_row_per_id needs all ids .*a stream cannot give",
         ),
+        ("schedule: step", "schedule is 'step'; expected 'cosine' or 'albef'"),
+        ("mim_masking: block", "mim_masking is 'block'; expected 'random' or 'blocks'"),
+        ("code_crop: same", "code_crop is 'same'; expected None or 'common' or 'independent'"),
+        ("image_normalization: none", "image_normalization is 'none'; expected None or 'imagenet' or 'clip'"),
+        ("caption_rules: blip", "caption_rules is 'blip'; expected None or 'albef'"),
+        ("mim_min_block: 0", "mim_min_block is 0; expected at least 1"),
+        ("warmup_steps: -1", "warmup_steps is -1; expected 0 or more, or none"),
+        ("warmup_learning_rate: -1e-5", "warmup_learning_rate is -1e-05; expected 0 or more"),
+        ("schedule: albef\nwarmup_steps: 150", "warmup_steps is 150; expected stairs of 100 steps"),
         ("max_steps: 0", "max_steps is 0; expected at least 1"),
         ("max_steps: -3", "max_steps is -3; expected at least 1"),
         ("log_every: 0", "log_every is 0; expected at least 1"),
@@ -140,13 +152,32 @@ def test_the_family_brings_its_own_fields(parse):
     assert json.loads(json.dumps(flat)) == flat
 
 
+@dataclass
+class TaskArguments:
+    task: str = field(default="naming", metadata={"help": "What to do."})
+    names: list[str] = field(default_factory=list, metadata={"help": "Which."})
+
+
+def test_a_task_may_bring_its_fields_instead_of_the_familys(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("train_data: [pairs.parquet]\nnames: apple\nschedule: albef\n")
+    arguments = parse_arguments(["--config", str(file), "--task", "telling"], objective=TaskArguments)
+    assert arguments.objective == TaskArguments("telling", ["apple"]) and arguments.run.schedule == "albef"
+    assert arguments.model.family == "oner" and "names" in arguments.to_dict()
+    with pytest.raises(ValueError, match=r"unknown arguments \['names'\]"):
+        parse_arguments(["--config", str(file)])
+    file.write_text("train_data: [pairs.parquet]\nema_momentum: 0.9\n")
+    with pytest.raises(ValueError, match=r"unknown arguments \['ema_momentum'\]"):
+        parse_arguments(["--config", str(file)], objective=TaskArguments)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_example_parses_to_what_it_says(path):
     arguments = parse_arguments(["--config", str(path)])
     flat = arguments.to_dict()
     for name, value in read_config(path).items():
         assert flat[name] == value, name
-    assert arguments.model.family == "oner"
+    assert arguments.model.family == read_config(path).get("family", "oner")
 
 
 def test_there_are_examples():

@@ -10,12 +10,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from oner.processing.image_augmentation import TrainingImageTransform
+from oner.processing.image_processing_vl import open_image
+from oner.processing.vl_captions import pre_caption
 from oner.processing.vl_collation import PairCollator
 from oner.processing.vl_dataset import PairTrainingSet, open_pairs
+from oner.processing.vl_pieces import split_pairs
 from oner.processing.vl_sampling import PairBatchSampler, RowKey, concept_id
 from oner.processing.vl_tokenizer import train_tokenizer
 
 N, SIZE = 16, 32  # patches of 8 x 8
+MASKINGS = ("blocks", "random")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def test_shapes_types_and_layout(rows, tokenizer):
     }
     for name, (shape, kind) in expected.items():
         assert tuple(batch[name].shape) == shape and batch[name].dtype == kind, name
-    assert set(batch) == {*expected, "text_index", "mlm_index", "mlm_labels"}
+    assert set(batch) == {*expected, "text_index", "mlm_index", "mlm_labels", "mim_index"}
     ids, mask = batch["input_ids"], batch["attention_mask"]
     assert (ids[:, 0] == 3).all() and (ids[:, 1 : 1 + N] == 1).all() and (mask[:, : 1 + N] == 1).all()
     text, real = ids[:, 1 + N :], mask[:, 1 + N :].bool()
@@ -101,9 +105,71 @@ def test_the_ratio_of_patches_follows_progress(rows, tokenizer):
         assert masked.sum(1).tolist() == [int(N * share)] * 4
 
 
+def test_masked_patches_are_listed_by_place_whole_and_in_pieces(rows, tokenizer):
+    for masking in ("random", "blocks"):
+        batch = collator(tokenizer, mim_masking=masking)(items_of(rows, range(7), progress=0.5))
+        assert batch["mim_index"].dtype == torch.int64
+        assert batch["mim_index"].tolist() == batch["bool_masked_pos"].flatten().nonzero().flatten().tolist()
+        pieces = split_pairs(batch, 3)
+        assert sum(len(piece["mim_index"]) for piece in pieces) == len(batch["mim_index"]) > 20
+        for piece in pieces:
+            assert torch.equal(piece["mim_index"], piece["bool_masked_pos"].flatten().nonzero().flatten())
+            assert torch.equal(
+                piece["mlm_labels"], piece["input_ids"][:, 1 + N :].flatten()[piece["text_index"][piece["mlm_index"]]]
+            )
+
+
+def test_patches_are_masked_in_blocks_when_asked(rows, tokenizer):
+    """A picture of 16 x 16 patches with BEiT's numbers, and nothing else drawn otherwise."""
+    options = {"image_transform": TrainingImageTransform(128), "mim_ratio": (75 / 256, 75 / 256)}
+    blocks, alone = (collator(tokenizer, mim_masking=name, **options)(items_of(rows, range(24))) for name in MASKINGS)
+    assert alone["bool_masked_pos"].sum(1).tolist() == [75] * 24
+    counts = blocks["bool_masked_pos"].sum(1)
+    assert counts.max() == 75 and counts.min() >= 64 and counts.float().mean() > 73.5
+    grid = blocks["bool_masked_pos"].view(24, 16, 16)
+    assert (grid[:, :, :-1] & grid[:, :, 1:]).sum() > 0.7 * grid.sum()
+    for name in ("pixel_values", "masked_input_ids", "mlm_index"):
+        assert torch.equal(blocks[name], alone[name])
+    whole = collator(tokenizer, mim_masking="blocks", mim_min_block=1, mim_ratio=(1.0, 1.0))(items_of(rows, range(4)))
+    assert (whole["bool_masked_pos"].sum(1) > N / 2).all()
+
+
+def test_every_view_of_a_picture_is_stacked(rows, tokenizer):
+    plain = collator(tokenizer)(items_of(rows, range(6)))
+    both = TrainingImageTransform(SIZE, code_size=16)
+    batch = collator(tokenizer, image_transform=both)(items_of(rows, range(6)))
+    assert batch["code_pixel_values"].shape == (6, 3, 16, 16)
+    assert all(torch.equal(batch[name], value) for name, value in plain.items())
+    key = RowKey(4, 0, 0.0)
+    rng = key.generator(0)
+    rng.random()  # the choice of a caption
+    assert torch.equal(batch["code_pixel_values"][4], both(open_image(rows[4]["image"]), rng)["code_pixel_values"])
+
+
+def test_captions_are_rewritten_before_they_are_tokenised(tokenizer):
+    make = collator(tokenizer, clean_caption=pre_caption, mask_text=False)
+    told = make([made(["A red-haired <person>, apple!"]), made(["red " * 40], 1)])
+    plain = collator(tokenizer, mask_text=False)([made(["a red haired person apple"]), made(["red " * 30], 1)])
+    assert words_of(told, 0) == words_of(plain, 0) and words_of(told, 1) == words_of(plain, 1)
+    with pytest.raises(ValueError, match=r"row 3 of the data set: no word is left of the caption '\?!'"):
+        make([made(["?!"], 3)])
+
+
+def test_a_random_word_may_be_special_when_asked(tokenizer):
+    items = [made(["red apple " * 30], number) for number in range(200)]
+    options = {"mlm_probability": 1.0, "image_transform": TrainingImageTransform(8), "vocab_size": 600}
+    found = {}
+    for special in (False, True):
+        batch = collator(tokenizer, random_specials=special, **options)(items)
+        drawn = batch["masked_input_ids"][:, 2:][batch["attention_mask"][:, 2:].bool()]
+        found[special] = sum(int((drawn == i).sum()) for i in (0, 1, 2, 3))
+    assert found[False] == 0 and found[True] >= 3
+
+
 def test_masks_can_be_switched_off(rows, tokenizer):
     plain = collator(tokenizer, mask_text=False, mask_image=False)(items_of(rows, range(8)))
     assert torch.equal(plain["input_ids"], plain["masked_input_ids"]) and not plain["bool_masked_pos"].any()
+    assert len(plain["mim_index"]) == 0 and plain["mim_index"].dtype == torch.int64
     assert len(plain["mlm_index"]) == len(plain["mlm_labels"]) == 0 and plain["mlm_index"].dtype == torch.int64
     # The crop and the caption are drawn before the masks, so that they are those of a masked run.
     masked = collator(tokenizer)(items_of(rows, range(8)))
@@ -229,6 +295,8 @@ def test_a_broken_picture_names_row_and_source(tokenizer, tmp_path):
         ({"mask_token_id": 3}, "special ids must be four different ids"),
         ({"vocab_size": 4}, r"four different ids in \[0, 4\)"),
         ({"max_text_length": 0}, "max_text_length must be positive, got 0"),
+        ({"mim_masking": "block"}, r"mim_masking must be one of \('random', 'blocks'\), got 'block'"),
+        ({"mim_min_block": 0}, "mim_min_block must be positive, got 0"),
     ],
 )
 def test_wrong_settings_are_refused(tokenizer, options, message):

@@ -1,6 +1,7 @@
 """The rehearsed step against a real one, the estimate's arithmetic by hand, and the command that prints it."""
 
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ from oner.processing.vl_collation import PairCollator
 from oner.processing.vl_sampling import RowKey
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.arguments import parse_arguments
-from oner.training.estimate import DEVICES, GIB, Device, estimate
+from oner.training.estimate import DEVICES, GIB, Device, configuration_of, estimate
 from oner.training.objective import build_objective
 from oner.training.pair_loading import build_model
 from oner.training.rehearsal import pair_batch, rehearse
@@ -66,8 +67,17 @@ def test_pair_batch_is_laid_out_as_the_collator_does(emoji_folder):
             assert tensor.shape == real[name].shape, name
     assert torch.equal(made["text_index"], real["text_index"])
     assert torch.equal(made["attention_mask"], real["attention_mask"])
+    assert torch.equal(made["mim_index"], made["bool_masked_pos"].flatten().nonzero().flatten())
     head = slice(0, 5)
     assert torch.equal(made["input_ids"][:, head], real["input_ids"][:, head])
+
+
+def test_pair_batch_has_visual_codes_for_a_model_that_predicts_them():
+    config = OneRConfig(**SMALL)
+    assert "visual_codes" not in pair_batch(config, LENGTHS)
+    config.num_visual_codes = 7
+    codes = pair_batch(config, LENGTHS)["visual_codes"]
+    assert codes.shape == (6, 4) and codes.dtype == torch.int64 and 0 <= codes.min() < codes.max() < 7
 
 
 def test_pair_batch_refuses_what_the_model_cannot_read():
@@ -78,7 +88,7 @@ def test_pair_batch_refuses_what_the_model_cannot_read():
 def real_step(given, config, half):
     """Operations of a step on real tensors, and bytes that its backward keeps."""
     model = build_model(given, config)
-    objective = build_objective("oner", model, given.objective)
+    objective = build_objective(given.model.family, model, given.objective)
     batch = pair_batch(config, LENGTHS, 0.15, 0.3)
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch.values()]}
     own |= {t.untyped_storage().data_ptr() for t in objective.teacher.model.state_dict().values()}
@@ -108,6 +118,24 @@ def test_a_rehearsal_is_the_step(precision):
     assert rehearsed.activations == pytest.approx(kept, rel=0.02)
     assert rehearsed.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert rehearsed.pairs == len(LENGTHS) and rehearsed.targets > 0
+
+
+def test_a_rehearsal_is_the_step_of_a_family_with_queues_and_codes():
+    """Its teacher moves before the step, its queues are tensors beside modules, and its tokenizer is not there."""
+    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_text_layers": 1, "num_attention_heads": 2}
+    fields |= {"image_size": 32, "projection_dim": 16, "max_text_length": 12, "num_visual_codes": 7, "vocab_size": 200}
+    given = parse_arguments(
+        ["--family", "simla", "--train_data", "none", "--attn_implementation", "eager", "--queue_size", "64"]
+        + ["--model_config", json.dumps(fields)]
+    )
+    config = configuration_of(given)
+    rehearsed = rehearse(
+        replace(given, objective=replace(given.objective, image_tokenizer="nowhere")), config, LENGTHS
+    )
+    flops, kept, model = real_step(given, config, half=False)
+    assert rehearsed.flops == flops and rehearsed.activations == pytest.approx(kept, rel=0.02)
+    assert rehearsed.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert 0 < rehearsed.teacher < rehearsed.parameters
 
 
 def test_rehearsing_allocates_nothing_of_the_models_size():

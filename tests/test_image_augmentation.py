@@ -107,10 +107,12 @@ def test_rand_augment_distorts_on_white_ground():
         ({"scale": (0.8, 0.5)}, "scale must be a rising pair"),
         ({"ratio": (0, 1)}, "ratio must be a rising pair"),
         ({"margin": -0.1}, "margin must not be negative"),
-        ({"rand_augment": "auto-m7"}, 'rand_augment must be a string of timm such as "rand-m7-n2", got .auto-m7.'),
+        ({"rand_augment": "auto-m7"}, 'such as "rand-m7-n2", or "albef-n2-m7"; got .auto-m7.'),
         ({"rand_augment": "rand-q7"}, "rand_augment must be a string of timm"),
         ({"hflip": 2}, "hflip must be in"),
         ({"std": (1, 0, 1)}, "mean and std need three values"),
+        ({"code_size": 0}, "code_size must be positive, got 0"),
+        ({"code_crop": "same"}, r"code_crop must be one of \('common', 'independent'\), got 'same'"),
     ],
 )
 def test_augmentation_refuses_wrong_settings(options, message):
@@ -118,3 +120,12 @@ def test_augmentation_refuses_wrong_settings(options, message):
         TrainingImageTransform(**{"image_size": 16, **options})
     with pytest.raises(ValueError, match="must be RGB, got mode L"):
         TrainingImageTransform(16)(picture(mode="L"), np.random.default_rng(0))
+
+
+def test_a_crop_of_all_is_the_whole_picture_whatever_its_shape():
+    image = picture((130, 40))
+    transform = TrainingImageTransform(SIZE, scale=(1.0, 1.0))
+    squeezed = torch.from_numpy(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).copy())
+    expected = squeezed.permute(2, 0, 1) * transform.factor + transform.offset
+    for seed in range(5):
+        assert torch.equal(transform(image, np.random.default_rng(seed)), expected)

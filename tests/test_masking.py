@@ -1,9 +1,12 @@
 """Masks of words and patches: shares, exact counts, purity."""
 
+import math
+import random
+
 import numpy as np
 import pytest
 
-from oner.processing.vl_masking import mask_patches, mask_words, mim_ratio
+from oner.processing.vl_masking import mask_blocks, mask_patches, mask_words, mim_ratio
 
 VOCABULARY, SPECIALS, MASK = 1000, (0, 1, 100, 101, 103), 103
 
@@ -91,3 +94,79 @@ def test_ratio_rises_linearly():
         mim_ratio(-0.1)
     with pytest.raises(ValueError, match="ratio must be in .0, 1., got 1.1"):
         mask_patches(4, 1.1, np.random.default_rng(0))
+
+
+def naive_blocks(target, smallest=16, side=16):
+    """BEiT's algorithm cell by cell, with python's generator: the number of masked patches."""
+    hidden = set()
+    while len(hidden) < target:
+        for _ in range(10):
+            area = random.uniform(smallest, target - len(hidden))
+            aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+            rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if rows < side and columns < side:
+                top, left = random.randint(0, side - rows), random.randint(0, side - columns)
+                new = {(top + i, left + j) for i in range(rows) for j in range(columns)} - hidden
+                if 0 < len(new) <= target - len(hidden):
+                    hidden |= new
+                    break
+        else:
+            break
+    return len(hidden)
+
+
+def test_blocks_hide_as_many_patches_as_beits():
+    """16 x 16, target 75, blocks of 16: SIMLA's. The rare masks that stop early are as rare as in the naive one."""
+    rng = np.random.default_rng(0)
+    counts = np.array([mask_blocks((16, 16), 75, rng).sum() for _ in range(4000)])
+    naive = np.array([naive_blocks(75) for _ in range(4000)])
+    assert counts.max() == 75 and counts.mean() == pytest.approx(74.4, abs=0.1)
+    for fewest, share in ((75, 0.63), (74, 0.868), (72, 0.968), (68, 0.998)):
+        error = 5 * np.sqrt(share * (1 - share) / 4000)
+        assert (counts >= fewest).mean() == pytest.approx(share, abs=error)
+        assert (naive >= fewest).mean() == pytest.approx(share, abs=error)
+
+
+def test_a_mask_of_one_block_is_a_rectangle_of_its_area_and_aspect():
+    rng, aspects = np.random.default_rng(1), []
+    for _ in range(500):
+        grid = mask_blocks((20, 30), 40, rng, min_block=40).reshape(20, 30)
+        rows, columns = np.flatnonzero(grid.any(1)), np.flatnonzero(grid.any(0))
+        block = grid[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        if block.all():  # not always: what rounding left over may hold another
+            aspects.append(math.log(block.shape[0] / block.shape[1]))
+            assert 32 <= block.size <= 40
+    limit = math.log(1 / 0.3) + 0.2  # sides are rounded
+    assert len(aspects) > 200 and -limit < min(aspects) < -1 and 1 < max(aspects) < limit
+    square = mask_blocks((20, 30), 36, rng, min_block=36, max_aspect=1.0).reshape(20, 30)
+    assert square.any(0).sum() == square.any(1).sum() == 6 and square.sum() == 36
+
+
+def test_blocks_cluster_where_random_patches_do_not():
+    def neighbours(make):
+        """Share of masked patches whose right neighbour is masked too."""
+        rng, shares = np.random.default_rng(2), []
+        for _ in range(200):
+            grid = make(rng).reshape(16, 16)
+            shares.append((grid[:, :-1] & grid[:, 1:]).sum() / grid.sum())
+        return np.mean(shares)
+
+    assert neighbours(lambda rng: mask_blocks((16, 16), 75, rng)) > 0.7
+    assert neighbours(lambda rng: mask_patches(256, 75 / 256, rng)) < 0.35
+
+
+def test_blocks_of_small_grids_and_their_edges():
+    rng = np.random.default_rng(3)
+    for smallest, least in ((16, 3.9), (2, 3.95), (1, 3.99)):
+        counts = [mask_blocks((4, 4), 4, rng, min_block=smallest).sum() for _ in range(500)]
+        assert max(counts) == 4 and np.mean(counts) > least
+    assert mask_blocks((4, 4), 0, rng).sum() == 0 and mask_blocks((1, 9), 3, rng).sum() == 0
+    mask = mask_blocks((4, 6), 24, rng, min_block=1)
+    assert mask.shape == (24,) and mask.dtype == bool and 12 < mask.sum() <= 24
+    state = np.random.get_state()[1].copy()
+    assert np.array_equal(*(mask_blocks((16, 16), 75, np.random.default_rng(5)) for _ in range(2)))
+    assert np.array_equal(np.random.get_state()[1], state)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 16\], the patches of 4 x 4, got 17"):
+        mask_blocks((4, 4), 17, rng)
+    with pytest.raises(ValueError, match="must be at least 1, got 0 and 2"):
+        mask_blocks((4, 4), 4, rng, min_block=0, max_aspect=2)

@@ -124,6 +124,18 @@ def test_a_checkpoint_that_lacks_what_a_run_needs_is_named(example, pairs, undis
         forget_accelerator()
 
 
+def test_a_checkpoint_older_than_an_argument_goes_on_where_its_default_is_meant(example, pairs, undisturbed, tmp_path):
+    tensors, state = load_checkpoint(undisturbed / numbered(9))
+    assert state["arguments"].pop("schedule") == "cosine"
+    save_checkpoint(tmp_path, 9, tensors, state)
+    line = [*tiny_arguments(pairs, tmp_path, **EVERY_STEP), "--resume"]
+    with pytest.raises(CheckpointError, match="belongs to another configuration; schedule: 'cosine' -> 'albef'"):
+        example.main([*line, "--schedule", "albef"])
+    forget_accelerator()
+    example.main(line)
+    assert_same_checkpoint(undisturbed / numbered(10), tmp_path / numbered(10))
+
+
 def test_the_choice_of_a_checkpoint(tmp_path):
     assert choose_checkpoint(tmp_path, None, CPU) is None and choose_checkpoint(tmp_path, "auto", CPU) is None
     small(tmp_path, 3, 12)

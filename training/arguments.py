@@ -62,6 +62,12 @@ class ModelArguments:
     initial_model: str | None = field(
         default=None, metadata=_help("Directory or Hub id to start from (weights, processor), as the 384 stage does.")
     )
+    initial_vision: str | None = field(
+        default=None, metadata=_help("A ViT or DeiT for the visual encoder: file, directory or Hub id (two encoders).")
+    )
+    initial_text: str | None = field(
+        default=None, metadata=_help("A BERT for the text encoder likewise; its vocabulary is `tokenizer`.")
+    )
     tokenizer: str | None = field(
         default=None,
         metadata=_help("A BERT vocabulary (vocab.txt) or saved tokenizer; trained on the captions if none."),
@@ -111,12 +117,39 @@ class DataArguments:
     color_jitter: float = field(default=0.0, metadata=_help("Strength; the paper found none helps (appendix E)."))
     grayscale: float = field(default=0.0, metadata=_help("Probability of losing colour; likewise."))
     rand_augment: str | None = field(
-        default=None, metadata=_help('timm\'s RandAugment by its string, "rand-m7-n2-mstd0.5"; likewise.')
+        default=None,
+        metadata=_help(
+            'timm\'s RandAugment by its string, "rand-m7-n2-mstd0.5", or ALBEF\'s, "albef-n2-m7"; likewise.'
+        ),
+    )
+    image_normalization: str | None = field(
+        default=None,
+        metadata=_help(
+            "imagenet or clip: mean and deviation of the colours, kept in the processor; if none, imagenet's, or what "
+            "the processor of initial_model says. ALBEF and SIMLA take clip's."
+        ),
+    )
+    code_crop: str | None = field(
+        default=None,
+        metadata=_help(
+            "A second view of 8 pixels a patch, for a tokenizer of pictures: common, the same crop (BEiT), or "
+            "independent (SIMLA's code)."
+        ),
+    )
+    caption_rules: str | None = field(
+        default=None, metadata=_help("albef: captions in lower case, without marks, of 30 words; as written if none.")
     )
     mlm_probability: float = field(default=0.15, metadata=_help("Share of words to predict (appendix C)."))
     mim_ratio: list[float] = field(
         default_factory=lambda: [0.1, 0.5],
         metadata=_help("Share of masked patches at the start and the end, linear in progress (appendix C)."),
+    )
+    random_specials: bool = field(
+        default=False, metadata=_help("A random word may be a special token, as in ALBEF's code.")
+    )
+    mim_masking: str = field(default="random", metadata=_help("random patches, or blocks of them as BEiT masks."))
+    mim_min_block: int = field(
+        default=16, metadata=_help("Patches of the smallest block; of 14 x 14 or 16 x 16, BEiT's and SIMLA's is 16.")
     )
     max_pixels: int | None = field(default=None, metadata=_help("Largest picture to decode, in pixels."))
     max_bad_rows: float = field(
@@ -144,8 +177,22 @@ class RunArguments:
         default=1e-4, metadata=_help("The rate is this times batch_size / 256 (appendix C).")
     )
     min_learning_rate: float = field(default=0.0, metadata=_help("Where the cosine ends."))
+    schedule: str = field(
+        default="cosine",
+        metadata=_help(
+            "cosine: falls with each step. albef: climbs in stairs of 100 steps, is level to the end of the first "
+            "epoch, and falls with each one after."
+        ),
+    )
     warmup_epochs: float = field(
-        default=4, metadata=_help("Linear warm-up from 0 (appendix C); of a stream, a share of max_steps below 1.")
+        default=4,
+        metadata=_help("Linear warm-up of the cosine (appendix C); of a stream, a share of max_steps below 1."),
+    )
+    warmup_steps: int | None = field(
+        default=None, metadata=_help("Length of the warm-up in steps instead of epochs; of albef, 2000 if none.")
+    )
+    warmup_learning_rate: float = field(
+        default=0.0, metadata=_help("Where the warm-up begins; ALBEF's and SIMLA's at 1e-5.")
     )
     weight_decay: float = field(default=0.1, metadata=_help("AdamW's (appendix C)."))
     decay_norm_and_bias: bool = field(
@@ -196,6 +243,13 @@ class Arguments:
             flat.update(dataclasses.asdict(getattr(self, part.name)))
         return flat
 
+    def defaults(self) -> dict[str, Any]:
+        """What each argument is where nothing was said of it, likewise flat: what runs did before it existed."""
+        flat = {}
+        for part in dataclasses.fields(self):
+            flat.update(dataclasses.asdict(type(getattr(self, part.name))()))
+        return flat
+
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """A flat YAML file; `base: other.yaml` (relative to it) is read first and overridden. Raises `ValueError`."""
@@ -212,9 +266,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return {**merged, **values}
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = None) -> Arguments:
     """
     `--config FILE.yaml`, then `--name value` for anything to override.
+
+    Args:
+        objective: Dataclass to fill instead of the family's, as a task does to which the family is fine-tuned. All its
+            fields have defaults, and none is named as a field of the other three.
 
     Raises:
         ValueError: names that no argument has, or values out of range.
@@ -227,7 +285,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     known, rest = first.parse_known_args(argv)
     values = read_config(known.config) if known.config else {}
     family = known.family or values.get("family", "oner")
-    objective = objective_classes(family)[1]
+    if objective is None:
+        objective = objective_classes(family)[1]
     kinds = [ModelArguments, DataArguments, RunArguments, objective]
     parser = HfArgumentParser(kinds, allow_abbrev=False)
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
@@ -286,8 +345,23 @@ def _read_json(name: str, text: str) -> dict[str, Any]:
     return value
 
 
+# name -> the words that it may be
+CHOICES = {
+    "image_normalization": (None, "imagenet", "clip"),
+    "code_crop": (None, "common", "independent"),
+    "caption_rules": (None, "albef"),
+    "mim_masking": ("random", "blocks"),
+    "schedule": ("cosine", "albef"),
+    "eval_captions": ("all", "first"),
+}
+
+
 def _check(arguments: Arguments) -> None:
     data, run = arguments.data, arguments.run
+    for name, words in CHOICES.items():
+        value = getattr(data if hasattr(data, name) else run, name)
+        if value not in words:
+            raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, words))}")
     if not data.train_data:
         raise ValueError("train_data is empty; expected files, a folder, or the name of a data set")
     if data.data_weights is not None and len(data.data_weights) != len(data.train_data):
@@ -305,6 +379,14 @@ def _check(arguments: Arguments) -> None:
     for name in ("log_every", "keep_checkpoints", "max_nonfinite_steps"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} is {getattr(run, name)}; expected at least 1")
+    if data.mim_min_block < 1:
+        raise ValueError(f"mim_min_block is {data.mim_min_block}; expected at least 1")
+    if run.warmup_learning_rate < 0:
+        raise ValueError(f"warmup_learning_rate is {run.warmup_learning_rate}; expected 0 or more")
+    if run.warmup_steps is not None and run.warmup_steps < 0:
+        raise ValueError(f"warmup_steps is {run.warmup_steps}; expected 0 or more, or none for `warmup_epochs`")
+    if run.schedule == "albef" and (run.warmup_steps or 0) % 100:
+        raise ValueError(f"warmup_steps is {run.warmup_steps}; expected stairs of 100 steps under schedule albef")
     for name in ("crop_scale", "mim_ratio"):
         low_high = getattr(data, name)
         if len(low_high) != 2 or not 0 <= low_high[0] <= 1 or not 0 <= low_high[1] <= 1:
@@ -313,8 +395,6 @@ def _check(arguments: Arguments) -> None:
         raise ValueError(f"max_bad_rows is {data.max_bad_rows}; expected a share in [0, 1]")
     if not 0 < data.eval_crop <= 1:
         raise ValueError(f"eval_crop is {data.eval_crop}; expected a share in (0, 1]")
-    if run.eval_captions not in ("all", "first"):
-        raise ValueError(f"eval_captions is {run.eval_captions!r}; expected 'all' or 'first'")
     if run.mixed_precision not in ("no", "bf16", "fp16", "auto"):
         raise ValueError(f"mixed_precision is {run.mixed_precision!r}; expected no, bf16, fp16 or auto")
     if data.one_row_per_id and data.id_column is None:

@@ -275,7 +275,8 @@ class Engine:
 
     def _restore(self, path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
         lengths = {name: getattr(self, name) for name in ("total_steps", "epoch_steps")}
-        then = {**state["arguments"], **{name: state[name] for name in lengths}}
+        # a checkpoint that is older than an argument did what its default does
+        then = {**self.arguments.defaults(), **state["arguments"], **{name: state[name] for name in lengths}}
         check_same_run(path, then, {**self.arguments.to_dict(), **lengths}, self.run.allow_changes)
         load_weights(self.model, tensors["model"], path)
         try:

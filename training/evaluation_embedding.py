@@ -72,7 +72,7 @@ def check_pictures(rows: Sequence[Row], name: str, threads: int = 4) -> None:
         raise PairDataError(report(name, bad[:SHOWN], len(bad), len(rows)))
 
 
-def _opened(images: Iterable[Any], first: int) -> list[Any]:
+def opened(images: Iterable[Any], first: int) -> list[Any]:
     """Decoded, the number of one that cannot be read in the error; they count from `first`."""
     decoded = []
     for number, image in enumerate(images, first):
@@ -89,7 +89,7 @@ def embed_images(
     """f(I), (n, P). `images` are anything that `open_image` opens, or rows' "image"; decoded a batch at a time."""
 
     def encode(rows: slice) -> Any:
-        batch = processor(images=_opened(images[rows], rows.start), return_tensors="pt")
+        batch = processor(images=opened(images[rows], rows.start), return_tensors="pt")
         return model.get_image_features(pixel_values=on_device(batch, model)["pixel_values"])
 
     return _embed(model, len(images), encode, batch_size, "pictures", progress)
@@ -128,9 +128,9 @@ def embed_pairs(
 
     def encode(rows: slice) -> Any:
         first, last = rows.start // times, (rows.stop - 1) // times + 1
-        opened = _opened(images[first:last], first)
+        pictures = opened(images[first:last], first)
         batch = processor(
-            images=[opened[row // times - first] for row in range(rows.start, rows.stop)],
+            images=[pictures[row // times - first] for row in range(rows.start, rows.stop)],
             text=list(texts[rows]),
             padding=True,
             truncation=True,

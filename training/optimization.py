@@ -1,5 +1,6 @@
-"""AdamW over two groups and a cosine per iteration, both timm's; which parts of a model are compiled."""
+"""AdamW over two groups, and a cosine per iteration, both timm's, or ALBEF's stairs; which parts are compiled."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -26,16 +27,64 @@ def build_optimizer(model: nn.Module, run: RunArguments) -> torch.optim.AdamW:
 def build_schedule(
     optimizer: torch.optim.Optimizer, run: RunArguments, total_steps: int, epoch_steps: int
 ) -> Scheduler:
-    """Linear warm-up from 0, then half a cosine to the minimum. A pure function of the step: `step_update(step)`."""
-    warmup = min(round(run.warmup_epochs * epoch_steps), total_steps - 1)
+    """
+    A pure function of the step, `step_update(step)`: by default a linear warm-up, then half a cosine to the minimum.
+    """
+    if run.schedule == "albef":
+        steps = 2000 if run.warmup_steps is None else run.warmup_steps
+        return AlbefScheduler(
+            optimizer, total_steps / epoch_steps, epoch_steps, steps, run.warmup_learning_rate, run.min_learning_rate
+        )
+    warmup = round(run.warmup_epochs * epoch_steps) if run.warmup_steps is None else run.warmup_steps
+    warmup = min(warmup, total_steps - 1)
     return CosineLRScheduler(
         optimizer,
         t_initial=total_steps - warmup,
         lr_min=run.min_learning_rate,
         warmup_t=warmup,
+        warmup_lr_init=run.warmup_learning_rate,
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+class AlbefScheduler(Scheduler):
+    """
+    The rate of ALBEF's, TCL's and SIMLA's code. In the first epoch it climbs from `warmup_rate` to the optimiser's own
+    rate in even stairs, one after each 100 steps, the first after step 100, for `warmup_steps`, and stays there.
+    Epoch e of E has lowest + (peak - lowest) (1 + cos(pi e / E)) / 2, also where the first was too short to warm up.
+
+    Args:
+        epochs (`float`): E, the length of the run.
+        epoch_steps (`int`): Steps of an epoch.
+        warmup_steps (`int`): ALBEF: 2000 to pretrain, 100 to fine-tune.
+        warmup_rate, lowest (`float`): Rates.
+    """
+
+    # timm's cosine counts steps or epochs; this one counts hundreds of steps in the first epoch and epochs after it
+    STAIR = 100
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        epochs: float,
+        epoch_steps: int,
+        warmup_steps: int,
+        warmup_rate: float,
+        lowest: float,
+    ):
+        super().__init__(optimizer, param_group_field="lr", t_in_epochs=False)
+        self.epochs, self.epoch_steps = epochs, epoch_steps
+        self.stairs, self.warmup_rate, self.lowest = warmup_steps // self.STAIR, warmup_rate, lowest
+
+    def _get_lr(self, t: int) -> list[float]:
+        epoch = t // self.epoch_steps
+        if epoch > 0:
+            share = (1 + math.cos(math.pi * min(epoch / self.epochs, 1))) / 2
+            return [self.lowest + (peak - self.lowest) * share for peak in self.base_values]
+        # the code sets the rate after the update, so that steps 1 to 100 have the first stair's
+        climbed = min(1, max(0, t - 1) // self.STAIR / self.stairs) if self.stairs else 1
+        return [self.warmup_rate + (peak - self.warmup_rate) * climbed for peak in self.base_values]
 
 
 def compile_regions(models: Iterable[PreTrainedModel]) -> int:

@@ -58,7 +58,8 @@ def pair_batch(
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """
-    What `PairCollator` gives for captions of these lengths, with random words and grey pictures. Shapes as there.
+    What `PairCollator` gives for captions of these lengths, with random words and grey pictures. Shapes as there. A
+    model that predicts visual codes gets random ones, (B, N) int64: no tokenizer of pictures is rehearsed.
 
     Raises:
         ValueError: a text longer than `max_text_length`.
@@ -74,7 +75,8 @@ def pair_batch(
     words = rng.integers(min(low, config.vocab_size - 1), config.vocab_size, int(real.sum()))
     ids[:, head:][real] = words
     places = np.sort(rng.permutation(len(words))[: round(mlm_probability * len(words))])
-    hidden, twin, corrupted = np.argsort(rng.random((pairs, head - 1))), ids.copy(), words.copy()
+    order, twin, corrupted = np.argsort(rng.random((pairs, head - 1))), ids.copy(), words.copy()
+    hidden = order < int(mim_ratio * (head - 1))
     corrupted[places] = config.mask_token_id
     twin[:, head:][real] = corrupted
     arrays = {
@@ -84,10 +86,13 @@ def pair_batch(
         "text_index": np.flatnonzero(real),
         "mlm_index": places,
         "mlm_labels": words[places],
-        "bool_masked_pos": hidden < int(mim_ratio * (head - 1)),
+        "bool_masked_pos": hidden,
+        "mim_index": np.flatnonzero(hidden),
         "ids": np.arange(pairs),
         "rows": np.arange(pairs),
     }
+    if (codes := getattr(config, "num_visual_codes", None)) is not None:
+        arrays["visual_codes"] = rng.integers(codes, size=(pairs, head - 1))
     batch = {name: torch.tensor(array) for name, array in arrays.items()}
     side = config.image_size
     return {**batch, "pixel_values": torch.zeros(pairs, config.num_channels, side, side)}
@@ -99,11 +104,17 @@ def rehearse(
     """The step of these arguments on captions of these lengths; `precision` is `no`, `bf16` or `fp16`."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     fresh = replace(arguments, model=replace(arguments.model, initial_model=None))
+    if hasattr(fresh.objective, "image_tokenizer"):
+        fresh = replace(fresh, objective=replace(fresh.objective, image_tokenizer=None))  # the batch brings its codes
     with torch.device("meta"):  # fake tensors cannot be copied, as a teacher copies its student
         model = build_model(fresh, config)
-        objective = build_objective(arguments.model.family, model, arguments.objective)
-    with FakeTensorMode():
+        objective = build_objective(fresh.model.family, model, fresh.objective)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         _fake(_modules(model, objective))
+        for teacher in objective.teachers():
+            teacher.follow(model)
+        objective.to(torch.device("cpu"))  # what it keeps beside modules: queues
+        fake.allow_non_fake_inputs = False  # a tensor with contents would be one that was forgotten
         batch = pair_batch(config, lengths, arguments.data.mlm_probability, sum(arguments.data.mim_ratio) / 2)
         owned = {_storage(tensor) for module in _modules(model, objective) for tensor in _tensors(module)}
         owned |= {_storage(tensor) for tensor in batch.values()}

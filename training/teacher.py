@@ -80,7 +80,7 @@ class EMATeacher:
         if self._release is not None:
             self._release()
         mine = [own_part(parameter).detach() for parameter in self._mine]
-        current = [own_part(parameter).detach().float() for parameter in self._theirs]
+        current = [own_part(p).detach().to(own.dtype) for p, own in zip(self._theirs, mine, strict=True)]
         if applied is None:
             torch._foreach_lerp_(mine, current, 1.0 - self.momentum)
             return
