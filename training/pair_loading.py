@@ -1,7 +1,7 @@
 """From arguments to processor, model, and batches: what a run of any family on pairs begins with."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +9,13 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
-from oner.processing.image_augmentation import TrainingImageTransform
+from oner.modeling.convert_towers import initialise
+from oner.processing.image_augmentation import NORMALIZATIONS, TrainingImageTransform
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
+from oner.processing.vl_captions import pre_caption
 from oner.processing.vl_collation import PairCollator
 from oner.processing.vl_dataset import PairRows, PairStream, PairTrainingSet, PairTrainingStream
 from oner.processing.vl_mixture import open_mixture
@@ -24,6 +27,13 @@ from .arguments import Arguments, DataArguments
 from .data_workers import outlive_signals_to_the_group
 from .distributed import rank, sum_over_processes, world_size
 from .model_loading import load_model
+
+logger = logging.get_logger(__name__)
+
+# (RowKey, row, stand-ins) of each place -> batch
+Collator = Callable[[list[tuple]], dict[str, Any]]
+CAPTION_RULES = {"albef": pre_caption}
+CODE_STRIDE = 8  # pixels a side that one visual code stands for in every tokenizer of DALL-E's layout
 
 
 def open_training_pairs(data: DataArguments, output_dir: str | None = None) -> PairRows | PairStream:
@@ -68,8 +78,12 @@ def build_processor_and_config(
         ValueError: a family or size that does not exist, a stream without a tokenizer.
     """
     model, overrides = arguments.model, dict(arguments.model.model_config or {})
+    colours = NORMALIZATIONS[arguments.data.image_normalization or "imagenet"]
     if model.initial_model is not None:
-        tokenizer = AutoProcessor.from_pretrained(model.initial_model).tokenizer
+        processor = AutoProcessor.from_pretrained(model.initial_model)
+        tokenizer = processor.tokenizer
+        if arguments.data.image_normalization is None:
+            colours = processor.image_processor.image_mean, processor.image_processor.image_std
         config = AutoConfig.from_pretrained(model.initial_model, **overrides)
     else:
         tokenizer = _tokenizer(arguments, pairs, overrides.get("max_text_length", 64))
@@ -81,13 +95,16 @@ def build_processor_and_config(
         }
         config_class = CONFIG_MAPPING[model.family]
         config = config_class.from_size(model.size, **{"vocab_size": len(tokenizer), **ids, **overrides})
-    image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop)
+    image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop, *colours)
     return OneRProcessor(image_processor, tokenizer, max_text_length=config.max_text_length), config
 
 
-def _image_processor(image_size: int, patch_size: int, eval_crop: float) -> OneRImageProcessor:
+def _image_processor(
+    image_size: int, patch_size: int, eval_crop: float, mean: Sequence[float], std: Sequence[float]
+) -> OneRImageProcessor:
     side = round(image_size / eval_crop)
     options = {"size": {"height": side, "width": side}, "patch_size": patch_size}
+    options |= {"image_mean": list(mean), "image_std": list(std)}
     if eval_crop < 1:
         options |= {"do_center_crop": True, "crop_size": {"height": image_size, "width": image_size}}
     return OneRImageProcessor(**options)
@@ -108,6 +125,7 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
 
     Raises:
         ModelDirectoryError: `initial_model` is damaged, or lacks weights of its tower or a part of a head.
+        ValueError: `initial_vision` or `initial_text` cannot be read or does not fit; names the keys.
     """
     torch.manual_seed(arguments.run.seed)
     options = {}
@@ -124,9 +142,60 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
         )
     else:
         model = AutoModelForPreTraining.from_config(config, dtype=torch.float32, **options)
+    if arguments.model.initial_vision is not None or arguments.model.initial_text is not None:
+        report = initialise(model, arguments.model.initial_vision, arguments.model.initial_text)
+        if rank() == 0:
+            logger.warning(report.describe())
     if arguments.model.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+def pair_collator(
+    arguments: Arguments,
+    processor: OneRProcessor,
+    config: PreTrainedConfig,
+    kind: type[PairCollator] = PairCollator,
+    **others: Any,
+) -> PairCollator:
+    """The collator of a run's pairs, or a `kind` of it for a task; `others` are further arguments of that."""
+    data, run = arguments.data, arguments.run
+    second_view = {}
+    if data.code_crop is not None:
+        side = config.image_size // config.patch_size * CODE_STRIDE
+        second_view = {"code_size": side, "code_crop": data.code_crop}
+    return kind(
+        processor.tokenizer,
+        TrainingImageTransform(
+            config.image_size,
+            scale=tuple(data.crop_scale),
+            margin=data.crop_margin,
+            hflip=data.horizontal_flip,
+            color_jitter=data.color_jitter,
+            grayscale=data.grayscale,
+            rand_augment=data.rand_augment,
+            mean=processor.image_processor.image_mean,
+            std=processor.image_processor.image_std,
+            **second_view,
+        ),
+        image_token_id=config.image_token_id,
+        cls_token_id=config.cls_token_id,
+        mask_token_id=config.mask_token_id,
+        pad_token_id=config.pad_token_id,
+        vocab_size=config.vocab_size,
+        patch_size=config.patch_size,
+        max_text_length=config.max_text_length,
+        seed=run.seed,
+        mlm_probability=data.mlm_probability,
+        mim_ratio=tuple(data.mim_ratio),
+        mim_masking=data.mim_masking,
+        mim_min_block=data.mim_min_block,
+        random_specials=data.random_specials,
+        clean_caption=CAPTION_RULES.get(data.caption_rules),
+        max_pixels=data.max_pixels,
+        source=", ".join(data.train_data),
+        **others,
+    )
 
 
 class PairLoader:
@@ -134,7 +203,8 @@ class PairLoader:
     `loader(start_step)` yields this process's batches from that step to the end of the run, the same whether the run
     was ever stopped. A stream is the exception, and says so: `resume_note`.
 
-    A row that cannot be used is replaced and listed in `quarantine.jsonl` in the output directory.
+    A row that cannot be used is replaced and listed in `quarantine.jsonl` in the output directory. `collator` is that
+    of rows other than pairs, with which a task is fine-tuned.
 
     Attributes:
         quarantine (`Quarantine`): That list.
@@ -146,7 +216,14 @@ class PairLoader:
         BadRowsError: more rows are bad than `max_bad_rows` allows, here or while the batches are read.
     """
 
-    def __init__(self, arguments: Arguments, pairs: PairRows | PairStream, processor: OneRProcessor, config):
+    def __init__(
+        self,
+        arguments: Arguments,
+        pairs: PairRows | PairStream,
+        processor: OneRProcessor,
+        config: PreTrainedConfig,
+        collator: Collator | None = None,
+    ):
         data, run = arguments.data, arguments.run
         self.arguments, self.pairs = arguments, pairs
         self.quarantine = quarantine_of(pairs, run.output_dir, data.max_bad_rows)
@@ -155,7 +232,9 @@ class PairLoader:
         if isinstance(pairs, PairStream):
             if run.max_steps is None:
                 raise ValueError("a stream has no length, so the run needs max_steps, got none")
-            if run.warmup_epochs >= 1:
+            if run.schedule == "albef":
+                raise ValueError("schedule albef falls with each epoch, and a stream has none; expected cosine")
+            if run.warmup_steps is None and run.warmup_epochs >= 1:
                 raise ValueError(
                     f"warmup_epochs is {run.warmup_epochs}, which would warm up to the end of {run.max_steps} steps; "
                     f"for a stream, warmup_epochs is a share of max_steps below 1"
@@ -169,30 +248,7 @@ class PairLoader:
             self.epoch_steps = PairOrder(len(pairs), run.batch_size, **self.mixture).steps_per_epoch
             self.total_steps = run.max_steps or round(run.epochs * self.epoch_steps)
             self.resume_note = None
-        self.collator = PairCollator(
-            processor.tokenizer,
-            TrainingImageTransform(
-                config.image_size,
-                scale=tuple(data.crop_scale),
-                margin=data.crop_margin,
-                hflip=data.horizontal_flip,
-                color_jitter=data.color_jitter,
-                grayscale=data.grayscale,
-                rand_augment=data.rand_augment,
-            ),
-            image_token_id=config.image_token_id,
-            cls_token_id=config.cls_token_id,
-            mask_token_id=config.mask_token_id,
-            pad_token_id=config.pad_token_id,
-            vocab_size=config.vocab_size,
-            patch_size=config.patch_size,
-            max_text_length=config.max_text_length,
-            seed=run.seed,
-            mlm_probability=data.mlm_probability,
-            mim_ratio=tuple(data.mim_ratio),
-            max_pixels=data.max_pixels,
-            source=", ".join(data.train_data),
-        )
+        self.collator = pair_collator(arguments, processor, config) if collator is None else collator
 
     def __call__(self, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
         return self._watched(self._loader_from(start_step), start_step)

@@ -1,0 +1,108 @@
+"""Train a discrete image tokenizer on your pictures: the codes that SIMLA's masked image modelling predicts.
+
+accelerate launch examples/train_image_tokenizer.py --config examples/configs/image_tokenizer_emoji.yaml [--name value]
+
+`--train_data` takes what `examples/pretrain.py` takes, and folders of bare pictures. The directory `model` in
+`output_dir` is a Hub repository; its README.md shows pictures beside their reconstructions.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModel
+
+import oner  # noqa: F401  registers the models with transformers' auto classes
+from oner.modeling.configuration_dvae import DiscreteVAEConfig
+from oner.modeling.modeling_dvae import DiscreteVAE
+from oner.processing.vl_dataset import open_pairs
+from oner.training.arguments import Arguments, parse_arguments
+from oner.training.engine import Engine
+from oner.training.evaluation_dvae import ReconstructionEvaluator, reconstruction_sheet
+from oner.training.evaluation_embedding import spaced
+from oner.training.host_memory import keep_freed_memory
+from oner.training.model_loading import load_model
+from oner.training.objective_dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
+from oner.training.pair_loading import PairLoader
+from oner.training.parallel import make_accelerator
+from oner.training.picture_loading import open_training_pictures, picture_collator
+from oner.training.run_summary import describe
+from oner.training.tokenizer_export import export_tokenizer
+
+SHOWN = 24
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs to the end and returns the last evaluation."""
+    arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments)
+    data, run = arguments.data, arguments.run
+    accelerator = make_accelerator(run)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    pictures = open_training_pictures(data, run.output_dir)
+    model = build_tokenizer(arguments)
+    loader = PairLoader(arguments, pictures, None, None, picture_collator(arguments, model.config.image_size))
+    columns = (data.image_column, data.text_column, data.id_column)
+    evaluators = [ReconstructionEvaluator(open_pairs(path, *columns), Path(path).stem) for path in run.eval_data]
+    accelerator.print(describe(arguments, model, loader, accelerator))
+
+    def evaluate(tokenizer: DiscreteVAE) -> Iterator[tuple[str, float]]:
+        for evaluator in evaluators:
+            yield from evaluator.run(tokenizer)
+
+    engine = Engine(
+        accelerator=accelerator,
+        model=model,
+        objective=DiscreteVAEObjective(model, arguments.objective),
+        arguments=arguments,
+        loader=loader,
+        total_steps=loader.total_steps,
+        epoch_steps=loader.epoch_steps,
+        evaluate=evaluate if evaluators else None,
+    )
+    metrics = engine.fit()
+    if engine.stopped:
+        accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
+    elif accelerator.is_main_process:
+        directory = export(arguments, engine.model, metrics, evaluators)
+        print(json.dumps({name: round(value, 5) for name, value in metrics.items()}, indent=1))
+        print(f"model directory: {directory}")
+    return metrics
+
+
+def build_tokenizer(arguments: Arguments) -> DiscreteVAE:
+    """The model in fp32: from `initial_model`, or from scratch."""
+    given = arguments.model
+    torch.manual_seed(arguments.run.seed)
+    if given.initial_model is not None:
+        return load_model(AutoModel, given.initial_model, dtype=torch.float32, **(given.model_config or {}))
+    return DiscreteVAE(DiscreteVAEConfig.from_size(given.size, **(given.model_config or {})))
+
+
+def export(
+    arguments: Arguments, model: DiscreteVAE, metrics: dict[str, float], evaluators: list[ReconstructionEvaluator]
+) -> Path:
+    """The model directory, with its card and a sheet of each evaluation set."""
+    data, run = arguments.data, arguments.run
+    sheets = {
+        f"{one.name}: pictures above what their codes draw": reconstruction_sheet(model, spaced(one.rows, SHOWN))
+        for one in evaluators
+    }
+    return export_tokenizer(
+        model,
+        Path(run.output_dir) / "model",
+        metrics=metrics,
+        protocol={one.name: one.protocol for one in evaluators},
+        training_config=arguments.to_dict(),
+        data=data.train_data,
+        pictures=sheets,
+        licence=data.data_licence,
+        attribution=data.attribution,
+        dtype=getattr(torch, run.export_dtype),
+        name=Path(run.output_dir).name,
+    )
+
+
+if __name__ == "__main__":
+    main()

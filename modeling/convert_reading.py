@@ -1,0 +1,132 @@
+"""Weights out of foreign files: names and tensors, and nothing else that may stand in them.
+
+A `.pth` is a pickle, which may hold code. It is read with torch's unpickler of weights alone, which refuses whatever
+is not a tensor, a number or a container. What the official repositories put beside their weights, a configuration
+object or the arguments of the script, is read as an empty thing in its place: no class of theirs is imported.
+"""
+
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import cached_file
+
+# what a configuration beside the weights is made of: hydra's in SIMLA's pretraining, argparse's in others
+SIDE_NOTES = re.compile(
+    r"omegaconf\.[\w.]+|argparse\.Namespace|typing\.Any|builtins\.(dict|list|tuple|int|float|str|bool)"
+)
+# under which name repositories keep the weights among optimiser, epoch and the rest
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
+
+
+class CheckpointFileError(ValueError):
+    """A file that is no checkpoint of weights; the message names it and what is wrong."""
+
+
+class SideNote:
+    """Stands where an object of a configuration stood; it keeps nothing and does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _empty(*args: object) -> dict:
+    return {}
+
+
+def read_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a checkpoint by name, on the CPU.
+
+    Args:
+        source: A `.safetensors` file; a `.pth`, `.pt` or `.bin` file, with the weights at its top or under "model" or
+            "state_dict"; a directory that holds one; or a name on the Hub.
+
+    Raises:
+        CheckpointFileError: no such file, one that cannot be read, one that holds code or no tensors; says which.
+    """
+    path = _find(source)
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointFileError(f"{path}: cannot be read as safetensors: {error}") from error
+    return _weights_in(path, _read_pickle(path))
+
+
+def _find(source: str | os.PathLike) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir() and (path.suffix in (".safetensors", ".pth", ".pt", ".bin") or path.is_absolute()):
+        raise CheckpointFileError(f"{path}: no such file")
+    for name in WEIGHT_FILES:
+        try:
+            found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise CheckpointFileError(f"{source}: neither a file, a directory, nor to be had: {error}") from error
+        if found is not None:
+            return Path(found)
+    raise CheckpointFileError(f"{source}: expected one of {', '.join(WEIGHT_FILES)} in it")
+
+
+def _read_pickle(path: Path) -> object:
+    names = _foreign_names(path)
+    refused = sorted(name for name in names if name != "collections.defaultdict" and not SIDE_NOTES.fullmatch(name))
+    if refused:
+        raise CheckpointFileError(
+            f"{path}: holds {refused[:5]}, which is code or an object, not weights; expected tensors by name. If you "
+            f"trust its makers, save its weights alone, torch.save({{'model': state_dict}}, ...), where it was made"
+        )
+    # a file could name the same place twice; an empty dictionary is all that a default one can become
+    places = [(_empty if name == "collections.defaultdict" else SideNote, name) for name in sorted(names)]
+    try:
+        with torch.serialization.safe_globals(places):
+            # mapped: of the optimiser's moments, which are twice the weights, nothing is read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, ValueError, struct.error) as error:
+        raise CheckpointFileError(f"{path}: cannot be read as weights: {error}") from error
+    except Exception as error:
+        # torch's unpickler has no class of errors of its own but pickle's, which this room does not import
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise CheckpointFileError(f"{path}: holds more than weights: {str(error).splitlines()[0]}") from error
+
+
+def _foreign_names(path: Path) -> set[str]:
+    """The classes and functions that a file names beside torch's own for tensors. Nothing of it is run."""
+    if not zipfile.is_zipfile(path):
+        return set()  # torch's format before 1.6, or no checkpoint at all: torch.load says which
+    try:
+        return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception as error:
+        raise CheckpointFileError(f"{path}: cannot be read as a checkpoint: {error}") from error
+
+
+def _weights_in(path: Path, content: object) -> dict[str, torch.Tensor]:
+    for name in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointFileError(f"{path}: expected tensors by name, got {type(content).__name__}")
+    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise CheckpointFileError(
+            f"{path}: expected tensors by name, at the top or under one of {list(WRAPPERS)}; got {others[:5]} beside"
+        )
+    # DistributedDataParallel's prefix
+    return {str(name).removeprefix("module."): value.detach() for name, value in content.items()}
+
+
+__all__ = ["CheckpointFileError", "read_weights"]
