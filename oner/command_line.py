@@ -7,6 +7,7 @@ from importlib import import_module
 
 # command -> its module and what it does; imported only when asked for, so that help costs nothing
 COMMANDS = {
+    "convert": ("oner.training.convert", "official checkpoints of SIMLA and ALBEF into model directories, and back"),
     "estimate": ("oner.training.estimate", "memory, pairs a second and hours of a run, before anything starts"),
 }
 
