@@ -4,11 +4,9 @@ accelerate launch examples/pretrain.py --config examples/configs/oner_emoji.yaml
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
@@ -19,10 +17,16 @@ from oner.training.engine import Engine
 from oner.training.evaluation_embedding import check_pictures
 from oner.training.evaluation_retrieval import RetrievalEvaluator
 from oner.training.host_memory import keep_freed_memory
-from oner.training.hub import export_model
 from oner.training.objective import build_objective
-from oner.training.pair_loading import PairLoader, build_model, build_processor_and_config, open_training_pairs
-from oner.training.parallel import choose_precision, make_accelerator
+from oner.training.pair_loading import (
+    CAPTION_RULES,
+    PairLoader,
+    build_model,
+    build_processor_and_config,
+    open_training_pairs,
+)
+from oner.training.parallel import make_accelerator
+from oner.training.run_summary import describe, export
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -69,53 +73,9 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
     for path in run.eval_data:
         rows = open_pairs(path, data.image_column, data.text_column, data.id_column)
         check_pictures(rows, path)
-        evaluators.append(RetrievalEvaluator(rows, name=Path(path).stem, captions=run.eval_captions, progress=False))
+        how = {"captions": run.eval_captions, "clean_caption": CAPTION_RULES.get(data.caption_rules)}
+        evaluators.append(RetrievalEvaluator(rows, name=Path(path).stem, progress=False, **how))
     return evaluators
-
-
-def describe(arguments: Arguments, model: PreTrainedModel, loader: PairLoader, accelerator) -> str:
-    """What is about to happen, in a line or two."""
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    given = arguments.model
-    origin = f"-{given.size}" if given.initial_model is None else f" from {given.initial_model}"
-    line = (
-        f"{given.family}{origin}, {millions:.1f} M parameters, "
-        f"{loader.total_steps} steps of {arguments.run.batch_size} pairs on {accelerator.num_processes} x "
-        f"{accelerator.device.type}, precision {choose_precision(arguments.run.mixed_precision)}"
-    )
-    return line if loader.resume_note is None else f"{line}\n{loader.resume_note}"
-
-
-def export(
-    arguments: Arguments, model: PreTrainedModel, processor, metrics: dict[str, float], evaluators: list
-) -> Path:
-    """The model directory, with its card, from the student's weights."""
-    protocol = {
-        "seed": arguments.run.seed,
-        "weights": "student",
-        "resolution": model.config.image_size,
-        **{evaluator.name: evaluator.protocol for evaluator in evaluators},
-    }
-    directory = export_model(
-        model,
-        processor,
-        Path(arguments.run.output_dir) / "model",
-        metrics=metrics,
-        protocol=protocol,
-        training_config=arguments.to_dict(),
-        data=training_sets(arguments),
-        dtype=getattr(torch, arguments.run.export_dtype),
-    )
-    if arguments.data.attribution is not None:
-        shutil.copy(arguments.data.attribution, directory)
-    return directory
-
-
-def training_sets(arguments: Arguments) -> list[dict[str, str]]:
-    """The card's table of data."""
-    data = arguments.data
-    told = {"licence": data.data_licence, "attribution": data.attribution and Path(data.attribution).name}
-    return [{"name": name, **{key: value for key, value in told.items() if value}} for name in data.train_data]
 
 
 if __name__ == "__main__":

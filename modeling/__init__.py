@@ -1,7 +1,9 @@
 """Models: configurations and `PreTrainedModel` classes. Each file travels to the Hub inside every published model."""
 
+from .configuration_dvae import DISCRETE_VAE_SIZES, DiscreteVAEConfig
 from .configuration_oner import ONER_SIZES, OneRConfig
 from .configuration_simla import SIMLA_SIZES, SimlaConfig
+from .modeling_dvae import DiscreteVAE
 from .modeling_oner import (
     OneRForImageClassification,
     OneRForImageTextRetrieval,
@@ -12,10 +14,19 @@ from .modeling_oner import (
 from .modeling_oner_pretraining import OneRForPreTraining
 from .modeling_simla import SimlaForImageTextRetrieval, SimlaForMaskedLM, SimlaModel, SimlaPreTrainedModel
 from .modeling_simla_pretraining import SimlaForPreTraining
+from .modeling_simla_tasks import (
+    SimlaForTextAssignment,
+    SimlaForVisualEntailment,
+    SimlaForVisualQuestionAnswering,
+    SimlaForVisualReasoning,
+)
 
 __all__ = [
+    "DISCRETE_VAE_SIZES",
     "ONER_SIZES",
     "SIMLA_SIZES",
+    "DiscreteVAE",
+    "DiscreteVAEConfig",
     "OneRConfig",
     "OneRForImageClassification",
     "OneRForImageTextRetrieval",
@@ -27,6 +38,10 @@ __all__ = [
     "SimlaForImageTextRetrieval",
     "SimlaForMaskedLM",
     "SimlaForPreTraining",
+    "SimlaForTextAssignment",
+    "SimlaForVisualEntailment",
+    "SimlaForVisualQuestionAnswering",
+    "SimlaForVisualReasoning",
     "SimlaModel",
     "SimlaPreTrainedModel",
 ]

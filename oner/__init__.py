@@ -15,6 +15,8 @@ from .registration import watch as _watch  # noqa: E402
 
 if _TYPE_CHECKING:
     from .modeling import (
+        DiscreteVAE,
+        DiscreteVAEConfig,
         OneRConfig,
         OneRForImageClassification,
         OneRForImageTextRetrieval,
@@ -25,6 +27,10 @@ if _TYPE_CHECKING:
         SimlaForImageTextRetrieval,
         SimlaForMaskedLM,
         SimlaForPreTraining,
+        SimlaForTextAssignment,
+        SimlaForVisualEntailment,
+        SimlaForVisualQuestionAnswering,
+        SimlaForVisualReasoning,
         SimlaModel,
     )
     from .processing.image_processing_vl import OneRImageProcessor, open_image
@@ -54,12 +60,18 @@ _FAMILIES = {
         "AutoModelForPreTraining": "SimlaForPreTraining",
         "AutoModelForZeroShotImageClassification": "SimlaForImageTextRetrieval",
         "AutoModelForMaskedLM": "SimlaForMaskedLM",
+        "AutoModelForVisualQuestionAnswering": "SimlaForVisualQuestionAnswering",
+        "AutoModelForSequenceClassification": "SimlaForVisualEntailment",
         "AutoImageProcessor": "OneRImageProcessor",
         "AutoProcessor": "OneRProcessor",
     },
+    # no family, but a part that SIMLA's needs: the image tokenizer
+    "discrete_vae": {"AutoConfig": "DiscreteVAEConfig", "AutoModel": "DiscreteVAE"},
 }
 
 __all__ = [
+    "DiscreteVAE",
+    "DiscreteVAEConfig",
     "ImageTextRetrievalPipeline",
     "OneRConfig",
     "OneRForImageClassification",
@@ -74,6 +86,10 @@ __all__ = [
     "SimlaForImageTextRetrieval",
     "SimlaForMaskedLM",
     "SimlaForPreTraining",
+    "SimlaForTextAssignment",
+    "SimlaForVisualEntailment",
+    "SimlaForVisualQuestionAnswering",
+    "SimlaForVisualReasoning",
     "SimlaModel",
     "open_image",
     "open_pairs",

@@ -52,6 +52,8 @@ def register_processors(families: Mapping[str, Family]) -> None:
     transformers, processing = importlib.import_module("transformers"), importlib.import_module("oner.processing")
     modeling = importlib.import_module("oner.modeling")
     for classes in families.values():
+        if "AutoProcessor" not in classes:
+            continue
         config = getattr(modeling, classes["AutoConfig"])
         images = getattr(processing, classes["AutoImageProcessor"])
         transformers.AutoImageProcessor.register(
@@ -63,15 +65,29 @@ def register_processors(families: Mapping[str, Family]) -> None:
         processor.register_for_auto_class()
 
 
+# task -> its pipeline, and the auto class of the models that serve it
+PIPELINES = {
+    "image-text-retrieval": ("ImageTextRetrievalPipeline", "AutoModelForZeroShotImageClassification"),
+    "image-text-matching": ("ImageTextMatchingPipeline", "AutoModelForZeroShotImageClassification"),
+    "visual-grounding": ("VisualGroundingPipeline", "AutoModelForZeroShotImageClassification"),
+    "visual-question-answering": ("VisualQuestionAnsweringPipeline", "AutoModelForVisualQuestionAnswering"),
+    "visual-entailment": ("VisualEntailmentPipeline", "AutoModelForSequenceClassification"),
+}
+
+
 def register_pipelines(families: Mapping[str, Family]) -> None:
-    """The retrieval task, which serves every family."""
-    transformers = importlib.import_module("transformers")
-    importlib.import_module("transformers.pipelines").PIPELINE_REGISTRY.register_pipeline(
-        "image-text-retrieval",
-        pipeline_class=importlib.import_module("oner.processing").ImageTextRetrievalPipeline,
-        pt_model=transformers.AutoModelForZeroShotImageClassification,
-        type="multimodal",
-    )
+    """The tasks, each for the models that have its methods."""
+    transformers, processing = importlib.import_module("transformers"), importlib.import_module("oner.processing")
+    pipelines = importlib.import_module("transformers.pipelines")
+    for task, (name, auto_class) in PIPELINES.items():
+        # transformers 5 refuses visual question answering by name, as a task that it no longer has
+        getattr(pipelines, "REMOVED_TASKS", {}).pop(task, None)
+        pipelines.PIPELINE_REGISTRY.register_pipeline(
+            task,
+            pipeline_class=getattr(processing, name),
+            pt_model=getattr(transformers, auto_class),
+            type="multimodal",
+        )
 
 
 # what is to be done as soon as one of these modules is there
@@ -86,7 +102,7 @@ _STEPS: tuple[tuple[Callable[[Mapping[str, Family]], None], tuple[str, ...]], ..
             "oner.processing.image_processing_vl",
         ),
     ),
-    (register_pipelines, ("transformers.pipelines", "oner.processing.pipeline_image_text_retrieval")),
+    (register_pipelines, ("transformers.pipelines", "oner.processing.pipeline_pairs")),
 )
 
 

@@ -7,6 +7,7 @@ from importlib import import_module as _import_module
 
 _FILES = {
     "ImageDecodeError": "image_processing_vl",
+    "ImageTextMatchingPipeline": "pipeline_image_text_matching",
     "ImageTextRetrievalPipeline": "pipeline_image_text_retrieval",
     "OneRImageProcessor": "image_processing_vl",
     "OneRProcessor": "processing_vl",
@@ -14,6 +15,9 @@ _FILES = {
     "PairDataError": "vl_dataset",
     "RetrievalIndex": "retrieval_index",
     "TrainingImageTransform": "image_augmentation",
+    "VisualEntailmentPipeline": "pipeline_visual_entailment",
+    "VisualGroundingPipeline": "pipeline_visual_grounding",
+    "VisualQuestionAnsweringPipeline": "pipeline_visual_question_answering",
     "open_image": "image_processing_vl",
     "open_mixture": "vl_mixture",
     "open_pairs": "vl_dataset",
@@ -22,6 +26,7 @@ _FILES = {
 }
 __all__ = [
     "ImageDecodeError",
+    "ImageTextMatchingPipeline",
     "ImageTextRetrievalPipeline",
     "OneRImageProcessor",
     "OneRProcessor",
@@ -29,6 +34,9 @@ __all__ = [
     "PairDataError",
     "RetrievalIndex",
     "TrainingImageTransform",
+    "VisualEntailmentPipeline",
+    "VisualGroundingPipeline",
+    "VisualQuestionAnsweringPipeline",
     "open_image",
     "open_mixture",
     "open_pairs",

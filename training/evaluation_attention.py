@@ -50,7 +50,8 @@ def cls_attention_rows(
 ) -> list[Tensor]:
     """The attention of [CLS] to every position, mean of the heads of `layer`: a tensor (L,) a picture, on the CPU.
 
-    The positions are [CLS], the N patches, then the picture's words; padding is cut off. Each sums to 1.
+    The positions are [CLS], the N patches, then the picture's words; padding is cut off. Each sums to 1. In a model
+    whose words read a picture by cross-attention, it is that of the words' [CLS], and goes to no words: (1 + N,).
 
     Raises:
         ValueError: numbers of pictures and texts differ.
@@ -64,11 +65,12 @@ def cls_attention_rows(
             words = {} if texts is None else {"text": list(texts[chosen]), "padding": True, "truncation": True}
             batch = on_device(processor(images=list(images[chosen]), return_tensors="pt", **words), model)
             # Heads wrap the tower; only the tower reports attention for all three kinds of input.
-            attentions = model.base_model(**batch, output_attentions=True).attentions
+            outputs = model.base_model(**batch, output_attentions=True)
+            crossing = getattr(outputs, "cross_attentions", None) if texts is not None else None
+            attentions = crossing or outputs.attentions
             mean = attentions[layer].float().mean(1)[:, 0].cpu()  # (B, heads, L, L) -> (B, L)
-            lengths = (
-                batch["attention_mask"].sum(-1).tolist() if "attention_mask" in batch else [mean.shape[1]] * len(mean)
-            )
+            padded = "attention_mask" in batch and not crossing
+            lengths = batch["attention_mask"].sum(-1).tolist() if padded else [mean.shape[1]] * len(mean)
             rows += [row[: int(length)] for row, length in zip(mean, lengths, strict=True)]
     return rows
 

@@ -22,7 +22,7 @@ from oner.training.evaluation_sheets import (
     evaluating,
     heat_sheet,
     on_device,
-    one_of_each_id,
+    own_and_foreign_captions,
     patch_grid,
     pictures_as_seen,
     quarter,
@@ -185,8 +185,4 @@ class LocalizationEvaluator:
     def _queries(self) -> tuple[list[Any], list[list[str]]]:
         if self.queries is not None:
             return [image for image, _ in self.queries], [list(texts) for _, texts in self.queries]
-        rows = one_of_each_id(self.rows, self.shown, self.seed)
-        names = [str(row["captions"][0]) for row in rows]
-        count = len(rows)
-        texts = [list(dict.fromkeys(names[(i + step) % count] for step in range(3))) for i in range(count)]
-        return [row["image"] for row in rows], texts
+        return own_and_foreign_captions(self.rows, self.shown, self.seed)

@@ -5,7 +5,7 @@ Shapes: n pictures, m captions, P width of the projection. Scores are cosines; a
 protocol of COCO and Flickr (ALBEF, CLIP_benchmark).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -45,8 +45,10 @@ def ask(
     return metric.compute(ks=list(ks))
 
 
-def caption_table(rows: Sequence[Row], captions: Literal["all", "first"]) -> tuple[list[str], list[int]]:
-    """Captions and the row of each.
+def caption_table(
+    rows: Sequence[Row], captions: Literal["all", "first"], clean: Callable[[str], str] | None = None
+) -> tuple[list[str], list[int]]:
+    """Captions, rewritten by `clean`, and the row of each.
 
     A caption that an earlier row of the same concept has brought already is left out: several drawings of one concept
     share their captions, and a gallery full of copies would measure nothing. Within a row nothing is left out.
@@ -57,6 +59,7 @@ def caption_table(rows: Sequence[Row], captions: Literal["all", "first"]) -> tup
     texts, owners, seen = [], [], set()
     for number, (row, concept) in enumerate(zip(rows, row_ids(rows), strict=True)):
         own = list(row["captions"])[: 1 if captions == "first" else None]
+        own = own if clean is None else [clean(text) for text in own]
         if not own:
             raise ValueError(f"row {number} has no captions")
         new = [text for text in own if (concept, text) not in seen]
@@ -71,6 +74,7 @@ class RetrievalEvaluator:
 
     TR: each picture ranks all captions; right is any caption of its concept. IR: each caption ranks all pictures;
     right is any picture of its concept. `captions`: "all" of a row's captions are texts, or only the "first".
+    `clean_caption` rewrites them first, as they were in training.
 
     Yields name/tr_r@k, name/ir_r@k, their chance (name/tr_chance@k ...), the median ranks, name/r_mean (mean over both
     directions and all k, ALBEF's r_mean) and name/gap, the distance between the centroids of pictures and captions.
@@ -85,6 +89,7 @@ class RetrievalEvaluator:
         captions: Literal["all", "first"] = "all",
         chunk_size: int = 1024,
         progress: bool = True,
+        clean_caption: Callable[[str], str] | None = None,
     ):
         if captions not in ("all", "first"):
             raise ValueError(f'captions must be "all" or "first", got {captions!r}')
@@ -92,7 +97,8 @@ class RetrievalEvaluator:
             raise ValueError("there are no rows to evaluate on")
         self.rows, self.batch_size, self.ks, self.name = rows, batch_size, tuple(ks), name
         self.captions, self.chunk_size, self.progress = captions, chunk_size, progress
-        self.texts, owners = caption_table(rows, captions)
+        self.clean_caption = clean_caption
+        self.texts, owners = caption_table(rows, captions, clean_caption)
         (self.image_ids,) = numbered(row_ids(rows))
         self.text_ids = self.image_ids[torch.tensor(owners)]
 
@@ -102,6 +108,7 @@ class RetrievalEvaluator:
         return {
             "task": "image-text retrieval, dot products of normalised embeddings, no re-ranking",
             "captions": self.captions,
+            **({} if self.clean_caption is None else {"captions_rewritten_by": self.clean_caption.__name__}),
             "pictures": len(self.rows),
             "texts": len(self.texts),
             "concepts": len(self.image_ids.unique()),
@@ -111,8 +118,15 @@ class RetrievalEvaluator:
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
         """Embed both sides and yield (name, value)."""
+        yield from self.numbers(*self.embed(model, processor))
+
+    def embed(self, model: Any, processor: Any) -> tuple[Tensor, Tensor]:
+        """The pictures (n, P) and the captions (m, P), normalised."""
         images = embed_images(model, processor, Column(self.rows, "image"), self.batch_size, self.progress)
-        captions = embed_texts(model, processor, self.texts, 4 * self.batch_size, self.progress)
+        return images, embed_texts(model, processor, self.texts, 4 * self.batch_size, self.progress)
+
+    def numbers(self, images: Tensor, captions: Tensor) -> Iterator[tuple[str, float]]:
+        """What the embeddings are worth, as (name, value)."""
         directions = {
             "tr": ask(images, captions, self.image_ids, self.text_ids, self.ks, chunk_size=self.chunk_size),
             "ir": ask(captions, images, self.text_ids, self.image_ids, self.ks, chunk_size=self.chunk_size),

@@ -103,12 +103,14 @@ def wrapped(text: str, width: int = 24, lines: int = 2) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One cell of a sheet: a picture (H, W, 3) in [0, 1], an optional map over it, the words above and below."""
+    """One cell of a sheet: a picture (H, W, 3) in [0, 1], an optional map over it, the words above and below, and
+    boxes ((x, y, width, height) in pixels, colour) around parts of it."""
 
     picture: Tensor
     heat: Tensor | None = None
     above: str = ""
     below: str = ""
+    boxes: Sequence[tuple[Sequence[float], str]] = ()
 
 
 def heat_sheet(rows: Sequence[Sequence[Panel]], title: str, cell: float = 1.9) -> Any:
@@ -150,6 +152,9 @@ def draw_panel(axes: Any, panel: Panel) -> None:
         axes.imshow(panel.picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
         heat = spread(upsample(panel.heat[None].float().cpu(), height, width))[0]
         axes.imshow(heat.numpy(), cmap="RdYlBu_r", vmin=0, vmax=1, alpha=0.68, interpolation="bilinear")
+    for (x, y, across, down), colour in panel.boxes:
+        corners = ([x, x + across, x + across, x, x], [y, y, y + down, y + down, y])
+        axes.plot(*corners, color=colour, linewidth=1.4, clip_on=False, scalex=False, scaley=False)
     for side in axes.spines.values():
         side.set(color="0.8", linewidth=0.6)
     axes.set_title(panel.above, fontsize=8, pad=3, parse_math=False)
@@ -188,6 +193,14 @@ def one_of_each_id(rows: Sequence[Row], count: int, seed: int = 0) -> list[Row]:
         if len(new) == count:
             break
     return (new + known)[:count]
+
+
+def own_and_foreign_captions(rows: Sequence[Row], count: int, seed: int = 0) -> tuple[list[Any], list[list[str]]]:
+    """`count` pictures, and for each the captions to ask of it: first its own, then those of two others."""
+    chosen = one_of_each_id(rows, count, seed)
+    names, number = [str(row["captions"][0]) for row in chosen], len(chosen)
+    texts = [list(dict.fromkeys(names[(i + step) % number] for step in range(3))) for i in range(number)]
+    return [row["image"] for row in chosen], texts
 
 
 def _key(row: Row, index: int) -> Any:

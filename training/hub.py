@@ -6,6 +6,7 @@ every auto class. What to name is read from transformers' own registries, where 
 family needs no line here.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -32,7 +33,11 @@ MODEL_AUTO_CLASSES = (
     "AutoModelForZeroShotImageClassification",
     "AutoModelForMaskedLM",
     "AutoModelForImageClassification",
+    "AutoModelForVisualQuestionAnswering",
+    "AutoModelForSequenceClassification",
 )
+# a model of one of these may hold the heads of several tasks; any other is fine-tuned for its own
+GENERAL = ("AutoModel", "AutoModelForPreTraining")
 Picture = Image.Image | str | Path | Any  # Any: a matplotlib Figure, which this module does not import
 
 
@@ -59,16 +64,46 @@ def model_classes(config: transformers.PreTrainedConfig) -> dict[str, type]:
     return registered
 
 
-def pipeline_classes(config: transformers.PreTrainedConfig) -> dict[str, tuple[type, list[str]]]:
-    """Task → (pipeline class, names of its auto classes): the registered pipelines that are not transformers' own."""
-    found = {}
+def pipeline_classes(model: PreTrainedModel) -> dict[str, tuple[type, list[str]]]:
+    """
+    Task → (pipeline class, names of its auto classes): the registered pipelines that are not transformers' own, that
+    serve the family, and that find all they read in this model's weights. Others would read heads drawn at random.
+    """
+    config, found, known = model.config, {}, {}
     for task, entry in PIPELINE_REGISTRY.to_dict().items():
         implementation, auto_classes = entry["impl"], entry["pt"]
         if not isinstance(implementation, type) or implementation.__module__.startswith("transformers."):
             continue
-        if any(type(config) in auto._model_mapping for auto in auto_classes):
-            found[task] = (implementation, [auto.__name__ for auto in auto_classes])
+        for auto in auto_classes:
+            if type(config) not in auto._model_mapping:
+                continue
+            if auto not in known:
+                with torch.device("meta"):
+                    known[auto] = auto.from_config(copy.deepcopy(config))
+            if serves(model, known[auto], implementation):
+                found.setdefault(task, (implementation, []))[1].append(auto.__name__)
     return found
+
+
+def serves(model: PreTrainedModel, wanted: PreTrainedModel, implementation: type) -> bool:
+    """Whether the weights of `model` make the model `wanted` that a pipeline needs; with `reads_heads = False` the
+    pipeline reads those of the tower only."""
+    if any(not hasattr(wanted, method) for method in getattr(implementation, "model_methods", ())):
+        return False
+    if type(model) is type(wanted):
+        return True
+    general = [cls for name, cls in model_classes(model.config).items() if name in GENERAL]
+    tower_only = not getattr(implementation, "reads_heads", True)
+    return type(model) in general and weights_of(wanted, tower_only) <= weights_of(model)
+
+
+def weights_of(model: PreTrainedModel, tower_only: bool = False) -> set[tuple[str, torch.Size]]:
+    """Names, without the tower's prefix, and shapes."""
+    tower = f"{model.base_model_prefix}."
+    state = {name: value.shape for name, value in model.state_dict().items()}
+    if tower_only:
+        state = {name: shape for name, shape in state.items() if name.startswith(tower)}
+    return {(name.removeprefix(tower), shape) for name, shape in state.items()}
 
 
 def copy_code(classes: Sequence[type], directory: Path) -> list[str]:
@@ -123,7 +158,7 @@ def write_code(model: PreTrainedModel, processor: ProcessorMixin, directory: Pat
 
     `save_pretrained` alone lists only the class that was saved.
     """
-    models, pipelines = model_classes(model.config), pipeline_classes(model.config)
+    models, pipelines = model_classes(model.config), pipeline_classes(model)
     auto_map = {"AutoConfig": reference(type(model.config))}
     auto_map |= {name: reference(cls) for name, cls in models.items()}
     processors = {"AutoProcessor": type(processor), "AutoImageProcessor": type(processor.image_processor)}

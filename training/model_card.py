@@ -7,17 +7,20 @@ metrics says that there are none.
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 EVALUATION = re.compile(r"<!-- evaluation -->.*?<!-- /evaluation -->", re.DOTALL)
 PIPELINE_TAG = "zero-shot-image-classification"
+# a pipeline of ours -> the Hub's name for what such a model does
+PIPELINE_TAGS = {"image-text-retrieval": PIPELINE_TAG, "visual-question-answering": "visual-question-answering"}
 
 
 def slug(text: str) -> str:
@@ -93,6 +96,12 @@ def eval_results(metrics: Mapping[str, float]) -> list[EvalResult]:
     return results
 
 
+def method_of(model: PreTrainedModel) -> str:
+    """What the family is, with its paper: the first line of the file that holds its tower."""
+    tower = AutoModel._model_mapping[type(model.config)]
+    return (sys.modules[tower.__module__].__doc__ or "").strip().partition("\n")[0]
+
+
 def model_card(
     model: PreTrainedModel,
     model_id: str,
@@ -112,8 +121,8 @@ def model_card(
     metadata = ModelCardData(
         license=license,
         library_name="transformers",
-        pipeline_tag=PIPELINE_TAG,
-        tags=["oner", config.model_type, "custom_code", "image-text-retrieval"],
+        pipeline_tag=next((tag for task, tag in PIPELINE_TAGS.items() if task in tasks), None),
+        tags=["oner", config.model_type, "custom_code", *tasks],
         model_name=name,
         eval_results=eval_results(metrics or {}) or None,
     )
@@ -125,6 +134,7 @@ def model_card(
         model_name=name,
         model_id=model_id,
         class_name=type(model).__name__,
+        method=method_of(model),
         parameters=f"{model.num_parameters():,}",
         image_size=config.image_size,
         patch_size=config.patch_size,

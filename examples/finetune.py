@@ -1,0 +1,96 @@
+"""Fine-tune a pretrained model on a task, evaluate, and write a model directory that is a Hub repository.
+
+accelerate launch examples/finetune.py --task retrieval --config examples/configs/finetune_retrieval_coco.yaml \
+    --initial_model runs/simla_base_256/model [--name value ...]
+
+Tasks are the entries of `oner.training.finetuning.TASKS`. `--task NAME --help` lists what a task may be told.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+
+from transformers import PreTrainedModel
+
+import oner  # noqa: F401  registers the families with transformers' auto classes
+from oner.training.arguments import Arguments, parse_arguments, read_config
+from oner.training.distributed import synchronise_batch_norm
+from oner.training.engine import Engine
+from oner.training.finetuning import (
+    TASKS,
+    Task,
+    build_evaluator,
+    find_task,
+    load_task_model,
+    open_task_rows,
+    task_arguments,
+    task_objective,
+)
+from oner.training.host_memory import keep_freed_memory
+from oner.training.pair_loading import PairLoader, build_processor_and_config
+from oner.training.parallel import make_accelerator
+from oner.training.run_summary import describe, export
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs to the end and returns the last evaluation."""
+    task, arguments = parse(argv)
+    accelerator = make_accelerator(arguments.run)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    rows = open_task_rows(task, arguments)
+    processor, config = build_processor_and_config(arguments, rows)
+    model = synchronise_batch_norm(load_task_model(task, arguments, config), accelerator.device)
+    collator = task.collator(arguments, processor, model.config)
+    loader = PairLoader(arguments, rows, processor, model.config, collator)
+    evaluators = [build_evaluator(task, one, arguments.objective, arguments.data) for one in arguments.run.eval_data]
+
+    accelerator.print(f"{task.name}: {describe(arguments, model, loader, accelerator)}")
+
+    def evaluate(student: PreTrainedModel) -> Iterator[tuple[str, float]]:
+        for evaluator in evaluators:
+            # its pictures are for examples/evaluate.py
+            yield from (told for told in evaluator.run(student, processor) if isinstance(told[1], int | float))
+
+    engine = Engine(
+        accelerator=accelerator,
+        model=model,
+        objective=task_objective(task, model, arguments.objective),
+        arguments=arguments,
+        loader=loader,
+        total_steps=loader.total_steps,
+        epoch_steps=loader.epoch_steps,
+        evaluate=evaluate if evaluators else None,
+    )
+    metrics = engine.fit()
+    if engine.stopped:
+        accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
+    elif accelerator.is_main_process:
+        directory = export(arguments, engine.model, processor, metrics, evaluators)
+        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
+        print(f"model directory: {directory}")
+    return metrics
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
+    """The task, which `--task` names or the file does, and everything else in the dataclasses that it fills."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("task", "config", "family"):
+        first.add_argument(f"--{name}")
+    first.add_argument("--help", "-h", action="store_true")
+    known, rest = first.parse_known_args(argv)
+    told = {} if known.config is None else read_config(known.config)
+    name, family = known.task or told.get("task"), known.family or told.get("family", "simla")
+    if name is None and known.help:
+        print(__doc__)
+        raise SystemExit(0)
+    if name is None:
+        raise ValueError(f"which task? expected --task, or `task` in the file, out of {', '.join(TASKS)}")
+    task = find_task(name)
+    config = [] if known.config is None else ["--config", known.config]
+    line = [*config, "--task", name, "--family", family, *rest, *(["--help"] if known.help else [])]
+    return task, parse_arguments(line, objective=task_arguments(task, family))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Pipeline "visual-entailment": does a picture entail a text, contradict it, or say nothing of it?
+
+pipe = pipeline("visual-entailment", model="runs/snli-ve/model")
+pipe("photo.png", text="two people are outside")  # [{"label": "entailment", "score": 0.91}, ...], best first
+"""
+
+from typing import Any
+
+import torch
+
+from .pipeline_pairs import PairPipeline, checked_top_k, known_options
+
+
+class VisualEntailmentPipeline(PairPipeline):
+    """Any model with a `classifier` of pairs: `model(input_ids, attention_mask, pixel_values)` → logits (n, labels).
+
+    Args (besides `PairPipeline`'s):
+        top_k: labels in an answer; all of `config.id2label` by default.
+    """
+
+    task_name = "visual-entailment"
+    model_methods = ("classifier",)
+
+    def _sanitize_parameters(
+        self, top_k: int | None = None, allow_urls: bool | None = None, **unknown: Any
+    ) -> tuple[dict, dict, dict]:
+        given = known_options(self.task_name, {"top_k": checked_top_k(top_k), "allow_urls": allow_urls}, unknown)
+        return tuple(
+            {name: given[name] for name in names if name in given} for names in (("allow_urls",), (), ("top_k",))
+        )
+
+    def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"scores": self.model(**model_inputs).logits.float().softmax(-1)}
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor], top_k: int | None = None) -> list[list[dict]]:
+        """Probabilities (n, labels) → {"label", "score"} of each pair's labels, best first."""
+        names = self.model.config.id2label
+        return [
+            [{"label": names[place], "score": float(row[place])} for place in row.argsort(descending=True).tolist()][
+                :top_k
+            ]
+            for row in model_outputs["scores"]
+        ]
+
+
+__all__ = ["VisualEntailmentPipeline"]

@@ -1,0 +1,117 @@
+"""Pipeline "visual-question-answering", which transformers 5 no longer has: written or ranked answers.
+
+    pipe = pipeline("visual-question-answering", model="runs/vqa/model")
+    pipe("photo.png", question="what colour is the apple")                          # [{"answer": "red", "score": ...}]
+    pipe("photo.png", question="what colour is it", candidates=["red", "green"])    # both, the likelier first
+
+Without candidates the model writes one answer in words of its own; the score is the geometric mean of its tokens'
+probabilities. With candidates it ranks them, and the scores are shares of the ranked ones' likelihood.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .pipeline_pairs import Pair, PairPipeline, checked_top_k, known_options
+from .vl_captions import caption_reason
+
+TOP_K = 5
+RANKED = 128  # candidates ranked by the whole answer, out of those ranked by its first token (ALBEF, SIMLA)
+
+
+class VisualQuestionAnsweringPipeline(PairPipeline):
+    """Any model with `generate_answers` and `rank_answers` (`vl_task_heads.AnswerGeneration`).
+
+    Args (besides `PairPipeline`'s):
+        candidates: answers to choose from, for every question; None lets the model write.
+        top_k: candidates in an answer (5).
+        max_new_tokens, num_beams: of a written answer.
+    """
+
+    task_name = "visual-question-answering"
+    model_methods = ("generate_answers", "rank_answers")
+    text_name = "question"
+
+    def _sanitize_parameters(
+        self,
+        candidates: Sequence[str] | None = None,
+        top_k: int | None = None,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+        allow_urls: bool | None = None,
+        **unknown: Any,
+    ) -> tuple[dict, dict, dict]:
+        known = {
+            "candidates": None if candidates is None else read_candidates(candidates),
+            "top_k": checked_top_k(top_k),
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "allow_urls": allow_urls,
+        }
+        given = known_options(self.task_name, known, unknown)
+        stages = (("allow_urls", "candidates"), ("max_new_tokens", "num_beams"), ("candidates", "top_k"))
+        return tuple({name: given[name] for name in names if name in given} for names in stages)
+
+    def preprocess(
+        self, pairs: list[Pair], allow_urls: bool = False, candidates: list[str] | None = None
+    ) -> dict[str, Any]:
+        """n pairs → the processor's batch, and the candidates' ids and mask (K, A)."""
+        batch = super().preprocess(pairs, allow_urls)
+        return batch if candidates is None else batch | self.lay_out_answers(candidates)
+
+    def lay_out_answers(self, answers: list[str]) -> dict[str, torch.Tensor]:
+        """[CLS], words, the end, padding: as answers are learned."""
+        laid_out = self.processor(text=answers, return_tensors=None, padding=False)["input_ids"]
+        rows = [torch.tensor([*row, self.answer_end]) for row in laid_out]
+        ids = torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=self.model.config.pad_token_id or 0
+        )
+        lengths = torch.tensor([len(row) for row in rows])
+        return {"candidate_ids": ids, "candidate_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+
+    @property
+    def answer_end(self) -> int:
+        """The token that ends an answer: [SEP], and [CLS] again for a vocabulary without it."""
+        config = self.model.config
+        end = getattr(config, "sep_token_id", None)
+        return config.cls_token_id if end is None else end
+
+    def _forward(self, model_inputs: dict[str, Any], **writing: Any) -> dict[str, torch.Tensor]:
+        if "candidate_ids" in model_inputs:
+            ranking = self.model.rank_answers(**model_inputs, k=RANKED)
+            return {"indices": ranking.indices, "scores": ranking.scores.softmax(-1)}
+        written = self.model.generate_answers(**model_inputs, **{"length_penalty": 1.0, **writing})
+        return {"sequences": written.sequences, "scores": written.scores.exp()}
+
+    def postprocess(
+        self, model_outputs: dict[str, torch.Tensor], candidates: list[str] | None = None, top_k: int | None = None
+    ) -> list[list[dict[str, Any]]]:
+        """Ranks (n, k), or tokens (n, A) → {"answer", "score"} of each question's answers, best first."""
+        scores = model_outputs["scores"].float().tolist()
+        if candidates is not None:
+            chosen = model_outputs["indices"].tolist()
+            return [
+                [{"answer": candidates[i], "score": s} for i, s in zip(*row, strict=True)][: top_k or TOP_K]
+                for row in zip(chosen, scores, strict=True)
+            ]
+        written = [self._words(row) for row in model_outputs["sequences"].tolist()]
+        return [[{"answer": words, "score": score}] for words, score in zip(written, scores, strict=True)]
+
+    def _words(self, ids: list[int]) -> str:
+        """The text before the end."""
+        ids = ids[: ids.index(self.answer_end)] if self.answer_end in ids else ids
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def read_candidates(candidates: Any) -> list[str]:
+    """Raises `ValueError` for what is no list of answers."""
+    if not isinstance(candidates, (list, tuple)) or not candidates:
+        raise ValueError(f"candidates must be a list of at least one answer, got {candidates!r:.60}")
+    for place, answer in enumerate(candidates):
+        if (reason := caption_reason(answer)) is not None:
+            raise ValueError(f"candidate {place} cannot be read: {reason}")
+    return list(candidates)
+
+
+__all__ = ["VisualQuestionAnsweringPipeline"]

@@ -1,0 +1,103 @@
+"""What the objectives of fine-tuning on rows with labels share: no row meets another, and an EMA teacher may help."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .objective import Objective, Representations
+from .teacher import EMATeacher
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class DistillationArguments:
+    """Momentum distillation when fine-tuning (section 3.1; ALBEF's code)."""
+
+    ema_momentum: float = field(default=0.995, metadata={"help": "Momentum of the teacher (section 2.5)."})
+    distillation: float = field(default=0.4, metadata={"help": "alpha, the weight of soft targets; 0: no teacher."})
+    distillation_ramp: float = field(
+        default=0.0, metadata={"help": "Share of the run in which alpha rises from 0; 0: it is whole at once."}
+    )
+
+
+class TaskObjective(Objective):
+    """
+    One part, `part`, that each row pays by itself: subclasses give its sum over rows. `student` may be any model of
+    the task; where it has parameters that no task's loss reaches, its `freeze_unused` says so.
+
+    Args:
+        student (`PreTrainedModel`): Unwrapped, with its weights in place; the teacher starts as its copy.
+        arguments (`DistillationArguments`): Or what derives from it.
+
+    Raises:
+        ValueError: a share that is none.
+    """
+
+    part: str
+
+    def __init__(self, student: nn.Module, arguments: DistillationArguments):
+        for name in ("distillation", "distillation_ramp"):
+            if not 0 <= getattr(arguments, name) <= 1:
+                raise ValueError(f"{name} is {getattr(arguments, name)}; expected a share in [0, 1]")
+        self.arguments = arguments
+        if hasattr(student, "freeze_unused"):
+            student.freeze_unused()
+        self.teacher = EMATeacher(student, arguments.ema_momentum) if self.distils() else None
+
+    def distils(self) -> bool:
+        """Whether soft targets ever count."""
+        return self.arguments.distillation > 0
+
+    def alpha(self, progress: float) -> float:
+        """The weight of soft targets at this share of the run."""
+        ramp = self.arguments.distillation_ramp
+        if self.teacher is None:
+            return 0.0
+        return self.arguments.distillation * (min(1.0, progress / ramp) if ramp else 1.0)
+
+    def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
+        """The sum over the batch's rows, divided by `count`, 0-dim."""
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        if self.teacher is not None:
+            self.teacher.update()
+
+    def count(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {self.part: torch.tensor(len(batch["input_ids"]), device=batch["input_ids"].device)}
+
+    def represent(
+        self, student: nn.Module, batch: Batch, progress: float, counts: dict[str, torch.Tensor] | None = None
+    ) -> Representations:
+        if counts is None:
+            return Representations()
+        return Representations(parts={self.part: self.loss(student, batch, self.alpha(progress), counts[self.part])})
+
+    def targets(self, student: nn.Module, batch: Batch, progress: float) -> Batch:
+        return {}
+
+    def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Batch:
+        return {}
+
+    def weigh(self, parts: Batch) -> torch.Tensor:
+        return sum(parts.values())
+
+    def teachers(self) -> tuple[EMATeacher, ...]:
+        return () if self.teacher is None else (self.teacher,)
+
+    def after_step(self, applied: torch.Tensor | None = None) -> None:
+        """Nothing: the teacher moves before the next step, towards whatever the student then is."""
+
+    def to(self, device: torch.device) -> "TaskObjective":
+        if self.teacher is not None:
+            self.teacher.to(device)
+        return self
+
+    def state_dict(self) -> Batch:
+        return {} if self.teacher is None else {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
+
+    def load_state_dict(self, state: Batch) -> None:
+        if self.teacher is not None:
+            self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})
