@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from tiny_simla_pictures import make_processor, make_simla
 
+from oner import SimlaForPreTraining
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
 from oner.processing.image_processing_vl import OneRImageProcessor
@@ -79,6 +81,25 @@ def test_pictures_are_saved(example, model_directory, tmp_path, capsys):
         with Image.open(path) as image:
             low, high = image.convert("L").getextrema()
         assert min(image.size) > 100 and low < high
+
+
+def test_where_words_are_and_which_are_seen(example, tmp_path, capsys):
+    processor = make_processor()
+    make_simla(SimlaForPreTraining, processor).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    common = ["--model", str(tmp_path / "model"), "--data", str(EMOJI / "test_style.parquet"), "--device", "cpu"]
+    values = example.main([*common, "--limit", "30", "--tasks", "scenes", "concepts", "--output", str(tmp_path)])
+    assert {"test_style/grounding/pointing_accuracy", "test_style/concepts/concept_precision@5"} <= set(values)
+    drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert drawn == {
+        *(f"test_style-grounding-{name}.png" for name in ("sheet", "words_sheet", "scenes_sheet")),
+        *(f"test_style-concepts-{name}_sheet.png" for name in ("concept", "beyond_usual")),
+    }
+    arguments = example.parse(common)
+    model = example.load_model(example.AutoModelForZeroShotImageClassification, tmp_path / "model")
+    chosen = example.chosen_tasks(arguments, "set", [{"id": 0}, {"id": 0}], None, model)
+    assert "scenes" in chosen and "concepts" not in chosen
+    assert "set: no concepts, as it needs the pretraining model; name it in --tasks" in capsys.readouterr().out
 
 
 def test_what_the_data_do_not_allow_is_said_and_left_out(example, model_directory, tmp_path, capsys, monkeypatch):

@@ -6,7 +6,9 @@ import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image, ImageStat
+from tiny_simla_pictures import make_simla
 
+from oner import SimlaForImageTextRetrieval
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
 from oner.processing.image_processing_vl import OneRImageProcessor
@@ -188,6 +190,17 @@ class TestAttention:
         assert torch.allclose(got.flatten(), want, atol=1e-6)
         first = cls_attention(model, processor, image, "a red car", layer=0)
         assert torch.allclose(first.flatten(), attentions[0][0, :, 0, 1:17].mean(0), atol=1e-6)
+
+    def test_words_that_read_a_picture_by_cross_attention_are_shown_by_it(self, processor, rows):
+        simla = make_simla(SimlaForImageTextRetrieval, processor)
+        image = rows[0]["image"]
+        (row,) = cls_attention_rows(simla, processor, [image], ["a red car"])
+        with torch.no_grad(), eager_attention(simla):
+            outputs = simla.base_model(**processor(images=[image], text=["a red car"]), output_attentions=True)
+        assert len(row) == 17 and float(row.sum()) == pytest.approx(1, abs=1e-5)
+        assert torch.allclose(row, outputs.cross_attentions[-1][0, :, 0].mean(0), atol=1e-6)
+        (alone,) = cls_attention_rows(simla, processor, [image])
+        assert len(alone) == 17 and not torch.allclose(alone, row, atol=1e-3)
 
     def test_implementation_is_restored(self, model, processor, rows):
         before = model.config._attn_implementation
