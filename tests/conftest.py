@@ -23,6 +23,19 @@ def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `family` runs on each one of the list, and with `auto` on each of its classes."""
+    if "family" in metafunc.fixturenames:
+        from families import FAMILIES
+
+        if "auto" in metafunc.fixturenames:
+            pairs = [(family, auto) for family in FAMILIES.values() for auto in family.classes]
+            ids = [f"{family.name}-{auto}" for family, auto in pairs]
+            metafunc.parametrize(("family", "auto"), pairs, ids=ids, scope="module")
+        else:
+            metafunc.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys(), scope="module")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     random.seed(0)

@@ -41,7 +41,8 @@ def model_outputs(model_id: str, picture: str, trust: dict) -> dict:
         "tokenizer.input_ids": tokenizer(TEXTS, return_tensors="pt", padding=True)["input_ids"],
         "config.hidden_size": torch.tensor(config.hidden_size),
     }
-    load = {name: getattr(transformers, name).from_pretrained(model_id, **trust).eval() for name in AUTO_CLASSES}
+    offered = [name for name in config.auto_map if name.startswith("AutoModel") and name in AUTO_CLASSES]
+    load = {name: getattr(transformers, name).from_pretrained(model_id, **trust).eval() for name in offered}
     with torch.no_grad():
         joint = load["AutoModel"](**both)
         out["AutoModel.last_hidden_state"] = joint.last_hidden_state * both["attention_mask"][..., None]
@@ -51,11 +52,13 @@ def model_outputs(model_id: str, picture: str, trust: dict) -> dict:
         out["retrieval.image"] = retrieval.get_image_features(**pixels).pooler_output
         out["retrieval.both"] = retrieval.get_multimodal_features(**both).pooler_output
         out["AutoModelForMaskedLM.logits"] = load["AutoModelForMaskedLM"](**text).logits
-        out["classes"] = load["AutoModelForImageClassification"](**pixels).logits * 0  # its head is new: shape only
+        if "AutoModelForImageClassification" in load:  # its head is new: shape only
+            out["classes"] = load["AutoModelForImageClassification"](**pixels).logits * 0
     out |= {f"state.{name}": tensor.clone() for name, tensor in load["AutoModelForPreTraining"].state_dict().items()}
     return out
 
 
+# those that a pretrained model of some family offers
 AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForPreTraining",

@@ -13,12 +13,11 @@ import pytest
 import torch
 import transformers
 from fake_hub import serve
+from families import PRETRAINING, RETRIEVAL
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-import oner
-from oner.modeling.modeling_oner import AUTO_MAP
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_dataset import open_pairs
@@ -45,27 +44,27 @@ def pairs(emoji_folder) -> list[dict]:
 def processor(pairs) -> OneRProcessor:
     captions = [caption for row in pairs for caption in row["captions"]] + hub_probe.TEXTS * 2
     tokenizer = train_tokenizer(captions, vocab_size=600, min_frequency=1)
-    return OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer)
+    return OneRProcessor(
+        OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer, max_text_length=12
+    )
 
 
 @pytest.fixture(scope="module")
-def model(processor) -> oner.OneRForPreTraining:
+def model(family, processor) -> transformers.PreTrainedModel:
+    """Sixteen patches, the processor's words, and statistics, biases and norms that are not 0 and 1."""
     torch.manual_seed(0)
-    config = oner.OneRConfig(
-        vocab_size=len(processor.tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+    tokenizer = processor.tokenizer
+    return family.build(
+        PRETRAINING,
+        vocab_size=len(tokenizer),
         image_size=32,
         patch_size=8,
-        projection_dim=16,
-        projection_hidden_size=24,
-        pad_token_id=processor.tokenizer.pad_token_id,
+        max_text_length=24,
+        pad_token_id=tokenizer.pad_token_id,
         image_token_id=processor.image_token_id,
-        cls_token_id=processor.tokenizer.cls_token_id,
-        mask_token_id=processor.tokenizer.mask_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        mask_token_id=tokenizer.mask_token_id,
     )
-    return oner.OneRForPreTraining(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +75,11 @@ def picture(pairs, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(model, processor, picture, tmp_path_factory) -> Path:
+def exported(family, model, processor, picture, tmp_path_factory) -> Path:
     return export_model(
         model,
         processor,
-        tmp_path_factory.mktemp("hub") / "oner-tiny",
+        tmp_path_factory.mktemp("hub") / f"{family.name}-tiny",
         metrics=METRICS,
         protocol={"resolution": 32, "templates": ["{}"]},
         training_config={"seed": 0, "losses": ["itc", "cmc"]},
@@ -126,12 +125,12 @@ def test_pushed_model_loads_from_the_hub(exported, picture, expected, tmp_path, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("oner.training.hub.HfApi", functools.partial(HfApi, endpoint=url))
     try:
-        address = push_to_hub(exported, "org/oner-tiny", token="x")
-        assert address.startswith(f"{url}/org/oner-tiny/commit/")
-        files = server.RequestHandlerClass.repositories["org/oner-tiny"]
+        address = push_to_hub(exported, "org/tiny", token="x")
+        assert address.startswith(f"{url}/org/tiny/commit/")
+        files = server.RequestHandlerClass.repositories["org/tiny"]
         assert set(files) == {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
         env = {"HF_ENDPOINT": url, "HF_TOKEN": "x", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-        got = run_probe("remote", "org/oner-tiny", picture, tmp_path, **env)
+        got = run_probe("remote", "org/tiny", picture, tmp_path, **env)
     finally:
         server.shutdown()
         server.server_close()
@@ -139,18 +138,18 @@ def test_pushed_model_loads_from_the_hub(exported, picture, expected, tmp_path, 
         torch.testing.assert_close(got[name], tensor.contiguous(), rtol=0, atol=TOLERANCE, msg=name)
 
 
-def test_every_named_class_is_in_the_directory(exported):
+def test_every_named_class_is_in_the_directory(family, exported):
     config = json.loads((exported / "config.json").read_text())
     references = dict(config["auto_map"]) | {task: p["impl"] for task, p in config["custom_pipelines"].items()}
-    assert {"AutoConfig", "AutoProcessor", "AutoImageProcessor", *hub_probe.AUTO_CLASSES} <= set(references)
+    assert {"AutoConfig", "AutoProcessor", "AutoImageProcessor", *family.classes} <= set(references)
     for reference in references.values():
         file, cls = reference.split(".")
         assert f"class {cls}" in (exported / f"{file}.py").read_text()
 
 
-def test_plain_save_pretrained_names_only_what_it_ships(model, tmp_path):
+def test_plain_save_pretrained_names_only_what_it_ships(family, model, tmp_path):
     """A user who saves one head by hand gets a repository without dangling names."""
-    for cls in (oner.OneRModel, oner.OneRForImageTextRetrieval, oner.OneRForPreTraining):
+    for cls in family.classes.values():
         folder = tmp_path / cls.__name__
         cls(model.config).save_pretrained(folder)
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
@@ -161,11 +160,16 @@ def test_plain_save_pretrained_names_only_what_it_ships(model, tmp_path):
             assert path.is_file() and f"class {referred}" in path.read_text(), f"{cls.__name__}: {name} → {reference}"
 
 
-def test_plain_save_pretrained_names_what_is_registered(model):
-    """All but the pretraining class, whose code does not travel with the others."""
-    registered = {"AutoConfig": type(model.config), **model_classes(model.config)}
-    del registered["AutoModelForPreTraining"]
-    assert {name: named(cls) for name, cls in registered.items()} == AUTO_MAP
+def test_plain_save_pretrained_names_what_is_registered(family, model, tmp_path):
+    """All classes of the tower's file: the others' code does not travel with it."""
+    tower = family.tower(model)
+    tower.save_pretrained(tmp_path)
+    registered = {"AutoConfig": type(model.config)} | {
+        auto: cls for auto, cls in model_classes(model.config).items() if cls.__module__ == type(tower).__module__
+    }
+    assert {"AutoModel", RETRIEVAL} <= registered.keys()
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert saved == {auto: named(cls) for auto, cls in registered.items()}
 
 
 def test_everybody_may_read_an_export(exported):
@@ -173,12 +177,13 @@ def test_everybody_may_read_an_export(exported):
     assert "model.safetensors" in modes and set(modes.values()) == {"0o644"}, modes
 
 
-def test_resaving_keeps_the_pipelines(exported, tmp_path):
+def test_resaving_keeps_the_pipelines(family, exported, tmp_path):
     """`import oner` hides custom_pipelines from pipeline(), not from what is saved."""
-    retrieval = oner.OneRForImageTextRetrieval.from_pretrained(exported)
+    retrieval = family.classes[RETRIEVAL].from_pretrained(exported)
     retrieval.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert list(saved["custom_pipelines"]) == ["image-text-retrieval"]
+    was, saved = (json.loads((folder / "config.json").read_text()) for folder in (exported, tmp_path))
+    assert saved["custom_pipelines"] == was["custom_pipelines"]
+    assert "image-text-retrieval" in saved["custom_pipelines"]
 
 
 def test_card(exported):
@@ -211,8 +216,8 @@ def test_half_precision_file_computes_in_full(model, processor, exported, tmp_pa
     assert size[small] < 0.6 * size[exported]
     loaded = transformers.AutoModel.from_pretrained(small)
     assert loaded.dtype == torch.float32
-    reference = model.state_dict()["oner.embeddings.word_embeddings.weight"]
-    torch.testing.assert_close(loaded.embeddings.word_embeddings.weight.data, reference, rtol=1e-3, atol=1e-5)
+    reference = model.get_input_embeddings().weight
+    torch.testing.assert_close(loaded.get_input_embeddings().weight.data, reference.data, rtol=1e-3, atol=1e-5)
     assert "stored as float16" in (small / "README.md").read_text()
 
 

@@ -10,22 +10,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 REGISTERED = """
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoModelForZeroShotImageClassification
-from transformers import AutoModelForMaskedLM, AutoModelForImageClassification, AutoProcessor, AutoImageProcessor
+import sys
+import transformers
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
-config = AutoConfig.for_model("oner", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
-assert type(config).__module__ == "oner.modeling.configuration_oner", type(config)
-assert config.custom_pipelines == {}
-for auto in (AutoModel, AutoModelForPreTraining, AutoModelForZeroShotImageClassification, AutoModelForMaskedLM,
-             AutoModelForImageClassification):
-    model = auto._model_mapping[type(config)]
-    assert model.__module__.startswith("oner.modeling") and model._auto_class == auto.__name__, (auto, model)
-assert PROCESSOR_MAPPING[type(config)]._auto_class == "AutoProcessor"
-assert IMAGE_PROCESSOR_MAPPING[type(config)]["torchvision"]._auto_class == "AutoImageProcessor"
-assert "image-text-retrieval" in PIPELINE_REGISTRY.get_supported_tasks()
-assert type(config)._auto_class == "AutoConfig"
+families = sys.modules["oner"]._FAMILIES
+assert {"oner", "simla"} <= families.keys()
+for family, classes in families.items():
+    config = transformers.AutoConfig.for_model(family)
+    said = (type(config).__name__, type(config).__module__.rpartition(".")[0], type(config)._auto_class)
+    assert said == (classes["AutoConfig"], "oner.modeling", "AutoConfig"), said
+    assert config.custom_pipelines == {}
+    for auto in (name for name in classes if name.startswith("AutoModel")):
+        model = getattr(transformers, auto)._model_mapping[type(config)]
+        said = (model.__name__, model.__module__.rpartition(".")[0], model._auto_class)
+        assert said == (classes[auto], "oner.modeling", auto), said
+    if "AutoProcessor" in classes:
+        assert PROCESSOR_MAPPING[type(config)]._auto_class == "AutoProcessor"
+        assert IMAGE_PROCESSOR_MAPPING[type(config)]["torchvision"]._auto_class == "AutoImageProcessor"
+for task in ("image-text-retrieval", "image-text-matching", "visual-grounding", "visual-question-answering",
+             "visual-entailment"):
+    assert PIPELINE_REGISTRY.check_task(task)[1]["impl"].task_name == task
 """
 WAYS = {
     "bare": "import oner",

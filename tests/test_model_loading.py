@@ -8,27 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import PRETRAINING
 from safetensors.torch import load_file, save_file
-from tiny_oner import tiny_config
 from tiny_pretraining import forget_accelerator, load_example, tiny_arguments, write_pairs
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForZeroShotImageClassification
 
-from oner import OneRForPreTraining
 from oner.training.model_loading import DIGESTS, ModelDirectoryError, check_directory, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 AUTOS = (AutoModel, AutoModelForPreTraining, AutoModelForZeroShotImageClassification)
 WEIGHTS = "model.safetensors"
-TOWER = "oner.layers.0.attention.qkv.weight"
+# of a tower's first layer, behind the tower's place in the family's models
+WEIGHT = "layers.0.attention.qkv.weight"
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
+def exported(family, tmp_path_factory) -> Path:
     """The model directory of a run of one step, as examples/pretrain.py leaves it."""
     folder = tmp_path_factory.mktemp("exported")
     pairs = write_pairs(folder / "pairs.parquet")
     forget_accelerator()
-    load_example("pretrain").main(tiny_arguments(pairs, folder / "run", max_steps=1))
+    load_example("pretrain").main(tiny_arguments(pairs, folder / "run", family.name, max_steps=1))
     forget_accelerator()
     return folder / "run" / "model"
 
@@ -36,6 +36,10 @@ def exported(tmp_path_factory) -> Path:
 @pytest.fixture()
 def directory(exported, tmp_path) -> Path:
     return shutil.copytree(exported, tmp_path / "model")
+
+
+def tower_weight(directory: Path) -> str:
+    return next(name for name in load_file(directory / WEIGHTS) if name.endswith(WEIGHT))
 
 
 def rewrite(directory: Path, change) -> None:
@@ -46,15 +50,15 @@ def rewrite(directory: Path, change) -> None:
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("auto", AUTOS, ids=lambda auto: auto.__name__)
-def test_what_is_whole_loads(exported, auto, caplog):
+@pytest.mark.parametrize("loader", AUTOS, ids=lambda auto: auto.__name__)
+def test_what_is_whole_loads(exported, loader, caplog):
     with caplog.at_level(logging.WARNING):
-        model = load_model(auto, exported).eval()
+        model = load_model(loader, exported).eval()
     weights = load_file(exported / WEIGHTS)
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     assert len(state) > 20 and "drawn at random" not in caplog.text
     for name, value in state.items():
-        key = name if name in weights else f"oner.{name}"
+        key = name if name in weights else f"{model.base_model_prefix}.{name}"
         assert key not in weights or torch.equal(value, weights[key]), name
 
 
@@ -95,17 +99,18 @@ def test_weights_cut_short_are_named_without_digests_too(directory):
 
 
 @pytest.mark.parametrize("draws_heads", [False, True])
-@pytest.mark.parametrize("auto", AUTOS, ids=lambda auto: auto.__name__)
-def test_keys_and_shapes_that_do_not_fit_are_listed(directory, auto, draws_heads):
-    pristine = (directory / WEIGHTS).read_bytes()
+@pytest.mark.parametrize("loader", AUTOS, ids=lambda auto: auto.__name__)
+def test_keys_and_shapes_that_do_not_fit_are_listed(directory, loader, draws_heads):
+    pristine, tower = (directory / WEIGHTS).read_bytes(), tower_weight(directory)
+    short = re.escape(tower.partition(".")[2])
     cases = [
         (
-            lambda weights: weights.pop(TOWER),
-            r"missing keys \['(oner\.)?layers\.0\.attention\.qkv\.weight'\], foreign k",
+            lambda weights: weights.pop(tower),
+            rf"missing keys \['(\w+\.)?{short}'\], foreign k",
         ),
         (lambda weights: weights.update({"foreign.weight": torch.zeros(2)}), r"foreign keys \['foreign\.weight'\]"),
         (
-            lambda weights: weights.update({TOWER: weights[TOWER][:-1].clone()}),
+            lambda weights: weights.update({tower: weights[tower][:-1].clone()}),
             r"wrong shapes \{.*qkv\.weight': '\(95, 32",
         ),
     ]
@@ -113,7 +118,7 @@ def test_keys_and_shapes_that_do_not_fit_are_listed(directory, auto, draws_heads
         (directory / WEIGHTS).write_bytes(pristine)
         rewrite(directory, change)
         with pytest.raises(ModelDirectoryError, match=said):
-            load_model(auto, directory, draws_heads=draws_heads)
+            load_model(loader, directory, draws_heads=draws_heads)
 
 
 def test_a_head_is_drawn_whole_and_said_or_not_at_all(directory, caplog):
@@ -134,8 +139,9 @@ def test_a_head_is_drawn_whole_and_said_or_not_at_all(directory, caplog):
     assert f"{directory} has no weights for ['lm_head']: drawn at random" in caplog.text
 
 
-def test_the_programs_refuse_a_model_that_lacks_weights(directory, tmp_path, emoji_folder):
-    rewrite(directory, lambda weights: weights.pop(TOWER))
+def test_the_programs_refuse_a_model_that_lacks_weights(family, directory, tmp_path):
+    tower = tower_weight(directory)
+    rewrite(directory, lambda weights: weights.pop(tower))
     pairs = write_pairs(tmp_path / "pairs.parquet")
     with pytest.raises(ModelDirectoryError, match="qkv"):
         load_example("evaluate").main(["--model", str(directory), "--data", str(pairs)])
@@ -143,7 +149,9 @@ def test_the_programs_refuse_a_model_that_lacks_weights(directory, tmp_path, emo
         load_example("search").load_pipeline(str(directory))
     forget_accelerator()
     with pytest.raises(ModelDirectoryError, match="qkv"):
-        load_example("pretrain").main(tiny_arguments(pairs, tmp_path / "run", initial_model=directory, max_steps=1))
+        load_example("pretrain").main(
+            tiny_arguments(pairs, tmp_path / "run", family.name, initial_model=directory, max_steps=1)
+        )
 
 
 def test_an_edited_configuration_is_told_from_damage(directory):
@@ -155,11 +163,12 @@ def test_an_edited_configuration_is_told_from_damage(directory):
     assert load_model(AutoModel, directory).config.temperature == 0.3
 
 
-def test_a_tower_without_heads_serves_a_second_stage(tmp_path, caplog):
-    whole = OneRForPreTraining(tiny_config())
-    whole.oner.save_pretrained(tmp_path)
+def test_a_tower_without_heads_serves_a_second_stage(family, tmp_path, caplog):
+    whole = family.build(PRETRAINING)
+    tower = family.tower(whole)
+    tower.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
         model = load_model(AutoModelForPreTraining, tmp_path, draws_heads=True)
-    for name, value in whole.oner.state_dict().items():
-        assert torch.equal(value, model.oner.state_dict()[name]), name
+    for name, value in tower.state_dict().items():
+        assert torch.equal(value, family.tower(model).state_dict()[name]), name
     assert "drawn at random" in caplog.text

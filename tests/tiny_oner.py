@@ -8,6 +8,23 @@ import torch
 from oner import OneRConfig
 
 CLS, IMAGE, MASK, FIRST_WORD, VOCAB = 3, 1, 4, 5, 50
+# arguments of examples/pretrain.py, with real pictures and a model of some thousand weights
+SHRUNK = {
+    "model_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "projection_hidden_size": 32,
+        "projection_dim": 16,
+        "max_text_length": 16,
+    },
+}
+RUN = {"losses": ["itc", "cmc", "mlm", "mim"]}
+# no batch norm, in which a row sees the others
+APART = {"head_norm": "layer", "stem": "linear"}
+DRAWN = {"attention_dropout": 0.1}
+OBJECTIVE = {}
 
 
 def tiny_config(**overrides) -> OneRConfig:
@@ -34,7 +51,7 @@ def randomised(model: torch.nn.Module, seed: int = 7) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
-            if parameter.ndim == 1 and "logit_scale" not in name:
+            if parameter.ndim == 1 and not name.endswith(("logit_scale", "temperature")):
                 parameter.add_(noise * 0.1)
     return model
 
@@ -69,6 +86,31 @@ def joint_batch(lengths: list[int], slots: int | None = None, seed: int = 0, dty
         "mlm_labels": words[text_index[mlm_index]],
         "ids": torch.arange(batch),
     }
+
+
+make_batch = joint_batch
+
+
+def joined(parts: list[dict]) -> dict:
+    """Batches of several processes as one, rows end to end, with the places of words counted from its beginning."""
+    batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for name, source in (("text_index", "input_ids"), ("mlm_index", "text_index")):
+        slots = [part[source][:, 17:].numel() if source == "input_ids" else len(part[source]) for part in parts]
+        starts = [sum(slots[:number]) for number in range(len(parts))]
+        batch[name] = torch.cat([part[name] + start for part, start in zip(parts, starts, strict=True)])
+    return batch
+
+
+def in_one_process(objective, student, parts: list[dict], progress: float) -> tuple[torch.Tensor, dict]:
+    """The mean of the losses of processes that hold `parts`: one batch of all, for each gathers the others' keys."""
+    loss, told = objective(student, joined(parts), progress)
+    objective.after_step()
+    return loss, told
+
+
+def stand_ins() -> dict[str, str]:
+    """OneR reads nothing beside its data."""
+    return {}
 
 
 def text_of(batch: dict, name: str = "input_ids") -> dict:

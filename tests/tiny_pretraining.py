@@ -10,20 +10,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from families import FAMILIES
 
 from oner.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = 40
-TINY_MODEL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "projection_hidden_size": 32,
-    "projection_dim": 16,
-    "max_text_length": 16,
-}
 # dropout, so that the generators count too; a checkpoint after every one of the ten steps
 EVERY_STEP = {"save_every_epochs": 0.2, "keep_checkpoints": 20, "model_config": {"attention_dropout": 0.1}}
 
@@ -43,9 +35,11 @@ def write_pairs(path: Path, rows: int = PAIRS) -> Path:
     return path
 
 
-def tiny_arguments(pairs: Path, output_dir: Path, **overrides: Any) -> list[str]:
+def tiny_arguments(pairs: Path, output_dir: Path, family: str = "oner", **overrides: Any) -> list[str]:
     """A command line: two epochs of five steps of eight pairs, in fp32. `model_config` is merged, None is left out."""
+    run = FAMILIES[family].run
     fields = {
+        "family": family,
         "train_data": [pairs],
         "text_column": "captions",
         "id_column": "hexcode",
@@ -60,8 +54,9 @@ def tiny_arguments(pairs: Path, output_dir: Path, **overrides: Any) -> list[str]
         "log_every": 1,
         "eval_every_epochs": 0,
         "output_dir": output_dir,
+        **run,
         **overrides,
-        "model_config": json.dumps({**TINY_MODEL, **overrides.get("model_config", {})}),
+        "model_config": json.dumps({**run["model_config"], **overrides.get("model_config", {})}),
     }
     line = []
     for name, value in fields.items():

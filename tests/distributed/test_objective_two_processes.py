@@ -1,7 +1,9 @@
-"""Two processes with b pairs each make the loss and the gradient of one process with 2b.
+"""Two processes with a part of a batch each make the loss, the gradient and the state that one process makes.
 
-Layer norm and a linear stem: no row sees another but through the contrast. (Batch norm across processes is
-`SyncBatchNorm`, which exists on accelerators only.) The processes hold different numbers of masked words and patches.
+What that is, a family defines: OneR's processes gather each other's keys, so the parts are one batch; SIMLA's have
+their own keys and negatives beside a queue that they share. Norms see one row, nothing is drawn, and the processes
+hold different numbers of masked words and patches. (Batch norm across processes is `SyncBatchNorm`, which exists on
+accelerators only.)
 """
 
 import multiprocessing
@@ -9,68 +11,67 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-ARGUMENTS = {"losses": ["itc", "xmc", "cic", "cmc", "mlm", "mim"], "match_ids": True}
+PROGRESS = 0.5
 
 
-def whole_batch() -> dict[str, torch.Tensor]:
-    from tiny_oner import joint_batch
-
-    batch = joint_batch([4, 2, 1, 5], slots=5)
-    batch["ids"] = torch.tensor([3, 8, 3, 9])  # a positive in the other process
-    batch["mlm_index"], batch["mlm_labels"] = batch["mlm_index"][:3], batch["mlm_labels"][:3]
-    batch["bool_masked_pos"][3] = torch.arange(16) == 2
-    return batch
-
-
-def part_of(batch: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
-    """Rows 2r and 2r + 1, with the word indices counted from there: six words each, two or one of them masked."""
-    rows = slice(2 * rank, 2 * rank + 2)
-    part = {
-        name: value[rows] for name, value in batch.items() if name not in ("text_index", "mlm_index", "mlm_labels")
-    }
-    part["text_index"] = part["attention_mask"][:, 17:].flatten().nonzero().flatten()
-    mine = batch["mlm_index"] // 6 == rank
-    part["mlm_index"], part["mlm_labels"] = batch["mlm_index"][mine] - 6 * rank, batch["mlm_labels"][mine]
-    assert len(part["mlm_index"]) == 2 - rank and len(part["text_index"]) == 6
-    assert part["bool_masked_pos"].sum() == (10, 6)[rank]
-    return part
+def make_parts(family) -> list[dict[str, torch.Tensor]]:
+    """Two pairs of six words in all for each process, two or one of them masked; ids with a positive in the other."""
+    parts = [family.tiny.make_batch(lengths, slots=5, seed=seed) for seed, lengths in enumerate(([4, 2], [1, 5]))]
+    for part, ids in zip(parts, ([3, 8], [3, 9]), strict=True):
+        part["ids"] = torch.tensor(ids)
+    parts[1]["mlm_index"], parts[1]["mlm_labels"] = parts[1]["mlm_index"][:1], parts[1]["mlm_labels"][:1]
+    parts[1]["bool_masked_pos"][1] = torch.arange(16) == 2
+    assert [len(part["mlm_index"]) for part in parts] == [2, 1]
+    assert [part["bool_masked_pos"].sum() for part in parts] == [10, 6]
+    return parts
 
 
-def make():
-    from tiny_oner import randomised, tiny_config
-
-    from oner import OneRForPreTraining
-    from oner.training.objective_oner import OneRObjective, OneRObjectiveArguments
+def make(family):
+    from families import PRETRAINING
 
     torch.manual_seed(0)
-    config = tiny_config(head_norm="layer", stem="linear", pooling="mean", learnable_temperature=True)
-    student = randomised(OneRForPreTraining(config)).train()
-    objective = OneRObjective(student, OneRObjectiveArguments(**ARGUMENTS))
+    student = family.build(PRETRAINING, **family.tiny.APART).train()
+    objective = family.objective(student, losses=list(family.losses), match_ids=True)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return student, objective
 
 
-def step(wrapped, student, objective, batch) -> dict:
-    loss, parts = objective(wrapped, batch, 0.0)
+def result_of(student, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> dict:
     loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    gradients = {name: value.grad.clone() for name, value in student.named_parameters() if value.requires_grad}
     return {"loss": loss.detach(), "parts": parts, "gradients": gradients}
 
 
+def state_of(objective) -> dict[str, torch.Tensor]:
+    """As each process holds it; a checkpoint's state is the first one's alone."""
+    state = {name: value.clone() for name, value in objective.state_dict().items()}
+    for number, teacher in enumerate(objective.teachers()):
+        state |= {f"{number}.{name}": value.clone() for name, value in teacher.model.state_dict().items()}
+    return {name: value for name, value in state.items() if not name.startswith("teacher.")}
+
+
 def one_rank(rank: int, folder: str) -> None:
+    from families import FAMILIES
+
     from oner.training import distributed
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    student, objective = make()
-    wrapped = DistributedDataParallel(student)
-    result = step(wrapped, student, objective, part_of(whole_batch(), rank))
+    results = {}
+    for name, family in FAMILIES.items():
+        student, objective = make(family)
+        wrapped = DistributedDataParallel(student)
+        results[name] = result_of(student, *objective(wrapped, make_parts(family)[rank], PROGRESS))
+        objective.after_step()
+        results[name]["state"] = state_of(objective)
+    result = {"families": results}
     result["gathered"] = distributed.gather_without_gradient(torch.tensor([[rank, 0], [rank, 1]]))
     own = (torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (rank + 1)).requires_grad_()
     everyone = distributed.gather_with_gradient(own)
@@ -85,40 +86,70 @@ def one_rank(rank: int, folder: str) -> None:
 
 def main(folder: str) -> None:
     """Forks before any thread of autograd exists: one import serves both processes."""
-    whole_batch(), make()
+    import families
+
+    for family in families.FAMILIES.values():
+        make(family)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=one_rank, args=(rank, folder)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
     sys.exit(max(abs(process.exitcode) if process.exitcode is not None else 1 for process in processes))
 
 
-def test_two_processes_equal_one(tmp_path, root):
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__)), str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=150
-    )
+@pytest.fixture(scope="module")
+def ranks(root, tmp_path_factory) -> list[dict]:
+    """What each of the two processes saw, of all families."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, str(Path(__file__)), str(folder)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    student, objective = make()
-    whole = step(student, student, objective, whole_batch())
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
+
+def test_two_processes_equal_one(family, ranks):
+    both = [rank["families"][family.name] for rank in ranks]
+    student, objective = make(family)
+    whole = result_of(student, *family.tiny.in_one_process(objective, student, make_parts(family), PROGRESS))
+
+    assert list(both[0]["parts"]) == list(whole["parts"]) == list(family.losses)
     for name, value in whole["parts"].items():
-        mean = (ranks[0]["parts"][name] + ranks[1]["parts"][name]) / 2
-        torch.testing.assert_close(mean, value, rtol=1e-5, atol=1e-6, msg=name)
-    torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, whole["loss"], rtol=1e-5, atol=1e-6)
-    assert ranks[0]["loss"] != ranks[1]["loss"]  # each saw its own queries
+        mean = (both[0]["parts"][name] + both[1]["parts"][name]) / 2
+        torch.testing.assert_close(mean, value.detach(), rtol=1e-5, atol=1e-6, msg=name)
+    torch.testing.assert_close((both[0]["loss"] + both[1]["loss"]) / 2, whole["loss"], rtol=1e-5, atol=1e-6)
+    assert both[0]["loss"] != both[1]["loss"]  # each saw its own pairs
+    assert both[0]["gradients"].keys() == whole["gradients"].keys()
     for name, value in whole["gradients"].items():
         scale = value.abs().max().clamp_min(1e-3).item()
-        for rank in ranks:  # averaged over the processes by the data-parallel wrapper
+        for rank in both:  # averaged over the processes by the data-parallel wrapper
             torch.testing.assert_close(rank["gradients"][name], value, rtol=1e-3, atol=1e-4 * scale, msg=name)
 
-    # without the other process's keys the contrast would be another
-    lonely, objective = make()
-    alone = step(lonely, lonely, objective, part_of(whole_batch(), 0))
-    assert abs(alone["parts"]["itc"] - ranks[0]["parts"]["itc"]) > 1e-2
 
+def test_two_processes_keep_the_state_of_one(family, ranks):
+    """Teacher and queues after the step, to the bit on both; in a queue, the rows of the processes in their order."""
+    one, other = (rank["families"][family.name]["state"] for rank in ranks)
+    student, objective = make(family)
+    before = state_of(objective)
+    family.tiny.in_one_process(objective, student, make_parts(family), PROGRESS)
+    expected = state_of(objective)
+    assert one.keys() == other.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(one[name], other[name]), name
+        torch.testing.assert_close(one[name], value, rtol=0, atol=1e-6, msg=name)
+    assert sum(not torch.equal(value, before[name]) for name, value in expected.items()) > 0.5 * len(expected)
+
+
+def test_a_process_alone_computes_something_else(family, ranks):
+    """Without the other process's keys, or its share of what is counted, the loss would be another."""
+    student, objective = make(family)
+    alone, parts = objective(student, make_parts(family)[0], PROGRESS)
+    seen = ranks[0]["families"][family.name]["parts"]
+    assert max(abs(parts[name] - seen[name]).item() for name in parts) > 1e-2
+
+
+def test_what_processes_say_to_each_other(ranks):
     for number, rank in enumerate(ranks):
         assert rank["gathered"].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
         assert rank["gathered with gradient"].tolist() == [[1, 2], [3, 4], [2, 4], [6, 8]]
@@ -145,5 +176,5 @@ def test_one_process_is_the_identity():
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]  # tiny_oner, oner
+    sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]  # families, oner
     main(sys.argv[1])

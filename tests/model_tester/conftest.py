@@ -1,4 +1,4 @@
-"""Makes transformers' tests importable, tells them of OneR, and names what does not apply, with the reason."""
+"""Makes transformers' tests importable, tells them of the families, and names what does not apply, with the reason."""
 
 import re
 import sys
@@ -6,23 +6,33 @@ import sys
 import pytest
 from fetch import PACKAGE, tests_folder
 
-SINGLE_TOWER = "reads config.text_config; OneR has one tower, test_features_have_the_towers_shape checks the same"
+SINGLE_TOWER = (
+    "reads config.text_config; one configuration holds all here, test_features_have_the_towers_shape checks the same"
+)
 TWO_RUNS = (
     "its mock follows one run of a layer in a step; here two, test_checkpointing_keeps_gradients checks the same"
 )
 LEFT = "masks the first two positions, [CLS] and a patch; OneR pads on the right and refuses this with an error"
-NO_LOSS = "OneRForPreTraining returns logits; its losses and their gradients are the objective's, and tested there"
+NO_LOSS = "a ForPreTraining returns logits; its losses and their gradients are the objective's, and tested there"
 NO_STATES = "OneRForPreTraining packs all streams of a step; it returns dictionaries, no states of one sequence"
 WORDS = "counts positions against max_length; OneRProcessor's max_length counts words, patches and [CLS] come on top"
 AUTO_MAP = "compares with the state before saving; saving a class that ships its code adds auto_map to it"
 DEFAULTS = "expects the tokenizer's own padding and max_length to win; OneRProcessor decides both (max_text_length)"
 PAIRS = "gives a text two pictures and another one none; OneR reads one picture per text, or none at all"
+STACKS = "counts num_hidden_layers states; a pair passes two stacks of layers, test_families_models.py counts a text's"
+NO_PLACES = "SimlaForPreTraining returns embeddings and logits of several passes, no states of one sequence"
+TEMPERATURE = "calls numpy() on the first output; here that is a parameter, the temperature"
+UNREAD = (
+    "expects a gradient for every parameter; contrast reads neither matching head nor cross-attention, and only "
+    "pre-training the mask token: test_checkpointing_keeps_gradients checks the rest"
+)
+PAD_LEFT = r"test_eager_matches_sdpa_inference_\d+_\w+_pad_left(?!_no_attn_mask)"
 # test class → pattern of a test's name → why it does not apply
 NOT_APPLICABLE = {
     "OneRModelTest": {
         "test_get_text_features_output_0": SINGLE_TOWER,
         "test_get_text_features_output_2": SINGLE_TOWER,
-        r"test_eager_matches_sdpa_inference_\d+_\w+_pad_left(?!_no_attn_mask)": LEFT,
+        PAD_LEFT: LEFT,
     },
     "OneRForImageTextRetrievalTest": {
         "test_get_text_features_output_0": SINGLE_TOWER,
@@ -38,6 +48,35 @@ NOT_APPLICABLE = {
         "test_retain_grad_hidden_states_attentions": NO_STATES,
         "test_determinism": NO_STATES,
         "test_eager_matches_sdpa_inference": NO_STATES,
+    },
+    "SimlaModelTest": {
+        "test_get_text_features_output_0": SINGLE_TOWER,
+        "test_get_text_features_output_2": SINGLE_TOWER,
+        PAD_LEFT: LEFT,
+        "test_attention_outputs": STACKS,
+        "test_hidden_states_output": STACKS,
+    },
+    "SimlaForImageTextRetrievalTest": {
+        "test_get_text_features_output_0": SINGLE_TOWER,
+        "test_get_text_features_output_2": SINGLE_TOWER,
+        PAD_LEFT: LEFT,
+        "test_training_gradient_checkpointing": UNREAD,
+    },
+    "SimlaForVisualEntailmentTest": {
+        PAD_LEFT: LEFT,
+        "test_training_gradient_checkpointing": UNREAD,
+        "test_attention_outputs": STACKS,
+        "test_hidden_states_output": STACKS,
+    },
+    "SimlaForPreTrainingTest": {
+        "test_get_text_features_output_0": SINGLE_TOWER,
+        "test_get_text_features_output_2": SINGLE_TOWER,
+        "test_training": NO_LOSS,
+        "test_attention_outputs": NO_PLACES,
+        "test_determinism": TEMPERATURE,
+        "test_hidden_states_output": NO_PLACES,
+        "test_retain_grad_hidden_states_attentions": NO_PLACES,
+        "test_eager_matches_sdpa_inference": NO_PLACES,
     },
     "OneRProcessorTest": {
         "test_kwargs_overrides_default_subprocessor_kwargs_0": WORDS,
@@ -58,7 +97,7 @@ def pytest_configure() -> None:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     # In-tree models are listed by name; several tests find a head's base model through this list.
-    MODEL_MAPPING_NAMES["oner"] = "OneRModel"
+    MODEL_MAPPING_NAMES.update(oner="OneRModel", simla="SimlaModel")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

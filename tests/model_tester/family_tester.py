@@ -1,0 +1,132 @@
+"""What transformers' ModelTesterMixin needs to know of a family: a tiny configuration, and inputs of its classes."""
+
+import copy
+import unittest
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from families import CLASSIFICATION, MASKED_LM, PRETRAINING, RETRIEVAL, Family
+from hf_tests.test_configuration_common import ConfigTester
+from hf_tests.test_modeling_common import ModelTesterMixin, ids_tensor
+from transformers import PreTrainedConfig
+from transformers.testing_utils import torch_device
+
+CLS, IMAGE, MASK, FIRST_WORD = 3, 1, 4, 5
+ANSWERS = "AutoModelForVisualQuestionAnswering"
+SEQUENCES = "AutoModelForSequenceClassification"
+
+
+class FamilyModelTester:
+    """A tiny model and one batch of pairs: B = 7, N = 4 patches, T = 6 words, L = 1 + N + T.
+
+    Seven rows, because a test that needs seven would invent the missing ones, without [CLS].
+    """
+
+    def __init__(self, parent: unittest.TestCase, family: Family, fields: Mapping[str, Any]):
+        self.parent, self.family, self.fields = parent, family, fields
+        self.batch_size, self.n_patches, self.n_words = 7, 4, 6
+        self.seq_length = 1 + self.n_patches + self.n_words
+        self.image_size, self.patch_size, self.num_channels = 16, 8, 3
+        self.hidden_size, self.num_hidden_layers, self.num_attention_heads = 32, 2, 4
+        self.vocab_size, self.num_labels = 120, 2  # more than the ids of BERT's special words
+        self.num_masks, self.mask_length = 2, self.n_patches  # of bool_masked_pos
+        self.is_training = True
+
+    def get_config(self) -> PreTrainedConfig:
+        return self.family.tiny.tiny_config(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            projection_dim=16,
+            max_text_length=24,
+            cls_token_id=CLS,
+            image_token_id=IMAGE,
+            mask_token_id=MASK,
+            **self.fields,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+        words = ids_tensor([self.batch_size, self.n_words], self.vocab_size - FIRST_WORD) + FIRST_WORD
+        head = torch.tensor([[CLS] + [IMAGE] * self.n_patches]).expand(self.batch_size, -1)
+        mask = torch.ones(self.batch_size, self.seq_length, dtype=torch.long)
+        mask[1, -2:] = 0
+        pixels = torch.rand(self.batch_size, self.num_channels, self.image_size, self.image_size)
+        return self.get_config(), {
+            "input_ids": torch.cat([head.to(words.device), words], dim=1).contiguous(),
+            "attention_mask": mask.to(torch_device),
+            "pixel_values": pixels.to(torch_device),
+        }
+
+
+class FamilyTest(ModelTesterMixin):
+    """Each test class names the `family`, the `autos`, auto classes of what is tested, and `fields` of its own."""
+
+    family: Family
+    autos: tuple[str, ...]
+    fields: Mapping[str, Any] = {}
+    additional_model_inputs = ["pixel_values"]
+    test_torch_exportable = False  # its tests are not in the archive
+
+    @property
+    def all_model_classes(self) -> tuple[type, ...]:
+        return tuple(self.family.classes[auto] for auto in self.autos)
+
+    def setUp(self) -> None:
+        self.model_tester = FamilyModelTester(self, self.family, self.fields)
+        config_class = type(self.model_tester.get_config())
+        self.config_tester = ConfigTester(self, config_class=config_class, hidden_size=48)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = copy.deepcopy(inputs_dict)
+        auto = next(name for name, cls in self.family.classes.items() if cls is model_class)
+        if return_labels and auto == MASKED_LM:
+            inputs["labels"] = inputs["input_ids"].clone()
+        if return_labels and auto in (CLASSIFICATION, SEQUENCES):
+            inputs["labels"] = torch.zeros(self.model_tester.batch_size, dtype=torch.long, device=torch_device)
+        if return_labels and auto == RETRIEVAL:
+            inputs["return_loss"] = True
+        if return_labels and auto in (MASKED_LM, CLASSIFICATION):
+            # so that the mask token has a gradient, as every parameter must
+            masked = torch.tensor([True, False] * (self.model_tester.n_patches // 2), device=torch_device)
+            inputs["bool_masked_pos"] = masked.expand(self.model_tester.batch_size, -1)
+        return inputs
+
+    def check_features(self, model_class: type) -> None:
+        """Stands in for test_get_text_features_output, which looks for a text tower in the configuration."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = model_class(config).to(torch_device).eval()
+        pixels = inputs.pop("pixel_values")
+        with torch.no_grad():
+            text, both = (
+                model.get_text_features(**inputs),
+                model.get_multimodal_features(**inputs, pixel_values=pixels),
+            )
+        for features in (text, both):
+            self.assertEqual(features.last_hidden_state.shape, (*inputs["input_ids"].shape, config.hidden_size))
+            self.assertEqual(features.pooler_output.shape, (self.model_tester.batch_size, config.projection_dim))
+        self.assertFalse(torch.allclose(text.pooler_output, both.pooler_output))
+
+    def check_checkpointing(self, model_class: type, **call: Any) -> None:
+        """Stands in for test_training_gradient_checkpointing*, whose mock follows one run of a layer only."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for field in ("hidden_dropout", "text_attention_dropout"):  # for families that have any
+            setattr(config, field, 0.0)
+        model = model_class(config).to(torch_device).train()
+        gradients = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.activation_checkpointing_enable()
+            model.zero_grad()
+            model(**inputs, **call).loss.backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        self.assertEqual(gradients[0].keys(), gradients[1].keys())
+        self.assertGreater(len(gradients[0]), 20)
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+__all__ = ["ANSWERS", "CLASSIFICATION", "MASKED_LM", "PRETRAINING", "RETRIEVAL", "SEQUENCES", "FamilyTest"]
