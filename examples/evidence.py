@@ -1,13 +1,14 @@
-"""The paper's Table 6 on the embedded pairs, the modality gap beside it: trains every row, writes docs/evidence.md.
+"""OneR's Table 6 on the embedded pairs, or SIMLA's Table 1: trains every row, writes docs/evidence.md or its like.
 
     python examples/evidence.py                                   six rows, one seed, two rows at a time on two cores
     python examples/evidence.py --seeds 0 1 2 --jobs 1            three seeds, one after the other, as on a GPU
     python examples/evidence.py --questions                       and ITC with other heads, pooling, temperature, batch
+    python examples/evidence.py --table simla                     the five rows of SIMLA's Table 1, re-ranked
     python examples/evidence.py --rows itc itc:head_norm=batch,head_statistics=separate --epochs 5
 
-A row is `name` or `name:key=value,...`; a key is an argument of examples/pretrain.py or a field of `OneRConfig`.
-Every row sees the same pairs in the same order for the same number of steps. A finished row is a JSON file in --output
-and is not trained again; an interrupted one goes on from its last checkpoint.
+A row is `name` or `name:key=value,...`; a key is an argument of examples/pretrain.py or a field of the model's
+configuration. Every row sees the same pairs in the same order for the same number of steps. A finished row is a JSON
+file in --output and is not trained again; an interrupted one goes on from its last checkpoint.
 """
 
 import argparse
@@ -28,14 +29,17 @@ from typing import Any
 import torch
 import yaml
 from clip_baseline import ClipBaseline
-from evidence_table import machine_facts, write_evidence
+from evidence_table import Table, machine_facts, main_table, page, write_evidence
+from evidence_table_simla import main_table as simla_main_table
+from evidence_table_simla import page as simla_page
 from tqdm.auto import tqdm
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
-from oner import OneRConfig, open_pairs
+from oner import OneRConfig, SimlaConfig, open_pairs
 from oner.training.arguments import read_config
 from oner.training.evaluation_embedding import embed_images, embed_texts, row_ids, spaced
 from oner.training.evaluation_gap import centroid_separability, linear_separability, paired_cosines
+from oner.training.evaluation_reranking import RerankingEvaluator
 from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.metrics import centroid_distance
 from oner.training.model_card import slug
@@ -43,7 +47,7 @@ from oner.training.model_loading import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"
-# name -> (title in the table, configuration); in the order of the paper's Table 6, then of Table 7
+# name -> (title in the table, configuration); in the order of OneR's Table 6, its Table 7, and SIMLA's Table 1
 ROWS = {
     "clip": ("CLIP (open_clip, two towers)", "oner_emoji_itc_cmc.yaml"),
     "itc": ("ITC", "oner_emoji_itc.yaml"),
@@ -53,8 +57,19 @@ ROWS = {
     "itc_cmc": ("ITC + CMC (OneR)", "oner_emoji_itc_cmc.yaml"),
     "no_mim": ("OneR - MIM", "oner_emoji_no_mim.yaml"),
     "no_mim_mlm": ("OneR - MIM - MLM", "oner_emoji_no_mim_mlm.yaml"),
+    "simla_itm": ("ITM", "simla_emoji_itm.yaml"),
+    "simla_itm_itc": ("ITM + ITC", "simla_emoji_itm_itc.yaml"),
+    "simla_itm_itc_mlm": ("ITM + ITC + MLM", "simla_emoji_itm_itc_mlm.yaml"),
+    "simla_itm_itc_mlm_mim": ("ITM + ITC + MLM + MIM", "simla_emoji_itm_itc_mlm_mim.yaml"),
+    "simla_full": ("ITM + ITC + MLM + MIM + PSL (SIMLA)", "simla_emoji_full.yaml"),
 }
-TABLE_6 = [name for name in ROWS if not name.startswith("no_")]
+TABLE_6 = [name for name in ROWS if not name.startswith(("no_", "simla_"))]
+TABLE_1 = [name for name in ROWS if name.startswith("simla_")]
+TABLES = {
+    "oner": Table(TABLE_6, "evidence", "Does contextual mixup close the gap?", page, main_table),
+    "simla": Table(TABLE_1, "evidence_simla", "What does each loss of SIMLA bring?", simla_page, simla_main_table),
+}
+RERANK_K = 128
 # what may decide whether naive contrast fails: statistics of the heads, pooled feature, temperature, batch size
 QUESTIONS = [
     "itc:head_norm=batch,head_statistics=shared,projector_layers=3,predictor_layers=2",
@@ -65,7 +80,9 @@ QUESTIONS = [
     "itc:temperature=0.07",
     "itc:batch_size=64",
 ]
-MODEL_FIELDS = {entry.name for entry in fields(OneRConfig)} - {"vocab_size"}  # the run's vocab_size is an upper bound
+MODEL_FIELDS = {entry.name for kind in (OneRConfig, SimlaConfig) for entry in fields(kind)} - {
+    "vocab_size"
+}  # the run's vocab_size is an upper bound
 
 
 @dataclass(frozen=True)
@@ -206,12 +223,18 @@ def load(run: Run, device: torch.device) -> tuple[Any, Any]:
 def evaluate(model: Any, processor: Any, rows: Sequence, gallery: Sequence, multimodal: bool) -> dict[str, float]:
     """All numbers of a row: `first/...` and `all/...` retrieval, `gap/...`, `joint/...` for picture + caption.
 
+    A model that matches pairs puts the best of `first/` in order too.
+
     `gap/` is taken on pictures and first captions: distance of the centroids, mean cosine of pairs and of others, and
     how well a picture is told from a caption (.5: not at all).
     """
     values: dict[str, float] = {}
     for captions in ("first", "all"):
-        evaluator = RetrievalEvaluator(rows, 128, name=captions, captions=captions, progress=False)
+        how = {"name": captions, "captions": captions, "progress": False}
+        if captions == "first" and hasattr(model, "match"):
+            evaluator = RerankingEvaluator(rows, 128, rerank_k=RERANK_K, **how)
+        else:
+            evaluator = RetrievalEvaluator(rows, 128, **how)
         values |= dict(evaluator.run(model, processor))
     image = embed_images(model, processor, [row["image"] for row in rows], 128).cpu()
     text = embed_texts(model, processor, [str(row["captions"][0]) for row in rows], 512).cpu()
@@ -306,7 +329,8 @@ def summary(content: Mapping[str, Any]) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=TABLE_6, help=f"of {', '.join(ROWS)}, or name:key=value,...")
+    parser.add_argument("--table", choices=TABLES, default="oner", help="whose rows, and which documents are written")
+    parser.add_argument("--rows", nargs="+", help=f"of {', '.join(ROWS)}, or name:key=value,...")
     parser.add_argument("--questions", action="store_true", help="also the rows that ask why naive contrast fails")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2] if torch.cuda.is_available() else [0])
     parser.add_argument("--epochs", type=float, default=20)
@@ -324,6 +348,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else min(cores, 4))
     parser.add_argument("--threads", type=int, help="of a job; default: the cores divided by the jobs")
     a = parser.parse_args(argv)
+    a.rows = a.rows or list(TABLES[a.table].rows)
     a.threads = a.threads or max(1, cores // a.jobs)
     a.output = str(Path(a.output).resolve())
     return a
@@ -344,8 +369,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if contents:
         command = ["python", "examples/evidence.py", *(sys.argv[1:] if argv is None else argv)]
         facts = {"command": command, "jobs": a.jobs, "threads": a.threads, "data": Path(a.data).name}
-        facts |= {"pictures": len(data[0]), "gallery": Path(a.gallery).name}
-        print(write_evidence(Path(a.docs), contents, facts))
+        facts |= {"pictures": len(data[0]), "gallery": Path(a.gallery).name, "rerank_k": RERANK_K}
+        print(write_evidence(Path(a.docs), contents, facts, TABLES[a.table]))
     return len(errors)
 
 

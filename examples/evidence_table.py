@@ -1,4 +1,4 @@
-"""docs/evidence.md and docs/evidence.json from the finished rows of examples/evidence.py."""
+"""docs/evidence.md and docs/evidence.json from the finished rows of examples/evidence.py, and their like for SIMLA."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import platform
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,22 @@ def commands(contents: Sequence[Content]) -> str:
     return "```bash\n" + "\n".join(lines) + "\n```"
 
 
-def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
-    """The generated part of docs/evidence.md."""
-    machines = {json.dumps(content["machine"], sort_keys=True): content["machine"] for content in contents}
+def machines(contents: Sequence[Content]) -> str:
+    """What the rows were trained on."""
+    different = {json.dumps(content["machine"], sort_keys=True): content["machine"] for content in contents}
     words = []
-    for machine in machines.values():
+    for machine in different.values():
         device = f", {machine['accelerator']}" if "accelerator" in machine else ""
         words.append(f"{machine['processor']}, {machine['cores']} cores{device}, torch {machine['versions']['torch']}")
-    steps = sorted({content["steps"] for content in contents})
+    return "; ".join(words)
+
+
+def steps_of(contents: Sequence[Content]) -> str:
+    return " or ".join(map(str, sorted({content["steps"] for content in contents})))
+
+
+def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
+    """The generated part of OneR's docs/evidence.md."""
     return f"""\
 {main_table(contents)}
 
@@ -153,8 +162,8 @@ masked modelling, unless they say otherwise (- MIM, - MLM).
 
 {cost_table(contents)}
 
-Every row of a seed: the same pairs in the same order, {" or ".join(map(str, steps))} steps; rows that change the batch
-see other batches. {facts["jobs"]} row(s) at a time, {facts["threads"]} thread(s) each. Machine: {"; ".join(words)}.
+Every row of a seed: the same pairs in the same order, {steps_of(contents)} steps; rows that change the batch
+see other batches. {facts["jobs"]} row(s) at a time, {facts["threads"]} thread(s) each. Machine: {machines(contents)}.
 Standard deviations are over seeds; a single seed has none, so small differences between rows may be chance.
 
 `{shlex.join(facts["command"])}` ran:
@@ -163,22 +172,37 @@ Standard deviations are over seeds; a single seed has none, so small differences
 """
 
 
-def write_evidence(directory: Path, contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
-    """Writes both files and returns the main table. What stands in evidence.md outside the marks is kept.
+@dataclass(frozen=True)
+class Table:
+    """
+    A family's table: the `rows` it has by default, the stem of its two files, the title of a new one, its page.
+
+    `page(contents, facts)` is the generated part; `main(contents)` the table that is printed.
+    """
+
+    rows: Sequence[str]
+    stem: str
+    title: str
+    page: Callable[[Sequence[Content], Mapping[str, Any]], str]
+    main: Callable[[Sequence[Content]], str]
+
+
+def write_evidence(directory: Path, contents: Sequence[Content], facts: Mapping[str, Any], table: Table) -> str:
+    """Writes both files and returns the main table. What stands in the page outside the marks is kept.
 
     Raises:
-        ValueError: evidence.md exists and has not both marks.
+        ValueError: the page exists and has not both marks.
     """
     directory.mkdir(parents=True, exist_ok=True)
     content = {"facts": dict(facts), "rows": [dict(content) for content in contents]}
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    (directory / "evidence.json").write_text(text, encoding="utf-8")
-    path = directory / "evidence.md"
-    before, after = "# Does contextual mixup close the gap?\n\n", "\n"
+    (directory / f"{table.stem}.json").write_text(text, encoding="utf-8")
+    path = directory / f"{table.stem}.md"
+    before, after = f"# {table.title}\n\n", "\n"
     if path.is_file():
         whole = path.read_text(encoding="utf-8")
         if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
             raise ValueError(f"{path} lacks the marks {BEGIN!r} and {END!r} between which the tables go")
         before, after = whole.partition(BEGIN)[0], whole.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n{page(contents, facts)}{END}{after}", encoding="utf-8")
-    return main_table(contents)
+    path.write_text(f"{before}{BEGIN}\n{table.page(contents, facts)}{END}{after}", encoding="utf-8")
+    return table.main(contents)

@@ -164,12 +164,14 @@ def test_clip_learns_a_batch_and_keeps_its_temperature_in_bounds() -> None:
 
 
 def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
+    from evidence import TABLES
     from evidence_table import BEGIN, END, write_evidence
 
+    oner = TABLES["oner"]
     contents = [made_up("itc", "ITC", 0, 0.1), made_up("itc", "ITC", 1, 0.3), made_up("clip", "CLIP", 0, 0.2, False)]
     facts = {"command": ["python", "examples/evidence.py"], "jobs": 1, "threads": 2}
     facts |= {"data": "test.parquet", "pictures": 16, "gallery": "train.parquet"}
-    table = write_evidence(tmp_path, contents, facts)
+    table = write_evidence(tmp_path, contents, facts, oner)
     lines = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()
     }
@@ -183,11 +185,26 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
 
     edited = page.replace(BEGIN, f"Above.\n{BEGIN}").replace(END, f"{END}\nWhat we make of it.")
     (tmp_path / "evidence.md").write_text(edited, encoding="utf-8")
-    write_evidence(tmp_path, contents, facts)
+    write_evidence(tmp_path, contents, facts, oner)
     assert (tmp_path / "evidence.md").read_text(encoding="utf-8") == edited, "what stands outside the marks is kept"
     (tmp_path / "evidence.md").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="lacks the marks"):
-        write_evidence(tmp_path, contents, facts)
+        write_evidence(tmp_path, contents, facts, oner)
+
+
+def test_simlas_table_has_both_stages(tmp_path: Path) -> None:
+    from evidence import TABLES
+    from evidence_table import write_evidence
+
+    content = made_up("simla_full", "SIMLA", 0, 0.1)
+    ranked = {f"first/rerank_{way}_r@{k}": 0.25 for way in ("tr", "ir") for k in (1, 5, 10)}
+    content["values"] |= ranked | {f"first/rerank_{way}_reach": 0.5 for way in ("tr", "ir")}
+    facts = {"command": ["python", "examples/evidence.py"], "jobs": 1, "threads": 2, "rerank_k": 128}
+    facts |= {"data": "test.parquet", "pictures": 16, "gallery": "train.parquet"}
+    table = write_evidence(tmp_path, [content], facts, TABLES["simla"])
+    assert "| SIMLA | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 86.2 / 69.5 |" in table
+    page = (tmp_path / "evidence_simla.md").read_text(encoding="utf-8")
+    assert "| SIMLA | 10.0 | 10.0 | 10.0 | 10.0 | 50.0 | 50.0 |" in page and "128 candidates" in page
 
 
 def test_rows_are_trained_evaluated_and_not_repeated(few: Path, tmp_path: Path, capfd, monkeypatch) -> None:
