@@ -11,24 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, MaskedLMOutput
+from transformers.modeling_outputs import ImageClassifierOutput, MaskedLMOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, is_tracing
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_oner import OneRConfig
 from .vl_embeddings import ConvStem, LinearStem, PatchProjection, interpolate_positions, sincos_1d, sincos_2d
+from .vl_features import RetrievalFeatures, pair_loss
 from .vl_heads import ContrastiveHead, HeadLinear, LanguageModelHead
-from .vl_inputs import (
-    check_finite,
-    check_ids,
-    check_layout,
-    check_one_modality,
-    check_patch_mask,
-    check_picture_size,
-    check_shapes,
-)
+from .vl_inputs import check_inputs, check_patch_mask
 from .vl_layers import PreNormLayer, SelfAttention
 from .vl_outputs import (
     CLS_TOKEN,
@@ -192,106 +185,8 @@ class OneRPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(*args, **kwargs)
 
-    def check_inputs(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        interpolate_pos_encoding: bool = False,
-    ) -> None:
-        """Raises `ValueError` that says what was got and what is expected; values only where looking costs nothing."""
-        config = self.config
-        if input_ids is None and pixel_values is None:
-            raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
-        check_shapes(input_ids, attention_mask, pixel_values)
-        n_patches = None
-        if pixel_values is not None:
-            size = None if interpolate_pos_encoding else config.image_size
-            n_patches = check_picture_size(pixel_values, config.num_channels, config.patch_size, size)
-        # reading values breaks compiled graphs and makes an accelerator wait: there only outside of training
-        given = input_ids if input_ids is not None else pixel_values
-        if is_tracing(given) or given.is_meta or (given.device.type != "cpu" and self.training):
-            return
-        if pixel_values is not None:
-            check_finite(pixel_values)
-        if input_ids is not None:
-            vocab_size = self.get_input_embeddings().num_embeddings
-            check_ids(input_ids, vocab_size, config.cls_token_id)
-            check_layout(input_ids, attention_mask, config.image_token_id, n_patches, config.max_text_length)
 
-
-class OneRFeatures:
-    """The three embeddings of the one space, for every class that keeps the projector."""
-
-    @property
-    def tower(self) -> "OneRModel":
-        return getattr(self, "oner", self)
-
-    @can_return_tuple
-    def get_text_features(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        pixel_values: None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPooling:
-        """
-        Text alone: (B, L) -> `pooler_output` (B, P). The joint layout is accepted; its placeholders are passed over.
-        Raises `ValueError` when pictures come along.
-        """
-        check_one_modality("get_text_features", input_ids, pixel_values, self.config.patch_size)
-        is_word = input_ids != self.config.image_token_id
-        real = is_word.long() if attention_mask is None else attention_mask * is_word
-        # a hidden placeholder must not be an id that the checks take for a patch
-        words = torch.where(is_word, input_ids, self.config.pad_token_id or 0)
-        return self._features(self.tower(input_ids=words, attention_mask=real, return_dict=True, **kwargs))
-
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.FloatTensor, input_ids: torch.LongTensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """
-        Pictures alone: (B, C, H, W) -> `pooler_output` (B, P). `input_ids` may hold [CLS] and the placeholders.
-        Raises `ValueError` when words come along.
-        """
-        check_one_modality("get_image_features", input_ids, pixel_values, self.config.patch_size)
-        return self._features(self.tower(input_ids=input_ids, pixel_values=pixel_values, return_dict=True, **kwargs))
-
-    @can_return_tuple
-    def get_multimodal_features(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPooling:
-        """Picture and text as one sequence, F(I, T | I, T): `pooler_output` (B, P).
-
-        Raises `ValueError` when either is missing.
-        """
-        if pixel_values is None or input_ids is None:
-            raise ValueError("get_multimodal_features expects both input_ids and pixel_values")
-        return self._features(
-            self.tower(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                pixel_values=pixel_values,
-                return_dict=True,
-                **kwargs,
-            )
-        )
-
-    @staticmethod
-    def _features(outputs: VisionLanguageModelOutput) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=outputs.pooler_output,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-class OneRModel(OneRFeatures, OneRPreTrainedModel):
+class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
     """
     The tower. Reads text, pictures, or both; `pooler_output` is the retrieval embedding (facts: the projector's
     output, the space of the EMA keys), not normalised.
@@ -335,7 +230,7 @@ class OneRModel(OneRFeatures, OneRPreTrainedModel):
             ValueError: neither input, a picture of a wrong size, too long a text, ids out of range, NaN pixels, or
                 placeholders that do not match the patches.
         """
-        self.check_inputs(input_ids, attention_mask, pixel_values, interpolate_pos_encoding)
+        check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding)
         hidden_states, token_types = self.embeddings(input_ids, attention_mask, pixel_values, bool_masked_pos)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask if input_ids is not None else None)
         for layer in self.layers:
@@ -359,7 +254,7 @@ class OneRModel(OneRFeatures, OneRPreTrainedModel):
         return (hidden_states * content).sum(1) / content.sum(1).clamp_min(1)
 
 
-class OneRForImageTextRetrieval(OneRFeatures, OneRPreTrainedModel):
+class OneRForImageTextRetrieval(RetrievalFeatures, OneRPreTrainedModel):
     """Pictures against texts by cosine. `AutoModelForZeroShotImageClassification` returns this class."""
 
     def __init__(self, config: OneRConfig):
@@ -402,7 +297,7 @@ class OneRForImageTextRetrieval(OneRFeatures, OneRPreTrainedModel):
             scale = self.logit_scale.exp() if self.config.learnable_temperature else 1 / self.config.temperature
             logits = image_embeds @ text_embeds.T * scale
         return ImageTextRetrievalOutput(
-            loss=self._pair_loss(logits) if return_loss else None,
+            loss=pair_loss(logits) if return_loss else None,
             logits_per_image=logits,
             logits_per_text=logits.T if logits is not None else None,
             image_embeds=image_embeds,
@@ -410,14 +305,6 @@ class OneRForImageTextRetrieval(OneRFeatures, OneRPreTrainedModel):
             hidden_states=features.hidden_states,
             attentions=features.attentions,
         )
-
-    @staticmethod
-    def _pair_loss(logits: torch.Tensor | None) -> torch.Tensor:
-        if logits is None or logits.shape[0] != logits.shape[1]:
-            got = "one modality" if logits is None else f"{logits.shape[0]} pictures and {logits.shape[1]} texts"
-            raise ValueError(f"return_loss expects pairs, got {got}")
-        labels = torch.arange(len(logits), device=logits.device)
-        return (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
 
 
 class OneRForMaskedLM(OneRPreTrainedModel):

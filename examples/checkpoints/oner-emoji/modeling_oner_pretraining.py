@@ -11,9 +11,10 @@ from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_oner import OneRConfig
-from .modeling_oner import OneRFeatures, OneRModel, OneRPreTrainedModel
+from .modeling_oner import OneRModel, OneRPreTrainedModel
+from .vl_features import RetrievalFeatures
 from .vl_heads import ContrastiveHead, LanguageModelHead, PixelHead
-from .vl_inputs import check_pairs
+from .vl_inputs import check_inputs, check_pairs
 from .vl_layers import Stream, split_streams
 from .vl_outputs import VisionLanguagePreTrainingOutput
 
@@ -29,7 +30,7 @@ SOURCES = {
 }
 
 
-class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
+class OneRForPreTraining(RetrievalFeatures, OneRPreTrainedModel):
     """
     The tower with everything that is trained: projector and predictor (MoCo-v3), language-model head tied to the
     words, pixel head. It computes representations and logits; losses, teacher and negatives are the objective's.
@@ -93,7 +94,7 @@ class OneRForPreTraining(OneRFeatures, OneRPreTrainedModel):
             ValueError: unknown names, what [`OneRModel`] raises, or two heads asked for a mixed representation.
         """
         self._check_request(representations, masked_streams)
-        self.oner.check_inputs(input_ids, attention_mask, pixel_values)
+        check_inputs(self.oner, input_ids, attention_mask, pixel_values)
         n_patches = (pixel_values.shape[-2] // self.config.patch_size) * (
             pixel_values.shape[-1] // self.config.patch_size
         )

@@ -23,17 +23,16 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import Pipeline
 from transformers.modeling_outputs import ModelOutput
 
-from .image_processing_vl import MAX_PIXELS, ImageDecodeError, open_image
+from .image_processing_vl import ImageDecodeError
+from .pipeline_pairs import VisionLanguagePipeline
 from .retrieval_index import RetrievalIndex, space_fingerprint
 from .vl_captions import caption_reason
 
 PICTURE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 QUERY_KEYS = ("text", "image")
 ROW_KEYS = ("text", "image", "item")
-BATCH_SIZE = 32
 
 Query = dict[str, Any]  # "text", "image" or both; "item" in a row to be indexed
 
@@ -130,34 +129,22 @@ def report_skipped(index: RetrievalIndex, skipped: list[dict[str, str]], seen: i
         )
 
 
-class ImageTextRetrievalPipeline(Pipeline):
+class ImageTextRetrievalPipeline(VisionLanguagePipeline):
     """Index, then ask. Any model with `get_text_features`, `get_image_features` and `get_multimodal_features`.
 
-    Args (besides `transformers.Pipeline`'s):
+    Args (besides `VisionLanguagePipeline`'s):
         top_k: answers per query when a call does not say (5).
-        batch_size: rows per forward pass (32).
-        allow_urls: whether a picture may be an http(s) address (False).
 
     Attributes:
         retrieval_index: the index that answers, or None.
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    task_name = "image-text-retrieval"
+    model_methods = ("get_text_features", "get_image_features", "get_multimodal_features")
+    reads_heads = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        for method in ("get_text_features", "get_image_features", "get_multimodal_features"):
-            if not hasattr(self.model, method):
-                raise TypeError(f"image-text-retrieval needs a model with {method}, got {type(self.model).__name__}")
-        if self.processor is None:
-            raise ValueError("image-text-retrieval needs a processor; pass processor= with a model object")
-        if self.device.type == "cpu" and kwargs.get("dtype", "auto") == "auto" and self.model.dtype == torch.float16:
-            self.model.float()  # half precision saves disk; computing in it gains nothing on a CPU and costs accuracy
-        self.model.eval()
         self.retrieval_index: RetrievalIndex | None = None
         self._fingerprint: str | None = None
 
@@ -344,12 +331,6 @@ class ImageTextRetrievalPipeline(Pipeline):
         total = len(source) if isinstance(source, Sized) else None
         return (read_row(row, position) for position, row in enumerate(source)), total
 
-    def _read_batch_size(self, batch_size: int | None) -> int:
-        size = next((size for size in (batch_size, self._batch_size) if size is not None), BATCH_SIZE)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {size!r}")
-        return size
-
     def _open_row(self, row: Query, allow_urls: bool) -> tuple[Query, str | None]:
         """The row with its picture decoded, and None; or the row and why its picture cannot be read."""
         if "image" not in row:
@@ -358,7 +339,3 @@ class ImageTextRetrievalPipeline(Pipeline):
             return {**row, "image": self._open(row["image"], allow_urls)}, None
         except ImageDecodeError as error:
             return row, str(error)
-
-    def _open(self, picture: Any, allow_urls: bool) -> Image.Image:
-        max_pixels = getattr(self.processor.image_processor, "max_pixels", MAX_PIXELS)
-        return open_image(picture, max_pixels=max_pixels, allow_urls=allow_urls)

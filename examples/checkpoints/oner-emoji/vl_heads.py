@@ -56,11 +56,12 @@ class ContrastiveHead(nn.Sequential):
 class LanguageModelHead(nn.Module):
     """BERT's: dense, GELU, norm, then the words themselves with a bias. (..., D) -> (..., V)."""
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PreTrainedConfig, layer_norm_eps: float | None = None):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        eps = config.layer_norm_eps if layer_norm_eps is None else layer_norm_eps
+        self.norm = nn.LayerNorm(config.hidden_size, eps=eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

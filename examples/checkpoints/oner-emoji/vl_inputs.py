@@ -4,7 +4,36 @@ B rows, L positions, N = patches of a picture, C channels, H x W pixels, p patch
 """
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import is_tracing
+
+
+def check_inputs(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+    interpolate_pos_encoding: bool = False,
+) -> None:
+    """What a tower is about to read, against its configuration; values only where looking costs nothing."""
+    config = model.config
+    if input_ids is None and pixel_values is None:
+        raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
+    check_shapes(input_ids, attention_mask, pixel_values)
+    n_patches = None
+    if pixel_values is not None:
+        size = None if interpolate_pos_encoding else config.image_size
+        n_patches = check_picture_size(pixel_values, config.num_channels, config.patch_size, size)
+    # reading values breaks compiled graphs and makes an accelerator wait: there only outside of training
+    given = input_ids if input_ids is not None else pixel_values
+    if is_tracing(given) or given.is_meta or (given.device.type != "cpu" and model.training):
+        return
+    if pixel_values is not None:
+        check_finite(pixel_values)
+    if input_ids is not None:
+        vocab_size = model.get_input_embeddings().num_embeddings
+        check_ids(input_ids, vocab_size, config.cls_token_id)
+        check_layout(input_ids, attention_mask, config.image_token_id, n_patches, config.max_text_length)
 
 
 def check_shapes(

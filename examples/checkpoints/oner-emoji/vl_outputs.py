@@ -16,6 +16,7 @@ class VisionLanguageModelOutput(ModelOutput):
         pooler_output (`torch.FloatTensor` of shape `(B, P)`): The retrieval embedding, not normalised.
         hidden_states, attentions: As everywhere in transformers, when asked for.
         token_types (`torch.LongTensor` of shape `(B, L)`): 0 [CLS], 1 patch, 2 word, 3 padding.
+        cross_attentions: Of words to a picture, where a family has layers for it, when attentions are asked for.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -23,6 +24,7 @@ class VisionLanguageModelOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     token_types: torch.LongTensor | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
