@@ -4,7 +4,8 @@ An HTML comment above a block, which a rendered README does not show, says what 
 
     (none)                          python: run, in one namespace from the top of the README to its end
     <!-- test: run ARGUMENTS -->    bash: every command is run, with ARGUMENTS behind it
-    <!-- test: check -->            bash: programs, files, targets, extras and arguments of each command exist
+    <!-- test: check -->            bash: programs, files, targets, extras and arguments of each command exist;
+                                    python, of models that only a long run makes: it is read, not run
     <!-- test: file NAME -->        any: written as NAME into the folder where everything runs
     <!-- test: recorded -->         python: run, the Hub's API replaced by one that writes down what it is asked
     <!-- test: without oner -->     python: run in a process that cannot import oner
@@ -12,6 +13,7 @@ An HTML comment above a block, which a rendered README does not show, says what 
 Where the shipped checkpoint or a run's model is missing, a model of one layer stands at its path.
 """
 
+import argparse
 import configparser
 import csv
 import dataclasses
@@ -22,6 +24,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +33,18 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
+from tiny_pretraining import load_example
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import oner
+from oner.command_line import COMMANDS
 from oner.command_line import main as command_line
 from oner.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 from oner.training.evaluation_localization import similarity_maps
 from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.evaluation_zero_shot import ZeroShotClassificationEvaluator
 from oner.training.hub import export_model
+from oner.training.objective_dvae import DiscreteVAEObjectiveArguments
 from oner.training.objective_oner import OneRObjectiveArguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,8 +133,10 @@ def workshop(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) 
         if entry.name != "checkpoints":
             (examples / entry.name).symlink_to(entry)
     (examples / "checkpoints").mkdir()
-    shipped = ROOT / CHECKPOINT
-    (tmp_path / CHECKPOINT).symlink_to(shipped if shipped.is_dir() else tiny_model)
+    for shipped in (ROOT / "examples" / "checkpoints").iterdir():
+        (examples / "checkpoints" / shipped.name).symlink_to(shipped)
+    if not (ROOT / CHECKPOINT).is_dir():
+        (tmp_path / CHECKPOINT).symlink_to(tiny_model)
     (tmp_path / "photos").mkdir()
     for number, row in enumerate(oner.open_pairs(ROOT / "examples/data/emoji/test_style.parquet").take(range(6))):
         oner.open_image(row["image"]).save(tmp_path / "photos" / f"{number}.png")
@@ -148,6 +157,9 @@ def test_following_the_readme_from_top_to_bottom(workshop, monkeypatch):
             elif block.language == "bash" and verb == "run":
                 for words in commands(block):
                     run_command(words + shlex.split(rest), monkeypatch)
+            elif block.language == "python" and verb == "check":
+                padded(block)
+                continue
             elif block.language == "python" and block.directive == "without oner":
                 run_without_oner(block, workshop)
             elif block.language == "python" and verb == "recorded":
@@ -257,6 +269,12 @@ def test_what_a_command_names_exists(words, workshop):
         scripts = Path(sys.executable).parent
         result = subprocess.run([str(scripts / "hf"), *words[1:], "--help"], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+    elif words[0] == "oner":
+        options = argparse.ArgumentParser()
+        import_module(COMMANDS[words[1]][0]).add_arguments(options)
+        options.parse_args(words[2:])
+    elif words[:2] == ["python", "examples/evaluate.py"]:
+        load_example("evaluate").parse(words[2:])
     else:
         pytest.fail(f"no check for {words[0]}: add one here")
 
@@ -268,9 +286,19 @@ def check_launch(words: list[str]) -> None:
     if launch.config_file is not None:
         config = accelerate.commands.config.config_args.load_config_from_file(launch.config_file)
         assert config.num_processes >= 8
-    arguments = parse_arguments(launch.training_script_args)
-    oner.OneRConfig.from_size(arguments.model.size, **(arguments.model.model_config or {}))
-    assert arguments.data.train_data == ["pairs/"]
+    script, line = Path(launch.training_script).stem, launch.training_script_args
+    if script == "finetune":
+        _, arguments = load_example(script).parse(line)
+        assert arguments.model.initial_model
+        return
+    if script == "train_image_tokenizer":
+        arguments = parse_arguments(line, DiscreteVAEObjectiveArguments)
+        CONFIG_MAPPING["discrete_vae"].from_size(arguments.model.size, **(arguments.model.model_config or {}))
+        return
+    arguments = parse_arguments(line)
+    family = CONFIG_MAPPING[arguments.model.family]
+    family.from_size(arguments.model.size, **(arguments.model.model_config or {}))
+    assert arguments.data.train_data == ["pairs/"] or Path(arguments.data.train_data[0]).is_file()
 
 
 def test_every_bash_block_says_what_becomes_of_it():

@@ -1,0 +1,378 @@
+"""Pictures of any kind to normalised pixels, through one guarded decoder.
+
+Shapes: B pictures, H height, W width in pixels, P patch size; N = (H / P) * (W / P) patches, row-major.
+``open_image`` is the only place that decodes; everything it accepts, ``OneRImageProcessor`` accepts.
+"""
+
+import io
+import os
+import stat
+import urllib.request
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.transforms.v2 import functional as tvF
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+MAX_PIXELS = 89_478_485  # PIL's own warning threshold: a quarter of a GiB at 3 bytes a pixel
+MAX_URL_BYTES = 64 * 2**20
+URL_TIMEOUT_SECONDS = 20.0
+
+# Raster formats decoded by code inside Pillow. Left out on purpose: EPS (runs Ghostscript), WMF, and the
+# scientific containers whose pixel ranges have no agreed meaning.
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA", "PCX", "ICNS")
+
+_ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageDecodeError(ValueError):
+    """A picture could not be read. The message names the source and the reason.
+
+    Takes one message, so that it survives being re-raised out of a data-loading worker.
+    """
+
+
+def open_image(source: Any, max_pixels: int | None = MAX_PIXELS, allow_urls: bool = False) -> Image.Image:
+    """Reads one picture from ``source`` as 8-bit RGB, upright, in memory.
+
+    Args:
+        source: a PIL image; a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with C in 1..4, of
+            booleans, 8-bit or 16-bit integers, or floats in 0..1; a path; encoded bytes;
+            ``{"bytes": ..., "path": ...}``; an http(s) URL if ``allow_urls``.
+        max_pixels: pictures with more pixels are refused, from the header, before anything is decoded;
+            ``None`` switches the cap off.
+        allow_urls: whether a URL may be fetched.
+
+    Grey and palette pictures are expanded, transparency is laid on white, CMYK is converted, 16 bits are scaled to
+    8, EXIF rotation is applied, an animation gives its first frame.
+
+    Raises:
+        ImageDecodeError: whatever the reason: missing or empty file, not a picture, truncated, too large, wrong
+            range or shape of an array, unsupported type.
+    """
+    if isinstance(source, dict):
+        source = _from_mapping(source)
+    if isinstance(source, Image.Image):
+        name = f"{type(source).__name__} of mode {source.mode}"
+        name += f" from {source.filename!r}" if getattr(source, "filename", None) else ""
+        _check_pixels(source.size, max_pixels, name)
+        return _guarded(_decode, source, name)
+    if isinstance(source, torch.Tensor | np.ndarray | np.generic):
+        return _from_array(source, max_pixels)
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        if not allow_urls:
+            raise ImageDecodeError(f"cannot read {source!r}: fetching URLs is off; pass allow_urls=True to allow it")
+        return _from_stream(io.BytesIO(_fetch(source)), repr(source), max_pixels)
+    if isinstance(source, str | os.PathLike):
+        return _from_path(os.fspath(source), max_pixels)
+    if isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+        name = f"{len(data)} bytes starting with {data[:16]!r}" if data else "0 bytes"
+        return _from_stream(io.BytesIO(data), name, max_pixels)
+    raise ImageDecodeError(
+        f"cannot read a picture from {type(source).__name__}: expected a PIL image, an array or tensor, a path, "
+        "bytes or {'bytes', 'path'}"
+    )
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """One source, a batch (B, ...) or a (nested) list of sources to a flat list of sources, nothing decoded."""
+    if isinstance(images, list | tuple):
+        return [source for item in images for source in flatten_images(item)]
+    if isinstance(images, torch.Tensor | np.ndarray) and images.ndim == 4:
+        return list(images)
+    return [images]
+
+
+def _from_mapping(source: dict) -> Any:
+    """The datasets library's undecoded picture: bytes where embedded, else the path."""
+    if source.get("bytes") is not None:
+        return source["bytes"]
+    if source.get("path") is not None:
+        return source["path"]
+    raise ImageDecodeError(
+        f"cannot read a picture from a dict with keys {sorted(source)}: 'bytes' and 'path' are unset"
+    )
+
+
+def _from_path(path: str, max_pixels: int | None) -> Image.Image:
+    try:
+        # before opening: a pipe that nobody writes to would be waited for without end
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind):
+            what = "directory" if stat.S_ISDIR(kind) else "pipe, socket or device"
+            raise ImageDecodeError(f"cannot read {path!r}: a {what}, not a file")
+        stream = open(path, "rb")
+    except ImageDecodeError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise ImageDecodeError(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from error
+    with stream:
+        return _from_stream(stream, repr(path), max_pixels)
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=URL_TIMEOUT_SECONDS) as response:
+            data = response.read(MAX_URL_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ImageDecodeError(f"cannot fetch {url!r}: {error}") from error
+    if len(data) > MAX_URL_BYTES:
+        raise ImageDecodeError(f"cannot fetch {url!r}: more than {MAX_URL_BYTES} bytes")
+    return data
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """The accepted formats that this Pillow was built with (AVIF, WEBP, JPEG2000 are optional)."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _from_stream(stream: Any, name: str, max_pixels: int | None) -> Image.Image:
+    head = stream.read(16)
+    stream.seek(0)
+    if not head:
+        raise ImageDecodeError(f"cannot read {name}: empty")
+    try:
+        image = Image.open(stream, formats=_formats())
+    except UnidentifiedImageError as error:
+        raise ImageDecodeError(f"cannot read {name}: not a picture in a known format, starts with {head!r}") from error
+    except Exception as error:  # Pillow's parsers raise many types on hostile headers; all mean the same here
+        raise ImageDecodeError(f"cannot read {name}: {_reason(error)}") from error
+    with image:
+        _check_pixels(image.size, max_pixels, name)
+        decoded = _guarded(_decode, image, name)
+    _check_pixels(decoded.size, max_pixels, name)  # a container's header may say less than what it holds
+    return decoded
+
+
+def _check_pixels(size: tuple[int, int], max_pixels: int | None, name: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageDecodeError(f"cannot read {name}: {width}x{height} pixels, nothing to see")
+    if max_pixels is not None and width * height > max_pixels:
+        raise ImageDecodeError(
+            f"cannot read {name}: {width}x{height} = {width * height} pixels, more than max_pixels={max_pixels}"
+        )
+
+
+def _guarded(function: Any, image: Any, name: str) -> Image.Image:
+    try:
+        return function(image)
+    except Exception as error:  # as above: truncated and hostile data raise nearly anything
+        raise ImageDecodeError(f"cannot read {name}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode, perhaps still on disk, to a new upright 8-bit RGB image."""
+    image.load()
+    turn = _ORIENTATIONS.get(_orientation(image))
+    if image.mode == "F" or image.mode.startswith("I"):
+        flat = _wide_to_rgb(np.asarray(image), image.mode)
+    else:
+        flat = _narrow_to_rgb(image)
+    if turn is not None:
+        flat = flat.transpose(turn)
+    return flat
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a picture with unreadable metadata is still a picture
+        return 1
+
+
+def _narrow_to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit modes. Transparency is an alpha channel (RGBA, LA, PA) or an entry in ``info`` (P, L, RGB)."""
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    # .copy() in the RGB case: the caller's image, or one backed by a file about to close, is never handed out
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _wide_to_rgb(values: np.ndarray, mode: str) -> Image.Image:
+    """16-bit and float grey. PIL's own conversion clips at 255; here the range is scaled."""
+    low, high = values.min(), values.max()
+    if mode == "F":
+        if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 255:
+            raise ValueError(f"float pixels in {low}..{high}, expected 0..1 or 0..255")
+        grey = values * 255.0 if high <= 1 else values
+    else:
+        if low < 0 or high > 65535:
+            raise ValueError(f"integer pixels in {low}..{high}, expected 0..65535")
+        # mode "I" holds 32 bits: what fits in 8 is taken as 8-bit; the "I;16" family is 16-bit by name
+        grey = values if mode == "I" and high <= 255 else values / 257.0
+    return Image.fromarray(np.round(grey).astype(np.uint8)).convert("RGB")
+
+
+def _from_array(source: Any, max_pixels: int | None) -> Image.Image:
+    name = f"{type(source).__name__} of shape {tuple(source.shape)} and type {source.dtype}"
+    is_tensor = isinstance(source, torch.Tensor)
+    if is_tensor:
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    pixels = _channels_last(source, prefer_first=is_tensor, name=name)
+    _check_pixels((pixels.shape[1], pixels.shape[0]), max_pixels, name)
+    pixels = _to_uint8(pixels, name)
+    if pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    return _guarded(lambda array: _narrow_to_rgb(Image.fromarray(np.ascontiguousarray(array))), pixels, name)
+
+
+def _channels_last(array: np.ndarray, prefer_first: bool, name: str) -> np.ndarray:
+    """Any layout to (H, W, C). Where both readings fit, tensors are taken as (C, H, W), arrays as (H, W, C)."""
+    if array.ndim == 2:
+        return array[:, :, None]
+    if array.ndim == 3:
+        last, first = array.shape[2] in (1, 2, 3, 4), array.shape[0] in (1, 2, 3, 4)
+        if first and (prefer_first or not last):
+            return array.transpose(1, 2, 0)
+        if last:
+            return array
+    raise ImageDecodeError(f"cannot read {name}: expected (H, W), (H, W, C) or (C, H, W) with C in 1..4")
+
+
+def _to_uint8(pixels: np.ndarray, name: str) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.uint8) * 255
+    if pixels.dtype == np.uint16:
+        return np.round(pixels / 257.0).astype(np.uint8)
+    if pixels.dtype.kind not in "iuf":
+        raise ImageDecodeError(f"cannot read {name}: expected booleans, integers or floats")
+    low, high = pixels.min(), pixels.max()
+    top = 1 if pixels.dtype.kind == "f" else 255
+    if not (low >= 0 and high <= top):  # also true for NaN
+        raise ImageDecodeError(f"cannot read {name}: values in {low}..{high}, expected 0..{top}")
+    return np.round(pixels.astype(np.float32) * (255.0 / top)).astype(np.uint8)
+
+
+class OneRImageKwargs(ImagesKwargs, total=False):
+    """Options beside transformers' own.
+
+    patch_size: side P of a patch in pixels; H and W must be multiples of it.
+    max_pixels: the decoder's cap.
+    allow_urls: whether URLs may be fetched; a choice of the caller, never read from or written to a file.
+    """
+
+    patch_size: int | None
+    max_pixels: int | None
+    allow_urls: bool | None
+
+
+class OneRImageProcessor(TorchvisionBackend):
+    """Pictures to ``pixel_values`` (B, 3, H, W): square bicubic resize with antialias, ImageNet mean and deviation.
+
+    ``do_center_crop=True`` keeps the aspect ratio instead: the shorter side is resized to S, then the middle S x S
+    is kept (zero-shot evaluation as in SLIP; pass ``resample`` there for the paper's bilinear filter).
+
+    Raises:
+        ImageDecodeError: a picture could not be read; the message holds its place in the batch.
+        ValueError: H or W is not a multiple of ``patch_size``, or pictures of one batch differ in size.
+    """
+
+    valid_kwargs = OneRImageKwargs
+    model_input_names = ["pixel_values"]
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 224, "width": 224}
+    default_to_square = True
+    crop_size = None
+    do_resize = True
+    do_center_crop = False
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    patch_size = 16
+    max_pixels = MAX_PIXELS
+    allow_urls = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.pop("allow_urls", None)  # a downloaded configuration must not switch the network on
+        super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: everything but ``allow_urls``."""
+        return {key: value for key, value in super().to_dict().items() if key != "allow_urls"}
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Passes sources on: ``open_image`` reads them, under its guards."""
+        return image_url_or_urls
+
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        sources = flatten_images(images)
+        if not sources:
+            raise ValueError("images is an empty list; pass at least one picture")
+        max_pixels, allow_urls = kwargs.pop("max_pixels"), bool(kwargs.pop("allow_urls"))
+        tensors = []
+        for index, source in enumerate(sources):
+            try:
+                image = open_image(source, max_pixels=max_pixels, allow_urls=allow_urls)
+            except ImageDecodeError as error:
+                if len(sources) == 1:
+                    raise
+                raise ImageDecodeError(f"image {index} of {len(sources)}: {error}") from error
+            tensors.append(tvF.pil_to_tensor(image).to(kwargs.get("device") or "cpu"))
+        return tensors
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        if kwargs.get("do_center_crop") and kwargs.get("crop_size") is None:
+            kwargs["crop_size"] = kwargs.get("size")
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    def resize(self, image: torch.Tensor, size: SizeDict, resample: Any = None, **kwargs: Any) -> torch.Tensor:
+        """Resizes (B, 3, h, w), uint8, with antialias."""
+        return super().resize(image, size, resample=resample, antialias=True)
+
+    def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
+        """torchvision's own crop, so that the window is the one of the published evaluations (ties round to even)."""
+        return tvF.center_crop(image, [size.height, size.width])
+
+    def _preprocess(self, images: list[torch.Tensor], *args: Any, **kwargs: Any) -> BatchFeature:
+        size, return_tensors = kwargs["size"], kwargs.pop("return_tensors", None)
+        patch_size = kwargs.pop("patch_size")
+        if kwargs.get("do_center_crop"):
+            kwargs["crop_size"] = kwargs.get("crop_size") or size
+            if size.height and size.width:
+                kwargs["size"] = SizeDict(shortest_edge=max(size.height, size.width))
+        batch = super()._preprocess(images, *args, return_tensors=None, **kwargs)
+        _check_grid(batch["pixel_values"], patch_size)
+        return BatchFeature({"pixel_values": batch["pixel_values"]}, tensor_type=return_tensors)
+
+
+def _check_grid(pixel_values: list[torch.Tensor], patch_size: int) -> None:
+    """Every picture of the batch must have one size, a whole number of patches."""
+    sizes = sorted({tuple(image.shape[-2:]) for image in pixel_values})
+    if len(sizes) > 1:
+        raise ValueError(f"pictures of one batch must end in one size, got {sizes}; pass size= with height and width")
+    height, width = sizes[0]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"picture size {height}x{width} is not a multiple of patch_size={patch_size}")
+
+
+__all__ = ["MAX_PIXELS", "ImageDecodeError", "OneRImageProcessor", "flatten_images", "open_image"]

@@ -1,0 +1,232 @@
+"""One pre-training step of SIMLA, in one call: contrast, matching, masked words, masked patches, concepts.
+
+B pairs, L positions of the joint layout, N patches, S = 1 + N, W word slots, T = 1 + W, D width, P embedding width,
+M masked words, K masked patches, V words and Z codes of the two vocabularies, H heads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_simla import SimlaConfig
+from .modeling_simla import SimlaMatching, SimlaModel, SimlaPreTrainedModel
+from .vl_gradcam import GroundedConcepts
+from .vl_heads import HeadLinear, LanguageModelHead
+from .vl_inputs import check_inputs
+
+# which picture each text is held against, and which text each picture: image_embeds, text_embeds (B, P), temperature
+# (1,) -> two index tensors (B,)
+ChooseNegatives = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+PASSES = ("contrast", "match", "words", "patches", "concepts", "keywords")
+
+
+@dataclass
+class SimlaPreTrainingOutput(ModelOutput):
+    """
+    Args:
+        temperature (`(1,)`): The learnable divisor of cosines; None for a teacher, which has none.
+        image_embeds, text_embeds (`(B, P)`): Unit vectors (equation 1).
+        image_states (`(B, S, D)`): Of the visual encoder, clean pictures.
+        itm_logits (`(3B, 2)`): Of the pairs, of each text with its negative picture, of each picture with its negative
+            text (equation 5).
+        mlm_logits (`(M, V)`, or `(B, T, V)` without places): Of masked words beside clean pictures (equation 6).
+        mim_logits (`(K, Z)`, or `(B, N, Z)` without places): Of masked pictures beside clean words (equation 6).
+        text_context (`(B, T, D)`): What the masked pictures attended.
+        concept_logits (`(B, V)`): Which words a picture calls for (equation 8).
+        keyword_attention (`(B, H, T)`): What [CLS] attends in the last layer (supplement, section 3).
+    """
+
+    temperature: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_states: torch.FloatTensor | None = None
+    itm_logits: torch.FloatTensor | None = None
+    mlm_logits: torch.FloatTensor | None = None
+    mim_logits: torch.FloatTensor | None = None
+    text_context: torch.FloatTensor | None = None
+    concept_logits: torch.FloatTensor | None = None
+    keyword_attention: torch.FloatTensor | None = None
+
+
+class SimlaForPreTraining(GroundedConcepts, SimlaMatching, SimlaPreTrainedModel):
+    """
+    Both encoders with everything that is trained: temperature, matching, language-model, code and concept heads. It
+    computes representations and logits; losses, teacher, queues and the draw of negatives are the objective's.
+    """
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "simla.text.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: SimlaConfig):
+        super().__init__(config)
+        self.simla = SimlaModel(config)
+        self.temperature = nn.Parameter(torch.zeros(1))  # not 0-dim: ZeRO-3 cannot partition a scalar
+        self.itm_head = HeadLinear(config.hidden_size, 2)
+        self.lm_head = LanguageModelHead(config, config.text_layer_norm_eps)
+        self.mim_head = HeadLinear(config.hidden_size, config.num_visual_codes)
+        width = config.projection_dim if config.concept_input == "projected" else config.hidden_size
+        self.concept_head = HeadLinear(width, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        pixel_values: torch.FloatTensor,
+        masked_input_ids: torch.LongTensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        mlm_places: torch.LongTensor | None = None,
+        mim_places: torch.LongTensor | None = None,
+        passes: tuple[str, ...] = ("contrast", "words", "patches", "concepts"),
+        choose_negatives: ChooseNegatives | None = None,
+        image_states: torch.FloatTensor | None = None,
+        text_context: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> SimlaPreTrainingOutput:
+        r"""
+        Args:
+            input_ids, attention_mask (`(B, L)`): Pairs in the processor's joint layout.
+            pixel_values (`(B, C, H, W)`): Their pictures.
+            masked_input_ids (`(B, L)`): The same ids after masking, for "words".
+            bool_masked_pos (`(B, N)`): Masked patches, for "patches".
+            mlm_places (`(M,)`), mim_places (`(K,)`): Places of what is to be predicted in the flat (B, T) and (B, N);
+                logits of every place where None.
+            passes: What to compute, of `contrast`, `match`, `words`, `patches`, `concepts`, `keywords`.
+            choose_negatives: For "match"; called once the embeddings of "contrast" are there.
+            image_states (`(B, S, D)`), text_context (`(B, T, D)`): Taken instead of the own, as the teacher takes the
+                student's for keywords and masked patches (SIMLA's code).
+
+        Raises:
+            ValueError: unknown passes, one that lacks what it needs, and what [`SimlaModel`] raises.
+        """
+        self._check_request(passes, masked_input_ids, bool_masked_pos, choose_negatives)
+        check_inputs(self.simla, input_ids, attention_mask, pixel_values)
+        text_ids, text_mask = self.simla.split_layout(  # (B, T)
+            input_ids, attention_mask, pixel_values, masked_input_ids
+        )
+        output = SimlaPreTrainingOutput(temperature=self.temperature)
+        if image_states is None and set(passes) - {"patches"}:
+            image_states = self.simla.vision(pixel_values)
+        output.image_states = image_states
+        text_states = None
+        if "contrast" in passes:
+            text_states = self.simla.encode_texts(text_ids, text_mask)
+            output.image_embeds = self._embed(self.simla.vision_projection, image_states)
+            output.text_embeds = self._embed(self.simla.text_projection, text_states)
+        self._fuse(output, text_ids, text_mask, masked_input_ids, mlm_places, passes, choose_negatives)
+        if "patches" in passes:
+            if text_context is None:
+                text_context = self._text_context(text_ids, text_mask, text_states)
+            output.text_context = text_context
+            output.mim_logits = self._predict_codes(pixel_values, bool_masked_pos, mim_places, text_context, text_mask)
+        if "concepts" in passes:
+            output.concept_logits = self.concept_head(self._concept_input(output, image_states))
+        if "keywords" in passes:
+            words = self.simla.text.embeddings(text_ids)
+            output.keyword_attention = self.simla.text.keyword_attention(words, text_mask, image_states)
+        return output
+
+    def _check_request(self, passes, masked_input_ids, bool_masked_pos, choose_negatives) -> None:
+        if unknown := [name for name in passes if name not in PASSES]:
+            raise ValueError(f"unknown passes {unknown}; expected any of {list(PASSES)}")
+        for name, given, what in (
+            ("words", masked_input_ids, "masked_input_ids"),
+            ("patches", bool_masked_pos, "bool_masked_pos"),
+            ("match", choose_negatives, "choose_negatives"),
+        ):
+            if name in passes and given is None:
+                raise ValueError(f"the pass {name!r} needs {what}, got None")
+        if "match" in passes and "contrast" not in passes:
+            raise ValueError(f"the pass 'match' needs 'contrast' beside it, got {list(passes)}")
+
+    @staticmethod
+    def _embed(projection: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """g(cls): (B, ·, D) -> (B, P), of unit length."""
+        return nn.functional.normalize(projection(states[:, 0]), dim=-1)
+
+    def _concept_input(self, output: SimlaPreTrainingOutput, image_states: torch.Tensor) -> torch.Tensor:
+        if self.config.concept_input == "cls":
+            return image_states[:, 0]
+        if output.image_embeds is not None:
+            return output.image_embeds
+        return self._embed(self.simla.vision_projection, image_states)
+
+    def _fuse(
+        self,
+        output: SimlaPreTrainingOutput,
+        text_ids: torch.Tensor,
+        text_mask: torch.Tensor,
+        masked_input_ids: torch.Tensor | None,
+        mlm_places: torch.Tensor | None,
+        passes: tuple[str, ...],
+        choose_negatives: ChooseNegatives | None,
+    ) -> None:
+        """Every text that reads a clean picture, in one run: pairs, negatives, masked words. Fills `output`."""
+        own = torch.arange(len(text_ids), device=text_ids.device)
+        ids, masks, pictures = [], [], []
+        if "match" in passes:
+            other_pictures, other_texts = choose_negatives(output.image_embeds, output.text_embeds, self.temperature)
+            ids += [text_ids, text_ids, text_ids[other_texts]]
+            masks += [text_mask, text_mask, text_mask[other_texts]]
+            pictures += [own, other_pictures, own]
+        if "words" in passes:
+            masked_ids = masked_input_ids[:, -(text_ids.shape[1] - 1) :] if text_ids.shape[1] > 1 else text_ids[:, :0]
+            ids.append(torch.cat([text_ids[:, :1], masked_ids], dim=1))
+            masks.append(text_mask)
+            pictures.append(own)
+        if not ids:
+            return
+        states = self.simla.fuse(torch.cat(ids), torch.cat(masks), output.image_states, torch.cat(pictures))
+        matched = 3 * len(text_ids) if "match" in passes else 0
+        if matched:
+            output.itm_logits = self.itm_head(states[:matched, 0])
+        if "words" in passes:
+            states = states[matched:]  # (B, T, D)
+            if mlm_places is not None:
+                states = states.flatten(0, 1).index_select(0, mlm_places)
+            output.mlm_logits = self.lm_head(states)
+
+    def _text_context(
+        self, text_ids: torch.Tensor, text_mask: torch.Tensor, text_states: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The words that a masked picture attends, (B, T, D)."""
+        if self.config.mim_context == "embeddings":
+            return self.simla.text.embeddings(text_ids)
+        return self.simla.encode_texts(text_ids, text_mask) if text_states is None else text_states
+
+    def _predict_codes(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor,
+        mim_places: torch.Tensor | None,
+        text_context: torch.Tensor,
+        text_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        The masked picture's tokens through the text encoder, with the words as its context: (B, N, Z) or (K, Z). They
+        pass BERT's positions, norm and dropout as embeddings do.
+        """
+        text, positions = self.simla.text, self.config.max_position_embeddings
+        if bool_masked_pos.shape[1] >= positions:
+            raise ValueError(
+                f"the pass 'patches' gives each token of a picture a position, and got {bool_masked_pos.shape[1]} "
+                f"patches and [CLS]; expected {positions} at most (max_position_embeddings)"
+            )
+        tokens = text.embeddings(inputs_embeds=self.simla.vision(pixel_values, bool_masked_pos))  # (B, S, D)
+        states = text(tokens, None, text_context, text_mask)[:, 1:]
+        if mim_places is not None:
+            states = states.flatten(0, 1).index_select(0, mim_places)
+        return self.mim_head(states)
+
+
+__all__ = ["SimlaForPreTraining", "SimlaPreTrainingOutput"]

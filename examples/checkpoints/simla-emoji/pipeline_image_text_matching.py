@@ -1,0 +1,56 @@
+"""Pipeline "image-text-matching": does a text belong to a picture?
+
+    pipe = pipeline("image-text-matching", model="org/simla-base")
+    pipe("photo.png", text="a red apple")                # {"score": 0.98, "text": "a red apple"}
+    pipe("photo.png", text=["a red apple", "a tree"])    # one for each
+
+Unlike a cosine, the score is a probability, of a model that has read both together (ALBEF, SIMLA: the ITM head).
+"""
+
+from typing import Any
+
+import torch
+
+from .pipeline_pairs import Pair, PairPipeline, known_options
+
+
+class ImageTextMatchingPipeline(PairPipeline):
+    """Any model with `match(input_ids, attention_mask, image_states=, context_index=)` → logits (n, 2), yes last."""
+
+    task_name = "image-text-matching"
+    model_methods = ("match", "get_image_features")
+
+    def _sanitize_parameters(self, allow_urls: bool | None = None, **unknown: Any) -> tuple[dict, dict, dict]:
+        return known_options(self.task_name, {"allow_urls": allow_urls}, unknown), {}, {}
+
+    def preprocess(self, pairs: list[Pair], allow_urls: bool = False) -> dict[str, Any]:
+        """n pairs → texts (n, T), the different pictures (c, 3, H, W), and which of them each text is held against."""
+        places: dict[int, int] = {}
+        index = [places.setdefault(id(pair["image"]), len(places)) for pair in pairs]
+        first = [index.index(place) for place in range(len(places))]
+        pictures = [self._open(pairs[row]["image"], allow_urls) for row in first]
+        texts = [pair["text"] for pair in pairs]
+        return {
+            **self.processor(text=texts, return_tensors="pt", padding=True),
+            "pixel_values": self.processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.dtype),
+            "context_index": torch.tensor(index),
+            "texts": texts,
+        }
+
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        states = self.model.get_image_features(pixel_values=model_inputs["pixel_values"]).last_hidden_state
+        logits = self.model.match(
+            model_inputs["input_ids"],
+            model_inputs["attention_mask"],
+            image_states=states,
+            context_index=model_inputs["context_index"],
+        )
+        return {"scores": logits.float().softmax(-1)[:, 1], "texts": model_inputs["texts"]}
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Probabilities (n,) → {"score", "text"} of each pair."""
+        pairs = zip(model_outputs["scores"].tolist(), model_outputs["texts"], strict=True)
+        return [{"score": score, "text": text} for score, text in pairs]
+
+
+__all__ = ["ImageTextMatchingPipeline"]

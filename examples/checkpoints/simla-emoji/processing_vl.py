@@ -1,0 +1,249 @@
+"""Text, pictures or both to one sequence: ``[CLS] [IMG]*N w1 ... wT [PAD]*``.
+
+Shapes: B examples, H x W pixels, P patch size, N = (H / P) * (W / P) patches row-major, T words, L = 1 + N + T.
+``input_ids``, ``attention_mask`` and the model's ``last_hidden_state`` speak of the same L positions; the model puts
+patch embeddings where the placeholders stand. "Word" is one token of the vocabulary.
+Source: OneR, section "One Representation": text and patches "into one sequence", one [CLS], no separator.
+"""
+
+from typing import Any
+
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+
+_IMAGE_TOKENS = ("[IMG]", "[unused0]")  # our own vocabularies; bert-base-uncased's
+_TEXT_OPTIONS = frozenset(
+    ("padding", "truncation", "max_length", "return_tensors", "is_split_into_words", "pad_to_multiple_of")
+    + ("split_special_tokens", "return_attention_mask", "return_token_type_ids", "add_special_tokens", "verbose")
+)
+
+
+class OneRTextKwargs(TextKwargs, total=False):
+    """split_special_tokens: whether special tokens spelled out in a text are read as plain letters (default True)."""
+
+    split_special_tokens: bool | None
+
+
+class OneRProcessorKwargs(ProcessingKwargs, total=False):
+    """The options of ``OneRProcessor.__call__``."""
+
+    text_kwargs: OneRTextKwargs
+    _defaults = {}  # transformers 5.20, the newest for Python 3.10, asks for it
+
+
+class OneRProcessor(ProcessorMixin):
+    """Joins ``OneRImageProcessor`` and a WordPiece tokenizer into one batch maker.
+
+    Args:
+        image_processor: gives ``pixel_values`` and knows ``patch_size``.
+        tokenizer: has [PAD], [CLS], [UNK] and the image token.
+        image_token: the placeholder; by default the tokenizer's own ``image_token``, else ``[IMG]`` or ``[unused0]``.
+        max_text_length: words kept of a text, [CLS] not counted.
+
+    Raises:
+        ValueError: the tokenizer lacks a needed token, or ``max_text_length`` is not positive.
+    """
+
+    valid_processor_kwargs = OneRProcessorKwargs
+    text_kwargs = {"padding": True, "truncation": True, "return_tensors": "pt"}
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_token: str | None = None,
+        max_text_length: int = 64,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, **kwargs)
+        if getattr(image_processor, "patch_size", None) is None:
+            raise ValueError(f"{type(image_processor).__name__} has no patch_size: cannot count placeholders")
+        if not isinstance(max_text_length, int) or max_text_length < 1:
+            raise ValueError(f"max_text_length must be a positive int, got {max_text_length!r}")
+        self.max_text_length = max_text_length
+        self.image_token = image_token or _find_image_token(tokenizer)
+        self.image_token_id = _token_id(tokenizer, self.image_token, "image_token")
+        for name in ("pad_token", "cls_token", "unk_token"):
+            _token_id(tokenizer, getattr(tokenizer, name, None), name)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Unpack[OneRProcessorKwargs]) -> BatchFeature:
+        """Makes a batch of texts, of pictures, or of pairs.
+
+        Args:
+            images: one source or a list of them, anything ``open_image`` reads; or a batch (B, C, H, W).
+            text: a str or a list of str; with ``is_split_into_words=True`` a list of words or a list of such lists.
+            return_tensors: "pt" (default), "np", or None for lists.
+            padding: True or "longest" (default), "max_length" (to 1 + N + max_length), or False.
+            truncation: whether words beyond ``max_length`` are cut (default True); placeholders never are.
+            max_length: words kept, [CLS] and placeholders not counted; ``max_text_length`` by default.
+            pad_to_multiple_of: rounds L up.
+            split_special_tokens: True by default: "[IMG]" or "[MASK]" inside a text are letters and brackets.
+                False lets a text name [MASK]; the image token, [CLS] and [PAD] stay out of reach.
+            size, do_center_crop, resample, device, ...: options of the image processor.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, L) int64, and with pictures ``pixel_values`` (B, 3, H, W) float.
+
+        Raises:
+            ValueError: neither given, numbers of pictures and texts differ, a text is not a str, empty lists.
+            TypeError: an option that nothing here understands.
+            ImageDecodeError: see ``open_image``.
+        """
+        if images is None and text is None:
+            raise ValueError(f"{type(self).__name__} got neither images nor text: pass at least one of them")
+        self._check_options(kwargs)
+        merged = self._merge_kwargs(OneRProcessorKwargs, **kwargs)
+        options, image_options = {**self.text_kwargs, **merged["text_kwargs"]}, merged["images_kwargs"]
+        words = None if text is None else self._tokenize(text, options)
+        data: dict[str, Any] = {}
+        n_patches = 0
+        if images is not None:
+            pixel_values = self.image_processor(images, **{**image_options, "return_tensors": "pt"})["pixel_values"]
+            if words is not None and len(words) != len(pixel_values):
+                raise ValueError(
+                    f"got {len(pixel_values)} pictures and {len(words)} texts: in one sequence each picture needs "
+                    "its own text; call the processor twice to encode them apart"
+                )
+            words = [[] for _ in pixel_values] if words is None else words
+            n_patches = self.num_image_tokens(*pixel_values.shape[-2:])
+            data["pixel_values"] = pixel_values
+        sequences = self._lay_out(words, n_patches, options)
+        return BatchFeature({**sequences, **data}, tensor_type=options.get("return_tensors"))
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """N, the placeholders of a picture of ``height`` x ``width`` pixels."""
+        patch_size = self.image_processor.patch_size
+        return (height // patch_size) * (width // patch_size)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def _check_options(self, kwargs: dict[str, Any]) -> None:
+        """Unknown options raise: transformers would warn once and go on with the defaults."""
+        image_options = set(self.image_processor.valid_kwargs.__annotations__)
+        groups = {"text_kwargs": _TEXT_OPTIONS, "images_kwargs": image_options}
+        flat = set(kwargs) - set(groups) - {"common_kwargs"}
+        unknown = flat - _TEXT_OPTIONS - image_options
+        for group, known in groups.items():
+            unknown |= set(kwargs.get(group) or {}) - known
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} does not know {sorted(unknown)}; text options: {sorted(_TEXT_OPTIONS)}, "
+                f"image options: {sorted(image_options)}"
+            )
+        for name, fixed in (
+            ("return_token_type_ids", False),
+            ("add_special_tokens", True),
+            ("return_attention_mask", True),
+        ):
+            value = kwargs.get(name, (kwargs.get("text_kwargs") or {}).get(name))
+            if value is not None and value != fixed:
+                raise ValueError(f"{name}={value} is not possible: the sequence is always [CLS] [IMG]*N words")
+
+    def _tokenize(self, text: Any, options: dict[str, Any]) -> list[list[int]]:
+        """Texts to word ids, cut to length, without [CLS]."""
+        split = bool(options.get("is_split_into_words"))
+        texts = _as_texts(text, split)
+        strict = options.get("split_special_tokens")
+        strict = True if strict is None else bool(strict)
+        # Cut here and not in the tokenizer: there, truncation is a lasting state that would be saved with it.
+        rows = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=strict,
+            is_split_into_words=split,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        if options.get("truncation") not in (None, False, "do_not_truncate"):
+            limit = self._limit(options)
+            rows = [row[:limit] for row in rows]
+        # Second lock: a foreign tokenizer may hold a special token as an ordinary entry of its vocabulary.
+        tokenizer = self.tokenizer
+        closed = {self.image_token_id, tokenizer.pad_token_id, tokenizer.cls_token_id}
+        closed |= {tokenizer.mask_token_id} if strict else set()
+        unknown = tokenizer.unk_token_id
+        return [row if closed.isdisjoint(row) else [unknown if i in closed else i for i in row] for row in rows]
+
+    def _limit(self, options: dict[str, Any]) -> int:
+        limit = options.get("max_length")
+        limit = self.max_text_length if limit is None else limit
+        if not isinstance(limit, int) or limit < 1:
+            raise ValueError(f"max_length must be a positive number of words, got {limit!r}")
+        return limit
+
+    def _lay_out(self, words: list[list[int]], n_patches: int, options: dict[str, Any]) -> dict[str, Any]:
+        """Word ids to ``[CLS] [IMG]*N words [PAD]*`` and its mask, (B, L), or lists if nothing pads them."""
+        prefix = [self.tokenizer.cls_token_id] + [self.image_token_id] * n_patches
+        padding = options.get("padding")
+        if padding in (None, False, "do_not_pad"):
+            ids = [prefix + row for row in words]
+            lengths = sorted({len(row) for row in ids})
+            if options.get("return_tensors") is not None and len(lengths) > 1:
+                raise ValueError(
+                    f"padding=False, but the sequences differ in length {lengths}: no tensor can hold them"
+                )
+            return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+        length = len(prefix) + max(map(len, words))
+        if padding == "max_length":
+            length = max(length, len(prefix) + self._limit(options))
+        elif padding not in (True, "longest"):
+            raise ValueError(f"padding must be True, 'longest', 'max_length' or False, got {padding!r}")
+        multiple = options.get("pad_to_multiple_of") or 1
+        length = -(-length // multiple) * multiple
+        input_ids = torch.full((len(words), length), self.tokenizer.pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        input_ids[:, : len(prefix)] = torch.tensor(prefix)
+        for index, row in enumerate(words):
+            end = len(prefix) + len(row)
+            input_ids[index, len(prefix) : end] = torch.tensor(row, dtype=torch.long)
+            attention_mask[index, :end] = 1
+        if options.get("return_tensors") is None:
+            return {"input_ids": input_ids.tolist(), "attention_mask": attention_mask.tolist()}
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _find_image_token(tokenizer: Any) -> str:
+    own = getattr(tokenizer, "image_token", None)
+    if own is not None:
+        return own
+    vocab = tokenizer.get_vocab()
+    for token in _IMAGE_TOKENS:
+        if token in vocab:
+            return token
+    raise ValueError(f"the tokenizer has no image token: its vocabulary lacks {' and '.join(_IMAGE_TOKENS)}")
+
+
+def _token_id(tokenizer: Any, token: str | None, name: str) -> int:
+    vocab = tokenizer.get_vocab()
+    if token is None or token not in vocab:
+        raise ValueError(f"the tokenizer's vocabulary of {len(vocab)} lacks {name}={token!r}")
+    return vocab[token]
+
+
+def _as_texts(text: Any, split: bool) -> list[Any]:
+    """Checks the nesting and returns a batch: a list of str, or of lists of str if ``split``."""
+    if split and isinstance(text, list | tuple) and text and all(isinstance(word, str) for word in text):
+        text = [text]
+    elif not split and isinstance(text, str):
+        text = [text]
+    if not isinstance(text, list | tuple) or not text:
+        got = "an empty list" if isinstance(text, list | tuple) else type(text).__name__
+        raise ValueError(f"text must be a str or a list of str (of words if is_split_into_words), got {got}")
+    for index, item in enumerate(text):
+        if split:
+            good = isinstance(item, list | tuple) and all(isinstance(word, str) for word in item)
+        else:
+            good = isinstance(item, str)
+        if not good:
+            hint = "a list of words" if split else "a str (lists of words need is_split_into_words=True)"
+            raise ValueError(f"text {index} is {item!r:.60} of type {type(item).__name__}, expected {hint}")
+    return [list(item) if split else item for item in text]
+
+
+__all__ = ["OneRProcessor"]

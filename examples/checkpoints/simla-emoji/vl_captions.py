@@ -1,0 +1,46 @@
+"""What makes a string unfit to be a caption or a query, and how ALBEF's family rewrites one before it is tokenised."""
+
+import re
+from typing import Any
+
+MAX_CAPTION_LENGTH = 65_536  # characters; the slowest kind of text is tokenised in 90 ms at this length
+
+# ALBEF's code drops twelve marks and opens compounds; none of this is in the paper
+_MARKS = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
+_WIDE_SPACE = re.compile(r"\s\s+")
+
+
+def pre_caption(text: str, max_words: int = 30) -> str:
+    """A caption as ALBEF, TCL and SIMLA read it: lower case, without marks, `<person>` a word, so many words."""
+    text = text.lower().translate(_MARKS).replace("<person>", "person")
+    return _first_words(_WIDE_SPACE.sub(" ", text).rstrip("\n").strip(" "), max_words)
+
+
+def pre_question(text: str, max_words: int = 30) -> str:
+    """A question likewise; `<person>` and spaces inside stay as they are (ALBEF's code; its tests take 50 words)."""
+    return _first_words(text.lower().translate(_MARKS).rstrip(" "), max_words)
+
+
+def _first_words(text: str, count: int) -> str:
+    if count < 1:
+        raise ValueError(f"max_words must be positive, got {count}")
+    return " ".join(text.split(" ")[:count])
+
+
+def caption_reason(caption: Any) -> str | None:
+    """What is wrong with a caption; None if nothing."""
+    if caption is None:
+        return "the caption is null"
+    if not isinstance(caption, str):
+        return f"the caption must be a string or a list of strings, got {type(caption).__name__} {caption!r:.40}"
+    if not caption.strip():
+        return "the caption is empty"
+    if len(caption) > MAX_CAPTION_LENGTH:
+        return f"the caption has {len(caption)} characters; expected at most {MAX_CAPTION_LENGTH}"
+    if "\0" in caption:
+        return f"the caption holds NUL (character {caption.index(chr(0))}), so it is no text"
+    try:
+        caption.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"the caption holds a lone surrogate (character {error.start}), so it is no Unicode text"
+    return None

@@ -1,0 +1,216 @@
+"""Grad-CAM of attention: which patches made a pair match, or made a concept be seen.
+
+SIMLA, section 3.5 and the supplement's Figure 2; the formula is ALBEF's and SIMLA's code. With attention A and a
+score, the map is A * max(d score / d A, 0): what was attended and, attended more, would raise the score.
+
+B pairs, H heads, T positions of a text ([CLS] first), N = h*w patches, L queries, S keys, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .vl_inputs import check_inputs
+
+MODES = ("itm", "itc")
+POOLS = ("padded", "real", "words", "none")
+
+
+@contextmanager
+def caught_attention(attention: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """
+    While open, every call of `attention` leaves its probabilities (B, H, L, S) in the list, differentiable whatever
+    kernel the model is set to and whether or not its weights are frozen.
+    """
+    caught: list[torch.Tensor] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        # A leaf: the score's gradient with respect to A needs nothing of what lies below.
+        leaf = args[0].detach().requires_grad_()
+        return (leaf, *args[1:]), {**kwargs, "implementation": "eager"}
+
+    def after(module: nn.Module, args: tuple, output: tuple) -> None:
+        caught.append(output[1])
+
+    handles = [
+        attention.register_forward_pre_hook(before, with_kwargs=True),
+        # before other hooks: transformers' recorder of attentions may replace what it sees
+        attention.register_forward_hook(after, prepend=True),
+    ]
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_gradcam(attention: nn.Module, score: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """
+    A * max(d score / d A, 0) of the one pass through `attention` that `score()` makes; its value is summed, so that
+    rows of a batch keep to themselves. -> (B, H, L, S), without a graph, also under `no_grad`.
+    """
+    with torch.enable_grad(), caught_attention(attention) as caught:
+        total = score().float().sum()
+        if len(caught) != 1:
+            raise RuntimeError(f"the score made {len(caught)} passes through the attention layer; expected 1")
+        (gradient,) = torch.autograd.grad(total, caught[0])
+    return (caught[0] * gradient.clamp_min(0)).detach()
+
+
+def chosen_layer(layers: nn.ModuleList, layer: int | None, default: int) -> nn.Module:
+    """Layer `layer` from 0 (negative: from the end); None is `default`, or the last of fewer layers.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if layer is None:
+        return layers[min(default, len(layers) - 1)]
+    if not -len(layers) <= layer < len(layers):
+        raise ValueError(f"layer is {layer}; expected one of the model's {len(layers)}, from 0")
+    return layers[layer]
+
+
+def pool_positions(maps: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.Tensor:
+    """
+    Maps of each text position (B, T, h, w), zero at padding by `mask` (B, T) -> (B, h, w), or as they are for "none".
+
+    "padded": the mean over all T, [CLS] and padding included (official code: a text's own scale then depends on the
+    longest of its batch, its ranking of boxes does not); "real": over [CLS] and words; "words": over words.
+    """
+    maps = maps * mask[..., None, None].to(maps.dtype)
+    if pool == "none":
+        return maps
+    if pool == "padded":
+        return maps.mean(1)
+    kept = mask.clone()
+    if pool == "words":
+        kept[:, 0] = 0
+    kept = kept.to(maps.dtype)
+    return torch.einsum("bthw,bt->bhw", maps, kept) / kept.sum(1).clamp_min(1)[:, None, None]
+
+
+def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What autograd takes: a copy of a tensor that was made under `inference_mode`."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
+def _grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
+    return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+
+
+class GroundedMatching:
+    """Beside `RetrievalFeatures`, for a model with `match` and a tower with `text.layers[i].cross_attention`."""
+
+    def ground(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        layer: int | None = None,
+        mode: str = "itm",
+        pool: str = "padded",
+    ) -> torch.Tensor:
+        r"""
+        Where in a picture its text is (section 3.5): Grad-CAM maps (B, h, w), not negative, on no fixed scale.
+
+        Args:
+            input_ids, attention_mask (`(B, L)`): The texts, alone or in the joint layout.
+            pixel_values (`(B, C, H, W)`): The pictures.
+            layer: From 0; `config.grounding_layer` by default.
+            mode: "itm": cross-attention of `layer`, by the logit that the pair matches. "itc": self-attention of the
+                visual encoder's [CLS] in its `layer`, by the contrastive similarity of the pair.
+            pool: How the maps of the text's positions become one ("itm" only), see `pool_positions`; "none" gives
+                each position's, (B, T, h, w), in the order [CLS], words.
+
+        Raises:
+            ValueError: a model in training mode, no pictures, an unknown mode or pool, or a layer it does not have.
+        """
+        _check_request(self, mode, pool, pixel_values)
+        with torch.inference_mode(False), torch.no_grad():
+            input_ids, attention_mask, pixel_values = map(_plain, (input_ids, attention_mask, pixel_values))
+            text_ids, text_mask = self._texts_of(input_ids, attention_mask, pixel_values)
+            grid = _grid(pixel_values, self.config.patch_size)
+            if mode == "itc":
+                return self._ground_by_contrast(text_ids, text_mask, pixel_values, layer).unflatten(1, grid)
+            states = self.tower.vision(pixel_values)
+            attention = chosen_layer(self.tower.text.layers, layer, self.config.grounding_layer).cross_attention
+            cam = attention_gradcam(attention, lambda: self.match(text_ids, text_mask, image_states=states)[:, 1])
+            return pool_positions(cam[..., 1:].mean(1).unflatten(2, grid), text_mask, pool)  # of (B, H, T, 1 + N)
+
+    def _texts_of(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[CLS] and words (B, T) and their mask, from either layout, checked."""
+        joint = bool((input_ids == self.config.image_token_id).any())
+        check_inputs(self.tower, input_ids, attention_mask, pixel_values if joint else None)
+        if joint:
+            return self.tower.split_layout(input_ids, attention_mask, pixel_values)
+        check_inputs(self.tower, None, None, pixel_values)
+        if len(input_ids) != len(pixel_values):
+            raise ValueError(f"got {len(input_ids)} texts and {len(pixel_values)} pictures; expected as many of each")
+        return input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask
+
+    def _ground_by_contrast(
+        self, text_ids: torch.Tensor, text_mask: torch.Tensor, pixel_values: torch.Tensor, layer: int | None
+    ) -> torch.Tensor:
+        """Gradient of each pair's cosine over the temperature. -> (B, N)"""
+        tower, temperature = self.tower, self.temperature.detach()
+        words = F.normalize(tower.text_projection(tower.encode_texts(text_ids, text_mask)[:, 0]), dim=-1)
+
+        def score() -> torch.Tensor:
+            image = F.normalize(tower.vision_projection(tower.vision(pixel_values)[:, 0]), dim=-1)
+            return (image * words).sum(-1) / temperature
+
+        attention = chosen_layer(tower.vision.layers, layer, self.config.grounding_layer).attention
+        return attention_gradcam(attention, score)[:, :, 0, 1:].mean(1)
+
+
+def _check_request(model: nn.Module, mode: str, pool: str, pixel_values: torch.Tensor | None) -> None:
+    if model.training:
+        raise ValueError("ground() expects a model in eval mode, whose attention has no dropout; call eval() first")
+    if pixel_values is None:
+        raise ValueError("ground() expects pixel_values, got None")
+    if mode not in MODES or pool not in POOLS:
+        raise ValueError(f"expected mode of {MODES} and pool of {POOLS}, got {mode!r} and {pool!r}")
+
+
+class GroundedConcepts:
+    """Beside `RetrievalFeatures`, for a model with a `concept_head` that reads the picture's [CLS]."""
+
+    def concepts(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
+        """The concept head's logits (B, V) of pictures alone (section 2.4): which words are seen in them."""
+        cls = self.tower.vision(pixel_values)[:, 0]
+        if self.config.concept_input == "projected":
+            cls = F.normalize(self.tower.vision_projection(cls), dim=-1)
+        return self.concept_head(cls)
+
+    def ground_concepts(
+        self, pixel_values: torch.FloatTensor, token_ids: torch.LongTensor, layer: int | None = None
+    ) -> torch.Tensor:
+        """
+        Where in a picture the concept head sees a word (supplement, Figure 2): Grad-CAM (B, h, w) of what the visual
+        encoder's [CLS] attends. The paper does not name the layer: `config.grounding_layer`, as for the other maps.
+
+        Args:
+            pixel_values (`(B, C, H, W)`): The pictures.
+            token_ids (`(B,)`): One word of the vocabulary for each.
+
+        Raises:
+            ValueError: a model in training mode, another number of words than of pictures, or no such layer.
+        """
+        if self.training:
+            raise ValueError("ground_concepts() expects a model in eval mode; call eval() first")
+        if token_ids.shape != (len(pixel_values),):
+            raise ValueError(f"expected one token id a picture, got {tuple(token_ids.shape)} for {len(pixel_values)}")
+        attention = chosen_layer(self.tower.vision.layers, layer, self.config.grounding_layer).attention
+        with torch.inference_mode(False):
+            pixel_values, token_ids = _plain(pixel_values), _plain(token_ids)
+            cam = attention_gradcam(attention, lambda: self.concepts(pixel_values).gather(1, token_ids[:, None]))
+        maps = cam[:, :, 0, 1:].mean(1)  # (B, H, 1 + N, 1 + N) -> (B, N)
+        return maps.unflatten(1, _grid(pixel_values, self.config.patch_size))
+
+
+__all__ = ["GroundedConcepts", "GroundedMatching", "attention_gradcam", "caught_attention"]

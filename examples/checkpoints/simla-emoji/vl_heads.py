@@ -1,0 +1,75 @@
+"""What sits on top of a trunk and is trained with it: contrastive, masked-language and masked-image heads."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+HEAD_NORMS = {
+    "batch": lambda width, affine: nn.BatchNorm1d(width, affine=affine),
+    "layer": lambda width, affine: nn.LayerNorm(width, elementwise_affine=affine),
+    "none": lambda width, affine: None,
+}
+
+
+class HeadLinear(nn.Linear):
+    """
+    A linear map that keeps torch's own initialisation: MoCo-v3 makes its heads after the trunk's. A class of its own,
+    because transformers asks a model of custom code to initialise only modules that hold parameters themselves.
+    """
+
+    def reset(self) -> None:
+        bound = self.in_features**-0.5
+        init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.uniform_(self.bias, -bound, bound)
+
+
+class ContrastiveHead(nn.Sequential):
+    """
+    MoCo-v3's projector or predictor: `num_layers` linear maps, normalisation and ReLU between them, normalisation
+    without affine at the end. (R, D) -> (R, P). Zero layers is the identity; one layer is a linear map alone.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int, norm: str):
+        widths = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
+        layers = []
+        for number, (narrow, wide) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
+            if num_layers == 0:
+                break
+            last = number == num_layers
+            normalisation = None if num_layers == 1 else HEAD_NORMS[norm](wide, not last)
+            layers.append(HeadLinear(narrow, wide, bias=normalisation is None))
+            if normalisation is not None:
+                layers.append(normalisation)
+            if not last:
+                layers.append(nn.ReLU())
+        super().__init__(*layers)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, input_dim: int, num_layers: int) -> "ContrastiveHead":
+        """A head to `projection_dim`, as the configuration's widths and norm have it."""
+        return cls(input_dim, config.projection_hidden_size, config.projection_dim, num_layers, config.head_norm)
+
+
+class LanguageModelHead(nn.Module):
+    """BERT's: dense, GELU, norm, then the words themselves with a bias. (..., D) -> (..., V)."""
+
+    def __init__(self, config: PreTrainedConfig, layer_norm_eps: float | None = None):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        eps = config.layer_norm_eps if layer_norm_eps is None else layer_norm_eps
+        self.norm = nn.LayerNorm(config.hidden_size, eps=eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.norm(self.activation(self.dense(hidden_states))))
+
+
+class PixelHead(nn.Linear):
+    """A patch's pixels from its state, without a decoder. (..., D) -> (..., p*p*C)."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config.hidden_size, config.patch_size**2 * config.num_channels)

@@ -1,0 +1,172 @@
+"""What a forward pass refuses, in words: what was got and what is expected. Every function raises `ValueError`.
+
+B rows, L positions, N = patches of a picture, C channels, H x W pixels, p patch side.
+"""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import is_tracing
+
+
+def check_inputs(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+    interpolate_pos_encoding: bool = False,
+) -> None:
+    """What a tower is about to read, against its configuration; values only where looking costs nothing."""
+    config = model.config
+    if input_ids is None and pixel_values is None:
+        raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
+    check_shapes(input_ids, attention_mask, pixel_values)
+    n_patches = None
+    if pixel_values is not None:
+        size = None if interpolate_pos_encoding else config.image_size
+        n_patches = check_picture_size(pixel_values, config.num_channels, config.patch_size, size)
+    # reading values breaks compiled graphs and makes an accelerator wait: there only outside of training
+    given = input_ids if input_ids is not None else pixel_values
+    if is_tracing(given) or given.is_meta or (given.device.type != "cpu" and model.training):
+        return
+    if pixel_values is not None:
+        check_finite(pixel_values)
+    if input_ids is not None:
+        vocab_size = model.get_input_embeddings().num_embeddings
+        check_ids(input_ids, vocab_size, config.cls_token_id)
+        check_layout(input_ids, attention_mask, config.image_token_id, n_patches, config.max_text_length)
+
+
+def check_shapes(
+    input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor | None
+) -> None:
+    """Ids are whole numbers (B, L); the parts of a batch have as many rows, and the mask the shape of the ids."""
+    if input_ids is not None and (input_ids.ndim != 2 or not input_ids.numel()):
+        raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected (rows, positions), one at least")
+    if input_ids is not None and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
+        raise ValueError(f"input_ids are {input_ids.dtype}; expected whole numbers")
+    if input_ids is not None and attention_mask is not None and attention_mask.shape[:2] != input_ids.shape[:2]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; "
+            f"expected {tuple(input_ids.shape)}, the shape of input_ids"
+        )
+    if input_ids is not None and pixel_values is not None and len(input_ids) != len(pixel_values):
+        raise ValueError(f"got {len(input_ids)} texts and {len(pixel_values)} pictures; expected as many of each")
+
+
+def check_picture_size(pixel_values: torch.Tensor, num_channels: int, patch_size: int, image_size: int | None) -> int:
+    """(B, C, H, W) with H = W = `image_size`, or any multiples of p when that is None. Returns N."""
+    got = tuple(pixel_values.shape)
+    if len(got) != 4 or got[1] != num_channels:
+        side = image_size or "height, width"
+        raise ValueError(f"pixel_values have shape {got}; expected (pictures, {num_channels}, {side}, {side})")
+    if image_size is not None and got[2:] != (image_size, image_size):
+        raise ValueError(
+            f"pictures are {got[2]}x{got[3]}; expected {image_size}x{image_size} "
+            f"(or pass interpolate_pos_encoding=True to interpolate the positions)"
+        )
+    if got[2] % patch_size or got[3] % patch_size:
+        raise ValueError(f"pictures are {got[2]}x{got[3]}; expected multiples of the patch size {patch_size}")
+    return (got[2] // patch_size) * (got[3] // patch_size)
+
+
+def check_patch_mask(bool_masked_pos: torch.Tensor, batch_size: int, n_patches: int) -> None:
+    """One flag a patch: bool (B, N)."""
+    if bool_masked_pos.dtype != torch.bool:
+        raise ValueError(f"bool_masked_pos is {bool_masked_pos.dtype}; expected torch.bool, True for masked patches")
+    if tuple(bool_masked_pos.shape) != (batch_size, n_patches):
+        raise ValueError(
+            f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}; expected {(batch_size, n_patches)}, "
+            f"a flag for each patch of each picture"
+        )
+
+
+def check_one_modality(
+    method: str, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, patch_size: int
+) -> None:
+    """No pictures for `get_text_features`; for `get_image_features` no slots behind the placeholders (B, 1 + N)."""
+    other = "use get_multimodal_features"
+    if method == "get_text_features" and pixel_values is not None:
+        raise ValueError(f"get_text_features reads text alone; drop pixel_values or {other}")
+    if method == "get_image_features" and input_ids is not None:
+        n_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
+        if input_ids.shape[-1] > 1 + n_patches:
+            raise ValueError(f"get_image_features reads pictures alone; drop input_ids or {other}")
+
+
+def check_finite(pixel_values: torch.Tensor) -> None:
+    """No NaN, no infinity; names the rows (B, C, H, W)."""
+    finite = torch.isfinite(pixel_values)
+    if not finite.all():
+        rows = (~finite).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"pixel_values hold NaN or infinity in rows {rows}; expected finite numbers")
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int, cls_token_id: int) -> None:
+    """Ids (B, L) within the vocabulary, [CLS] first in each row."""
+    low, high = input_ids.min().item(), input_ids.max().item()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"input_ids lie in [{low}, {high}]; expected ids in [0, {vocab_size - 1}]")
+    first = input_ids[:, 0]
+    if (first != cls_token_id).any():
+        raise ValueError(
+            f"a row starts with id {first[first != cls_token_id][0].item()}; "
+            f"expected [CLS] ({cls_token_id}) first, as OneRProcessor lays rows out (padding on the right)"
+        )
+
+
+def check_layout(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    image_token_id: int,
+    n_patches: int | None,
+    max_text_length: int,
+) -> None:
+    """One placeholder a patch (none without pictures: `n_patches=None`), and not too many words. Ids are (B, L)."""
+    real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
+    placeholders = ((input_ids == image_token_id) * real).sum(1)  # (B,)
+    if n_patches is None and placeholders.any():
+        raise ValueError(
+            f"input_ids hold {placeholders.max().item()} image placeholders in a row but pixel_values is None"
+        )
+    if n_patches is not None and (placeholders != n_patches).any():
+        raise ValueError(
+            f"input_ids hold {placeholders[placeholders != n_patches][0].item()} image placeholders "
+            f"(id {image_token_id}) in a row; the pictures have {n_patches} patches each: "
+            f"lay both out together with OneRProcessor(images=..., text=...)"
+        )
+    words = (real.sum(1) - 1 - placeholders).max().item()
+    if words > max_text_length:
+        raise ValueError(f"a text has {words} words; expected at most {max_text_length} (config.max_text_length)")
+
+
+def check_pairs(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    masked_input_ids: torch.Tensor | None,
+    image_token_id: int,
+    n_patches: int,
+) -> None:
+    """
+    A training step cuts its streams from the joint layout: [CLS], N placeholders, then the words. (B, L) each.
+    There a word's slot is its place in the text, so padding may only stand behind the words.
+    """
+    if masked_input_ids is not None and masked_input_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"masked_input_ids have shape {tuple(masked_input_ids.shape)}; "
+            f"expected {tuple(input_ids.shape)}, the shape of input_ids"
+        )
+    if input_ids.device.type != "cpu" or is_tracing(input_ids):
+        return
+    strays = (input_ids[:, 1 : 1 + n_patches] != image_token_id).any(1)
+    if strays.any():
+        raise ValueError(
+            f"in rows {strays.nonzero().flatten().tolist()} the {n_patches} image placeholders must follow [CLS], "
+            f"and the words come behind them; lay pairs out with OneRProcessor(images=..., text=...)"
+        )
+    real = attention_mask != 0
+    gaps = (real[:, 1:] & ~real[:, :-1]).any(1)
+    if gaps.any():
+        raise ValueError(
+            f"in rows {gaps.nonzero().flatten().tolist()} attention_mask has a 0 before a 1; expected padding on the "
+            f"right only, as OneRProcessor(images=..., text=...) lays pairs out"
+        )

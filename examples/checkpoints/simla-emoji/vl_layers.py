@@ -1,0 +1,230 @@
+"""The transformer every family stacks, and the packing of several streams into one batch of tokens.
+
+B pairs, L = S + W positions of a stream, S prefix positions ([CLS], or [CLS] and patches), W word slots, D width,
+X any width, H heads, d = D / H, n tokens of the packed batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+@dataclass
+class Stream:
+    """
+    One stream of a packed batch: a rectangle of B x S prefix tokens, then the real words of B texts, end to end.
+
+    Attributes:
+        name (`str`): What other streams call it.
+        batch_size, prefix (`int`): B and S.
+        words (`int`): W, slots a text has when padded; 0 for a stream without text.
+        text_index (`torch.LongTensor` of shape `(n_words,)`, *optional*): Slot of each real word in the flat (B, W).
+        context (`str`, *optional*): Whose keys and values this stream attends; its own when None. F(X|Y).
+        attention_mask: What the attention implementation in use wants for (this stream, its context).
+    """
+
+    name: str
+    batch_size: int
+    prefix: int
+    words: int = 0
+    text_index: torch.Tensor | None = None
+    context: str | None = None
+    attention_mask: object = None
+
+    @property
+    def length(self) -> int:
+        return self.prefix + self.words
+
+    def pad(self, prefix: torch.Tensor, words: torch.Tensor | None) -> torch.Tensor:
+        """(B, S, X) and (n_words, X) -> (B, L, X), zeros where there is no word."""
+        if words is None:
+            return prefix
+        slots = words.new_zeros(self.batch_size * self.words, words.shape[-1])
+        slots = slots.index_copy(0, self.text_index, words)
+        return torch.cat([prefix, slots.view(self.batch_size, self.words, -1)], dim=1)
+
+    def unpad(self, padded: torch.Tensor) -> list[torch.Tensor]:
+        """(B, L, X) -> the stream's rows: (B * S, X) and, if it has words, (n_words, X)."""
+        if self.text_index is None:
+            return [padded.flatten(0, 1)]
+        prefix, slots = padded.split([self.prefix, self.words], dim=1)
+        return [prefix.flatten(0, 1), slots.flatten(0, 1).index_select(0, self.text_index)]
+
+    def key_mask(self, text_mask: torch.Tensor, skip_cls: bool = False) -> torch.Tensor | None:
+        """Which of the L positions may be attended. Real words (B, W) -> (B, L), or None for all."""
+        if not self.words and not skip_cls:
+            return None
+        mask = text_mask.new_ones(self.batch_size, self.length)
+        if self.words:
+            mask[:, self.prefix :] = text_mask
+        if skip_cls:
+            mask[:, 0] = 0
+        return mask
+
+    def implementation(self, config: PreTrainedConfig) -> str:
+        """The attention in use; sdpa for F(X|Y) under flash, whose padding helper takes queries and keys for one."""
+        flash = self.context is not None and "flash" in config._attn_implementation
+        return "sdpa" if flash else config._attn_implementation
+
+    def set_mask(self, config: PreTrainedConfig, key_mask: torch.Tensor | None, like: torch.Tensor) -> None:
+        """Prepares `attention_mask` from the context's `key_mask` (B, L_context); `like` gives dtype and device."""
+        if key_mask is None:
+            self.attention_mask = None
+            return
+        if self.implementation(config) != config._attn_implementation:
+            self.attention_mask = key_mask[:, None, None, :].bool().expand(-1, 1, self.length, -1)
+            return
+        queries = like.new_empty(self.batch_size, self.length, 1)
+        keys = like.new_empty(self.batch_size, key_mask.shape[1], 1)
+        self.attention_mask = create_bidirectional_mask(
+            config=config,
+            inputs_embeds=queries,
+            attention_mask=key_mask,
+            encoder_hidden_states=keys,
+            # whether a mask can be left out is read from its values: an accelerator would wait for the answer
+            allow_is_bidirectional_skip=like.device.type == "cpu",
+        )
+
+
+def split_streams(packed: torch.Tensor, streams: list[Stream]) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """
+    (n, X) -> by stream, its prefix (B, S, X) and its words (n_words, X) or None. One split, so that the backward is
+    one concatenation: a slice for each part would fill and add a tensor of n rows for each.
+    """
+    sizes = []
+    for stream in streams:
+        sizes.append(stream.batch_size * stream.prefix)
+        if stream.text_index is not None:
+            sizes.append(len(stream.text_index))
+    parts = iter(packed.split(sizes))
+    return {
+        stream.name: (
+            next(parts).view(stream.batch_size, stream.prefix, -1),
+            next(parts) if stream.text_index is not None else None,
+        )
+        for stream in streams
+    }
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(Q K^T / sqrt(d)) V, equation 8. (B, H, L, d) -> (B, L, H, d) and weights (B, H, L, L)."""
+    # the scale on the smaller factor; softmax sums in fp32 whatever it is given, so its result needs no cast
+    scores = (query * scaling) @ key.transpose(2, 3)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with one fused projection, over padded sequences or over packed streams."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, L, 3D) -> query, key, value, each (B, H, L, d)."""
+        return qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: object,
+        implementation: str | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, H, L, d), (B, H, L', d) twice -> (B, L, D) and the weights where the implementation gives them."""
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            implementation or self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output.flatten(2), weights
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: object = None,
+        streams: list[Stream] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv = self.qkv(hidden_states)
+        if streams is None:
+            output, weights = self._attend(*self._heads(qkv), attention_mask, **kwargs)
+            return self.proj(output), weights
+        parts = split_streams(qkv, streams)
+        heads = {stream.name: self._heads(stream.pad(*parts[stream.name])) for stream in streams}
+        rows = []
+        for stream in streams:
+            query, (_, key, value) = heads[stream.name][0], heads[stream.context or stream.name]
+            implementation = stream.implementation(self.config)
+            output, _ = self._attend(query, key, value, stream.attention_mask, implementation, **kwargs)
+            rows += stream.unpad(output)
+        return self.proj(torch.cat(rows)), None
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: PreTrainedConfig, intermediate_size: int | None = None):
+        super().__init__()
+        width = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.fc1 = nn.Linear(config.hidden_size, width)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(width, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class PreNormLayer(GradientCheckpointingLayer):
+    """ViT's block: x + attention(norm(x)), then x + feed-forward(norm(x)). Padded (B, L, D) or packed (n, D)."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SelfAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: object = None,
+        streams: list[Stream] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attended, _ = self.attention(self.norm1(hidden_states), attention_mask, streams, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.feed_forward(self.norm2(hidden_states))

@@ -1,0 +1,360 @@
+"""Heads of tasks on pairs, for any family: classes of a pair, and answers that a decoder writes or ranks.
+
+A family's tower reads pairs in the joint layout and gives states aligned with it, [CLS] first: that is all that is
+known of it here. B pairs, L positions, N patches, T = L - N positions of the text ([CLS] and words), D width, V words
+of the vocabulary, R answers (several a question), A tokens of an answer with its start and its end, K candidates.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from .vl_fusion import FusionLayer, TextEmbeddings, context_mask_of, self_mask
+from .vl_heads import HeadLinear, LanguageModelHead
+
+ROWS_AT_ONCE = 256  # answers whose logits over the vocabulary are held together when ranking
+
+
+@dataclass
+class AnswerOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor`, 0-dim, *optional*): Weighted sum over a question's answers, mean over questions.
+        logits (`torch.FloatTensor` of shape `(R, A - 1, V)`, *optional*): Of the token behind each of an answer's.
+        question_states (`torch.FloatTensor` of shape `(B, T, D)`): What the decoder reads.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    question_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class AnswerRanking(ModelOutput):
+    """
+    Args:
+        indices (`torch.LongTensor` of shape `(B, k)`): The k best candidates of each question, best first.
+        scores (`torch.FloatTensor` of shape `(B, k)`): Their log-likelihoods, the first token's twice if asked for.
+    """
+
+    indices: torch.LongTensor | None = None
+    scores: torch.FloatTensor | None = None
+
+
+@dataclass
+class WrittenAnswers(ModelOutput):
+    """
+    Args:
+        sequences (`torch.LongTensor` of shape `(B, A)`): Tokens behind the start; behind the end, padding.
+        scores (`torch.FloatTensor` of shape `(B,)`): Log-likelihood over length to the power of `length_penalty`.
+    """
+
+    sequences: torch.LongTensor | None = None
+    scores: torch.FloatTensor | None = None
+
+
+class PairClassificationHead(nn.Sequential):
+    """Linear, ReLU, Linear on a pair's [CLS] (section 3.4's "multi-layer perceptron"). (B, W) -> (B, C)."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, num_labels: int):
+        super().__init__(HeadLinear(input_dim, hidden_dim), nn.ReLU(), HeadLinear(hidden_dim, num_labels))
+
+
+class AnswerDecoder(nn.Module):
+    """
+    A causal BERT that reads question and picture by cross-attention (section 3.4: "auto-regressive decoder atop").
+
+    Args:
+        config (`PreTrainedConfig`): Of a family; where it has no fields for a text stack, the tower's serve.
+        num_layers (`int`): Layers, each with cross-attention.
+    """
+
+    def __init__(self, config: PreTrainedConfig, num_layers: int):
+        super().__init__()
+        self.config = config = text_stack_config(config)
+        self.embeddings = TextEmbeddings(config)
+        self.layers = nn.ModuleList([FusionLayer(config, is_causal=True) for _ in range(num_layers)])
+        self.lm_head = LanguageModelHead(config, config.text_layer_norm_eps)
+
+    def forward(
+        self,
+        answer_ids: torch.Tensor,
+        question_states: torch.Tensor,
+        question_mask: torch.Tensor,
+        question_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Logits (R, A, V) of what follows each token. Padding stands on the right, where no real token looks.
+
+        Args:
+            answer_ids (`(R, A)`): From the start on.
+            question_states, question_mask (`(B, T, D)` and `(B, T)`): What is attended, 1 for real positions.
+            question_index (`(R,)`): Which question a row answers; row r answers question r when None.
+        """
+        if question_index is not None:
+            question_mask = question_mask.index_select(0, question_index)
+        hidden_states = self.embeddings(answer_ids)
+        mask = self_mask(self.config, hidden_states, None, causal=True)
+        across = context_mask_of(self.config, hidden_states, question_states, question_mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, question_states, across, question_index)
+        return self.lm_head(hidden_states)
+
+
+def text_stack_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config`, or a copy with a post-norm text stack like its own tower where it has none."""
+    if hasattr(config, "text_attention_heads"):
+        return config
+    config = copy.deepcopy(config)
+    config.text_attention_heads = config.num_attention_heads
+    config.text_intermediate_size = config.intermediate_size
+    config.text_layer_norm_eps = 1e-12  # BERT's
+    config.text_attention_dropout = config.attention_dropout
+    config.hidden_dropout = getattr(config, "hidden_dropout", 0.0)
+    config.max_position_embeddings = getattr(config, "max_position_embeddings", 512)
+    return config
+
+
+def answer_end(config: PreTrainedConfig) -> int:
+    """The token that ends an answer: [SEP], and [CLS] again for a vocabulary without it."""
+    end = getattr(config, "sep_token_id", None)
+    return config.cls_token_id if end is None else end
+
+
+def answer_losses(
+    logits: torch.Tensor,
+    answer_ids: torch.Tensor,
+    answer_mask: torch.Tensor,
+    soft_labels: torch.Tensor | None = None,
+    alpha: float | torch.Tensor = 0.0,
+) -> torch.Tensor:
+    """
+    What each answer costs, summed over its tokens behind the start: (1 - alpha) CE(token) + alpha CE(soft labels).
+
+    (R, A - 1, V), (R, A), (R, A), soft labels (R, A - 1, V) that sum to 1 -> (R,), in fp32 or fp64.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    real = answer_mask[:, 1:].to(logits.dtype)
+    logs = logits.log_softmax(-1)
+    losses = -logs.gather(-1, answer_ids[:, 1:, None])[..., 0]
+    if soft_labels is not None:
+        losses = (1 - alpha) * losses - alpha * (soft_labels * logs).sum(-1)
+    return (losses * real).sum(1)
+
+
+class PairClassification:
+    """Forward of a model with a tower and a `classifier` that says what a picture is to a text."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """`logits` (B, labels) of pairs in the joint layout; `labels` (B,). Raises `ValueError` as the tower."""
+        if input_ids is None or pixel_values is None:
+            raise ValueError(f"{type(self).__name__} reads pairs: it expects both input_ids and pixel_values")
+        outputs = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        return SequenceClassifierOutput(
+            loss=None if labels is None else F.cross_entropy(logits.float(), labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class TwoPictureClassification:
+    """
+    Likewise of two pictures and a text, by a tower that reads one: the text with each, then both [CLS] side by side,
+    (B, 2D), in `classifier` (UNITER's "pair"; families with cross-attention alternate instead, see SIMLA's).
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """`logits` (B, labels) of texts in the layout for one picture and `pixel_values` (B, 2, C, H, W)."""
+        check_two_pictures(type(self).__name__, input_ids, pixel_values)
+        twice = [None if part is None else part.repeat_interleave(2, 0) for part in (input_ids, attention_mask)]
+        outputs = self.base_model(*twice, pixel_values.flatten(0, 1), return_dict=True, **kwargs)
+        logits = self.classifier(outputs.last_hidden_state[:, 0].unflatten(0, (-1, 2)).flatten(1))
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def check_two_pictures(name: str, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None) -> None:
+    """A text for every two pictures (B, 2, C, H, W). Raises `ValueError`."""
+    if input_ids is None or pixel_values is None:
+        raise ValueError(f"{name} reads texts about two pictures: it expects both input_ids and pixel_values")
+    if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
+        raise ValueError(
+            f"pixel_values have shape {tuple(pixel_values.shape)}; expected (texts, 2, channels, height, width)"
+        )
+
+
+class AnswerGeneration:
+    """A model with a tower and a `decoder` ([`AnswerDecoder`]) that answers questions about pictures."""
+
+    def read_questions(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states of [CLS] and the question's words (B, T, D), and which of them are real (B, T)."""
+        if input_ids is None or pixel_values is None:
+            raise ValueError(f"{type(self).__name__} answers about pictures: it expects input_ids and pixel_values")
+        states = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs).last_hidden_state
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        p = self.config.patch_size
+        words = 1 + (pixel_values.shape[-2] // p) * (pixel_values.shape[-1] // p)
+        states, mask = (torch.cat([part[:, :1], part[:, words:]], dim=1) for part in (states, mask))
+        return states, mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        answer_ids: torch.LongTensor | None = None,
+        answer_mask: torch.LongTensor | None = None,
+        answer_weights: torch.FloatTensor | None = None,
+        answers_per_question: torch.LongTensor | None = None,
+        soft_labels: torch.FloatTensor | None = None,
+        alpha: float | torch.Tensor = 0.0,
+        **kwargs,
+    ) -> AnswerOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, pixel_values: Questions and pictures in the joint layout, (B, L).
+            answer_ids, answer_mask (`(R, A)`): Start, words, end, padding; those of a question one after the other.
+            answer_weights (`(R,)`): What an answer counts: the share of people who gave it. 1 when None.
+            answers_per_question (`(B,)`): Of sum R; one each when None.
+            soft_labels, alpha: As in `answer_losses`.
+
+        Raises:
+            ValueError: no question or no picture, answers that belong to none; what the tower raises.
+        """
+        states, mask = self.read_questions(input_ids, attention_mask, pixel_values, **kwargs)
+        if answer_ids is None:
+            return AnswerOutput(question_states=states)
+        index = None
+        if answers_per_question is not None:
+            if answers_per_question.device.type == "cpu" and answers_per_question.sum() != len(answer_ids):
+                raise ValueError(
+                    f"answers_per_question sum to {int(answers_per_question.sum())}; got {len(answer_ids)}"
+                )
+            questions = torch.arange(len(states), device=states.device)
+            index = questions.repeat_interleave(answers_per_question, output_size=len(answer_ids))
+        elif len(answer_ids) != len(states):
+            raise ValueError(f"got {len(answer_ids)} answers to {len(states)} questions, and no answers_per_question")
+        logits = self.decoder(answer_ids[:, :-1], states, mask, index)
+        real = torch.ones_like(answer_ids) if answer_mask is None else answer_mask
+        losses = answer_losses(logits, answer_ids, real, soft_labels, alpha)
+        losses = losses if answer_weights is None else losses * answer_weights
+        return AnswerOutput(loss=losses.sum() / len(states), logits=logits, question_states=states)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None,
+        pixel_values: torch.FloatTensor,
+        candidate_ids: torch.LongTensor,
+        candidate_mask: torch.LongTensor,
+        k: int = 128,
+        count_first_token_twice: bool = True,
+    ) -> AnswerRanking:
+        """
+        The k candidates whose first token is likeliest, ranked by their log-likelihood.
+
+        Args:
+            candidate_ids, candidate_mask (`(K, A)`): Start, words, end, padding.
+            count_first_token_twice: As ALBEF's and SIMLA's code has it, which adds the whole answer's log-likelihood
+                to that of its first token; false: the chain rule.
+        """
+        states, mask = self.read_questions(input_ids, attention_mask, pixel_values)
+        k, length = min(k, len(candidate_ids)), candidate_ids.shape[1]
+        start = candidate_ids[:1, :1].expand(len(states), 1)
+        first = self.decoder(start, states, mask)[:, 0].float().log_softmax(-1)  # (B, V)
+        firsts, chosen = first[:, candidate_ids[:, 1]].topk(k)  # (B, k)
+        question = torch.arange(len(states), device=states.device).repeat_interleave(k)
+        losses = []
+        for rows, index in zip(chosen.flatten().split(ROWS_AT_ONCE), question.split(ROWS_AT_ONCE), strict=True):
+            ids, real = candidate_ids[rows], candidate_mask[rows]
+            logits = self.decoder(ids[:, : length - 1], states, mask, index)
+            losses.append(answer_losses(logits, ids, real))
+        scores = -torch.cat(losses).view(-1, k)
+        scores, order = (scores + firsts if count_first_token_twice else scores).sort(descending=True, stable=True)
+        return AnswerRanking(indices=chosen.gather(1, order), scores=scores)
+
+    @torch.no_grad()
+    def generate_answers(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None,
+        pixel_values: torch.FloatTensor,
+        max_new_tokens: int = 10,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+    ) -> WrittenAnswers:
+        """
+        Answers in words of the decoder's own, the best of a beam search: greedy with one beam. The end is a token of
+        `max_new_tokens`; an answer that has not come to it by then is cut there.
+        """
+        if max_new_tokens < 1 or not 1 <= num_beams <= self.config.vocab_size:
+            raise ValueError(f"got max_new_tokens {max_new_tokens} and num_beams {num_beams}; expected 1 at least")
+        states, mask = self.read_questions(input_ids, attention_mask, pixel_values)
+        batch, end, pad = len(states), answer_end(self.config), self.config.pad_token_id or 0
+        rows = torch.arange(batch, device=states.device)
+        index = rows.repeat_interleave(num_beams)
+        sequences = torch.full((batch, num_beams, 1), self.config.cls_token_id, device=states.device)
+        # beams start alike: all but one are out of the race until they differ
+        scores = torch.full((batch, num_beams), -torch.inf, device=states.device)
+        scores[:, 0] = 0.0
+        ended = torch.zeros_like(scores, dtype=torch.bool)
+        lengths = torch.zeros_like(scores)
+        for _ in range(max_new_tokens):
+            logs = self.decoder(sequences.flatten(0, 1), states, mask, index)[:, -1].float().log_softmax(-1)
+            logs = logs.view(batch, num_beams, -1)
+            logs = logs.masked_fill(ended[..., None], -torch.inf)
+            logs[..., pad] = torch.where(ended, 0.0, -torch.inf)  # what has ended is carried on as it is
+            scores, places = (scores[..., None] + logs).flatten(1).topk(num_beams)
+            beam, token = places // logs.shape[-1], places % logs.shape[-1]
+            sequences = torch.cat([sequences[rows[:, None], beam], token[..., None]], dim=-1)
+            ended, lengths = ended.gather(1, beam), lengths.gather(1, beam) + ~ended.gather(1, beam)
+            ended = ended | (token == end)
+            if ended.all():
+                break
+        scores = scores / lengths**length_penalty
+        best = scores.argmax(1)
+        return WrittenAnswers(sequences=sequences[rows, best, 1:], scores=scores[rows, best])
+
+
+__all__ = [
+    "AnswerDecoder",
+    "AnswerGeneration",
+    "AnswerOutput",
+    "AnswerRanking",
+    "PairClassification",
+    "PairClassificationHead",
+    "TwoPictureClassification",
+    "WrittenAnswers",
+    "answer_end",
+    "answer_losses",
+    "check_two_pictures",
+    "text_stack_config",
+]
