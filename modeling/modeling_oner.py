@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import ImageClassifierOutput, MaskedLMOutput
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_oner import OneRConfig
 from .vl_embeddings import ConvStem, LinearStem, PatchProjection, interpolate_positions, sincos_1d, sincos_2d
-from .vl_features import RetrievalFeatures, pair_loss
+from .vl_features import CosineRetrieval, MaskedWords, RetrievalFeatures
 from .vl_heads import ContrastiveHead, HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs, check_patch_mask
 from .vl_layers import PreNormLayer, SelfAttention
@@ -28,7 +28,6 @@ from .vl_outputs import (
     PADDING_TOKEN,
     PATCH_TOKEN,
     WORD_TOKEN,
-    ImageTextRetrievalOutput,
     VisionLanguageModelOutput,
 )
 
@@ -254,7 +253,7 @@ class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
         return (hidden_states * content).sum(1) / content.sum(1).clamp_min(1)
 
 
-class OneRForImageTextRetrieval(RetrievalFeatures, OneRPreTrainedModel):
+class OneRForImageTextRetrieval(CosineRetrieval, OneRPreTrainedModel):
     """Pictures against texts by cosine. `AutoModelForZeroShotImageClassification` returns this class."""
 
     def __init__(self, config: OneRConfig):
@@ -264,50 +263,11 @@ class OneRForImageTextRetrieval(RetrievalFeatures, OneRPreTrainedModel):
             self.logit_scale = nn.Parameter(torch.zeros(1))  # not 0-dim: ZeRO-3 cannot partition a scalar
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        return_loss: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageTextRetrievalOutput:
-        r"""
-        Each modality is embedded alone, so the numbers of texts and pictures may differ.
-
-        Args:
-            input_ids, attention_mask (`(texts, L)`): [CLS] and words; placeholders are passed over.
-            pixel_values (`(pictures, C, H, W)`): Normalised pictures.
-            return_loss: Also the symmetric InfoNCE of the pairs; expects as many texts as pictures.
-
-        Raises:
-            ValueError: as [`OneRModel`]; `return_loss` without pairs.
-        """
-        if input_ids is None and pixel_values is None:
-            raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
-        image_embeds = text_embeds = logits = None
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values, return_dict=True, **kwargs)
-            image_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
-        if input_ids is not None:
-            features = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
-            text_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
-        if image_embeds is not None and text_embeds is not None:
-            scale = self.logit_scale.exp() if self.config.learnable_temperature else 1 / self.config.temperature
-            logits = image_embeds @ text_embeds.T * scale
-        return ImageTextRetrievalOutput(
-            loss=pair_loss(logits) if return_loss else None,
-            logits_per_image=logits,
-            logits_per_text=logits.T if logits is not None else None,
-            image_embeds=image_embeds,
-            text_embeds=text_embeds,
-            hidden_states=features.hidden_states,
-            attentions=features.attentions,
-        )
+    def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
+        return cosines * (self.logit_scale.exp() if self.config.learnable_temperature else 1 / self.config.temperature)
 
 
-class OneRForMaskedLM(OneRPreTrainedModel):
+class OneRForMaskedLM(MaskedWords, OneRPreTrainedModel):
     """BERT's language-model head on the tower, with a picture to look at if there is one."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "oner.embeddings.word_embeddings.weight"}
@@ -317,33 +277,6 @@ class OneRForMaskedLM(OneRPreTrainedModel):
         self.oner = OneRModel(config, add_pooling_layer=False)
         self.lm_head = LanguageModelHead(config)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head.decoder = new_embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        """`logits` (B, L, V) speak of the positions of `input_ids`; `labels` (B, L), -100 where there is no loss."""
-        if input_ids is None:
-            raise ValueError("OneRForMaskedLM expects input_ids, got None")
-        outputs = self.oner(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
 
 
 class OneRForImageClassification(OneRPreTrainedModel):

@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_oner import OneRConfig
 from .modeling_oner import OneRModel, OneRPreTrainedModel
-from .vl_features import RetrievalFeatures
+from .vl_features import RetrievalFeatures, WordPredictions
 from .vl_heads import ContrastiveHead, LanguageModelHead, PixelHead
 from .vl_inputs import check_inputs, check_pairs
 from .vl_layers import Stream, split_streams
@@ -30,7 +30,7 @@ SOURCES = {
 }
 
 
-class OneRForPreTraining(RetrievalFeatures, OneRPreTrainedModel):
+class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel):
     """
     The tower with everything that is trained: projector and predictor (MoCo-v3), language-model head tied to the
     words, pixel head. It computes representations and logits; losses, teacher and negatives are the objective's.
@@ -51,12 +51,6 @@ class OneRForPreTraining(RetrievalFeatures, OneRPreTrainedModel):
 
     def _make_predictor(self) -> ContrastiveHead:
         return ContrastiveHead.from_config(self.config, self.config.projection_dim, self.config.predictor_layers)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head.decoder = new_embeddings
 
     @can_return_tuple
     def forward(

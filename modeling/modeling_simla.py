@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_simla import SimlaConfig
 from .vl_embeddings import ConvStem, LinearStem, interpolate_positions
-from .vl_features import RetrievalFeatures, pair_loss
+from .vl_features import CosineRetrieval, MaskedWords, RetrievalFeatures
 from .vl_fusion import FusionAttention, FusionLayer, TextEmbeddings, context_mask_of, self_mask
 from .vl_gradcam import GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
@@ -30,7 +30,6 @@ from .vl_outputs import (
     PADDING_TOKEN,
     PATCH_TOKEN,
     WORD_TOKEN,
-    ImageTextRetrievalOutput,
     VisionLanguageModelOutput,
 )
 
@@ -393,7 +392,7 @@ class SimlaMatching(GroundedMatching, SimlaFeatures):
         return self.itm_head(self.simla.fuse(input_ids, attention_mask, image_states, context_index)[:, 0])
 
 
-class SimlaForImageTextRetrieval(SimlaMatching, SimlaPreTrainedModel):
+class SimlaForImageTextRetrieval(SimlaMatching, CosineRetrieval, SimlaPreTrainedModel):
     """
     Pictures against texts by cosine, then the best of them by matching (section 3.6: the slower encoder re-ranks).
     `AutoModelForZeroShotImageClassification` returns this class.
@@ -406,49 +405,11 @@ class SimlaForImageTextRetrieval(SimlaMatching, SimlaPreTrainedModel):
         self.itm_head = HeadLinear(config.hidden_size, 2)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        return_loss: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageTextRetrievalOutput:
-        r"""
-        Each modality is embedded alone, so the numbers of texts and pictures may differ.
-
-        Args:
-            input_ids, attention_mask (`(texts, L)`): [CLS] and words; placeholders are passed over.
-            pixel_values (`(pictures, C, H, W)`): Normalised pictures.
-            return_loss: Also the symmetric InfoNCE of the pairs; expects as many texts as pictures.
-
-        Raises:
-            ValueError: as [`SimlaModel`]; `return_loss` without pairs.
-        """
-        if input_ids is None and pixel_values is None:
-            raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
-        image_embeds = text_embeds = logits = None
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values, return_dict=True, **kwargs)
-            image_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
-        if input_ids is not None:
-            features = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
-            text_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
-        if image_embeds is not None and text_embeds is not None:
-            logits = image_embeds @ text_embeds.T / self.temperature
-        return ImageTextRetrievalOutput(
-            loss=pair_loss(logits) if return_loss else None,
-            logits_per_image=logits,
-            logits_per_text=logits.T if logits is not None else None,
-            image_embeds=image_embeds,
-            text_embeds=text_embeds,
-            hidden_states=features.hidden_states,
-            attentions=features.attentions,
-        )
+    def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
+        return cosines / self.temperature
 
 
-class SimlaForMaskedLM(SimlaPreTrainedModel):
+class SimlaForMaskedLM(MaskedWords, SimlaPreTrainedModel):
     """BERT's language-model head on the multimodal encoder, or on the text encoder when there is no picture."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "simla.text.embeddings.word_embeddings.weight"}
@@ -458,33 +419,6 @@ class SimlaForMaskedLM(SimlaPreTrainedModel):
         self.simla = SimlaModel(config, add_pooling_layer=False)
         self.lm_head = LanguageModelHead(config, config.text_layer_norm_eps)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head.decoder = new_embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        """`logits` (B, L, V) speak of the positions of `input_ids`; `labels` (B, L), -100 where there is no loss."""
-        if input_ids is None:
-            raise ValueError("SimlaForMaskedLM expects input_ids, got None")
-        outputs = self.simla(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
 
 
 __all__ = [

@@ -1,5 +1,6 @@
 """What the objectives of fine-tuning on rows with labels share: no row meets another, and an EMA teacher may help."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -57,9 +58,9 @@ class TaskObjective(Objective):
             return 0.0
         return self.arguments.distillation * (min(1.0, progress / ramp) if ramp else 1.0)
 
+    @abstractmethod
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         """The sum over the batch's rows, divided by `count`, 0-dim."""
-        raise NotImplementedError
 
     def before_step(self) -> None:
         if self.teacher is not None:

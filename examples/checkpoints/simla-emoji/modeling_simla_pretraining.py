@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_simla import SimlaConfig
 from .modeling_simla import SimlaMatching, SimlaModel, SimlaPreTrainedModel
+from .vl_features import WordPredictions
 from .vl_gradcam import GroundedConcepts
 from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs
@@ -52,7 +53,7 @@ class SimlaPreTrainingOutput(ModelOutput):
     keyword_attention: torch.FloatTensor | None = None
 
 
-class SimlaForPreTraining(GroundedConcepts, SimlaMatching, SimlaPreTrainedModel):
+class SimlaForPreTraining(GroundedConcepts, WordPredictions, SimlaMatching, SimlaPreTrainedModel):
     """
     Both encoders with everything that is trained: temperature, matching, language-model, code and concept heads. It
     computes representations and logits; losses, teacher, queues and the draw of negatives are the objective's.
@@ -70,12 +71,6 @@ class SimlaForPreTraining(GroundedConcepts, SimlaMatching, SimlaPreTrainedModel)
         width = config.projection_dim if config.concept_input == "projected" else config.hidden_size
         self.concept_head = HeadLinear(width, config.vocab_size)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head.decoder = new_embeddings
 
     @can_return_tuple
     def forward(

@@ -1,15 +1,17 @@
-"""The embeddings of the one space, asked for by name: text, pictures, or both. For every class that keeps a tower.
+"""What a class over any family's tower is asked for: embeddings by name, retrieval by cosine, masked words.
 
-B rows, L positions of the joint layout, P embedding width.
+B rows, L positions of the joint layout, P embedding width, V words of the vocabulary.
 """
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .vl_inputs import check_one_modality
-from .vl_outputs import VisionLanguageModelOutput
+from .vl_outputs import ImageTextRetrievalOutput, VisionLanguageModelOutput
 
 
 class RetrievalFeatures:
@@ -83,6 +85,51 @@ class RetrievalFeatures:
         )
 
 
+class CosineRetrieval(RetrievalFeatures):
+    """Pictures against texts. A class of it has `scaled`: cosines (pictures, texts) to logits by its temperature."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        return_loss: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageTextRetrievalOutput:
+        r"""
+        Each modality is embedded alone, so the numbers of texts and pictures may differ.
+
+        Args:
+            input_ids, attention_mask (`(texts, L)`): [CLS] and words; placeholders are passed over.
+            pixel_values (`(pictures, C, H, W)`): Normalised pictures.
+            return_loss: Also the symmetric InfoNCE of the pairs; expects as many texts as pictures.
+
+        Raises:
+            ValueError: as the family's tower; `return_loss` without pairs.
+        """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
+        image_embeds = text_embeds = logits = None
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, return_dict=True, **kwargs)
+            image_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
+        if input_ids is not None:
+            features = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+            text_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
+        if image_embeds is not None and text_embeds is not None:
+            logits = self.scaled(image_embeds @ text_embeds.T)
+        return ImageTextRetrievalOutput(
+            loss=pair_loss(logits) if return_loss else None,
+            logits_per_image=logits,
+            logits_per_text=logits.T if logits is not None else None,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+        )
+
+
 def pair_loss(logits: torch.Tensor | None) -> torch.Tensor:
     """Symmetric InfoNCE of pairs, logits (pictures, texts). Raises `ValueError` without as many texts as pictures."""
     if logits is None or logits.shape[0] != logits.shape[1]:
@@ -92,4 +139,40 @@ def pair_loss(logits: torch.Tensor | None) -> torch.Tensor:
     return (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
 
 
-__all__ = ["RetrievalFeatures", "pair_loss"]
+class WordPredictions:
+    """Beside `PreTrainedModel`: `lm_head` is a `LanguageModelHead`, whose decoder may be the words themselves."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+
+class MaskedWords(WordPredictions):
+    """The language-model head on every state of the tower, which the attribute of `base_model_prefix` is."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """`logits` (B, L, V) speak of the positions of `input_ids`; `labels` (B, L), -100 where there is no loss."""
+        if input_ids is None:
+            raise ValueError(f"{type(self).__name__} expects input_ids, got None")
+        tower = getattr(self, self.base_model_prefix)
+        outputs = tower(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["CosineRetrieval", "MaskedWords", "RetrievalFeatures", "WordPredictions"]
