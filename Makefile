@@ -64,7 +64,7 @@ kill-test: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/kill.py
 
 resume-matrix: $(VENV)/.installed-test
-	$(PYTEST) -m "slow or not slow" tests/test_resume_matrix.py
+	$(PYTEST) -m "slow or not slow" tests/run/test_resume_matrix.py
 
 test-transformers: $(VENV)/.installed-test
 	$(PY) tests/model_tester/fetch.py

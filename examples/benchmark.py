@@ -28,12 +28,12 @@ from benchmark_steps import STEPS, Batch, Step, padded
 from evidence_table import machine_facts
 from performance_table import write_tables
 
-from oner.training.arguments import Arguments, parse_arguments
-from oner.training.checkpoint import save_checkpoint
-from oner.training.flops import counted_flops, gemm_peak, wait_for
-from oner.training.host_memory import keep_freed_memory
-from oner.training.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
-from oner.training.sharding import full_optimizer_state
+from oner.training.cost.flops import counted_flops, gemm_peak, wait_for
+from oner.training.parallel.sharding import full_optimizer_state
+from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.checkpoint import save_checkpoint
+from oner.training.run.host_memory import keep_freed_memory
+from oner.training.run.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples" / "configs" / "benchmark_base_224.yaml"

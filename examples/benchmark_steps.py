@@ -14,12 +14,12 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from oner import OneRConfig
-from oner.training.arguments import Arguments
-from oner.training.distributed import mean_counts
-from oner.training.flops_oner import PairShape, oner_step_flops
-from oner.training.objective import build_objective
-from oner.training.optimization import build_optimizer, compile_regions
-from oner.training.pair_loading import build_model
+from oner.training.cost.flops_oner import PairShape, oner_step_flops
+from oner.training.objectives.objective import build_objective
+from oner.training.parallel.distributed import mean_counts
+from oner.training.run.arguments import Arguments
+from oner.training.run.optimization import build_optimizer, compile_regions
+from oner.training.run.pair_loading import build_model
 
 Batch = dict[str, torch.Tensor]
 Timer = Callable[[str], AbstractContextManager]

@@ -10,8 +10,8 @@ Pictures with class numbers instead of captions, for instance a folder with one 
 
     python examples/evaluate.py --model runs/demo/model --data imagenet/val --class_names imagenet
 
-A model that was fine-tuned for a task of `oner.training.finetuning`, on data in that task's format; what else the task
-may be told are further options, and `--tasks TASK --help` lists them:
+A model that was fine-tuned for a task of `oner.training.tasks.finetuning`, on data in that task's format; what else
+the task may be told are further options, and `--tasks TASK --help` lists them:
 
     python examples/evaluate.py --model runs/vqa/model --tasks vqa --data questions.json --answer_list answers.json
 """
@@ -31,28 +31,28 @@ from transformers import (
 )
 
 import oner  # noqa: F401  registers the models with transformers' auto classes
-from oner.processing.vl_dataset import open_pairs
-from oner.processing.vl_karpathy import open_karpathy
-from oner.training.arguments import DataArguments
-from oner.training.evaluation_attention import AttentionEvaluator
-from oner.training.evaluation_composed import ComposedEvaluator
-from oner.training.evaluation_concepts import ConceptEvaluator
-from oner.training.evaluation_embedding import Gallery, spaced
-from oner.training.evaluation_gap import GapEvaluator
-from oner.training.evaluation_grounding import SceneGroundingEvaluator
-from oner.training.evaluation_labels import open_labelled
-from oner.training.evaluation_localization import LocalizationEvaluator
-from oner.training.evaluation_reranking import RerankingEvaluator
-from oner.training.evaluation_results import read_results, write_results
-from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
-from oner.training.evaluation_zero_shot import ZeroShotClassificationEvaluator
-from oner.training.finetuning import TASKS as FINETUNED
-from oner.training.finetuning import Evaluator, build_evaluator, find_task
-from oner.training.hub import write_pictures
-from oner.training.model_card import add_evaluation
-from oner.training.model_loading import load_model
-from oner.training.pair_loading import CAPTION_RULES
-from oner.training.prompts import load_class_names
+from oner.processing.data.karpathy import open_karpathy
+from oner.processing.data.sources import open_pairs
+from oner.training.evaluation.attention import AttentionEvaluator
+from oner.training.evaluation.composed import ComposedEvaluator
+from oner.training.evaluation.concepts import ConceptEvaluator
+from oner.training.evaluation.embedding import Gallery, spaced
+from oner.training.evaluation.gap import GapEvaluator
+from oner.training.evaluation.grounding import SceneGroundingEvaluator
+from oner.training.evaluation.labels import open_labelled
+from oner.training.evaluation.localization import LocalizationEvaluator
+from oner.training.evaluation.prompts import load_class_names
+from oner.training.evaluation.reranking import RerankingEvaluator
+from oner.training.evaluation.results import read_results, write_results
+from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
+from oner.training.evaluation.zero_shot import ZeroShotClassificationEvaluator
+from oner.training.publishing.hub import write_pictures
+from oner.training.publishing.model_card import add_evaluation
+from oner.training.publishing.model_loading import load_model
+from oner.training.run.arguments import DataArguments
+from oner.training.run.pair_loading import CAPTION_RULES
+from oner.training.tasks.finetuning import TASKS as FINETUNED
+from oner.training.tasks.finetuning import Evaluator, build_evaluator, find_task
 
 
 def zero_shot(a: argparse.Namespace, name: str, rows: Sequence, bootstrap: bool) -> ZeroShotClassificationEvaluator:

@@ -36,14 +36,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 from oner import OneRConfig, SimlaConfig, open_pairs
-from oner.training.arguments import read_config
-from oner.training.evaluation_embedding import embed_images, embed_texts, row_ids, spaced
-from oner.training.evaluation_gap import centroid_separability, linear_separability, paired_cosines
-from oner.training.evaluation_reranking import RerankingEvaluator
-from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
-from oner.training.metrics import centroid_distance
-from oner.training.model_card import slug
-from oner.training.model_loading import load_model
+from oner.training.evaluation.embedding import embed_images, embed_texts, row_ids, spaced
+from oner.training.evaluation.gap import centroid_separability, linear_separability, paired_cosines
+from oner.training.evaluation.metrics import centroid_distance
+from oner.training.evaluation.reranking import RerankingEvaluator
+from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
+from oner.training.publishing.model_card import slug
+from oner.training.publishing.model_loading import load_model
+from oner.training.run.arguments import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"

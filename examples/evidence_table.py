@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from oner.training.evaluation_results import library_versions
-from oner.training.model_card import markdown_table
+from oner.training.evaluation.results import library_versions
+from oner.training.publishing.model_card import markdown_table
 
 BEGIN, END = "<!-- begin: written by examples/evidence.py -->", "<!-- end: written by examples/evidence.py -->"
 # The paper's Table 6, MS-COCO zero-shot after CC3M (per cent): TR@1, TR@5, IR@1, IR@5; its CLIP is SLIP's, a ViT-B

@@ -6,7 +6,7 @@ from typing import Any
 
 from evidence_table import Content, by_row, cell, commands, cost_table, machines, percent, steps_of
 
-from oner.training.model_card import markdown_table
+from oner.training.publishing.model_card import markdown_table
 
 # SIMLA's Table 1, Flickr30k true zero-shot after 4 M pairs, re-ranked (per cent): TR@1, TR@10, IR@1, IR@10
 PAPER = {

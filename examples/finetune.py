@@ -3,7 +3,7 @@
 accelerate launch examples/finetune.py --task retrieval --config examples/configs/finetune_retrieval_coco.yaml \
     --initial_model runs/simla_base_256/model [--name value ...]
 
-Tasks are the entries of `oner.training.finetuning.TASKS`. `--task NAME --help` lists what a task may be told.
+Tasks are the entries of `oner.training.tasks.finetuning.TASKS`. `--task NAME --help` lists what a task may be told.
 """
 
 import argparse
@@ -13,10 +13,14 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
-from oner.training.arguments import Arguments, parse_arguments, read_config
-from oner.training.distributed import synchronise_batch_norm
-from oner.training.engine import Engine
-from oner.training.finetuning import (
+from oner.training.parallel.distributed import synchronise_batch_norm
+from oner.training.run.arguments import Arguments, parse_arguments, read_config
+from oner.training.run.engine import Engine
+from oner.training.run.host_memory import keep_freed_memory
+from oner.training.run.launch import make_accelerator
+from oner.training.run.pair_loading import PairLoader, build_processor_and_config
+from oner.training.run.summary import describe, export
+from oner.training.tasks.finetuning import (
     TASKS,
     Task,
     build_evaluator,
@@ -26,10 +30,6 @@ from oner.training.finetuning import (
     task_arguments,
     task_objective,
 )
-from oner.training.host_memory import keep_freed_memory
-from oner.training.pair_loading import PairLoader, build_processor_and_config
-from oner.training.parallel import make_accelerator
-from oner.training.run_summary import describe, export
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

@@ -10,23 +10,23 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
-from oner.processing.vl_dataset import open_pairs
-from oner.training.arguments import Arguments, parse_arguments
-from oner.training.distributed import synchronise_batch_norm
-from oner.training.engine import Engine
-from oner.training.evaluation_embedding import check_pictures
-from oner.training.evaluation_retrieval import RetrievalEvaluator
-from oner.training.host_memory import keep_freed_memory
-from oner.training.objective import build_objective
-from oner.training.pair_loading import (
+from oner.processing.data.sources import open_pairs
+from oner.training.evaluation.embedding import check_pictures
+from oner.training.evaluation.retrieval import RetrievalEvaluator
+from oner.training.objectives.objective import build_objective
+from oner.training.parallel.distributed import synchronise_batch_norm
+from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.engine import Engine
+from oner.training.run.host_memory import keep_freed_memory
+from oner.training.run.launch import make_accelerator
+from oner.training.run.pair_loading import (
     CAPTION_RULES,
     PairLoader,
     build_model,
     build_processor_and_config,
     open_training_pairs,
 )
-from oner.training.parallel import make_accelerator
-from oner.training.run_summary import describe, export
+from oner.training.run.summary import describe, export
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

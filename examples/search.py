@@ -18,11 +18,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
+from oner.processing.data.sources import open_pairs
 from oner.processing.image_processing_vl import open_image
 from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline, list_pictures
 from oner.processing.retrieval_index import INDEX_FILE, RetrievalIndexError
-from oner.processing.vl_dataset import open_pairs
-from oner.training.model_loading import load_model
+from oner.training.publishing.model_loading import load_model
 
 DEFAULT_MODEL = Path(__file__).parent / "checkpoints" / "oner-emoji"
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")

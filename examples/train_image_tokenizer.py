@@ -16,19 +16,19 @@ from transformers import AutoModel
 import oner  # noqa: F401  registers the models with transformers' auto classes
 from oner.modeling.configuration_dvae import DiscreteVAEConfig
 from oner.modeling.modeling_dvae import DiscreteVAE
-from oner.processing.vl_dataset import open_pairs
-from oner.training.arguments import Arguments, parse_arguments
-from oner.training.engine import Engine
-from oner.training.evaluation_dvae import ReconstructionEvaluator, reconstruction_sheet
-from oner.training.evaluation_embedding import spaced
-from oner.training.host_memory import keep_freed_memory
-from oner.training.model_loading import load_model
-from oner.training.objective_dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
-from oner.training.pair_loading import PairLoader
-from oner.training.parallel import make_accelerator
-from oner.training.picture_loading import open_training_pictures, picture_collator
-from oner.training.run_summary import describe
-from oner.training.tokenizer_export import export_tokenizer
+from oner.processing.data.sources import open_pairs
+from oner.training.evaluation.dvae import ReconstructionEvaluator, reconstruction_sheet
+from oner.training.evaluation.embedding import spaced
+from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
+from oner.training.publishing.model_loading import load_model
+from oner.training.publishing.tokenizer_export import export_tokenizer
+from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.engine import Engine
+from oner.training.run.host_memory import keep_freed_memory
+from oner.training.run.launch import make_accelerator
+from oner.training.run.pair_loading import PairLoader
+from oner.training.run.picture_loading import open_training_pictures, picture_collator
+from oner.training.run.summary import describe
 
 SHOWN = 24
 

@@ -7,8 +7,11 @@ from importlib import import_module
 
 # command -> its module and what it does; imported only when asked for, so that help costs nothing
 COMMANDS = {
-    "convert": ("oner.training.convert", "official checkpoints of SIMLA and ALBEF into model directories, and back"),
-    "estimate": ("oner.training.estimate", "memory, pairs a second and hours of a run, before anything starts"),
+    "convert": (
+        "oner.training.conversion.command",
+        "official checkpoints of SIMLA and ALBEF into model directories, and back",
+    ),
+    "estimate": ("oner.training.cost.estimate", "memory, pairs a second and hours of a run, before anything starts"),
 }
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import oner
-from oner.training.objective import OBJECTIVES, Objective, build_objective, objective_classes
+from oner.training.objectives.objective import OBJECTIVES, Objective, build_objective, objective_classes
 
 MODELS = "AutoModel"
 PRETRAINING = "AutoModelForPreTraining"

@@ -9,7 +9,7 @@ from tiny_oner import joint_batch, randomised, text_of, tiny_config
 from torch import nn
 
 from oner import OneRForPreTraining
-from oner.training.objective_oner import OneRObjective, OneRObjectiveArguments
+from oner.training.objectives.oner import OneRObjective, OneRObjectiveArguments
 
 FIRST_WORD = 17  # after [CLS] and sixteen patches
 

@@ -47,7 +47,7 @@ WAYS = {
     "processing name": "from oner import open_pairs",
     "modeling": "import oner.modeling",
     "file of a room": "from oner.processing.processing_vl import OneRProcessor",
-    "training": "import oner.training.hub",
+    "training": "import oner.training.publishing.hub",
     "attribute": "import oner\noner.modeling.OneRModel",
 }
 

@@ -38,7 +38,7 @@ def each(files: list[Path]):
 
 
 def rooms_imported(path: Path, tree: ast.Module) -> set[str]:
-    """Rooms that a file imports, absolutely (`oner.training.losses`) or relatively (`from .losses`)."""
+    """Rooms that a file imports, absolutely (`oner.training.objectives.losses`) or relatively (`from .losses`)."""
     rooms = set()
     for node in ast.walk(tree):
         names = []
@@ -189,7 +189,7 @@ def test_nothing_dangerous(path):
                 and node.module == "torch"
                 and any(alias.name == "distributed" for alias in node.names)
             )
-            assert not distributed or name == "training/distributed.py", f"{where}: torch.distributed"
+            assert not distributed or name == "training/parallel/distributed.py", f"{where}: torch.distributed"
         if isinstance(node, ast.Call):
             called = dotted(node.func)
             assert called not in ("eval", "exec", "builtins.eval", "builtins.exec"), f"{where}: {called}"
@@ -200,8 +200,8 @@ def test_nothing_dangerous(path):
             assert not any(k.arg == "allow_pickle" and getattr(k.value, "value", None) for k in node.keywords), where
         if isinstance(node, ast.Attribute):
             if dotted(node).startswith("torch.distributed"):
-                assert name == "training/distributed.py", f"{where}: torch.distributed"
-        assert not reads_environment(node) or name == "training/arguments.py", f"{where}: environment"
+                assert name == "training/parallel/distributed.py", f"{where}: torch.distributed"
+        assert not reads_environment(node) or name == "training/run/arguments.py", f"{where}: environment"
 
 
 @each(FILES)

@@ -151,7 +151,7 @@ def test_wheel_imports_from_anywhere(built, tmp_path):
     program = (
         "import sys\n"
         "sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__name__', '').startswith('_Edit')]\n"
-        "import oner, oner.training.model_card as card\n"
+        "import oner, oner.training.publishing.model_card as card\n"
         "assert oner.__file__.startswith(sys.argv[1]) and card.__file__.startswith(sys.argv[1]), oner.__file__\n"
         "assert card.TEMPLATE.is_file()\n"
     )

@@ -39,13 +39,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import oner
 from oner.command_line import COMMANDS
 from oner.command_line import main as command_line
-from oner.training.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
-from oner.training.evaluation_localization import similarity_maps
-from oner.training.evaluation_retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
-from oner.training.evaluation_zero_shot import ZeroShotClassificationEvaluator
-from oner.training.hub import export_model
-from oner.training.objective_dvae import DiscreteVAEObjectiveArguments
-from oner.training.objective_oner import OneRObjectiveArguments
+from oner.training.evaluation.localization import similarity_maps
+from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
+from oner.training.evaluation.zero_shot import ZeroShotClassificationEvaluator
+from oner.training.objectives.dvae import DiscreteVAEObjectiveArguments
+from oner.training.objectives.oner import OneRObjectiveArguments
+from oner.training.publishing.hub import export_model
+from oner.training.run.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -248,7 +248,7 @@ def run_recorded(block: Block, namespace: dict[str, Any], monkeypatch: pytest.Mo
             return type("Commit", (), {"commit_url": "https://hub/commit/1"})
 
     with monkeypatch.context() as patch:
-        patch.setattr("oner.training.hub.HfApi", RecordingApi)
+        patch.setattr("oner.training.publishing.hub.HfApi", RecordingApi)
         exec(padded(block), namespace)
     (create, repository), (upload, options) = asked
     assert (create, upload) == ("create", "upload") and repository["private"] is True

@@ -9,7 +9,7 @@ from tiny_oner import randomised
 from tiny_pretraining import ROOT
 
 from oner import OneRImageProcessor, OneRProcessor, SimlaForPreTraining, train_tokenizer
-from oner.training.hub import export_model
+from oner.training.publishing.hub import export_model
 
 PICTURES = 12
 

@@ -4,11 +4,11 @@ import datasets
 import pyarrow.parquet as pq
 from torch.utils.data import DataLoader
 
-from oner.processing.image_augmentation import TrainingImageTransform
-from oner.processing.vl_collation import PairCollator
-from oner.processing.vl_dataset import PairTrainingSet
-from oner.processing.vl_quarantine import StandIns
-from oner.processing.vl_sampling import PairBatchSampler
+from oner.processing.data.augmentation import TrainingImageTransform
+from oner.processing.data.collation import PairCollator
+from oner.processing.data.quarantine import StandIns
+from oner.processing.data.sampling import PairBatchSampler
+from oner.processing.data.sources import PairTrainingSet
 
 
 def real_pairs(emoji_folder, count=40):

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from families import FAMILIES
 
-from oner.training.checkpoint import load_checkpoint
+from oner.training.run.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = 40

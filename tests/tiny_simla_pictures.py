@@ -9,9 +9,9 @@ from PIL import Image, ImageStat
 from tiny_oner import randomised
 
 import oner
+from oner.processing.data.sources import open_pairs
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
-from oner.processing.vl_dataset import open_pairs
 from oner.processing.vl_tokenizer import train_tokenizer
 
 EMOJI = Path(__file__).parent.parent / "examples" / "data" / "emoji" / "test_style.parquet"

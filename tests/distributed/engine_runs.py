@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 
-from oner.training.distributed import gather_without_gradient, rank, world_size
-from oner.training.losses import info_nce
-from oner.training.objective import OBJECTIVES
-from oner.training.objective_oner import OneRObjective, OneRObjectiveArguments
+from oner.training.objectives.losses import info_nce
+from oner.training.objectives.objective import OBJECTIVES
+from oner.training.objectives.oner import OneRObjective, OneRObjectiveArguments
+from oner.training.parallel.distributed import gather_without_gradient, rank, world_size
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
 # what `accelerate launch` would put into the environment

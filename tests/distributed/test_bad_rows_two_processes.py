@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_pretraining import ROOT, tiny_arguments, write_pairs
 
-from oner.processing.vl_quarantine import read_quarantine
+from oner.processing.data.quarantine import read_quarantine
 
 # one process's batches, as rows, ids and a digest of the pixels; then the error that ended them, if one did
 SCRIPT = """
 import hashlib, json, sys
 from accelerate import PartialState
-from oner.processing.vl_quarantine import BadRowsError
-from oner.training.arguments import parse_arguments
-from oner.training.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
+from oner.processing.data.quarantine import BadRowsError
+from oner.training.run.arguments import parse_arguments
+from oner.training.run.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
 state = PartialState(cpu=True)
 start, out, *line = sys.argv[1:]
 arguments = parse_arguments(line)

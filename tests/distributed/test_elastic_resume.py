@@ -12,7 +12,7 @@ import torch
 from engine_runs import main
 from tiny_pretraining import ROOT, assert_same_checkpoint, forget_accelerator, read_log, tiny_arguments, write_pairs
 
-from oner.training.checkpoint import load_checkpoint
+from oner.training.run.checkpoint import load_checkpoint
 
 # twelve rows, which one, two and three processes share evenly; no batch norm, whose statistics are a process's own
 OPTIONS = {

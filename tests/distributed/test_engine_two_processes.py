@@ -22,8 +22,8 @@ from tiny_pretraining import (
     tiny_arguments,
 )
 
-from oner.training.checkpoint import list_checkpoints, load_checkpoint, verify
-from oner.training.engine import Engine
+from oner.training.run.checkpoint import list_checkpoints, load_checkpoint, verify
+from oner.training.run.engine import Engine
 
 OPTIONS = {
     "losses": ["itc", "cmc", "mim"],
@@ -41,7 +41,7 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from tiny_pretraining import load_example
-from oner.training.engine import Engine
+from oner.training.run.engine import Engine
 step = Engine._train_step
 def spy(self, batch):
     with open(Path({output!r}) / f"rows-{{os.environ['RANK']}}.jsonl", "a") as file:

@@ -18,7 +18,7 @@ from engine_runs import QUEUE, main
 from safetensors.torch import load_file
 from tiny_pretraining import ROOT, forget_accelerator, read_log, tiny_arguments, write_pairs
 
-from oner.training.checkpoint import list_checkpoints, load_checkpoint
+from oner.training.run.checkpoint import list_checkpoints, load_checkpoint
 
 OPTIONS = {
     "max_steps": 6,

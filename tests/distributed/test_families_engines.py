@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_engines_two_processes import assert_same_run, check_deepspeed, launch
 from tiny_pretraining import assert_same_checkpoint, read_log, tiny_arguments, write_pairs
 
-from oner.training.checkpoint import list_checkpoints, verify
+from oner.training.run.checkpoint import list_checkpoints, verify
 
 MIDDLE, ZERO = "checkpoint-00000002", ("zero2", "zero3")
 

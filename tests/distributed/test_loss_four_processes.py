@@ -23,8 +23,8 @@ def steps_of_one_process(rank: int, folder: str) -> None:
     from accelerate import Accelerator
     from naive_pretraining import SHAPES, batch_of_shape, build_shape, gradients
 
-    from oner.processing.vl_pieces import split_pairs
-    from oner.training.gradient_cache import loss_and_gradients
+    from oner.processing.data.chunks import split_pairs
+    from oner.training.run.gradient_cache import loss_and_gradients
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
@@ -106,7 +106,7 @@ def test_a_mean_of_means_would_be_another_loss(ranks):
     """The counts of words and patches differ enough between the processes for the denominators to matter."""
     from naive_pretraining import batch_of_shape
 
-    from oner.processing.vl_pieces import split_pairs
+    from oner.processing.data.chunks import split_pairs
 
     counts = [len(piece["mlm_labels"]) for piece in split_pairs(batch_of_shape(6, 5), PROCESSES)]
     masked = [int(piece["bool_masked_pos"].sum()) for piece in split_pairs(batch_of_shape(6, 5), PROCESSES)]

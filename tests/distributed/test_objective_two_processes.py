@@ -60,7 +60,7 @@ def state_of(objective) -> dict[str, torch.Tensor]:
 def one_rank(rank: int, folder: str) -> None:
     from families import FAMILIES
 
-    from oner.training import distributed
+    from oner.training.parallel import distributed
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -162,7 +162,7 @@ def test_what_processes_say_to_each_other(ranks):
 
 
 def test_one_process_is_the_identity():
-    from oner.training import distributed
+    from oner.training.parallel import distributed
 
     tensor = torch.randn(3, 2, requires_grad=True)
     gathered = distributed.gather_without_gradient(tensor)

@@ -8,7 +8,7 @@ from official_simla import Step, pretraining_step
 from tiny_simla import CLS, simla_batch, tiny_config
 
 from oner import SimlaForPreTraining
-from oner.training.objective_simla import SimlaObjective, SimlaObjectiveArguments
+from oner.training.objectives.simla import SimlaObjective, SimlaObjectiveArguments
 
 PATCHES = 16
 # losses relative and absolute; gradients of a parameter's largest, and absolute; state absolute

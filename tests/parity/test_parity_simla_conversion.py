@@ -16,8 +16,8 @@ from tiny_simla import OFFICIAL_DEPTH
 from transformers import AutoModelForPreTraining
 
 from oner.command_line import main
-from oner.modeling.convert_checkpoints import from_official, to_official
-from oner.training.objective_simla import SimlaObjective, SimlaObjectiveArguments
+from oner.training.conversion.checkpoints import from_official, to_official
+from oner.training.objectives.simla import SimlaObjective, SimlaObjectiveArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 # what no shape of an official file tells

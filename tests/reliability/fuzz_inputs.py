@@ -65,7 +65,7 @@ class Pictures:
         from bad_inputs.pictures import READ, REFUSED
         from tiny_loading import real_pairs
 
-        from oner.processing.image_augmentation import TrainingImageTransform
+        from oner.processing.data.augmentation import TrainingImageTransform
         from oner.processing.image_processing_vl import open_image
 
         picture = open_image(real_pairs(ROOT / "examples" / "data" / "emoji")[0][5])
@@ -122,7 +122,7 @@ class Captions:
         return mutated(raw, [raw], rng) if rng.random() < 0.3 else raw
 
     def read(self, content: bytes, rng: random.Random) -> str:
-        from oner.processing.vl_sampling import RowKey
+        from oner.processing.data.sampling import RowKey
 
         caption = content.decode("utf-8", "surrogateescape")
         spare = [(RowKey(1, 0, 0.0, 5), self.good)]
@@ -165,9 +165,9 @@ class Tables:
         return suffix.encode() + b"\n" + mutated(content, others, rng)
 
     def read(self, content: bytes, rng: random.Random) -> str:
-        from oner.processing.vl_dataset import PairDataError, open_pairs
-        from oner.processing.vl_quarantine import BadRow, read_rows
-        from oner.processing.vl_sampling import RowKey
+        from oner.processing.data.quarantine import BadRow, read_rows
+        from oner.processing.data.sampling import RowKey
+        from oner.processing.data.sources import PairDataError, open_pairs
 
         suffix, _, content = content.partition(b"\n")
         for old in self.folder.glob("fuzzed*"):

@@ -31,7 +31,7 @@ import psutil
 import torch
 from tiny_pretraining import assert_same_checkpoint, load_example, read_log, tiny_arguments, write_pairs
 
-from oner.training.checkpoint import PREFIX, find_checkpoint, list_checkpoints, step_of, verify
+from oner.training.run.checkpoint import PREFIX, find_checkpoint, list_checkpoints, step_of, verify
 
 STEPS = 12
 PATIENCE = 300  # seconds after which a run counts as hanging

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from oner.training.metrics import chunked_standing, recall
+from oner.training.evaluation.metrics import chunked_standing, recall
 
 
 def main() -> dict[str, float]:

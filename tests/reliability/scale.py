@@ -60,7 +60,7 @@ def _answer(sender, function, arguments) -> None:
 
 def contrast(rows: int, columns: int, width: int, with_ids: bool) -> dict[str, Any]:
     """InfoNCE of `rows` x `columns` forward and backward, all three gradients."""
-    from oner.training.losses import info_nce
+    from oner.training.objectives.losses import info_nce
 
     torch.manual_seed(0)
     queries = torch.randn(rows, width, requires_grad=True)
@@ -92,9 +92,9 @@ def build(batch_size: int, directory: str):
     from tiny_pretraining import tiny_arguments
 
     import oner  # noqa: F401
-    from oner.training.arguments import parse_arguments
-    from oner.training.objective import build_objective
-    from oner.training.pair_loading import PairLoader, build_model, build_processor_and_config, open_training_pairs
+    from oner.training.objectives.objective import build_objective
+    from oner.training.run.arguments import parse_arguments
+    from oner.training.run.pair_loading import PairLoader, build_model, build_processor_and_config, open_training_pairs
 
     pairs = ROOT / "examples" / "data" / "emoji" / "train.parquet"
     line = tiny_arguments(pairs, directory, size="small", batch_size=batch_size, vocab_size=2000)
@@ -113,7 +113,7 @@ def memory(batch_size: int, pieces: int, directory: str) -> dict[str, Any]:
     """The highest resident set of a step above what weights, gradients and batch take."""
     from accelerate import Accelerator
 
-    from oner.training.gradient_cache import loss_and_gradients
+    from oner.training.run.gradient_cache import loss_and_gradients
 
     student, objective, batch = build(batch_size, directory)
     accelerator = Accelerator(cpu=True)
@@ -129,7 +129,7 @@ def seconds(batch_size: int, pieces: int, turns: int, directory: str) -> dict[st
     """CPU seconds of a pair in one go and in pieces, by turns; medians, and the median of the ratios."""
     from accelerate import Accelerator
 
-    from oner.training.gradient_cache import loss_and_gradients
+    from oner.training.run.gradient_cache import loss_and_gradients
 
     student, objective, batch = build(batch_size, directory)
     accelerator, taken = Accelerator(cpu=True), {1: [], pieces: []}

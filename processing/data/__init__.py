@@ -1,0 +1,1 @@
+"""Rows, order, batches: what a run reads. These files never travel to the Hub."""

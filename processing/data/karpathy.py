@@ -1,0 +1,130 @@
+"""COCO and Flickr30k as their retrieval benchmarks are distributed, as rows of pairs.
+
+Karpathy's JSON (`dataset_coco.json`, `dataset_flickr30k.json`): {"images": [{"filepath", "filename", "split",
+"sentences": [{"raw"}, ...]}, ...]}; only COCO has "filepath". Its split "train" is read with "restval", which together
+are the 113,287 pictures that are trained on.
+
+ALBEF's JSON: a list of {"image", "caption", "image_id"}; to train on, one caption an entry, to evaluate on, all
+captions of a picture in a list and no id. A file holds one split.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+
+from .row_checks import SHOWN, PairDataError, report, text_reason
+from .rows import PairTable
+
+COLUMNS = {"image": "image", "text": "captions", "id": "id"}
+
+
+class Entry(NamedTuple):
+    """A picture with its captions, unchecked, and what messages call it."""
+
+    image: Any
+    captions: Any
+    id: Any
+    place: str
+
+
+def open_karpathy(
+    files: str | os.PathLike | Sequence[str | os.PathLike],
+    image_folder: str | os.PathLike | None = None,
+    split: str | None = None,
+    captions_apart: bool = False,
+    bad_rows: Literal["raise", "skip"] = "raise",
+) -> PairTable:
+    """
+    The rows of one or several annotation files, {"image", "captions", "id"}; rows of one picture share an id.
+
+    Args:
+        files: Karpathy's or ALBEF's JSON.
+        image_folder: what the pictures' paths are relative to; by default the folder of their file.
+        split: of Karpathy's JSON, "train" (with "restval"), "val" or "test".
+        captions_apart: each caption a row of its own, as one trains (an epoch then shows every caption), instead of
+            each picture a row with all its captions, as one evaluates.
+        bad_rows: as in `open_pairs`.
+
+    Raises:
+        PairDataError: a file that is not such JSON, a split that it does not have, rows that cannot be used.
+    """
+    files = [files] if isinstance(files, str | os.PathLike) else list(files)
+    columns: dict[str, list] = {"image": [], "captions": [], "id": []}
+    reasons: dict[int, str] = {}
+    for file in map(Path, files):
+        folder = file.parent if image_folder is None else Path(image_folder)
+        for entry in _entries(file, split):
+            for captions in _rows_of(entry, captions_apart):
+                _add(columns, reasons, entry, captions, folder)
+    name = str(files[0]) + (f" (+{len(files) - 1})" if files[1:] else "") + (f", split {split}" if split else "")
+    if not columns["id"]:
+        raise PairDataError(f"{name}: no rows")
+    if reasons and bad_rows == "raise":
+        raise PairDataError(report(name, list(reasons.items())[:SHOWN], len(reasons), len(columns["id"])))
+    text = datasets.Value("string")
+    features = datasets.Features({"image": text, "captions": datasets.Sequence(text), "id": text})
+    return PairTable(datasets.Dataset.from_dict(columns, features), COLUMNS, name, None, bad_rows, reasons)
+
+
+def _entries(file: Path, split: str | None) -> Iterator[Entry]:
+    """The pictures of a file, those of `split` where it has several."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PairDataError(f"{file}: cannot be read: {error}") from error
+    except ValueError as error:
+        raise PairDataError(f"{file}: no JSON document: {error}") from error
+    if isinstance(content, list):
+        yield from (_albef_entry(number, entry) for number, entry in enumerate(content))
+    elif isinstance(content, dict) and isinstance(content.get("images"), list):
+        yield from _karpathy_entries(file, content["images"], split)
+    else:
+        what = f"an object with {sorted(content)[:SHOWN]}" if isinstance(content, dict) else type(content).__name__
+        raise PairDataError(f"{file}: expected a list of entries (ALBEF) or an object with `images`, got {what}")
+
+
+def _karpathy_entries(file: Path, images: list[Any], split: str | None) -> Iterator[Entry]:
+    splits = sorted({str(image.get("split")) for image in images if isinstance(image, dict)})
+    if split not in splits and not (split is None and len(splits) == 1):
+        what = "holds several splits" if split is None else f"has no split {split!r}"
+        raise PairDataError(f"{file} {what}; choose one of {splits}")
+    wanted = {split or splits[0]} | ({"restval"} if split == "train" else set())
+    for number, image in enumerate(images):
+        if not isinstance(image, dict):
+            yield Entry(None, None, None, f"image {number} ({image!r:.40}, expected an object)")
+        elif image.get("split") in wanted:
+            name, sentences = image.get("filename"), image.get("sentences")
+            path = os.path.join(image.get("filepath") or "", name) if isinstance(name, str) else None
+            if isinstance(sentences, list):
+                sentences = [one.get("raw") if isinstance(one, dict) else one for one in sentences]
+            yield Entry(path, sentences, path, f"image {number} ({name})")
+
+
+def _albef_entry(number: int, entry: Any) -> Entry:
+    if not isinstance(entry, dict):
+        return Entry(None, None, None, f"entry {number} ({entry!r:.40}, expected an object)")
+    image = entry.get("image")
+    return Entry(image, entry.get("caption"), entry.get("image_id", image), f"entry {number} ({image})")
+
+
+def _rows_of(entry: Entry, captions_apart: bool) -> list[Any]:
+    if captions_apart and isinstance(entry.captions, list) and entry.captions:
+        return [[caption] for caption in entry.captions]
+    return [entry.captions]
+
+
+def _add(columns: dict[str, list], reasons: dict[int, str], entry: Entry, captions: Any, folder: Path) -> None:
+    """One row more; one that cannot be used keeps its number, with nothing in its cells."""
+    wrong = text_reason(captions)
+    if not isinstance(entry.image, str):
+        wrong = "; ".join(filter(None, (wrong, f"the picture must be a path, got {type(entry.image).__name__}")))
+    if wrong:
+        reasons[len(columns["id"])] = f"{entry.place}: {wrong}"
+    image = "" if wrong else os.path.join(folder, entry.image)
+    columns["image"].append(image)
+    columns["captions"].append([] if wrong else [captions] if isinstance(captions, str) else captions)
+    columns["id"].append("" if wrong else str(entry.id))

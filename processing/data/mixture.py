@@ -1,0 +1,180 @@
+"""Several sources of pairs as one: the rows of the first, then those of the second, and so on.
+
+How often rows by number are visited is not decided here but by the order (`PairOrder`, `weights`); streams, which have
+no order but their own, are woven by weight here.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any, Literal
+
+import numpy as np
+
+from .row_checks import PairDataError
+from .rows import PairRows, PairStream
+from .sampling import checked_shares
+from .shards import is_shard
+from .sources import READERS, open_pairs
+
+
+def open_mixture(
+    entries: Sequence[Any],
+    image_column: str | None = None,
+    text_column: str | None = None,
+    id_column: str | None = None,
+    split: str | None = None,
+    streaming: bool = False,
+    bad_rows: Literal["raise", "skip"] = "raise",
+    weights: Sequence[float] | None = None,
+) -> PairRows | PairStream:
+    """`open_pairs` of each entry; a `PairMixture` or `PairStreamMixture` unless the entries are one source.
+
+    Args:
+        entries: at least one of what `open_pairs` takes. Table files of one kind, and shards, are read as one source.
+        weights: keep every entry a source of its own. Rows by number are then weighed by the order of the run, which
+            must be given the weights too; streams are woven by them.
+        others: see `open_pairs`; they hold for every entry.
+
+    Raises:
+        PairDataError: what `open_pairs` raises; entries whose ids can never be equal (numbers here, text there); with
+            `streaming`, entries that do not stream.
+        ValueError: not one positive weight for each entry.
+    """
+    if weights is not None:
+        checked_shares(weights, len(entries))
+    options = (image_column, text_column, id_column, split, streaming, bad_rows)
+    if len(entries) == 1 and weights is None:
+        return open_pairs(entries[0], *options)
+    kinds = {_kind(entry) for entry in entries}
+    if weights is None and len(kinds) == 1 and None not in kinds:
+        return open_pairs(list(entries), *options)
+    sources = [open_pairs(entry, *options) for entry in entries]
+    return PairStreamMixture(sources, weights) if streaming else PairMixture(sources)
+
+
+def _kind(entry: Any) -> str | None:
+    """Entries of one kind that is not None can be opened as one source."""
+    name = str(entry).lower()
+    return "tar" if is_shard(name) else next((kind for ending, kind in READERS.items() if name.endswith(ending)), None)
+
+
+class PairMixture(PairRows):
+    """The rows of several sources, numbered one source after the other.
+
+    Without a column of ids each row is a concept of its own, under its number in the mixture; with one, equal ids are
+    one concept wherever they stand.
+
+    Attributes:
+        sources: the sources.
+        sizes: rows of each.
+
+    Raises:
+        PairDataError: no source; ids in some sources only, or numbers in some and text in others.
+    """
+
+    def __init__(self, sources: Sequence[PairRows]) -> None:
+        if not sources:
+            raise PairDataError("a mixture needs at least one source, got none")
+        self.sources, self.sizes = list(sources), tuple(len(source) for source in sources)
+        self.starts = np.cumsum([0, *self.sizes])
+        self.name = _joined(sources)
+        self.bad = {
+            int(start) + row: reason
+            for start, source in zip(self.starts, sources, strict=False)
+            for row, reason in source.bad.items()
+        }
+        kinds = [(source.name, _kind_of_ids(source)) for source in sources]
+        if len({kind for _, kind in kinds} - {"no good row"}) > 1:
+            raise PairDataError(f"the ids of the sources can never be equal, since they differ in kind: {kinds}")
+        self.has_ids = all(source.has_ids for source in sources)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        places = np.asarray(indices, dtype=np.int64)
+        found: list[dict[str, Any]] = [{}] * len(places)
+        of = np.searchsorted(self.starts, places, side="right") - 1
+        for number in np.unique(of):
+            mine = np.flatnonzero(of == number)
+            rows = self.sources[number].take((places[mine] - self.starts[number]).tolist())
+            for place, row in zip(mine, rows, strict=True):
+                found[place] = row if self.has_ids else {**row, "id": int(places[place])}
+        return found
+
+    def ids(self) -> np.ndarray:
+        if not self.has_ids:
+            return np.arange(len(self), dtype=np.int64)
+        return np.concatenate([source.ids() for source in self.sources])
+
+    def captions(self) -> Iterator[str]:
+        for source in self.sources:
+            yield from source.captions()
+
+    def where(self, index: int) -> tuple[str, int]:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.sources[number].where(index - int(self.starts[number]))
+
+
+class PairStreamMixture(PairStream):
+    """Streams as one, whose rows are numbered as they come.
+
+    Without weights an epoch reads one stream after the other. With weights the next row is of the stream that is
+    furthest behind its share, so that no share is ever off by more than a few rows; a stream that ends is read again
+    from its beginning until every stream has ended once, which ends the epoch.
+
+    Raises:
+        PairDataError: a source that is no stream; while it is read, a stream without rows.
+    """
+
+    def __init__(self, sources: Sequence[PairStream], weights: Sequence[float] | None = None) -> None:
+        for source in sources:
+            if not isinstance(source, PairStream):
+                raise PairDataError(f"{source.name} is read by row numbers and cannot be woven with streams")
+        self.sources = list(sources)
+        self.shares = None if weights is None else checked_shares(weights, len(sources))
+        self.name, self.bad_rows = _joined(sources), sources[0].bad_rows
+        self.columns = sources[0].columns
+
+    def checked(self) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+        for number, (source, row, reason) in enumerate(self._rows()):
+            if reason is None and "id" not in source.columns:
+                row = {**row, "id": number}
+            yield number, row, reason
+
+    def _rows(self) -> Iterator[tuple[PairStream, dict[str, Any], str | None]]:
+        if self.shares is None:
+            for source in self.sources:
+                yield from ((source, row, _of(source, place, reason)) for place, row, reason in source.checked())
+            return
+        given, ended = np.zeros(len(self.sources)), np.zeros(len(self.sources), dtype=bool)
+        streams = [source.checked() for source in self.sources]
+        for total in count(1):
+            chosen = int(np.argmax(self.shares * total - given))
+            source, item = self.sources[chosen], next(streams[chosen], None)
+            if item is None:
+                ended[chosen] = True
+                if ended.all():
+                    return
+                streams[chosen] = source.checked()
+                item = next(streams[chosen], None)
+                if item is None:
+                    raise PairDataError(f"{source.name}: no rows")
+            given[chosen] += 1
+            yield source, item[1], _of(source, item[0], item[2])
+
+
+def _of(source: PairStream, place: int, reason: str | None) -> str | None:
+    return reason and f"{source.name}, row {place}: {reason}"
+
+
+def _joined(sources: Sequence[PairRows | PairStream]) -> str:
+    shown = " + ".join(source.name for source in sources[:3])
+    return f"{shown} + {len(sources) - 3} more" if sources[3:] else shown
+
+
+def _kind_of_ids(source: PairRows) -> str:
+    if not source.has_ids:
+        return "none"
+    good = next((row for row in range(len(source)) if row not in source.bad), None)
+    return "no good row" if good is None else type(source[good]["id"]).__name__

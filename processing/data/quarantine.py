@@ -1,0 +1,279 @@
+"""Rows that cannot be used: who stands in for a bad row, and the list of them on disk.
+
+Shapes: G rows of a global batch, n rows of all sources.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import gcd, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .sampling import PairOrder, RowKey
+
+FILE = "quarantine.jsonl"
+SHOWN = 10  # rows named in an error
+CHUNK = 1024  # candidates looked at together
+MAX_ATTEMPTS = 100  # rows in turn that may fail for one place of a batch
+STAND_IN_TURN = 1 << 62  # above any turn of the order: a stand-in's random draws are those of no row's own turn
+
+
+class BadRowsError(ValueError):
+    """More rows cannot be used than the run allows, or none is left for a place. The message lists them.
+
+    Takes one message, so that it survives being re-raised out of a data-loading worker.
+    """
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Takes the place of a row's content where it cannot be read.
+
+    `known`: the row was found bad when the source was opened, and is in the list already.
+    """
+
+    reason: str
+    known: bool = False
+
+
+class StandIns:
+    """For each place of the order, the rows that stand there if its own cannot be used.
+
+    The candidates are a pure function of (seed, position of the place, attempt): the same after a resume and for any
+    number of data workers and processes, which need not talk to each other. First come, where the order keeps one row
+    per id in a batch, the other rows of the bad row's own id. Then all ids (or rows) that are not in the batch, in a
+    shuffled order that is dealt to the G places in turn, so that two places never take the same one; of a weighted
+    source, first those that have rows in it. Last, where ids may occur twice, rows of the batch itself. A place can be
+    left without any only where ids may not occur twice, the bad row's id has no other row, and fewer than G ids are
+    outside the batch.
+
+    Args:
+        rows: what `PairTrainingSet` reads: `reason(row)` and `take(rows)`.
+        order: of the run.
+        total_steps: length of the run.
+    """
+
+    def __init__(self, rows: Any, order: PairOrder, total_steps: int) -> None:
+        self.rows, self.order, self.total_steps = rows, order, total_steps
+        # without groups every row is a group of its own
+        self.groups = order.groups
+        self.n_groups = order.n_rows if self.groups is None else int(self.groups.max()) + 1
+        self._step, self._batch = -1, np.zeros(0, dtype=np.int64)
+        self._by_group: np.ndarray | None = None
+
+    def __call__(self, key: RowKey) -> Iterator[tuple[RowKey, dict[str, Any] | BadRow]]:
+        """Candidates for the place of `key`, read one at a time; rows known to be bad are left out."""
+        for row in self.candidates(key):
+            if self.rows.reason(row) is None:
+                yield key._replace(row=row, turn=STAND_IN_TURN + key.position), read_rows(self.rows, [row])[0]
+
+    def candidates(self, key: RowKey) -> Iterator[int]:
+        """Row numbers, each at most once, without the row of `key`."""
+        rng = np.random.default_rng(np.random.SeedSequence(self.order.seed, spawn_key=(STAND_IN_TURN, key.position)))
+        if self.groups is not None:
+            own = self._members(int(self.groups[key.row]))
+            yield from rng.permutation(own[own != key.row]).tolist()
+        source = self._source_of(key.row)
+        for inside in (True, False) if source is not None else (None,):
+            for group in self._dealt(key.position):
+                rows = self._members(group)
+                if inside is not None:
+                    rows = rows[((rows >= source.start) & (rows < source.stop)) == inside]
+                yield from rng.permutation(rows).tolist()
+        if self.groups is None:
+            batch = self._taken_at(key.position // self.order.batch_size)
+            yield from rng.permutation(batch[batch != key.row]).tolist()
+
+    def _dealt(self, position: int) -> Iterator[int]:
+        """The groups outside the batch that are dealt to a place, in its order."""
+        step, place = divmod(position, self.order.batch_size)
+        taken, count, stride = self._taken_at(step), self.n_groups, self.order.batch_size
+        # number -> (factor * number + start) mod count visits every group once, as factor and count are coprime
+        rng = np.random.default_rng(np.random.SeedSequence(self.order.seed, spawn_key=(STAND_IN_TURN, 1, step)))
+        start, factor = int(rng.integers(count)), int(rng.integers(count)) | 1
+        while gcd(factor, count) != 1:
+            factor += 2
+        numbers_taken = np.sort((taken - start) % count * pow(factor, -1, count) % count)
+        skipped = numbers_taken - np.arange(len(taken))
+        for first in range(place, count - len(taken), stride * CHUNK):
+            ranks = np.arange(first, min(first + stride * CHUNK, count - len(taken)), stride, dtype=np.int64)
+            numbers = ranks + np.searchsorted(skipped, ranks, side="right")
+            yield from ((factor % count * numbers + start) % count).tolist()
+
+    def _taken_at(self, step: int) -> np.ndarray:
+        """Groups of the rows of the global batch, each once."""
+        batch = self._batch_at(step)
+        return np.unique(batch if self.groups is None else self.groups[batch])
+
+    def _batch_at(self, step: int) -> np.ndarray:
+        """Rows of the global batch, (G,)."""
+        if step != self._step:
+            keys = self.order.keys(step, self.total_steps)
+            self._step, self._batch = step, np.array([key.row for key in keys], dtype=np.int64)
+        return self._batch
+
+    def _members(self, group: int) -> np.ndarray:
+        """Rows of a group."""
+        if self.groups is None:
+            return np.array([group], dtype=np.int64)
+        if self._by_group is None:
+            self._by_group = np.argsort(self.groups, kind="stable")
+            self._ends = np.cumsum(np.bincount(self.groups, minlength=self.n_groups))
+        return self._by_group[self._ends[group - 1] if group else 0 : self._ends[group]]
+
+    def _source_of(self, row: int) -> range | None:
+        """Rows of the weighted source that `row` is of; None where there are no weights to keep."""
+        if self.order.sizes is None:
+            return None
+        ends = np.cumsum(self.order.sizes)
+        source = int(np.searchsorted(ends, row, side="right"))
+        return range(int(ends[source] - self.order.sizes[source]), int(ends[source]))
+
+
+def read_rows(rows: Any, numbers: Sequence[int]) -> list[dict[str, Any] | BadRow]:
+    """`rows.take`, in which a row that cannot be read does not take the others down."""
+    known = {number: reason for number in numbers if (reason := rows.reason(number)) is not None}
+    wanted = [number for number in numbers if number not in known]
+    try:
+        read = dict(zip(wanted, rows.take(wanted), strict=True)) if wanted else {}
+    except (OSError, ValueError, EOFError) as error:
+        if len(wanted) == 1:
+            read = {wanted[0]: BadRow(f"cannot be read: {type(error).__name__}: {error}")}
+        else:
+            read = {number: read_rows(rows, [number])[0] for number in wanted}
+    return [BadRow(known[number], known=True) if number in known else read[number] for number in numbers]
+
+
+class Quarantine:
+    """The list of bad rows of a run, `quarantine.jsonl`, and the watch over their share.
+
+    A line is {"source", "row", "epoch", "step", "attempt", "reason", "replaced_by"}. `row` counts within its source;
+    `attempt` is 0 for a row of the order and k for the k-th row that was to stand in for one; `replaced_by` is the
+    row that did, counted over all sources. Rows found bad when the data were opened come first, once, with null for
+    everything that belongs to a step; then comes a line each time that a row fails in a step.
+
+    The run stops when more of the rows seen are bad than `max_bad_rows` allows: at opening exactly, in steps by more
+    than chance would make it, three standard deviations of a binomial count (at 1 %, 4 rows of the first 100).
+
+    Args:
+        directory: of the run's output.
+        max_bad_rows: share, from 0 (none) to 1 (any).
+        opened: (source, row, reason) of the rows found bad at opening.
+        total: rows of the data; None for a stream, which is not checked at opening.
+        is_main: on the first process, which writes the lines of the opening and cuts the file at a resume.
+
+    Attributes:
+        before, new: (rows that failed, those of them that were to stand in for others) before the start and since.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        max_bad_rows: float,
+        opened: Iterable[tuple[str, int, str]] = (),
+        total: int | None = None,
+        is_main: bool = True,
+    ) -> None:
+        if not 0 <= max_bad_rows <= 1:
+            raise ValueError(f"max_bad_rows is {max_bad_rows}; expected a share in [0, 1]")
+        self.path, self.max_bad_rows, self.is_main = Path(directory) / FILE, max_bad_rows, is_main
+        self.opened = [line_of(*row) for row in opened]
+        self.total, self.before, self.new, self.last = total, (0, 0), (0, 0), []
+        self.opened_share = len(self.opened) / total if total else 0.0
+
+    def check_opening(self) -> None:
+        """Raises `BadRowsError` if too large a share was found bad at opening, with the file written all the same."""
+        if self.opened_share <= self.max_bad_rows:
+            return
+        if self.is_main:
+            self._write([line for line in read_quarantine(self.path) if line["step"] is not None])
+        raise BadRowsError(
+            f"{len(self.opened)} of {self.total} rows cannot be used, more than max_bad_rows={self.max_bad_rows} "
+            f"allows; {self.path} lists them all, the first:\n{listed(self.opened[:SHOWN])}"
+        )
+
+    def begin(self, start_step: int) -> None:
+        """Brings the file to what it was at `start_step`: later lines are those of steps that will be run again."""
+        earlier = [line for line in read_quarantine(self.path) if line["step"] is not None]
+        earlier = [line for line in earlier if line["step"] < start_step]
+        self.before, self.new, self.last = counted(earlier), (0, 0), earlier[-SHOWN:]
+        if self.is_main:
+            self._write(earlier)
+
+    def add(self, step: int, lines: Iterable[dict[str, Any]]) -> None:
+        """Appends what happened in a step: `line_of` without the step."""
+        lines = [{**line, "step": step} for line in lines]
+        if not lines:
+            return
+        failed, stand_ins = counted(lines)
+        self.new = self.new[0] + failed, self.new[1] + stand_ins
+        self.last = (self.last + lines)[-SHOWN:]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # One unbuffered write at the end of the file, wherever that is by now: several processes keep one list.
+        with open(self.path, "ab", buffering=0) as file:
+            file.write("".join(map(dumped, lines)).encode())
+
+    def check(self, bad: int, seen: int) -> None:
+        """Raises `BadRowsError` if `bad` of the `seen` rows of all processes' steps are more than the run allows."""
+        left = max(self.max_bad_rows - self.opened_share, 0.0)
+        if bad > left * seen + 3 * sqrt(left * seen):
+            at_opening = f", beside {len(self.opened)} of {self.total} at opening" if self.opened else ""
+            raise BadRowsError(
+                f"{bad} of {seen} rows could not be used{at_opening}; more than max_bad_rows={self.max_bad_rows} "
+                f"allows. {self.path} lists them all, the last that this process met:\n{listed(self.last)}"
+            )
+
+    def _write(self, earlier: list[dict[str, Any]]) -> None:
+        """The opening's lines and these, written beside and renamed; no file if there is none."""
+        if not self.opened and not earlier:
+            self.path.unlink(missing_ok=True)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{FILE}.tmp")
+        with open(beside, "w", encoding="utf-8") as file:
+            file.writelines(map(dumped, [*self.opened, *earlier]))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+
+
+def line_of(
+    source: str,
+    row: int,
+    reason: str,
+    epoch: int | None = None,
+    attempt: int | None = None,
+    replaced_by: int | None = None,
+) -> dict[str, Any]:
+    """A line of the list, of a step that is not known yet or of none."""
+    place = {"source": source, "row": int(row), "epoch": epoch, "step": None, "attempt": attempt}
+    return {**place, "reason": reason, "replaced_by": replaced_by}
+
+
+def counted(lines: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """How many rows failed, and how many of them were to stand in for others."""
+    return len(lines), sum(line["attempt"] > 0 for line in lines)
+
+
+def dumped(line: dict[str, Any]) -> str:
+    # ASCII: a reason may quote the very surrogates that no encoding takes
+    return json.dumps(line) + "\n"
+
+
+def read_quarantine(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a list; none if there is no file. A last line that a crash cut short is left out."""
+    try:
+        content = Path(path).read_bytes().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return []
+    *whole, _ = content.split("\n")
+    return [json.loads(line) for line in whole if line]
+
+
+def listed(lines: Sequence[dict[str, Any]]) -> str:
+    """Lines for people."""
+    return "\n".join(f"  row {line['row']} of {line['source']}: {line['reason']}" for line in lines)

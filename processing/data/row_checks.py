@@ -1,0 +1,155 @@
+"""What is wrong with the cells of rows of pairs, column by column, before any picture is decoded."""
+
+import json
+import os
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from oner.processing.vl_captions import MAX_CAPTION_LENGTH, caption_reason
+
+SHOWN = 10  # rows named in an error
+CHUNK = 1024  # rows checked at a time: small enough for rows that are copied because of a selection
+
+
+class PairDataError(ValueError):
+    """The data cannot be used; the message names the source, the rows and what is wrong with them."""
+
+
+def find_bad_rows(
+    data: datasets.Dataset, columns: dict[str, str], folder: str | None, most: int | None = None
+) -> tuple[dict[int, str], int]:
+    """One pass over the columns: {row number: what is wrong with it}, and how many rows are bad.
+
+    Args:
+        data: a data set of n rows, pictures not decoded.
+        columns: the names of the columns of "image", "text" and, if there is one, "id".
+        folder: what picture paths are relative to.
+        most: reasons are given for so many rows only, the first; all of them if None.
+    """
+    problems, total, start = {}, 0, 0
+    checks = {"text": _bad_texts, "image": _bad_images, "id": _bad_ids}
+    for table in data.with_format("arrow").iter(CHUNK):
+        bad = np.zeros(len(table), dtype=bool)
+        for role, column in columns.items():
+            bad |= checks[role](table[column].combine_chunks(), folder)
+        for place in np.flatnonzero(bad)[: None if most is None else most - len(problems)]:
+            raw = {role: _value(table[column][int(place)]) for role, column in columns.items()}
+            problems[start + int(place)] = row_reason(raw["image"], raw["text"], raw.get("id", 0), folder)
+        total += int(bad.sum())
+        start += len(table)
+    return problems, total
+
+
+def row_reason(image: Any, text: Any, identity: Any, folder: str | None) -> str | None:
+    """All that is wrong with the cells of a row; None if nothing."""
+    reasons = (text_reason(text), image_reason(image, folder), id_reason(identity))
+    return "; ".join(filter(None, reasons)) or None
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """Python value of a cell, or the error that it is; `datasets` stores a column of mixed types as JSON text."""
+    try:
+        value = scalar.as_py()
+    except UnicodeDecodeError as error:  # parquet writers do not have to check what they call text
+        return error
+    return json.loads(value) if isinstance(scalar, pa.ExtensionScalar) and value is not None else value
+
+
+def _by_reason(array: pa.Array, reason: Any) -> np.ndarray:
+    """The slow way, for types that have no vectorised check."""
+    return np.array([reason(_value(scalar)) is not None for scalar in array], dtype=bool)
+
+
+def _bad_captions(array: pa.Array) -> np.ndarray:
+    """Where `caption_reason` finds something, (n,) bool."""
+    try:
+        empty = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(array)), 0)
+    except pa.ArrowInvalid:  # not UTF-8
+        return _by_reason(array, text_reason)
+    long = pc.greater(pc.utf8_length(array), MAX_CAPTION_LENGTH)
+    bad = pc.or_(pc.or_(empty, long), pc.match_substring(array, "\0"))
+    return pc.fill_null(bad, True).to_numpy(zero_copy_only=False)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _bad_texts(array: pa.Array, folder: str | None) -> np.ndarray:
+    if _is_text(array.type):
+        return _bad_captions(array)
+    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)) or not _is_text(array.type.value_type):
+        return _by_reason(array, text_reason)
+    bad = pc.fill_null(pc.equal(pc.list_value_length(array), 0), True).to_numpy(zero_copy_only=False).copy()
+    bad[pc.list_parent_indices(array).to_numpy()[_bad_captions(pc.list_flatten(array))]] = True
+    return bad
+
+
+def text_reason(text: Any) -> str | None:
+    """What is wrong with a cell of the text column; None if nothing."""
+    if text is None:
+        return "the caption is null"
+    if isinstance(text, UnicodeDecodeError):
+        return f"the caption is not UTF-8 (byte {text.object[text.start]:#04x} at {text.start})"
+    if isinstance(text, str):
+        return caption_reason(text)
+    if not isinstance(text, (list, tuple)):
+        return f"the caption must be a string or a list of strings, got {type(text).__name__} {text!r:.40}"
+    if not text:
+        return "the list of captions is empty"
+    wrong = [text_reason(one) if one is None or isinstance(one, str) else "not a string" for one in text]
+    return next((f"caption {i} of the list: {reason}" for i, reason in enumerate(wrong) if reason), None)
+
+
+def _bad_images(array: pa.Array, folder: str | None) -> np.ndarray:
+    kind = array.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return pc.fill_null(pc.equal(pc.binary_length(array), 0), True).to_numpy(zero_copy_only=False)
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return _by_reason(array, lambda image: image_reason(image, folder))
+    # Most rows carry their bytes: only the others are looked at one by one. A null struct has null fields.
+    content = pc.struct_field(array, "bytes")
+    empty = _bad_images(content.cast(pa.binary()) if pa.types.is_null(content.type) else content, folder)
+    for place in np.flatnonzero(empty):
+        empty[place] = image_reason(_value(array[int(place)]), folder) is not None
+    return empty
+
+
+def image_reason(image: Any, folder: str | None) -> str | None:
+    """What is wrong with a cell of the picture column, without decoding it; None if nothing."""
+    if isinstance(image, dict):
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if image is None:
+        return "the picture is null"
+    if isinstance(image, bytes):
+        return None if image else "the picture has 0 bytes"
+    if not isinstance(image, str):
+        return f"the picture must be bytes, a path or {{bytes, path}}, got {type(image).__name__}"
+    path = os.path.join(folder or "", image)
+    return None if os.path.isfile(path) else f"no picture file {path}"
+
+
+def _bad_ids(array: pa.Array, folder: str | None) -> np.ndarray:
+    if _is_text(array.type) or (pa.types.is_integer(array.type) and array.type != pa.uint64()):
+        return pc.is_null(array).to_numpy(zero_copy_only=False)
+    return _by_reason(array, id_reason)
+
+
+def id_reason(identity: Any) -> str | None:
+    if isinstance(identity, str) or (isinstance(identity, int) and not isinstance(identity, bool)):
+        fits = isinstance(identity, str) or -(2**63) <= identity < 2**63
+        return None if fits else f"the id {identity} does not fit into 64 bits"
+    return f"the id must be an int or a string, got {'null' if identity is None else type(identity).__name__}"
+
+
+def report(name: str, problems: list[tuple[int, str]], total: int, of: int | None) -> str:
+    share = f"{total} of {of} rows" if of is not None else f"{total} row" + "s" * (total > 1)
+    lines = [f"{name}: {share} cannot be used (row numbers count from 0)"]
+    lines += [f"  row {row}: {reason}" for row, reason in problems]
+    if total > len(problems):
+        lines.append(f"  ... and {total - len(problems)} more")
+    return "\n".join(lines)

@@ -1,0 +1,203 @@
+"""Rows of pairs: by number (`PairRows`), of a table (`PairTable`), or in sequence (`PairStream`).
+
+A row is {"image": bytes | path | {"bytes", "path"}, "captions": list of str, "id": int | str}. Pictures are not
+decoded here. Rows that share an id show the same concept: they are true positives of each other.
+"""
+
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from .row_checks import CHUNK, SHOWN, PairDataError, find_bad_rows, report, row_reason
+from .sampling import concept_id
+
+
+class PairRows(ABC):
+    """Rows by number: `len(rows)`, `rows[i]`, `rows.take([i, j])`. Checked as a whole when it is made.
+
+    Attributes:
+        name: what messages call the source.
+        exact_resume: whether a run that reads these rows resumes at the very row where it stopped.
+        bad: {row number: reason} of the rows that the check found unusable; they keep their numbers. Empty unless the
+            source was opened with `bad_rows="skip"`, since otherwise a bad row is an error.
+        has_ids: whether a column of ids was named; without one each row is a concept of its own.
+    """
+
+    exact_resume = True
+    name: str
+    bad: Mapping[int, str]
+    has_ids: bool
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several rows in one read. What stands in the cells of a bad row is not defined."""
+
+    @abstractmethod
+    def ids(self) -> np.ndarray:
+        """Concept id of every row as a number, (n,) int64: the `groups` of the sampler, the batch's `ids`."""
+
+    @abstractmethod
+    def captions(self) -> Iterator[str]:
+        """Every caption of every good row in order, for instance to train a tokenizer; pictures are not read."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = int(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {self.name}, which has {len(self)} rows")
+        return self.take([index % len(self)])[0]
+
+    def reason(self, index: int) -> str | None:
+        """Why the row cannot be used; None if the check found nothing (its picture may still not decode)."""
+        return self.bad.get(index)
+
+    def where(self, index: int) -> tuple[str, int]:
+        """Name of the source that the row comes from, and its number there."""
+        return self.name, index
+
+
+class PairTable(PairRows):
+    """Rows of a `datasets.Dataset`, memory-mapped where it comes from files."""
+
+    def __init__(
+        self,
+        data: datasets.Dataset,
+        columns: dict[str, str],
+        name: str,
+        folder: str | None = None,
+        bad_rows: str = "raise",
+        reasons: Mapping[int, str] | None = None,
+    ) -> None:
+        self.columns, self.name, self.folder = columns, name, folder
+        self.data = undecoded(data.select_columns(list(dict.fromkeys(columns.values()))), columns["image"])
+        if not len(self.data):
+            raise PairDataError(f"{name}: no rows")
+        self.bad, total = find_bad_rows(self.data, columns, folder, SHOWN if bad_rows == "raise" else None)
+        if total and bad_rows == "raise":
+            raise PairDataError(report(name, list(self.bad.items()), total, len(self.data)))
+        self.bad = dict(sorted({**self.bad, **(reasons or {})}.items()))
+        self._ids: np.ndarray | None = None
+
+    @property
+    def has_ids(self) -> bool:
+        return "id" in self.columns
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        table = self.data[list(indices)]
+        images, texts = table[self.columns["image"]], table[self.columns["text"]]
+        ids = table[self.columns["id"]] if self.has_ids else indices
+        return [pair_row(*parts, self.folder) for parts in zip(images, texts, ids, strict=True)]
+
+    def ids(self) -> np.ndarray:
+        if self._ids is None:
+            if not self.has_ids:
+                self._ids = np.arange(len(self), dtype=np.int64)
+            else:
+                column = self.data.select_columns([self.columns["id"]]).with_format("arrow")[:].column(0)
+                self._ids = concept_ids(column.combine_chunks(), self.bad)
+        return self._ids
+
+    def captions(self) -> Iterator[str]:
+        texts = self.data.select_columns([self.columns["text"]])
+        if self.bad:
+            texts = texts.select([row for row in range(len(self)) if row not in self.bad])
+        for table in texts.iter(CHUNK):
+            for text in table[self.columns["text"]]:
+                yield from [text] if isinstance(text, str) else text
+
+
+class PairStream:
+    """Rows in sequence. A run that reads a stream cannot be resumed exactly, which it says when it is opened."""
+
+    exact_resume = False
+
+    def __init__(
+        self,
+        data: datasets.IterableDataset,
+        columns: dict[str, str],
+        name: str,
+        folder: str | None = None,
+        bad_rows: str = "raise",
+        reasons: Mapping[int, str] | None = None,
+    ) -> None:
+        self.columns, self.name, self.folder, self.bad_rows = columns, name, folder, bad_rows
+        self.reasons = reasons or {}
+        self.data = undecoded(data, columns["image"])
+        warnings.warn(self.resume_note, stacklevel=3)
+
+    @property
+    def resume_note(self) -> str:
+        return (
+            f"{self.name} is read as a sequential stream: a resumed run can only read on from the beginning and skip, "
+            "which is not exact if the source changes its order; open it without streaming for an exact resume"
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows. Raises `PairDataError` at a bad one, also with `bad_rows="skip"`: see `checked`."""
+        for number, row, reason in self.checked():
+            if reason:
+                raise PairDataError(report(self.name, [(number, reason)], 1, None))
+            yield row
+
+    def checked(self) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+        """(number, row, what is wrong with it or None) of every row."""
+        for number, raw in enumerate(self._cells()):
+            image, text = raw[self.columns["image"]], raw[self.columns["text"]]
+            identity = raw[self.columns["id"]] if "id" in self.columns else number
+            reason = self.reasons.get(number) or row_reason(image, text, identity, self.folder)
+            yield number, ({} if reason else pair_row(image, text, identity, self.folder)), reason
+
+    def _cells(self) -> Iterator[dict[str, Any]]:
+        # Not iter(self.data): inside a data worker `datasets` would silently give only that worker's shards.
+        for table in self.data.iter(64):
+            names = list(table)
+            for cells in zip(*table.values(), strict=True):
+                yield dict(zip(names, cells, strict=True))
+
+
+def undecoded(data: Any, image_column: str) -> Any:
+    """The data set with its pictures as the bytes that were stored."""
+    if data.features is not None and isinstance(data.features[image_column], datasets.Image):
+        return data.cast_column(image_column, datasets.Image(decode=False))
+    return data
+
+
+def pair_row(image: Any, text: str | list[str] | None, identity: int | str, folder: str | None) -> dict[str, Any]:
+    """A row of the cells of its columns, a picture's path joined to `folder`."""
+    if folder is not None:
+        if isinstance(image, str):
+            image = os.path.join(folder, image)
+        elif isinstance(image, dict) and image.get("bytes") is None and image.get("path") is not None:
+            image = {**image, "path": os.path.join(folder, image["path"])}
+    return {"image": image, "captions": [text] if isinstance(text, str) else list(text or ()), "id": identity}
+
+
+def concept_ids(cells: Any, bad: Mapping[int, str]) -> np.ndarray:
+    """`concept_id` of each cell, (n,) int64; a bad row, whose id may be missing, is a concept of its own.
+
+    Args:
+        cells: n ids, a list or a pyarrow array.
+        bad: the rows whose cells are not looked at.
+    """
+    if isinstance(cells, list):
+        alone = (concept_id(f"bad row {row}") if row in bad else concept_id(cell) for row, cell in enumerate(cells))
+        return np.fromiter(alone, np.int64, len(cells))
+    good = np.ones(len(cells), dtype=bool)
+    good[list(bad)] = False
+    coded = cells.filter(pa.array(good)).dictionary_encode()
+    known = [concept_id(value) for value in coded.dictionary.to_pylist()]
+    ids = np.zeros(len(cells), dtype=np.int64)
+    ids[good] = np.array(known, dtype=np.int64)[coded.indices.to_numpy()]
+    ids[~good] = [concept_id(f"bad row {row}") for row in np.flatnonzero(~good)]
+    return ids

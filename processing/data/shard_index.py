@@ -1,0 +1,283 @@
+"""Where the samples of a tar shard lie: an index, made once and kept in a file beside the shard.
+
+Layout (webdataset's): members `key.jpg` and `key.txt` or `key.json` with one key are a sample; the key is the member's
+name up to the first dot after the last slash. Samples are numbered by their first member. What follows the key may be
+jpg, jpeg, png, webp, gif, bmp, tif or tiff for the picture, txt or json for the text; other members are passed over.
+"""
+
+import json
+import os
+import re
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from .row_checks import PairDataError, id_reason, text_reason
+
+FORMAT = 1  # of the index; another number makes every index anew
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+CAPTIONS = ("captions", "caption", "text")  # fields of a .json that hold the text if none is named
+KEY = "__key__"  # webdataset's name for a sample's key, as an id column
+LONGEST_TEXT = 4 << 20  # bytes of a .txt or .json
+BLOCK = tarfile.BLOCKSIZE
+NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+SCHEMA = pa.schema(
+    {
+        "key": pa.large_string(),
+        "image_offset": pa.int64(),
+        "image_size": pa.int64(),
+        "captions": pa.large_list(pa.large_string()),
+        "id": pa.large_string(),  # as JSON, which tells 7 from "7"
+        "reason": pa.large_string(),  # what is wrong with the sample; null if nothing
+    }
+)
+
+
+class ShardColumns(NamedTuple):
+    """What is read of a sample; None means what stands at the top of this file and, for the id, its row number.
+
+    image: ending of the picture ("png", or several, "jpg;png"). text: ending of a member that is the caption, or a
+    field of the .json that holds it or a list of them. id: a field of the .json, or "__key__".
+    """
+
+    image: str | None = None
+    text: str | None = None
+    id: str | None = None
+
+
+def shard_index(shard: Path, columns: ShardColumns) -> pa.Table:
+    """The index of a shard (`SCHEMA`, one row a sample), from the file beside it if that fits the shard, else made.
+
+    The file is called `<shard>.<digest of the columns>.index.parquet` and is keyed by the shard's size and time of
+    change. It is written beside its place and renamed into it; of several processes on a machine one makes it. Where
+    it cannot be written, a warning says so and every process makes its own.
+
+    Raises:
+        PairDataError: the shard is missing or is not an uncompressed tar archive.
+    """
+    try:
+        facts = os.stat(shard)
+    except OSError as error:
+        raise PairDataError(f"{shard}: cannot be read: {error.strerror}") from error
+    digest = blake2b(json.dumps([FORMAT, *columns]).encode(), digest_size=4).hexdigest()
+    place = Path(f"{shard}.{digest}.index.parquet")
+    made_of = {b"size": str(facts.st_size).encode(), b"mtime_ns": str(facts.st_mtime_ns).encode()}
+    table = _read(place, made_of)
+    if table is not None:
+        return table
+    # not beside the shard, where locks would stay behind and some file systems have none
+    digest = blake2b(os.fsencode(os.path.abspath(place)), digest_size=16).hexdigest()
+    lock = Path(tempfile.gettempdir()) / f"oner-{digest}.lock"
+    try:
+        with FileLock(lock):
+            table = _read(place, made_of)  # another process may have made it meanwhile
+            if table is None:
+                table = pa.Table.from_pylist(list(_samples(shard, columns)), SCHEMA).replace_schema_metadata(made_of)
+                _write(table, place)
+    finally:
+        lock.unlink(missing_ok=True)  # who still waits for it finds the index, or at worst makes the same one again
+    return table
+
+
+def _read(place: Path, made_of: dict[bytes, bytes]) -> pa.Table | None:
+    """None if there is no index, or it is damaged, or the shard is not the one that it was made of."""
+    try:
+        table = pq.read_table(place, page_checksum_verification=True)
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    fits = table.schema.remove_metadata() == SCHEMA and made_of.items() <= (table.schema.metadata or {}).items()
+    return table if fits else None
+
+
+def _write(table: pa.Table, place: Path) -> None:
+    beside = place.with_name(f"{place.name}.{uuid4().hex}.part")  # unlike a process id, one of its kind on all nodes
+    try:
+        pq.write_table(table, beside, write_page_checksum=True)
+        os.replace(beside, place)
+    except OSError as error:
+        warnings.warn(
+            f"{place}: the index cannot be kept ({error.strerror}), so that every process and every start reads the "
+            "whole shard anew; make the folder writable once",
+            stacklevel=2,
+        )
+        beside.unlink(missing_ok=True)
+
+
+@dataclass
+class _Sample:
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)  # ending: (offset, size)
+    reasons: list[str] = field(default_factory=list)
+
+
+class _DamageError(Exception):
+    """Why the members of an archive cannot be followed to its end."""
+
+
+def _samples(shard: Path, columns: ShardColumns) -> Iterator[dict[str, Any]]:
+    """The rows of the index. Damage that no sample can be blamed for is a row of its own, the last."""
+    endings = tuple(columns.image.lower().split(";")) if columns.image else IMAGES
+    wanted = {*endings, "txt", "json", (columns.text or "txt").lower()}
+    found: list[_Sample] = []
+    latest: dict[str, _Sample] = {}
+    damage = None
+    with open(shard, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        try:
+            for member in _members(file, shard, length):
+                match = NAME.fullmatch(member.name)
+                if match is None or member.isdir() or match[2].lower() not in wanted:
+                    continue
+                key, ending = match[1], match[2].lower()
+                sample = latest.get(key)
+                if sample is None or ending in sample.members:
+                    latest[key] = _Sample(key)
+                    if sample is not None:
+                        latest[key].reasons.append("duplicate key: the shard has a sample of this key already")
+                    sample = latest[key]
+                    found.append(sample)
+                sample.members[ending] = (member.offset_data, member.size)
+                if not member.isreg() or member.issparse():
+                    sample.reasons.append(f"member .{ending} is a link or a hole, not a file")
+                elif member.offset_data + member.size > length:
+                    sample.reasons.append(f"the archive is cut short at byte {length}, within member .{ending}")
+        except _DamageError as error:
+            damage = str(error)
+        for sample in found:
+            yield _row_of(sample, endings, columns, file)
+    if damage is not None:
+        yield _index_row("", reason=damage)
+
+
+def _members(file: BinaryIO, shard: Path, length: int) -> Iterator[tarfile.TarInfo]:
+    """Members in their order. tarfile takes damage for the end of an archive, so the end is looked at here.
+
+    Raises:
+        PairDataError: not an archive at all.
+        _DamageError: after the last member that could be found.
+    """
+    try:
+        archive = tarfile.open(fileobj=file, mode="r:")
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise PairDataError(
+            f"{shard}: not a tar archive, or a compressed one, of which no place can be read directly; expected an "
+            f"uncompressed .tar ({error})"
+        ) from error
+    place = -1
+    while True:
+        try:
+            member = archive.next()
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise _DamageError(f"the archive is cut short or damaged behind byte {max(place, 0)}: {error}") from error
+        if member is None:
+            break
+        if member.size < 0 or member.offset_data <= place:
+            raise _DamageError(f"the archive is damaged: its member at byte {member.offset} points backwards")
+        place = member.offset_data
+        yield member
+        archive.members.clear()  # or the archive would keep every member
+    _check_end(file, archive.offset, length)
+
+
+def _check_end(file: BinaryIO, end: int, length: int) -> None:
+    file.seek(end)
+    mark = file.read(BLOCK)
+    if len(mark) < BLOCK:
+        raise _DamageError(f"the archive is cut short: it ends at byte {length} without its end mark")
+    if any(mark):
+        raise _DamageError(f"the archive is damaged at byte {end}: no member begins there, {length - end} bytes left")
+    while padding := file.read(1 << 20):
+        if any(padding):
+            raise _DamageError(f"the archive ends at byte {end}, but other data follow up to byte {length}")
+
+
+def _row_of(sample: _Sample, endings: tuple[str, ...], columns: ShardColumns, file: BinaryIO) -> dict[str, Any]:
+    """A sample as a row of the index; every reason against it in one line."""
+    reasons = list(sample.reasons)
+    offset, size = next((sample.members[ending] for ending in endings if ending in sample.members), (0, 0))
+    has = ", ".join(f".{ending}" for ending in sample.members)
+    if not any(ending in sample.members for ending in endings):
+        reasons.append(f"missing pair: a sample without a picture (it has {has})")
+    elif not size:
+        reasons.append("the picture has 0 bytes")
+    captions, identity = None, "null"
+    if not sample.reasons:  # what a damaged sample holds is not read
+        try:
+            captions, identity = _text_of(sample, columns, file, has)
+        except ValueError as error:
+            reasons.append(str(error))
+    return _index_row(sample.key, offset, size, captions, identity, "; ".join(reasons) or None)
+
+
+def _index_row(
+    key: str,
+    offset: int = 0,
+    size: int = 0,
+    captions: list[str] | None = None,
+    identity: str = "null",
+    reason: str | None = None,
+) -> dict[str, Any]:
+    # names in archives and the reasons that quote them need not be UTF-8, which the index is
+    key, reason = (text and text.encode("utf-8", "backslashreplace").decode() for text in (key, reason))
+    return {
+        "key": key,
+        "image_offset": offset,
+        "image_size": size,
+        "captions": captions,
+        "id": identity,
+        "reason": reason,
+    }
+
+
+def _text_of(sample: _Sample, columns: ShardColumns, file: BinaryIO, has: str) -> tuple[list[str], str]:
+    """Captions, and the id as JSON. Raises `ValueError` with what is wrong."""
+    ending = (columns.text or "txt").lower()
+    fields = _fields(sample, file) if columns.id not in (None, KEY) or ending not in sample.members else None
+    if ending in sample.members:
+        text = _decoded(sample, ending, file).rstrip("\r\n")
+    elif fields is None:
+        raise ValueError(f"missing pair: a sample without a caption (it has {has})")
+    else:
+        names = CAPTIONS if columns.text is None else (columns.text,)
+        text = next((fields[name] for name in names if name in fields), None)
+    if reason := text_reason(text):
+        raise ValueError(reason)
+    identity = None
+    if columns.id is not None:
+        identity = sample.key if columns.id == KEY else (fields or {}).get(columns.id)
+        if reason := id_reason(identity):
+            raise ValueError(reason)
+    return [text] if isinstance(text, str) else list(text), json.dumps(identity)
+
+
+def _fields(sample: _Sample, file: BinaryIO) -> dict[str, Any] | None:
+    if "json" not in sample.members:
+        return None
+    try:
+        fields = json.loads(_decoded(sample, "json", file))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its .json cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"its .json is a {type(fields).__name__}; expected an object with fields")
+    return fields
+
+
+def _decoded(sample: _Sample, ending: str, file: BinaryIO) -> str:
+    offset, size = sample.members[ending]
+    if size > LONGEST_TEXT:
+        raise ValueError(f"its .{ending} has {size} bytes; at most {LONGEST_TEXT} are read")
+    file.seek(offset)
+    try:
+        return file.read(size).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its .{ending} is not UTF-8") from error

@@ -1,0 +1,130 @@
+"""Tar shards read at random places: one read of a sample's bytes, by the index beside each shard."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from .row_checks import CHUNK, SHOWN, PairDataError, report
+from .rows import PairRows, concept_ids
+from .shard_index import ShardColumns, shard_index
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def is_shard(source: Any) -> bool:
+    """Whether the name is that of a shard or, as `cc-{000..127}.tar` and `cc-*.tar`, of several."""
+    return str(source).lower().endswith((".tar", *COMPRESSED))
+
+
+def find_shards(source: Any) -> list[Path]:
+    """The shards that a name, a list of names or a folder stands for; none if it stands for something else.
+
+    Raises:
+        PairDataError: shards and other files in one list, compressed shards, a pattern that no file fits.
+    """
+    if isinstance(source, (list, tuple)):
+        names = [name for name in source if is_shard(name)]
+        if names and len(names) < len(source):
+            raise PairDataError(f"expected shards only, got other files too: {[str(name) for name in source][:SHOWN]}")
+        return [shard for name in names for shard in find_shards(name)]
+    if not isinstance(source, (str, os.PathLike)):
+        return []
+    path = Path(source)
+    if path.is_dir():
+        return sorted(path.glob("*.tar"))
+    if not is_shard(source):
+        return []
+    if str(source).lower().endswith(COMPRESSED):
+        raise PairDataError(f"{source}: no place in a compressed archive can be read directly; unpack it to a .tar")
+    if found := RANGE.search(str(source)):
+        first, last = found.groups()
+        names = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        return [shard for name in names for shard in find_shards(RANGE.sub(name, str(source), count=1))]
+    if "*" in path.name and not path.exists():
+        shards = sorted(path.parent.glob(path.name))
+        if not shards:
+            raise PairDataError(f"{source}: no file fits this pattern")
+        return shards
+    return [path]
+
+
+class PairShards(PairRows):
+    """The samples of shards, numbered shard after shard. Pictures are read by offset, captions stand in the index.
+
+    Raises:
+        PairDataError: a missing or foreign file, no samples, or bad ones, which are named by shard and key.
+    """
+
+    def __init__(self, shards: Sequence[Path], columns: ShardColumns, bad_rows: str = "raise") -> None:
+        self.shards, self.has_ids = [str(shard) for shard in shards], columns.id is not None
+        self.name = self.shards[0] + (f" (+{len(shards) - 1})" if shards[1:] else "")
+        tables = [shard_index(Path(shard), columns).replace_schema_metadata(None) for shard in shards]
+        self.starts = np.cumsum([0, *map(len, tables)])
+        self.table = pa.concat_tables(tables).combine_chunks()
+        if not len(self):
+            raise PairDataError(f"{self.name}: no samples (expected members such as 0001.jpg with 0001.txt)")
+        reasons = self.table["reason"]
+        self.bad = {
+            int(row): f"{self._called(int(row))}: {reasons[int(row)]}"
+            for row in np.flatnonzero(reasons.is_valid().to_numpy())
+        }
+        if self.bad and bad_rows == "raise":
+            raise PairDataError(report(self.name, list(islice(self.bad.items(), SHOWN)), len(self.bad), len(self)))
+        self._ids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        places = np.asarray(indices, dtype=np.int64)
+        columns = ["image_offset", "image_size", "captions", "id", "key"]
+        cells = self.table.select(columns).take(places).to_pylist()
+        of = np.searchsorted(self.starts, places, side="right") - 1
+        for number in np.unique(of):
+            shard = self.shards[number]
+            with _opened(shard) as file:
+                for place in np.flatnonzero(of == number):
+                    cell = cells[place]
+                    content = os.pread(file.fileno(), cell["image_size"], cell["image_offset"])
+                    cell["image"] = {"bytes": content, "path": f"{shard}/{cell['key']}"}
+        ids = [json.loads(cell["id"]) for cell in cells] if self.has_ids else places.tolist()
+        return [
+            {"image": cell["image"], "captions": cell["captions"] or [], "id": identity}
+            for cell, identity in zip(cells, ids, strict=True)
+        ]
+
+    def ids(self) -> np.ndarray:
+        if self._ids is None:
+            cells = map(json.loads, self.table["id"].to_pylist())
+            self._ids = concept_ids(list(cells), self.bad) if self.has_ids else np.arange(len(self), dtype=np.int64)
+        return self._ids
+
+    def captions(self) -> Iterator[str]:
+        for start in range(0, len(self), CHUNK):
+            for row, captions in enumerate(self.table["captions"].slice(start, CHUNK).to_pylist(), start):
+                if row not in self.bad:
+                    yield from captions
+
+    def where(self, index: int) -> tuple[str, int]:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.shards[number], int(index - self.starts[number])
+
+    def _called(self, row: int) -> str:
+        shard, _ = self.where(row)
+        key = self.table["key"][row].as_py()
+        return f"{os.path.basename(shard)}, key {key!r}" if key else os.path.basename(shard)
+
+
+def _opened(shard: str):
+    try:
+        return open(shard, "rb", buffering=0)
+    except OSError as error:
+        raise PairDataError(f"{shard}: was there when the run began, cannot be read now: {error.strerror}") from error

@@ -1,0 +1,351 @@
+"""Rows of three tasks out of the annotation files they are published in, and of ALBEF's merged files.
+
+Questions (VQA v2, Visual Genome)  {"image", "text", "answers": as given, "weight": of all of them together, "kind"}
+Entailment (SNLI-VE)               {"image", "text", "label"}, a place in `ENTAILMENT_LABELS`
+Reasoning (NLVR2)                  {"image", "second_image", "text", "label"}, a place in `REASONING_LABELS`
+
+Every row has an "id" too: the question's, the pair's or the sentence's, else its number. Pictures are paths.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from oner.processing.vl_captions import caption_reason
+
+from .listed_rows import ListedRows
+from .row_checks import PairDataError
+from .task_files import Broken, RowFault, field, find_file, first_field, forget_files, is_file, read_json
+
+ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
+REASONING_LABELS = ("False", "True")
+VISUAL_GENOME_WEIGHT = 0.5  # what an answer of one annotator counts beside those of ten (ALBEF's code)
+CHUNK = 65_536  # rows made at a time
+
+QUESTION_COLUMNS = pa.schema(
+    {
+        "image": pa.string(),
+        "text": pa.string(),
+        "answers": pa.list_(pa.string()),
+        "weight": pa.float64(),
+        "kind": pa.string(),
+        "id": pa.int64(),
+        "fault": pa.string(),
+    }
+)
+
+Clean = Callable[[str], str] | None
+Draft = dict[str, Any]
+EMPTY_QUESTION: Draft = {"image": None, "text": "", "answers": [], "weight": 0.0, "kind": None, "id": None}
+
+
+class TableRows(Sequence):
+    """Rows as columns, each made a mapping when it is asked for: VQA v2 with Visual Genome has two million."""
+
+    def __init__(self, drafts: Iterable[Draft], schema: pa.Schema):
+        drafts, chunks = iter(drafts), []
+        while chunk := list(islice(drafts, CHUNK)):
+            chunks.append(pa.Table.from_pylist(chunk, schema))
+        self.table = pa.concat_tables(chunks) if chunks else schema.empty_table()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Draft:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self.table.slice(index % len(self), 1).to_pylist()[0]
+
+    def __iter__(self) -> Iterator[Draft]:
+        for start in range(0, len(self), 1024):
+            yield from self.table.slice(start, 1024).to_pylist()
+
+
+def open_questions(
+    sources: Sequence[str],
+    folder: str | None = None,
+    genome_folder: str | None = None,
+    answered: bool = True,
+    clean: Clean = None,
+    bad_rows: Literal["raise", "skip"] = "raise",
+) -> ListedRows:
+    """
+    Questions about pictures.
+
+    Args:
+        sources: JSON files of any of four kinds, told apart by what they hold: VQA v2's questions and annotations
+            (matched by question_id, whatever file they are in), Visual Genome's question_answers, and ALBEF's lists of
+            {"image", "question", "answer", "dataset": "vqa" | "vg", "question_id"}.
+        folder: what picture paths are relative to; if none, the file. COCO's lie there in `train2014/` and the like,
+            or without folders.
+        genome_folder: likewise of Visual Genome; if none, `folder`.
+        answered: every row must have answers, as in training. Without, "answers" may be empty.
+        clean: how a question is rewritten, `pre_question` for ALBEF's reading.
+        bad_rows: as `ListedRows`.
+
+    Raises:
+        PairDataError: a file that is none of these; rows that cannot be used, with their numbers.
+    """
+    forget_files()
+    annotations: dict[Any, dict[str, Any]] | None = None
+    asking: list[tuple[str, Any]] = []
+    for source in sources:
+        content = read_json(source)
+        if isinstance(content, dict) and "annotations" in content:
+            annotations = annotations or {}
+            annotations.update({one.get("question_id"): one for one in content["annotations"]})
+        elif isinstance(content, (dict, list)) and (isinstance(content, list) or "questions" in content):
+            asking.append((source, content))
+        else:
+            raise PairDataError(
+                f"{source}: expected VQA v2's questions or annotations, Visual Genome's question_answers or a list of "
+                f"questions, got {type(content).__name__} with {sorted(content)[:8] if content else 'nothing'}"
+            )
+    if not asking:
+        raise PairDataError(f"{_named(sources)}: annotations without the questions they are about")
+
+    def drafts() -> Iterator[Draft]:
+        for source, content in asking:
+            home = folder or str(Path(source).parent)
+            if isinstance(content, dict):
+                subtype = str(content.get("data_subtype", "")).replace("-dev", "")
+                records = content["questions"]
+                make = partial(_coco_question, home=home, subtype=subtype, annotations=annotations)
+            else:
+                records = _genome_questions(content)
+                make = partial(_merged_question, home=home, genome=genome_folder or home)
+            for record in records:
+                yield _drafted(record, make, EMPTY_QUESTION, ("image",), clean, answered)
+
+    numbered = (one if one["id"] is not None else {**one, "id": -1 - row} for row, one in enumerate(drafts()))
+    return _opened(TableRows(numbered, QUESTION_COLUMNS), sources, bad_rows)
+
+
+def open_entailment(
+    sources: Sequence[str],
+    folder: str | None = None,
+    clean: Clean = None,
+    bad_rows: Literal["raise", "skip"] = "raise",
+) -> ListedRows:
+    """
+    Premises and hypotheses: SNLI-VE's jsonl (Flickr30K_ID, sentence2, gold_label) or ALBEF's lists of {"image",
+    "sentence", "label"}. Pictures are Flickr30k's, in `folder` or a folder `flickr30k-images` there. Arguments and
+    errors as `open_questions`.
+    """
+
+    def make(record: Mapping[str, Any], home: str) -> Draft:
+        name = str(first_field(record, ("Flickr30K_ID", "Flickr30kID", "Flikr30kID", "image"), (str, int)))
+        name = name.removesuffix(".jpg") + ".jpg"
+        return {
+            "image": find_file(home, name, f"flickr30k-images/{name}"),
+            "text": first_field(record, ("sentence2", "sentence"), (str,)),
+            "label": _label(first_field(record, ("gold_label", "label"), (str,)), ENTAILMENT_LABELS),
+            "id": first_field(record, ("pairID",), (str,), None),
+        }
+
+    return _open_sentences(sources, folder, make, ("image",), clean, bad_rows)
+
+
+def open_reasoning(
+    sources: Sequence[str],
+    folder: str | None = None,
+    clean: Clean = None,
+    bad_rows: Literal["raise", "skip"] = "raise",
+) -> ListedRows:
+    """
+    Sentences about two pictures: NLVR2's jsonl (identifier, sentence, label) or ALBEF's lists of {"images",
+    "sentence", "label"}. The identifier names the pictures `{identifier less its last number}-img0.png`, which lie in
+    `folder`, in a folder of their split, or in one of their directory in that. Arguments, errors: `open_questions`.
+    """
+
+    def make(record: Mapping[str, Any], home: str) -> Draft:
+        if "images" in record:
+            names = field(record, "images", (list,))
+            if len(names) != 2 or not all(isinstance(name, str) for name in names):
+                raise RowFault(f"'images' must be two paths, got {names!r:.80}")
+            first, second = (find_file(home, name) for name in names)
+        else:
+            first, second = _reasoning_pictures(record, home)
+        label = first_field(record, ("label",), (str, bool))
+        return {
+            "image": first,
+            "second_image": second,
+            "text": field(record, "sentence", (str,)),
+            "label": _label(str(label), REASONING_LABELS),
+            "id": first_field(record, ("identifier",), (str,), None),
+        }
+
+    return _open_sentences(sources, folder, make, ("image", "second_image"), clean, bad_rows)
+
+
+def read_answer_list(path: str) -> list[str]:
+    """The candidates that answers are chosen from, a JSON list. Raises `PairDataError`: no such list, or one twice."""
+    answers = read_json(path)
+    if not isinstance(answers, list) or not answers or not all(isinstance(one, str) and one for one in answers):
+        raise PairDataError(f"{path}: expected a list of answers, one string at least, none of them empty")
+    if len(set(answers)) < len(answers):
+        twice = next(one for place, one in enumerate(answers) if one in answers[:place])
+        raise PairDataError(f"{path}: {twice!r} stands there twice; expected each answer once")
+    return answers
+
+
+def _coco_question(
+    record: Mapping[str, Any], home: str, subtype: str, annotations: Mapping[Any, Mapping[str, Any]] | None
+) -> Draft:
+    number, picture = field(record, "question_id", (int,)), field(record, "image_id", (int,))
+    name = f"COCO_{subtype}_{picture:012d}.jpg"
+    draft = {
+        "image": find_file(home, f"{subtype}/{name}", name),
+        "text": field(record, "question", (str,)),
+        "answers": [],
+        "weight": 1.0,
+        "kind": None,
+        "id": number,
+    }
+    if annotations is not None:
+        if number not in annotations:
+            raise RowFault(f"question {number} has no annotation")
+        told = annotations[number]
+        draft |= {
+            "answers": _answers(field(told, "answers", (list,))),
+            "kind": field(told, "answer_type", (str,), None),
+        }
+    return draft
+
+
+def _merged_question(record: Mapping[str, Any], home: str, genome: str) -> Draft:
+    """A question of ALBEF's merged files, or one of Visual Genome's."""
+    one = isinstance(record.get("answer"), str)
+    kind = record.get("dataset", "vg" if one else "vqa")
+    if kind not in ("vqa", "vg"):
+        raise RowFault(f"'dataset' must be 'vqa' or 'vg', got {kind!r:.40}")
+    if "image" in record:
+        image = find_file(genome if kind == "vg" else home, field(record, "image", (str,)))
+    else:
+        name = f"{first_field(record, ('image_id', 'id'), (int,))}.jpg"
+        image = find_file(genome, f"VG_100K/{name}", f"VG_100K_2/{name}", name)
+    given = record.get("answer", [])
+    return {
+        "image": image,
+        "text": field(record, "question", (str,)),
+        "answers": [given] if one else _answers(given),
+        "weight": VISUAL_GENOME_WEIGHT if kind == "vg" else 1.0,
+        "kind": field(record, "answer_type", (str,), None),
+        "id": first_field(record, ("question_id", "qa_id"), (int, type(None)), None),
+    }
+
+
+def _genome_questions(content: list[Any]) -> Iterator[Any]:
+    """The records of a list, those of one picture in Visual Genome's files taken apart."""
+    for record in content:
+        if isinstance(record, dict) and "qas" in record:
+            yield from ({"image_id": record.get("id", record.get("image_id")), **one} for one in record["qas"])
+        else:
+            yield record
+
+
+def _answers(given: Any) -> list[str]:
+    if not isinstance(given, list):
+        raise RowFault(f"the answers must be a list, got {type(given).__name__} {given!r:.40}")
+    answers = [one.get("answer") if isinstance(one, dict) else one for one in given]
+    if wrong := [one for one in answers if not isinstance(one, str)]:
+        raise RowFault(f"an answer must be a string, got {type(wrong[0]).__name__} {wrong[0]!r:.40}")
+    return answers
+
+
+def _reasoning_pictures(record: Mapping[str, Any], home: str) -> tuple[str, str]:
+    identifier = field(record, "identifier", (str,))
+    pair = re.fullmatch(r"((?P<split>[^-]+)-.+)-\d+", identifier)
+    if pair is None:
+        raise RowFault(f"'identifier' must read like 'train-10171-0-0', got {identifier!r:.40}")
+    split, directory = pair["split"], record.get("directory")
+    places = ["", f"{split}/", f"{split}/{directory}/", f"images/{split}/", f"images/{split}/{directory}/"]
+    first, second = (
+        find_file(home, *(f"{place}{pair[1]}-img{number}.png" for place in places)) for number in range(2)
+    )
+    return first, second
+
+
+def _label(name: str, names: Sequence[str]) -> int:
+    if name not in names:
+        raise RowFault(f"the label must be one of {', '.join(names)}, got {name!r:.40}")
+    return names.index(name)
+
+
+def _open_sentences(
+    sources: Sequence[str],
+    folder: str | None,
+    make: Callable[[Mapping[str, Any], str], Draft],
+    images: tuple[str, ...],
+    clean: Clean,
+    bad_rows: Literal["raise", "skip"],
+) -> ListedRows:
+    forget_files()
+    empty = {**dict.fromkeys(images), "text": "", "label": -1, "id": None}
+
+    def drafts() -> Iterator[Draft]:
+        for source in sources:
+            content, home = read_json(source), folder or str(Path(source).parent)
+            if not isinstance(content, list):
+                raise PairDataError(f"{source}: expected a list of sentences, got {type(content).__name__}")
+            for record in content:
+                yield _drafted(record, partial(make, home=home), empty, images, clean, answered=False)
+
+    numbered = (one if one["id"] is not None else {**one, "id": f"row {row}"} for row, one in enumerate(drafts()))
+    text = ("text", "id", "fault")
+    columns = pa.schema({**dict.fromkeys((*images, *text), pa.string()), "label": pa.int64()})
+    return _opened(TableRows(numbered, columns), sources, bad_rows)
+
+
+def _drafted(
+    record: Any,
+    make: Callable[[Mapping[str, Any]], Draft],
+    empty: Draft,
+    images: Sequence[str],
+    clean: Clean,
+    answered: bool,
+) -> Draft:
+    """A row of a record; where it cannot be one, an empty row whose "fault" says why."""
+    try:
+        if isinstance(record, Broken):
+            raise RowFault(record)
+        if not isinstance(record, dict):
+            raise RowFault(f"a row must be an object, got {type(record).__name__} {record!r:.40}")
+        draft = make(record)
+        if reason := caption_reason(draft["text"]):
+            raise RowFault(reason.replace("the caption", "the text", 1))
+        if clean is not None:
+            told, draft["text"] = draft["text"], clean(draft["text"])
+            if not draft["text"]:
+                raise RowFault(f"no word is left of the text {told!r:.40}")
+        if answered and not any(answer.strip() for answer in draft["answers"]):
+            raise RowFault("there is no answer")
+    except RowFault as fault:
+        return {**empty, "fault": str(fault)}
+    missing = (f"no picture file {draft[name]}" for name in images if not is_file(draft[name]))
+    return {**draft, "fault": "; ".join(missing) or None}
+
+
+def _opened(rows: TableRows, sources: Sequence[str], bad_rows: Literal["raise", "skip"]) -> ListedRows:
+    # pictures have been looked for: a row with another fault may have lost the name of its own
+    return ListedRows(rows, _named(sources), lambda row: row["fault"], bad_rows, images=())
+
+
+def _named(sources: Sequence[str]) -> str:
+    return str(sources[0]) + (f" (+{len(sources) - 1})" if len(sources) > 1 else "")
+
+
+__all__ = [
+    "ENTAILMENT_LABELS",
+    "REASONING_LABELS",
+    "TableRows",
+    "open_entailment",
+    "open_questions",
+    "open_reasoning",
+    "read_answer_list",
+]

@@ -1,0 +1,124 @@
+"""Rows of pairs as PyTorch's DataLoader takes them: by the sampler's keys, or a stream as whole batches."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from .quarantine import STAND_IN_TURN, BadRow, StandIns, read_rows
+from .row_checks import PairDataError, report
+from .rows import PairRows, PairStream
+from .sampling import RowKey
+
+
+class PairTrainingSet(Dataset):
+    """What the DataLoader indexes with the sampler's `RowKey`s: (key, row), the collator's input.
+
+    With `stand_ins` an item is (key, row, rows that can stand in for it), read when they are asked for, and a row that
+    cannot be read is a `BadRow`; without, it is an error.
+    """
+
+    def __init__(self, rows: PairRows, stand_ins: StandIns | None = None) -> None:
+        self.rows, self.stand_ins = rows, stand_ins
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: RowKey) -> tuple:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[RowKey]) -> list[tuple]:
+        numbers = [key.row for key in keys]
+        if self.stand_ins is None:
+            return list(zip(keys, self.rows.take(numbers), strict=True))
+        return list(zip(keys, read_rows(self.rows, numbers), map(self.stand_ins, keys), strict=True))
+
+
+class PairTrainingStream(IterableDataset):
+    """A stream as whole batches for one process: lists of (key, row), for a DataLoader with `batch_size=None`.
+
+    The global order is the stream's, shuffled in a buffer by a generator of (seed, epoch); process `rank` takes its
+    contiguous slice of each global batch and data worker w of W the batches w, w + W, ...: the order depends on
+    neither number. Every worker reads the whole stream. The last, incomplete batch of an epoch is dropped.
+
+    If the stream was opened with `bad_rows="skip"`, an item is (key, row, rows that can stand in for it), a bad row
+    being a `BadRow`: those of the global batch before, then those that wait in the buffer.
+    """
+
+    def __init__(
+        self,
+        stream: PairStream,
+        batch_size: int,
+        total_steps: int,
+        seed: int = 0,
+        buffer_size: int = 1024,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        if batch_size % world_size or not 0 <= rank < world_size:
+            raise ValueError(f"batch of {batch_size} rows, rank {rank} and {world_size} processes do not fit")
+        if buffer_size < 1 or not 0 <= start_step <= total_steps:
+            raise ValueError(f"got buffer_size {buffer_size}, start_step {start_step} of {total_steps}")
+        self.stream, self.batch_size, self.total_steps, self.seed = stream, batch_size, total_steps, seed
+        self.buffer_size, self.rank, self.world_size, self.start_step = buffer_size, rank, world_size, start_step
+
+    def __iter__(self) -> Iterator[list[tuple]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        share, skipping = self.batch_size // self.world_size, self.stream.bad_rows == "skip"
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        before: list = []
+        for step, epoch, batch, coming in self._batches():
+            if step >= self.start_step and (step - self.start_step) % workers == worker:
+                first, progress = step * self.batch_size + mine.start, step / self.total_steps
+                keys = [RowKey(row[0], epoch, progress, -1, first + place) for place, row in enumerate(batch[mine])]
+                extra = (((self._stand_ins(key, before, coming),) if skipping else ()) for key in keys)
+                yield [(key, row, *more) for key, (_, row), more in zip(keys, batch[mine], extra, strict=True)]
+            before = batch if skipping else []
+
+    def _batches(self) -> Iterator[tuple[int, int, list, list]]:
+        """(step, epoch, global batch, rows in the buffer) from the first step on."""
+        step, epoch = 0, 0
+        while step < self.total_steps:
+            batch, first = [], step
+            for item, buffer in self._shuffled(epoch):
+                batch.append(item)
+                if len(batch) == self.batch_size:
+                    yield step, epoch, batch, list(buffer)
+                    batch, step = [], step + 1
+                    if step == self.total_steps:
+                        return
+            if step == first:
+                raise PairDataError(f"{self.stream.name}: the stream ended before one batch of {self.batch_size} rows")
+            epoch += 1
+
+    def _shuffled(self, epoch: int) -> Iterator[tuple[tuple[int, dict[str, Any] | BadRow], list]]:
+        """Each row, and the rows that wait behind it."""
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
+        buffer = []
+        for item in self._read():
+            if len(buffer) < self.buffer_size:
+                buffer.append(item)
+                continue
+            place = int(rng.integers(self.buffer_size))
+            chosen, buffer[place] = buffer[place], item
+            yield chosen, buffer
+        buffer = [buffer[place] for place in rng.permutation(len(buffer))]
+        while buffer:
+            yield buffer.pop(0), buffer
+
+    def _read(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        for number, row, reason in self.stream.checked():
+            if reason and self.stream.bad_rows == "raise":
+                raise PairDataError(report(self.stream.name, [(number, reason)], 1, None))
+            yield number, BadRow(reason) if reason else row
+
+    def _stand_ins(self, key: RowKey, before: list, coming: list) -> Iterator[tuple[RowKey, dict[str, Any]]]:
+        """Rows of the batch before, then of the buffer, from the place of `key` on, less those known to be bad."""
+        place, turn = key.position % self.batch_size, STAND_IN_TURN + key.position
+        for number, row in chain(before[place:], before[:place], coming[place:], coming[:place]):
+            if not isinstance(row, BadRow):
+                yield key._replace(row=number, turn=turn), row

@@ -1,0 +1,275 @@
+"""Published towers into SIMLA's: what timm and transformers compute with their weights is what ours compute."""
+
+import pytest
+import timm
+import tiny_oner
+import torch
+from safetensors.torch import save_file
+from tiny_simla import tiny_config
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    BertModel,
+    DeiTConfig,
+    DeiTModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from oner import OneRForPreTraining, SimlaForImageTextRetrieval, SimlaForPreTraining
+from oner.training.conversion.report import MissingWeightsError
+from oner.training.conversion.towers import initialise
+from oner.training.run.arguments import parse_arguments
+from oner.training.run.pair_loading import build_model
+
+WORDS = 50
+HF_VIT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 16,
+    "patch_size": 4, "layer_norm_eps": 1e-6,
+}  # fmt: skip
+HF_BERT = {
+    "vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def jittered(model: torch.nn.Module) -> torch.nn.Module:
+    """No bias at 0 and no norm at 1, so that a forgotten one shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def simla(**fields) -> SimlaForPreTraining:
+    sizes = {"intermediate_size": 64, "text_intermediate_size": 48}
+    return SimlaForPreTraining(tiny_config(**{**sizes, **fields})).eval()
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_timm_vit_gives_the_same_states():
+    vit = jittered(timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=32, depth=3, num_classes=5))
+    model = simla(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=16,
+                  intermediate_size=768)  # fmt: skip
+    report = initialise(model, vision=vit.state_dict())
+    picture = torch.randn(2, 3, 32, 32)
+    close(model.simla.vision(picture), vit.forward_features(picture))
+    assert set(report.left_over) == {"head.weight", "head.bias"}
+    assert set(report.missing) == {"simla.vision.embeddings.mask_token"}
+    assert set(report.used) | set(report.left_over) == set(vit.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [ViTModel, ViTForImageClassification])
+@pytest.mark.parametrize("saved", [False, True], ids=["in_memory", "as_saved"])
+def test_transformers_vit_gives_the_same_states(tmp_path, kind, saved):
+    """Names differ between the module and the file that `save_pretrained` writes."""
+    vit = jittered(kind(ViTConfig(**HF_VIT)))
+    source = vit.state_dict()
+    if saved:
+        vit.save_pretrained(tmp_path)
+        source = str(tmp_path)
+    model = simla()
+    report = initialise(model, vision=source)
+    picture = torch.randn(2, 3, 16, 16)
+    close(model.simla.vision(picture), getattr(vit, "vit", vit)(picture).last_hidden_state)
+    assert all("pooler" in name or "classifier" in name for name in report.left_over)
+
+
+@torch.no_grad()
+def test_a_deit_leaves_its_distillation_token_behind(tmp_path):
+    """What DeiT's layers make of the sequence without that token; the report names it."""
+    deit = jittered(DeiTModel(DeiTConfig(**HF_VIT)))
+    deit.save_pretrained(tmp_path)
+    model = simla()
+    report = initialise(model, vision=tmp_path)
+    picture = torch.randn(2, 3, 16, 16)
+    states = deit.embeddings(picture)
+    states = torch.cat([states[:, :1], states[:, 2:]], dim=1)
+    for layer in deit.layers:
+        states = layer(states)
+        states = states[0] if isinstance(states, tuple) else states
+    close(model.simla.vision(picture), deit.layernorm(states))
+    assert "embeddings.distillation_token" in report.left_over
+    assert "distillation" in report.changed["embeddings.position_embeddings"]
+
+
+@torch.no_grad()
+def test_a_deit_file_with_other_pictures(tmp_path):
+    """DeiT's .pth keeps its weights under "model"; 4 x 4 places become 6 x 6 as timm resamples them."""
+    kinds = {"pretrained": False, "depth": 2, "patch_size": 4, "embed_dim": 32, "num_heads": 4, "mlp_ratio": 2}
+    small = jittered(timm.create_model("deit_tiny_patch16_224", img_size=16, **kinds))
+    torch.save({"model": small.state_dict()}, tmp_path / "deit.pth")
+    model = simla(image_size=24, max_position_embeddings=40)
+    report = initialise(model, vision=tmp_path / "deit.pth")
+    assert report.changed == {"pos_embed": "4 x 4 places to 6 x 6, bicubic"}
+    table = small.pos_embed[:, 1:].transpose(1, 2).view(1, 32, 4, 4)
+    table = torch.nn.functional.interpolate(table, (6, 6), mode="bicubic").flatten(2).transpose(1, 2)
+    large = timm.create_model("deit_tiny_patch16_224", img_size=24, **kinds).eval()
+    large.load_state_dict({**small.state_dict(), "pos_embed": torch.cat([small.pos_embed[:, :1], table], dim=1)})
+    picture = torch.randn(2, 3, 24, 24)
+    close(model.simla.vision(picture), large.forward_features(picture))
+
+
+@torch.no_grad()
+def test_a_table_without_cls():
+    """timm's `no_embed_class`: [CLS] gets no position, which is a row of zeros."""
+    vit = jittered(
+        timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=16, patch_size=4, depth=2, embed_dim=32,
+                          num_heads=4, mlp_ratio=2, no_embed_class=True)
+    )  # fmt: skip
+    model = simla()
+    initialise(model, vision=vit.state_dict())
+    picture = torch.randn(2, 3, 16, 16)
+    close(model.simla.vision(picture), vit.forward_features(picture))
+
+
+def texts() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(5, WORDS, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+def test_bert_gives_the_same_states_where_token_types_are_zero():
+    bert = jittered(BertModel(BertConfig(**HF_BERT)))
+    bert.embeddings.token_type_embeddings.weight.zero_()
+    model = simla()
+    before = snapshot(model)
+    report = initialise(model, text=bert.state_dict())
+    ids, mask = texts()
+    real = mask.bool()
+    close(model.simla.encode_texts(ids, mask)[real], bert(ids, mask).last_hidden_state[real])
+    assert set(report.left_over) == {
+        "embeddings.token_type_embeddings.weight", "pooler.dense.weight", "pooler.dense.bias",
+    }  # fmt: skip
+    drawn = {name for name in before if "cross_" in name}
+    assert {name for name in report.missing if not name.startswith("lm_head.")} == drawn
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in drawn)
+
+
+@torch.no_grad()
+def test_bert_with_its_token_types_folded():
+    bert = jittered(BertModel(BertConfig(**HF_BERT)))
+    model, plain = simla(), simla()
+    report = initialise(model, text=bert.state_dict(), fold_token_types=True)
+    initialise(plain, text=bert.state_dict())
+    ids, mask = texts()
+    real = mask.bool()
+    expected = bert(ids, mask).last_hidden_state[real]
+    close(model.simla.encode_texts(ids, mask)[real], expected)
+    assert (plain.simla.encode_texts(ids, mask)[real] - expected).abs().max() > 1e-2
+    assert report.used["embeddings.token_type_embeddings.weight"].endswith("position_embeddings.weight")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("old_names", [False, True])
+def test_bert_brings_its_head_of_words(tmp_path, old_names):
+    """bert-base-uncased's own file calls weights and biases of its norms gamma and beta."""
+    bert = jittered(BertForPreTraining(BertConfig(**HF_BERT)))
+    bert.bert.embeddings.token_type_embeddings.weight.zero_()
+    state = bert.state_dict()
+    if old_names:
+        state = {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+            for name, tensor in state.items()
+            if "predictions.decoder" not in name
+        }
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "bert.safetensors")
+    model = simla()
+    report = initialise(model, text=tmp_path / "bert.safetensors")
+    ids, mask = texts()
+    logits = model.lm_head(model.simla.encode_texts(ids, mask))
+    close(logits[mask.bool()], bert(ids, mask).prediction_logits[mask.bool()])
+    assert not any(name.startswith("lm_head.") for name in report.missing)
+    assert model.lm_head.decoder.weight is model.simla.text.embeddings.word_embeddings.weight
+
+
+def test_both_towers_in_one_report():
+    vit, bert = ViTModel(ViTConfig(**HF_VIT)), BertModel(BertConfig(**HF_BERT))
+    model = SimlaForImageTextRetrieval(tiny_config(intermediate_size=64, text_intermediate_size=48))
+    report = initialise(model, vision=vit.state_dict(), text=bert.state_dict())
+    assert set(report.used) | set(report.left_over) == set(vit.state_dict()) | set(bert.state_dict())
+    assert {name.split(".")[1] for name in report.used.values()} == {"vision", "text"}
+    assert "pooler.dense.bias: this model has no such part" in report.describe()
+
+
+def test_longer_tables_of_words_are_cut():
+    bert = BertModel(BertConfig(**{**HF_BERT, "max_position_embeddings": 45}))
+    model = simla()
+    report = initialise(model, text=bert.state_dict())
+    table = model.simla.text.embeddings.position_embeddings.weight
+    assert torch.equal(table, bert.embeddings.position_embeddings.weight[:32])
+    assert report.changed["embeddings.position_embeddings.weight"] == "the first 32 of 45 rows"
+
+
+def broken(state: dict, **changes) -> dict:
+    return {name: tensor for name, tensor in {**state, **changes}.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm.bias": None}, "1 weights are not in the checkpoint.*simla.vision.norm.bias"),
+        ({"blocks.0.ls1.gamma": torch.ones(32)}, "blocks.0.ls1.gamma.*plain ViT"),
+        ({"blocks.2.norm1.weight": torch.ones(32)}, "simla.vision.layers.2.norm1.weight.*2 and 3 layers"),
+        ({"patch_embed.proj.weight": torch.ones(32, 3, 8, 8)}, r"\(32, 3, 8, 8\), expected \(32, 3, 4, 4\)"),
+        ({"pos_embed": torch.ones(1, 20, 32)}, "table of 20 positions"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_changes_nothing(changes, message):
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", pretrained=False, img_size=16, patch_size=4, depth=2, embed_dim=32, num_heads=4,
+        mlp_ratio=2,
+    )  # fmt: skip
+    model = simla()
+    before = snapshot(model)
+    with pytest.raises(MissingWeightsError, match=message):
+        initialise(model, vision=broken(vit.state_dict(), **changes))
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_vocabulary_does_not_fit():
+    bert = BertModel(BertConfig(**{**HF_BERT, "vocab_size": 60}))
+    with pytest.raises(MissingWeightsError, match=r"word_embeddings.weight.*\(60, 32\), expected \(50, 32\)"):
+        initialise(simla(), text=bert.state_dict())
+
+
+def test_keys_without_queries_are_refused():
+    state = ViTModel(ViTConfig(**HF_VIT)).state_dict()
+    with pytest.raises(MissingWeightsError, match="layers.1.attention.q_proj.bias.*all three"):
+        initialise(simla(), vision=broken(state, **{"layers.1.attention.k_proj.bias": None}))
+
+
+def test_one_tower_is_not_two():
+    with pytest.raises(ValueError, match="OneRForPreTraining has no encoder for pictures"):
+        initialise(OneRForPreTraining(tiny_oner.tiny_config()), vision={})
+
+
+def test_a_run_begins_with_both(tmp_path):
+    """`--initial_vision` and `--initial_text` of examples/pretrain.py."""
+    vit, bert = ViTModel(ViTConfig(**HF_VIT)), BertForPreTraining(BertConfig(**HF_BERT))
+    vit.save_pretrained(tmp_path / "vit")
+    bert.save_pretrained(tmp_path / "bert")
+    config = tiny_config(intermediate_size=64, text_intermediate_size=48)
+    given = ["--family", "simla", "--train_data", "none", "--output_dir", str(tmp_path)]
+    towers = ["--initial_vision", str(tmp_path / "vit"), "--initial_text", str(tmp_path / "bert")]
+    model = build_model(parse_arguments([*given, *towers]), config)
+    expected = simla()
+    filled = set(initialise(expected, tmp_path / "vit", tmp_path / "bert").used.values()) | {"lm_head.decoder.weight"}
+    begun, drawn = expected.state_dict(), build_model(parse_arguments(given), config).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, begun[name] if name in filled else drawn[name]), name
+    assert {name for name in begun if "cross_attention" in name or "itm_head" in name} <= begun.keys() - filled

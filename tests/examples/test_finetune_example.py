@@ -1,0 +1,188 @@
+"""examples/finetune.py: each task trains on a tiny set in its official format, resumes exactly, exports, evaluates."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_finetuning import DATA, write_pretrained, write_simla
+from tiny_pretraining import ROOT, assert_same_checkpoint, forget_accelerator, load_example, read_log
+from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
+
+from oner import OneRForPreTraining
+from oner.training.evaluation.results import read_results
+from oner.training.publishing.model_loading import load_model
+from oner.training.run.arguments import read_config
+from oner.training.tasks.finetuning import TASKS, find_task
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerator"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("finetune_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    return load_example("finetune")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    return write_simla(tmp_path_factory.mktemp("pretrained") / "model")
+
+
+def line(task: str, pretrained: Path, output_dir: Path, told: dict, **overrides) -> list[str]:
+    """A command line: four steps of four rows, at 24 pixels where the pretrained model read 16; with dropout."""
+    fields = {
+        "task": task,
+        "initial_model": pretrained,
+        "model_config": json.dumps({"image_size": 24}),
+        "batch_size": 4,
+        "max_steps": 4,
+        "warmup_epochs": 0.5,
+        "base_learning_rate": 0.05,
+        "num_workers": 0,
+        "mixed_precision": "no",
+        "log_every": 1,
+        "eval_every_epochs": 0,
+        "save_every_epochs": 0.25,  # each task's sixteen rows are an epoch of four steps
+        "keep_checkpoints": 9,
+        "output_dir": output_dir,
+        **told,
+        **overrides,
+    }
+    return as_line(fields)
+
+
+def as_line(fields: dict) -> list[str]:
+    """--name value ..., None left out."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
+    return [str(part) for name, values in lists.items() if values != [None] for part in (f"--{name}", *values)]
+
+
+@pytest.fixture(scope="module")
+def runs(finetune, pretrained, tmp_path_factory):
+    """task -> the folder of its data and of an undisturbed run, what its arguments are, and the run's numbers."""
+    made = {}
+
+    def run(task: str):
+        if task not in made:
+            forget_accelerator()
+            folder = tmp_path_factory.mktemp(task)
+            told = DATA[task](folder)
+            made[task] = folder, told, finetune.main(line(task, pretrained, folder / "run", told))
+        return made[task]
+
+    return run
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_it_trains_exports_and_evaluates(task, runs, pretrained):
+    folder, told, metrics = runs(task)
+    log = [entry for entry in read_log(folder / "run") if "loss" in entry]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert all(value == value and abs(value) < float("inf") for entry in log for value in entry.values())
+    name = Path(str(told["eval_data"])).stem
+    assert metrics and all(one.startswith(f"{name}/") for one in metrics)
+    directory = folder / "run" / "model"
+    before = load_file(pretrained / "model.safetensors")
+    after = load_file(directory / "model.safetensors")
+    # learned positions are a table of the new size, and trained
+    positions = "simla.vision.embeddings.position_embeddings"
+    assert before[positions].shape[1] == 17 and after[positions].shape[1] == 37
+    shared = [key for key in before if key in after and before[key].shape == after[key].shape]
+    assert any(not torch.equal(before[key], after[key]) for key in shared)
+    model = load_model(find_task(task).model, directory)  # with every weight: nothing is drawn
+    assert model.config.image_size == model.config.position_image_size == 24
+    assert AutoProcessor.from_pretrained(directory).image_processor.size["height"] == 24
+    files = told["train_data"] if isinstance(told["train_data"], list) else [told["train_data"]]
+    card = (directory / "README.md").read_text(encoding="utf-8")
+    assert all(file.name in card for file in files)
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_it_resumes_exactly(task, runs, finetune, pretrained, tmp_path):
+    folder, told, metrics = runs(task)
+    shutil.copytree(folder / "run" / "checkpoint-00000002", tmp_path / "checkpoint-00000002")
+    shutil.copy(folder / "run" / "log.jsonl", tmp_path)
+    assert finetune.main([*line(task, pretrained, tmp_path, told), "--resume"]) == metrics
+    for step in (3, 4):
+        assert_same_checkpoint(folder / "run" / f"checkpoint-{step:08d}", tmp_path / f"checkpoint-{step:08d}")
+    assert read_log(tmp_path) == read_log(folder / "run")
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_evaluate_finds_what_the_run_found(task, runs, tmp_path, capsys):
+    folder, told, metrics = runs(task)
+    options = {name: value for name, value in told.items() if name not in ("train_data", "split", "queue_size")}
+    options |= {"model": folder / "run" / "model", "data": options.pop("eval_data"), "device": "cpu"}
+    options |= {"tasks": "rerank" if task == "retrieval" else task, "output": tmp_path}
+    values = load_example("evaluate").main(as_line(options))
+    assert values == pytest.approx(metrics, abs=1e-6)
+    assert all(f"{name} " in capsys.readouterr().out for name in list(values)[:1])
+    (results,) = read_results(tmp_path).values()
+    assert results["values"] == values and results["protocol"]["split"] == Path(str(told["eval_data"])).stem
+
+
+def test_evaluate_leaves_out_matching_where_there_is_none(pretrained, tmp_path, capsys):
+    evaluate = load_example("evaluate")
+    arguments = evaluate.parse(as_line({"model": "x", "data": "y"}))
+    rows = [{"id": 0}, {"id": 0}]
+    assert "rerank" not in evaluate.chosen_tasks(arguments, "set", rows, None, torch.nn.Linear(1, 1))
+    assert "set: no rerank, as Linear has no matching head" in capsys.readouterr().out
+    model = load_model(AutoModelForZeroShotImageClassification, pretrained)
+    assert "rerank" in evaluate.chosen_tasks(arguments, "set", rows, None, model)
+    with pytest.raises(SystemExit):
+        evaluate.parse(as_line({"model": "x", "data": "y", "tasks": ["vqa", "gap"]}))
+    assert "vqa has a model of its own and is evaluated by itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_takes_two_steps(path, finetune, pretrained, tmp_path):
+    said = read_config(path)
+    task, arguments = finetune.parse(["--config", str(path)])
+    assert task.name == said["task"] and path.stem.startswith(f"finetune_{task.name}")
+    flat = arguments.to_dict()
+    assert {name: flat[name] for name in said} == said
+    told = {**DATA[task.name](tmp_path), "initial_model": pretrained, "output_dir": tmp_path / "run", "max_steps": 2}
+    told |= {"batch_size": 4, "num_workers": 0, "model_config": '{"image_size": 24}', "log_every": 1}
+    metrics = finetune.main(as_line({"config": path, **told}))
+    assert [entry["step"] for entry in read_log(tmp_path / "run") if "loss" in entry] == [1, 2] and metrics
+    rate = said["base_learning_rate"] * said["batch_size"] / 256
+    assert rate == pytest.approx({"retrieval": 1e-5, "grounding": 1e-5}.get(task.name, 2e-5))  # the code's
+
+
+def test_a_family_without_a_matching_head_is_fine_tuned_by_its_own_losses(finetune, tmp_path):
+    pretrained = write_pretrained(tmp_path / "oner", OneRForPreTraining, projection_hidden_size=16)
+    told = {**DATA["retrieval"](tmp_path), "family": "oner", "losses": ["itc", "cmc"], "rerank_k": 0, "max_steps": 2}
+    del told["queue_size"]
+    metrics = finetune.main(line("retrieval", pretrained, tmp_path / "run", told))
+    assert "dataset_coco/tr_r@1" in metrics and not any("rerank" in name for name in metrics)
+    logged = [entry for entry in read_log(tmp_path / "run") if "loss" in entry]
+    assert {"itc", "cmc"} <= logged[-1].keys() and "itm" not in logged[-1]
+
+
+def test_every_task_of_the_table_is_tried():
+    assert DATA.keys() == TASKS.keys() == {path.stem.split("_")[1] for path in CONFIGS}
+
+
+def test_what_is_missing_is_said(finetune, pretrained, tmp_path):
+    told = DATA["retrieval"](tmp_path)
+    whole = line("retrieval", pretrained, tmp_path / "run", told)
+    with pytest.raises(ValueError, match=f"which task. expected --task, .* out of {', '.join(TASKS)}"):
+        finetune.main(whole[2:])
+    with pytest.raises(ValueError, match="fine-tuning begins from a pretrained model directory"):
+        finetune.main(line("retrieval", pretrained, tmp_path / "run", {**told, "initial_model": None}))
+    with pytest.raises(ValueError, match=f"unknown task 'cooking'; expected one of {', '.join(TASKS)}"):
+        find_task("cooking")
+
+
+def test_a_file_may_name_the_task(finetune, pretrained, tmp_path):
+    (tmp_path / "run.yaml").write_text("task: retrieval\ntrain_data: [x.json]\nrerank_k: 7\nfamily: simla\n")
+    task, arguments = finetune.parse(["--config", str(tmp_path / "run.yaml"), "--queue_size", "32"])
+    assert task.name == arguments.objective.task == "retrieval"
+    assert (arguments.objective.rerank_k, arguments.objective.queue_size) == (7, 32)
+    assert arguments.objective.losses == ["itc", "itm"] and arguments.objective.match_ids

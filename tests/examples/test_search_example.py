@@ -1,0 +1,182 @@
+"""examples/search.py: run as a reader would run it, and its contact sheet."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+import oner  # noqa: F401  registers the classes and the task
+from oner.modeling.configuration_oner import OneRConfig
+from oner.modeling.modeling_oner import OneRForImageTextRetrieval
+from oner.processing.data.sources import open_pairs
+from oner.processing.image_processing_vl import OneRImageProcessor, open_image
+from oner.processing.processing_vl import OneRProcessor
+from oner.processing.vl_tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "search.py"
+EMOJI = ROOT / "examples" / "data" / "emoji" / "test_concept.parquet"
+
+
+@pytest.fixture(scope="module")
+def search() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("search_example", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    return [open_image(pair["image"]) for pair in open_pairs(str(EMOJI)).take(range(6))]
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory: pytest.TempPathFactory, pictures: list[Image.Image]) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(open_pairs(str(EMOJI)).captions(), vocab_size=400)
+    processor = OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=16), tokenizer)
+    torch.manual_seed(0)
+    config = OneRConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+        patch_size=16, projection_hidden_size=32, projection_dim=16, pad_token_id=tokenizer.pad_token_id,
+        image_token_id=processor.image_token_id, cls_token_id=tokenizer.cls_token_id,
+        mask_token_id=tokenizer.mask_token_id, pooling="mean",
+    )  # fmt: skip
+    model = OneRForImageTextRetrieval(config)
+    for module in model.modules():  # statistics of real pictures: random weights alone send all the same way
+        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train().get_image_features(processor(images=pictures)["pixel_values"])
+    model.eval().save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def photos(pictures: list[Image.Image], tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"picture-{number}.png")
+    return folder
+
+
+def run_here(search: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
+    search.main()
+
+
+def test_words_and_picture_in_a_process_of_its_own(model_directory: Path, photos: Path, tmp_path: Path) -> None:
+    cache, out = tmp_path / "cache", tmp_path / "sheet.png"
+    command = [SCRIPT, "red fruit", "--image", photos / "picture-2.png", "--index", EMOJI, "--model", model_directory,
+               "--top-k", 5, "--out", out, "--index-cache", cache]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=tmp_path, env={**os.environ}
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "5"]
+    scores = [float(row[1]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert f"of {len(open_pairs(str(EMOJI)))} in test_concept.parquet" in done.stdout
+    assert f"contact sheet: {out}" in done.stdout and (cache / "retrieval_index.json").is_file()
+    with Image.open(out) as sheet:
+        assert sheet.format == "PNG" and sheet.width > 900 and sheet.height > 700
+
+
+def test_folder_is_indexed_once_and_again_when_a_file_changes(
+    search: ModuleType,
+    model_directory: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    options = ("--model", model_directory, "--out", tmp_path / "out.png", "--top-k", 3)
+    asked = ("--image", photos / "picture-4.png", "--index", photos, *options)
+    run_here(search, monkeypatch, *asked)
+    first = capsys.readouterr()
+    assert "indexing" in first.err and "   1  +1.000  picture-4" in first.out
+    cache = tmp_path / ".photos.oner-index"
+    run_here(search, monkeypatch, *asked)
+    second = capsys.readouterr()
+    assert f"using the index kept in {cache}" in second.out and "indexing" not in second.err
+    assert second.out.split("rank")[1] == first.out.split("rank")[1]
+
+    (photos / "picture-4.png").rename(photos / "renamed.png")
+    run_here(search, monkeypatch, "--image", photos / "renamed.png", *asked[2:])
+    third = capsys.readouterr()
+    assert "indexing" in third.err and "   1  +1.000  renamed" in third.out
+
+    (embeddings,) = cache.glob("*.safetensors")
+    for damaged in (embeddings, cache / "retrieval_index.json"):
+        damaged.write_bytes(b"broken")
+        run_here(search, monkeypatch, "sun", *asked[2:])
+        assert f"indexing again: {damaged}" in capsys.readouterr().out
+    assert len(list(cache.iterdir())) == 3
+    run_here(search, monkeypatch, "sun", "--index", cache, *options)  # a saved index as it is
+    assert "of 6 in .photos.oner-index" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--index", "."], "give words, --image, or both"),
+        (["sun", "--index", "nowhere"], "--index nowhere: no such folder or file"),
+        (["sun", "--index", ".", "--image", "no.png"], "--image no.png: no such file"),
+    ],
+)
+def test_wrong_arguments(
+    search: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run_here(search, monkeypatch, *arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_shipped_model_says_how_to_get_one(
+    search: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(search, "DEFAULT_MODEL", tmp_path / "oner-emoji")
+    with pytest.raises(SystemExit, match="make demo"):
+        search.load_pipeline(str(tmp_path / "oner-emoji"))
+
+
+def test_sheet_shows_query_and_answers_in_an_even_grid(
+    search: ModuleType, photos: Path, pictures: list[Image.Image]
+) -> None:
+    answers = [{"score": 0.5, "item": str(photos / f"picture-{i}.png"), "index": i} for i in range(6)]
+    answers.append({"score": 0.1, "item": str(photos / "gone.png"), "index": 6})
+    sheet = search.draw_sheet({"text": "sun", "image": str(photos / "picture-0.png")}, answers, 7)
+    side, gap, cell = search.PICTURE, search.GAP, search.CELL
+    assert sheet.width == gap + 4 * (cell + gap)
+    for place in range(6):
+        picture = pictures[place].resize((side, side), Image.Resampling.LANCZOS)
+        left = gap + place % 4 * (cell + gap) + (cell - side) // 2
+        top = cell + 2 * gap + place // 4 * (side + 92 + gap) + 12
+        shown = sheet.crop((left, top, left + side, top + side))
+        assert ImageChops.difference(shown, picture).getbbox() is None
+    assert search.picture_of(str(photos / "gone.png")) is None
+
+
+@pytest.mark.parametrize("text", ["sun", "a caption that is longer than two lines of a card, by far", "x" * 99])
+def test_captions_fit_their_card(search: ModuleType, text: str) -> None:
+    face = search.font(16)
+    lines = search.wrap(text, face, 200, 2)
+    assert 1 <= len(lines) <= 2 and all(face.getlength(line) <= 200 for line in lines)
+    assert " ".join(lines) == text or lines[-1].endswith("…")

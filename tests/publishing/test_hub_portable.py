@@ -1,0 +1,254 @@
+"""A published model directory works by itself: with `import oner` and no trust, and without oner but with trust."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_probe
+import pytest
+import torch
+import transformers
+from fake_hub import serve
+from families import PRETRAINING, RETRIEVAL
+from huggingface_hub import HfApi, ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+from oner.processing.data.sources import open_pairs
+from oner.processing.image_processing_vl import OneRImageProcessor
+from oner.processing.processing_vl import OneRProcessor
+from oner.processing.vl_tokenizer import train_tokenizer
+from oner.training.publishing.hub import export_model, model_classes, push_to_hub
+from oner.training.publishing.hub import reference as named
+
+TOLERANCE = 1e-6
+METRICS = {"test_style/image_to_text_recall@10": 0.25, "test_style/top1": 0.125, "test_concept/gap": float("nan")}
+
+
+@pytest.fixture(scope="module")
+def pairs(emoji_folder) -> list[dict]:
+    rows = open_pairs(
+        str(emoji_folder / "test_concept.parquet"),
+        image_column="image",
+        text_column="captions",
+        id_column="hexcode",
+    )
+    return [rows[i] for i in range(0, 660, 3)]
+
+
+@pytest.fixture(scope="module")
+def processor(pairs) -> OneRProcessor:
+    captions = [caption for row in pairs for caption in row["captions"]] + hub_probe.TEXTS * 2
+    tokenizer = train_tokenizer(captions, vocab_size=600, min_frequency=1)
+    return OneRProcessor(
+        OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer, max_text_length=12
+    )
+
+
+@pytest.fixture(scope="module")
+def model(family, processor) -> transformers.PreTrainedModel:
+    """Sixteen patches, the processor's words, and statistics, biases and norms that are not 0 and 1."""
+    torch.manual_seed(0)
+    tokenizer = processor.tokenizer
+    return family.build(
+        PRETRAINING,
+        vocab_size=len(tokenizer),
+        image_size=32,
+        patch_size=8,
+        max_text_length=24,
+        pad_token_id=tokenizer.pad_token_id,
+        image_token_id=processor.image_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        mask_token_id=tokenizer.mask_token_id,
+    )
+
+
+@pytest.fixture(scope="module")
+def picture(pairs, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "photo.png"
+    path.write_bytes(pairs[0]["image"]["bytes"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(family, model, processor, picture, tmp_path_factory) -> Path:
+    return export_model(
+        model,
+        processor,
+        tmp_path_factory.mktemp("hub") / f"{family.name}-tiny",
+        metrics=METRICS,
+        protocol={"resolution": 32, "templates": ["{}"]},
+        training_config={"seed": 0, "losses": ["itc", "cmc"]},
+        data=[{"name": "emoji", "pictures": 6185, "licence": "see ATTRIBUTION.md"}],
+        pictures={"A photo": Image.open(picture)},
+    )
+
+
+def run_probe(mode: str, model_id: str, picture: Path, folder: Path, **env: str) -> dict[str, torch.Tensor]:
+    """hub_probe.py in a fresh interpreter, elsewhere, with caches of its own."""
+    out = folder / f"{mode}.safetensors"
+    environment = os.environ | {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | env
+    command = [sys.executable, str(Path(__file__).parents[1] / "hub_probe.py"), mode, model_id, str(picture), str(out)]
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return load_file(out)
+
+
+@pytest.fixture(scope="module")
+def expected(model, exported, picture) -> dict[str, torch.Tensor]:
+    """What this process gets from the directory, with its weights checked against the model that was exported."""
+    outputs = hub_probe.model_outputs(str(exported), str(picture), {})
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(outputs[f"state.{name}"], tensor, rtol=0, atol=0)
+    return outputs | hub_probe.pipeline_outputs(str(exported), str(picture), {})
+
+
+@pytest.mark.parametrize("mode", ["remote", "local"])
+def test_loads_elsewhere_and_gives_the_same(mode, exported, picture, expected, tmp_path):
+    got = run_probe(mode, str(exported), picture, tmp_path)
+    assert got.keys() == expected.keys() and len(got) > 20
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor.contiguous(), rtol=0, atol=TOLERANCE, msg=f"{mode}: {name}")
+    assert expected["retrieval.both"].std() > 0 and expected["pipeline.retrieval"].numel() == 2
+
+
+def test_pushed_model_loads_from_the_hub(exported, picture, expected, tmp_path, monkeypatch):
+    """Push to a Hub of our own, then load by name: `remote` downloads weights and code."""
+    server, url = serve()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("oner.training.publishing.hub.HfApi", functools.partial(HfApi, endpoint=url))
+    try:
+        address = push_to_hub(exported, "org/tiny", token="x")
+        assert address.startswith(f"{url}/org/tiny/commit/")
+        files = server.RequestHandlerClass.repositories["org/tiny"]
+        assert set(files) == {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
+        env = {"HF_ENDPOINT": url, "HF_TOKEN": "x", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        got = run_probe("remote", "org/tiny", picture, tmp_path, **env)
+    finally:
+        server.shutdown()
+        server.server_close()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor.contiguous(), rtol=0, atol=TOLERANCE, msg=name)
+
+
+def test_every_named_class_is_in_the_directory(family, exported):
+    config = json.loads((exported / "config.json").read_text())
+    references = dict(config["auto_map"]) | {task: p["impl"] for task, p in config["custom_pipelines"].items()}
+    assert {"AutoConfig", "AutoProcessor", "AutoImageProcessor", *family.classes} <= set(references)
+    for reference in references.values():
+        file, cls = reference.split(".")
+        assert f"class {cls}" in (exported / f"{file}.py").read_text()
+
+
+def test_plain_save_pretrained_names_only_what_it_ships(family, model, tmp_path):
+    """A user who saves one head by hand gets a repository without dangling names."""
+    for cls in family.classes.values():
+        folder = tmp_path / cls.__name__
+        cls(model.config).save_pretrained(folder)
+        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+        assert "AutoConfig" in auto_map and "AutoModelForZeroShotImageClassification" in auto_map
+        for name, reference in auto_map.items():
+            file, referred = reference.split(".")
+            path = folder / f"{file}.py"
+            assert path.is_file() and f"class {referred}" in path.read_text(), f"{cls.__name__}: {name} → {reference}"
+
+
+def test_plain_save_pretrained_names_what_is_registered(family, model, tmp_path):
+    """All classes of the tower's file: the others' code does not travel with it."""
+    tower = family.tower(model)
+    tower.save_pretrained(tmp_path)
+    registered = {"AutoConfig": type(model.config)} | {
+        auto: cls for auto, cls in model_classes(model.config).items() if cls.__module__ == type(tower).__module__
+    }
+    assert {"AutoModel", RETRIEVAL} <= registered.keys()
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert saved == {auto: named(cls) for auto, cls in registered.items()}
+
+
+def test_everybody_may_read_an_export(exported):
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in exported.rglob("*") if path.is_file()}
+    assert "model.safetensors" in modes and set(modes.values()) == {"0o644"}, modes
+
+
+def test_resaving_keeps_the_pipelines(family, exported, tmp_path):
+    """`import oner` hides custom_pipelines from pipeline(), not from what is saved."""
+    retrieval = family.classes[RETRIEVAL].from_pretrained(exported)
+    retrieval.save_pretrained(tmp_path)
+    was, saved = (json.loads((folder / "config.json").read_text()) for folder in (exported, tmp_path))
+    assert saved["custom_pipelines"] == was["custom_pipelines"]
+    assert "image-text-retrieval" in saved["custom_pipelines"]
+
+
+def test_card(exported):
+    card = ModelCard.load(exported / "README.md", ignore_metadata_errors=False)
+    results = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results}
+    assert results == {("test_style", "image_to_text_recall@10"): 0.25, ("test_style", "top1"): 0.125}
+    assert card.data.library_name == "transformers" and {"oner", "custom_code"} <= set(card.data.tags)
+    for part in ("not measurable", "pictures/a-photo.png", "ATTRIBUTION.md", "itc", "templates"):
+        assert part in card.text, part
+    assert (exported / "pictures" / "a-photo.png").is_file()
+    stored = json.loads((exported / "results" / "metrics.json").read_text())
+    assert stored["metrics"] == {**METRICS, "test_concept/gap": None}
+
+
+def test_card_snippets_run(exported, picture, tmp_path, monkeypatch, capsys):
+    """The page's Python, as written, from a folder that holds photo.png."""
+    (tmp_path / "photo.png").write_bytes(picture.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    text = (exported / "README.md").read_text().replace('"path/to/folder"', repr(str(tmp_path)))
+    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(snippets) >= 3
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {"MODEL": str(exported)})
+    assert "tensor(" in capsys.readouterr().out
+
+
+def test_half_precision_file_computes_in_full(model, processor, exported, tmp_path):
+    small = export_model(model, processor, tmp_path / "half", dtype=torch.float16)
+    size = {path: (path / "model.safetensors").stat().st_size for path in (small, exported)}
+    assert size[small] < 0.6 * size[exported]
+    loaded = transformers.AutoModel.from_pretrained(small)
+    assert loaded.dtype == torch.float32
+    reference = model.get_input_embeddings().weight
+    torch.testing.assert_close(loaded.get_input_embeddings().weight.data, reference.data, rtol=1e-3, atol=1e-5)
+    assert "stored as float16" in (small / "README.md").read_text()
+
+
+def test_export_replaces_only_an_export(model, processor, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="precious holds something else.*thesis.txt"):
+        export_model(model, processor, precious)
+    first = export_model(model, processor, tmp_path / "model", metrics={"a/b": 1.0})
+    (first / "stale.txt").write_text("")
+    export_model(model, processor, first)
+    assert not (first / "stale.txt").exists() and not (first / "results" / "metrics.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "precious"]
+
+
+def test_failed_export_leaves_the_old_one(model, processor, tmp_path):
+    directory = export_model(model, processor, tmp_path / "model")
+    before = sorted(path.name for path in directory.iterdir())
+    with pytest.raises(TypeError, match="picture 'x' is a int, expected a PIL image"):
+        export_model(model, processor, directory, pictures={"x": 3})
+    assert sorted(path.name for path in directory.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_clear_errors(model, processor, tmp_path):
+    with pytest.raises(TypeError, match="model is a Linear, expected a PreTrainedModel"):
+        export_model(torch.nn.Linear(1, 1), processor, tmp_path / "x")
+    foreign = transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    foreign.config.__class__ = type("Unregistered", (transformers.ViTConfig,), {})
+    with pytest.raises(ValueError, match="Unregistered is not registered with AutoModel"):
+        export_model(foreign, processor, tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match=r"lacks config.json.*\*.safetensors"):
+        push_to_hub(tmp_path, "org/nothing")

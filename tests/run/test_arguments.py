@@ -1,0 +1,184 @@
+"""What a run may be told: YAML files, their bases, the command line, and what is refused."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from oner.training.objectives.oner import OneRObjectiveArguments
+from oner.training.run.arguments import Arguments, parse_arguments, read_config
+
+ROOT = Path(__file__).parents[2]
+# those of other examples are tried where these are: test_finetune_example.py and the tests of image tokenizers
+OTHERS = ("finetune_", "image_tokenizer_")
+CONFIGS = sorted(p for p in (ROOT / "examples" / "configs").glob("*.yaml") if not p.stem.startswith(OTHERS))
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """parse("key: value", *command line) -> Arguments"""
+
+    def run(text: str, *command_line: str) -> Arguments:
+        file = tmp_path / "run.yaml"
+        file.write_text("train_data: [pairs.parquet]\n" + text, encoding="utf-8")
+        return parse_arguments(["--config", str(file), *command_line])
+
+    return run
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_its_base(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "grandparent.yaml").write_text("epochs: 1\nseed: 1\nbatch_size: 16\nweight_decay: 0.5\n")
+    (tmp_path / "parent.yaml").write_text("base: shared/grandparent.yaml\nseed: 2\nbatch_size: 32\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("base: parent.yaml\ntrain_data: [a.parquet, b.parquet]\nbatch_size: 64\n")
+    arguments = parse_arguments(["--config", str(child), "--batch_size", "128", "--losses", "itc", "mlm"])
+    run = arguments.run
+    assert (run.batch_size, run.seed, run.epochs, run.weight_decay) == (128, 2, 1, 0.5)
+    assert run.adam_beta2 == 0.999  # nobody named it
+    assert arguments.data.train_data == ["a.parquet", "b.parquet"]
+    assert arguments.objective.losses == ["itc", "mlm"]
+
+
+def test_model_config_of_a_file_is_merged_into_its_bases(tmp_path):
+    (tmp_path / "parent.yaml").write_text("model_config: {image_size: 64, temperature: 0.1}\nloss_weights: {itc: 2}\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("base: parent.yaml\nmodel_config: {image_size: 32, two_heads: true}\n")
+    assert read_config(child) == {
+        "model_config": {"image_size": 32, "temperature": 0.1, "two_heads": True},
+        "loss_weights": {"itc": 2},
+    }
+
+
+def test_unknown_keys_are_named_with_their_file(parse):
+    with pytest.raises(ValueError, match=r"run\.yaml: unknown arguments \['batchsize', 'lr'\]"):
+        parse("batchsize: 4\nlr: 1\nseed: 3\n")
+    with pytest.raises(ValueError, match="--lr"):
+        parse("seed: 3\n", "--lr", "1")
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(ValueError, match=r"list\.yaml: expected a mapping of argument names, got list"):
+        parse_arguments(["--config", str(tmp_path / "list.yaml")])
+
+
+def test_numbers_that_yaml_reads_as_text_become_numbers(parse):
+    arguments = parse("base_learning_rate: 1e-4\nmin_learning_rate: 1e-6\nmim_ratio: [1e-1, 0.5]\nbatch_size: '64'\n")
+    assert arguments.run.base_learning_rate == 1e-4 and arguments.run.min_learning_rate == 1e-6
+    assert arguments.data.mim_ratio == [0.1, 0.5] and arguments.run.batch_size == 64
+
+
+def test_one_value_stands_for_a_list_of_one(parse):
+    arguments = parse("eval_data: test.parquet\nlosses: itc\n")
+    assert arguments.run.eval_data == ["test.parquet"] and arguments.objective.losses == ["itc"]
+
+
+def test_yaml_reads_no_as_false_but_precision_means_the_word(parse):
+    assert parse("mixed_precision: no\n").run.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_size: 2.5", r"batch_size is 2\.5; expected int"),
+        ("batch_size: many", r"batch_size is 'many'; expected int"),
+        ("crop_scale: [half, 1.0]", r"crop_scale is \['half', 1\.0\]; expected a list of float"),
+        ("streaming: 3", "streaming is 3; expected bool"),
+        ("output_dir: 7", "output_dir is 7; expected str"),
+        ("seed: [1, 2]", r"seed is \[1, 2\]; expected int"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(parse, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+def test_json_on_the_command_line(parse):
+    arguments = parse(
+        "", "--model_config", '{"image_size": 32, "temperature": 0.05}', "--loss_weights", '{"itc": 0.5}'
+    )
+    assert arguments.model.model_config == {"image_size": 32, "temperature": 0.05}
+    assert arguments.objective.loss_weights == {"itc": 0.5}
+    with pytest.raises(ValueError, match=r"model_config is '\{image_size: 32'; expected a JSON object"):
+        parse("", "--model_config", "{image_size: 32")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train_data: []", "train_data is empty"),
+        ("batch_size: 1", "batch_size is 1; contrast needs at least 2"),
+        ("crop_scale: [0.5]", r"crop_scale is \[0\.5\]; expected two numbers"),
+        ("crop_scale: [0.5, 1.5]", r"crop_scale is \[0\.5, 1\.5\]"),
+        ("mim_ratio: [-0.1, 0.5]", r"mim_ratio is \[-0\.1, 0\.5\]"),
+        ("eval_captions: second", "eval_captions is 'second'; expected 'all' or 'first'"),
+        ("mixed_precision: fp8", "mixed_precision is 'fp8'; expected no, bf16, fp16 or auto"),
+        ("one_row_per_id: true", "one_row_per_id needs id_column"),
+        (
+            "one_row_per_id: true\nid_column: id\nstreaming: true",
+            "one_row_per_id needs all ids .*a stream cannot give",
+        ),
+        ("schedule: step", "schedule is 'step'; expected 'cosine' or 'albef'"),
+        ("mim_masking: block", "mim_masking is 'block'; expected 'random' or 'blocks'"),
+        ("code_crop: same", "code_crop is 'same'; expected None or 'common' or 'independent'"),
+        ("image_normalization: none", "image_normalization is 'none'; expected None or 'imagenet' or 'clip'"),
+        ("caption_rules: blip", "caption_rules is 'blip'; expected None or 'albef'"),
+        ("mim_min_block: 0", "mim_min_block is 0; expected at least 1"),
+        ("warmup_steps: -1", "warmup_steps is -1; expected 0 or more, or none"),
+        ("warmup_learning_rate: -1e-5", "warmup_learning_rate is -1e-05; expected 0 or more"),
+        ("schedule: albef\nwarmup_steps: 150", "warmup_steps is 150; expected stairs of 100 steps"),
+        ("max_steps: 0", "max_steps is 0; expected at least 1"),
+        ("max_steps: -3", "max_steps is -3; expected at least 1"),
+        ("log_every: 0", "log_every is 0; expected at least 1"),
+        ("keep_checkpoints: 0", "keep_checkpoints is 0; expected at least 1"),
+        ("family: oscar", "unknown family 'oscar'; expected one of oner"),
+    ],
+)
+def test_values_out_of_range_are_refused(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text if text.startswith("train_data") else f"train_data: [a.parquet]\n{text}\n")
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--config", str(file)])
+
+
+def test_the_family_brings_its_own_fields(parse):
+    arguments = parse("ema_momentum: 0.9\nmatch_ids: true\n")
+    assert isinstance(arguments.objective, OneRObjectiveArguments)
+    assert arguments.objective.ema_momentum == 0.9 and arguments.objective.match_ids is True
+    flat = arguments.to_dict()
+    assert {"family", "train_data", "output_dir", "ema_momentum"} <= flat.keys()
+    assert json.loads(json.dumps(flat)) == flat
+
+
+@dataclass
+class TaskArguments:
+    task: str = field(default="naming", metadata={"help": "What to do."})
+    names: list[str] = field(default_factory=list, metadata={"help": "Which."})
+
+
+def test_a_task_may_bring_its_fields_instead_of_the_familys(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("train_data: [pairs.parquet]\nnames: apple\nschedule: albef\n")
+    arguments = parse_arguments(["--config", str(file), "--task", "telling"], objective=TaskArguments)
+    assert arguments.objective == TaskArguments("telling", ["apple"]) and arguments.run.schedule == "albef"
+    assert arguments.model.family == "oner" and "names" in arguments.to_dict()
+    with pytest.raises(ValueError, match=r"unknown arguments \['names'\]"):
+        parse_arguments(["--config", str(file)])
+    file.write_text("train_data: [pairs.parquet]\nema_momentum: 0.9\n")
+    with pytest.raises(ValueError, match=r"unknown arguments \['ema_momentum'\]"):
+        parse_arguments(["--config", str(file)], objective=TaskArguments)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_example_parses_to_what_it_says(path):
+    arguments = parse_arguments(["--config", str(path)])
+    flat = arguments.to_dict()
+    for name, value in read_config(path).items():
+        assert flat[name] == value, name
+    assert arguments.model.family == read_config(path).get("family", "oner")
+
+
+def test_there_are_examples():
+    assert {"oner_emoji", "oner_base_224", "oner_base_384"} <= {path.stem for path in CONFIGS}

@@ -1,0 +1,398 @@
+"""Official SIMLA and ALBEF state dicts to ours and back: names, and the few tensors that are laid out otherwise.
+
+D width, N patches, P width of the contrastive space, Q rows of a queue, V words. Official names are those of the
+modules in the repositories codezakh/SIMLA and salesforce/ALBEF.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel
+
+from oner.modeling.configuration_simla import SimlaConfig
+from oner.modeling.modeling_simla import SimlaForImageTextRetrieval
+from oner.modeling.modeling_simla_pretraining import SimlaForPreTraining
+from oner.modeling.modeling_simla_tasks import (
+    SimlaForVisualEntailment,
+    SimlaForVisualQuestionAnswering,
+    SimlaForVisualReasoning,
+)
+from oner.modeling.vl_embeddings import interpolate_positions
+
+from .names import Names, official_names, ties
+from .report import ConversionReport, MissingWeightsError
+
+# (P, Q) in a file, (Q, P) here
+QUEUES = {"image_queue": "queue.image", "text_queue": "queue.text"}
+POINTER = ("queue_ptr", "queue.pointer")
+IDS = ("idx_queue", "queue.ids")
+TEACHER = "teacher."
+# what a model begins with that no chance decides
+BEGINNINGS = {"mask_token": "zeros, as a mask token begins", "temperature": "as the configuration says"}
+
+
+def resize_position_table(table: torch.Tensor, side: int) -> torch.Tensor:
+    """
+    Learned positions for a grid of another side: bicubic, but for the first row, which is [CLS]'s (ALBEF's code).
+    (1, 1 + N, D) -> (1, 1 + side², D). Raises `ValueError` for a table that is no square and one row.
+    """
+    places = table.shape[1] - 1
+    own = math.isqrt(places)
+    if own * own != places:
+        raise ValueError(f"a table of {table.shape[1]} positions is not [CLS] and a square of patches")
+    patches = interpolate_positions(table[0, 1:], (own, own), (side, side))
+    return torch.cat([table[:, :1], patches[None]], dim=1)
+
+
+def _count(names: Iterable[str], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return 1 + max((int(match[1]) for name in names if (match := pattern.match(name))), default=-1)
+
+
+def _head_count(width: int, given: int | None) -> int:
+    if given is None and width % 64:
+        raise ValueError(
+            f"the width is {width}, no multiple of 64 as in ViT and BERT, and no shape tells the number of attention "
+            f"heads; expected num_attention_heads"
+        )
+    return given or width // 64
+
+
+def _bert_prefix(names: Iterable[str]) -> str:
+    return "bert." if any(name.startswith("text_encoder.bert.") for name in names) else ""
+
+
+def _layers(state: Mapping[str, torch.Tensor]) -> int:
+    return _count(state, f"text_encoder.{_bert_prefix(state)}encoder.layer.")
+
+
+def _model_class(state: Mapping[str, torch.Tensor]) -> type[PreTrainedModel]:
+    """The smallest class that has a place for all heads of the file."""
+    if any(name.startswith("text_decoder.") for name in state):
+        return SimlaForVisualQuestionAnswering
+    if "cls_head.2.weight" in state:
+        return SimlaForVisualReasoning if len(state["cls_head.2.weight"]) == 2 else SimlaForVisualEntailment
+    if any(name.startswith(("text_encoder.cls.", "mim_head.", "concept_head.")) for name in state):
+        return SimlaForPreTraining
+    return SimlaForImageTextRetrieval
+
+
+def _stack(state: Mapping[str, torch.Tensor]) -> int:
+    """Layers of the model of two pictures, 0 for others. Raises `ValueError` for a number that none has."""
+    if _model_class(state) is not SimlaForVisualReasoning:
+        return 0
+    if _layers(state) % 3:
+        raise ValueError(
+            f"the model of two pictures has {_layers(state)} layers of text; expected a multiple of 3: half an "
+            f"encoder, and twice the other half"
+        )
+    return _layers(state)
+
+
+def _head_fields(state: Mapping[str, torch.Tensor], words: torch.Tensor) -> dict[str, Any]:
+    """What the heads say of a configuration."""
+    fields: dict[str, Any] = {}
+    for name, size in (("vision_proj.weight", "projection_dim"), ("mim_head.weight", "num_visual_codes")):
+        if name in state:
+            fields[size] = state[name].shape[0]
+    if "concept_head.weight" in state:
+        reads = state["concept_head.weight"].shape[1]
+        fields["concept_input"] = "projected" if reads == fields.get("projection_dim") else "cls"
+    if "cls_head.2.weight" in state:
+        fields["num_labels"] = state["cls_head.2.weight"].shape[0]
+    if decoder_layers := _count(state, "text_decoder.bert.encoder.layer."):
+        fields["answer_decoder_layers"] = decoder_layers
+    if (decoder := state.get("text_encoder.cls.predictions.decoder.weight")) is not None:
+        fields["tie_word_embeddings"] = torch.equal(decoder, words)
+    return fields
+
+
+def infer_config(state: Mapping[str, torch.Tensor], image_size: int | None = None, **given: Any) -> SimlaConfig:
+    """
+    The configuration that the shapes of an official state dict tell.
+
+    Args:
+        state: Names and tensors of the student at least.
+        image_size: Picture size to read from now on; the position table's own if None.
+        given: Fields that no shape tells, or that are to differ: heads, ids of special tokens, dropout.
+
+    Raises:
+        MissingWeightsError: a name is not there whose shape is needed.
+        ValueError: fields that do not fit; a number of heads or special ids that must be given.
+    """
+    if unknown := sorted(set(given) - set(SimlaConfig.__dataclass_fields__)):
+        raise ValueError(f"SimlaConfig has no fields {unknown}")
+    bert = _bert_prefix(state)
+
+    def tensor(name: str) -> torch.Tensor:
+        if name not in state:
+            raise MissingWeightsError(f"the state dict has no {name}; expected an official SIMLA or ALBEF checkpoint")
+        return state[name]
+
+    words = tensor(f"text_encoder.{bert}embeddings.word_embeddings.weight")
+    patch = tensor("visual_encoder.patch_embed.proj.weight")
+    positions = len(tensor(f"text_encoder.{bert}embeddings.position_embeddings.weight"))
+    side = math.isqrt(tensor("visual_encoder.pos_embed").shape[1] - 1)
+    stack = _stack(state)
+    fields: dict[str, Any] = {
+        "vocab_size": words.shape[0],
+        "hidden_size": words.shape[1],
+        "num_hidden_layers": _count(state, "visual_encoder.blocks."),
+        "num_attention_heads": _head_count(words.shape[1], given.pop("num_attention_heads", None)),
+        "intermediate_size": len(tensor("visual_encoder.blocks.0.mlp.fc1.weight")),
+        "num_text_layers": stack * 2 // 3 or _layers(state),
+        "text_intermediate_size": len(tensor(f"text_encoder.{bert}encoder.layer.0.intermediate.dense.weight")),
+        "max_position_embeddings": positions,
+        # [CLS] included, pretraining reads 25 words and the downstream tasks 30
+        "max_text_length": min(24 if bert else 29, positions - 1),
+        "image_size": image_size or side * patch.shape[-1],
+        "patch_size": patch.shape[-1],
+        "num_channels": patch.shape[1],
+        **_head_fields(state, words),
+    }
+    try:
+        return SimlaConfig(**{**fields, **given})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        told = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise ValueError(f"the shapes alone make no configuration: {told}; give what they cannot tell") from error
+
+
+@dataclass
+class Conversion:
+    """
+    Attributes:
+        model_class: The smallest class that has a place for all heads of the file.
+        config: Of the model.
+        weights: The model's, by name; what `report.missing` names is not among them.
+        objective: What only training needs: the teacher ("teacher." before a model's name), the queues.
+        absent_heads: Modules of the class of which the file has nothing at all.
+    """
+
+    model_class: type[PreTrainedModel]
+    config: SimlaConfig
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    objective: dict[str, torch.Tensor] = field(default_factory=dict)
+    absent_heads: set[str] = field(default_factory=set)
+    report: ConversionReport = field(default_factory=ConversionReport)
+
+
+def from_official(
+    state: Mapping[str, torch.Tensor],
+    image_size: int | None = None,
+    draw_missing: bool = False,
+    fold_token_types: bool | None = None,
+    **fields: Any,
+) -> Conversion:
+    """
+    An official state dict, of pretraining or of a downstream task, as ours.
+
+    Args:
+        state: By official name; `read_weights` gives it.
+        image_size: Picture size to read from now on, student and teacher; their tables are then resized.
+        draw_missing: Accept weights of the towers that the file has not; they begin as the model draws them.
+        fold_token_types: Add the first token type to every position, which is what a BERT with token types computes
+            for a single text. If False they are left over, as SIMLA's code leaves those of BERT. If None they are
+            folded for the model of two pictures alone, for which SIMLA's code takes ALBEF's BERT and trains with them.
+        fields: What `infer_config` cannot tell.
+
+    Raises:
+        MissingWeightsError: names the weights of a tower, or of a part of a head, that are not there.
+        ValueError: what `infer_config` raises; tensors of another shape than the configuration has.
+    """
+    config = infer_config(state, image_size, **fields)
+    done = Conversion(_model_class(state), config)
+    bert, stack = _bert_prefix(state), _stack(state)
+    names = official_names(bert, stack)
+    for name, tensor in state.items():
+        _place(done, name, tensor, names)
+    if fold_token_types or (fold_token_types is None and stack):
+        _fold_token_types(done, state, names)
+    if "queue.image" in done.objective:  # pretraining keeps no ids: -100 is an entry without one
+        done.objective.setdefault("queue.ids", torch.full((len(done.objective["queue.image"]),), -100))
+    _resize(done, image_size)
+    _check(done, names, draw_missing)
+    if any(".cross_attention." in name for name in done.report.missing):
+        done.report.notes.append(
+            "ALBEF's text encoder is its lower layers, which read no picture; SIMLA's is all of them, with and "
+            "without cross-attention: the weights are a beginning for training, not the same model"
+        )
+    return done
+
+
+def _momentum(name: str) -> tuple[bool, str]:
+    """Is it the teacher's, and the student's name of the same."""
+    first, dot, rest = name.partition(".")
+    return first.endswith("_m"), first.removesuffix("_m") + dot + rest
+
+
+def _place(done: Conversion, name: str, tensor: torch.Tensor, names: Names) -> None:
+    report = done.report
+    of_teacher, own = _momentum(name)
+    target = done.objective if of_teacher else done.weights
+    prefix = TEACHER if of_teacher else ""
+    if name in QUEUES:
+        done.objective[QUEUES[name]] = tensor.T.contiguous()
+        report.used[name], report.changed[name] = QUEUES[name], "a row for each entry, (P, Q) to (Q, P)"
+    elif name in (POINTER[0], IDS[0]):
+        ours = dict([POINTER, IDS])[name]
+        done.objective[ours] = tensor.flatten()
+        report.used[name] = ours
+    # the bias of words has two names in a file
+    elif (ours := names(own.replace("predictions.bias", "predictions.decoder.bias"))) is not None:
+        if tensor.ndim == 0:
+            tensor = tensor.reshape(1)
+            report.changed[name] = "a vector of one: engines that spread parameters cannot split a scalar"
+        twin = target.get(prefix + ours)
+        if twin is not None and not torch.equal(twin, tensor):
+            report.left_over[name] = f"differs from the other tensor of the file that is {prefix}{ours} here"
+            return
+        target[prefix + ours] = tensor
+        report.used[name] = prefix + ours
+    else:
+        report.left_over[name] = _why(name)
+
+
+def _why(name: str) -> str:
+    if name.endswith("position_ids"):
+        return "a buffer that counts; nothing here needs it"
+    if name.endswith("token_type_embeddings.weight"):
+        return "SIMLA has no token types (SIMLA's code drops them; fold_token_types keeps what they did)"
+    return "no module of that name here"
+
+
+def _fold_token_types(done: Conversion, state: Mapping[str, torch.Tensor], names: Names) -> None:
+    for name, tensor in state.items():
+        if name.endswith("token_type_embeddings.weight"):
+            of_teacher, own = _momentum(name.replace("token_type", "position"))
+            target, ours = (done.objective, TEACHER) if of_teacher else (done.weights, "")
+            ours += names(own)
+            target[ours] = target[ours] + tensor[0]
+            done.report.left_over.pop(name)
+            done.report.used[name] = ours
+            done.report.changed[name] = "its first row was added to every position"
+
+
+def _resize(done: Conversion, image_size: int | None) -> None:
+    if image_size is None:
+        return
+    side = image_size // done.config.patch_size
+    for official, target, prefix in (
+        ("visual_encoder", done.weights, ""),
+        ("visual_encoder_m", done.objective, TEACHER),
+    ):
+        ours = f"{prefix}simla.vision.embeddings.position_embeddings"
+        if ours in target and target[ours].shape[1] != 1 + side**2:
+            before = math.isqrt(target[ours].shape[1] - 1)
+            target[ours] = resize_position_table(target[ours], side)
+            done.report.changed[f"{official}.pos_embed"] = f"{before} x {before} places to {side} x {side}, bicubic"
+
+
+def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
+    """Fills `report.missing`, and raises where the file lacks what it must have."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in done.model_class(done.config).state_dict().items()}
+    if done.config.tie_word_embeddings:
+        _tie(done.weights, "")
+        _tie(done.objective, TEACHER)
+    wrong = {
+        name: f"{tuple(value.shape)}, expected {tuple(shapes[name.removeprefix(TEACHER)])}"
+        for name, value in (done.weights | done.objective).items()
+        if name.removeprefix(TEACHER) in shapes and value.shape != shapes[name.removeprefix(TEACHER)]
+    }
+    if wrong:
+        raise MissingWeightsError(f"wrong shapes {dict(list(wrong.items())[:10])}")
+    there = {_module(name) for name in done.weights} | {"simla"}
+    refused = []
+    for name in sorted(shapes.keys() - done.weights.keys()):
+        done.report.missing[name] = BEGINNINGS.get(name.rpartition(".")[2], "drawn at random")
+        if _module(name) not in there:
+            done.absent_heads.add(_module(name))
+        elif done.report.missing[name] == "drawn at random":
+            refused.append(name)
+    if refused and not draw_missing:
+        back = names.reverse
+        raise MissingWeightsError(
+            f"{len(refused)} weights are not in the checkpoint: {[back(name) or name for name in refused]}; expected "
+            f"all of its towers and of the heads it has, or draw_missing, with which they are drawn at random"
+        )
+
+
+def _tie(weights: dict[str, torch.Tensor], prefix: str) -> None:
+    """Fills what is another weight too. Raises `MissingWeightsError` where the file has two that differ."""
+    for name, source in ties(name.removeprefix(prefix) for name in weights).items():
+        kept = weights.setdefault(prefix + name, weights[prefix + source])
+        if not torch.equal(kept, weights[prefix + source]):
+            raise MissingWeightsError(f"{name} and {source} differ in the checkpoint; expected them to be one weight")
+        weights[prefix + name] = weights[prefix + source]
+
+
+def _module(name: str) -> str:
+    """The tower, or the head, that a weight belongs to."""
+    first, second = [*name.split("."), ""][:2]
+    return f"{first}.{second}" if second.endswith("_projection") else first
+
+
+def to_official(
+    weights: Mapping[str, torch.Tensor], objective: Mapping[str, torch.Tensor] | None = None
+) -> tuple[dict[str, torch.Tensor], ConversionReport]:
+    """
+    The way back: what the official scripts' `load_state_dict` expects, as far as it is there. A model with a head of
+    words becomes a checkpoint of pretraining, any other one of its downstream task.
+
+    Args:
+        weights: A model's state dict.
+        objective: Teacher and queues, named as in `Conversion.objective`. Without a teacher the momentum twins become
+            copies of the student, as the official constructor makes them.
+    """
+    bert = "bert." if any(name.startswith("lm_head.") for name in weights) else ""
+    second = {name.split(".")[1] for name in weights if name.startswith("second_layers.")}
+    names, report, state = official_names(bert, 3 * len(second)).reverse, ConversionReport(), {}
+    objective = dict(objective or {})
+    teacher = {name.removeprefix(TEACHER): t for name, t in objective.items() if name.startswith(TEACHER)}
+    if not teacher:
+        alone = ("temperature", "itm_head.")
+        teacher = {name: tensor for name, tensor in weights.items() if not name.startswith(alone)}
+        report.notes.append("no teacher was given: the momentum twins are copies of the student")
+    for content, suffix, prefix in ((weights, "", ""), (teacher, "_m", TEACHER)):
+        content = dict(content)
+        for name, source in ties(content).items():
+            content.setdefault(name, content[source])
+        for name, tensor in content.items():
+            official = names(name)
+            if official is None:
+                report.left_over[prefix + name] = "official SIMLA has no such module"
+                continue
+            first, dot, rest = official.partition(".")
+            state[first + suffix + dot + rest] = tensor.reshape(()) if official == "temp" else tensor
+            report.used[prefix + name] = first + suffix + dot + rest
+    _twice(state)
+    for official, ours in (*QUEUES.items(), POINTER):
+        if ours in objective:
+            state[official] = objective[ours].T.contiguous() if official in QUEUES else objective[ours]
+            report.used[ours] = official
+    if IDS[1] in objective and not bert:  # only the downstream models have such a buffer
+        state[IDS[0]] = objective[IDS[1]][None]
+        report.used[IDS[1]] = IDS[0]
+    report.left_over |= {
+        name: "official SIMLA has no such state"
+        for name in objective
+        if name not in report.used and not name.startswith(TEACHER)
+    }
+    return state, report
+
+
+def _twice(state: dict[str, torch.Tensor]) -> None:
+    """What an official state dict holds beside the weights: the bias of words by its other name, and a buffer."""
+    for name, tensor in list(state.items()):
+        if name.endswith("cls.predictions.decoder.bias"):
+            state[name.replace("decoder.bias", "bias")] = tensor
+        elif name.endswith("embeddings.position_embeddings.weight"):
+            state[name.replace("position_embeddings.weight", "position_ids")] = torch.arange(len(tensor))[None]
+
+
+__all__ = ["Conversion", "from_official", "infer_config", "resize_position_table", "to_official"]

@@ -1,0 +1,220 @@
+"""Official checkpoints into model directories and back.
+
+    oner convert --from simla simla.pth runs/simla --tokenizer vocab.txt
+    oner convert --from albef ALBEF.pth runs/albef --draw_missing
+    oner convert --from dalle encoder.pkl runs/image-tokenizer
+    oner convert --to simla runs/simla simla.pth
+
+A model directory holds config.json and model.safetensors, for `from_pretrained`; and, where the file has a teacher or
+queues, objective.safetensors, for `SimlaObjective.load_state_dict`. All names that found no place are printed.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from oner.processing.data.augmentation import NORMALIZATIONS
+from oner.processing.image_processing_vl import OneRImageProcessor
+from oner.processing.processing_vl import OneRProcessor
+from oner.processing.vl_tokenizer import tokenizer_from_vocab
+
+from .checkpoints import Conversion, from_official, to_official
+from .dalle import convert_dalle
+from .reading import read_weights
+from .report import ConversionReport
+
+OBJECTIVE, REPORT = "objective.safetensors", "conversion.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is converted, and what no shape in it tells."""
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from", dest="origin", choices=sorted(SOURCES), help="Layout of the file that is read.")
+    way.add_argument("--to", dest="target", choices=["simla"], help="Layout of the file that is written.")
+    parser.add_argument("source", help="The file to read, or with --to the model directory.")
+    parser.add_argument("destination", help="The directory to write, new or empty; with --to the file.")
+    parser.add_argument("--image_size", type=int, help="Pictures to read from now on; positions are resized to it.")
+    parser.add_argument("--heads", type=int, help="Attention heads of both encoders; width / 64 if none.")
+    parser.add_argument(
+        "--set",
+        dest="fields",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="Another field of the configuration, as JSON: --set cls_token_id=2. Repeatable.",
+    )
+    parser.add_argument("--tokenizer", help="A BERT vocabulary (vocab.txt): a processor is written too.")
+    parser.add_argument(
+        "--draw_missing", action="store_true", help="Draw at random what the file lacks of the towers, and name it."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of what is drawn.")
+    parser.add_argument(
+        "--fold_token_types",
+        action="store_true",
+        default=None,
+        help="Add the first token type to every position of a text.",
+    )
+    parser.add_argument("--decoder", help="With --from dalle: decoder.pkl, for codes to be drawn as pictures.")
+    parser.add_argument(
+        "--objective", help=f"With --to: teacher and queues; {OBJECTIVE} of the directory if it holds one."
+    )
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`oner convert`; prints the report. Raises `ValueError` or `OSError`; then nothing has been written."""
+    if rest:
+        raise ValueError(f"unknown arguments {list(rest)}; `oner convert --help` lists those there are")
+    report = _write_official(options) if options.target else SOURCES[options.origin](options)
+    print(report.describe())
+    print(f"written: {options.destination}")
+    return 0
+
+
+def _fields(options: argparse.Namespace) -> dict[str, Any]:
+    fields = {}
+    for given in options.fields:
+        name, found, value = given.partition("=")
+        if not found:
+            raise ValueError(f"--set got {given!r}; expected NAME=VALUE")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
+    if options.heads is not None:
+        fields["num_attention_heads"] = options.heads
+    return fields
+
+
+def _from_simla(options: argparse.Namespace) -> ConversionReport:
+    fields, tokenizer = _fields(options), None
+    if options.tokenizer is not None:
+        tokenizer = tokenizer_from_vocab(options.tokenizer)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "mask", "image")}
+        ids["sep_token_id"] = tokenizer.get_vocab().get("[SEP]")
+        fields = {**ids, **fields}
+    state = read_weights(options.source)
+    done = from_official(
+        state,
+        image_size=options.image_size,
+        draw_missing=options.draw_missing,
+        fold_token_types=options.fold_token_types,
+        **fields,
+    )
+    if tokenizer is not None and len(tokenizer) != done.config.vocab_size:
+        raise ValueError(
+            f"{options.tokenizer} has {len(tokenizer)} words; expected {done.config.vocab_size}, one for each row of "
+            f"the checkpoint's word embeddings"
+        )
+    _into_place(Path(options.destination), lambda scratch: _save(done, options.seed, tokenizer, scratch))
+    return done.report
+
+
+def _save(done: Conversion, seed: int, tokenizer: Any, directory: Path) -> None:
+    # a model that is filled from the file need not be drawn first, which takes longer than all the rest
+    begins = any(name.partition(".")[0] not in done.absent_heads for name in done.report.missing)
+    torch.manual_seed(seed)
+    with torch.device("cpu" if begins else "meta"):
+        model = done.model_class(done.config)
+    model.load_state_dict(done.weights, strict=False, assign=not begins)
+    # a head of which the file has nothing is left to whoever loads the model, who is told that it is drawn
+    absent = tuple(f"{module}." for module in done.absent_heads)
+    model.save_pretrained(directory, state_dict=_without(model, absent))
+    if done.objective:
+        # a clone of its own for each: safetensors refuses tensors that share their memory
+        save_file(
+            {name: tensor.clone().contiguous() for name, tensor in done.objective.items()}, directory / OBJECTIVE
+        )
+    _write_report(done.report, directory)
+    if tokenizer is not None:
+        size = {"height": done.config.image_size, "width": done.config.image_size}
+        mean, std = (list(values) for values in NORMALIZATIONS["clip"])
+        pictures = OneRImageProcessor(size=size, patch_size=done.config.patch_size, image_mean=mean, image_std=std)
+        OneRProcessor(pictures, tokenizer, max_text_length=done.config.max_text_length).save_pretrained(directory)
+
+
+def _without(model: PreTrainedModel, modules: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(modules or ("\0",))}
+
+
+def _from_dalle(options: argparse.Namespace) -> ConversionReport:
+    model, report = convert_dalle(options.source, options.decoder)
+
+    def write(scratch: Path) -> None:
+        model.save_pretrained(scratch)
+        _write_report(report, scratch)
+
+    _into_place(Path(options.destination), write)
+    return report
+
+
+def _write_report(report: ConversionReport, directory: Path) -> None:
+    (directory / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
+
+
+def _into_place(destination: Path, write: Callable[[Path], None]) -> None:
+    """Writes beside and renames. Raises `FileExistsError` where there is something already."""
+    destination = destination.absolute()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"{destination} is there already; expected a new or empty directory")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}-"))
+    try:
+        scratch.chmod(0o755)
+        write(scratch)
+        for file in scratch.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner's eyes only
+        os.replace(scratch, destination)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _model_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """As the file holds them, in fp32: a model made from it would draw the heads that it lacks."""
+    path = directory / "config.json"
+    try:
+        family = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a model's configuration: {error}") from error
+    if family != "simla":
+        raise ValueError(f"{directory} holds a model of the family {family!r}; expected 'simla'")
+    weights = {name: tensor.float() for name, tensor in read_weights(directory / "model.safetensors").items()}
+    if not any(name.startswith("simla.") for name in weights):  # of a bare tower
+        weights = {f"simla.{name}": tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _write_official(options: argparse.Namespace) -> ConversionReport:
+    destination = Path(options.destination).absolute()
+    if destination.exists():
+        raise FileExistsError(f"{destination} is there already; expected a new file")
+    weights = _model_weights(Path(options.source))
+    path = Path(options.objective) if options.objective else Path(options.source) / OBJECTIVE
+    objective = None
+    if options.objective or path.is_file():
+        objective = read_weights(path)
+    state, report = to_official(weights, objective)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        torch.save({"model": {name: tensor.detach().clone() for name, tensor in state.items()}}, partial)
+        os.replace(partial, destination)
+    finally:
+        partial.unlink(missing_ok=True)
+    return report
+
+
+SOURCES: dict[str, Callable[[argparse.Namespace], ConversionReport]] = {
+    "simla": _from_simla,
+    "albef": _from_simla,
+    "dalle": _from_dalle,
+}

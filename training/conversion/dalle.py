@@ -1,0 +1,189 @@
+"""DALL-E's public tokenizer, `encoder.pkl` and `decoder.pkl`, as a `DiscreteVAE`.
+
+Each file is a pickled module of the package `dall_e`. It is read with torch's unpickler of weights alone: in the place
+of every class that the file names stands an empty one, which keeps what it is given and does nothing. The package is
+not needed, and no code of the file runs.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from oner.modeling.configuration_dvae import DiscreteVAEConfig
+from oner.modeling.modeling_dvae import GROUPS, DiscreteVAE
+
+from .reading import CheckpointFileError
+from .report import ConversionReport, MissingWeightsError
+
+NAMES = (
+    *(f"dall_e.{part}.{part.title()}{suffix}" for part in ("encoder", "decoder") for suffix in ("", "Block")),
+    "dall_e.utils.Conv2d",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "torch.nn.modules.upsampling.Upsample",
+)
+# name there -> name here, less the part's own name before it
+RENAMED = (
+    (re.compile(r"blocks\.input"), "input"),
+    (re.compile(r"blocks\.output\.conv"), "output"),
+    (re.compile(r"blocks\.group_(\d+)\.block_(\d+)\.id_path"), "groups.{}.{}.skip"),
+    (re.compile(r"blocks\.group_(\d+)\.block_(\d+)\.res_path\.conv_(\d+)"), "groups.{}.{}.convs.{}"),
+)
+LEAVES = {"w": "weight", "b": "bias"}
+SHOWN = 5
+
+
+class StandIn:
+    """Stands where a module stood: its attributes, none of its code."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+
+def convert_dalle(
+    encoder_file: str | os.PathLike, decoder_file: str | os.PathLike | None = None
+) -> tuple[DiscreteVAE, ConversionReport]:
+    """
+    The tokenizer in fp32, in evaluation mode, its sizes read off the tensors.
+
+    Args:
+        encoder_file: `encoder.pkl` (cdn.openai.com/dall-e), or its state dict as `.pth` or `.safetensors`.
+        decoder_file: `decoder.pkl` likewise. Without it the model gives codes and draws none.
+
+    Raises:
+        CheckpointFileError: a file that is missing, cannot be read, holds something else, or is the other of the two.
+        MissingWeightsError: weights that are not there or have another shape than the rest asks for; names them.
+    """
+    files = {"encoder": Path(encoder_file)} | ({"decoder": Path(decoder_file)} if decoder_file is not None else {})
+    state, report, fields = {}, ConversionReport(), {"decoder": "decoder" in files}
+    for part, path in files.items():
+        weights = read_dalle(path)
+        _check_part(path, part, weights)
+        for name, tensor in weights.items():
+            if here := _renamed(name):
+                report.used[f"{part}.{name}"] = f"{part}.{here}"
+                state[f"{part}.{here}"] = tensor.float()
+            else:
+                report.left_over[f"{part}.{name}"] = "no weight of DALL-E's layout has this name"
+        fields |= _sizes(path, part, weights)
+    config = DiscreteVAEConfig(**fields)
+    with torch.device("meta"):
+        model = DiscreteVAE(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = sorted(wanted.keys() - state.keys())
+    shapes = {
+        name: f"{tuple(tensor.shape)}, expected {wanted.get(name, 'none: the layout ends before it')}"
+        for name, tensor in state.items()
+        if wanted.get(name) != tuple(tensor.shape)
+    }
+    if missing or shapes:
+        raise MissingWeightsError(
+            f"{', '.join(map(str, files.values()))}: missing {missing[:SHOWN]}, of other shapes "
+            f"{dict(list(shapes.items())[:SHOWN])} ({len(missing)} and {len(shapes)} in all)"
+        )
+    model.load_state_dict(state, assign=True)
+    if "decoder" not in files:
+        report.notes.append("No decoder was given: the model turns pictures into codes, and cannot draw codes.")
+    return model.eval(), report
+
+
+def read_dalle(source: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    The tensors of one file by name, on the CPU: of a pickled module, a state dict (at the top or under "state_dict"),
+    or `.safetensors`.
+
+    Raises:
+        CheckpointFileError: no such file, one that cannot be read, or one that names anything but DALL-E's modules.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise CheckpointFileError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointFileError(f"{path}: cannot be read as safetensors: {error}") from error
+    try:
+        with torch.serialization.safe_globals([(StandIn, name) for name in NAMES]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch raises pickle's own error, OSError, EOFError, RuntimeError and more, by what the bytes happen to be
+        raise CheckpointFileError(
+            f"{path}: holds something else than DALL-E's encoder or decoder, or cannot be read: {_reason(error)}"
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    weights = dict(_tensors(content)) if isinstance(content, StandIn) else content
+    if not isinstance(weights, Mapping) or not weights or not all(map(torch.is_tensor, weights.values())):
+        raise CheckpointFileError(f"{path}: expected DALL-E's encoder or decoder, or its tensors by name")
+    return {str(name): tensor.detach() for name, tensor in weights.items()}
+
+
+def _reason(error: Exception) -> str:
+    """What a message says before it goes on with advice to trust the file."""
+    told = str(error)
+    if named := re.search(r"Unsupported global: GLOBAL (\S+)", told):
+        return f"it names {named[1]}, which is none of their parts"
+    if "Only persistent_load of storage" in told:
+        return (
+            "a whole module in torch's format before 1.6, which torch does not read without its code; where `dall_e` "
+            "is installed, load it and save its state_dict()"
+        )
+    # pickle's own error, which this room does not import
+    if type(error).__name__ == "UnpicklingError" or not told.strip():
+        return "its bytes are no checkpoint of torch's"
+    return told.strip().splitlines()[0].partition(". ")[0]
+
+
+def _tensors(module: object, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """What `named_parameters` and `named_buffers` would have given of a module in whose place a stand-in is."""
+    held = vars(module)
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in (held.get(kind) or {}).items():
+            if tensor is not None:
+                yield f"{prefix}{name}", tensor
+    for name, child in (held.get("_modules") or {}).items():
+        if isinstance(child, StandIn):
+            yield from _tensors(child, f"{prefix}{name}.")
+
+
+def _renamed(name: str) -> str | None:
+    stem, _, leaf = name.rpartition(".")
+    for pattern, here in RENAMED:
+        if leaf in LEAVES and (match := pattern.fullmatch(stem)):
+            return f"{here.format(*(int(number) - 1 for number in match.groups()))}.{LEAVES[leaf]}"
+    return None
+
+
+def _check_part(path: Path, part: str, weights: Mapping[str, torch.Tensor]) -> None:
+    """An encoder begins with kernels of 7 x 7, a decoder with 1 x 1."""
+    for name in ("blocks.input.w", "blocks.output.conv.w", "blocks.group_1.block_1.res_path.conv_1.w"):
+        if name not in weights or weights[name].ndim != 4:
+            raise CheckpointFileError(
+                f"{path}: no kernel {name}, as DALL-E's {part} has one; found {sorted(weights)[:SHOWN]}"
+            )
+    found = "decoder" if weights["blocks.input.w"].shape[-1] == 1 else "encoder"
+    if found != part:
+        raise CheckpointFileError(f"{path}: is a {found}; expected the {part}")
+
+
+def _sizes(path: Path, part: str, weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """What the tensors of a part say of the configuration."""
+    places = [re.match(r"blocks\.group_(\d+)\.block_(\d+)\.", name) for name in weights]
+    groups, blocks = (max(int(place[number]) for place in places if place) for number in (1, 2))
+    if groups != GROUPS:
+        raise CheckpointFileError(f"{path}: has {groups} groups of blocks; expected DALL-E's {GROUPS}")
+    first, last = weights["blocks.input.w"].shape, weights["blocks.output.conv.w"].shape
+    if part == "decoder":
+        return {"codebook_dim": first[0]}
+    return {"hidden_size": first[0], "num_channels": first[1], "num_codes": last[0], "blocks_per_group": blocks}
+
+
+__all__ = ["StandIn", "convert_dalle", "read_dalle"]

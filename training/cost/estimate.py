@@ -1,0 +1,204 @@
+"""What a run will cost, before anything starts: memory by part, pairs a second, hours.
+
+    oner estimate --config examples/configs/oner_base_224.yaml --device h100 --count 8 --pairs 5100000
+
+Operations and activations are those of the run's own step, rehearsed on tensors without contents; the rate follows
+from a device's peak and a stated share of it (MFU), which no rehearsal can know.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from oner.training.run.arguments import Arguments, parse_arguments
+
+from .rehearsal import Rehearsal, rehearse
+
+GIB, TERA = 2**30, 1e12
+# share of the peak that is assumed where none is given; docs/performance.md says what was measured where
+DEFAULT_MFU = 0.40
+# of everything counted: allocator's rounding, libraries' workspaces, gradients in flight
+MARGIN = 0.10
+
+
+@dataclass(frozen=True)
+class Device:
+    """
+    Attributes:
+        half, single (`float`): Dense TFLOP/s in bf16 or fp16 and in fp32 (TF32 off), from the makers' data sheets.
+        memory (`float`): GiB.
+    """
+
+    half: float
+    single: float
+    memory: float
+
+
+DEVICES = {
+    "v100": Device(125, 15.7, 32),
+    "a100": Device(312, 19.5, 80),
+    "l4": Device(121, 30.3, 24),
+    "l40s": Device(362, 91.6, 48),
+    "rtx4090": Device(165, 82.6, 24),
+    "h100": Device(989, 67, 80),
+    "h200": Device(989, 67, 141),
+}
+# what each way to spread a run divides by the number of devices
+SHARDS = {
+    "ddp": (),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer", "gradients"),
+    "zero3": ("optimizer", "gradients", "weights", "teacher"),
+    "fsdp2": ("optimizer", "gradients", "weights", "teacher"),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    Attributes:
+        memory (`dict[str, float]`): GiB a device, by part; `total` is their sum.
+        flops_per_pair (`float`): Operations of a pair, recomputation included.
+        pairs_per_second (`float`): Of all devices.
+        steps, hours, device_hours (*optional*): Of the whole run, where its length is known.
+    """
+
+    memory: dict[str, float]
+    flops_per_pair: float
+    pairs_per_second: float
+    steps: int | None
+    hours: float | None
+    device_hours: float | None
+
+
+def configuration_of(arguments: Arguments) -> PreTrainedConfig:
+    """The model's configuration without data or tokenizer: the vocabulary is `vocab_size`, an upper bound."""
+    overrides = dict(arguments.model.model_config or {})
+    config_class = CONFIG_MAPPING[arguments.model.family]
+    if arguments.model.initial_model is not None:
+        return config_class.from_pretrained(arguments.model.initial_model, **overrides)
+    return config_class.from_size(arguments.model.size, **{"vocab_size": arguments.model.vocab_size, **overrides})
+
+
+def memory_by_part(rehearsal: Rehearsal, arguments: Arguments, count: int, sharding: str, half: bool) -> dict:
+    """GiB a device. Weights, gradients and teacher are fp32, as AdamW's two moments are."""
+    chunks = arguments.run.gradient_cache_chunks
+    parts = {
+        "weights": 4.0 * rehearsal.parameters + rehearsal.buffers,
+        "gradients": 4.0 * rehearsal.trained,
+        "optimizer": 8.0 * rehearsal.trained,
+        "teacher": 4.0 * rehearsal.teacher,
+        # autocast keeps a half of each weight from its first use to the end of the pass
+        "half weights": 2.0 * rehearsal.parameters if half else 0.0,
+        "activations": float(rehearsal.activations),
+        "batch": float(rehearsal.inputs) * chunks,
+    }
+    for name in SHARDS[sharding]:
+        parts[name] /= count
+    parts["margin"] = MARGIN * sum(parts.values())
+    gib = {name: value / GIB for name, value in parts.items()}
+    return {**gib, "total": sum(gib.values())}
+
+
+def estimate(
+    arguments: Arguments,
+    device: Device,
+    count: int = 1,
+    mfu: float = DEFAULT_MFU,
+    words: int = 12,
+    pairs: int | None = None,
+    sharding: str = "ddp",
+) -> Estimate:
+    """
+    Args:
+        count: Devices; each takes an even share of the batch.
+        mfu: Share of the device's peak that the step's operations reach, recomputed ones included.
+        words: Words of a caption on average; one of each batch is as long as the model allows.
+        pairs: Training pairs, for a run of epochs.
+
+    Raises:
+        ValueError: a batch that the devices, or the chunks of each, do not divide; shares and counts out of range.
+    """
+    run, chunks = arguments.run, arguments.run.gradient_cache_chunks
+    if count < 1 or not 0 < mfu <= 1 or sharding not in SHARDS:
+        raise ValueError(f"got count {count}, mfu {mfu}, sharding {sharding!r}; expected 1 or more, a share in (0, 1] "
+                         f"and one of {sorted(SHARDS)}")  # fmt: skip
+    if run.batch_size % count or run.batch_size // count < chunks:
+        raise ValueError(
+            f"batch_size is {run.batch_size}; expected a multiple of {count} devices, with {chunks} pairs or more each"
+        )
+    config = configuration_of(arguments)
+    share = -(-(run.batch_size // count) // chunks)
+    lengths = [config.max_text_length] + [min(words, config.max_text_length)] * (share - 1)
+    half = run.mixed_precision != "no"
+    rehearsal = rehearse(arguments, config, lengths, "bf16" if half else "no")
+    repeated = rehearsal.forward if chunks > 1 else 0.0  # a batch in pieces is represented twice
+    work = (rehearsal.flops + repeated) / rehearsal.pairs
+    rate = count * mfu * TERA * (device.half if half else device.single) / work
+    steps = run.max_steps
+    if steps is None and pairs is not None:
+        steps = round(run.epochs * (pairs // run.batch_size))
+    hours = None if steps is None else steps * run.batch_size / rate / 3600
+    return Estimate(
+        memory=memory_by_part(rehearsal, arguments, count, sharding, half),
+        flops_per_pair=work,
+        pairs_per_second=rate,
+        steps=steps,
+        hours=hours,
+        device_hours=None if hours is None else hours * count,
+    )
+
+
+def describe(result: Estimate, device: Device, count: int, mfu: float, words: int) -> str:
+    """The estimate as lines of text."""
+    lines = [f"{'memory a device':<24}{'GiB':>8}"]
+    lines += [f"  {name:<22}{value:>8.2f}" for name, value in result.memory.items()]
+    fits = (
+        "fits" if result.memory["total"] <= device.memory else "DOES NOT FIT; gradient_cache_chunks makes it smaller"
+    )
+    lines += [
+        f"  of {device.memory:.0f} GiB: {fits}",
+        f"{result.flops_per_pair / 1e9:.1f} GFLOP a pair ({words} words a caption)",
+        f"{result.pairs_per_second:.0f} pairs/s on {count} device(s) at an assumed MFU of {mfu:.0%}",
+    ]
+    if result.hours is None:
+        lines.append("length unknown: give --pairs or --max_steps")
+    else:
+        lines.append(f"{result.steps} steps, {result.hours:.1f} hours, {result.device_hours:.1f} device-hours")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options beside those of a run."""
+    parser.add_argument("--device", default="h100", choices=sorted(DEVICES), help="Peak and memory of a device.")
+    parser.add_argument("--count", type=int, default=1, help="Devices.")
+    parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="Share of the peak that is assumed.")
+    parser.add_argument("--peak_tflops", type=float, help="Another device's TFLOP/s in the run's precision.")
+    parser.add_argument("--memory_gib", type=float, help="Another device's memory.")
+    parser.add_argument("--words", type=int, default=12, help="Words of a caption on average.")
+    parser.add_argument("--pairs", type=int, help="Training pairs, for a run of epochs.")
+    parser.add_argument("--sharding", default="ddp", choices=sorted(SHARDS), help="How the run is spread.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`oner estimate`: `rest` is the run's own command line, `--config` and what overrides it."""
+    known = DEVICES[options.device]
+    device = Device(
+        half=options.peak_tflops or known.half,
+        single=options.peak_tflops or known.single,
+        memory=options.memory_gib or known.memory,
+    )
+    arguments = parse_arguments(rest)
+    result = estimate(
+        arguments, device, options.count, options.mfu, options.words, options.pairs, sharding=options.sharding
+    )
+    if options.json:
+        print(json.dumps({**asdict(result), "mfu": options.mfu, "count": options.count}, indent=1))
+    else:
+        print(describe(result, device, options.count, options.mfu, options.words))
+    return 0

@@ -1,0 +1,139 @@
+"""Operations of one training step of OneR, by formula: what the counter must agree with.
+
+B pairs, N patches, W word slots, n words of the batch, M masked words, K keys, D width, I width of the feed-forward,
+V vocabulary, P embedding width, H hidden width of the heads.
+"""
+
+from dataclasses import dataclass
+
+from oner.modeling.configuration_oner import OneRConfig
+from oner.modeling.modeling_oner_pretraining import SOURCES
+from oner.training.objectives.oner import CONTRASTS, READS, OneRObjectiveArguments
+
+from .flops import attention_flops, linear_flops
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """Sizes of a batch: B pairs, W slots of the longest text, n words, M of them to predict, K keys gathered."""
+
+    pairs: int
+    slots: int
+    words: int
+    masked_words: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of a step: the student's forward, the teacher's, and the backward, without any recomputation."""
+
+    student: float
+    teacher: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.student + self.teacher + self.backward
+
+
+def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape: PairShape) -> StepFlops:
+    """The step of `OneRObjective` over `OneRForPreTraining`, with `gather_gradient` off."""
+    contrasts = [name for name in arguments.losses if name in CONTRASTS]
+    queries = {query for name in contrasts for query, _ in CONTRASTS[name]}
+    keys = {key for name in contrasts for _, key in CONTRASTS[name]}
+    read = {stream for name, streams in READS.items() if name in arguments.losses for stream in streams}
+    modelled = {name for name in arguments.masked_streams if name in read}
+    masks = bool(modelled)
+
+    contrast_streams = _streams(queries)
+    student = _stem(config, shape)
+    if arguments.contrast_masked or not masks:
+        student += _trunk(config, shape, sorted(contrast_streams | modelled))
+    else:
+        student += _stem(config, shape) + _trunk(config, shape, [*contrast_streams, *modelled])
+    student += _heads(config, shape, queries, predict=True)
+    if "mlm" in arguments.losses:
+        rows = shape.masked_words * len(modelled - {"image"})
+        student += linear_flops(rows, config.hidden_size, config.hidden_size + config.vocab_size)
+    if "mim" in arguments.losses:
+        pixels = config.patch_size**2 * config.num_channels
+        student += linear_flops(_patches(config) * shape.pairs * len(modelled - {"text"}), config.hidden_size, pixels)
+    # no gradient flows into the pixels
+    first = 0.0 if not (masks or contrasts) else _first_convolution(config, shape)
+    stems = 1 if arguments.contrast_masked or not masks else 2
+    terms = sum(len(CONTRASTS[name]) for name in contrasts)
+    loss = terms * linear_flops(shape.pairs, config.projection_dim, shape.keys)
+    teacher = 0.0
+    if contrasts:
+        teacher = _stem(config, shape) + _trunk(config, shape, sorted(_streams(keys)))
+        teacher += _heads(config, shape, keys, predict=False)
+    # keys carry no gradient: the loss goes back on one side only
+    return StepFlops(student + loss, teacher, 2 * student - stems * first + loss)
+
+
+def _patches(config: OneRConfig) -> int:
+    return (config.image_size // config.patch_size) ** 2
+
+
+def _streams(representations: set[str]) -> set[str]:
+    return {source for name in representations for source in SOURCES[name]}
+
+
+def _stem(config: OneRConfig, shape: PairShape) -> float:
+    width, positions = config.hidden_size, shape.pairs * _patches(config)
+    if config.stem == "linear":
+        return linear_flops(positions, config.patch_size**2 * config.num_channels, width)
+    stages = config.patch_size.bit_length() - 1
+    total, narrow = linear_flops(positions, width, width), config.num_channels
+    for stage in range(stages):
+        wide = width // 2 ** (stages - 1 - stage)
+        total += linear_flops(shape.pairs * (config.image_size // 2 ** (stage + 1)) ** 2, 9 * narrow, wide)
+        narrow = wide
+    return total
+
+
+def _first_convolution(config: OneRConfig, shape: PairShape) -> float:
+    if config.stem == "linear":
+        return _stem(config, shape)
+    wide = config.hidden_size // 2 ** (config.patch_size.bit_length() - 2)
+    return linear_flops(shape.pairs * (config.image_size // 2) ** 2, 9 * config.num_channels, wide)
+
+
+def _trunk(config: OneRConfig, shape: PairShape, streams: list[str]) -> float:
+    """All layers over packed streams: linear maps over real tokens, attention over padded rows."""
+    width, pairs = config.hidden_size, shape.pairs
+    tokens = attention = 0.0
+    for stream in streams:
+        own, _, other = stream.partition("|")
+        rows, length = _length(config, shape, own)
+        tokens += rows
+        attention += attention_flops(pairs, length, _length(config, shape, other or own)[1], width)
+    maps = linear_flops(tokens, width, 4 * width + 2 * config.intermediate_size)
+    return config.num_hidden_layers * (maps + attention)
+
+
+def _length(config: OneRConfig, shape: PairShape, stream: str) -> tuple[int, int]:
+    """Real tokens of a stream over the batch, and its padded length."""
+    rows, length = shape.pairs, 1
+    if "image" in stream:
+        rows, length = rows + shape.pairs * _patches(config), length + _patches(config)
+    if "text" in stream:
+        rows, length = rows + shape.words, length + shape.slots
+    return rows, length
+
+
+def _heads(config: OneRConfig, shape: PairShape, representations: set[str], predict: bool) -> float:
+    mixed = config.mixup_space == "hidden"
+    rows = shape.pairs * len(representations if mixed else _streams(representations))
+    total = _mlp(config, rows, config.hidden_size, config.projector_layers)
+    if predict:
+        total += _mlp(config, shape.pairs * len(representations), config.projection_dim, config.predictor_layers)
+    return total
+
+
+def _mlp(config: OneRConfig, rows: float, inner: int, layers: int) -> float:
+    if layers == 0:
+        return 0.0
+    widths = [inner, *[config.projection_hidden_size] * (layers - 1), config.projection_dim]
+    return sum(linear_flops(rows, a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))

@@ -1,0 +1,1 @@
+"""Evaluators, metrics, prompts and sheets."""

@@ -1,0 +1,184 @@
+"""Answers to questions about pictures, scored as VQA v2 scores them and written as its server takes them."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oner.modeling.vl_task_heads import answer_end
+from oner.processing.data.task_collation import encode_answers
+
+from .classification import task_inputs
+from .embedding import batches
+from .sheets import evaluating, on_device
+
+Row = Mapping[str, Any]
+
+MARKS = ';/[]"{}()=+\\_-><@`,?!'
+THOUSANDS = re.compile(r"\d,\d")
+PERIOD = re.compile(r"\.(?!\d)")
+ARTICLES = frozenset(("a", "an", "the"))
+NUMBERS = {
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}
+# those of which the letters alone spell another word (well, were, shed, its) are not to be restored
+CONTRACTED = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't
+what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()
+
+
+def _misspelt(word: str) -> Iterator[str]:
+    """The word without one or more of its apostrophes."""
+    places = [place for place, letter in enumerate(word) if letter == "'"]
+    for count in range(1, len(places) + 1):
+        for left_out in combinations(places, count):
+            yield "".join(letter for place, letter in enumerate(word) if place not in left_out)
+
+
+CONTRACTIONS = {key: word for word in CONTRACTED for key in _misspelt(word)}
+
+
+def normalise_answer(answer: str) -> str:
+    """
+    As the VQA evaluation: marks drop out where one stands beside a space or the answer has a number like 1,000, and
+    are spaces elsewhere; periods drop out but before a digit; lower case, digits for numbers up to ten, no articles,
+    contractions with their apostrophes.
+    """
+    text = answer
+    for mark in MARKS:
+        beside_space = f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if beside_space or THOUSANDS.search(answer) else " ")
+    words = (NUMBERS.get(word, word) for word in PERIOD.sub("", text).lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def answer_accuracy(answer: str, given: Sequence[str]) -> float:
+    """
+    VQA's accuracy in [0, 1]: min(people who said so / 3, 1), averaged over the ways to leave one of the people out.
+    Answers are normalised unless all people said the same (the official evaluation's rule). Raises `ValueError`
+    without people.
+    """
+    if not given:
+        raise ValueError("nobody gave an answer to compare with")
+    answer, given = _one_line(answer), [_one_line(one) for one in given]
+    if len(set(given)) > 1:
+        answer, given = normalise_answer(answer), [normalise_answer(one) for one in given]
+    agree = [one.lower() == answer.lower() for one in given]
+    return sum(min((sum(agree) - one) / 3, 1.0) for one in agree) / len(agree)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+class AnswerEvaluator:
+    """
+    Answers every question, by ranking candidates or, without any, in the decoder's own words.
+
+    Yields name/accuracy and that of each kind of question (name/accuracy_yes_no, _number, _other) where rows say it,
+    over the rows that have answers; and name/questions, how many were answered.
+
+    Args:
+        rows: with "image", "text", "id", and "answers" to be scored by.
+        candidates: what may be answered (VQA: a list of 3,192, `answer_list.json`); None: anything.
+        k: candidates whose whole likelihood is computed (ALBEF: 128).
+        count_first_token_twice: see `rank_answers`.
+        num_beams: of the search without candidates.
+        folder: `NAME.answers.json` is written here, a list of {"question_id", "answer"}.
+
+    Raises:
+        ValueError: no rows, or nothing to score and nowhere to write.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        candidates: Sequence[str] | None = None,
+        name: str = "eval",
+        batch_size: int = 16,
+        k: int = 128,
+        count_first_token_twice: bool = True,
+        num_beams: int = 1,
+        folder: str | None = None,
+        progress: bool = False,
+    ):
+        if len(rows) == 0:
+            raise ValueError("there are no rows to evaluate on")
+        self.rows, self.name, self.batch_size, self.progress = rows, name, batch_size, progress
+        self.candidates = None if candidates is None else list(candidates)
+        self.k, self.count_first_token_twice, self.num_beams = k, count_first_token_twice, num_beams
+        self.folder = folder
+        self.told = [rows[number] for number in range(len(rows))]
+        if folder is None and not any(row["answers"] for row in self.told):
+            raise ValueError(
+                f"{name}: no question has answers to score by, and there is no folder to write answers to"
+            )
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the numbers mean, for the file of results."""
+        how = {"answers": "written by the decoder", "num_beams": self.num_beams}
+        if self.candidates is not None:
+            how = {
+                "answers": f"ranked out of {len(self.candidates)}, {self.k} of them in full",
+                "first token counted twice": self.count_first_token_twice,
+            }
+        return {"task": "visual question answering, VQA accuracy", "questions": len(self.told), **how}
+
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
+        """Answer all questions, write the answers, and yield (name, value)."""
+        said: list[str] = []
+        with evaluating(model):
+            tokens = self._candidate_tokens(model, processor)
+            for part in batches(len(self.told), self.batch_size, "questions", self.progress):
+                inputs = on_device(task_inputs(processor, self.told[part]), model)
+                said += self._rank(model, inputs, tokens) if tokens else self._write(model, processor, inputs)
+        if self.folder is not None:
+            self._save(said)
+        scores: dict[str, list[float]] = {}
+        for row, answer in zip(self.told, said, strict=True):
+            if row["answers"]:
+                score = answer_accuracy(answer, row["answers"])
+                kind = row.get("kind")
+                for key in ("accuracy", *((f"accuracy_{re.sub('[^a-z]+', '_', kind.lower())}",) if kind else ())):
+                    scores.setdefault(key, []).append(score)
+        for key, values in sorted(scores.items()):
+            yield f"{self.name}/{key}", sum(values) / len(values)
+        yield f"{self.name}/questions", float(len(said))
+
+    def _candidate_tokens(self, model: Any, processor: Any) -> dict[str, torch.Tensor]:
+        if self.candidates is None:
+            return {}
+        config = model.config
+        ids, mask = encode_answers(
+            processor.tokenizer, self.candidates, config.cls_token_id, answer_end(config), config.pad_token_id or 0
+        )
+        return on_device({"candidate_ids": ids, "candidate_mask": mask}, model)
+
+    def _rank(self, model: Any, inputs: dict[str, torch.Tensor], tokens: dict[str, torch.Tensor]) -> list[str]:
+        ranking = model.rank_answers(
+            **inputs, **tokens, k=self.k, count_first_token_twice=self.count_first_token_twice
+        )
+        return [self.candidates[place] for place in ranking.indices[:, 0].tolist()]
+
+    def _write(self, model: Any, processor: Any, inputs: dict[str, torch.Tensor]) -> list[str]:
+        written = model.generate_answers(**inputs, num_beams=self.num_beams).sequences.tolist()
+        end = answer_end(model.config)
+        words = [row[: row.index(end)] if end in row else row for row in written]
+        return processor.tokenizer.batch_decode(words, skip_special_tokens=True)
+
+    def _save(self, said: list[str]) -> None:
+        path = Path(self.folder) / f"{self.name}.answers.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = [{"question_id": row["id"], "answer": answer} for row, answer in zip(self.told, said, strict=True)]
+        path.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,97 @@
+"""How well an image tokenizer's codes keep a picture, and how many of them it uses.
+
+B pictures, S pixels a side, N places of a picture, K codes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from oner.modeling.modeling_dvae import DiscreteVAE
+from oner.processing.image_processing_vl import open_image
+
+from .sheets import evaluating
+
+GAP, ZOOM = 6, 4
+
+
+def read_pictures(rows: Sequence[dict[str, Any]], size: int) -> Tensor:
+    """The rows' pictures, squeezed to squares by Lanczos: (B, 3, S, S) in [0, 1]."""
+    images = [open_image(row["image"]).resize((size, size), Image.Resampling.LANCZOS) for row in rows]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+
+
+def code_perplexity(codes: Tensor, num_codes: int) -> tuple[int, float]:
+    """Of codes of any shape: how many of the K occur, and exp of their frequencies' entropy, at most K."""
+    frequencies = torch.bincount(codes.flatten(), minlength=num_codes).double() / codes.numel()
+    return int((frequencies > 0).sum()), torch.special.entr(frequencies).sum().exp().item()
+
+
+class ReconstructionEvaluator:
+    """
+    `run(model)` yields (NAME/measure, number): `squared_error`, mean over values in [0, 1], of pictures drawn again
+    from their codes; `error_of_constant`, that of the one colour that is best for these pictures; their ratio
+    `times_better`; `codes_used` and `perplexity` of the codes.
+
+    Args:
+        rows: Rows of pictures, as `open_pairs` has them.
+        name: What the set is called.
+        size: Side of the pictures; the model's own if none.
+        batch_size: Pictures a batch.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]], name: str, size: int | None = None, batch_size: int = 128):
+        if not len(rows):
+            raise ValueError(f"{name}: no pictures to evaluate on")
+        self.rows, self.name, self.size, self.batch_size = rows, name, size, batch_size
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return {"pictures": len(self.rows), "pixels": self.size, "resize": "squeezed, Lanczos"}
+
+    def run(self, model: DiscreteVAE, processor: None = None) -> Iterator[tuple[str, float]]:
+        self.size = self.size or model.config.image_size
+        error = squares = count = 0.0
+        colours, codes = torch.zeros(3, dtype=torch.float64), []
+        with evaluating(model):
+            for start in range(0, len(self.rows), self.batch_size):
+                stop = min(start + self.batch_size, len(self.rows))
+                pictures = read_pictures([self.rows[place] for place in range(start, stop)], self.size)
+                found = model.get_codebook_indices(pictures.to(model.device))
+                drawn = model.decode(found).cpu()
+                error += (drawn - pictures).double().square().sum().item()
+                squares += pictures.double().square().sum().item()
+                colours += pictures.double().sum((0, 2, 3))
+                count += pictures.numel()
+                codes.append(found.cpu())
+        constant = (squares - 3 * (colours.square().sum().item() / count)) / count
+        used, perplexity = code_perplexity(torch.cat(codes), model.config.num_codes)
+        measures = {
+            "squared_error": error / count,
+            "error_of_constant": constant,
+            "times_better": constant / (error / count),
+            "codes_used": used,
+            "perplexity": perplexity,
+        }
+        yield from ((f"{self.name}/{measure}", value) for measure, value in measures.items())
+
+
+def reconstruction_sheet(model: DiscreteVAE, rows: Sequence[dict[str, Any]], columns: int = 12) -> Image.Image:
+    """Pictures and, below each, what its codes draw, `columns` to a row; nothing is smoothed."""
+    size = model.config.image_size
+    pictures = read_pictures(rows, size)
+    with evaluating(model):
+        drawn = model.decode(model.get_codebook_indices(pictures.to(model.device))).cpu()
+    cell, lines = size * ZOOM + GAP, -(-len(rows) // columns)
+    sheet = Image.new("RGB", (columns * cell + GAP, lines * (2 * cell + GAP) + GAP), "#d8d5ce")
+    for place, pair in enumerate(zip(pictures, drawn, strict=True)):
+        line, column = divmod(place, columns)
+        for below, picture in enumerate(pair):
+            pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            tile = Image.fromarray(pixels).resize((size * ZOOM,) * 2, Image.Resampling.NEAREST)
+            sheet.paste(tile, (GAP + column * cell, GAP + line * (2 * cell + GAP) + below * (cell - GAP // 2)))
+    return sheet

@@ -1,0 +1,228 @@
+"""Embeddings of pictures, texts and pairs in batches, for every evaluator.
+
+Shapes: n items, P width of the projection. Embeddings come back L2-normalised, float32, on the model's device.
+A row is {"image": PIL | bytes | path | {"bytes", "path"}, "captions": list[str], "id": concept id}.
+"""
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from oner.processing.data.row_checks import SHOWN, PairDataError, report
+from oner.processing.image_processing_vl import ImageDecodeError, open_image
+
+from .sheets import evaluating, on_device
+
+Row = Mapping[str, Any]
+
+
+def batches(count: int, batch_size: int, description: str, progress: bool) -> Iterator[slice]:
+    """Slices of `batch_size` over `count` items, with a progress bar that counts items."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    with tqdm(total=count, desc=description, unit="item", disable=not progress, leave=False) as bar:
+        for start in range(0, count, batch_size):
+            stop = min(start + batch_size, count)
+            yield slice(start, stop)
+            bar.update(stop - start)
+
+
+def _embed(
+    model: Any, count: int, encode: Callable[[slice], Any], batch_size: int, description: str, progress: bool
+) -> Tensor:
+    """(n, P): `encode` of every slice, its pooler_output normalised."""
+    if count == 0:
+        raise ValueError(f"nothing to embed: no {description}")
+    with evaluating(model):
+        parts = [
+            F.normalize(encode(rows).pooler_output.float(), dim=-1)
+            for rows in batches(count, batch_size, description, progress)
+        ]
+    embeddings = torch.cat(parts)
+    if not torch.isfinite(embeddings).all():
+        bad = (~torch.isfinite(embeddings)).any(1)
+        raise ValueError(f"{int(bad.sum())} of {count} embeddings of {description} are not finite")
+    return embeddings
+
+
+def check_pictures(rows: Sequence[Row], name: str, threads: int = 4) -> None:
+    """
+    Decodes every picture once. A score over fewer rows is another score, so in an evaluation a bad row is never left
+    out; this names it before a run begins, not when it evaluates for the first time.
+
+    Raises:
+        PairDataError: pictures that cannot be read, the first ten with their numbers, and how many there are.
+    """
+
+    def reason(number: int) -> str | None:
+        try:
+            open_image(rows[number]["image"])
+        except ImageDecodeError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(threads) as pool:
+        bad = [(number, text) for number, text in enumerate(pool.map(reason, range(len(rows)))) if text is not None]
+    if bad:
+        raise PairDataError(report(name, bad[:SHOWN], len(bad), len(rows)))
+
+
+def opened(images: Iterable[Any], first: int) -> list[Any]:
+    """Decoded, the number of one that cannot be read in the error; they count from `first`."""
+    decoded = []
+    for number, image in enumerate(images, first):
+        try:
+            decoded.append(open_image(image))
+        except ImageDecodeError as error:
+            raise ImageDecodeError(f"picture {number}: {error}") from error
+    return decoded
+
+
+def embed_images(
+    model: Any, processor: Any, images: Sequence[Any], batch_size: int = 64, progress: bool = False
+) -> Tensor:
+    """f(I), (n, P). `images` are anything that `open_image` opens, or rows' "image"; decoded a batch at a time."""
+
+    def encode(rows: slice) -> Any:
+        batch = processor(images=opened(images[rows], rows.start), return_tensors="pt")
+        return model.get_image_features(pixel_values=on_device(batch, model)["pixel_values"])
+
+    return _embed(model, len(images), encode, batch_size, "pictures", progress)
+
+
+def embed_texts(
+    model: Any, processor: Any, texts: Sequence[str], batch_size: int = 256, progress: bool = False
+) -> Tensor:
+    """f(T), (n, P). Equal texts are embedded once, so that they tie exactly; batches hold texts of like length."""
+    unique = sorted(set(texts), key=lambda text: (len(text), text))
+    place = {text: row for row, text in enumerate(unique)}
+
+    def encode(rows: slice) -> Any:
+        batch = on_device(processor(text=unique[rows], padding=True, truncation=True, return_tensors="pt"), model)
+        return model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    embeddings = _embed(model, len(unique), encode, batch_size, "texts", progress)
+    return embeddings[torch.tensor([place[text] for text in texts], device=embeddings.device)]
+
+
+def embed_pairs(
+    model: Any,
+    processor: Any,
+    images: Sequence[Any],
+    texts: Sequence[str],
+    batch_size: int = 64,
+    progress: bool = False,
+    times: int = 1,
+) -> Tensor:
+    """f(I, T), (n, P): picture and text as one sequence.
+
+    With `times` above 1 each picture has that many texts in a row, n = times * pictures; a batch decodes it once.
+    """
+    if len(images) * times != len(texts):
+        raise ValueError(f"{times} text(s) a picture: got {len(images)} pictures and {len(texts)} texts")
+
+    def encode(rows: slice) -> Any:
+        first, last = rows.start // times, (rows.stop - 1) // times + 1
+        pictures = opened(images[first:last], first)
+        batch = processor(
+            images=[pictures[row // times - first] for row in range(rows.start, rows.stop)],
+            text=list(texts[rows]),
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        )
+        batch = on_device(batch, model)
+        return model.get_multimodal_features(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=batch["pixel_values"]
+        )
+
+    return _embed(model, len(texts), encode, batch_size, "pairs", progress)
+
+
+class Column(Sequence):
+    """One column of map-style rows as a sequence that reads a row when it is asked for, so pictures stay on disk."""
+
+    def __init__(self, rows: Sequence[Row], name: str, indices: Sequence[int] | None = None):
+        self.rows, self.name = rows, name
+        self.indices = range(len(rows)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self.rows[row][self.name] for row in self.indices[index]]
+        return self.rows[self.indices[index]][self.name]
+
+
+class Gallery(Sequence):
+    """Rows whose pictures are embedded once, for the several evaluators that search them.
+
+    For one model, whose weights no longer change.
+    """
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
+        self._vectors: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.rows[index]
+
+    def vectors(self, model: Any, processor: Any, batch_size: int = 64, progress: bool = False) -> Tensor:
+        """f(I) of every row, (n, P)."""
+        if self._vectors is None:
+            self._vectors = embed_images(model, processor, Column(self.rows, "image"), batch_size, progress)
+        return self._vectors
+
+
+def gallery_vectors(
+    model: Any, processor: Any, rows: Sequence[Row], batch_size: int = 64, progress: bool = False
+) -> Tensor:
+    """f(I) of the pictures of `rows`, (n, P); a `Gallery` keeps them for the next one who asks."""
+    rows = rows if isinstance(rows, Gallery) else Gallery(rows)
+    return rows.vectors(model, processor, batch_size, progress)
+
+
+def spaced(rows: Sequence[Any], limit: int | None = None) -> list[Any]:
+    """All of `rows` in order, or of more than `limit` so many evenly spaced ones, the first among them.
+
+    Raises:
+        ValueError: a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"a limit must be at least 1, got {limit}")
+    count = len(rows) if limit is None else min(limit, len(rows))
+    places = [number * len(rows) // count for number in range(count)]
+    take = getattr(rows, "take", None)  # of `PairRows`: one read for all
+    return [rows[place] for place in places] if take is None else take(places)
+
+
+def row_ids(rows: Iterable[Row], owner: str = "row") -> list[Hashable]:
+    """The concept id of every row; a row without one is a concept of its own, told apart by `owner` between lists."""
+    ids = (row.get("id") for row in rows)
+    return [(owner, number) if given is None else given for number, given in enumerate(ids)]
+
+
+def numbered(*columns: Sequence[Hashable]) -> tuple[Tensor, ...]:
+    """Columns of hashable values as int64 tensors in which equal values, also across columns, have equal numbers."""
+    numbers: dict[Hashable, int] = {}
+    return tuple(torch.tensor([numbers.setdefault(value, len(numbers)) for value in column]) for column in columns)
+
+
+def picture_key(image: Any) -> str:
+    """What makes two picture sources the same picture: the bytes of the file, the path, or the pixels."""
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str | PathLike):
+        return f"path {image}"
+    content = image if isinstance(image, bytes) else open_image(image).tobytes()
+    return hashlib.sha256(content).hexdigest()

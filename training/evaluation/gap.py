@@ -1,0 +1,199 @@
+"""The modality gap: how far pictures, words and picture + words lie apart in one space (Figure 4 of the OneR paper).
+
+All measures are taken on L2-normalised retrieval embeddings of the same rows. A space without a gap has centroids that
+coincide, paired cosines far above unpaired ones, and no classifier that tells a picture from a text.
+
+Shapes: B rows, P projection.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .embedding import embed_images, embed_pairs, embed_texts, numbered, row_ids
+from .metrics import centroid_distance
+from .sheets import Row, describe, new_figure, one_of_each_id
+
+KINDS = ("image", "text", "both")
+
+
+def embed_rows(model: Any, processor: Any, rows: Sequence[Row], batch_size: int = 64) -> dict[str, Tensor]:
+    """Normalised embeddings (B, P), on the CPU, of each row's picture ("image"), first caption ("text"), and the two
+    in one sequence ("both")."""
+    images, texts = [row["image"] for row in rows], [str(row["captions"][0]) for row in rows]
+    return {
+        "image": embed_images(model, processor, images, batch_size).cpu(),
+        "text": embed_texts(model, processor, texts, batch_size).cpu(),
+        "both": embed_pairs(model, processor, images, texts, batch_size).cpu(),
+    }
+
+
+def paired_cosines(image: Tensor, text: Tensor, ids: Sequence[Any] | None = None) -> tuple[float, float]:
+    """Mean cosine of picture i with text i, and of pictures with texts of other ids; inputs (B, P) are normalised.
+
+    Raises:
+        ValueError: there are no unpaired rows to compare with.
+    """
+    cosines = image.double() @ text.double().T
+    (codes,) = numbered(range(len(image)) if ids is None else ids)
+    foreign = codes[:, None] != codes[None, :]
+    if not foreign.any():
+        raise ValueError("unpaired cosines need rows of at least 2 different ids, got 1")
+    return float(cosines.diagonal().mean()), float(cosines[foreign].mean())
+
+
+def _halves(first: Tensor, second: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers to fit on and to judge on; row i of both clouds falls in the same half."""
+    if len(first) != len(second) or len(first) < 4:
+        raise ValueError(f"expected two clouds of the same size, at least 4 rows, got {len(first)} and {len(second)}")
+    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
+    return order[: len(order) // 2], order[len(order) // 2 :]
+
+
+def _accuracy(first: Tensor, second: Tensor) -> float:
+    """Balanced accuracy of scores that should be positive on `first` and negative on `second`; ties count half."""
+    right = torch.cat([first.sign(), -second.sign()])
+    return float((right + 1).mean() / 2)
+
+
+def centroid_separability(first: Tensor, second: Tensor, seed: int = 0) -> float:
+    """How often the nearer of two centroids names the right cloud, (B, P) each: fitted on one half of the rows, judged
+    on the other. .5 says that the means coincide, 1 that they tell the clouds apart."""
+    fit, judge = _halves(first, second, seed)
+    first, second = first.double(), second.double()
+    one, other = first[fit].mean(0), second[fit].mean(0)
+    direction, middle = one - other, (one + other) / 2
+    return _accuracy((first[judge] - middle) @ direction, (second[judge] - middle) @ direction)
+
+
+def linear_separability(first: Tensor, second: Tensor, seed: int = 0, ridge: float = 1e-2) -> float:
+    """The same question to a ridge classifier in closed form, which also finds a gap in directions of little variance.
+
+    Stricter than `centroid_separability`: any trace of the modality counts. `ridge` is relative to the mean variance.
+    """
+    fit, judge = _halves(first, second, seed)
+    first, second = first.double(), second.double()
+    points = torch.cat([first[fit], second[fit]])
+    middle = points.mean(0)
+    points = points - middle
+    sides = torch.cat([torch.ones(len(fit)), -torch.ones(len(fit))]).double()
+    gram = points.T @ points
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    direction = torch.linalg.lstsq(gram, points.T @ sides[:, None]).solution[:, 0]
+    return _accuracy((first[judge] - middle) @ direction, (second[judge] - middle) @ direction)
+
+
+def gap_measures(
+    embeddings: Mapping[str, Tensor], ids: Sequence[Any] | None = None, seed: int = 0
+) -> dict[str, float]:
+    """Every number of the gap from normalised `embeddings` "image", "text" and "both", (B, P) each.
+
+    Distances of centroids of each two kinds, mean paired and unpaired cosine, and the two separabilities (.5: no gap).
+    """
+    image, text, both = (embeddings[kind] for kind in KINDS)
+    paired, unpaired = paired_cosines(image, text, ids)
+    return {
+        "image_text": float(centroid_distance(image, text)),
+        "image_both": float(centroid_distance(image, both)),
+        "text_both": float(centroid_distance(text, both)),
+        "cosine_paired": paired,
+        "cosine_unpaired": unpaired,
+        "centroid_separability": centroid_separability(image, text, seed),
+        "linear_separability": linear_separability(image, text, seed),
+    }
+
+
+def tsne(vectors: Tensor, perplexity: float = 30.0, seed: int = 0) -> Tensor:
+    """t-SNE (van der Maaten and Hinton 2008) of (B, P) in two dimensions, (B, 2), from a PCA start.
+
+    Raises:
+        ImportError: scikit-learn is missing; the message names the extra that brings it.
+        ValueError: not more points than the perplexity.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError("t-SNE needs scikit-learn: pip install 'oner[plots]'") from error
+    if len(vectors) <= perplexity:
+        raise ValueError(f"t-SNE needs more points than its perplexity of {perplexity:g}, got {len(vectors)}")
+    drawn = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed, n_jobs=1)
+    return torch.from_numpy(drawn.fit_transform(vectors.double().numpy())).float()
+
+
+def gap_figure(embeddings: Mapping[str, Tensor], title: str, note: str = "", links: int = 25, seed: int = 0) -> Any:
+    """A Figure with the t-SNE of pictures, words and both, in the paper's colours; thin lines join `links` pairs.
+
+    Args:
+        embeddings: normalised, "image", "text" and "both", (B, P) each.
+        note: words under the picture, for the numbers.
+    """
+    count = len(embeddings["image"])
+    points = tsne(torch.cat([embeddings[kind] for kind in KINDS]), min(30.0, (3 * count - 1) / 3), seed)
+    image, text, both = points.split(count)
+    figure = new_figure(7.0, 7.2)
+    axes = figure.add_axes((0.03, 0.12, 0.94, 0.79))
+    for one, two in zip(image[:links].tolist(), text[:links].tolist(), strict=True):
+        axes.plot(*zip(one, two, strict=True), color="0.6", linewidth=0.5, zorder=1)
+    looks = {"image": ("#2f6fdb", "o", image), "text": ("#e0452b", "s", text), "both": ("#2ca25f", "^", both)}
+    names = {"image": "image", "text": "text", "both": "image + text"}
+    for kind, (colour, marker, place) in looks.items():
+        axes.scatter(
+            place[:, 0].numpy(), place[:, 1].numpy(), s=13, c=colour, marker=marker, alpha=0.7, linewidths=0,
+            label=names[kind], zorder=2,
+        )  # fmt: skip
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set(color="0.8", linewidth=0.6)
+    axes.legend(  # below the plot, where it hides no point
+        loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, fontsize=9, frameon=False, markerscale=1.8
+    )
+    axes.set_title(title, fontsize=10, parse_math=False)
+    figure.text(0.5, 0.02, note, ha="center", va="bottom", fontsize=8, color="0.3", parse_math=False)
+    return figure
+
+
+class GapEvaluator:
+    """The numbers of the modality gap and its t-SNE picture.
+
+    Args:
+        rows: `{"image", "captions", "id"}`; one row of each id is taken, as far as there are enough ids, so that
+            captions do not repeat.
+        count: how many rows are embedded.
+        drawn: how many of them stand in the t-SNE picture.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], count: int = 500, drawn: int = 300, seed: int = 0, name: str = "gap"
+    ) -> None:
+        self.rows, self.count, self.drawn, self.seed, self.name = rows, count, drawn, seed, name
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the numbers mean, for the file of results."""
+        return {
+            "task": "modality gap of normalised retrieval embeddings of pictures, first captions, and both",
+            "rows": min(self.count, len(self.rows)),
+            "distance": "Euclidean, of centroids",
+            "cosine_unpaired": "pictures with captions of other ids",
+            "separability": "balanced accuracy on a held-out half; 0.5: no gap",
+            "seed": self.seed,
+        }
+
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
+        """Yields every entry of `gap_measures`, then the figure."""
+        rows = one_of_each_id(self.rows, self.count, self.seed)
+        embeddings = embed_rows(model, processor, rows)
+        measures = gap_measures(embeddings, row_ids(rows), self.seed)
+        yield from ((f"{self.name}/{key}", value) for key, value in measures.items())
+        drawn = {kind: vectors[: self.drawn] for kind, vectors in embeddings.items()}
+        title = f"{describe(model)}\nt-SNE of {len(drawn['image'])} rows; lines join some pictures with their captions"
+        note = (
+            f"distance of centroids: image-text {measures['image_text']:.2f}, "
+            f"image-both {measures['image_both']:.2f}, text-both {measures['text_both']:.2f}\n"
+            f"cosine paired {measures['cosine_paired']:.2f}, unpaired {measures['cosine_unpaired']:.2f}; "
+            f"nearest centroid tells image from text in {measures['centroid_separability']:.0%} (no gap: 50%)"
+        )
+        yield f"{self.name}/tsne", gap_figure(drawn, title, note, seed=self.seed)

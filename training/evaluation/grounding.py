@@ -1,0 +1,326 @@
+"""Weakly supervised grounding: does the Grad-CAM map of an expression find its object? (SIMLA, section 3.5, Table 5)
+
+On RefCOCO+ the map chooses one of a detector's boxes, which is right when it overlaps the object's box by half or more
+(ALBEF's and SIMLA's evaluation). Where nobody drew boxes, four pictures make a scene whose quarters are known.
+
+Shapes: B pictures, h x w patches, H x W pixels, T positions of a text ([CLS] first), n boxes (x, y, width, height).
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oner.processing.data.row_checks import PairDataError
+from oner.processing.grounding_boxes import box_iou, rectangle_box, resize_map, score_boxes
+from oner.processing.image_processing_vl import open_image
+
+from .embedding import batches
+from .localization import pointing
+from .sheets import (
+    Panel,
+    Row,
+    describe,
+    draw_scenes,
+    evaluating,
+    heat_sheet,
+    on_device,
+    own_and_foreign_captions,
+    wrapped,
+)
+
+RIGHT, CHOSEN = "lime", "red"
+
+
+def whole_picture(model: Any) -> dict[str, Any]:
+    """Options of the processor that squeeze the whole picture into the model's square, as the official test does: a
+    map must speak of all of it."""
+    side = model.config.image_size
+    return {"size": {"height": side, "width": side}, "do_center_crop": False}
+
+
+def grounding_maps(
+    model: Any,
+    processor: Any,
+    images: Sequence[Any],
+    texts: Sequence[str],
+    batch_size: int = 32,
+    progress: bool = False,
+    **how: Any,
+) -> Tensor:
+    """The model's `ground` (B, h, w), on the CPU, of picture i with text i; `how` are its mode, layer and pool.
+
+    Raises:
+        TypeError: a model without `ground`.
+        ValueError: numbers of pictures and texts differ, or there are none.
+    """
+    if not hasattr(model, "ground"):
+        raise TypeError(f"grounding needs a model with ground(), got {type(model).__name__}")
+    if len(images) != len(texts) or not len(texts):
+        raise ValueError(f"expected one text for each picture, got {len(images)} pictures and {len(texts)} texts")
+    maps = []
+    with evaluating(model):
+        for chosen in batches(len(texts), batch_size, "pairs", progress):
+            batch = processor(
+                images=[open_image(image) for image in images[chosen]],
+                text=list(texts[chosen]),
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                **whole_picture(model),
+            )
+            maps.append(model.ground(**on_device(batch, model), **how).float().cpu())
+    return torch.cat(maps)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of a detector's boxes a map chose, whether that is right, and how many of them would be."""
+
+    index: int
+    iou: float
+    candidates: int
+    right_candidates: int
+
+    @property
+    def right(self) -> bool:
+        return self.iou >= 0.5
+
+
+def choose_box(
+    cells: Tensor, size: tuple[int, int], boxes: Sequence[Sequence[float]], truth: Sequence[float]
+) -> Choice:
+    """
+    The highest score among `boxes` of a map (h, w) enlarged to its picture's `size` (H, W), the first of equals.
+
+    (The official code keeps the box of the expression before when no box scores above 0; here the highest wins.)
+    """
+    scores = score_boxes(resize_map(cells, *size), boxes)
+    index = int(scores.argmax())
+    overlaps = [box_iou(truth, box) for box in boxes]
+    return Choice(index, overlaps[index], len(boxes), sum(iou >= 0.5 for iou in overlaps))
+
+
+def as_seen(image: Any) -> Tensor:
+    """A picture in its own shape, (H, W, 3) in [0, 1], for a panel."""
+    return torch.from_numpy(np.asarray(open_image(image)).copy()).float() / 255
+
+
+class GroundingEvaluator:
+    """
+    RefCOCO+'s accuracies by the boxes of a detector.
+
+    Args:
+        rows: of `open_grounding` with boxes: {"image", "captions", "split", "box", "size", "boxes"}.
+        mode, layer, pool: of the model's `ground`.
+        shown: expressions drawn, evenly spaced.
+
+    Yields for every split there is, in the names of the official log: name/val_d (testA_d, testB_d), the accuracy;
+    name/val_chance, that of a box drawn blindly; name/val_reachable, the share of expressions for which the detector
+    has a right box at all; name/val_expressions; and a sheet.
+
+    Raises:
+        PairDataError: rows without boxes.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        batch_size: int = 32,
+        mode: str = "itm",
+        layer: int | None = None,
+        pool: str = "padded",
+        shown: int = 10,
+        name: str = "grounding",
+        progress: bool = True,
+    ) -> None:
+        if not len(rows) or any(key not in rows[0] for key in ("split", "box", "size", "boxes")):
+            raise PairDataError(
+                "grounding is scored on expressions with boxes; give the referred objects, COCO's instances and the "
+                "detector's boxes (refs, instances, detections)"
+            )
+        self.rows, self.batch_size, self.shown, self.name, self.progress = rows, batch_size, shown, name, progress
+        self.how = {"mode": mode, "layer": layer, "pool": pool}
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the numbers mean, for the file of results."""
+        return {
+            "task": "referring expressions, weakly supervised: the box of a detector that a Grad-CAM map chooses",
+            "map": f"Grad-CAM, {self.how}, bicubic to the picture's size",
+            "score": "sum inside the box / area ** 0.5",
+            "right": "inclusive-pixel IoU with the object's box >= 0.5",
+            "expressions": len(self.rows),
+        }
+
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
+        """Ground every expression and yield (name, value), a sheet last."""
+        choices: dict[str, list[Choice]] = {}
+        count = min(self.shown, len(self.rows))
+        drawn = {number * len(self.rows) // count for number in range(count)}
+        panels = []
+        for part in batches(len(self.rows), self.batch_size, "expressions", self.progress):
+            rows = [self.rows[number] for number in range(part.start, part.stop)]
+            images, texts = [row["image"] for row in rows], [row["captions"][0] for row in rows]
+            maps = grounding_maps(model, processor, images, texts, len(rows), **self.how)
+            for number, (row, cells) in enumerate(zip(rows, maps, strict=True), part.start):
+                choice = choose_box(cells, row["size"], row["boxes"], row["box"])
+                choices.setdefault(row["split"], []).append(choice)
+                if number in drawn:
+                    panels += [self._panel(row, cells, choice)]
+        for split, made in choices.items():
+            yield f"{self.name}/{split}_d", sum(choice.right for choice in made) / len(made)
+            chance = sum(choice.right_candidates / choice.candidates for choice in made) / len(made)
+            yield f"{self.name}/{split}_chance", chance
+            yield f"{self.name}/{split}_reachable", sum(choice.right_candidates > 0 for choice in made) / len(made)
+            yield f"{self.name}/{split}_expressions", float(len(made))
+        if panels:
+            title = f"{describe(model)}: Grad-CAM of expressions. Green: the object. Red: the box chosen, if another"
+            try:
+                yield f"{self.name}/sheet", heat_sheet([panels[at : at + 5] for at in range(0, len(panels), 5)], title)
+            except ImportError as error:  # a training evaluates too, and needs the numbers only
+                warnings.warn(f"no sheet of expressions: {error}", stacklevel=2)
+
+    @staticmethod
+    def _panel(row: Row, cells: Tensor, choice: Choice) -> Panel:
+        boxes = ((row["boxes"][choice.index][:4], CHOSEN), (row["box"], RIGHT))
+        return Panel(as_seen(row["image"]), cells, wrapped(row["captions"][0]), f"IoU {choice.iou:.2f}", boxes)
+
+
+def grounding_sheet(
+    model: Any,
+    processor: Any,
+    images: Sequence[Any],
+    texts: Sequence[Sequence[str]],
+    note: str = "",
+    **how: Any,
+) -> Any:
+    """A Figure with one row for each picture: the picture, then its map for each of its texts, with the rectangle of
+    patches that scores highest; `note` ends the title."""
+    pairs = [(i, text) for i, asked in enumerate(texts) for text in asked]
+    maps = grounding_maps(model, processor, [images[i] for i, _ in pairs], [text for _, text in pairs], **how)
+    seen = [as_seen(image) for image in images]
+    rows = [[Panel(picture, above="picture")] for picture in seen]
+    for (i, text), cells in zip(pairs, maps, strict=True):
+        box = rectangle_box(cells, *seen[i].shape[:2])
+        rows[i].append(Panel(seen[i], cells, wrapped(text), f"highest {cells.max():.1e}", ((box, CHOSEN),)))
+    by = (
+        "the picture's attention by the cosine"
+        if how.get("mode") == "itc"
+        else "cross-attention by the matching score"
+    )
+    title = (
+        f"{describe(model)}: where the words are. Grad-CAM of {by}, each map on its own scale; red: the best "
+        f"rectangle{note and '. ' + note}"
+    )
+    return heat_sheet(rows, title)
+
+
+def word_sheet(model: Any, processor: Any, image: Any, text: str, layer: int | None = None) -> Any:
+    """A Figure with the picture and, in reading order, the map of each token of `text` (ALBEF's visualisation)."""
+    with evaluating(model):
+        batch = processor(images=[open_image(image)], text=[text], return_tensors="pt", **whole_picture(model))
+        maps = model.ground(**on_device(batch, model), layer=layer, pool="none")[0].float().cpu()  # (T, h, w)
+    ids = batch["input_ids"][0]
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids[ids != processor.image_token_id].tolist())
+    seen, top = as_seen(image), maps.max().clamp_min(1e-30)
+    panels = [Panel(seen, above="picture")]
+    for token, cells in zip(tokens, maps, strict=True):
+        panels.append(Panel(seen, cells, token, f"highest {cells.max() / top:.0%} of all"))
+    title = f"{describe(model)}: Grad-CAM of each token of “{text}”, each map on its own scale"
+    return heat_sheet([panels[at : at + 6] for at in range(0, len(panels), 6)], title)
+
+
+class SceneGroundingEvaluator:
+    """
+    Grounding where nobody drew boxes: four pictures side by side, and the caption of one of them.
+
+    The scenes are this project's measure; the paper has RefCOCO+ and pictures. A model trained on single pictures has
+    never seen such a scene.
+
+    Args:
+        rows: {"image", "captions", "id"}.
+        queries: (picture, texts to ask of it) for a sheet of the caller's choice, else pictures of `rows` with their
+            own caption and two foreign ones.
+        mode, layer: of the model's `ground`.
+
+    Yields name/pointing_accuracy (the highest patch lies on the named picture) and name/box_accuracy (its quarter is
+    the best of four boxes), both with chance 0.25, a sheet of words, one of single tokens, and one of scenes.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        queries: Sequence[tuple[Any, Sequence[str]]] | None = None,
+        scenes: int = 200,
+        shown: int = 5,
+        seed: int = 0,
+        batch_size: int = 32,
+        mode: str = "itm",
+        layer: int | None = None,
+        name: str = "grounding",
+    ) -> None:
+        self.rows, self.queries, self.scenes = rows, queries, scenes
+        self.shown, self.seed, self.batch_size, self.name = shown, seed, batch_size, name
+        self.how = {"mode": mode, "layer": layer}
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the numbers mean, for the file of results."""
+        return {
+            "task": "pointing at one of four pictures by its caption",
+            "map": f"Grad-CAM, {self.how}",
+            "scenes": self.scenes,
+            "caption": "first",
+            "chance": 0.25,
+            "seed": self.seed,
+        }
+
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
+        """Ground the caption asked for in every scene, and yield (name, value)."""
+        scenes = draw_scenes(self.rows, self.scenes, self.seed)
+        asked = [scene.asked for scene in scenes]
+        images, texts = [s.image for s in scenes], [s.words[s.asked] for s in scenes]
+        maps = grounding_maps(model, processor, images, texts, self.batch_size, **self.how)
+        pointed = pointing(maps, asked)[0]
+        boxed = sum(_best_quarter(cells) == index for cells, index in zip(maps, asked, strict=True)) / len(maps)
+        yield f"{self.name}/pointing_accuracy", pointed
+        yield f"{self.name}/box_accuracy", boxed
+        yield f"{self.name}/scene_chance", 0.25
+        pictures, asked_of = self._queries()
+        note = "First map: its own caption; the others: of other pictures" if self.queries is None else ""
+        yield f"{self.name}/sheet", grounding_sheet(model, processor, pictures, asked_of, note, **self.how)
+        if self.how["mode"] == "itm":
+            longest = max(range(len(pictures)), key=lambda i: len(asked_of[i][0].split()))
+            sheet = word_sheet(model, processor, pictures[longest], asked_of[longest][0], self.how["layer"])
+            yield f"{self.name}/words_sheet", sheet
+        note = f"Over {len(scenes)} scenes the highest patch lies on the named picture in {pointed:.0%} (chance 25%)"
+        shown = scenes[: self.shown]
+        pictures, words = [s.image for s in shown], [s.words for s in shown]
+        yield f"{self.name}/scenes_sheet", grounding_sheet(model, processor, pictures, words, note, **self.how)
+
+    def _queries(self) -> tuple[list[Any], list[list[str]]]:
+        if self.queries is not None:
+            return [image for image, _ in self.queries], [list(texts) for _, texts in self.queries]
+        return own_and_foreign_captions(self.rows, self.shown, self.seed)
+
+
+def _best_quarter(cells: Tensor) -> int:
+    """Which quarter (0 1 / 2 3) of a map scores highest as a box."""
+    side = 256.0
+    quarters = [(x, y, side / 2, side / 2) for y in (0, side / 2) for x in (0, side / 2)]
+    return int(score_boxes(resize_map(cells, int(side), int(side)), quarters).argmax())
+
+
+__all__ = [
+    "GroundingEvaluator",
+    "SceneGroundingEvaluator",
+    "choose_box",
+    "grounding_maps",
+    "grounding_sheet",
+    "word_sheet",
+]

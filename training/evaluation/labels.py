@@ -1,0 +1,109 @@
+"""Pictures with a class number and no captions, for zero-shot classification with given class names.
+
+Sources: a folder with one folder of pictures a class, a table whose rows hold a picture and a number (`.parquet`,
+`.csv`, `.tsv`, `.jsonl`), a saved data set, or a name on the Hub. A number is the place of the class in the list of
+names; folders are numbered in alphabetical order, as `datasets` does it.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from oner.processing.data.sources import PairDataError, PairRows, open_pairs
+
+from .prompts import ClassName
+
+LABEL_COLUMNS = ("label", "labels")
+IMAGE_COLUMNS = ("image", "img", "file_name", "image_path")
+TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}
+NAME_COLUMN = "oner_class_name"
+
+
+def open_labelled(
+    source: str,
+    class_names: Sequence[ClassName],
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> PairRows:
+    """Rows {"image", "captions": [name of its class], "id": its number}.
+
+    Raises:
+        PairDataError: no such source or column, several splits, or a class that is not a number in 0..C-1.
+    """
+    data, folder = _load(source)
+    image_column = _column(data, image_column, IMAGE_COLUMNS, "pictures", source)
+    label_column = _column(data, label_column, LABEL_COLUMNS, "class numbers", source)
+    kind = data.features[label_column]
+    if isinstance(kind, datasets.ClassLabel) and kind.num_classes != len(class_names):
+        raise PairDataError(
+            f"{source}: its {kind.num_classes} classes ({', '.join(kind.names[:5])}, ...) are numbered among "
+            f"themselves, but {len(class_names)} class names are given: name exactly its classes, in its order"
+        )
+    numbers = class_numbers(data[label_column], len(class_names), f"{source}, column {label_column!r}")
+    first = [name if isinstance(name, str) else name[0] for name in class_names]
+    images = data.select_columns([image_column])
+    if isinstance(images.features[image_column], datasets.Value) and folder is not None:
+        paths = [os.path.join(folder, path) for path in images[image_column]]
+        images = datasets.Dataset.from_dict({image_column: paths})
+    columns = {"id": numbers, NAME_COLUMN: [first[number] for number in numbers]}
+    for name, values in columns.items():
+        images = images.add_column(name, values)
+    return open_pairs(images, image_column, NAME_COLUMN, "id")
+
+
+def class_numbers(values: Sequence[Any], count: int, where: str) -> list[int]:
+    """The values as ints; digits in a string count, as a CSV file has nothing else.
+
+    Raises:
+        PairDataError: with the first row that is no whole number or outside 0..count-1, and how many there are.
+    """
+    numbers, wrong = [], []
+    for row, value in enumerate(values):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        whole = whole or (isinstance(value, str) and value.strip().isdecimal())
+        number = int(value) if whole else -1
+        if not 0 <= number < count:
+            wrong.append((row, value))
+        numbers.append(number)
+    if wrong:
+        row, value = wrong[0]
+        raise PairDataError(
+            f"{where}: with {count} class names a class must be a whole number in 0..{count - 1}, got {value!r} in "
+            f"row {row}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        )
+    return numbers
+
+
+def _load(source: str) -> tuple[datasets.Dataset, str | None]:
+    """(rows, folder that picture paths are relative to)."""
+    path, folder = Path(source), None
+    try:
+        if path.suffix in TABLES and path.is_file():
+            kind, folder = TABLES[path.suffix], str(path.parent)
+            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            data = datasets.load_dataset(kind, data_files=[str(path)], split="train", **options)
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(str(path))
+        elif path.is_dir() and not any(path.glob("metadata.*")) and any(entry.is_dir() for entry in path.iterdir()):
+            files = {"train": str(path.resolve() / "**")}  # one split, whatever the folders are called
+            data = datasets.load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
+        else:
+            data = datasets.load_dataset(source)
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        raise PairDataError(f"{source}: `datasets` cannot open it: {error.__cause__ or error}") from error
+    if isinstance(data, dict):
+        if len(data) != 1:
+            raise PairDataError(f"{source} has the splits {sorted(data)}: name the files or the folder of one")
+        (data,) = data.values()
+    return data, folder
+
+
+def _column(data: datasets.Dataset, given: str | None, usual: Sequence[str], what: str, source: str) -> str:
+    for column in usual if given is None else (given,):
+        if column in data.column_names:
+            return column
+    wanted = f"none of the columns {', '.join(usual)}" if given is None else f"no column {given!r}"
+    raise PairDataError(f"{source}: {wanted} for the {what}; columns found: {', '.join(data.column_names)}")

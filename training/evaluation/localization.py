@@ -1,0 +1,188 @@
+"""Zero-shot localisation: which patches of a picture lie near a word (Figures 1, 3, 6-8, 10 and 11 of the OneR paper).
+
+"We simply compute the cosine similarities between image patch embeddings and the average-pooled text embedding": both
+come from the final LayerNorm, before any projector, picture and words each in a pass of their own. That means
+something only where both live in one space; in a model of two spaces the maps are noise (Figure 3).
+
+Shapes: B pictures, N = h*w patches (row-major), L positions ([CLS] first), D width.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .sheets import (
+    Panel,
+    Row,
+    describe,
+    draw_scenes,
+    evaluating,
+    heat_sheet,
+    on_device,
+    own_and_foreign_captions,
+    patch_grid,
+    pictures_as_seen,
+    quarter,
+    wrapped,
+)
+
+
+def mean_of_words(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean (B, D) of the word states of a text-only pass (B, L, D), without [CLS] (position 0) and padding.
+
+    Raises:
+        ValueError: a text has no words.
+    """
+    words = attention_mask.bool().clone()
+    words[:, 0] = False
+    count = words.sum(-1, keepdim=True)
+    if (count == 0).any():
+        raise ValueError(f"text {int((count[:, 0] == 0).nonzero()[0])} has no words, so there is nothing to look for")
+    return (states * words[..., None].to(states.dtype)).sum(1) / count.to(states.dtype)
+
+
+def patch_word_cosine(patches: Tensor, words: Tensor) -> Tensor:
+    """Cosine (B, N) of every patch state (B, N, D) with its row's mean word state (B, D)."""
+    return torch.einsum("bnd,bd->bn", F.normalize(patches.float(), dim=-1), F.normalize(words.float(), dim=-1))
+
+
+def similarity_maps(
+    model: Any,
+    processor: Any,
+    images: Sequence[Any],
+    texts: str | Sequence[str],
+    batch_size: int = 64,
+    image_size: int | None = None,
+) -> Tensor:
+    """Raw cosines (B, h, w), on the CPU, of the patches of picture i with text i; one str asks it of all pictures.
+
+    Another `image_size` than the processor's gives a finer or coarser grid, with interpolated positions.
+
+    Raises:
+        ValueError: numbers of pictures and texts differ, or a text has no words.
+    """
+    texts = [texts] * len(images) if isinstance(texts, str) else list(texts)
+    if len(images) != len(texts) or not texts:
+        raise ValueError(f"expected one text for each picture, got {len(images)} pictures and {len(texts)} texts")
+    options = _resized(image_size)
+    interpolated = {} if image_size is None else {"interpolate_pos_encoding": True}
+    maps = []
+    with evaluating(model):
+        for start in range(0, len(texts), batch_size):
+            chosen = slice(start, start + batch_size)
+            pixels = on_device(processor(images=list(images[chosen]), return_tensors="pt", **options), model)
+            pixels = pixels["pixel_values"]
+            words = on_device(processor(text=texts[chosen], return_tensors="pt", padding=True, truncation=True), model)
+            h, w = patch_grid(pixels, model)
+            patches = model.get_image_features(pixel_values=pixels, **interpolated).last_hidden_state[:, 1:]
+            states = model.get_text_features(
+                input_ids=words["input_ids"], attention_mask=words["attention_mask"]
+            ).last_hidden_state
+            cosines = patch_word_cosine(patches, mean_of_words(states, words["attention_mask"]))
+            maps.append(cosines.reshape(-1, h, w).cpu())
+    return torch.cat(maps)
+
+
+def _resized(image_size: int | None) -> dict[str, Any]:
+    return {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
+
+
+def pointing(maps: Tensor, asked: Sequence[int]) -> tuple[float, float]:
+    """Share of maps (B, h, w) whose highest patch lies in the quarter asked for, and the mean of the map inside
+    that quarter less its mean over the whole picture."""
+    height, width = maps.shape[1:]
+    hits, lifts = 0, 0.0
+    for one, index in zip(maps, asked, strict=True):
+        rows, columns = quarter(height, width, index)
+        inside = torch.zeros(height, width, dtype=torch.bool)
+        inside[rows, columns] = True
+        hits += bool(inside.flatten()[one.argmax()])
+        lifts += float(one[inside].mean() - one.mean())
+    return hits / len(maps), lifts / len(maps)
+
+
+def localization_sheet(
+    model: Any,
+    processor: Any,
+    images: Sequence[Any],
+    texts: Sequence[Sequence[str]],
+    image_size: int | None = None,
+    note: str = "",
+) -> Any:
+    """A Figure with one row for each picture: the picture, then its map for each of its texts; `note` ends the title.
+
+    The range of raw cosines stands under each map, since the colours are min-maxed map by map.
+    """
+    seen = pictures_as_seen(images, processor, **_resized(image_size))
+    pairs = [(i, text) for i, asked in enumerate(texts) for text in asked]
+    asked = [images[i] for i, _ in pairs]
+    maps = similarity_maps(model, processor, asked, [text for _, text in pairs], image_size=image_size)
+    rows = [[Panel(picture, above="picture")] for picture in seen]
+    for (i, text), heat in zip(pairs, maps, strict=True):
+        rows[i].append(Panel(seen[i], heat, wrapped(text), f"cosine {heat.min():.2f} to {heat.max():.2f}"))
+    title = (
+        f"{describe(model)}: zero-shot localisation. Cosine of the final patch states "
+        f"with the mean final word state; blue low, red high, each map on its own scale{note and '. ' + note}"
+    )
+    return heat_sheet(rows, title)
+
+
+class LocalizationEvaluator:
+    """How often the map of a word peaks on its picture among four (chance 25 %), and sheets of maps.
+
+    The scenes of four are this project's measure; the paper judges its maps by eye.
+
+    Args:
+        rows: `{"image", "captions", "id"}`.
+        queries: (picture, texts to ask of it) for a sheet of the caller's choice, else pictures of `rows` with their
+            own caption and two foreign ones.
+        scenes: how many pictures of four are scored.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        queries: Sequence[tuple[Any, Sequence[str]]] | None = None,
+        scenes: int = 200,
+        shown: int = 5,
+        seed: int = 0,
+        name: str = "localization",
+    ) -> None:
+        self.rows, self.queries, self.scenes = rows, queries, scenes
+        self.shown, self.seed, self.name = shown, seed, name
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the numbers mean, for the file of results."""
+        return {
+            "task": "pointing at one of four pictures by its caption: does the highest patch lie on it",
+            "map": "cosine of final patch states with the mean of the final word states of a text-only pass",
+            "scenes": self.scenes,
+            "caption": "first",
+            "seed": self.seed,
+        }
+
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
+        """Yields the pointing accuracy, its chance level, the mean lift in cosine, and two sheets."""
+        scenes = draw_scenes(self.rows, self.scenes, self.seed)
+        asked = [scene.asked for scene in scenes]
+        texts = [scene.words[scene.asked] for scene in scenes]
+        accuracy, lift = pointing(similarity_maps(model, processor, [s.image for s in scenes], texts), asked)
+        yield f"{self.name}/pointing_accuracy", accuracy
+        yield f"{self.name}/pointing_chance", 0.25
+        yield f"{self.name}/cosine_lift", lift
+        images, asked_of = self._queries()
+        note = "First map: its own caption; the others: of other pictures" if self.queries is None else ""
+        yield f"{self.name}/sheet", localization_sheet(model, processor, images, asked_of, note=note)
+        note = f"Over {len(scenes)} scenes the highest patch lies on the named picture in {accuracy:.0%} (chance 25%)"
+        shown = scenes[: self.shown]
+        pictures, words = [s.image for s in shown], [s.words for s in shown]
+        yield f"{self.name}/scenes_sheet", localization_sheet(model, processor, pictures, words, note=note)
+
+    def _queries(self) -> tuple[list[Any], list[list[str]]]:
+        if self.queries is not None:
+            return [image for image, _ in self.queries], [list(texts) for _, texts in self.queries]
+        return own_and_foreign_captions(self.rows, self.shown, self.seed)

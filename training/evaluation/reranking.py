@@ -1,0 +1,160 @@
+"""Retrieval in two stages: dot products choose k candidates for each query, a matching head puts them in order.
+
+ALBEF's and SIMLA's protocol (facts part 1 (d)): the score of a candidate is the head's logit for "matched" alone, no
+probability, and the first stage's score is not added. Theirs gives all other items one score below; here these stay
+behind the candidates in the order of the first stage, which is the same for R@k up to k and no tie.
+
+Any model serves that has `get_image_features`, whose last_hidden_state is what words attend, `get_text_features`, and
+`match(input_ids, attention_mask, image_states=..., context_index=...)` -> (R, 2), index 1 = matched.
+
+Shapes: n pictures, m captions of which u differ, k candidates, R pairs of a batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .embedding import Column, Row, batches, opened
+from .metric_retrieval_recall import RetrievalRecall
+from .metrics import match_ids, standing
+from .retrieval import RetrievalEvaluator
+from .sheets import evaluating, on_device
+
+
+class RerankingEvaluator(RetrievalEvaluator):
+    """
+    `RetrievalEvaluator`, and the same numbers after its best `rerank_k` have been put in order by the matching head.
+
+    A pair that is a candidate both ways is matched once. Pictures are encoded a second time, `image_batch_size` of
+    them at a time, and all pairs of these matched: so many states are in memory and no more.
+
+    Yields what `RetrievalEvaluator` does, name/rerank_tr_r@k, name/rerank_ir_r@k, name/rerank_tr_median_rank ...,
+    name/rerank_r_mean, and name/rerank_tr_reach ..., the share of queries with a right answer among their candidates,
+    which no order of these can exceed.
+
+    Args:
+        rerank_k: candidates of a query; COCO 256, Flickr30k 128 (ALBEF, SIMLA). More than there are means all.
+        pair_batch_size: pairs that pass the matching head together.
+        others: see `RetrievalEvaluator`.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        batch_size: int = 64,
+        ks: Sequence[int] = (1, 5, 10),
+        name: str = "eval",
+        captions: Literal["all", "first"] = "all",
+        chunk_size: int = 1024,
+        progress: bool = True,
+        clean_caption: Callable[[str], str] | None = None,
+        rerank_k: int = 128,
+        image_batch_size: int = 32,
+        pair_batch_size: int = 256,
+    ):
+        super().__init__(rows, batch_size, ks, name, captions, chunk_size, progress, clean_caption)
+        if min(rerank_k, image_batch_size, pair_batch_size) < 1:
+            raise ValueError(
+                f"rerank_k, image_batch_size and pair_batch_size must be at least 1, "
+                f"got {rerank_k}, {image_batch_size} and {pair_batch_size}"
+            )
+        self.rerank_k, self.image_batch_size, self.pair_batch_size = rerank_k, image_batch_size, pair_batch_size
+        # equal captions are one text, so that they tie exactly
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(self.texts))}
+        self.unique, self.text_numbers = list(numbers), torch.tensor([numbers[text] for text in self.texts])
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        second = f"the best {self.rerank_k} of each query ordered by the logit of the matching head"
+        return {
+            **super().protocol,
+            "task": f"image-text retrieval in two stages: dot products of normalised embeddings; {second}",
+            "rerank_k": self.rerank_k,
+            "beyond_rerank_k": "behind the candidates, in the order of the first stage",
+        }
+
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
+        """
+        Raises:
+            ValueError: the model has no `match`.
+        """
+        if not hasattr(model, "match"):
+            raise ValueError(f"{type(model).__name__} cannot re-rank: expected a model with `match`")
+        images, captions = (side.cpu() for side in self.embed(model, processor))
+        yield from self.numbers(images, captions)
+        yield from self.reranked(model, processor, images, captions)
+
+    def reranked(self, model: Any, processor: Any, images: Tensor, captions: Tensor) -> Iterator[tuple[str, float]]:
+        """The second stage over embeddings (n, P) and (m, P)."""
+        best = {"tr": self._candidates(images, captions), "ir": self._candidates(captions, images)}
+        pairs = {
+            "tr": self._pair(torch.arange(len(images))[:, None], best["tr"]),
+            "ir": self._pair(best["ir"], torch.arange(len(captions))[:, None]),
+        }
+        keys = torch.cat([side.flatten() for side in pairs.values()]).unique()  # sorted: by picture, then by text
+        logits = self.match(model, processor, keys // len(self.unique), keys % len(self.unique))
+        sides = {"tr": (images, captions), "ir": (captions, images)}
+        ids = {"tr": (self.image_ids, self.text_ids), "ir": (self.text_ids, self.image_ids)}
+        recalls = []
+        for direction in ("tr", "ir"):
+            scores = logits[torch.searchsorted(keys, pairs[direction])]
+            values = self._ask(*sides[direction], *ids[direction], best[direction], scores)
+            recalls += [values[f"recall@{k}"] for k in self.ks]
+            for k in self.ks:
+                yield f"{self.name}/rerank_{direction}_r@{k}", values[f"recall@{k}"]
+            yield f"{self.name}/rerank_{direction}_median_rank", values["median_rank"]
+            yield f"{self.name}/rerank_{direction}_reach", values["reach"]
+        yield f"{self.name}/rerank_r_mean", sum(recalls) / len(recalls)
+
+    def match(self, model: Any, processor: Any, pictures: Tensor, texts: Tensor) -> Tensor:
+        """The logit for "matched" of each pair, (R,) fp32: `pictures` are sorted numbers of rows, `texts` of texts."""
+        words = processor(text=self.unique, padding=True, truncation=True, return_tensors="pt")
+        lengths = words["attention_mask"].sum(1)
+        logits = torch.empty(len(pictures))
+        column = Column(self.rows, "image")
+        with evaluating(model):
+            for rows in batches(len(self.rows), self.image_batch_size, "re-ranking", self.progress):
+                first, last = torch.searchsorted(pictures, torch.tensor([rows.start, rows.stop])).tolist()
+                if first == last:
+                    continue
+                loaded = processor(images=opened(column[rows], rows.start), return_tensors="pt")
+                pixels = on_device(loaded, model)["pixel_values"]
+                states = model.get_image_features(pixel_values=pixels).last_hidden_state  # (b, 1 + N, D)
+                # pairs of like length together, so that little is padded
+                order = first + lengths[texts[first:last]].argsort(stable=True)
+                for pair in order.split(self.pair_batch_size):
+                    longest = int(lengths[texts[pair]].max())
+                    batch = {name: words[name][texts[pair], :longest] for name in ("input_ids", "attention_mask")}
+                    index = (pictures[pair] - rows.start).to(states.device)
+                    told = model.match(**on_device(batch, model), image_states=states, context_index=index)
+                    logits[pair] = told[:, 1].float().cpu()
+        if not logits.isfinite().all():
+            raise ValueError(f"{int((~logits.isfinite()).sum())} of {len(logits)} matching logits are not finite")
+        return logits
+
+    def _candidates(self, queries: Tensor, gallery: Tensor) -> Tensor:
+        """The gallery's best for each query by dot product, (Q, k)."""
+        k = min(self.rerank_k, len(gallery))
+        return torch.cat([(part @ gallery.T).topk(k, dim=1).indices for part in queries.split(self.chunk_size)])
+
+    def _pair(self, pictures: Tensor, captions: Tensor) -> Tensor:
+        """A number for each pair of a picture and a text, which orders them by picture; shapes are broadcast."""
+        return pictures * len(self.unique) + self.text_numbers[captions]
+
+    def _ask(
+        self, queries: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, best: Tensor, scores: Tensor
+    ) -> dict[str, float]:
+        """The metric of queries whose candidates `best` (Q, k) have `scores` (Q, k); and `reach`."""
+        metric, reached = RetrievalRecall(keep_in_memory=True), 0
+        for start in range(0, len(queries), self.chunk_size):
+            rows = slice(start, start + self.chunk_size)
+            cosines = (queries[rows] @ gallery.T).double()
+            # cosines span 2: below every candidate, and in double they stay apart
+            floor = scores[rows].double().amin(1, keepdim=True) - 3
+            final = (cosines + floor).scatter(1, best[rows], scores[rows].double())
+            positives = match_ids(query_ids[rows], gallery_ids)
+            metric.add_standing(standing(final, positives))
+            reached += int(positives.gather(1, best[rows]).any(1).sum())
+        return {**metric.compute(ks=list(self.ks)), "reach": reached / len(queries)}

@@ -1,0 +1,106 @@
+"""Results as files: a number is written down with what it takes to obtain it again.
+
+`<directory>/results/<name>.json` holds
+    values      name -> number
+    protocol    task, split, counts, templates: whatever the evaluator's `protocol` states, and the caller adds
+    checkpoint  directory and the SHA-256 of every weights file in it, or name and commit on the Hub
+    model       class, parameters, resolution, patch size
+    versions    of python and the libraries that take part
+    date        UTC
+"""
+
+import datetime
+import json
+import math
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from oner.training.run.checkpoint import sha256_of
+
+LIBRARIES = ("oner", "torch", "torchvision", "transformers", "tokenizers", "datasets", "evaluate", "timm", "pillow")
+
+
+def checkpoint_facts(directory: str | Path, model: Any = None) -> dict[str, Any]:
+    """Where the weights are and the digest of each file of them; of a name on the Hub, the commit `model` came from.
+
+    Raises:
+        FileNotFoundError: the directory holds no `*.safetensors`, or there is neither a directory nor a commit.
+    """
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    if not Path(directory).is_dir():
+        if commit is None:
+            raise FileNotFoundError(f"{directory} is no directory, and the model names no commit of the Hub")
+        return {"name": str(directory), "commit": commit}
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{directory} holds no *.safetensors: a result must say which weights it is of")
+    return {"path": str(directory), "sha256": {file.name: sha256_of(file) for file in files}}
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """Class, number of parameters, and the resolution that the numbers were taken at."""
+    config = model.config
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "image_size": getattr(config, "image_size", None),
+        "patch_size": getattr(config, "patch_size", None),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of python and of the installed libraries among `LIBRARIES`."""
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_results(
+    path: str | Path,
+    values: Mapping[str, float],
+    protocol: Mapping[str, Any],
+    model: Any = None,
+    checkpoint: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write one file of results and return what it holds.
+
+    Args:
+        path: the JSON file; folders above it are made.
+        values: name -> finite number.
+        protocol: what was done; must name the "split".
+        model: adds its `model_facts`. checkpoint: the model's directory or Hub name, adds its `checkpoint_facts`.
+
+    Raises:
+        ValueError: no values, a value that is not finite, or a protocol without "split".
+    """
+    if "split" not in protocol:
+        raise ValueError(f'the protocol must name the "split", got {sorted(protocol)}')
+    wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if wrong or not values:
+        raise ValueError(f"values must be finite numbers, got {wrong or 'none'}")
+    content: dict[str, Any] = {"values": dict(values), "protocol": dict(protocol)}
+    if checkpoint is not None:
+        content["checkpoint"] = checkpoint_facts(checkpoint, model)
+    if model is not None:
+        content["model"] = model_facts(model)
+    content["versions"] = library_versions()
+    content["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    return content
+
+
+def read_results(directory: str | Path) -> dict[str, dict[str, Any]]:
+    """name -> content of every `results/<name>.json` of a model directory that `write_results` wrote."""
+    files = sorted((Path(directory) / "results").glob("*.json"))
+    contents = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {name: content for name, content in contents.items() if {"values", "protocol"} <= content.keys()}

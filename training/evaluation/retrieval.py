@@ -1,0 +1,238 @@
+"""Retrieval: pictures ask captions (TR), captions ask pictures (IR), picture + caption ask pictures (OneR, Fig 1).
+
+Shapes: n pictures, m captions, P width of the projection. Scores are cosines; all values are in [0, 1] but ranks
+(from 1) and the gap. Positives are rows of the same concept id; a row without id is a concept of its own, which is the
+protocol of COCO and Flickr (ALBEF, CLIP_benchmark).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .embedding import (
+    Column,
+    Row,
+    embed_images,
+    embed_pairs,
+    embed_texts,
+    gallery_vectors,
+    numbered,
+    picture_key,
+    row_ids,
+)
+from .metric_retrieval_recall import RetrievalRecall
+from .metrics import centroid_distance, chunked_standing
+
+
+def ask(
+    queries: Tensor,
+    gallery: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    ks: Sequence[int],
+    query_keys: Tensor | None = None,
+    gallery_keys: Tensor | None = None,
+    chunk_size: int = 1024,
+) -> dict[str, float]:
+    """The `RetrievalRecall` metric of queries (Q, P) against a gallery (G, P), in chunks; see `chunked_standing`."""
+    keys = [
+        ids if ids is None else ids.to(queries.device) for ids in (query_ids, gallery_ids, query_keys, gallery_keys)
+    ]
+    metric = RetrievalRecall(keep_in_memory=True)
+    metric.add_standing(chunked_standing(queries, gallery, *keys, chunk_size=chunk_size))
+    return metric.compute(ks=list(ks))
+
+
+def caption_table(
+    rows: Sequence[Row], captions: Literal["all", "first"], clean: Callable[[str], str] | None = None
+) -> tuple[list[str], list[int]]:
+    """Captions, rewritten by `clean`, and the row of each.
+
+    A caption that an earlier row of the same concept has brought already is left out: several drawings of one concept
+    share their captions, and a gallery full of copies would measure nothing. Within a row nothing is left out.
+
+    Raises:
+        ValueError: a row without captions.
+    """
+    texts, owners, seen = [], [], set()
+    for number, (row, concept) in enumerate(zip(rows, row_ids(rows), strict=True)):
+        own = list(row["captions"])[: 1 if captions == "first" else None]
+        own = own if clean is None else [clean(text) for text in own]
+        if not own:
+            raise ValueError(f"row {number} has no captions")
+        new = [text for text in own if (concept, text) not in seen]
+        seen.update((concept, text) for text in own)
+        texts += new
+        owners += [number] * len(new)
+    return texts, owners
+
+
+class RetrievalEvaluator:
+    """Text and image retrieval over `rows`, every row a picture with one or more captions.
+
+    TR: each picture ranks all captions; right is any caption of its concept. IR: each caption ranks all pictures;
+    right is any picture of its concept. `captions`: "all" of a row's captions are texts, or only the "first".
+    `clean_caption` rewrites them first, as they were in training.
+
+    Yields name/tr_r@k, name/ir_r@k, their chance (name/tr_chance@k ...), the median ranks, name/r_mean (mean over both
+    directions and all k, ALBEF's r_mean) and name/gap, the distance between the centroids of pictures and captions.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        batch_size: int = 64,
+        ks: Sequence[int] = (1, 5, 10),
+        name: str = "eval",
+        captions: Literal["all", "first"] = "all",
+        chunk_size: int = 1024,
+        progress: bool = True,
+        clean_caption: Callable[[str], str] | None = None,
+    ):
+        if captions not in ("all", "first"):
+            raise ValueError(f'captions must be "all" or "first", got {captions!r}')
+        if len(rows) == 0:
+            raise ValueError("there are no rows to evaluate on")
+        self.rows, self.batch_size, self.ks, self.name = rows, batch_size, tuple(ks), name
+        self.captions, self.chunk_size, self.progress = captions, chunk_size, progress
+        self.clean_caption = clean_caption
+        self.texts, owners = caption_table(rows, captions, clean_caption)
+        (self.image_ids,) = numbered(row_ids(rows))
+        self.text_ids = self.image_ids[torch.tensor(owners)]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the numbers mean, for the file of results."""
+        return {
+            "task": "image-text retrieval, dot products of normalised embeddings, no re-ranking",
+            "captions": self.captions,
+            **({} if self.clean_caption is None else {"captions_rewritten_by": self.clean_caption.__name__}),
+            "pictures": len(self.rows),
+            "texts": len(self.texts),
+            "concepts": len(self.image_ids.unique()),
+            "positives": "same concept id; captions that rows of one concept share stand in the gallery once",
+            "ties": "expectation over orders of equal scores",
+        }
+
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
+        """Embed both sides and yield (name, value)."""
+        yield from self.numbers(*self.embed(model, processor))
+
+    def embed(self, model: Any, processor: Any) -> tuple[Tensor, Tensor]:
+        """The pictures (n, P) and the captions (m, P), normalised."""
+        images = embed_images(model, processor, Column(self.rows, "image"), self.batch_size, self.progress)
+        return images, embed_texts(model, processor, self.texts, 4 * self.batch_size, self.progress)
+
+    def numbers(self, images: Tensor, captions: Tensor) -> Iterator[tuple[str, float]]:
+        """What the embeddings are worth, as (name, value)."""
+        directions = {
+            "tr": ask(images, captions, self.image_ids, self.text_ids, self.ks, chunk_size=self.chunk_size),
+            "ir": ask(captions, images, self.text_ids, self.image_ids, self.ks, chunk_size=self.chunk_size),
+        }
+        for direction, values in directions.items():
+            for k in self.ks:
+                yield f"{self.name}/{direction}_r@{k}", values[f"recall@{k}"]
+                yield f"{self.name}/{direction}_chance@{k}", values[f"chance@{k}"]
+            yield f"{self.name}/{direction}_median_rank", values["median_rank"]
+        recalls = [values[f"recall@{k}"] for values in directions.values() for k in self.ks]
+        yield f"{self.name}/r_mean", sum(recalls) / len(recalls)
+        yield f"{self.name}/gap", centroid_distance(images, captions)
+
+
+class MultimodalRetrievalEvaluator:
+    """Does picture + caption find its concept's other pictures better than the picture or the caption alone?
+
+    Queries are `query_rows` three ways: f(I, T) with picture and caption as one sequence, f(I), and f(T). With
+    `captions="first"` a row asks once, with `"all"` once with each of its captions. The
+    gallery is the pictures of `gallery_rows` (default: the same rows), f(I) or with `gallery="both"` f(I, T); the
+    query's own picture is excluded, right is any other picture of its concept. Queries without one are left out.
+
+    Yields name/multimodal_both_r@k, ..._image_r@k, ..._text_r@k, ..._chance@k, the median ranks, and ..._queries.
+    """
+
+    def __init__(
+        self,
+        query_rows: Sequence[Row],
+        gallery_rows: Sequence[Row] | None = None,
+        batch_size: int = 64,
+        ks: Sequence[int] = (1, 5, 10),
+        name: str = "eval",
+        gallery: Literal["image", "both"] = "image",
+        chunk_size: int = 1024,
+        progress: bool = True,
+        captions: Literal["all", "first"] = "first",
+    ):
+        if captions not in ("all", "first"):
+            raise ValueError(f'captions must be "all" or "first", got {captions!r}')
+        if gallery not in ("image", "both"):
+            raise ValueError(f'gallery must be "image" or "both", got {gallery!r}')
+        self.query_rows = query_rows
+        self.gallery_rows = query_rows if gallery_rows is None else gallery_rows
+        self.batch_size, self.ks, self.name, self.gallery = batch_size, tuple(ks), name, gallery
+        self.chunk_size, self.progress, self.captions = chunk_size, progress, captions
+        query_keys = [picture_key(row["image"]) for row in self.query_rows]
+        gallery_keys = [picture_key(row["image"]) for row in self.gallery_rows]
+        pictures: dict[Any, set[str]] = {}
+        gallery_concepts, concepts = row_ids(self.gallery_rows, "gallery"), row_ids(self.query_rows, "query")
+        for concept, key in zip(gallery_concepts, gallery_keys, strict=True):
+            pictures.setdefault(concept, set()).add(key)
+        self.asked = [
+            number
+            for number, (concept, key) in enumerate(zip(concepts, query_keys, strict=True))
+            if pictures.get(concept, set()) - {key}
+        ]
+        if not self.asked:
+            raise ValueError(
+                f"none of the {len(query_rows)} query rows has another picture of its concept among the "
+                f"{len(self.gallery_rows)} gallery rows: rows of one concept must share an id"
+            )
+        # a query is a picture, by its place in `asked`, and one of its captions
+        told = [self.query_rows[number]["captions"] for number in self.asked]
+        told = [words[:1] if captions == "first" else words for words in told]
+        self.texts = [text for words in told for text in words]
+        self.pictures = [place for place, words in enumerate(told) for _ in words]
+        asking = [self.asked[place] for place in self.pictures]
+        self.query_ids, self.gallery_ids = numbered([concepts[number] for number in asking], gallery_concepts)
+        self.query_keys, self.gallery_keys = numbered([query_keys[number] for number in asking], gallery_keys)
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the numbers mean, for the file of results."""
+        return {
+            "task": "pictures of the same concept from picture + caption, picture alone, caption alone",
+            "queries": len(self.texts),
+            "pictures": len(self.asked),
+            "pictures_left_out": len(self.query_rows) - len(self.asked),
+            "gallery": len(self.gallery_rows),
+            "gallery_embedding": {"image": "f(I)", "both": "f(I, T)"}[self.gallery],
+            "captions": self.captions,
+            "excluded": "the query's own picture",
+        }
+
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
+        """Embed the gallery once and the queries three ways, and yield (name, value)."""
+        how = {"batch_size": self.batch_size, "progress": self.progress}
+        pictures = Column(self.query_rows, "image", self.asked)
+        asking = Column(self.query_rows, "image", [self.asked[place] for place in self.pictures])
+        if self.gallery == "image":
+            gallery = gallery_vectors(model, processor, self.gallery_rows, **how)
+        else:
+            all_pictures = Column(self.gallery_rows, "image")
+            gallery_texts = [row["captions"][0] for row in self.gallery_rows]
+            gallery = embed_pairs(model, processor, all_pictures, gallery_texts, **how)
+        queries = {
+            "both": embed_pairs(model, processor, asking, self.texts, **how),
+            "image": embed_images(model, processor, pictures, **how)[self.pictures],
+            "text": embed_texts(model, processor, self.texts, **how),
+        }
+        matching = (self.query_ids, self.gallery_ids, self.ks, self.query_keys, self.gallery_keys, self.chunk_size)
+        for kind, embeddings in queries.items():
+            values = ask(embeddings, gallery, *matching)
+            for k in self.ks:
+                yield f"{self.name}/multimodal_{kind}_r@{k}", values[f"recall@{k}"]
+            yield f"{self.name}/multimodal_{kind}_median_rank", values["median_rank"]
+        for k in self.ks:
+            yield f"{self.name}/multimodal_chance@{k}", values[f"chance@{k}"]
+        yield f"{self.name}/multimodal_queries", values["queries"]

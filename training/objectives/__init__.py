@@ -1,0 +1,1 @@
+"""Losses, teachers and queues: what a step minimises."""

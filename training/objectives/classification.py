@@ -1,0 +1,26 @@
+"""Which class is it: (1 - alpha) CE(label) + alpha CE(the teacher's classes), mean over rows (ALBEF's protocol)."""
+
+import torch
+from torch import nn
+
+from oner.processing.data.chunks import split_pairs
+
+from .losses_distilled import distilled_cross_entropy
+from .task import Batch, TaskObjective
+
+INPUTS = ("input_ids", "attention_mask", "pixel_values")
+
+
+class ClassificationObjective(TaskObjective):
+    """For models whose `logits` (B, classes) answer `labels` (B,): entailment, sentences about two pictures."""
+
+    part = "classes"
+
+    def split(self, batch: Batch, pieces: int) -> list[Batch]:
+        return split_pairs(batch, pieces)
+
+    def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
+        inputs = {name: batch[name] for name in INPUTS}
+        logits = student(**inputs).logits
+        soft = self.teacher(**inputs).logits if alpha else None
+        return distilled_cross_entropy(logits, batch["labels"], soft, alpha, count)

@@ -1,0 +1,283 @@
+"""OneR's objective: image-text, mixup, contextual-invariance and contextual-mixup contrast, with masked modelling.
+
+With q the online network (projector, predictor), k the EMA teacher (projector), and mix = (F(I) + F(T)) / 2:
+
+    ITC = [NCE(q(I), k(T)) + NCE(q(T), k(I))] / 2                        equation 1
+    XMC =  NCE(q(mix), k(mix))                                           equation 2
+    CIC = [NCE(q(c), k(mix)) + NCE(q(mix), k(c))] / 2                    equation 3, c = (F(I|T) + F(T|I)) / 2
+    CMC = [NCE(q(I,T), k(mix)) + NCE(q(mix), k(I,T))] / 2                equation 4
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from oner.processing.data.chunks import split_pairs
+from oner.training.parallel.distributed import gather_with_gradient, gather_without_gradient, rank
+
+from .losses import in_full, info_nce, masked_image_loss, masked_language_loss
+from .objective import Objective, Representations
+from .teacher import EMATeacher
+
+logger = logging.get_logger(__name__)
+
+# ctr(A, B): which online representation meets which of the teacher's
+CONTRASTS = {
+    "itc": (("image", "text"), ("text", "image")),
+    "xmc": (("mix", "mix"),),
+    "cic": (("context", "mix"), ("mix", "context")),
+    "cmc": (("image_text", "mix"), ("mix", "image_text")),
+}
+# the streams in which a masked loss finds its targets
+READS = {"mlm": ("text", "image_text"), "mim": ("image", "image_text")}
+LOSSES = (*CONTRASTS, *READS)
+
+
+@dataclass
+class OneRObjectiveArguments:
+    """What the paper's section "One Representation" and appendix C leave to choose."""
+
+    losses: list[str] = field(
+        default_factory=lambda: ["itc", "cmc", "mlm", "mim"],
+        metadata={"help": "Any subset of itc, xmc, cic, cmc, mlm, mim (Tables 1, 6 and 7)."},
+    )
+    loss_weights: dict | str | None = field(
+        default=None, metadata={"help": "Weight of each loss by name; 1 where not given (the paper names none)."}
+    )
+    ema_momentum: float = field(default=0.996, metadata={"help": "Constant momentum of the teacher (appendix C)."})
+    teacher: bool = field(
+        default=True, metadata={"help": "Keys from the EMA teacher; false: from the student itself, without gradient."}
+    )
+    match_ids: bool = field(
+        default=False, metadata={"help": "Rows of one concept id are positives of each other, not only the own pair."}
+    )
+    scale_by_temperature: bool = field(
+        default=False, metadata={"help": "MoCo-v3's factor 2T on InfoNCE; not in the paper's equations."}
+    )
+    gather_gradient: bool = field(
+        default=False,
+        metadata={
+            "help": "Keys of all processes with gradient, as CLIP has them: the student's own, so teacher is false."
+        },
+    )
+    contrast_masked: bool = field(
+        default=True,
+        metadata={"help": "Contrast the masked inputs in the same pass (appendix C) or clean ones in a pass beside."},
+    )
+    masked_streams: list[str] = field(
+        default_factory=lambda: ["image", "text", "image_text"],
+        metadata={"help": "Streams with masked modelling (Fig. 5: all three)."},
+    )
+    norm_pixels: bool = field(default=True, metadata={"help": "MIM targets normalised by patch, as public MAE."})
+
+
+class OneRObjective(Objective):
+    """
+    `objective(student, batch, progress)` -> (loss, parts); `after_step()` moves the teacher.
+
+    Args:
+        student (`OneRForPreTraining`): Unwrapped, with its weights in place; the teacher starts as its copy.
+        arguments (`OneRObjectiveArguments`): Losses and their readings.
+
+    Raises:
+        ValueError: an unknown loss or stream, none at all, one twice, or a loss that the model's heads or the masked
+            streams cannot serve.
+    """
+
+    def __init__(self, student: nn.Module, arguments: OneRObjectiveArguments):
+        self.arguments, self.config = arguments, student.config
+        unknown = [name for name in arguments.losses if name not in LOSSES]
+        if unknown or not arguments.losses:
+            raise ValueError(f"losses are {arguments.losses}; expected a non-empty subset of {list(LOSSES)}")
+        if len(set(arguments.losses)) < len(arguments.losses):
+            raise ValueError(f"losses are {arguments.losses}; expected each once (loss_weights makes one count more)")
+        self.contrasts = [name for name in arguments.losses if name in CONTRASTS]
+        if self.config.two_heads and any(name != "itc" for name in self.contrasts):
+            raise ValueError(f"two_heads serves itc alone (Fig. 2c), got {self.contrasts}")
+        weights = arguments.loss_weights or {}
+        if foreign := [name for name in weights if name not in arguments.losses]:
+            raise ValueError(f"loss_weights name {foreign}, which are not among the losses {arguments.losses}")
+        self.weights = {name: float(weights.get(name, 1.0)) for name in arguments.losses}
+        if arguments.gather_gradient and arguments.teacher:
+            raise ValueError("gather_gradient needs teacher: false, since a teacher's keys carry no gradient")
+        self._check_masked_streams()
+        pairs = [pair for name in self.contrasts for pair in CONTRASTS[name]]
+        self.queries = tuple(sorted({query for query, _ in pairs}))
+        self.keys = tuple(sorted({key for _, key in pairs}))
+        if "cic" in self.contrasts and self._context_is_mix():
+            logger.warning(
+                "CIC equals XMC under this configuration: a [CLS] that attends Y's own states is Y's own [CLS], so "
+                "F(I|T) = F(T). Set context_states to co_attention or last_layer, context_cls to false, or pooling "
+                "to mean."
+            )
+        self._freeze_unused(student)
+        self.teacher = None
+        if arguments.teacher and self.contrasts:
+            unused = ("predictor", "text_predictor", "lm_head", "pixel_head")
+            self.teacher = EMATeacher(student, arguments.ema_momentum, unused=unused)
+
+    def _context_is_mix(self) -> bool:
+        config = self.config
+        return config.pooling == "cls" and config.context_states == "own" and config.context_cls
+
+    def _check_masked_streams(self) -> None:
+        given = self.arguments.masked_streams
+        known = sorted({stream for streams in READS.values() for stream in streams})
+        if unknown := [stream for stream in given if stream not in known]:
+            raise ValueError(f"unknown masked_streams {unknown}; expected any of {known}")
+        for name, streams in READS.items():
+            if name in self.weights and not set(streams) & set(given):
+                raise ValueError(f"{name} needs one of {list(streams)}, but masked_streams are {given}")
+
+    def _freeze_unused(self, student: nn.Module) -> None:
+        # a parameter that no loss reaches would make a data-parallel engine wait for its gradient for ever
+        if not self.contrasts:
+            for head in (
+                student.predictor,
+                student.text_predictor,
+                student.oner.projector,
+                student.oner.text_projector,
+            ):
+                if head is not None:
+                    head.requires_grad_(False)
+            if student.config.learnable_temperature:
+                student.logit_scale.requires_grad_(False)
+            if self._masked_streams() == ("text",):
+                student.oner.embeddings.stem.requires_grad_(False)
+        if "mlm" not in self.weights:
+            words = student.oner.embeddings.word_embeddings.weight
+            for parameter in student.lm_head.parameters():
+                parameter.requires_grad_(parameter is words)
+        if "mim" not in self.weights:
+            student.pixel_head.requires_grad_(False)
+            student.oner.embeddings.patch_mask_token.requires_grad_(False)
+
+    def split(self, batch: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
+        return split_pairs(batch, pieces)
+
+    def count(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        masked = batch["bool_masked_pos"].sum()
+        counts = {"mlm": torch.full_like(masked, len(batch["mlm_labels"])), "mim": masked}
+        return {name: counts[name] for name in READS if name in self.weights}
+
+    def represent(
+        self,
+        student: nn.Module,
+        batch: dict[str, torch.Tensor],
+        progress: float,
+        counts: dict[str, torch.Tensor] | None = None,
+    ) -> Representations:
+        if counts is None and not self.contrasts:
+            return Representations()
+        # streams of masked modelling alone can be left out where no dropout is drawn over all streams at once
+        masks_alone = counts is not None or self.config.attention_dropout > 0
+        online = student(
+            **_clean(batch),
+            masked_input_ids=batch["masked_input_ids"] if "mlm" in self.weights else None,
+            mlm_index=batch["mlm_index"] if "mlm" in self.weights and counts is not None else None,
+            bool_masked_pos=batch["bool_masked_pos"] if "mim" in self.weights else None,
+            representations=self.queries,
+            masked_streams=self._masked_streams() if masks_alone else (),
+            contrast_masked=self.arguments.contrast_masked,
+        )
+        rows = dict(online.embeddings)
+        if self.arguments.gather_gradient and self.contrasts:
+            keys = student(**_clean(batch), representations=self.keys, masked_streams=(), predict=False)
+            rows.update({f"key of {name}": value for name, value in keys.embeddings.items()})
+        common = {"logit_scale": online.logit_scale} if self.contrasts and online.logit_scale is not None else {}
+        return Representations(rows, common, {} if counts is None else self._masked_parts(online, batch, counts))
+
+    def _masked_parts(
+        self, online, batch: dict[str, torch.Tensor], counts: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        parts = {}
+        if "mlm" in self.weights:
+            losses = [
+                masked_language_loss(logits, batch["mlm_labels"], counts["mlm"])
+                for logits in online.mlm_logits.values()
+            ]
+            parts["mlm"] = torch.stack(losses).mean()
+        if "mim" in self.weights:
+            losses = [
+                masked_image_loss(
+                    prediction,
+                    batch["pixel_values"],
+                    batch["bool_masked_pos"],
+                    self.config.patch_size,
+                    self.arguments.norm_pixels,
+                    counts["mim"],
+                )
+                for prediction in online.pixel_predictions.values()
+            ]
+            parts["mim"] = torch.stack(losses).mean()
+        return parts
+
+    def _masked_streams(self) -> tuple[str, ...]:
+        """Only streams that a masked loss reads are worth their pass."""
+        reads = {stream for name, streams in READS.items() if name in self.weights for stream in streams}
+        return tuple(name for name in self.arguments.masked_streams if name in reads)
+
+    @torch.no_grad()
+    def targets(self, student: nn.Module, batch: dict[str, torch.Tensor], progress: float) -> dict[str, torch.Tensor]:
+        """Keys (B, P) by name, from clean inputs, without predictor; ids (B,)."""
+        targets = {"ids": batch["ids"]}
+        if self.contrasts and not self.arguments.gather_gradient:
+            network = student if self.teacher is None else self.teacher
+            keys = network(**_clean(batch), representations=self.keys, masked_streams=(), predict=False)
+            targets.update({f"key of {name}": in_full(value) for name, value in keys.embeddings.items()})
+        return targets
+
+    def compare(
+        self,
+        rows: dict[str, torch.Tensor],
+        common: dict[str, torch.Tensor],
+        targets: dict[str, torch.Tensor],
+        progress: float,
+    ) -> dict[str, torch.Tensor]:
+        if not self.contrasts:
+            return {}
+        gather = gather_with_gradient if self.arguments.gather_gradient else gather_without_gradient
+        side = rows if self.arguments.gather_gradient else targets
+        keys = {name: gather(in_full(side[f"key of {name}"])) for name in self.keys}
+        ids = targets["ids"]
+        offset = len(ids) * rank()
+        query_ids, key_ids = (ids, gather_without_gradient(ids)) if self.arguments.match_ids else (None, None)
+        temperature = (-common["logit_scale"]).exp() if common else self.config.temperature
+        parts = {}
+        for name in self.contrasts:
+            losses = [
+                info_nce(rows[query], keys[key], temperature, query_ids, key_ids, offset)
+                for query, key in CONTRASTS[name]
+            ]
+            parts[name] = torch.stack(losses).mean()
+            if self.arguments.scale_by_temperature:
+                parts[name] = (parts[name] * 2 * temperature).squeeze()  # a learnable one has shape (1,)
+        return parts
+
+    def weigh(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(self.weights[name] * part for name, part in parts.items())
+
+    def teachers(self) -> tuple[EMATeacher, ...]:
+        return () if self.teacher is None else (self.teacher,)
+
+    def after_step(self, applied: torch.Tensor | None = None) -> None:
+        if self.teacher is not None:
+            self.teacher.update(applied)
+
+    def to(self, device: torch.device) -> "OneRObjective":
+        if self.teacher is not None:
+            self.teacher.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {} if self.teacher is None else {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if self.teacher is not None:
+            self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})
+
+
+def _clean(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "text_index")}

@@ -1,0 +1,1 @@
+"""Processes: what they exchange and how a model is spread over them."""

@@ -1,0 +1,1 @@
+"""A trained model as a Hub repository: export, card, loading."""

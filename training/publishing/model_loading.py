@@ -1,0 +1,131 @@
+"""Models out of directories that may be damaged: all weights, or an error that names the file and the keys.
+
+transformers draws at random what a checkpoint lacks and only warns. Here that is an error, but for whole heads that a
+first stage never had, which are then named.
+"""
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from oner.training.run.checkpoint import sha256_of
+
+logger = logging.get_logger(__name__)
+
+DIGESTS = "digests.json"
+# what a model is read from; the card, the results and the pictures may change
+READ = ("*.safetensors", "*.json")
+SHOWN = 10
+
+
+class ModelDirectoryError(RuntimeError):
+    """A model directory that is damaged or does not fit; the message names the file, or the keys."""
+
+
+def write_digests(directory: str | Path) -> Path:
+    """Writes digests.json: what each file that a model is read from must be."""
+    path = Path(directory) / DIGESTS
+    digests = {file.name: sha256_of(file) for file in _files(path.parent) if file.name != DIGESTS}
+    path.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def check_directory(directory: str | Path) -> None:
+    """
+    Reads the headers of the weights and the JSON files, and compares all with digests.json where there is one.
+
+    Raises:
+        ModelDirectoryError: names the first file that is missing, cannot be read, or is not as it was written.
+    """
+    directory = Path(directory)
+    for file in _files(directory):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            else:
+                with safe_open(file, framework="pt") as weights:
+                    weights.keys()
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelDirectoryError(f"{file}: cannot be read: {error}") from error
+    if not (directory / DIGESTS).is_file():
+        return
+    digests = json.loads((directory / DIGESTS).read_text(encoding="utf-8"))
+    if not isinstance(digests, dict) or "config.json" not in digests:
+        raise ModelDirectoryError(f"{directory / DIGESTS}: expected digests by name of file, got {digests!r:.80}")
+    for name, digest in digests.items():
+        if not (directory / name).is_file():
+            raise ModelDirectoryError(f"{directory / name}: missing")
+        if sha256_of(directory / name) != digest:
+            raise ModelDirectoryError(
+                f"{directory / name}: its bytes are not those that were exported; if you changed it on purpose, "
+                f"remove {DIGESTS} beside it"
+            )
+
+
+def load_model(auto: type, source: str | Path, draws_heads: bool = False, **options: Any) -> PreTrainedModel:
+    """
+    `auto.from_pretrained(source, **options)`, with every weight that the model has.
+
+    Args:
+        auto: An auto class, `AutoModel` and the like.
+        source: A directory, which is checked first, or a name on the Hub.
+        draws_heads (`bool`): A head of which the source has nothing at all is drawn by torch's generator, and named
+            in a warning, as the second stage needs it that starts from a published tower.
+
+    Raises:
+        ModelDirectoryError: a damaged file; keys that are missing or foreign, or of another shape.
+    """
+    if Path(source).is_dir():
+        check_directory(source)
+    try:
+        model, told = auto.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except (SafetensorError, RuntimeError) as error:
+        raise ModelDirectoryError(f"{source}: {error}") from error
+    if mismatched := told["mismatched_keys"]:
+        shapes = {name: f"{tuple(got)}, expected {tuple(wanted)}" for name, got, wanted in sorted(mismatched)[:SHOWN]}
+        raise ModelDirectoryError(f"{source}: wrong shapes {shapes}")
+    missing = set(told["missing_keys"])
+    if draws_heads:
+        drawn = _whole_heads(model, missing)
+        if drawn:
+            logger.warning(f"{source} has no weights for {sorted(drawn)}: drawn at random")
+        missing = {name for name in missing if name.partition(".")[0] not in drawn}
+    foreign = set(told["unexpected_keys"]) - _known_keys(model.config, told["unexpected_keys"])
+    if missing or foreign:
+        raise ModelDirectoryError(
+            f"{source}: missing keys {sorted(missing)[:SHOWN]}, foreign keys {sorted(foreign)[:SHOWN]}"
+        )
+    return model
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(file for pattern in READ for file in directory.glob(pattern))
+
+
+def _whole_heads(model: PreTrainedModel, missing: set[str]) -> set[str]:
+    """Modules beside the tower of which every weight is missing, but for those that are the tower's too."""
+    state, prefix = model.state_dict(), model.base_model_prefix
+    towers = {value.data_ptr() for name, value in state.items() if name.partition(".")[0] == prefix}
+    own: dict[str, set[str]] = {}
+    for name, value in state.items():
+        if value.data_ptr() not in towers:
+            own.setdefault(name.partition(".")[0], set()).add(name)
+    return {head for head, names in own.items() if head != prefix and names <= missing}
+
+
+def _known_keys(config: PreTrainedConfig, keys: Iterable[str]) -> set[str]:
+    """Of the keys that a model had no use for, those of the same family's pretraining model: its heads."""
+    if not keys:
+        return set()
+    with torch.device("meta"):
+        full = AutoModelForPreTraining.from_config(copy.deepcopy(config))
+    prefix = f"{full.base_model_prefix}."
+    names = set(full.state_dict())
+    return names | {name.removeprefix(prefix) for name in names}

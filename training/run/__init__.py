@@ -1,0 +1,1 @@
+"""A run: arguments, engine, batches, checkpoints."""

@@ -1,0 +1,300 @@
+"""The loop, on Accelerate. It knows no family: an objective gives the loss and moves its own teacher.
+
+for each batch: learning rate, loss, backward, clip, step, teacher, log, evaluate, save
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from oner.training.objectives.objective import Objective
+from oner.training.parallel.distributed import any_process, gather_without_gradient, rank, world_size
+from oner.training.parallel.sharding import full_optimizer_state, full_state
+
+from .arguments import Arguments
+from .checkpoint import (
+    CheckpointError,
+    load_weights,
+    random_state,
+    read_checkpoint,
+    restore_optimizer,
+    restore_random_state,
+    save_checkpoint,
+    set_aside,
+    sweep,
+)
+from .gradient_cache import loss_and_gradients
+from .launch import WholeModel, prepare
+from .nonfinite import NonFiniteGuard, gradient_norm, whole
+from .optimization import build_optimizer, build_schedule, compile_regions
+from .resumption import RunLog, check_same_run, choose_checkpoint
+
+# loader(start_step) -> batches of this process from that step to the end of the run
+LoaderFactory = Callable[[int], Iterable[dict[str, torch.Tensor]]]
+Evaluate = Callable[[PreTrainedModel], Iterator[tuple[str, float]]]
+
+
+class Engine:
+    """
+    Trains `model` to the end of the run, or to a SIGTERM or Ctrl-C, which ends it cleanly with a checkpoint.
+
+    Args:
+        accelerator (`Accelerator`): From `make_accelerator`.
+        model (`PreTrainedModel`): The student, unwrapped, weights in place, fp32.
+        objective (`Objective`): Built over this very model.
+        arguments (`Arguments`): The run's; kept in each checkpoint.
+        loader: Batches of this process from a given step on.
+        total_steps, epoch_steps (`int`): Length of the run and of an epoch.
+        evaluate (*optional*): model -> (name, value) pairs, called on the first process.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: PreTrainedModel,
+        objective: Objective,
+        arguments: Arguments,
+        loader: LoaderFactory,
+        total_steps: int,
+        epoch_steps: int,
+        evaluate: Evaluate | None = None,
+    ):
+        run = arguments.run
+        self.accelerator, self.arguments, self.run = accelerator, arguments, run
+        self.loader, self.total_steps, self.epoch_steps, self.evaluate = loader, total_steps, epoch_steps, evaluate
+        self.output_dir = Path(run.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.model = model
+        optimizer = build_optimizer(self.model, run)
+        self.schedule = build_schedule(optimizer, run, total_steps, epoch_steps)
+        if run.compile:
+            compile_regions([self.model, *(teacher.model for teacher in objective.teachers())])
+        self.whole_model = WholeModel(accelerator, model)
+        self.student, self.optimizer = prepare(accelerator, model, optimizer, objective)
+        self.objective = objective
+        self.step, self.stopped = 0, False
+        self.metrics: dict[str, float] = {}
+        self.log = RunLog(self.output_dir / "log.jsonl")
+        self.guard = NonFiniteGuard(self.output_dir, run.max_nonfinite_steps, self.model, self.objective)
+        set_seed(run.seed + rank())
+
+    def fit(self) -> dict[str, float]:
+        """Runs to the end; returns the last evaluation. `self.stopped` tells whether a signal cut it short."""
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self.accelerator.init_trackers("oner", config={"run": json.dumps(self.arguments.to_dict())})
+            self._resume()
+            self._loop()
+            with self.whole_model() as model:
+                self.model = model  # to be exported by one process, which cannot do it with a part
+            self.accelerator.end_training()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        # a signal that came in the last step cut nothing short
+        self.stopped = self.stopped and self.step < self.total_steps
+        return self.metrics
+
+    def _loop(self) -> None:
+        clock, logged = time.perf_counter(), self.step
+        with tqdm(
+            total=self.total_steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process
+        ) as bar:
+            for batch in self.loader(self.step):
+                loss, parts = self._train_step(batch)
+                bar.update()
+                if self.step % self.run.log_every == 0 or self.step == self.total_steps:
+                    seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                    speed = (self.step - logged) * self.run.batch_size / seconds
+                    logged = self.step
+                    bar.set_postfix(loss=f"{self._log(loss, parts, speed):.3f}", pairs_s=f"{speed:.0f}")
+                stopping = self._stopping()
+                if self._due(self.run.eval_every_epochs) or self.step == self.total_steps:
+                    self._evaluate()
+                    clock, logged = time.perf_counter(), self.step
+                if stopping or self._due(self.run.save_every_epochs) or self.step == self.total_steps:
+                    self.guard.settle()
+                    self._save()
+                if stopping:
+                    self.stopped = True  # on the processes too that got no signal
+                    break
+
+    def _train_step(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        progress = self.step / self.total_steps
+        self.guard.before(self.step + 1, batch, progress)
+        self.student.train()
+        self.schedule.step_update(self.step)
+        loss, parts = loss_and_gradients(
+            self.accelerator, self.objective, self.student, batch, progress, self.run.gradient_cache_chunks
+        )
+        applied = self._update(loss)
+        self.optimizer.zero_grad()
+        self.objective.after_step(applied)
+        self.step += 1
+        return loss, parts
+
+    def _update(self, loss: torch.Tensor) -> torch.Tensor:
+        """The optimiser's step, unless it is not finite: 1 or 0, on the device, for the teacher to obey too."""
+        accelerator = self.accelerator
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # it stepped in its backward, or did not, for a gradient that was not finite
+            norm = math.nan if self.optimizer.step_was_skipped else 0.0
+            return self.guard.judge(loss, torch.tensor(norm, device=loss.device))
+        if self.run.max_grad_norm is not None:
+            norm = whole(accelerator.clip_grad_norm_(self.student.parameters(), self.run.max_grad_norm))
+        else:
+            accelerator.unscale_gradients()
+            norm = gradient_norm(self.student.parameters())
+        scaler = accelerator.scaler
+        scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+        applied = self.guard.judge(loss, norm, scale)
+        # torch's own way to skip without the host's knowing, which GradScaler uses; its fused optimisers obey it
+        optimizer = self.optimizer.optimizer
+        optimizer.found_inf = 1 - applied
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            # not scaler.step, whose own verdict does not know the loss
+            optimizer.step()
+            scaler.update()
+        del optimizer.found_inf
+        return applied
+
+    def _due(self, epochs: float) -> bool:
+        every = round(epochs * self.epoch_steps)
+        return every > 0 and self.step % every == 0
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stopped and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C means now
+        self.stopped = True
+
+    def _stopping(self) -> bool:
+        # several processes agree only now and then: the question makes an accelerator wait
+        if self.accelerator.num_processes > 1 and self.step % self.run.log_every:
+            return False
+        return any_process(self.stopped, self.accelerator.device)
+
+    def _log(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], speed: float) -> float:
+        """A line of the loss and its parts, means over processes."""
+        self.guard.settle()
+        named = {"loss": loss, **parts}
+        means = self.accelerator.reduce(torch.stack([part.float() for part in named.values()]), reduction="mean")
+        values = dict(zip(named, means.tolist(), strict=True))
+        shown = values["loss"]
+        # JSON has no NaN
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "pairs_per_second": round(speed, 1)}
+        if self.guard.total:
+            values["nonfinite_steps"] = self.guard.total
+        self._write({"epoch": round(self.step / self.epoch_steps, 4), **values})
+        return shown
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.log.write({"step": self.step, **values})
+        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=self.step)
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        with self.whole_model() as model:
+            if self.accelerator.is_main_process:
+                self.metrics = dict(self.evaluate(model))
+                tqdm.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
+        self._write(self.metrics)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        device = self.accelerator.device
+        generators = {
+            name: gather_without_gradient(value[None].to(device)).cpu() for name, value in random_state().items()
+        }
+        moments, groups = full_optimizer_state(self.optimizer)
+        tensors = {
+            "model": full_state(self.model),
+            "objective": self.objective.state_dict(),
+            "optimizer": moments,
+            "random": generators,
+        }
+        error = None
+        if self.accelerator.is_main_process:
+            try:
+                self._write_checkpoint(tensors, groups)
+            except (CheckpointError, FloatingPointError) as caught:
+                error = caught
+        # all end together: the others would wait for the first one's next word
+        if any_process(error is not None, device):
+            raise error or CheckpointError(f"the first process could not save step {self.step}")
+
+    def _write_checkpoint(self, tensors: dict[str, dict[str, torch.Tensor]], groups: list[dict[str, Any]]) -> None:
+        for stem in ("model", "objective"):
+            spoiled = [n for n, v in tensors[stem].items() if v.is_floating_point() and not v.isfinite().all()]
+            if spoiled:
+                raise FloatingPointError(
+                    f"not saved: at step {self.step} NaN or infinity is in {len(spoiled)} tensors of the {stem}: "
+                    f"{spoiled[:5]}; lower the learning rate"
+                )
+        state = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "epoch_steps": self.epoch_steps,
+            "arguments": self.arguments.to_dict(),
+            "optimizer_groups": groups,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "nonfinite": self.guard.state_dict(),
+            "metrics": self.metrics,
+        }
+        self.log.flush()
+        save_checkpoint(self.output_dir, self.step, tensors, state, keep=self.run.keep_checkpoints)
+
+    def _resume(self) -> None:
+        path = choose_checkpoint(self.output_dir, self.run.resume, self.accelerator.device)
+        if path is not None:
+            tensors, state = read_checkpoint(path)
+            try:
+                self._restore(path, tensors, state)
+            except KeyError as error:
+                raise CheckpointError(f"{path}: lacks {error}") from error
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            sweep(self.output_dir)
+            self.log.trim(self.step)
+            self.guard.forget(self.step)
+            for moved in set_aside(self.output_dir, self.step):
+                tqdm.write(f"set aside, for the run goes on from step {self.step}: {moved}")
+
+    def _restore(self, path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+        lengths = {name: getattr(self, name) for name in ("total_steps", "epoch_steps")}
+        # a checkpoint that is older than an argument did what its default does
+        then = {**self.arguments.defaults(), **state["arguments"], **{name: state[name] for name in lengths}}
+        check_same_run(path, then, {**self.arguments.to_dict(), **lengths}, self.run.allow_changes)
+        load_weights(self.model, tensors["model"], path)
+        try:
+            self.objective.load_state_dict(tensors["objective"])
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: the objective's state is not the one expected: {error}") from error
+        restore_optimizer(self.optimizer, tensors["optimizer"], state["optimizer_groups"], path)
+        self.step, self.metrics = state["step"], state["metrics"]
+        self.guard.load_state_dict(state["nonfinite"])
+        self._restore_randomness(tensors["random"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _restore_randomness(self, generators: dict[str, torch.Tensor]) -> None:
+        """Each process's own; of another number of processes, or of other devices, seeds of this place in the run."""
+        processes, seed = len(generators["cpu"]), self.run.seed + rank() + self.step
+        if processes != world_size() or (torch.cuda.is_available() and "cuda" not in generators):
+            set_seed(seed)
+        if processes == world_size():
+            restore_random_state({name: value[rank()] for name, value in generators.items()})

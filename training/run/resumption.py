@@ -1,0 +1,119 @@
+"""Going on where a run stopped: which checkpoint, whether it is of the same run, and the log up to there."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from oner.training.parallel.distributed import gather_without_gradient, rank
+
+from .checkpoint import CheckpointError, find_checkpoint, list_checkpoints, step_of, verify
+
+logger = logging.get_logger(__name__)
+
+# what may differ between the run that saved and the run that resumes, since no result depends on it
+HARMLESS = {
+    "resume", "allow_changes", "output_dir", "log_every", "report_to", "keep_checkpoints", "num_workers",
+    "max_bad_rows",
+    "max_nonfinite_steps",
+}  # fmt: skip
+
+
+def choose_checkpoint(output_dir: Path, resume: str | None, device: torch.device) -> Path | None:
+    """
+    The checkpoint to go on from, verified once, by the first process, for all; None: begin at step 0.
+
+    Args:
+        resume: None, `auto` for the last whole checkpoint of `output_dir` if any, or a checkpoint's path.
+
+    Raises:
+        CheckpointError: the one named is damaged; of several not one is whole; or nothing is to be resumed, but
+            `output_dir` holds checkpoints, among which those of a new run would be lost.
+    """
+    found = list_checkpoints(output_dir)
+    if resume is None:
+        if found:
+            raise CheckpointError(
+                f"{output_dir} holds {found[-1].name} of an earlier run: go on from it with --resume, name another "
+                f"output_dir, or remove it"
+            )
+        return None
+    nothing, failed = -1, -2
+    choice, error = nothing, None
+    if rank() == 0:
+        try:
+            path = find_checkpoint(output_dir) if resume == "auto" else Path(resume)
+            if resume != "auto":
+                verify(path)
+            choice = nothing if path is None else (step_of(path) if resume == "auto" else 0)
+        except CheckpointError as caught:
+            choice, error = failed, caught
+    choice = int(gather_without_gradient(torch.tensor([choice], device=device))[0])
+    if choice == failed:
+        raise error or CheckpointError(f"the first process found no whole checkpoint by --resume {resume}")
+    if choice == nothing:
+        return None
+    if resume != "auto":
+        return Path(resume)
+    return next(path for path in list_checkpoints(output_dir) if step_of(path) == choice)
+
+
+def check_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], allow_changes: bool) -> None:
+    """Raises `CheckpointError` that names each field which differs and matters, with both its values."""
+    # both through JSON, where a tuple is a list
+    now = json.loads(json.dumps(dict(now)))
+    changed = [
+        f"{name}: {then.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted({*then, *now} - HARMLESS)
+        if then.get(name) != now.get(name)
+    ]
+    if not changed:
+        return
+    if not allow_changes:
+        raise CheckpointError(
+            f"{path} belongs to another configuration; " + "; ".join(changed) + " (allow_changes resumes anyway)"
+        )
+    logger.warning(f"resumes {path} with another configuration; " + "; ".join(changed))
+
+
+class RunLog:
+    """log.jsonl: one JSON object a line, each with its `step`. Raises `CheckpointError` where it cannot be written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written, the last checkpoint stands: {error}") from error
+
+    def flush(self) -> None:
+        """Onto the disk, so that no checkpoint is ahead of its log."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
+    def trim(self, step: int) -> None:
+        """Drops the lines after `step`, which a resumed run writes again, and a line that a crash cut short."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if self._is_whole(line) and json.loads(line)["step"] <= step]
+        if kept != lines:
+            beside = self.path.with_name(f".{self.path.name}.partial")
+            beside.write_text("".join(kept), encoding="utf-8")
+            os.replace(beside, self.path)
+
+    @staticmethod
+    def _is_whole(line: str) -> bool:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            return False
+        return line.endswith("\n") and isinstance(content, dict) and isinstance(content.get("step"), int)

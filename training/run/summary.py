@@ -1,0 +1,64 @@
+"""What a run says of itself: a line before the first step, a model directory after the last."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from oner.training.publishing.hub import export_model
+
+from .arguments import Arguments
+from .launch import choose_precision
+from .pair_loading import PairLoader
+
+
+def describe(arguments: Arguments, model: PreTrainedModel, loader: PairLoader, accelerator: Accelerator) -> str:
+    """What is about to happen, in a line or two."""
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    given = arguments.model
+    origin = f"-{given.size}" if given.initial_model is None else f" from {given.initial_model}"
+    line = (
+        f"{model.config.model_type}{origin}, {millions:.1f} M parameters, "
+        f"{loader.total_steps} steps of {arguments.run.batch_size} rows on {accelerator.num_processes} x "
+        f"{accelerator.device.type}, precision {choose_precision(arguments.run.mixed_precision)}"
+    )
+    return line if loader.resume_note is None else f"{line}\n{loader.resume_note}"
+
+
+def export(
+    arguments: Arguments,
+    model: PreTrainedModel,
+    processor: Any,
+    metrics: dict[str, float],
+    evaluators: list,
+) -> Path:
+    """The model directory, with its card, from the student's weights; evaluators tell their `name` and `protocol`."""
+    protocol = {
+        "seed": arguments.run.seed,
+        "weights": "student",
+        "resolution": model.config.image_size,
+        **{evaluator.name: evaluator.protocol for evaluator in evaluators},
+    }
+    directory = export_model(
+        model,
+        processor,
+        Path(arguments.run.output_dir) / "model",
+        metrics=metrics,
+        protocol=protocol,
+        training_config=arguments.to_dict(),
+        data=_training_sets(arguments),
+        dtype=getattr(torch, arguments.run.export_dtype),
+    )
+    if arguments.data.attribution is not None:
+        shutil.copy(arguments.data.attribution, directory)
+    return directory
+
+
+def _training_sets(arguments: Arguments) -> list[dict[str, str]]:
+    """The card's table of data."""
+    data = arguments.data
+    told = {"licence": data.data_licence, "attribution": data.attribution and Path(data.attribution).name}
+    return [{"name": name, **{key: value for key, value in told.items() if value}} for name in data.train_data]

@@ -1,0 +1,1 @@
+"""Fine-tuning: a table of tasks and what each needs."""

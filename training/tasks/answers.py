@@ -1,0 +1,106 @@
+"""Fine-tuning to answer questions: VQA v2 with Visual Genome."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForVisualQuestionAnswering,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from oner.modeling.vl_task_heads import answer_end
+from oner.processing.data.listed_rows import ListedRows
+from oner.processing.data.task_collation import AnswerCollator
+from oner.processing.data.task_rows import open_questions, read_answer_list
+from oner.processing.processing_vl import OneRProcessor
+from oner.processing.vl_captions import pre_question
+from oner.training.evaluation.answers import AnswerEvaluator
+from oner.training.objectives.answers import AnswerObjective, AnswerObjectiveArguments
+from oner.training.publishing.model_loading import load_model
+from oner.training.run.arguments import Arguments, DataArguments
+from oner.training.run.pair_loading import pair_collator
+
+from .finetuning import Task, TaskArguments
+
+TEST_WORDS = 50  # of a question; in training 30 (ALBEF's code)
+
+
+@dataclass
+class AnswerArguments(AnswerObjectiveArguments, TaskArguments):
+    """Of the data, and of how answers are chosen."""
+
+    genome_folder: str | None = field(
+        default=None, metadata={"help": "What Visual Genome's picture paths are relative to; image_folder if none."}
+    )
+    eval_annotations: list[str] = field(
+        default_factory=list, metadata={"help": "VQA v2's annotations of the questions in eval_data, to score by."}
+    )
+    answer_list: str | None = field(
+        default=None, metadata={"help": "JSON list of what may be answered; in the decoder's own words if none."}
+    )
+    answers_in_full: int = field(
+        default=128, metadata={"help": "Candidates whose whole likelihood is computed (ALBEF's code: 128)."}
+    )
+    count_first_token_twice: bool = field(
+        default=True, metadata={"help": "Rank as ALBEF's and SIMLA's code does; false: by the chain rule."}
+    )
+    answer_beams: int = field(default=1, metadata={"help": "Beams of answers in the decoder's own words."})
+    answer_folder: str | None = field(
+        default=None, metadata={"help": "Where each evaluation writes NAME.answers.json, as VQA's server takes it."}
+    )
+
+
+def open_rows(sources: Sequence[str], told: AnswerArguments, data: DataArguments, training: bool) -> ListedRows:
+    clean = None
+    if data.caption_rules == "albef":
+        clean = pre_question if training else partial(pre_question, max_words=TEST_WORDS)
+    return open_questions(
+        list(sources) if training else [*sources, *told.eval_annotations],
+        told.image_folder,
+        told.genome_folder,
+        answered=training,
+        clean=clean,
+        bad_rows="skip" if training else "raise",
+    )
+
+
+def collator(arguments: Arguments, processor: OneRProcessor, config: PreTrainedConfig) -> AnswerCollator:
+    return pair_collator(arguments, processor, config, kind=AnswerCollator, end_token_id=answer_end(config))
+
+
+def evaluator(rows: Sequence[Any], name: str, told: AnswerArguments) -> AnswerEvaluator:
+    return AnswerEvaluator(
+        rows,
+        None if told.answer_list is None else read_answer_list(told.answer_list),
+        name,
+        told.eval_batch_size,
+        k=told.answers_in_full,
+        count_first_token_twice=told.count_first_token_twice,
+        num_beams=told.answer_beams,
+        folder=told.answer_folder,
+    )
+
+
+def load_answering(source: str, **options: Any) -> PreTrainedModel:
+    """The decoder begins as the tower's last layers and its head of words, unless `source` has one."""
+    model = load_model(AutoModelForVisualQuestionAnswering, source, draws_heads=True, **options)
+    if type(model).__name__ not in (AutoConfig.from_pretrained(source).architectures or ()):
+        model.initialise_from(load_model(AutoModelForMaskedLM, source, draws_heads=True, **options))
+    return model
+
+
+VQA = Task(
+    name="vqa",
+    model=AutoModelForVisualQuestionAnswering,
+    arguments=AnswerArguments,
+    open_rows=open_rows,
+    collator=collator,
+    evaluator=evaluator,
+    objective=AnswerObjective,
+    load=load_answering,
+)

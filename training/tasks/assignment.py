@@ -1,0 +1,80 @@
+"""Between pretraining and NLVR2: which of two pictures is a text's own? From pairs alone (ALBEF's code)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from oner.modeling.modeling_simla_tasks import SimlaForTextAssignment
+from oner.training.evaluation.classification import task_inputs
+from oner.training.evaluation.embedding import batches, numbered, row_ids
+from oner.training.evaluation.sheets import evaluating, on_device
+from oner.training.objectives.assignment import AssignmentObjective, AssignmentObjectiveArguments, assign
+from oner.training.run.pair_loading import pair_collator
+
+from .classification import FamilyModels, load_second_layers
+from .finetuning import Task, TaskArguments
+from .retrieval import open_rows
+
+AutoModelForTextAssignment = FamilyModels("of text assignment", {"simla": SimlaForTextAssignment})
+load_assignment = partial(load_second_layers, AutoModelForTextAssignment)
+
+
+@dataclass
+class AssignmentArguments(AssignmentObjectiveArguments, TaskArguments):
+    """Pairs are those of pretraining, or captions of pictures in Karpathy's or ALBEF's files."""
+
+
+class AssignmentEvaluator:
+    """
+    How often the own picture, or that there is none, is found among two that are drawn as in training, from a batch.
+
+    Yields name/accuracy, over rows for which two other pictures could be drawn.
+
+    Raises:
+        ValueError: fewer than three rows.
+    """
+
+    def __init__(self, rows: Sequence[Any], name: str, told: AssignmentArguments, seed: int = 0):
+        if len(rows) < 3:
+            raise ValueError(f"{name}: got {len(rows)} rows; expected a picture and two others at least")
+        self.rows, self.name, self.told, self.seed = rows, name, told, seed
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the numbers mean, for the file of results."""
+        return {
+            "task": "text assignment to one of two pictures or neither",
+            "rows": len(self.rows),
+            "drawn from batches of": self.told.eval_batch_size,
+            "own picture": self.told.own_picture,
+        }
+
+    def run(self, model: PreTrainedModel, processor: Any) -> Iterator[tuple[str, float]]:
+        """Draw, read and yield (name, value)."""
+        (ids,) = numbered(row_ids(self.rows))
+        hits: list[bool] = []
+        with evaluating(model), torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            for part in batches(len(self.rows), self.told.eval_batch_size, "pairs", False):
+                rows = [self.rows[number] for number in range(part.start, part.stop)]
+                inputs = task_inputs(processor, [{**row, "text": row["captions"][0]} for row in rows])
+                batch = on_device({**inputs, "ids": ids[part]}, model)
+                logits, labels = assign(model, batch, self.told.own_picture, self.told.draw_temperature)
+                hits += (logits.argmax(-1) == labels)[labels >= 0].tolist()
+        yield f"{self.name}/accuracy", sum(hits) / max(len(hits), 1)
+
+
+ASSIGNMENT = Task(
+    name="assignment",
+    model=AutoModelForTextAssignment,
+    arguments=AssignmentArguments,
+    open_rows=open_rows,
+    collator=partial(pair_collator, mask_text=False, mask_image=False),
+    evaluator=AssignmentEvaluator,
+    objective=AssignmentObjective,
+    load=load_assignment,
+)

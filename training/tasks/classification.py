@@ -1,0 +1,114 @@
+"""Fine-tuning for classes of a pair: SNLI-VE, and NLVR2's sentences about two pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from oner.modeling.modeling_simla_tasks import SimlaForTextAssignment, SimlaForVisualReasoning
+from oner.processing.data.listed_rows import ListedRows
+from oner.processing.data.task_collation import TaskCollator
+from oner.processing.data.task_rows import ENTAILMENT_LABELS, REASONING_LABELS, open_entailment, open_reasoning
+from oner.processing.vl_captions import pre_caption
+from oner.training.evaluation.classification import ClassificationEvaluator
+from oner.training.objectives.classification import ClassificationObjective
+from oner.training.objectives.task import DistillationArguments
+from oner.training.publishing.model_loading import load_model
+from oner.training.run.arguments import DataArguments
+from oner.training.run.pair_loading import pair_collator
+
+from .finetuning import Task, TaskArguments
+
+TWO_PICTURES = ("image", "second_image")
+
+
+@dataclass
+class EntailmentArguments(DistillationArguments, TaskArguments):
+    """Soft targets count from the first step on (ALBEF's code: no warm-up of alpha)."""
+
+
+@dataclass
+class ReasoningArguments(DistillationArguments, TaskArguments):
+    distillation_ramp: float = field(
+        default=1 / 10, metadata={"help": "Share of the run in which alpha rises from 0 (the first of 10 epochs)."}
+    )
+
+
+class FamilyModels:
+    """
+    Stands where transformers has no auto class: loads the model `what` of whichever family a directory is of.
+
+    Args:
+        what: what messages call it.
+        models: by family; a new family adds its own.
+    """
+
+    def __init__(self, what: str, models: dict[str, type[PreTrainedModel]]):
+        self.what, self.models = what, models
+
+    def from_pretrained(self, source: str, **options: Any) -> PreTrainedModel:
+        """Raises `ValueError` for a family that has none."""
+        config = options.get("config") or AutoConfig.from_pretrained(source)
+        if config.model_type not in self.models:
+            raise ValueError(
+                f"family {config.model_type!r} has no model {self.what}; expected {' or '.join(self.models)}"
+            )
+        return self.models[config.model_type].from_pretrained(source, **options)
+
+
+def load_second_layers(auto: FamilyModels, source: str, **options: Any) -> PreTrainedModel:
+    """A model of two pictures, whose second layers begin as copies, unless `source` is of two pictures itself."""
+    model = load_model(auto, source, draws_heads=True, **options)
+    if not TWO_PICTURE_MODELS & set(AutoConfig.from_pretrained(source).architectures or ()):
+        model.initialise_from(load_model(AutoModel, source, draws_heads=True, **options))
+    return model
+
+
+AutoModelForVisualReasoning = FamilyModels("of two pictures", {"simla": SimlaForVisualReasoning})
+load_reasoning = partial(load_second_layers, AutoModelForVisualReasoning)
+# by the names that checkpoints have
+TWO_PICTURE_MODELS = {SimlaForVisualReasoning.__name__, SimlaForTextAssignment.__name__}
+
+
+def open_rows(
+    sources: Sequence[str],
+    told: TaskArguments,
+    data: DataArguments,
+    training: bool,
+    read: Callable[..., ListedRows],
+) -> ListedRows:
+    clean = pre_caption if data.caption_rules == "albef" else None
+    return read(sources, told.image_folder, clean=clean, bad_rows="skip" if training else "raise")
+
+
+def evaluator(
+    rows: Sequence[Any],
+    name: str,
+    told: TaskArguments,
+    labels: Sequence[str],
+    images: Sequence[str] = ("image",),
+) -> ClassificationEvaluator:
+    return ClassificationEvaluator(rows, labels, name, told.eval_batch_size, images)
+
+
+ENTAILMENT = Task(
+    name="entailment",
+    model=AutoModelForSequenceClassification,
+    arguments=EntailmentArguments,
+    open_rows=partial(open_rows, read=open_entailment),
+    collator=partial(pair_collator, kind=TaskCollator),
+    evaluator=partial(evaluator, labels=ENTAILMENT_LABELS),
+    objective=ClassificationObjective,
+)
+NLVR2 = Task(
+    name="nlvr2",
+    model=AutoModelForVisualReasoning,
+    arguments=ReasoningArguments,
+    open_rows=partial(open_rows, read=open_reasoning),
+    collator=partial(pair_collator, kind=TaskCollator, images=TWO_PICTURES),
+    evaluator=partial(evaluator, labels=REASONING_LABELS, images=TWO_PICTURES),
+    objective=ClassificationObjective,
+    load=load_reasoning,
+)
