@@ -82,7 +82,8 @@ def test_versions_agree():
 
 def test_every_pattern_of_package_data_names_a_file(setup):
     for package, text in setup["options.package_data"].items():
-        folder = ROOT / setup["options"]["package_dir"].split(f"\n{package} = ")[1].split("\n")[0]
+        inside = package.removeprefix("oner.").replace(".", "/")
+        folder = ROOT / ("oner" if package == "oner" else inside)
         for pattern in filter(None, text.split("\n")):
             assert [path for path in folder.glob(pattern) if path.is_file()], f"{package}: {pattern}"
 

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from oner.training.run.checkpoint import sha256_of
+from oner.training.publishing.digests import sha256_of
 
 LIBRARIES = ("oner", "torch", "torchvision", "transformers", "tokenizers", "datasets", "evaluate", "timm", "pillow")
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from oner.training.run.checkpoint import sha256_of
+from .digests import sha256_of
 
 logger = logging.get_logger(__name__)
 

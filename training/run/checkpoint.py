@@ -3,7 +3,6 @@
 Accelerate's own `save_state` pickles optimiser and random states, so it cannot be used here: nothing unpickles.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from oner.training.parallel.sharding import full_shapes, load_full_optimizer_state, load_full_state
+from oner.training.publishing.digests import sha256_of
 
 logger = logging.get_logger(__name__)
 
@@ -256,15 +256,6 @@ def _bits(number: float) -> int:
 
 def _number(bits: int) -> float:
     return float(np.int64(bits).view(np.float64))
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:
