@@ -31,9 +31,11 @@ from performance_table import write_tables
 from oner.training.cost.flops import counted_flops, gemm_peak, wait_for
 from oner.training.parallel.sharding import full_optimizer_state
 from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import save_checkpoint
 from oner.training.run.host_memory import keep_freed_memory
-from oner.training.run.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
+from oner.training.run.opening import open_training_pairs
+from oner.training.run.pair_loading import PairLoader
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples" / "configs" / "benchmark_base_224.yaml"

@@ -18,8 +18,8 @@ from oner.training.cost.flops_oner import PairShape, oner_step_flops
 from oner.training.objectives.objective import build_objective
 from oner.training.parallel.distributed import mean_counts
 from oner.training.run.arguments import Arguments
+from oner.training.run.building import build_model
 from oner.training.run.optimization import build_optimizer, compile_regions
-from oner.training.run.pair_loading import build_model
 
 Batch = dict[str, torch.Tensor]
 Timer = Callable[[str], AbstractContextManager]

@@ -26,9 +26,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from oner import OneRConfig
 from oner.training.parallel.distributed import rank, world_size
 from oner.training.run.arguments import parse_arguments
+from oner.training.run.building import build_processor_and_config
 from oner.training.run.engine import Engine
 from oner.training.run.launch import make_accelerator
-from oner.training.run.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
+from oner.training.run.opening import open_training_pairs
+from oner.training.run.pair_loading import PairLoader
 
 WEIGHTS = "clip.safetensors"
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP clips its scale there, and so does open_clip's training loop

@@ -50,7 +50,7 @@ from oner.training.publishing.hub import write_pictures
 from oner.training.publishing.model_card import add_evaluation
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import DataArguments
-from oner.training.run.pair_loading import CAPTION_RULES
+from oner.training.run.collators import CAPTION_RULES
 from oner.training.tasks.finetuning import TASKS as FINETUNED
 from oner.training.tasks.finetuning import Evaluator, build_evaluator, find_task
 

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 import oner  # noqa: F401  registers the families with transformers' auto classes
 from oner.training.parallel.distributed import synchronise_batch_norm
 from oner.training.run.arguments import Arguments, parse_arguments, read_config
+from oner.training.run.building import build_processor_and_config
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.pair_loading import PairLoader, build_processor_and_config
+from oner.training.run.pair_loading import PairLoader
 from oner.training.run.summary import describe, export
 from oner.training.tasks.finetuning import (
     TASKS,

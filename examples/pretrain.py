@@ -16,16 +16,13 @@ from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.objectives.objective import build_objective
 from oner.training.parallel.distributed import synchronise_batch_norm
 from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.building import build_model, build_processor_and_config
+from oner.training.run.collators import CAPTION_RULES
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.pair_loading import (
-    CAPTION_RULES,
-    PairLoader,
-    build_model,
-    build_processor_and_config,
-    open_training_pairs,
-)
+from oner.training.run.opening import open_training_pairs
+from oner.training.run.pair_loading import PairLoader
 from oner.training.run.summary import describe, export
 
 

@@ -18,7 +18,7 @@ from oner.training.cost.estimate import DEVICES, GIB, Device, configuration_of, 
 from oner.training.cost.rehearsal import pair_batch, rehearse
 from oner.training.objectives.objective import build_objective
 from oner.training.run.arguments import parse_arguments
-from oner.training.run.pair_loading import build_model
+from oner.training.run.building import build_model
 
 SMALL = {
     "hidden_size": 32,

@@ -16,7 +16,7 @@ from oner.processing.data.sampling import EXTRA_TURN, PairBatchSampler, PairOrde
 from oner.processing.data.sources import PairDataError, PairTrainingSet, PairTrainingStream, open_pairs
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.run.arguments import DataArguments, parse_arguments
-from oner.training.run.pair_loading import open_training_pairs
+from oner.training.run.opening import open_training_pairs
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,9 @@ import hashlib, json, sys
 from accelerate import PartialState
 from oner.processing.data.quarantine import BadRowsError
 from oner.training.run.arguments import parse_arguments
-from oner.training.run.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
+from oner.training.run.building import build_processor_and_config
+from oner.training.run.opening import open_training_pairs
+from oner.training.run.pair_loading import PairLoader
 state = PartialState(cpu=True)
 start, out, *line = sys.argv[1:]
 arguments = parse_arguments(line)

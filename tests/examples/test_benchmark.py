@@ -23,8 +23,8 @@ from oner.training.cost.rehearsal import pair_batch  # noqa: E402
 from oner.training.objectives.objective import build_objective  # noqa: E402
 from oner.training.objectives.oner import OneRObjectiveArguments  # noqa: E402
 from oner.training.run.arguments import parse_arguments  # noqa: E402
+from oner.training.run.building import build_model  # noqa: E402
 from oner.training.run.optimization import compile_regions  # noqa: E402
-from oner.training.run.pair_loading import build_model  # noqa: E402
 
 SMALL = {
     "hidden_size": 32,

@@ -94,7 +94,9 @@ def build(batch_size: int, directory: str):
     import oner  # noqa: F401
     from oner.training.objectives.objective import build_objective
     from oner.training.run.arguments import parse_arguments
-    from oner.training.run.pair_loading import PairLoader, build_model, build_processor_and_config, open_training_pairs
+    from oner.training.run.building import build_model, build_processor_and_config
+    from oner.training.run.opening import open_training_pairs
+    from oner.training.run.pair_loading import PairLoader
 
     pairs = ROOT / "examples" / "data" / "emoji" / "train.parquet"
     line = tiny_arguments(pairs, directory, size="small", batch_size=batch_size, vocab_size=2000)

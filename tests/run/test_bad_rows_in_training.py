@@ -20,9 +20,11 @@ from tiny_pretraining import (
 from oner.processing.data.quarantine import BadRowsError, read_quarantine
 from oner.processing.data.sources import PairDataError
 from oner.training.run.arguments import parse_arguments
+from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import list_checkpoints, load_checkpoint
 from oner.training.run.engine import Engine
-from oner.training.run.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
+from oner.training.run.opening import open_training_pairs
+from oner.training.run.pair_loading import PairLoader
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),

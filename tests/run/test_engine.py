@@ -26,6 +26,7 @@ from oner.modeling.vl_embeddings import interpolate_positions, sincos_2d
 from oner.processing.data.sources import open_pairs
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.run.arguments import RunArguments, parse_arguments
+from oner.training.run.building import build_model
 from oner.training.run.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -36,7 +37,6 @@ from oner.training.run.checkpoint import (
 )
 from oner.training.run.engine import Engine
 from oner.training.run.launch import choose_precision, make_accelerator
-from oner.training.run.pair_loading import build_model
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 

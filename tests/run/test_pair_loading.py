@@ -7,7 +7,9 @@ from tiny_pretraining import tiny_arguments
 from oner.processing.data.augmentation import NORMALIZATIONS
 from oner.processing.vl_captions import pre_caption
 from oner.training.run.arguments import Arguments, parse_arguments
-from oner.training.run.pair_loading import PairLoader, build_model, build_processor_and_config, open_training_pairs
+from oner.training.run.building import build_model, build_processor_and_config
+from oner.training.run.opening import open_training_pairs
+from oner.training.run.pair_loading import PairLoader
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

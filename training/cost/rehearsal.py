@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from oner.training.objectives.objective import build_objective
 from oner.training.run.arguments import Arguments
-from oner.training.run.pair_loading import build_model
+from oner.training.run.building import build_model
 
 
 @dataclass(frozen=True)

@@ -1,201 +1,25 @@
-"""From arguments to processor, model, and batches: what a run of any family on pairs begins with."""
+"""Batches of a run, from any step on."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
+from transformers import PreTrainedConfig
 
-from oner.processing.data.augmentation import NORMALIZATIONS, TrainingImageTransform
-from oner.processing.data.collation import PairCollator
-from oner.processing.data.mixture import open_mixture
-from oner.processing.data.quarantine import Quarantine, StandIns, line_of
+from oner.processing.data.quarantine import StandIns, line_of
+from oner.processing.data.rows import PairRows, PairStream
 from oner.processing.data.sampling import PairBatchSampler, PairOrder
-from oner.processing.data.sources import PairRows, PairStream, PairTrainingSet, PairTrainingStream
-from oner.processing.image_processing_vl import OneRImageProcessor
+from oner.processing.data.training_sets import PairTrainingSet, PairTrainingStream
 from oner.processing.processing_vl import OneRProcessor
-from oner.processing.vl_captions import pre_caption
-from oner.processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer
-from oner.training.conversion.towers import initialise
 from oner.training.parallel.distributed import rank, sum_over_processes, world_size
-from oner.training.publishing.model_loading import load_model
 
-from .arguments import Arguments, DataArguments
+from .arguments import Arguments
+from .collators import Collator, pair_collator
 from .data_workers import outlive_signals_to_the_group
-
-logger = logging.get_logger(__name__)
-
-# (RowKey, row, stand-ins) of each place -> batch
-Collator = Callable[[list[tuple]], dict[str, Any]]
-CAPTION_RULES = {"albef": pre_caption}
-CODE_STRIDE = 8  # pixels a side that one visual code stands for in every tokenizer of DALL-E's layout
-
-
-def open_training_pairs(data: DataArguments, output_dir: str | None = None) -> PairRows | PairStream:
-    """
-    The training pairs, columns checked; rows found bad are left to the quarantine of `PairLoader`.
-
-    Raises:
-        PairDataError: data that cannot be read as rows of pairs; names the file and what is wrong.
-        BadRowsError: if `output_dir` is given: too many rows are bad. Its quarantine.jsonl lists them.
-    """
-    pairs = open_mixture(
-        data.train_data,
-        data.image_column,
-        data.text_column,
-        data.id_column,
-        split=data.split,
-        streaming=data.streaming,
-        bad_rows="skip",
-        weights=data.data_weights,
-    )
-    if output_dir is not None:
-        quarantine_of(pairs, output_dir, data.max_bad_rows).check_opening()
-    return pairs
-
-
-def quarantine_of(pairs: PairRows | PairStream, output_dir: str, max_bad_rows: float) -> Quarantine:
-    """The list of bad rows of a run over `pairs`, with those that are known already."""
-    if isinstance(pairs, PairStream):
-        return Quarantine(output_dir, max_bad_rows, is_main=rank() == 0)
-    opened = [(*pairs.where(row), reason) for row, reason in sorted(pairs.bad.items())]
-    return Quarantine(output_dir, max_bad_rows, opened, len(pairs), is_main=rank() == 0)
-
-
-def build_processor_and_config(
-    arguments: Arguments, pairs: PairRows | PairStream
-) -> tuple[OneRProcessor, PreTrainedConfig]:
-    """
-    The tokenizer (given, or trained on the captions: the same on every process), the configuration that fits it, and
-    the processor that fits both.
-
-    Raises:
-        ValueError: a family or size that does not exist, a stream without a tokenizer.
-    """
-    model, overrides = arguments.model, dict(arguments.model.model_config or {})
-    colours = NORMALIZATIONS[arguments.data.image_normalization or "imagenet"]
-    if model.initial_model is not None:
-        processor = AutoProcessor.from_pretrained(model.initial_model)
-        tokenizer = processor.tokenizer
-        if arguments.data.image_normalization is None:
-            colours = processor.image_processor.image_mean, processor.image_processor.image_std
-        config = AutoConfig.from_pretrained(model.initial_model, **overrides)
-    else:
-        tokenizer = _tokenizer(arguments, pairs, overrides.get("max_text_length", 64))
-        ids = {
-            "pad_token_id": tokenizer.pad_token_id,
-            "cls_token_id": tokenizer.cls_token_id,
-            "mask_token_id": tokenizer.mask_token_id,
-            "image_token_id": tokenizer.image_token_id,
-        }
-        config_class = CONFIG_MAPPING[model.family]
-        config = config_class.from_size(model.size, **{"vocab_size": len(tokenizer), **ids, **overrides})
-    image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop, *colours)
-    return OneRProcessor(image_processor, tokenizer, max_text_length=config.max_text_length), config
-
-
-def _image_processor(
-    image_size: int, patch_size: int, eval_crop: float, mean: Sequence[float], std: Sequence[float]
-) -> OneRImageProcessor:
-    side = round(image_size / eval_crop)
-    options = {"size": {"height": side, "width": side}, "patch_size": patch_size}
-    options |= {"image_mean": list(mean), "image_std": list(std)}
-    if eval_crop < 1:
-        options |= {"do_center_crop": True, "crop_size": {"height": image_size, "width": image_size}}
-    return OneRImageProcessor(**options)
-
-
-def _tokenizer(arguments: Arguments, pairs: PairRows | PairStream, max_text_length: int):
-    if arguments.model.tokenizer is not None:
-        return tokenizer_from_vocab(arguments.model.tokenizer, max_text_length=max_text_length)
-    if isinstance(pairs, PairStream):
-        raise ValueError("a stream is read once, so no vocabulary can be trained on it first; expected `tokenizer`")
-    return train_tokenizer(pairs.captions(), vocab_size=arguments.model.vocab_size, max_text_length=max_text_length)
-
-
-def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """
-    The student in fp32: from `initial_model`, or from scratch. Heads that the first stage never had are drawn by
-    `seed`, and named.
-
-    Raises:
-        ModelDirectoryError: `initial_model` is damaged, or lacks weights of its tower or a part of a head.
-        ValueError: `initial_vision` or `initial_text` cannot be read or does not fit; names the keys.
-    """
-    torch.manual_seed(arguments.run.seed)
-    options = {}
-    if arguments.model.attn_implementation is not None:
-        options["attn_implementation"] = arguments.model.attn_implementation
-    if arguments.model.initial_model is not None:
-        model = load_model(
-            AutoModelForPreTraining,
-            arguments.model.initial_model,
-            draws_heads=True,
-            config=config,
-            dtype=torch.float32,
-            **options,
-        )
-    else:
-        model = AutoModelForPreTraining.from_config(config, dtype=torch.float32, **options)
-    if arguments.model.initial_vision is not None or arguments.model.initial_text is not None:
-        report = initialise(model, arguments.model.initial_vision, arguments.model.initial_text)
-        if rank() == 0:
-            logger.warning(report.describe())
-    if arguments.model.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return model
-
-
-def pair_collator(
-    arguments: Arguments,
-    processor: OneRProcessor,
-    config: PreTrainedConfig,
-    kind: type[PairCollator] = PairCollator,
-    **others: Any,
-) -> PairCollator:
-    """The collator of a run's pairs, or a `kind` of it for a task; `others` are further arguments of that."""
-    data, run = arguments.data, arguments.run
-    second_view = {}
-    if data.code_crop is not None:
-        side = config.image_size // config.patch_size * CODE_STRIDE
-        second_view = {"code_size": side, "code_crop": data.code_crop}
-    return kind(
-        processor.tokenizer,
-        TrainingImageTransform(
-            config.image_size,
-            scale=tuple(data.crop_scale),
-            margin=data.crop_margin,
-            hflip=data.horizontal_flip,
-            color_jitter=data.color_jitter,
-            grayscale=data.grayscale,
-            rand_augment=data.rand_augment,
-            mean=processor.image_processor.image_mean,
-            std=processor.image_processor.image_std,
-            **second_view,
-        ),
-        image_token_id=config.image_token_id,
-        cls_token_id=config.cls_token_id,
-        mask_token_id=config.mask_token_id,
-        pad_token_id=config.pad_token_id,
-        vocab_size=config.vocab_size,
-        patch_size=config.patch_size,
-        max_text_length=config.max_text_length,
-        seed=run.seed,
-        mlm_probability=data.mlm_probability,
-        mim_ratio=tuple(data.mim_ratio),
-        mim_masking=data.mim_masking,
-        mim_min_block=data.mim_min_block,
-        random_specials=data.random_specials,
-        clean_caption=CAPTION_RULES.get(data.caption_rules),
-        max_pixels=data.max_pixels,
-        source=", ".join(data.train_data),
-        **others,
-    )
+from .opening import quarantine_of
 
 
 class PairLoader:

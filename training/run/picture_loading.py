@@ -11,7 +11,7 @@ from oner.processing.data.rows import PairRows, PairStream
 from oner.processing.pipeline_image_text_retrieval import list_pictures
 
 from .arguments import Arguments, DataArguments
-from .pair_loading import open_training_pairs
+from .opening import open_training_pairs
 
 # what makes of a folder more than a heap of pictures
 TABLES = ("metadata.*", "*.parquet", "*.tar", "state.json", "dataset_dict.json")

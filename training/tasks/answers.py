@@ -23,7 +23,7 @@ from oner.training.evaluation.answers import AnswerEvaluator
 from oner.training.objectives.answers import AnswerObjective, AnswerObjectiveArguments
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import Arguments, DataArguments
-from oner.training.run.pair_loading import pair_collator
+from oner.training.run.collators import pair_collator
 
 from .finetuning import Task, TaskArguments
 

@@ -13,7 +13,7 @@ from oner.training.evaluation.classification import task_inputs
 from oner.training.evaluation.embedding import batches, numbered, row_ids
 from oner.training.evaluation.sheets import evaluating, on_device
 from oner.training.objectives.assignment import AssignmentObjective, AssignmentObjectiveArguments, assign
-from oner.training.run.pair_loading import pair_collator
+from oner.training.run.collators import pair_collator
 
 from .classification import FamilyModels, load_second_layers
 from .finetuning import Task, TaskArguments

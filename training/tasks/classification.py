@@ -17,7 +17,7 @@ from oner.training.objectives.classification import ClassificationObjective
 from oner.training.objectives.task import DistillationArguments
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import DataArguments
-from oner.training.run.pair_loading import pair_collator
+from oner.training.run.collators import pair_collator
 
 from .finetuning import Task, TaskArguments
 

@@ -19,7 +19,8 @@ from oner.training.evaluation.embedding import spaced
 from oner.training.objectives.objective import Objective, build_objective, objective_classes
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import Arguments, DataArguments
-from oner.training.run.pair_loading import Collator, quarantine_of
+from oner.training.run.collators import Collator
+from oner.training.run.opening import quarantine_of
 
 # task -> module and name of its `Task`; a new task adds its line here
 TASKS = {

@@ -17,7 +17,7 @@ from oner.processing.data.row_checks import PairDataError
 from oner.training.evaluation.embedding import check_pictures
 from oner.training.evaluation.grounding import GroundingEvaluator
 from oner.training.run.arguments import DataArguments
-from oner.training.run.pair_loading import CAPTION_RULES, pair_collator
+from oner.training.run.collators import CAPTION_RULES, pair_collator
 
 from .finetuning import Task, TaskArguments
 

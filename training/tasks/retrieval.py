@@ -20,7 +20,7 @@ from oner.training.evaluation.embedding import check_pictures, spaced
 from oner.training.evaluation.reranking import RerankingEvaluator
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.run.arguments import DataArguments
-from oner.training.run.pair_loading import CAPTION_RULES, pair_collator
+from oner.training.run.collators import CAPTION_RULES, pair_collator
 
 from .finetuning import Task, TaskArguments
 
