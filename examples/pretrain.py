@@ -15,14 +15,15 @@ from oner.training.evaluation.embedding import check_pictures
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.objectives.objective import build_objective
 from oner.training.parallel.distributed import synchronise_batch_norm
-from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_model, build_processor_and_config
-from oner.training.run.collators import CAPTION_RULES
+from oner.training.run.collators import CAPTION_RULES, build_collators
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.opening import open_training_pairs
-from oner.training.run.pair_loading import PairLoader
+from oner.training.run.loading import RunLoader
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
 from oner.training.run.summary import describe, export
 
 
@@ -32,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    pairs = open_training_pairs(arguments.data, arguments.run.output_dir)
-    processor, config = build_processor_and_config(arguments, pairs)
+    rows = open_portions(arguments)
+    processor, config = build_processor_and_config(arguments, rows)
     model = synchronise_batch_norm(build_model(arguments, config), accelerator.device)
-    loader = PairLoader(arguments, pairs, processor, config)
+    loader = RunLoader(arguments, rows, build_collators(arguments, processor, config))
     evaluators = build_evaluators(arguments)
 
     accelerator.print(describe(arguments, model, loader, accelerator))

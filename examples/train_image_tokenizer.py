@@ -22,11 +22,12 @@ from oner.training.evaluation.embedding import spaced
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
 from oner.training.publishing.model_loading import load_model
 from oner.training.publishing.tokenizer_export import export_tokenizer
-from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.arguments import Arguments
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.pair_loading import PairLoader
+from oner.training.run.loading import RunLoader
+from oner.training.run.parsing import parse_arguments
 from oner.training.run.picture_loading import open_training_pictures, picture_collator
 from oner.training.run.summary import describe
 
@@ -35,14 +36,15 @@ SHOWN = 24
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Runs to the end and returns the last evaluation."""
-    arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments)
+    arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments, kind="images", family="discrete_vae")
     data, run = arguments.data, arguments.run
     accelerator = make_accelerator(run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     pictures = open_training_pictures(data, run.output_dir)
     model = build_tokenizer(arguments)
-    loader = PairLoader(arguments, pictures, None, None, picture_collator(arguments, model.config.image_size))
+    collator = picture_collator(arguments, model.config.image_size)
+    loader = RunLoader(arguments, {"images": pictures}, {"images": collator})
     columns = (data.image_column, data.text_column, data.id_column)
     evaluators = [ReconstructionEvaluator(open_pairs(path, *columns), Path(path).stem) for path in run.eval_data]
     accelerator.print(describe(arguments, model, loader, accelerator))

@@ -45,7 +45,8 @@ from oner.training.evaluation.zero_shot import ZeroShotClassificationEvaluator
 from oner.training.objectives.dvae import DiscreteVAEObjectiveArguments
 from oner.training.objectives.oner import OneRObjectiveArguments
 from oner.training.publishing.hub import export_model
-from oner.training.run.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
+from oner.training.run.arguments import DataArguments, ModelArguments, RunArguments
+from oner.training.run.parsing import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

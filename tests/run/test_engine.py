@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoModelForZeroShotImageClassification, Aut
 from oner.modeling.vl_embeddings import interpolate_positions, sincos_2d
 from oner.processing.data.sources import open_pairs
 from oner.processing.vl_tokenizer import train_tokenizer
-from oner.training.run.arguments import RunArguments, parse_arguments
+from oner.training.run.arguments import RunArguments
 from oner.training.run.building import build_model
 from oner.training.run.checkpoint import (
     CheckpointError,
@@ -37,6 +37,7 @@ from oner.training.run.checkpoint import (
 )
 from oner.training.run.engine import Engine
 from oner.training.run.launch import choose_precision, make_accelerator
+from oner.training.run.parsing import parse_arguments
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 

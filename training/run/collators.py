@@ -18,6 +18,11 @@ CAPTION_RULES = {"albef": pre_caption}
 CODE_STRIDE = 8  # pixels a side that one visual code stands for in every tokenizer of DALL-E's layout
 
 
+def build_collators(arguments: Arguments, processor: OneRProcessor, config: PreTrainedConfig) -> dict[str, Collator]:
+    """The collator of each portion of a run."""
+    return {name: pair_collator(told, processor, config) for name, told in arguments.portions().items()}
+
+
 def pair_collator(
     arguments: Arguments,
     processor: OneRProcessor,

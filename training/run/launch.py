@@ -210,6 +210,20 @@ def prepare(
     return student, wrapped
 
 
+@contextlib.contextmanager
+def exchanging_gradients(accelerator: Accelerator, student: nn.Module, now: bool) -> Iterator[None]:
+    """Whether a backward inside ends with the exchange of gradients between processes."""
+    if now:
+        yield
+        return
+    accelerator.sync_gradients = False  # DeepSpeed goes by this, the others by no_sync
+    try:
+        with accelerator.no_sync(student):
+            yield
+    finally:
+        accelerator.sync_gradients = True
+
+
 def _spread_by_zero_3(frozen: nn.Module) -> nn.Module:
     import deepspeed
 
