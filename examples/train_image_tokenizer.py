@@ -23,11 +23,12 @@ from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjec
 from oner.training.publishing.model_loading import load_model
 from oner.training.publishing.tokenizer_export import export_tokenizer
 from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.collators import tokenizer_collator
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
 from oner.training.run.pair_loading import PairLoader
-from oner.training.run.picture_loading import open_training_pictures, picture_collator
+from oner.training.run.picture_loading import open_training_pictures
 from oner.training.run.summary import describe
 
 SHOWN = 24
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         keep_freed_memory()
     pictures = open_training_pictures(data, run.output_dir)
     model = build_tokenizer(arguments)
-    loader = PairLoader(arguments, pictures, None, None, picture_collator(arguments, model.config.image_size))
+    loader = PairLoader(arguments, pictures, None, None, tokenizer_collator(arguments, model.config.image_size))
     columns = (data.image_column, data.text_column, data.id_column)
     evaluators = [ReconstructionEvaluator(open_pairs(path, *columns), Path(path).stem) for path in run.eval_data]
     accelerator.print(describe(arguments, model, loader, accelerator))

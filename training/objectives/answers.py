@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from oner.processing.data.task_collation import split_answers
+from oner.processing.data.chunks import split_pairs
 
 from .losses import in_full
 from .task import Batch, DistillationArguments, TaskObjective
@@ -47,7 +47,7 @@ class AnswerObjective(TaskObjective):
         return super().distils() and self.arguments.pass_alpha
 
     def split(self, batch: Batch, pieces: int) -> list[Batch]:
-        return split_answers(batch, pieces)
+        return split_pairs(batch, pieces)
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         inputs = {name: batch[name] for name in INPUTS}

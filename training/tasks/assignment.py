@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from oner.modeling.modeling_simla_tasks import SimlaForTextAssignment
+from oner.processing.data.masking import UNMASKED
 from oner.training.evaluation.classification import task_inputs
 from oner.training.evaluation.embedding import batches, numbered, row_ids
 from oner.training.evaluation.sheets import evaluating, on_device
@@ -73,7 +74,7 @@ ASSIGNMENT = Task(
     model=AutoModelForTextAssignment,
     arguments=AssignmentArguments,
     open_rows=open_rows,
-    collator=partial(pair_collator, mask_text=False, mask_image=False),
+    collator=partial(pair_collator, masking=UNMASKED),
     evaluator=AssignmentEvaluator,
     objective=AssignmentObjective,
     load=load_assignment,

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoModelForPreTraining
 
 from oner.processing.data.karpathy import open_karpathy
+from oner.processing.data.masking import UNMASKED
 from oner.processing.data.mixture import PairMixture
 from oner.processing.data.rows import PairRows
 from oner.processing.data.sources import open_pairs
@@ -78,6 +79,6 @@ RETRIEVAL = Task(
     model=AutoModelForPreTraining,
     arguments=RetrievalArguments,
     open_rows=open_rows,
-    collator=partial(pair_collator, mask_text=False, mask_image=False),
+    collator=partial(pair_collator, masking=UNMASKED),
     evaluator=evaluator,
 )
