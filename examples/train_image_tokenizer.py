@@ -16,7 +16,7 @@ from transformers import AutoModel
 import oner  # noqa: F401  registers the models with transformers' auto classes
 from oner.modeling.configuration_dvae import DiscreteVAEConfig
 from oner.modeling.modeling_dvae import DiscreteVAE
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.training.evaluation.dvae import ReconstructionEvaluator, reconstruction_sheet
 from oner.training.evaluation.embedding import spaced
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = build_tokenizer(arguments)
     loader = PairLoader(arguments, pictures, None, None, tokenizer_collator(arguments, model.config.image_size))
     columns = (data.image_column, data.text_column, data.id_column)
-    evaluators = [ReconstructionEvaluator(open_pairs(path, *columns), Path(path).stem) for path in run.eval_data]
+    evaluators = [ReconstructionEvaluator(open_rows(path, *columns), Path(path).stem) for path in run.eval_data]
     accelerator.print(describe(arguments, model, loader, accelerator))
 
     def evaluate(tokenizer: DiscreteVAE) -> Iterator[tuple[str, float]]:

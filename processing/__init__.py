@@ -20,7 +20,7 @@ _FILES = {
     "VisualQuestionAnsweringPipeline": "pipeline_visual_question_answering",
     "open_image": "image_processing_vl",
     "open_mixture": "data.mixture",
-    "open_pairs": "data.sources",
+    "open_rows": "data.sources",
     "tokenizer_from_vocab": "vl_tokenizer",
     "train_tokenizer": "vl_tokenizer",
 }
@@ -39,7 +39,7 @@ __all__ = [
     "VisualQuestionAnsweringPipeline",
     "open_image",
     "open_mixture",
-    "open_pairs",
+    "open_rows",
     "tokenizer_from_vocab",
     "train_tokenizer",
 ]

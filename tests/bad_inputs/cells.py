@@ -20,7 +20,7 @@ CAPTIONS_REFUSED: dict[str, tuple[Any, str]] = {
     "a list with white space": (["an apple", "  "], "caption 1 of the list: the caption is empty"),
     "a list with 1 MB": (["an apple", "!" * 1_000_000], "caption 1 of the list: .*1000000 characters"),
 }
-# Arrow holds no lone surrogate, so these reach the collator only from rows that are not read by `open_pairs`
+# Arrow holds no lone surrogate, so these reach the collator only from rows that are not read by `open_rows`
 CAPTIONS_BEYOND_ARROW: dict[str, tuple[Any, str]] = {
     "lone surrogate": ("caf\ud800", r"lone surrogate \(character 3\)"),
     "surrogates in the wrong order": ("\udc00\ud800 apple", r"lone surrogate \(character 0\)"),

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from oner.processing.data.augmentation import CodeView, TrainingImageTransform
 from oner.processing.data.chunks import split_pairs
 from oner.processing.data.sampling import PairBatchSampler, RowKey, concept_id
-from oner.processing.data.sources import PairTrainingSet, open_pairs
+from oner.processing.data.sources import PairTrainingSet, open_rows
 from oner.processing.image_processing_vl import open_image
 from oner.processing.vl_captions import pre_caption
 from oner.processing.vl_tokenizer import train_tokenizer
@@ -27,7 +27,7 @@ def rows(emoji_folder, tmp_path_factory):
     datasets.disable_progress_bars()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        return open_pairs(emoji_folder / "test_concept.parquet", id_column="hexcode")
+        return open_rows(emoji_folder / "test_concept.parquet", id_column="hexcode")
 
 
 @pytest.fixture(scope="module")

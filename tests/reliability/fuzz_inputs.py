@@ -168,7 +168,7 @@ class Tables:
     def read(self, content: bytes, rng: random.Random) -> str:
         from oner.processing.data.quarantine import BadRow, read_rows
         from oner.processing.data.sampling import RowKey
-        from oner.processing.data.sources import PairDataError, open_pairs
+        from oner.processing.data.sources import PairDataError, open_rows
 
         suffix, _, content = content.partition(b"\n")
         for old in self.folder.glob("fuzzed*"):
@@ -176,7 +176,7 @@ class Tables:
         source = self.folder / f"fuzzed{rng.randrange(10**9)}{suffix.decode()}"
         source.write_bytes(content)
         try:
-            rows = open_pairs(source, bad_rows="skip")
+            rows = open_rows(source, bad_rows="skip")
         except PairDataError as error:
             assert source.name in str(error)
             return "refused"

@@ -18,7 +18,7 @@ from oner.training.run.collators import pair_collator
 
 from .classification import FamilyModels, load_second_layers
 from .finetuning import Task, TaskArguments
-from .retrieval import open_rows
+from .retrieval import open_captions
 
 AutoModelForTextAssignment = FamilyModels("of text assignment", {"simla": SimlaForTextAssignment})
 load_assignment = partial(load_second_layers, AutoModelForTextAssignment)
@@ -73,7 +73,7 @@ ASSIGNMENT = Task(
     name="assignment",
     model=AutoModelForTextAssignment,
     arguments=AssignmentArguments,
-    open_rows=open_rows,
+    open_rows=open_captions,
     collator=partial(pair_collator, masking=UNMASKED),
     evaluator=AssignmentEvaluator,
     objective=AssignmentObjective,
