@@ -171,7 +171,7 @@ def measure_imports(repeats: int = 2) -> dict[str, Any]:
         "transformers": "import transformers",
         "oner": "import oner",
         "oner.OneRModel": "from oner import OneRModel",
-        "oner.open_pairs": "from oner import open_pairs",
+        "oner.open_rows": "from oner import open_rows",
     }
     took: dict[str, list[float]] = {name: [] for name in statements}
     for _ in range(repeats):

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.training.evaluation.embedding import check_pictures
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.objectives.objective import build_objective
@@ -69,7 +69,7 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
     """Retrieval on each evaluation set, whose pictures are all tried first."""
     data, run, evaluators = arguments.data, arguments.run, []
     for path in run.eval_data:
-        rows = open_pairs(path, data.image_column, data.text_column, data.id_column)
+        rows = open_rows(path, data.image_column, data.text_column, data.id_column)
         check_pictures(rows, path)
         how = {"captions": run.eval_captions, "clean_caption": CAPTION_RULES.get(data.caption_rules)}
         evaluators.append(RetrievalEvaluator(rows, name=Path(path).stem, progress=False, **how))

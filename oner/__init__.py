@@ -33,11 +33,11 @@ if _TYPE_CHECKING:
         SimlaForVisualReasoning,
         SimlaModel,
     )
+    from .processing.data.sources import open_rows
     from .processing.image_processing_vl import OneRImageProcessor, open_image
     from .processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline
     from .processing.processing_vl import OneRProcessor
     from .processing.retrieval_index import RetrievalIndex
-    from .processing.vl_dataset import open_pairs
     from .processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer
 
 __version__ = "0.1.0"
@@ -92,7 +92,7 @@ __all__ = [
     "SimlaForVisualReasoning",
     "SimlaModel",
     "open_image",
-    "open_pairs",
+    "open_rows",
     "tokenizer_from_vocab",
     "train_tokenizer",
 ]

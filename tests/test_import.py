@@ -44,7 +44,7 @@ WAYS = {
     "layers": "import oner\nimport transformers.modeling_layers",
     "another model": "import oner\nfrom transformers import BertModel",
     "name": "from oner import OneRModel",
-    "processing name": "from oner import open_pairs",
+    "processing name": "from oner import open_rows",
     "modeling": "import oner.modeling",
     "file of a room": "from oner.processing.processing_vl import OneRProcessor",
     "training": "import oner.training.publishing.hub",

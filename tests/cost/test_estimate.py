@@ -6,12 +6,12 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny_loading import collator_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from oner import OneRConfig, SimlaConfig
 from oner.command_line import COMMANDS, main
 from oner.processing.data.augmentation import TrainingImageTransform
-from oner.processing.data.collation import PairCollator
 from oner.processing.data.sampling import RowKey
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.cost.estimate import DEVICES, GIB, Device, configuration_of, estimate
@@ -72,9 +72,7 @@ def test_example_pairs_are_laid_out_as_the_collator_does(emoji_folder):
         "image_token_id": tokenizer.image_token_id,
     }
     config = OneRConfig(**SMALL, **ids, vocab_size=len(tokenizer))
-    collator = PairCollator(
-        tokenizer, TrainingImageTransform(32), **ids, vocab_size=len(tokenizer), patch_size=16, max_text_length=12
-    )
+    collator = collator_of(tokenizer, TrainingImageTransform(32), patch_size=16, max_text_length=12)
     real = collator(
         [(RowKey(i, 0, 0.5), {"image": row["image"], "captions": text})
          for i, (row, text) in enumerate(zip(rows, captions, strict=True))]

@@ -22,7 +22,7 @@ from oner.processing.data.quarantine import (
     read_rows,
 )
 from oner.processing.data.sampling import PairOrder
-from oner.processing.data.sources import PairTrainingStream, open_pairs
+from oner.processing.data.sources import PairTrainingStream, open_rows
 from oner.processing.vl_tokenizer import train_tokenizer
 
 BROKEN = b"\x89PNG\r\n\x1a\n nothing more"
@@ -139,7 +139,7 @@ def test_candidates_change_with_place_step_and_seed():
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_workers_processes_and_resume_change_nothing(pairs, tokenizer, grouped):
-    rows = open_pairs(broken(pairs, key=[row // 2 for row in range(40)]), id_column="key", bad_rows="skip")
+    rows = open_rows(broken(pairs, key=[row // 2 for row in range(40)]), id_column="key", bad_rows="skip")
     options = {"batch_size": 8, "groups": rows.ids() if grouped else None}
     make = collator_of(tokenizer)
     whole = [joined([batch]) for batch in loader_of(rows, make, 11, **options)]
@@ -158,7 +158,7 @@ def test_workers_processes_and_resume_change_nothing(pairs, tokenizer, grouped):
 def test_many_bad_rows_and_few_ids(pairs, tokenizer):
     """Half of all rows are bad, and the ids of a batch of four processes stay different from each other."""
     ids = [row % 20 for row in range(40)]
-    rows = open_pairs(broken(pairs, bad=tuple(range(0, 40, 2)), key=ids), id_column="key", bad_rows="skip")
+    rows = open_rows(broken(pairs, bad=tuple(range(0, 40, 2)), key=ids), id_column="key", bad_rows="skip")
     loaders = [
         loader_of(rows, collator_of(tokenizer), 30, batch_size=8, groups=rows.ids(), rank=rank, world_size=4)
         for rank in range(4)
@@ -171,7 +171,7 @@ def test_many_bad_rows_and_few_ids(pairs, tokenizer):
 
 def test_a_sibling_stands_in_first(pairs, tokenizer):
     ids = [row // 2 for row in range(40)]
-    rows = open_pairs(broken(pairs, bad=(6, 12), key=ids), id_column="key", bad_rows="skip")
+    rows = open_rows(broken(pairs, bad=(6, 12), key=ids), id_column="key", bad_rows="skip")
     lines = [
         line
         for batch in loader_of(rows, collator_of(tokenizer), 20, batch_size=8, groups=rows.ids())
@@ -182,7 +182,7 @@ def test_a_sibling_stands_in_first(pairs, tokenizer):
 
 def test_a_stand_in_draws_for_itself(pairs, tokenizer):
     """The row that stands in is cropped otherwise than in its own turn of the epoch."""
-    rows = open_pairs(broken(pairs, bad=(8,)), bad_rows="skip")
+    rows = open_rows(broken(pairs, bad=(8,)), bad_rows="skip")
     batches = list(loader_of(rows, collator_of(tokenizer), 10))
     (line,) = [line for batch in batches for line in batch.get("quarantine", [])]
     turns = [
@@ -195,7 +195,7 @@ def test_a_stand_in_draws_for_itself(pairs, tokenizer):
 
 def test_failed_stand_ins_are_listed_too(pairs, tokenizer):
     bad = tuple(range(0, 32, 2))
-    rows = open_pairs(broken(pairs, bad=bad), bad_rows="skip")
+    rows = open_rows(broken(pairs, bad=bad), bad_rows="skip")
     lines = [line for batch in loader_of(rows, collator_of(tokenizer), 10) for line in batch.get("quarantine", [])]
     assert {line["row"] for line in lines if line["attempt"] == 0} == set(bad)
     tried = [line for line in lines if line["attempt"] > 0]
@@ -204,13 +204,13 @@ def test_failed_stand_ins_are_listed_too(pairs, tokenizer):
 
 
 def test_without_stand_ins_a_bad_row_is_an_error(pairs, tokenizer):
-    rows = open_pairs(broken(pairs, bad=(8,)))
+    rows = open_rows(broken(pairs, bad=(8,)))
     with pytest.raises(ValueError, match=r"row 8 of the data set: cannot read the picture \(bytes\)"):
         list(loader_of(rows, collator_of(tokenizer), 10, skipping=False))
 
 
 def test_a_row_that_cannot_be_read_spares_its_neighbours(pairs):
-    rows = open_pairs(dataset_of(pairs))
+    rows = open_rows(dataset_of(pairs))
 
     class Rows(PairMixture):
         def take(self, indices):
@@ -228,7 +228,7 @@ def test_a_row_that_cannot_be_read_spares_its_neighbours(pairs):
 
 def stream_of(data):
     with pytest.warns(UserWarning, match="is read as a sequential stream"):
-        return open_pairs(data.to_iterable_dataset(), bad_rows="skip")
+        return open_rows(data.to_iterable_dataset(), bad_rows="skip")
 
 
 @pytest.mark.parametrize("bad", [BAD, tuple(range(0, 20))])

@@ -337,7 +337,7 @@ def test_pieces_laid_end_to_end_are_the_batch():
 def test_what_cannot_be_split_is_named(accelerator):
     batch = uneven_batch(3, 4, repeat_ids=True)
     student, objective = build_pair({"losses": ["itc"]})
-    with pytest.raises(ValueError, match="got a batch of 3 rows to split into 4 pieces; expected 1 to 3"):
+    with pytest.raises(ValueError, match="got a batch of 3 rows to split into 4 chunks; expected 1 to 3"):
         loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": 4})
     with pytest.raises(ValueError, match=r"weights has shape \(2,\); expected 3 rows first"):
         split_pairs({**batch, "weights": torch.ones(2)}, 2)

@@ -49,8 +49,9 @@ def test_simlas_data_on_a_run_of_any_family(pairs, tmp_path):
     shown = batch["pixel_values"] * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     assert -1e-6 < shown.min() < shown.max() < 1 + 1e-6
     collator = build_collators(arguments, processor, config)["pairs"]
-    assert (collator.mim_masking, collator.mim_min_block, collator.random_specials) == ("blocks", 2, True)
-    assert collator.clean_caption is pre_caption
+    masking = collator.corruption.masking
+    assert (masking.mim_masking, masking.mim_min_block, masking.random_specials) == ("blocks", 2, True)
+    assert collator.reader.clean_caption is pre_caption
 
 
 def test_an_initial_models_colours_stay_unless_told(pairs, tmp_path):

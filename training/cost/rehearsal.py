@@ -70,7 +70,8 @@ def rehearse(
             teacher.follow(model)
         objective.to(torch.device("cpu"))  # what it keeps beside modules: queues
         fake.allow_non_fake_inputs = False  # a tensor with contents would be one that was forgotten
-        told = Example(arguments.data.mlm_probability, sum(arguments.data.mim_ratio) / 2)
+        masking = arguments.data.masking
+        told = Example(masking.mlm_probability, sum(masking.mim_ratio) / 2)
         batches = family.example_batches(config, lengths, told)
         inputs = [tensor for batch in batches.values() for tensor in batch.values()]
         owned = {_storage(tensor) for module in _modules(model, objective) for tensor in _tensors(module)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from oner.processing.data.task_collation import split_answers
+from oner.processing.data.chunks import split_pairs
 
 from .losses import in_full
 from .objective import Batch
@@ -48,7 +48,7 @@ class AnswerObjective(TaskObjective):
         return super().distils() and self.arguments.pass_alpha
 
     def split(self, batch: Batch, chunks: int) -> list[Batch]:
-        return split_answers(batch, chunks)
+        return split_pairs(batch, chunks)
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         inputs = {name: batch[name] for name in INPUTS}

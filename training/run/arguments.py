@@ -1,10 +1,14 @@
 """What a run may be told: dataclasses. `parsing.py` fills them from a flat YAML file and the command line."""
 
+import copy
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
+from oner.processing.data.augmentation import Crop
+from oner.processing.data.masking import Masking
 from oner.processing.data.sampling import concept_id
 
 from .values import fit
@@ -75,7 +79,9 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class SourceArguments:
+    """What a run reads, beside how images are cropped and what is masked."""
+
     kind: Literal["pairs", "images", "texts"] = field(
         default="pairs", metadata=_help("What a row is: an image with captions, an image, or a text.")
     )
@@ -97,26 +103,12 @@ class DataArguments:
     id_column: str | None = field(default=None, metadata=_help("Rows that share an id are positives of each other."))
     streaming: bool = field(default=False, metadata=_help("Read once in order; resuming can then not be exact."))
     one_row_per_id: bool = field(default=False, metadata=_help("Never two rows of one id in a batch."))
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.5, 1.0], metadata=_help("Area range of RandomResizedCrop.")
-    )
     eval_crop: float = field(
         default=1.0,
         metadata=_help(
             "timm's crop_pct, kept in the processor: below 1, pictures are resized to image_size / eval_crop and "
             "their middle is taken, which shows things as large as training crops do; 1 squeezes the whole picture."
         ),
-    )
-    crop_margin: float = field(
-        default=0.0,
-        metadata=_help("White ground laid round a picture before the crop, up to this share of each side."),
-    )
-    horizontal_flip: float = field(default=0.0, metadata=_help("Probability of a mirrored image."))
-    color_jitter: float = field(default=0.0, metadata=_help("Strength."))
-    grayscale: float = field(default=0.0, metadata=_help("Probability of losing colour."))
-    rand_augment: str | None = field(
-        default=None,
-        metadata=_help('timm\'s RandAugment by its string, "rand-m7-n2-mstd0.5", or ALBEF\'s, "albef-n2-m7".'),
     )
     image_normalization: Literal["imagenet", "clip"] | None = field(
         default=None,
@@ -132,22 +124,12 @@ class DataArguments:
             "independent (SIMLA's code)."
         ),
     )
+    max_text_length: int | None = field(
+        default=None,
+        metadata=_help("Longest text in tokens, the model's own if none; a row of texts is read in windows of it."),
+    )
     caption_rules: Literal["albef"] | None = field(
         default=None, metadata=_help("albef: captions in lower case, without marks, of 30 words; as written if none.")
-    )
-    mlm_probability: float = field(default=0.15, metadata=_help("Share of tokens to predict."))
-    mim_ratio: list[float] = field(
-        default_factory=lambda: [0.1, 0.5],
-        metadata=_help("Share of masked patches at the start and the end, linear in progress."),
-    )
-    random_specials: bool = field(
-        default=False, metadata=_help("A random word may be a special token, as in ALBEF's code.")
-    )
-    mim_masking: Literal["random", "blocks"] = field(
-        default="random", metadata=_help("Patches at random, or blocks of them as BEiT masks.")
-    )
-    mim_min_block: int = field(
-        default=16, metadata=_help("Patches of the smallest block; of 14 x 14 or 16 x 16, BEiT's and SIMLA's is 16.")
     )
     max_pixels: int | None = field(default=None, metadata=_help("Largest picture to decode, in pixels."))
     max_bad_rows: float = field(
@@ -155,6 +137,14 @@ class DataArguments:
         metadata=_help("Share of rows that may be unusable; those are replaced and listed, above it the run stops."),
     )
     num_workers: int = field(default=2, metadata=_help("Data workers a process."))
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """All that is told of a portion's data; flat in a file and on a command line."""
+
+    crop: Crop = field(default_factory=Crop)
+    masking: Masking = field(default_factory=Masking)
 
 
 @dataclass
@@ -265,8 +255,7 @@ class Arguments:
         return {name: self._portion(name, told) for name, told in self.run.portions.items()}
 
     def _portion(self, name: str, told: dict[str, Any]) -> "Arguments":
-        data_hints, run_hints = get_type_hints(DataArguments), get_type_hints(RunArguments)
-        hints = {**data_hints, **{known: run_hints[known] for known in PORTION_FIELDS}}
+        hints = {**hints_of(*DATA), **{known: hints_of(RunArguments)[known] for known in PORTION_FIELDS}}
         if foreign := sorted(set(told) - set(hints)):
             raise ValueError(
                 f"portion {name!r} is told {foreign}; expected arguments of the data, or {PORTION_FIELDS}"
@@ -277,7 +266,7 @@ class Arguments:
         own = {key: value for key, value in values.items() if key in PORTION_FIELDS}
         return dataclasses.replace(
             self,
-            data=dataclasses.replace(self.data, **{key: values[key] for key in values if key in data_hints}),
+            data=data_arguments({**flat(self.data), **{key: values[key] for key in values.keys() - own.keys()}}),
             run=dataclasses.replace(self.run, **own, seed=seed, portions=None, epoch_portion=None),
         )
 
@@ -291,17 +280,38 @@ class Arguments:
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, as in the YAML file."""
-        flat = {}
-        for part in dataclasses.fields(self):
-            flat.update(dataclasses.asdict(getattr(self, part.name)))
-        return flat
+        return {name: value for part in self._parts() for name, value in flat(part).items()}
 
     def defaults(self) -> dict[str, Any]:
         """What each argument is where nothing was said of it, likewise flat: what runs did before it existed."""
-        flat = {}
-        for part in dataclasses.fields(self):
-            flat.update(dataclasses.asdict(type(getattr(self, part.name))()))
-        return flat
+        return {name: value for part in self._parts() for name, value in flat(type(part)()).items()}
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.model, self.data, self.run, self.objective
+
+
+# what the arguments of the data are made of
+DATA = (SourceArguments, Crop, Masking)
+
+
+def data_arguments(values: Mapping[str, Any]) -> DataArguments:
+    """Those of flat values."""
+    sources, crop, masking = ({key: value for key, value in values.items() if key in hints_of(kind)} for kind in DATA)
+    return DataArguments(**sources, crop=Crop(**crop), masking=Masking(**masking))
+
+
+def flat(part: Any) -> dict[str, Any]:
+    """A dataclass as a mapping in which those that it holds are laid out beside its own fields."""
+    values: dict[str, Any] = {}
+    for one in dataclasses.fields(part):
+        value = getattr(part, one.name)
+        values |= flat(value) if dataclasses.is_dataclass(value) else {one.name: copy.deepcopy(value)}
+    return values
+
+
+def hints_of(*kinds: type) -> dict[str, Any]:
+    """Field -> its type, of dataclasses."""
+    return {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
 
 
 def check(arguments: Arguments) -> None:
@@ -320,12 +330,6 @@ def _check_data(data: DataArguments) -> None:
         raise ValueError(
             f"data_weights is {data.data_weights}; expected one for each of the {len(data.train_data)} in train_data"
         )
-    if data.mim_min_block < 1:
-        raise ValueError(f"mim_min_block is {data.mim_min_block}; expected at least 1")
-    for name in ("crop_scale", "mim_ratio"):
-        low_high = getattr(data, name)
-        if len(low_high) != 2 or not 0 <= low_high[0] <= 1 or not 0 <= low_high[1] <= 1:
-            raise ValueError(f"{name} is {low_high}; expected two numbers in [0, 1]")
     if not 0 <= data.max_bad_rows <= 1:
         raise ValueError(f"max_bad_rows is {data.max_bad_rows}; expected a share in [0, 1]")
     if not 0 < data.eval_crop <= 1:

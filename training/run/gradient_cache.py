@@ -22,7 +22,7 @@ from oner.training.objectives.losses import in_full
 from oner.training.objectives.objective import Batch, Comparison, Objective, Portion, Taken, Targets
 from oner.training.parallel.distributed import mean_counts
 
-from .launch import exchanging_gradients
+from .launch import exchanging_gradients, forget_gradients, reach_all
 
 logger = logging.get_logger(__name__)
 
@@ -54,10 +54,14 @@ def loss_and_gradients(
     if batches.keys() != objective.portions.keys():
         raise ValueError(f"got batches of {sorted(batches)}; expected one of each of {sorted(objective.portions)}")
     objective.before_step()
+    several = len(objective.portions) > 1
+    if several:
+        forget_gradients(accelerator, student)
     networks = [student, *(teacher.model for teacher in objective.teachers())]
     parts, kept, losses = {}, {}, []
     for number, (name, portion) in enumerate(objective.portions.items()):
-        step = PortionStep(accelerator, portion, student, networks, progress, number == len(batches) - 1)
+        last = number == len(batches) - 1
+        step = PortionStep(accelerator, portion, student, networks, progress, last, several)
         taken = step.take(batches[name], (chunks or {}).get(name, 1))
         losses.append(taken.loss)
         parts.update(taken.parts)
@@ -73,6 +77,7 @@ class PortionStep:
     Args:
         networks: Student and teachers, whose running statistics are kept by chunk.
         last: With the last portion's last chunk the processes exchange gradients.
+        several: Other portions may have reached parameters that this one does not.
     """
 
     accelerator: Accelerator
@@ -81,6 +86,7 @@ class PortionStep:
     networks: list[nn.Module]
     progress: float
     last: bool
+    several: bool
 
     def take(self, batch: Batch, chunks: int) -> Taken:
         """Loss and gradient of a batch on the CPU."""
@@ -89,7 +95,7 @@ class PortionStep:
         with exchanging_gradients(self.accelerator, self.student, self.last):
             with self.accelerator.autocast():
                 taken = self.portion.take(self.student, _moved(batch, self.accelerator.device), self.progress)
-            self.accelerator.backward(taken.loss)
+            self.backward(taken.loss, self.last)
         return taken._replace(loss=taken.loss.detach())
 
     def in_chunks(self, chunks: list[Batch], counts: Batch) -> Taken:
@@ -166,8 +172,14 @@ class PortionStep:
                 online = self.portion.represent(self.student, chunk, before.targets, self.progress, counts)
             reached = {**{name: in_full(value) for name, value in online.rows.items()}, **online.common}
             pulls = [(reached[name] * slope).sum() for name, slope in slopes.items()]
-            self.accelerator.backward(self.portion.weigh(online.parts) + sum(pulls))
+            self.backward(self.portion.weigh(online.parts) + sum(pulls), last)
         return {name: part.detach() for name, part in online.parts.items()}
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """`last`: the processes exchange gradients, also of what only earlier portions reached."""
+        if last and self.several:
+            loss = loss + reach_all(self.accelerator, self.student)
+        self.accelerator.backward(loss)
 
 
 @dataclass

@@ -4,14 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from transformers import AutoConfig, HfArgumentParser
 
 from oner.training.objectives.objective import OBJECTIVES, objective_classes
 
-from .arguments import Arguments, DataArguments, ModelArguments, RunArguments, check
+from .arguments import DATA, Arguments, ModelArguments, RunArguments, check, data_arguments, flat, hints_of
 from .values import fit, read_json
 
 
@@ -54,16 +54,17 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     if objective is None:
         family = family or _family_of(known.initial_model or values.get("initial_model"))
         objective = objective_classes(family)[1]
-    kinds = [ModelArguments, DataArguments, RunArguments, objective]
+    kinds = [ModelArguments, *DATA, RunArguments, objective]
     parser = HfArgumentParser(kinds, allow_abbrev=False)
-    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    hints = hints_of(*kinds)
     if foreign := sorted(set(values) - set(hints)):
         raise ValueError(f"{known.config}: unknown arguments {foreign}; `--help` lists those there are")
     values = {name: fit(name, value, hints[name], known.config) for name, value in values.items()}
     initial = {} if known.initial_model is None else {"initial_model": known.initial_model}
     parser.set_defaults(**{**defaults, **values, **initial, "family": family})
-    parts = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
-    arguments = Arguments(*parts)
+    model, *data, run, own = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+    values = {name: value for part in data for name, value in flat(part).items()}
+    arguments = Arguments(model, data_arguments(values), run, own)
     for part in (arguments.model, arguments.run, arguments.objective):
         for name in ("model_config", "portions", "loss_weights"):
             if isinstance(getattr(part, name, None), str):
