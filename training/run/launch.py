@@ -236,8 +236,8 @@ def reach_all(accelerator: Accelerator, student: nn.Module) -> torch.Tensor | fl
 
 def forget_gradients(accelerator: Accelerator, student: nn.Module) -> None:
     """
-    Before a step of several backwards: ZeRO-3 keeps the gradients of the step before, and the first backward writes over
-    those alone that it reaches.
+    Before a step of several backwards: ZeRO-3 keeps the gradients of the step before, and the first backward writes
+    over those alone that it reaches.
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
