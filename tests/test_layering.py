@@ -246,10 +246,3 @@ def test_sizes(path):
 def test_no_banners_or_leftovers(path):
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         assert not re.search(r"#.*\b(TODO|FIXME|XXX)\b|#\s*[-=*#]{4,}", line), f"{name_of(path)}:{number}: {line}"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "checkpoints").glob("*/*.py")), ids=name_of)
-def test_code_in_shipped_checkpoints_is_the_houses(path):
-    """Their files travel with the weights; after a change of the rooms they are copied again."""
-    (own,) = (file for file in PORTABLE_FILES if file.name == path.name)
-    assert path.read_text(encoding="utf-8") == own.read_text(encoding="utf-8"), f"copy {name_of(own)} over it"

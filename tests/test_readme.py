@@ -306,6 +306,12 @@ def test_every_bash_block_says_what_becomes_of_it():
     assert not silent, f"bash blocks without a test comment in lines {silent}"
 
 
+def test_every_python_block_that_loads_by_transformers_imports_oner():
+    """Blocks are copied one by one, and the shipped checkpoints hold no code."""
+    blocks = [block for block in BLOCKS if block.language == "python" and "from transformers" in block.text]
+    assert {block.directive for block in blocks if "import oner\n" not in block.text} == {"without oner"}
+
+
 def test_extras_exist():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
