@@ -9,7 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from oner import OneRConfig
-from oner.command_line import COMMANDS, main
 from oner.processing.data.augmentation import TrainingImageTransform
 from oner.processing.data.collation import PairCollator
 from oner.processing.data.sampling import RowKey
@@ -19,6 +18,7 @@ from oner.training.cost.rehearsal import pair_batch, rehearse
 from oner.training.objectives.objective import build_objective
 from oner.training.run.arguments import parse_arguments
 from oner.training.run.pair_loading import build_model
+from oner_command_line import COMMANDS, main
 
 SMALL = {
     "hidden_size": 32,
@@ -217,4 +217,4 @@ def test_setup_declares_the_command(root):
 
     setup = configparser.ConfigParser()
     setup.read(root / "setup.cfg")
-    assert "oner = oner.command_line:main" in setup["options.entry_points"]["console_scripts"]
+    assert "oner = oner_command_line:main" in setup["options.entry_points"]["console_scripts"]
