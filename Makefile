@@ -8,6 +8,8 @@ PY := $(VENV)/bin/python
 DEMO_CONFIG ?= examples/configs/oner_emoji.yaml
 DEMO_MODEL ?= runs/demo/model
 EMOJI := examples/data/emoji
+# exit status of a run that a signal stopped and that can go on; `accelerate launch` would make 1 of it
+STOPPED := 75
 EVALUATE = OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MODEL) --id_column hexcode
 # nproc obeys OMP_NUM_THREADS, so that is hidden from it.
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
@@ -48,8 +50,8 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 demo: $(VENV)/.installed-plots
-	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
-	  --dynamo_backend no examples/pretrain.py --config $(DEMO_CONFIG) --resume
+	OMP_NUM_THREADS=$(CORES) $(PY) examples/pretrain.py --config $(DEMO_CONFIG) --resume || { status=$$?; \
+	  if [ $$status = $(STOPPED) ]; then echo 'stopped; run it again to go on'; fi; exit $$status; }
 	$(EVALUATE) --data $(EMOJI)/test_style.parquet --gallery $(EMOJI)/train.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/test_concept.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --tasks multimodal

@@ -4,6 +4,7 @@ accelerate launch examples/pretrain.py --config examples/configs/oner_emoji.yaml
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,11 +27,11 @@ from oner.training.run.pair_loading import (
     build_processor_and_config,
     open_training_pairs,
 )
-from oner.training.run.summary import describe, export
+from oner.training.run.summary import STOPPED, describe, export
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs to the end and returns the last evaluation."""
+def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
+    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
@@ -60,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     metrics = engine.fit()
     if engine.stopped:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
-    elif accelerator.is_main_process:
+        return None
+    if accelerator.is_main_process:
         directory = export(arguments, engine.model, processor, metrics, evaluators)
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
@@ -79,4 +81,5 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
 
 
 if __name__ == "__main__":
-    main()
+    if main() is None:
+        sys.exit(STOPPED)
