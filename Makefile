@@ -18,7 +18,7 @@ JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help demo test test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix dist clean
+.PHONY: help demo test test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix walk dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
@@ -33,6 +33,7 @@ help:
 	@echo 'make fuzz               mutated pictures, captions and files of rows: none may crash or hang (slow)'
 	@echo 'make scale              memory of InfoNCE at 32k x 32k, memory and time of cached gradients (slow)'
 	@echo 'make benchmark          docs/performance.json and the tables of docs/performance.md (6 minutes, 2 quiet cores)'
+	@echo 'make walk               which files a picture and its caption go through from disk to loss, for each family'
 	@echo 'make dist               source archive and wheel in dist/'
 
 # The environment is remade only when the metadata changed; each set of extras leaves a stamp.
@@ -94,6 +95,9 @@ scale: $(VENV)/.installed-test
 
 benchmark: $(VENV)/.installed-all
 	$(OFFLINE) OMP_NUM_THREADS=$(CORES) $(PY) examples/benchmark.py
+
+walk: $(VENV)/.installed-test
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/walk.py 2>/dev/null
 
 dist: $(VENV)/.installed-test
 	rm -rf dist
