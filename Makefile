@@ -8,6 +8,8 @@ PY := $(VENV)/bin/python
 DEMO_CONFIG ?= examples/configs/oner_emoji.yaml
 DEMO_MODEL ?= runs/demo/model
 EMOJI := examples/data/emoji
+# exit status of a run that a signal stopped and that can go on; `accelerate launch` would make 1 of it
+STOPPED := 75
 EVALUATE = OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MODEL) --id_column hexcode
 # nproc obeys OMP_NUM_THREADS, so that is hidden from it.
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
@@ -16,7 +18,7 @@ JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: help demo test test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix dist clean
+.PHONY: help demo test test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix walk dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
@@ -31,6 +33,7 @@ help:
 	@echo 'make fuzz               mutated pictures, captions and files of rows: none may crash or hang (slow)'
 	@echo 'make scale              memory of InfoNCE at 32k x 32k, memory and time of cached gradients (slow)'
 	@echo 'make benchmark          docs/performance.json and the tables of docs/performance.md (6 minutes, 2 quiet cores)'
+	@echo 'make walk               which files a picture and its caption go through from disk to loss, for each family'
 	@echo 'make dist               source archive and wheel in dist/'
 
 # The environment is remade only when the metadata changed; each set of extras leaves a stamp.
@@ -48,8 +51,8 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 demo: $(VENV)/.installed-plots
-	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
-	  --dynamo_backend no examples/pretrain.py --config $(DEMO_CONFIG) --resume
+	OMP_NUM_THREADS=$(CORES) $(PY) examples/pretrain.py --config $(DEMO_CONFIG) --resume || { status=$$?; \
+	  if [ $$status = $(STOPPED) ]; then echo 'stopped; run it again to go on'; fi; exit $$status; }
 	$(EVALUATE) --data $(EMOJI)/test_style.parquet --gallery $(EMOJI)/train.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/test_concept.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --tasks multimodal
@@ -92,6 +95,9 @@ scale: $(VENV)/.installed-test
 
 benchmark: $(VENV)/.installed-all
 	$(OFFLINE) OMP_NUM_THREADS=$(CORES) $(PY) examples/benchmark.py
+
+walk: $(VENV)/.installed-test
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/walk.py 2>/dev/null
 
 dist: $(VENV)/.installed-test
 	rm -rf dist

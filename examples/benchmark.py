@@ -42,7 +42,7 @@ from oner.training.run.parsing import parse_arguments
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples" / "configs" / "benchmark_base_224.yaml"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-OTHERS = ("loader", "checkpoint", "imports")
+OTHERS = ("loader", "checkpoint", "starts")
 # asked for by name only
 LONG = ("oner_bf16_as_is", "clip_fp32")
 
@@ -165,20 +165,19 @@ def measure_checkpoint(arguments: Arguments) -> dict[str, Any]:
     return {"seconds": seconds, "bytes": size}
 
 
-def measure_imports(repeats: int = 2) -> dict[str, Any]:
-    """Seconds of an import in a fresh process, the best of some: the first fills the file cache."""
-    statements = {
-        "transformers": "import transformers",
-        "oner": "import oner",
-        "oner.OneRModel": "from oner import OneRModel",
-        "oner.open_rows": "from oner import open_rows",
+def measure_starts(repeats: int = 3) -> dict[str, Any]:
+    """Seconds of a whole process, the best of some: the first fills the file cache."""
+    programs = {
+        "from transformers import AutoModel, AutoProcessor, pipeline": "",
+        "import oner": "",
+        "oner --help": "import oner_command_line\noner_command_line.main(['--help'])",
     }
-    took: dict[str, list[float]] = {name: [] for name in statements}
+    took: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
-        for name, statement in statements.items():
-            code = f"import time\nstart = time.perf_counter()\n{statement}\nprint(time.perf_counter() - start)"
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-            took[name].append(float(done.stdout.split()[-1]))
+        for name, program in programs.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", program or name], capture_output=True, check=True, cwd=ROOT)
+            took[name].append(time.perf_counter() - start)
     return {name: min(seconds) for name, seconds in took.items()}
 
 
@@ -187,7 +186,7 @@ def run_case(name: str, arguments: Arguments, repeats: int) -> dict[str, Any]:
         return measure_loader(arguments)
     if name == "checkpoint":
         return measure_checkpoint(arguments)
-    return measure_imports() if name == "imports" else measure_step(name, arguments, repeats)
+    return measure_starts() if name == "starts" else measure_step(name, arguments, repeats)
 
 
 def in_process(command: list[str], limit: float) -> dict[str, Any]:

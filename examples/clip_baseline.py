@@ -14,6 +14,7 @@ and is read as `[CLS] w1 ... wT [EOT] [PAD]*`.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader
 from oner.training.run.opening import open_portions
 from oner.training.run.parsing import parse_arguments
+from oner.training.run.summary import STOPPED
 
 WEIGHTS = "clip.safetensors"
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP clips its scale there, and so does open_clip's training loop
@@ -183,8 +185,13 @@ class ClipObjective(SinglePortion):
             raise ValueError(f"the CLIP objective has no state, got {sorted(state)}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the baseline with OneR's loader, optimiser, schedule and engine, and writes `output_dir/model`."""
+def main(argv: Sequence[str] | None = None) -> bool:
+    """
+    Trains the baseline with OneR's loader, optimiser, schedule and engine, and writes `output_dir/model`.
+
+    Returns:
+        Whether it came to its end, and was not stopped by a signal.
+    """
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments.run)
     rows = open_portions(arguments)
@@ -206,12 +213,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine.fit()
     if engine.stopped:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
-    elif accelerator.is_main_process:
+        return False
+    if accelerator.is_main_process:
         directory = Path(arguments.run.output_dir) / "model"
         model.save(directory)
         processor.save_pretrained(directory)
         print(f"model directory: {directory}")
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    if not main():
+        sys.exit(STOPPED)

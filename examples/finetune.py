@@ -8,6 +8,7 @@ Tasks are the entries of `oner.training.tasks.finetuning.TASKS`. `--task NAME --
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader
 from oner.training.run.parsing import parse_arguments, read_config
-from oner.training.run.summary import describe, export
+from oner.training.run.summary import STOPPED, describe, export
 from oner.training.tasks.finetuning import (
     TASKS,
     Task,
@@ -34,8 +35,8 @@ from oner.training.tasks.finetuning import (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs to the end and returns the last evaluation."""
+def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
+    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     task, arguments = parse(argv)
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     metrics = engine.fit()
     if engine.stopped:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
-    elif accelerator.is_main_process:
+        return None
+    if accelerator.is_main_process:
         directory = export(arguments, engine.model, processor, metrics, evaluators)
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
@@ -94,4 +96,5 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
 
 
 if __name__ == "__main__":
-    main()
+    if main() is None:
+        sys.exit(STOPPED)

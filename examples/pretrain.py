@@ -4,6 +4,7 @@ accelerate launch examples/pretrain.py --config examples/configs/oner_emoji.yaml
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader
 from oner.training.run.opening import open_portions
 from oner.training.run.parsing import parse_arguments
-from oner.training.run.summary import describe, export
+from oner.training.run.summary import STOPPED, describe, export
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs to the end and returns the last evaluation."""
+def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
+    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     metrics = engine.fit()
     if engine.stopped:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
-    elif accelerator.is_main_process:
+        return None
+    if accelerator.is_main_process:
         directory = export(arguments, engine.model, processor, metrics, evaluators)
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
@@ -77,4 +79,5 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
 
 
 if __name__ == "__main__":
-    main()
+    if main() is None:
+        sys.exit(STOPPED)

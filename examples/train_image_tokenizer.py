@@ -7,6 +7,7 @@ accelerate launch examples/train_image_tokenizer.py --config examples/configs/im
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,13 +31,13 @@ from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader
 from oner.training.run.parsing import parse_arguments
 from oner.training.run.picture_loading import open_training_pictures
-from oner.training.run.summary import describe
+from oner.training.run.summary import STOPPED, describe
 
 SHOWN = 24
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs to the end and returns the last evaluation."""
+def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
+    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments, kind="images", family="discrete_vae")
     data, run = arguments.data, arguments.run
     accelerator = make_accelerator(run)
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     metrics = engine.fit()
     if engine.stopped:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
-    elif accelerator.is_main_process:
+        return None
+    if accelerator.is_main_process:
         directory = export(arguments, engine.model, metrics, evaluators)
         print(json.dumps({name: round(value, 5) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
@@ -108,4 +110,5 @@ def export(
 
 
 if __name__ == "__main__":
-    main()
+    if main() is None:
+        sys.exit(STOPPED)

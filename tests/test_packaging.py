@@ -131,7 +131,7 @@ def test_wheel_holds_every_file_of_every_room(built):
     for room in ("modeling", "processing", "training"):
         missing = {f"oner/{room}/{name}" for name in files_of(room)} - names
         assert not missing, missing
-    assert {"oner/__init__.py", "oner/py.typed"} <= names and not any(
+    assert {"oner/__init__.py", "oner/py.typed", "oner_command_line.py"} <= names and not any(
         name.startswith(("examples", "tests")) for name in names
     )
 

@@ -10,7 +10,6 @@ from tiny_loading import collator_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from oner import OneRConfig, SimlaConfig
-from oner.command_line import COMMANDS, main
 from oner.processing.data.augmentation import TrainingImageTransform
 from oner.processing.data.sampling import RowKey
 from oner.processing.vl_tokenizer import train_tokenizer
@@ -21,6 +20,7 @@ from oner.training.objectives.objective import Example, build_objective
 from oner.training.objectives.simla import SimlaObjective
 from oner.training.run.building import build_model
 from oner.training.run.parsing import parse_arguments
+from oner_command_line import COMMANDS, main
 
 SMALL = {
     "hidden_size": 32,
@@ -251,4 +251,4 @@ def test_setup_declares_the_command(root):
 
     setup = configparser.ConfigParser()
     setup.read(root / "setup.cfg")
-    assert "oner = oner.command_line:main" in setup["options.entry_points"]["console_scripts"]
+    assert "oner = oner_command_line:main" in setup["options.entry_points"]["console_scripts"]

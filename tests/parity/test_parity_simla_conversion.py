@@ -15,9 +15,9 @@ from simla_bridge import check_step, official, official_batch, our_state, proble
 from tiny_simla import OFFICIAL_DEPTH
 from transformers import AutoModelForPreTraining
 
-from oner.command_line import main
 from oner.training.conversion.checkpoints import from_official, to_official
 from oner.training.objectives.simla import SimlaObjective, SimlaObjectiveArguments
+from oner_command_line import main
 
 ROOT = Path(__file__).resolve().parents[2]
 # what no shape of an official file tells

@@ -139,6 +139,20 @@ def test_a_head_is_drawn_whole_and_said_or_not_at_all(directory, caplog):
     assert f"{directory} has no weights for ['lm_head']: drawn at random" in caplog.text
 
 
+@pytest.mark.parametrize("source", ["runs/demo/model", "./model", "/nowhere/model", Path("model")], ids=str)
+def test_a_directory_that_is_not_there_is_said(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelDirectoryError, match=rf"^{source}: no such directory; expected a directory with config"):
+        load_model(AutoModel, source)
+
+
+def test_a_name_may_have_meant_a_directory(tmp_path, monkeypatch):
+    """`runs/model` has the form of a Hub name, where nothing answers."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelDirectoryError, match="^runs/model: no such directory, and nothing of that name came"):
+        load_model(AutoModel, "runs/model")
+
+
 def test_the_programs_refuse_a_model_that_lacks_weights(family, directory, tmp_path):
     tower = tower_weight(directory)
     rewrite(directory, lambda weights: weights.pop(tower))

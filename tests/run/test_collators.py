@@ -10,7 +10,7 @@ from oner.processing.data.augmentation import Crop
 from oner.processing.data.layouts import ImageLayout, JointLayout, SeparateLayout
 from oner.processing.data.masking import UNMASKED, Dropping, Masking, Replacement
 from oner.processing.data.sampling import RowKey
-from oner.training.run.arguments import parse_arguments
+from oner.training.run.parsing import parse_arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.collators import (
     COLLATORS,

@@ -38,6 +38,7 @@ from oner.training.run.checkpoint import (
 from oner.training.run.engine import Engine
 from oner.training.run.launch import choose_precision, make_accelerator
 from oner.training.run.parsing import parse_arguments
+from oner.training.run.summary import STOPPED
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -147,7 +148,7 @@ def test_sigterm_to_the_program_ends_it_with_a_checkpoint(example, pairs, undist
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0, (tmp_path / "output.txt").read_text()[-2000:]
+    assert process.wait(timeout=60) == STOPPED, (tmp_path / "output.txt").read_text()[-2000:]
     step = len(read_log(tmp_path / "run"))
     assert f"stopped at step {step}; go on with --resume auto" in (tmp_path / "output.txt").read_text()
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"checkpoint-{step:08d}"]

@@ -1,6 +1,4 @@
-"""What a run will cost, before anything starts: memory by part, pairs a second, hours.
-
-    oner estimate --config examples/configs/oner_base_224.yaml --device h100 --count 8 --pairs 5100000
+"""What a run will cost, before anything starts: memory by part, pairs a second, hours. Serves `oner estimate`.
 
 Operations and activations are those of the run's own step, rehearsed on tensors without contents; the rate follows
 from a device's peak and a stated share of it (MFU), which no rehearsal can know.
@@ -171,19 +169,6 @@ def describe(result: Estimate, device: Device, count: int, mfu: float, words: in
     else:
         lines.append(f"{result.steps} steps, {result.hours:.1f} hours, {result.device_hours:.1f} device-hours")
     return "\n".join(lines)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options beside those of a run."""
-    parser.add_argument("--device", default="h100", choices=sorted(DEVICES), help="Peak and memory of a device.")
-    parser.add_argument("--count", type=int, default=1, help="Devices.")
-    parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="Share of the peak that is assumed.")
-    parser.add_argument("--peak_tflops", type=float, help="Another device's TFLOP/s in the run's precision.")
-    parser.add_argument("--memory_gib", type=float, help="Another device's memory.")
-    parser.add_argument("--words", type=int, default=12, help="Words of a caption on average.")
-    parser.add_argument("--pairs", type=int, help="Training pairs, for a run of epochs.")
-    parser.add_argument("--sharding", default="ddp", choices=sorted(SHARDS), help="How the run is spread.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:

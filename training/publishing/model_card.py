@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 EVALUATION = re.compile(r"<!-- evaluation -->.*?<!-- /evaluation -->", re.DOTALL)
 PIPELINE_TAG = "zero-shot-image-classification"
 # a pipeline of ours -> the Hub's name for what such a model does
-PIPELINE_TAGS = {"image-text-retrieval": PIPELINE_TAG, "visual-question-answering": "visual-question-answering"}
+PIPELINE_TAGS = {"image-text-retrieval": PIPELINE_TAG, "image-question-answering": "visual-question-answering"}
 
 
 def slug(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run says of itself: a line before the first step, a model directory after the last."""
+"""What a run says of itself: a line before the first step, a model directory after the last, an exit status."""
 
 import shutil
 from pathlib import Path
@@ -13,6 +13,9 @@ from oner.training.publishing.hub import export_model
 from .arguments import Arguments
 from .launch import choose_precision
 from .loading import RunLoader
+
+# exit status of a run that a signal stopped: EX_TEMPFAIL of sysexits.h, "try again later"
+STOPPED = 75
 
 
 def describe(arguments: Arguments, model: PreTrainedModel, loader: RunLoader, accelerator: Accelerator) -> str:
