@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     accelerator = make_accelerator(run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    pictures = open_training_pictures(data, run.output_dir)
+    pictures = open_training_pictures(data)
     model = build_tokenizer(arguments)
     collator = tokenizer_collator(arguments, model.config.image_size)
     loader = RunLoader(arguments, {"images": pictures}, {"images": collator})

@@ -1,27 +1,22 @@
 """What a run's arguments make of a collator: its parts, for each kind of rows and for a family's own layout."""
 
-import dataclasses
-
 import pytest
 import torch
 from tiny_pretraining import tiny_arguments
 
-from oner.processing.data.augmentation import Crop
 from oner.processing.data.layouts import ImageLayout, JointLayout, SeparateLayout
 from oner.processing.data.masking import UNMASKED, Dropping, Masking, Replacement
 from oner.processing.data.sampling import RowKey
-from oner.training.run.parsing import parse_arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.collators import (
     COLLATORS,
-    crop_of,
     image_collator,
-    masking_of,
     pair_collator,
     text_collator,
     tokenizer_collator,
 )
-from oner.training.run.opening import open_training_pairs
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -31,16 +26,9 @@ def made(pairs, tmp_path_factory):
     """Arguments, processor, configuration and a few rows."""
     folder = tmp_path_factory.mktemp("run")
     arguments = parse_arguments(tiny_arguments(pairs, folder, mim_ratio=[0.25, 0.75], crop_scale=[0.3, 0.9]))
-    rows = open_training_pairs(arguments.data)
+    rows = open_portions(arguments)
     processor, config = build_processor_and_config(arguments, rows)
-    return arguments, processor, config, [(RowKey(number, 0, 0.5), rows[number]) for number in range(5)]
-
-
-def test_options_are_those_of_the_flat_arguments(made):
-    data = made[0].data
-    assert crop_of(data) == Crop([0.3, 0.9]) and masking_of(data) == Masking(mim_ratio=[0.25, 0.75])
-    other = dataclasses.replace(data, horizontal_flip=0.5, mim_masking="blocks")
-    assert crop_of(other).horizontal_flip == 0.5 and masking_of(other).mim_masking == "blocks"
+    return arguments, processor, config, [(RowKey(number, 0, 0.5), rows["pairs"][number]) for number in range(5)]
 
 
 def test_each_kind_of_rows_has_its_layout_and_corruption(made):

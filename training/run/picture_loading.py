@@ -15,10 +15,10 @@ from .opening import open_training_pairs
 TABLES = ("metadata.*", "*.parquet", "*.tar", "state.json", "dataset_dict.json")
 
 
-def open_training_pictures(data: DataArguments, output_dir: str | None = None) -> PairRows | PairStream:
+def open_training_pictures(data: DataArguments) -> PairRows | PairStream:
     """`open_training_pairs`, and folders of bare pictures besides, whose files' names stand where captions would."""
     sources = [_with_names(Path(entry)) if _is_heap(Path(entry)) else entry for entry in data.train_data]
-    return open_training_pairs(dataclasses.replace(data, train_data=sources), output_dir)
+    return open_training_pairs(dataclasses.replace(data, train_data=sources))
 
 
 def _is_heap(folder: Path) -> bool:
