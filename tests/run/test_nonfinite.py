@@ -26,11 +26,11 @@ def spoil_pictures(monkeypatch, steps: set[int]) -> list[list[int]]:
     """A pixel in the batches of `steps` at which the first layer and its batch norm overflow; returns all rows."""
     train_step, rows = Engine._train_step, []
 
-    def spoiled(self, batch):
-        rows.append(batch["rows"].tolist())
+    def spoiled(self, batches):
+        rows.append(batches["pairs"]["rows"].tolist())
         if self.step + 1 in steps:
-            batch["pixel_values"][3, 0, 5, 5] = 3e38
-        return train_step(self, batch)
+            batches["pairs"]["pixel_values"][3, 0, 5, 5] = 3e38
+        return train_step(self, batches)
 
     monkeypatch.setattr(Engine, "_train_step", spoiled)
     return rows
@@ -94,7 +94,7 @@ def test_nothing_moves_in_a_step_that_is_not_finite(example, pairs, tmp_path, mo
     assert told["step"] == 3 and told["progress"] == 0.2
     assert (float(told["loss"]) > 0) == loss and (norm is None or told["gradient_norm"] == norm)
     if rows:
-        assert tensors["rows"].tolist() == rows[2]
+        assert tensors["pairs.rows"].tolist() == rows[2]
     for name, value in before["random"].items():
         assert torch.equal(tensors[name], value[0]), name
     restore_random_state(tensors)
@@ -104,9 +104,11 @@ def test_a_line_of_the_log_at_such_a_step_is_still_json(example, pairs, tmp_path
     spoil_loss(monkeypatch, {2})
     train_step = Engine._train_step
 
-    def spoiled(self, batch):
-        loss, parts = train_step(self, batch)
-        return (loss * float("nan"), {**parts, "itc": loss / 0}) if self.step == 2 else (loss, parts)
+    def spoiled(self, batches):
+        taken = train_step(self, batches)
+        if self.step != 2:
+            return taken
+        return taken._replace(loss=taken.loss * float("nan"), parts={**taken.parts, "itc": taken.loss / 0})
 
     monkeypatch.setattr(Engine, "_train_step", spoiled)
     example.main(tiny_arguments(pairs, tmp_path, max_steps=3))
@@ -225,7 +227,7 @@ def test_an_accelerator_is_not_waited_for_between_lines_of_the_log(example, pair
     def watched(self, batch):
         torch.cuda.set_sync_debug_mode("error" if self.step > 1 else "default")
         try:
-            return train_step(self, {name: value.pin_memory() for name, value in batch.items()})
+            return train_step(self, {"pairs": {name: value.pin_memory() for name, value in batch["pairs"].items()}})
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -139,8 +139,9 @@ class Crash(BaseException):
     """Nothing catches it, so nothing is saved: as SIGKILL, but in this process."""
 
 
-def digest(batch: dict[str, torch.Tensor]) -> str:
-    content = b"".join(name.encode() + batch[name].contiguous().numpy().tobytes() for name in sorted(batch))
+def digest(batches: dict[str, dict[str, torch.Tensor]]) -> str:
+    named = {f"{portion}.{name}": value for portion, batch in batches.items() for name, value in batch.items()}
+    content = b"".join(name.encode() + named[name].contiguous().numpy().tobytes() for name in sorted(named))
     return hashlib.sha256(content).hexdigest()
 
 
