@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from oner.training.objectives.objective import build_objective
+from oner.training.private_names import FakeTensorMode, storage_id
 from oner.training.run.arguments import Arguments
 from oner.training.run.pair_loading import build_model
 
@@ -116,13 +116,13 @@ def rehearse(
         objective.to(torch.device("cpu"))  # what it keeps beside modules: queues
         fake.allow_non_fake_inputs = False  # a tensor with contents would be one that was forgotten
         batch = pair_batch(config, lengths, arguments.data.mlm_probability, sum(arguments.data.mim_ratio) / 2)
-        owned = {_storage(tensor) for module in _modules(model, objective) for tensor in _tensors(module)}
-        owned |= {_storage(tensor) for tensor in batch.values()}
+        owned = {storage_id(tensor) for module in _modules(model, objective) for tensor in _tensors(module)}
+        owned |= {storage_id(tensor) for tensor in batch.values()}
         kept: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if _storage(tensor) not in owned:
-                kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            if storage_id(tensor) not in owned:
+                kept[storage_id(tensor)] = tensor.untyped_storage().nbytes()
             return tensor
 
         model.train()
@@ -158,22 +158,16 @@ def _fake(modules: list[torch.nn.Module]) -> None:
     """Parameters and buffers on meta become fake ones on the CPU, where autocast sees them; tied ones stay tied."""
     made: dict[int, torch.Tensor] = {}
     for module in (part for whole in modules for part in whole.modules()):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                made.setdefault(id(parameter), torch.nn.Parameter(empty, parameter.requires_grad))
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            made.setdefault(id(parameter), torch.nn.Parameter(empty, parameter.requires_grad))
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
