@@ -100,7 +100,7 @@ class DataArguments:
     streaming: bool = field(default=False, metadata=_help("Read once in order; resuming can then not be exact."))
     one_row_per_id: bool = field(default=False, metadata=_help("Never two rows of one id in a batch."))
     crop_scale: list[float] = field(
-        default_factory=lambda: [0.5, 1.0], metadata=_help("Area range of RandomResizedCrop (appendix E, facts 19).")
+        default_factory=lambda: [0.5, 1.0], metadata=_help("Area range of RandomResizedCrop (OneR, appendix E).")
     )
     eval_crop: float = field(
         default=1.0,
