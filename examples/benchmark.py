@@ -31,10 +31,14 @@ from performance_table import write_tables
 from oner.training.cost.flops import counted_flops, gemm_peak, wait_for
 from oner.training.parallel.sharding import full_optimizer_state
 from oner.training.private_names import has_bf16_matrix_units
-from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.arguments import Arguments
+from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import save_checkpoint
+from oner.training.run.collators import build_collators
 from oner.training.run.host_memory import keep_freed_memory
-from oner.training.run.pair_loading import PairLoader, build_processor_and_config, open_training_pairs
+from oner.training.run.loading import RunLoader
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples" / "configs" / "benchmark_base_224.yaml"
@@ -55,11 +59,11 @@ def default_cases(device: torch.device) -> list[str]:
     return sorted([*names, *OTHERS], key=lambda name: "compiled" in name)
 
 
-def open_data(arguments: Arguments) -> tuple[PairLoader, Any]:
+def open_data(arguments: Arguments) -> tuple[RunLoader, Any]:
     """The run's own loader, and the model's configuration."""
-    pairs = open_training_pairs(arguments.data, arguments.run.output_dir)
-    processor, config = build_processor_and_config(arguments, pairs)
-    return PairLoader(arguments, pairs, processor, config), config
+    rows = open_portions(arguments)
+    processor, config = build_processor_and_config(arguments, rows)
+    return RunLoader(arguments, rows, build_collators(arguments, processor, config)), config
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -97,7 +101,7 @@ def measure_step(name: str, arguments: Arguments, repeats: int) -> dict[str, Any
     if device.type == "cpu" and "fp32" in name:
         arguments.run.batch_size = max(2, arguments.run.batch_size // 2)  # each pair takes several times as long
     loader, config = open_data(arguments)
-    batches = [batch for batch, _ in zip(loader(0), range(2), strict=False)]
+    batches = [step["pairs"] for step, _ in zip(loader(0), range(2), strict=False)]
     if "padded" in name:
         batches = [padded(batch, config) for batch in batches]
     first, second = (on_device(batch, device) for batch in batches)

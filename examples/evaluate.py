@@ -32,7 +32,7 @@ from transformers import (
 
 import oner  # noqa: F401  registers the models with transformers' auto classes
 from oner.processing.data.karpathy import open_karpathy
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.training.evaluation.attention import AttentionEvaluator
 from oner.training.evaluation.composed import ComposedEvaluator
 from oner.training.evaluation.concepts import ConceptEvaluator
@@ -50,7 +50,7 @@ from oner.training.publishing.hub import write_pictures
 from oner.training.publishing.model_card import add_evaluation
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import DataArguments
-from oner.training.run.pair_loading import CAPTION_RULES
+from oner.training.run.collators import CAPTION_RULES
 from oner.training.tasks.finetuning import TASKS as FINETUNED
 from oner.training.tasks.finetuning import Evaluator, build_evaluator, find_task
 
@@ -157,7 +157,7 @@ def read(source: str, a: argparse.Namespace, limit: int | None = None) -> list[d
         return spaced(open_labelled(source, load_class_names(a.class_names), a.image_column, a.id_column), limit)
     if a.image_folder is not None or a.eval_split is not None:
         return spaced(open_karpathy(source, a.image_folder, a.eval_split), limit)
-    return spaced(open_pairs(source, a.image_column, a.text_column, a.id_column), limit)
+    return spaced(open_rows(source, a.image_column, a.text_column, a.id_column), limit)
 
 
 def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Sequence | None, model: Any) -> list[str]:

@@ -35,7 +35,7 @@ from evidence_table_simla import page as simla_page
 from tqdm.auto import tqdm
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
-from oner import OneRConfig, SimlaConfig, open_pairs
+from oner import OneRConfig, SimlaConfig, open_rows
 from oner.training.evaluation.embedding import embed_images, embed_texts, row_ids, spaced
 from oner.training.evaluation.gap import centroid_separability, linear_separability, paired_cosines
 from oner.training.evaluation.metrics import centroid_distance
@@ -43,7 +43,7 @@ from oner.training.evaluation.reranking import RerankingEvaluator
 from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.publishing.model_card import slug
 from oner.training.publishing.model_loading import load_model
-from oner.training.run.arguments import read_config
+from oner.training.run.parsing import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"
@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = plan(a)
     missing = [run for run in runs if finished(run) is None]
     data = tuple(
-        spaced(open_pairs(source, id_column=a.id_column), limit)
+        spaced(open_rows(source, id_column=a.id_column), limit)
         for source, limit in ((a.data, a.limit), (a.gallery, None))
     )
     torch.set_num_threads(a.threads)

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
 from oner.training.parallel.distributed import synchronise_batch_norm
-from oner.training.run.arguments import Arguments, parse_arguments, read_config
+from oner.training.run.arguments import Arguments
+from oner.training.run.building import build_processor_and_config
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.pair_loading import PairLoader, build_processor_and_config
+from oner.training.run.loading import RunLoader
+from oner.training.run.parsing import parse_arguments, read_config
 from oner.training.run.summary import STOPPED, describe, export
 from oner.training.tasks.finetuning import (
     TASKS,
@@ -39,11 +41,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    rows = open_task_rows(task, arguments)
+    rows = {"pairs": open_task_rows(task, arguments)}
     processor, config = build_processor_and_config(arguments, rows)
     model = synchronise_batch_norm(load_task_model(task, arguments, config), accelerator.device)
-    collator = task.collator(arguments, processor, model.config)
-    loader = PairLoader(arguments, rows, processor, model.config, collator)
+    loader = RunLoader(arguments, rows, {"pairs": task.collator(arguments, processor, model.config)})
     evaluators = [build_evaluator(task, one, arguments.objective, arguments.data) for one in arguments.run.eval_data]
 
     accelerator.print(f"{task.name}: {describe(arguments, model, loader, accelerator)}")

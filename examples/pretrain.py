@@ -11,22 +11,20 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.training.evaluation.embedding import check_pictures
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.objectives.objective import build_objective
 from oner.training.parallel.distributed import synchronise_batch_norm
-from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.arguments import Arguments
+from oner.training.run.building import build_model, build_processor_and_config
+from oner.training.run.collators import CAPTION_RULES, build_collators
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.pair_loading import (
-    CAPTION_RULES,
-    PairLoader,
-    build_model,
-    build_processor_and_config,
-    open_training_pairs,
-)
+from oner.training.run.loading import RunLoader
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
 from oner.training.run.summary import STOPPED, describe, export
 
 
@@ -36,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    pairs = open_training_pairs(arguments.data, arguments.run.output_dir)
-    processor, config = build_processor_and_config(arguments, pairs)
+    rows = open_portions(arguments)
+    processor, config = build_processor_and_config(arguments, rows)
     model = synchronise_batch_norm(build_model(arguments, config), accelerator.device)
-    loader = PairLoader(arguments, pairs, processor, config)
+    loader = RunLoader(arguments, rows, build_collators(arguments, processor, config))
     evaluators = build_evaluators(arguments)
 
     accelerator.print(describe(arguments, model, loader, accelerator))
@@ -73,7 +71,7 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
     """Retrieval on each evaluation set, whose pictures are all tried first."""
     data, run, evaluators = arguments.data, arguments.run, []
     for path in run.eval_data:
-        rows = open_pairs(path, data.image_column, data.text_column, data.id_column)
+        rows = open_rows(path, data.image_column, data.text_column, data.id_column)
         check_pictures(rows, path)
         how = {"captions": run.eval_captions, "clean_caption": CAPTION_RULES.get(data.caption_rules)}
         evaluators.append(RetrievalEvaluator(rows, name=Path(path).stem, progress=False, **how))

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import open_image
 from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline, list_pictures
 from oner.processing.retrieval_index import INDEX_FILE, RetrievalIndexError
@@ -29,7 +29,7 @@ TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 COLUMNS, CELL, GAP, PICTURE = 4, 224, 16, 168
 PAPER, CARD, INK, GREY, EDGE, ACCENT = "#f4f2ee", "#ffffff", "#22252a", "#7a7f87", "#dedbd4", "#c2410c"
 
-open_table = lru_cache(open_pairs)
+open_table = lru_cache(open_rows)
 
 
 def main() -> None:

@@ -17,18 +17,20 @@ from transformers import AutoModel
 import oner  # noqa: F401  registers the models with transformers' auto classes
 from oner.modeling.configuration_dvae import DiscreteVAEConfig
 from oner.modeling.modeling_dvae import DiscreteVAE
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.training.evaluation.dvae import ReconstructionEvaluator, reconstruction_sheet
 from oner.training.evaluation.embedding import spaced
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
 from oner.training.publishing.model_loading import load_model
 from oner.training.publishing.tokenizer_export import export_tokenizer
-from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.arguments import Arguments
+from oner.training.run.collators import tokenizer_collator
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.pair_loading import PairLoader
-from oner.training.run.picture_loading import open_training_pictures, picture_collator
+from oner.training.run.loading import RunLoader
+from oner.training.run.parsing import parse_arguments
+from oner.training.run.picture_loading import open_training_pictures
 from oner.training.run.summary import STOPPED, describe
 
 SHOWN = 24
@@ -36,16 +38,17 @@ SHOWN = 24
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
-    arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments)
+    arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments, kind="images", family="discrete_vae")
     data, run = arguments.data, arguments.run
     accelerator = make_accelerator(run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    pictures = open_training_pictures(data, run.output_dir)
+    pictures = open_training_pictures(data)
     model = build_tokenizer(arguments)
-    loader = PairLoader(arguments, pictures, None, None, picture_collator(arguments, model.config.image_size))
+    collator = tokenizer_collator(arguments, model.config.image_size)
+    loader = RunLoader(arguments, {"images": pictures}, {"images": collator})
     columns = (data.image_column, data.text_column, data.id_column)
-    evaluators = [ReconstructionEvaluator(open_pairs(path, *columns), Path(path).stem) for path in run.eval_data]
+    evaluators = [ReconstructionEvaluator(open_rows(path, *columns), Path(path).stem) for path in run.eval_data]
     accelerator.print(describe(arguments, model, loader, accelerator))
 
     def evaluate(tokenizer: DiscreteVAE) -> Iterator[tuple[str, float]]:

@@ -29,7 +29,7 @@ from .modeling import (  # noqa: E402
     SimlaForVisualReasoning,
     SimlaModel,
 )
-from .processing.data.sources import open_pairs  # noqa: E402
+from .processing.data.sources import open_rows  # noqa: E402
 from .processing.image_processing_vl import OneRImageProcessor, open_image  # noqa: E402
 from .processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline  # noqa: E402
 from .processing.processing_vl import OneRProcessor  # noqa: E402
@@ -93,7 +93,7 @@ __all__ = [
     "SimlaForVisualReasoning",
     "SimlaModel",
     "open_image",
-    "open_pairs",
+    "open_rows",
     "tokenizer_from_vocab",
     "train_tokenizer",
 ]

@@ -41,7 +41,8 @@ from oner.training.evaluation.zero_shot import ZeroShotClassificationEvaluator
 from oner.training.objectives.dvae import DiscreteVAEObjectiveArguments
 from oner.training.objectives.oner import OneRObjectiveArguments
 from oner.training.publishing.hub import export_model
-from oner.training.run.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
+from oner.training.run.arguments import DataArguments, ModelArguments, RunArguments
+from oner.training.run.parsing import parse_arguments
 from oner_command_line import COMMANDS
 from oner_command_line import main as command_line
 
@@ -103,7 +104,7 @@ CHECKED = [
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete model repository of one layer, its batch norms set by real pictures and captions."""
-    rows = oner.open_pairs(ROOT / "examples/data/emoji/test_concept.parquet").take(range(8))
+    rows = oner.open_rows(ROOT / "examples/data/emoji/test_concept.parquet").take(range(8))
     captions = [row["captions"][0] for row in rows]
     tokenizer = oner.train_tokenizer(captions, vocab_size=300)
     image_processor = oner.OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8)
@@ -136,7 +137,7 @@ def workshop(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) 
     if not (ROOT / CHECKPOINT).is_dir():
         (tmp_path / CHECKPOINT).symlink_to(tiny_model)
     (tmp_path / "photos").mkdir()
-    for number, row in enumerate(oner.open_pairs(ROOT / "examples/data/emoji/test_style.parquet").take(range(6))):
+    for number, row in enumerate(oner.open_rows(ROOT / "examples/data/emoji/test_style.parquet").take(range(6))):
         oner.open_image(row["image"]).save(tmp_path / "photos" / f"{number}.png")
     oner.open_image(tmp_path / "photos" / "0.png").save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)

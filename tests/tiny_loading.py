@@ -1,12 +1,17 @@
 """Batches of small real pictures through the collator, as training reads them."""
 
+import dataclasses
+
 import datasets
 import pyarrow.parquet as pq
 from torch.utils.data import DataLoader
 
-from oner.processing.data.augmentation import TrainingImageTransform
-from oner.processing.data.collation import PairCollator
+from oner.processing.data.augmentation import Crop, TrainingImageTransform
+from oner.processing.data.collation import Collator
+from oner.processing.data.layouts import JointLayout, SpecialTokens
+from oner.processing.data.masking import Dropping, Masking, Replacement
 from oner.processing.data.quarantine import StandIns
+from oner.processing.data.readers import Reader
 from oner.processing.data.sampling import PairBatchSampler
 from oner.processing.data.sources import PairTrainingSet
 
@@ -24,10 +29,26 @@ def dataset_of(pairs, count=None, **changes):
     return datasets.Dataset.from_dict({"image": pictures[:count], "text": texts[:count], **changes})
 
 
-def collator_of(tokenizer, **options):
-    layout = {"image_token_id": 1, "cls_token_id": 3, "mask_token_id": 4, "pad_token_id": 0, "patch_size": 8}
-    transform = TrainingImageTransform(16, margin=0.2, hflip=0.5, color_jitter=0.3, rand_augment="rand-m7-n2")
-    return PairCollator(tokenizer, transform, vocab_size=len(tokenizer), seed=3, **{**layout, **options})
+def special_of(tokenizer, **changes):
+    """The ids of a vocabulary that was trained here."""
+    ids = {"image": 1, "cls": 3, "mask": 4, "pad": 0, "vocab_size": len(tokenizer)}
+    return SpecialTokens(**{**ids, "others": tokenizer.all_special_ids, **changes})
+
+
+def collator_of(tokenizer, image_transform=None, layout=JointLayout, seed=3, source="the data set", **options):
+    """Of pairs in patches of 8; options of the masking, of the special ids or of the reader."""
+    if image_transform is None:
+        crop = Crop(crop_margin=0.2, horizontal_flip=0.5, color_jitter=0.3, rand_augment="rand-m7-n2")
+        image_transform = TrainingImageTransform(16, crop)
+    masking = Masking(**taken(options, [one.name for one in dataclasses.fields(Masking)]))
+    special = special_of(tokenizer, **taken(options, ["image", "cls", "mask", "pad", "vocab_size"]))
+    where = layout(special, options.pop("patch_size", 8))
+    corruption = Dropping(masking) if masking.corruption == "drop" else Replacement(masking, special)
+    return Collator(Reader(tokenizer, image_transform, **options), where, corruption, seed=seed, source=source)
+
+
+def taken(options, names):
+    return {name: options.pop(name) for name in names if name in options}
 
 
 def loader_of(rows, collator, steps, batch_size=4, workers=0, skipping=True, **options):

@@ -9,7 +9,7 @@ from PIL import Image, ImageStat
 from tiny_oner import randomised
 
 import oner
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
@@ -19,11 +19,11 @@ EMOJI = Path(__file__).parent.parent / "examples" / "data" / "emoji" / "test_sty
 
 def real_rows(count: int) -> list[dict[str, Any]]:
     """Emoji with their captions, each of a concept of its own."""
-    return open_pairs(str(EMOJI), id_column="hexcode").take(range(count))
+    return open_rows(str(EMOJI), id_column="hexcode").take(range(count))
 
 
 def make_processor() -> OneRProcessor:
-    tokenizer = train_tokenizer(open_pairs(str(EMOJI)).captions(), vocab_size=400)
+    tokenizer = train_tokenizer(open_rows(str(EMOJI)).captions(), vocab_size=400)
     return OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer)
 
 

@@ -1,12 +1,14 @@
-"""The training picture: a random crop, resized and normalised; nothing stronger by default (paper, appendix E).
+"""The training image: a random crop, resized and normalised; nothing stronger by default (OneR, appendix E).
 
-Shapes: 3 channels, H = W = image_size, S = code_size.
+Shapes: 3 channels, H = W = image_size, S side of the second view.
 """
 
 import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,16 +18,17 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPE
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.v2 import functional as tvf
 
-# a crop of the whole area can only have the picture's own ratio: timm then takes all of it if that is within
+CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratios of a crop
+# a crop of the whole area can only have the image's own ratio: timm then takes all of it if that is within
 ANY_RATIO = (1e-6, 1e6)
-WHITE = (255, 255, 255)  # the ground on which the processor lays transparent pictures too
+WHITE = (255, 255, 255)  # the ground on which the processor lays transparent images too
 GREY = (128, 128, 128)
 # mean and deviation of each channel, by the name of their origin
 NORMALIZATIONS = {
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
-CODE_CROPS = ("common", "independent")
+CodeCrop = Literal["common", "independent"]
 # RandAugment as ALBEF, TCL and SIMLA run it: two of these and of doing nothing, each done half of the time
 ALBEF = "albef-n2-m7"
 ALBEF_OPS = (
@@ -41,90 +44,135 @@ ALBEF_OPS = (
 )
 
 
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What happens to a training image before it is normalised, by the flat names of a configuration.
+
+    Raises:
+        ValueError: a value out of its range, which is named.
+    """
+
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.5, 1.0],
+        metadata=_help("Share of the image's area that a random crop covers, from, to; 1 1 squeezes all of it."),
+    )
+    crop_margin: float = field(
+        default=0.0,
+        metadata=_help("White ground laid round an image before the crop, at each side up to this share of it."),
+    )
+    horizontal_flip: float = field(
+        default=0.0, metadata=_help("Probability of a flip; captions speak of left and right.")
+    )
+    color_jitter: float = field(
+        default=0.0, metadata=_help("Brightness, contrast and saturation are scaled by factors in 1 plus or minus it.")
+    )
+    grayscale: float = field(default=0.0, metadata=_help("Probability of losing the colour."))
+    rand_augment: str | None = field(
+        default=None, metadata=_help('timm\'s RandAugment by its string, "rand-m7-n2-mstd0.5", or "albef-n2-m7".')
+    )
+
+    def __post_init__(self) -> None:
+        scale = self.crop_scale
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"crop_scale is {scale}; expected two rising numbers in (0, 1]")
+        if self.crop_margin < 0:
+            raise ValueError(f"crop_margin is {self.crop_margin}; expected 0 or more")
+        for name in ("horizontal_flip", "color_jitter", "grayscale"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number in [0, 1]")
+
+
+@dataclass(frozen=True)
+class CodeView:
+    """A second view of an image for an image tokenizer, its values in [0, 1].
+
+    Args:
+        size: its side S.
+        crop: "common" shows what the first view does, by the same draws, and is resized from the same crop by Lanczos
+            (BEiT). "independent" is drawn anew and resized by bicubic (SIMLA's code).
+
+    Raises:
+        ValueError: no size, or another crop.
+    """
+
+    size: int
+    crop: CodeCrop = "common"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"the size of a second view is {self.size}; expected at least 1")
+        if self.crop not in get_args(CodeCrop):
+            raise ValueError(f"code_crop is {self.crop!r}; expected one of {get_args(CodeCrop)}")
+
+
 class TrainingImageTransform:
     """timm's bicubic `RandomResizedCropAndInterpolation`, optional distortions, normalisation.
 
     timm draws from the global generators of python and numpy; here their states are set from the generator of the call
-    and put back afterwards, so that a picture depends on its own generator alone and nothing outside is disturbed.
+    and put back afterwards, so that an image depends on its own generator alone and nothing outside is disturbed.
 
     Args:
         image_size: side H = W of the result.
-        scale: share of the picture's area that a crop covers; (1, 1) squeezes the whole picture, whatever its shape.
-        ratio: aspect ratios of a crop.
-        margin: before the crop, white ground is laid round the picture, at each side up to this share of that side
-            (drawn uniformly), so that crops also show things smaller than the picture does (off).
-        hflip: probability of a horizontal flip (off: captions speak of left and right).
-        color_jitter: brightness, contrast and saturation are each scaled by a factor in 1 ± this (off).
-        grayscale: probability of losing the colour (off).
-        rand_augment: timm's RandAugment by its configuration string, "rand-m7-n2-mstd0.5" (off); ground that a
-            shift or a turn uncovers is white. Or "albef-n2-m7": ALBEF's, after the flip, on grey ground.
+        crop: what is drawn. The ground that timm's RandAugment uncovers is white; ALBEF's comes after the flip, on
+            grey ground.
         mean, std: per channel, of values in [0, 1].
-        code_size: side S of a second view for a tokenizer of pictures, its values in [0, 1] (off).
-        code_crop: "common": the second view shows what the first does, by the same draws, and is resized from the same
-            crop by Lanczos (BEiT). "independent": it is drawn anew and resized by bicubic (SIMLA's code).
+        code_view: a second view, (3, S, S).
+
+    Raises:
+        ValueError: sizes or statistics that make no image, a RandAugment that timm does not know.
     """
 
     def __init__(
         self,
         image_size: int,
-        scale: tuple[float, float] = (0.5, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        margin: float = 0.0,
-        hflip: float = 0.0,
-        color_jitter: float = 0.0,
-        grayscale: float = 0.0,
-        rand_augment: str | None = None,
+        crop: Crop | None = None,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
-        code_size: int | None = None,
-        code_crop: str = "common",
+        code_view: CodeView | None = None,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be positive, got {image_size}")
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale must be a rising pair in (0, 1], got {tuple(scale)}")
-        if not 0 < ratio[0] <= ratio[1]:
-            raise ValueError(f"ratio must be a rising pair of positive numbers, got {tuple(ratio)}")
-        for name, share in (("hflip", hflip), ("color_jitter", color_jitter), ("grayscale", grayscale)):
-            if not 0.0 <= share <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {share}")
-        if margin < 0:
-            raise ValueError(f"margin must not be negative, got {margin}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std need three values, std positive; got {tuple(mean)} and {tuple(std)}")
-        if code_size is not None and code_size < 1:
-            raise ValueError(f"code_size must be positive, got {code_size}")
-        if code_crop not in CODE_CROPS:
-            raise ValueError(f"code_crop must be one of {CODE_CROPS}, got {code_crop!r}")
-        self.image_size, self.margin, self.hflip = image_size, margin, hflip
-        self.color_jitter, self.grayscale = color_jitter, grayscale
-        self.flip_first = rand_augment == ALBEF  # where ALBEF flips; timm's distortions keep the order they had here
-        self.rand_augment = _rand_augment(rand_augment, image_size) if rand_augment else None
-        ratio = ANY_RATIO if min(scale) == 1 else tuple(ratio)
-        self.crop = RandomResizedCropAndInterpolation(image_size, tuple(scale), ratio, "bicubic")
+        self.image_size = image_size
+        self.options = Crop() if crop is None else crop
+        self._draw_by(image_size, "bicubic")
         self._normalize(mean, std)
-        self.replays, self.code_view = code_crop == "common", None
-        if code_size is not None:
-            self.code_view = self._view_for_codes(code_size, rand_augment)
+        self.code_view = None
+        if code_view is not None:
+            self.replays = code_view.crop == "common"
+            self.code_view = self._view_for_codes(code_view.size)
+
+    def _draw_by(self, image_size: int, filtering: str, shift: float = 1.0) -> None:
+        """The operations of a view; `shift` scales ALBEF's shifts."""
+        scale, config = self.options.crop_scale, self.options.rand_augment
+        ratio = ANY_RATIO if min(scale) == 1 else CROP_RATIO
+        self.random_crop = RandomResizedCropAndInterpolation(image_size, tuple(scale), ratio, filtering)
+        self.rand_augment = _rand_augment(config, image_size, shift) if config else None
+        self.flip_first = config == ALBEF  # where ALBEF flips; timm's distortions come before the flip
 
     def _normalize(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        # (x / 255 - mean) / std as one multiplication and one addition.
+        # (x / 255 - mean) / std as one multiplication and one addition
         self.factor = (1.0 / (255.0 * torch.tensor(std))).view(3, 1, 1)
         self.offset = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1)
 
-    def _view_for_codes(self, size: int, rand_augment: str | None) -> "TrainingImageTransform":
+    def _view_for_codes(self, size: int) -> "TrainingImageTransform":
         """This transform at another size, without normalisation."""
         view = copy.copy(self)
-        view.image_size = size
-        filtering = "lanczos" if self.replays else "bicubic"
-        view.crop = RandomResizedCropAndInterpolation(size, self.crop.scale, self.crop.ratio, filtering)
-        if rand_augment:
-            view.rand_augment = _rand_augment(rand_augment, size, size / self.image_size if self.replays else 1.0)
+        if self.replays:
+            # what the first view shows, in other pixels
+            view._draw_by(size, "lanczos", shift=size / self.image_size)
+        else:
+            view._draw_by(size, "bicubic")
         view._normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         return view
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor | dict[str, torch.Tensor]:
-        """One picture (PIL, RGB) to (3, H, W) float32; two draws from `rng`, and more for what is switched on.
+        """One image (PIL, RGB) to (3, H, W) float32; two draws from `rng`, and more for what is switched on.
 
         With a second view: `pixel_values` (3, H, W) and `code_pixel_values` (3, S, S). A common one draws no more.
         """
@@ -133,15 +181,19 @@ class TrainingImageTransform:
         if self.code_view is None:
             return self._view(image, rng)
         rng_of_codes = copy.deepcopy(rng) if self.replays else rng
-        views = {"pixel_values": self._view(image, rng)}
-        return {**views, "code_pixel_values": self.code_view._view(image, rng_of_codes)}
+        views = {"pixel_values": self._view(image, rng)}  # (3, H, W)
+        return {**views, "code_pixel_values": self.code_view._view(image, rng_of_codes)}  # (3, S, S)
 
     def _view(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        seed, flip = int(rng.integers(1 << 62)), float(rng.random()) < self.hflip
-        if self.margin:
-            image = self._with_margin(image, float(rng.uniform(0, self.margin)))
+        # all draws of this view but those of colour
+        seed = int(rng.integers(1 << 62))
+        flip = float(rng.random()) < self.options.horizontal_flip
+        if self.options.crop_margin:
+            image = self._with_margin(image, float(rng.uniform(0, self.options.crop_margin)))
+
+        # crop and distort, by timm
         with _global_draws_from(seed):
-            image = self.crop(image)
+            image = self.random_crop(image)
             if flip and self.flip_first:
                 image = ImageOps.mirror(image)
             if self.rand_augment is not None:
@@ -149,8 +201,9 @@ class TrainingImageTransform:
         if flip and not self.flip_first:
             image = ImageOps.mirror(image)
         image = self._recolour(image, rng)
+
         # PIL parts the channels four times as fast as a transposed copy of floats does
-        pixels = torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))
+        pixels = torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))  # (3, H, W) uint8
         return pixels.float().mul_(self.factor).add_(self.offset)
 
     def _with_margin(self, image: Image.Image, share: float) -> Image.Image:
@@ -159,10 +212,11 @@ class TrainingImageTransform:
 
     def _recolour(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         # torchvision's own ColorJitter draws from torch's global generator, so only its functions are used
-        if self.color_jitter:
+        jitter, grayscale = self.options.color_jitter, self.options.grayscale
+        if jitter:
             for adjust in (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation):
-                image = adjust(image, float(rng.uniform(1 - self.color_jitter, 1 + self.color_jitter)))
-        if self.grayscale and rng.random() < self.grayscale:
+                image = adjust(image, float(rng.uniform(1 - jitter, 1 + jitter)))
+        if grayscale and rng.random() < grayscale:
             image = tvf.rgb_to_grayscale(image, num_output_channels=3)
         return image
 

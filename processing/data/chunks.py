@@ -1,61 +1,93 @@
-"""A batch of pairs in pieces, as if each had been collated by itself at the width of the whole.
+"""A batch in chunks of rows, as if each had been collated by itself at the width of the whole.
 
-B rows, N patches, W word slots, n words of the batch, M words or patches to predict.
+B rows, H ids before the text, N patches, W slots of the longest text, n tokens of the batch, M tokens or patches to
+predict, R answers.
 """
 
 from collections.abc import Mapping
 
 import torch
 
-# packed over the batch: places and labels of words or patches, not rows
-PACKED = ("text_index", "mlm_index", "mlm_labels", "mim_index")
+# What is packed over the batch instead of having a row each, and what its values are.
+PACKED = {
+    "text_index": "places of the tokens in a flat (B, W)",
+    "mlm_index": "places among those tokens",
+    "mlm_labels": "one for each of mlm_index",
+    "mim_index": "places of patches in a flat (B, N)",
+    "answer_ids": "answers, as many of a row as answers_per_question says",
+    "answer_mask": "likewise",
+    "answer_weights": "likewise",
+}
 
 
-def split_pairs(batch: Mapping[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
+def split_pairs(batch: Mapping[str, torch.Tensor], chunks: int) -> list[dict[str, torch.Tensor]]:
     """
-    The collator's batch in `pieces` of consecutive rows, sizes differing by one at most. Rows are views; the packed
-    indices count anew in every piece. Meant for the CPU: an accelerator would have to wait for the edges.
+    The collator's batch, of any layout, in `chunks` of consecutive rows, sizes differing by one at most. Rows are
+    views; the packed indices count anew in every chunk. Meant for the CPU: an accelerator would have to wait for the
+    edges.
 
     Raises:
-        ValueError: more pieces than rows, or a tensor of the batch that has neither a row each nor is known as packed.
+        ValueError: more chunks than rows, or a tensor of the batch that has neither a row each nor is known as packed.
     """
-    batch_size = len(batch["input_ids"])
-    if not 1 <= pieces <= batch_size:
-        raise ValueError(f"got a batch of {batch_size} rows to split into {pieces} pieces; expected 1 to {batch_size}")
-    for name, value in batch.items():
-        if name not in PACKED and len(value) != batch_size:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {batch_size} rows first")
-    starts = [batch_size * piece // pieces for piece in range(pieces + 1)]
     rows = {name: value for name, value in batch.items() if name not in PACKED}
+    batch_size = len(next(iter(rows.values())))
+    for name, value in rows.items():
+        if len(value) != batch_size:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {batch_size} rows first")
+    if not 1 <= chunks <= batch_size:
+        raise ValueError(f"got a batch of {batch_size} rows to split into {chunks} chunks; expected 1 to {batch_size}")
+
+    edges = [batch_size * chunk // chunks for chunk in range(chunks + 1)]
     split = []
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
-        piece = {name: value[start:end] for name, value in rows.items()}
-        split.append({**piece, **_split_words(batch, start, end), **_split_patches(batch, start, end)})
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
+        chunk = {name: value[start:end] for name, value in rows.items()}
+        chunk |= _tokens_of(batch, start, end) | _patches_of(batch, start, end) | _answers_of(batch, start, end)
+        split.append(chunk)
     return split
 
 
-def _split_words(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
-    """The packed tensors of rows `start` to `end`."""
+def text_slots(batch: Mapping[str, torch.Tensor]) -> int:
+    """W: the columns of `input_ids` behind [CLS] and the placeholders, of which a separate layout has none."""
+    batch_size, width = batch["input_ids"].shape
+    # a row's mask counts H ids and its tokens
+    n_head = (int(batch["attention_mask"].sum()) - len(batch["text_index"])) // batch_size  # H
+    return width - n_head
+
+
+def _tokens_of(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
+    """What is packed by tokens, of rows `start` to `end`."""
     if "text_index" not in batch:
         return {}
-    n_patches = batch["bool_masked_pos"].shape[1]
-    slots = batch["input_ids"].shape[1] - 1 - n_patches
-    text_index = batch["text_index"]
-    edges = torch.tensor([start * slots, end * slots], device=text_index.device)
-    first, last = torch.searchsorted(text_index.contiguous(), edges).tolist()
-    packed = {"text_index": text_index[first:last] - start * slots}
+    slots = text_slots(batch)
+    first, last = _between(batch["text_index"], start * slots, end * slots)
+    packed = {"text_index": batch["text_index"][first:last] - start * slots}  # (n of the chunk,)
     if "mlm_index" in batch:
-        edges = torch.tensor([first, last], device=text_index.device)
-        mine = slice(*torch.searchsorted(batch["mlm_index"].contiguous(), edges).tolist())
-        packed["mlm_index"] = batch["mlm_index"][mine] - first
+        mine = slice(*_between(batch["mlm_index"], first, last))
+        packed["mlm_index"] = batch["mlm_index"][mine] - first  # (M of the chunk,)
         packed["mlm_labels"] = batch["mlm_labels"][mine]
     return packed
 
 
-def _split_patches(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
+def _patches_of(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
     """Places of the masked patches of rows `start` to `end`."""
     if "mim_index" not in batch:
         return {}
-    places, n_patches = batch["mim_index"].contiguous(), batch["bool_masked_pos"].shape[1]
-    edges = torch.tensor([start * n_patches, end * n_patches], device=places.device)
-    return {"mim_index": places[slice(*torch.searchsorted(places, edges).tolist())] - start * n_patches}
+    n_patches = batch["bool_masked_pos"].shape[1]
+    mine = slice(*_between(batch["mim_index"], start * n_patches, end * n_patches))
+    return {"mim_index": batch["mim_index"][mine] - start * n_patches}  # (M of the chunk,)
+
+
+def _answers_of(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
+    """The answers of questions `start` to `end`."""
+    if "answers_per_question" not in batch:
+        return {}
+    ends = [0, *batch["answers_per_question"].cumsum(0).tolist()]
+    mine = slice(ends[start], ends[end])
+    return {name: batch[name][mine] for name in ("answer_ids", "answer_mask", "answer_weights")}  # (R of the chunk, A)
+
+
+def _between(places: torch.Tensor, low: int, high: int) -> tuple[int, int]:
+    """Where the rising `places` reach `low` and `high`."""
+    edges = torch.tensor([low, high], device=places.device)
+    first, last = torch.searchsorted(places.contiguous(), edges).tolist()
+    return first, last

@@ -47,7 +47,7 @@ def open_karpathy(
         split: of Karpathy's JSON, "train" (with "restval"), "val" or "test".
         captions_apart: each caption a row of its own, as one trains (an epoch then shows every caption), instead of
             each picture a row with all its captions, as one evaluates.
-        bad_rows: as in `open_pairs`.
+        bad_rows: as in `open_rows`.
 
     Raises:
         PairDataError: a file that is not such JSON, a split that it does not have, rows that cannot be used.

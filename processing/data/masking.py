@@ -1,18 +1,154 @@
-"""Which words and patches are hidden: pure functions of their arguments and an explicit numpy generator.
+"""Which tokens and patches are hidden: options, two ways to hide, and pure functions of an explicit numpy generator.
 
-Shapes: n words, N patches of a picture, row by row, in a grid of h x w.
+Shapes: T tokens of a text, m of them chosen, N patches of an image, row by row, in a grid of h x w.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from .layouts import SpecialTokens
+
 BLOCK_ATTEMPTS = 10  # BEiT's code
+ROUNDING = 1e-9  # .29 of 100 is 28.999999999999996 in floats, and 29 tokens
 
 
-def mask_words(
-    word_ids: np.ndarray,
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How tokens and patches are hidden, by the flat names of a configuration.
+
+    Raises:
+        ValueError: a value out of its range, which is named.
+    """
+
+    mlm_probability: float = field(default=0.15, metadata=_help("Share of tokens to predict."))
+    mim_ratio: list[float] = field(
+        default_factory=lambda: [0.1, 0.5],
+        metadata=_help("Share of masked patches at the start and the end of the run, linear in progress."),
+    )
+    mim_masking: Literal["random", "blocks"] = field(
+        default="random",
+        metadata=_help("random patches, or blocks as BEiT, which may fall short of the share by a few patches."),
+    )
+    mim_min_block: int = field(
+        default=16, metadata=_help("Patches of the smallest block; of 14 x 14 or 16 x 16, BEiT's and SIMLA's is 16.")
+    )
+    random_specials: bool = field(
+        default=False, metadata=_help("A random token may be a special one, as in ALBEF's code.")
+    )
+    corruption: Literal["replace", "drop"] = field(
+        default="replace", metadata=_help("replace: [MASK] and others take their places (BERT); drop: cut out (MAE).")
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mlm_probability <= 1:
+            raise ValueError(f"mlm_probability is {self.mlm_probability}; expected a number in [0, 1]")
+        if len(self.mim_ratio) != 2 or not all(0 <= ratio <= 1 for ratio in self.mim_ratio):
+            raise ValueError(f"mim_ratio is {self.mim_ratio}; expected two numbers in [0, 1]")
+        if self.mim_min_block < 1:
+            raise ValueError(f"mim_min_block is {self.mim_min_block}; expected at least 1")
+        for name in ("mim_masking", "corruption"):
+            words = get_args(type(self).__annotations__[name])
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, words))}")
+        if self.corruption == "drop" and self.mim_masking == "blocks":
+            raise ValueError("corruption drop takes exact numbers of patches, got mim_masking 'blocks'")
+
+
+UNMASKED = Masking(mlm_probability=0.0, mim_ratio=[0.0, 0.0])
+
+
+class Hidden(NamedTuple):
+    """What is hidden of a row.
+
+    Attributes:
+        tokens: what stands in the corrupted copy, (T,) int64; None if there is no copy or no text.
+        chosen: places of the tokens to predict, (m,) int64, rising; None without a text.
+        patches: (N,) bool, True = hidden; None without an image.
+    """
+
+    tokens: np.ndarray | None
+    chosen: np.ndarray | None
+    patches: np.ndarray | None
+
+
+class Replacement:
+    """BERT's 80/10/10 of tokens, and masked patches whose places stay: a corrupted copy beside the clean row."""
+
+    def __init__(self, masking: Masking, special: SpecialTokens) -> None:
+        self.masking, self.special = masking, special
+
+    def __call__(
+        self, tokens: np.ndarray | None, grid: tuple[int, int] | None, progress: float, rng: np.random.Generator
+    ) -> Hidden:
+        """Of a row: its tokens (T,), its grid of patches, the share of the run that is done."""
+        changed = chosen = patches = None
+        if tokens is not None:
+            changed, chosen = mask_tokens(
+                tokens,
+                rng,
+                mask_token_id=self.special.mask,
+                vocab_size=self.special.vocab_size,
+                special_ids=self.special.ids,
+                probability=self.masking.mlm_probability,
+                random_specials=self.masking.random_specials,
+            )  # (T,), (m,)
+        if grid is not None:
+            patches = self._patches(grid, mim_ratio(progress, *self.masking.mim_ratio), rng)  # (N,)
+        return Hidden(changed, chosen, patches)
+
+    def _patches(self, grid: tuple[int, int], ratio: float, rng: np.random.Generator) -> np.ndarray:
+        n_patches = grid[0] * grid[1]
+        if self.masking.mim_masking == "blocks":
+            return mask_blocks(grid, int(n_patches * ratio), rng, min_block=self.masking.mim_min_block)
+        return mask_patches(n_patches, ratio, rng)
+
+
+class Dropping:
+    """MAE's way for both modalities (MoMo, section 3.1): what is hidden is not seen at all, so there is no copy.
+
+    Exactly floor(r T) tokens and floor(r N) patches of a row, for the shares r of `masking`; a text keeps one token.
+    """
+
+    def __init__(self, masking: Masking) -> None:
+        self.masking = masking
+
+    def __call__(
+        self, tokens: np.ndarray | None, grid: tuple[int, int] | None, progress: float, rng: np.random.Generator
+    ) -> Hidden:
+        """Of a row, as `Replacement`."""
+        chosen = patches = None
+        if tokens is not None:
+            count = whole_share(len(tokens), self.masking.mlm_probability)
+            chosen = np.flatnonzero(choose(len(tokens), min(count, len(tokens) - 1), rng))  # (m,)
+        if grid is not None:
+            n_patches = grid[0] * grid[1]
+            ratio = mim_ratio(progress, *self.masking.mim_ratio)
+            patches = choose(n_patches, whole_share(n_patches, ratio), rng)  # (N,)
+        return Hidden(None, chosen, patches)
+
+
+def whole_share(count: int, ratio: float) -> int:
+    """floor(ratio * count), of the ratio as it is written and not as floats have it."""
+    return math.floor(ratio * count + ROUNDING)
+
+
+def choose(count: int, chosen: int, rng: np.random.Generator) -> np.ndarray:
+    """`chosen` of `count` places at random (MAE's argsort of noise): (count,) bool."""
+    mask = np.zeros(count, dtype=bool)
+    mask[np.argsort(rng.random(count))[:chosen]] = True
+    return mask
+
+
+def mask_tokens(
+    token_ids: np.ndarray,
     rng: np.random.Generator,
     *,
     mask_token_id: int,
@@ -21,22 +157,22 @@ def mask_words(
     probability: float = 0.15,
     random_specials: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """BERT's corruption of a caption's words, without [CLS] and padding.
+    """BERT's corruption of a text's tokens, without [CLS] and padding.
 
-    Each word is selected independently with `probability` (a short caption may have none selected: the paper is
-    silent, and a forced choice would mask words of short captions more often). Of the selected, 80 % become [MASK],
-    10 % a random word, 10 % stay.
+    Each token is chosen independently with `probability` (a short caption may have none chosen: OneR's paper is
+    silent, and a forced choice would mask tokens of short captions more often). Of the chosen, 80 % become [MASK],
+    10 % a random token, 10 % stay.
 
     Args:
-        word_ids: (n,) ids.
-        special_ids: ids that a random word must not be.
-        random_specials: draw the random word from the whole vocabulary, as ALBEF does.
+        token_ids: (T,) ids.
+        special_ids: ids that a random token must not be.
+        random_specials: draw the random token from the whole vocabulary, as ALBEF does.
 
     Returns:
-        corrupted ids (n,) int64, and the selected places (m,) int64 in rising order.
+        corrupted ids (T,) int64, and the chosen places (m,) int64 in rising order.
 
     Raises:
-        ValueError: if the probability is outside [0, 1] or no word is left to draw from.
+        ValueError: if the probability is outside [0, 1] or no token is left to draw from.
     """
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"probability must be in [0, 1], got {probability}")
@@ -44,27 +180,29 @@ def mask_words(
     if len(specials) and (specials[0] < 0 or specials[-1] >= vocab_size):
         raise ValueError(f"special_ids must lie in [0, {vocab_size}), got {specials.tolist()}")
     if len(specials) >= vocab_size:
-        raise ValueError(f"all {vocab_size} ids of the vocabulary are special: no random word is left")
-    corrupted = np.array(word_ids, dtype=np.int64)
-    n = len(corrupted)
-    selected = np.flatnonzero(rng.random(n) < probability)
-    action = rng.random(n)[selected]
-    drawn = rng.integers(0, vocab_size - len(specials), n)[selected]
-    # The r-th id that is not special: r plus the number of special ids at or below it.
+        raise ValueError(f"all {vocab_size} ids of the vocabulary are special: no random token is left")
+
+    # draws for every token, so that they do not depend on which are chosen
+    corrupted = np.array(token_ids, dtype=np.int64)  # (T,)
+    count = len(corrupted)
+    chosen = np.flatnonzero(rng.random(count) < probability)  # (m,)
+    action = rng.random(count)[chosen]
+    drawn = rng.integers(0, vocab_size - len(specials), count)[chosen]
+    # the r-th id that is not special: r plus the number of special ids at or below it
     drawn += np.searchsorted(specials - np.arange(len(specials)), drawn, side="right")
-    corrupted[selected[action < 0.8]] = mask_token_id
-    replaced = (action >= 0.8) & (action < 0.9)
-    corrupted[selected[replaced]] = drawn[replaced]
-    return corrupted, selected
+
+    # 80 % [MASK], 10 % random, 10 % as they were
+    corrupted[chosen[action < 0.8]] = mask_token_id
+    random = (action >= 0.8) & (action < 0.9)
+    corrupted[chosen[random]] = drawn[random]
+    return corrupted, chosen
 
 
 def mask_patches(n_patches: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """Exactly int(n_patches * ratio) patches at random places: (N,) bool, True = masked (MAE's argsort of noise)."""
+    """Exactly int(n_patches * ratio) patches at random places: (N,) bool, True = masked."""
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
-    masked = np.zeros(n_patches, dtype=bool)
-    masked[np.argsort(rng.random(n_patches))[: int(n_patches * ratio)]] = True
-    return masked
+    return choose(n_patches, int(n_patches * ratio), rng)
 
 
 def mask_blocks(
@@ -98,17 +236,25 @@ def mask_blocks(
         raise ValueError(f"target must be in [0, {height * width}], the patches of {height} x {width}, got {target}")
     if min_block < 1 or max_aspect < 1:
         raise ValueError(f"min_block and max_aspect must be at least 1, got {min_block} and {max_aspect}")
-    masked, smallest, spread = np.zeros((height, width), dtype=bool), min(min_block, target), math.log(max_aspect)
+    masked = np.zeros((height, width), dtype=bool)
+    smallest = min(min_block, target)
+    spread = math.log(max_aspect)
     wanted, attempts = target, BLOCK_ATTEMPTS
     while wanted > 0 and attempts > 0:
         attempts -= 1
+
+        # a rectangle's area and shape
         # when less is wanted than the smallest block, the area lies between the two
         area = smallest + (wanted - smallest) * rng.random()
         aspect = math.exp(spread * (2 * rng.random() - 1))
-        rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        rows = round(math.sqrt(area * aspect))
+        columns = round(math.sqrt(area / aspect))
         if rows >= height or columns >= width:
             continue
-        top, left = rng.integers(height - rows, endpoint=True), rng.integers(width - columns, endpoint=True)
+
+        # its place; it counts if it hides something new, and not too much
+        top = rng.integers(height - rows, endpoint=True)
+        left = rng.integers(width - columns, endpoint=True)
         block = masked[top : top + rows, left : left + columns]
         new = block.size - int(np.count_nonzero(block))
         if 0 < new <= wanted:
@@ -118,7 +264,7 @@ def mask_blocks(
 
 
 def mim_ratio(progress: float, start: float = 0.1, end: float = 0.5) -> float:
-    """Share of masked patches, linear in the progress of the run (paper: .1 at the beginning, .5 at the end)."""
+    """Share of masked patches, linear in the progress of the run (OneR: .1 at the beginning, .5 at the end)."""
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress must be in [0, 1], got {progress}")
     return start + (end - start) * progress

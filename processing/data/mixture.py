@@ -14,7 +14,7 @@ from .row_checks import PairDataError
 from .rows import PairRows, PairStream
 from .sampling import checked_shares
 from .shards import is_shard
-from .sources import READERS, open_pairs
+from .sources import READERS, open_rows
 
 
 def open_mixture(
@@ -27,16 +27,16 @@ def open_mixture(
     bad_rows: Literal["raise", "skip"] = "raise",
     weights: Sequence[float] | None = None,
 ) -> PairRows | PairStream:
-    """`open_pairs` of each entry; a `PairMixture` or `PairStreamMixture` unless the entries are one source.
+    """`open_rows` of each entry; a `PairMixture` or `PairStreamMixture` unless the entries are one source.
 
     Args:
-        entries: at least one of what `open_pairs` takes. Table files of one kind, and shards, are read as one source.
+        entries: at least one of what `open_rows` takes. Table files of one kind, and shards, are read as one source.
         weights: keep every entry a source of its own. Rows by number are then weighed by the order of the run, which
             must be given the weights too; streams are woven by them.
-        others: see `open_pairs`; they hold for every entry.
+        others: see `open_rows`; they hold for every entry.
 
     Raises:
-        PairDataError: what `open_pairs` raises; entries whose ids can never be equal (numbers here, text there); with
+        PairDataError: what `open_rows` raises; entries whose ids can never be equal (numbers here, text there); with
             `streaming`, entries that do not stream.
         ValueError: not one positive weight for each entry.
     """
@@ -44,11 +44,11 @@ def open_mixture(
         checked_shares(weights, len(entries))
     options = (image_column, text_column, id_column, split, streaming, bad_rows)
     if len(entries) == 1 and weights is None:
-        return open_pairs(entries[0], *options)
+        return open_rows(entries[0], *options)
     kinds = {_kind(entry) for entry in entries}
     if weights is None and len(kinds) == 1 and None not in kinds:
-        return open_pairs(list(entries), *options)
-    sources = [open_pairs(entry, *options) for entry in entries]
+        return open_rows(list(entries), *options)
+    sources = [open_rows(entry, *options) for entry in entries]
     return PairStreamMixture(sources, weights) if streaming else PairMixture(sources)
 
 

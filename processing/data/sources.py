@@ -32,7 +32,7 @@ from .text_tables import (
 )
 from .training_sets import PairTrainingSet, PairTrainingStream
 
-__all__ = ["PairDataError", "PairRows", "PairStream", "PairTrainingSet", "PairTrainingStream", "open_pairs"]
+__all__ = ["PairDataError", "PairRows", "PairStream", "PairTrainingSet", "PairTrainingStream", "open_rows"]
 
 IMAGE_COLUMNS = ("image", "file_name", "image_path")
 TEXT_COLUMNS = ("captions", "caption", "text")
@@ -41,7 +41,7 @@ UNREADABLE = (datasets.exceptions.DatasetGenerationError, ValueError, OSError, p
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def open_pairs(
+def open_rows(
     source: Any,
     image_column: str | None = None,
     text_column: str | None = None,

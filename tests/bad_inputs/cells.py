@@ -13,14 +13,14 @@ CAPTIONS_REFUSED: dict[str, tuple[Any, str]] = {
     "NUL inside": ("a red\0apple", r"holds NUL \(character 5\)"),
     "1 MB": ("red apple " * 100_000, "has 1000000 characters; expected at most 65536"),
     "1 MB of one word": ("a" * 1_000_000, "has 1000000 characters"),
-    "control characters": ("\x07\x1b", "no word is left"),
-    "marks without width": ("\u200b\u2060\ufeff", "no word is left"),
+    "control characters": ("\x07\x1b", "no token is left"),
+    "marks without width": ("\u200b\u2060\ufeff", "no token is left"),
     "a list without captions": ([], "the list of captions is empty"),
     "a list with null": (["an apple", None], "caption 1 of the list: the caption is null"),
     "a list with white space": (["an apple", "  "], "caption 1 of the list: the caption is empty"),
     "a list with 1 MB": (["an apple", "!" * 1_000_000], "caption 1 of the list: .*1000000 characters"),
 }
-# Arrow holds no lone surrogate, so these reach the collator only from rows that are not read by `open_pairs`
+# Arrow holds no lone surrogate, so these reach the collator only from rows that are not read by `open_rows`
 CAPTIONS_BEYOND_ARROW: dict[str, tuple[Any, str]] = {
     "lone surrogate": ("caf\ud800", r"lone surrogate \(character 3\)"),
     "surrogates in the wrong order": ("\udc00\ud800 apple", r"lone surrogate \(character 0\)"),

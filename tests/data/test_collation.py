@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_loading import collator_of
 from torch.utils.data import DataLoader
 
-from oner.processing.data.augmentation import TrainingImageTransform
+from oner.processing.data.augmentation import CodeView, TrainingImageTransform
 from oner.processing.data.chunks import split_pairs
-from oner.processing.data.collation import PairCollator
 from oner.processing.data.sampling import PairBatchSampler, RowKey, concept_id
-from oner.processing.data.sources import PairTrainingSet, open_pairs
+from oner.processing.data.sources import PairTrainingSet, open_rows
 from oner.processing.image_processing_vl import open_image
 from oner.processing.vl_captions import pre_caption
 from oner.processing.vl_tokenizer import train_tokenizer
@@ -27,7 +27,7 @@ def rows(emoji_folder, tmp_path_factory):
     datasets.disable_progress_bars()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        return open_pairs(emoji_folder / "test_concept.parquet", id_column="hexcode")
+        return open_rows(emoji_folder / "test_concept.parquet", id_column="hexcode")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,8 @@ def tokenizer(rows):
 
 
 def collator(tokenizer, **options):
-    layout = {"image_token_id": 1, "cls_token_id": 3, "mask_token_id": 4, "pad_token_id": 0, "patch_size": 8}
-    return PairCollator(
-        tokenizer, **{"image_transform": TrainingImageTransform(SIZE), "vocab_size": 600, **layout, **options}
+    return collator_of(
+        tokenizer, **{"image_transform": TrainingImageTransform(SIZE), "seed": 0, "vocab_size": 600, **options}
     )
 
 
@@ -105,17 +104,17 @@ def test_the_ratio_of_patches_follows_progress(rows, tokenizer):
         assert masked.sum(1).tolist() == [int(N * share)] * 4
 
 
-def test_masked_patches_are_listed_by_place_whole_and_in_pieces(rows, tokenizer):
+def test_masked_patches_are_listed_by_place_whole_and_in_chunks(rows, tokenizer):
     for masking in ("random", "blocks"):
         batch = collator(tokenizer, mim_masking=masking)(items_of(rows, range(7), progress=0.5))
         assert batch["mim_index"].dtype == torch.int64
         assert batch["mim_index"].tolist() == batch["bool_masked_pos"].flatten().nonzero().flatten().tolist()
-        pieces = split_pairs(batch, 3)
-        assert sum(len(piece["mim_index"]) for piece in pieces) == len(batch["mim_index"]) > 20
-        for piece in pieces:
-            assert torch.equal(piece["mim_index"], piece["bool_masked_pos"].flatten().nonzero().flatten())
+        chunks = split_pairs(batch, 3)
+        assert sum(len(chunk["mim_index"]) for chunk in chunks) == len(batch["mim_index"]) > 20
+        for chunk in chunks:
+            assert torch.equal(chunk["mim_index"], chunk["bool_masked_pos"].flatten().nonzero().flatten())
             assert torch.equal(
-                piece["mlm_labels"], piece["input_ids"][:, 1 + N :].flatten()[piece["text_index"][piece["mlm_index"]]]
+                chunk["mlm_labels"], chunk["input_ids"][:, 1 + N :].flatten()[chunk["text_index"][chunk["mlm_index"]]]
             )
 
 
@@ -136,7 +135,7 @@ def test_patches_are_masked_in_blocks_when_asked(rows, tokenizer):
 
 def test_every_view_of_a_picture_is_stacked(rows, tokenizer):
     plain = collator(tokenizer)(items_of(rows, range(6)))
-    both = TrainingImageTransform(SIZE, code_size=16)
+    both = TrainingImageTransform(SIZE, code_view=CodeView(16))
     batch = collator(tokenizer, image_transform=both)(items_of(rows, range(6)))
     assert batch["code_pixel_values"].shape == (6, 3, 16, 16)
     assert all(torch.equal(batch[name], value) for name, value in plain.items())
@@ -147,11 +146,11 @@ def test_every_view_of_a_picture_is_stacked(rows, tokenizer):
 
 
 def test_captions_are_rewritten_before_they_are_tokenised(tokenizer):
-    make = collator(tokenizer, clean_caption=pre_caption, mask_text=False)
+    make = collator(tokenizer, clean_caption=pre_caption, mlm_probability=0)
     told = make([made(["A red-haired <person>, apple!"]), made(["red " * 40], 1)])
-    plain = collator(tokenizer, mask_text=False)([made(["a red haired person apple"]), made(["red " * 30], 1)])
+    plain = collator(tokenizer, mlm_probability=0)([made(["a red haired person apple"]), made(["red " * 30], 1)])
     assert words_of(told, 0) == words_of(plain, 0) and words_of(told, 1) == words_of(plain, 1)
-    with pytest.raises(ValueError, match=r"row 3 of the data set: no word is left of the caption '\?!'"):
+    with pytest.raises(ValueError, match=r"row 3 of the data set: no token is left of the caption '\?!'"):
         make([made(["?!"], 3)])
 
 
@@ -167,7 +166,7 @@ def test_a_random_word_may_be_special_when_asked(tokenizer):
 
 
 def test_masks_can_be_switched_off(rows, tokenizer):
-    plain = collator(tokenizer, mask_text=False, mask_image=False)(items_of(rows, range(8)))
+    plain = collator(tokenizer, mlm_probability=0, mim_ratio=(0, 0))(items_of(rows, range(8)))
     assert torch.equal(plain["input_ids"], plain["masked_input_ids"]) and not plain["bool_masked_pos"].any()
     assert len(plain["mim_index"]) == 0 and plain["mim_index"].dtype == torch.int64
     assert len(plain["mlm_index"]) == len(plain["mlm_labels"]) == 0 and plain["mlm_index"].dtype == torch.int64
@@ -202,7 +201,7 @@ def test_a_draw_depends_on_seed_epoch_and_row_alone(rows, tokenizer):
 
 
 def test_every_caption_has_its_turn(rows, tokenizer):
-    make = collator(tokenizer, mask_text=False)
+    make = collator(tokenizer, mlm_probability=0)
     captions = rows[0]["captions"]
     known = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in captions}
     counts = {}
@@ -254,7 +253,7 @@ def test_workers_processes_and_resume_change_nothing(rows, tokenizer):
 def test_a_caption_without_words_is_refused(tokenizer):
     make = collator(tokenizer)
     for text in ("\x07", "\u200b\ufeff"):  # a control character and marks of no width leave no word
-        with pytest.raises(ValueError, match="row 0 of the data set: no word is left of the caption '"):
+        with pytest.raises(ValueError, match="row 0 of the data set: no token is left of the caption '"):
             make([made([text]), made(["apple"], 1)])
     with pytest.raises(ValueError, match="row 0 of the data set: the caption is empty"):
         make([made([" \n"])])
@@ -262,7 +261,7 @@ def test_a_caption_without_words_is_refused(tokenizer):
 
 def test_special_tokens_in_a_caption_are_plain_text(tokenizer):
     text = "[MASK] [CLS] an apple [PAD] [IMG] [UNK]"
-    batch = collator(tokenizer, mask_text=False)([made([text])])
+    batch = collator(tokenizer, mlm_probability=0)([made([text])])
     words = words_of(batch, 0)
     assert not {0, 1, 3, 4} & set(words) and len(words) > 7
     # The tokenizer that was handed in still knows them afterwards.
@@ -292,11 +291,16 @@ def test_a_broken_picture_names_row_and_source(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"mask_token_id": 3}, "special ids must be four different ids"),
-        ({"vocab_size": 4}, r"four different ids in \[0, 4\)"),
+        ({"mask": 3}, "special ids must be different ids"),
+        ({"vocab_size": 4}, r"different ids in \[0, 4\)"),
         ({"max_text_length": 0}, "max_text_length must be positive, got 0"),
-        ({"mim_masking": "block"}, r"mim_masking must be one of \('random', 'blocks'\), got 'block'"),
-        ({"mim_min_block": 0}, "mim_min_block must be positive, got 0"),
+        ({"image": None}, "needs the id of an image token, got none"),
+        ({"mim_masking": "block"}, "mim_masking is 'block'; expected 'random' or 'blocks'"),
+        ({"mim_min_block": 0}, "mim_min_block is 0; expected at least 1"),
+        ({"mim_ratio": [0.1, 1.1]}, r"mim_ratio is \[0.1, 1.1\]; expected two numbers in \[0, 1\]"),
+        ({"mlm_probability": -0.1}, r"mlm_probability is -0.1; expected a number in \[0, 1\]"),
+        ({"corruption": "cut"}, "corruption is 'cut'; expected 'replace' or 'drop'"),
+        ({"corruption": "drop", "mim_masking": "blocks"}, "exact numbers of patches, got mim_masking 'blocks'"),
     ],
 )
 def test_wrong_settings_are_refused(tokenizer, options, message):

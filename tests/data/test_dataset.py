@@ -20,7 +20,7 @@ from oner.processing.data.sources import (
     PairStream,
     PairTrainingSet,
     PairTrainingStream,
-    open_pairs,
+    open_rows,
 )
 
 
@@ -66,12 +66,12 @@ def write_jsonl(path, rows):
 
 def message(*args, **options):
     with pytest.raises(PairDataError) as caught:
-        open_pairs(*args, **options)
+        open_rows(*args, **options)
     return str(caught.value)
 
 
 def test_emoji_parquet(emoji_folder):
-    rows = open_pairs(emoji_folder / "test_style.parquet", id_column="hexcode")
+    rows = open_rows(emoji_folder / "test_style.parquet", id_column="hexcode")
     assert isinstance(rows, PairRows) and rows.exact_resume and len(rows) == 1259
     first = rows[0]
     assert first["captions"][:2] == ["copyright", "copyright sign"] and first["id"] == "00A9"
@@ -86,14 +86,14 @@ def test_emoji_parquet(emoji_folder):
 
 
 def test_a_named_text_column_wins_over_the_rule(emoji_folder):
-    rows = open_pairs(str(emoji_folder / "test_style.parquet"), text_column="text")
+    rows = open_rows(str(emoji_folder / "test_style.parquet"), text_column="text")
     assert rows[0]["captions"] == ["copyright"] and rows[5]["id"] == 5
     assert rows.ids().tolist() == list(range(1259))
 
 
 def test_several_parquet_files_are_one_source(emoji_folder):
     files = [emoji_folder / "test_style.parquet", emoji_folder / "test_concept.parquet"]
-    rows = open_pairs(files, id_column="hexcode")
+    rows = open_rows(files, id_column="hexcode")
     assert len(rows) == 1259 + 663 and rows[1259]["captions"][0] == "closed umbrella"
 
 
@@ -116,7 +116,7 @@ def test_every_kind_of_source_gives_the_same_rows(folder, kind, streaming):
     source = folder if kind.startswith("metadata") else source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = open_pairs(source, streaming=streaming and kind != "object", **options)
+        rows = open_rows(source, streaming=streaming and kind != "object", **options)
     assert isinstance(rows, PairStream if streaming else PairRows)
     rows = list(rows) if streaming else [rows[i] for i in range(len(rows))]
     assert [row["captions"] for row in rows] == [[text] for text in TEXTS]
@@ -128,9 +128,9 @@ def test_decoded_pictures_of_a_data_set_stay_encoded():
     pictures = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(3)]
     data = datasets.Dataset.from_dict({"image": pictures, "text": list("abc"), "label": [5, 5, 6]})
     data = data.cast_column("image", datasets.Image())
-    rows = open_pairs(data, id_column="label")
+    rows = open_rows(data, id_column="label")
     assert rows[1]["image"]["bytes"].startswith(b"\x89PNG") and rows.ids().tolist() == [5, 5, 6]
-    chosen = open_pairs(data.select([2, 0]), id_column="label")
+    chosen = open_rows(data.select([2, 0]), id_column="label")
     assert chosen.ids().tolist() == [6, 5] and chosen[0]["captions"] == ["c"]
     assert pickle.loads(pickle.dumps(chosen))[1]["captions"] == ["a"]  # as a spawned data worker gets it
 
@@ -138,16 +138,16 @@ def test_decoded_pictures_of_a_data_set_stay_encoded():
 def test_saved_data_sets_and_folders_of_splits(folder, tmp_path, emoji_folder):
     data = datasets.Dataset.from_dict({"image": [png()], "text": ["x"]})
     data.save_to_disk(tmp_path / "saved")
-    assert open_pairs(tmp_path / "saved")[0]["captions"] == ["x"]
+    assert open_rows(tmp_path / "saved")[0]["captions"] == ["x"]
     both = datasets.DatasetDict({"train": data, "test": data})
     assert "has several splits; choose one of ['test', 'train']" in message(both)
     assert "has no split 'dev'; choose one of ['test', 'train']" in message(both, split="dev")
-    assert len(open_pairs(both, split="test")) == 1
+    assert len(open_rows(both, split="test")) == 1
     (folder / "train").mkdir()
     (folder / "train" / "0.png").write_bytes(png())
     write_csv(folder / "train" / "metadata.csv", ["file_name", "text"], [["0.png", "zero"]])
-    assert open_pairs(folder, split="train")[0]["image"] == str(folder / "train" / "0.png")
-    assert len(open_pairs(emoji_folder, split="test_style")) == 1259  # not joined with test_concept
+    assert open_rows(folder, split="train")[0]["image"] == str(folder / "train" / "0.png")
+    assert len(open_rows(emoji_folder, split="test_style")) == 1259  # not joined with test_concept
 
 
 def test_a_column_of_strings_and_lists(folder):
@@ -155,7 +155,7 @@ def test_a_column_of_strings_and_lists(folder):
         folder / "mixed.jsonl",
         [{"image": NAMES[0], "captions": "alone"}, {"image": NAMES[1], "captions": ["one", "two"]}],
     )
-    rows = open_pairs(source)
+    rows = open_rows(source)
     assert [rows[i]["captions"] for i in (0, 1)] == [["alone"], ["one", "two"]]
 
 
@@ -310,7 +310,7 @@ def stream_of(n, bad=None):
         texts[bad] = ""
     data = datasets.Dataset.from_dict({"image": [png()] * n, "text": texts}).to_iterable_dataset()
     with pytest.warns(UserWarning, match="the given IterableDataset is read as a sequential stream.*not exact"):
-        return open_pairs(data)
+        return open_rows(data)
 
 
 def test_a_stream_says_that_it_cannot_resume_and_names_bad_rows():
@@ -344,7 +344,7 @@ def test_a_training_stream_has_one_order():
 
 
 def test_the_training_set_answers_keys(emoji_folder):
-    data = PairTrainingSet(open_pairs(emoji_folder / "test_concept.parquet", id_column="hexcode"))
+    data = PairTrainingSet(open_rows(emoji_folder / "test_concept.parquet", id_column="hexcode"))
     wanted = [RowKey(5, 0, 0.0), RowKey(3, 1, 0.5)]
     one_by_one, at_once = [data[key] for key in wanted], data.__getitems__(wanted)
     assert one_by_one == at_once and [key for key, _ in at_once] == wanted and len(data) == 663

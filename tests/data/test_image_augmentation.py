@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from oner.processing.data.augmentation import TrainingImageTransform
+from oner.processing.data.augmentation import CodeView, Crop, TrainingImageTransform
 
 SIZE = 32
+WHOLE = [1.0, 1.0]
+PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
 
 def picture(size=(40, 30), mode="RGB", seed=0):
@@ -18,10 +20,10 @@ def picture(size=(40, 30), mode="RGB", seed=0):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"margin": 0.3, "color_jitter": 0.4, "rand_augment": "rand-m9-n3-p1-mstd0.5"}]
+    "options", [{}, {"crop_margin": 0.3, "color_jitter": 0.4, "rand_augment": "rand-m9-n3-p1-mstd0.5"}]
 )
 def test_augmentation_is_a_function_of_its_generator(options):
-    transform, image = TrainingImageTransform(SIZE, **options), picture((60, 50))
+    transform, image = TrainingImageTransform(SIZE, Crop(**options)), picture((60, 50))
     state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     one, two = (transform(image, np.random.default_rng(4)) for _ in range(2))
     random.seed(1)
@@ -43,7 +45,7 @@ def test_augmentation_restores_the_state_after_an_error(monkeypatch):
         random.random()
         raise RuntimeError("inside timm")
 
-    monkeypatch.setattr(transform, "crop", fail)
+    monkeypatch.setattr(transform, "random_crop", fail)
     state = random.getstate()
     with pytest.raises(RuntimeError, match="inside timm"):
         transform(picture(), np.random.default_rng(0))
@@ -57,20 +59,22 @@ def test_augmentation_normalises_and_flips():
         [0.229, 0.224, 0.225]
     )
     assert torch.allclose(pixels, expected.view(3, 1, 1).expand(3, 16, 16), atol=1e-5)
-    plain, mirrored = (TrainingImageTransform(16, hflip=p)(picture(), np.random.default_rng(0)) for p in (0.0, 1.0))
+    plain, mirrored = (
+        TrainingImageTransform(16, Crop(horizontal_flip=p))(picture(), np.random.default_rng(0)) for p in (0.0, 1.0)
+    )
     assert torch.equal(plain.flip(-1), mirrored)
 
 
 def test_augmentation_covers_at_least_half_of_the_picture():
     image = picture((64, 64))
     transform, areas = TrainingImageTransform(16), []
-    crop = transform.crop
+    crop = transform.random_crop
 
     def spy(img):
         areas.append(np.prod(crop.get_params(img, crop.scale, crop.ratio)[2:]) / 64**2)
         return crop(img)
 
-    transform.crop = spy
+    transform.random_crop = spy
     for seed in range(200):
         transform(image, np.random.default_rng(seed))
     assert 0.48 < min(areas) < 0.56 and 0.9 < max(areas) <= 1.0
@@ -78,20 +82,19 @@ def test_augmentation_covers_at_least_half_of_the_picture():
 
 def test_a_margin_shows_the_picture_smaller_on_white():
     black = Image.new("RGB", (64, 64))
-    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "mean": (0, 0, 0), "std": (1, 1, 1)}
     shares = []
     for seed in range(100):
-        pixels = TrainingImageTransform(64, margin=0.5, **whole)(black, np.random.default_rng(seed))
+        pixels = TrainingImageTransform(64, Crop(WHOLE, crop_margin=0.5), **PLAIN)(black, np.random.default_rng(seed))
         assert pixels[:, 32, 32].max() < 0.05
         shares.append((pixels < 0.5).float().mean().item())
     # a margin of m leaves 1 / (1 + 2m) of each side
     assert 0.25 <= min(shares) < 0.3 and 0.9 < max(shares) <= 1.0
-    assert (TrainingImageTransform(64, **whole)(black, np.random.default_rng(0)) < 0.05).all()
+    assert (TrainingImageTransform(64, Crop(WHOLE), **PLAIN)(black, np.random.default_rng(0)) < 0.05).all()
 
 
 def test_rand_augment_distorts_on_white_ground():
-    turned = TrainingImageTransform(64, (1, 1), (1, 1), rand_augment="rand-m10-n4-p1", mean=(0, 0, 0), std=(1, 1, 1))
-    plain = TrainingImageTransform(64, (1, 1), (1, 1), mean=(0, 0, 0), std=(1, 1, 1))
+    turned = TrainingImageTransform(64, Crop(WHOLE, rand_augment="rand-m10-n4-p1"), **PLAIN)
+    plain = TrainingImageTransform(64, Crop(WHOLE), **PLAIN)
     image = Image.new("RGB", (64, 64), (200, 60, 30))
     ways = [turned(image, np.random.default_rng(seed)) for seed in range(60)]
     same = sum(torch.equal(way, plain(image, np.random.default_rng(seed))) for seed, way in enumerate(ways))
@@ -101,30 +104,37 @@ def test_rand_augment_distorts_on_white_ground():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "make, message",
     [
-        ({"image_size": 0}, "image_size must be positive"),
-        ({"scale": (0.8, 0.5)}, "scale must be a rising pair"),
-        ({"ratio": (0, 1)}, "ratio must be a rising pair"),
-        ({"margin": -0.1}, "margin must not be negative"),
-        ({"rand_augment": "auto-m7"}, 'such as "rand-m7-n2", or "albef-n2-m7"; got .auto-m7.'),
-        ({"rand_augment": "rand-q7"}, "rand_augment must be a string of timm"),
-        ({"hflip": 2}, "hflip must be in"),
-        ({"std": (1, 0, 1)}, "mean and std need three values"),
-        ({"code_size": 0}, "code_size must be positive, got 0"),
-        ({"code_crop": "same"}, r"code_crop must be one of \('common', 'independent'\), got 'same'"),
+        (lambda: TrainingImageTransform(0), "image_size must be positive"),
+        (lambda: Crop([0.8, 0.5]), r"crop_scale is \[0.8, 0.5\]; expected two rising numbers in \(0, 1\]"),
+        (lambda: Crop([0.8]), r"crop_scale is \[0.8\]; expected two rising"),
+        (lambda: Crop(crop_margin=-0.1), "crop_margin is -0.1; expected 0 or more"),
+        (lambda: Crop(horizontal_flip=2), r"horizontal_flip is 2; expected a number in \[0, 1\]"),
+        (lambda: Crop(color_jitter=-1), "color_jitter is -1; expected"),
+        (
+            lambda: TrainingImageTransform(16, Crop(rand_augment="auto-m7")),
+            'such as "rand-m7-n2", or "albef-n2-m7"; got .auto-m7.',
+        ),
+        (lambda: TrainingImageTransform(16, Crop(rand_augment="rand-q7")), "rand_augment must be a string of timm"),
+        (lambda: TrainingImageTransform(16, std=(1, 0, 1)), "mean and std need three values"),
+        (lambda: CodeView(0), "the size of a second view is 0; expected at least 1"),
+        (lambda: CodeView(8, "same"), r"code_crop is 'same'; expected one of \('common', 'independent'\)"),
     ],
 )
-def test_augmentation_refuses_wrong_settings(options, message):
+def test_augmentation_refuses_wrong_settings(make, message):
     with pytest.raises(ValueError, match=message):
-        TrainingImageTransform(**{"image_size": 16, **options})
+        make()
+
+
+def test_augmentation_takes_rgb_only():
     with pytest.raises(ValueError, match="must be RGB, got mode L"):
         TrainingImageTransform(16)(picture(mode="L"), np.random.default_rng(0))
 
 
 def test_a_crop_of_all_is_the_whole_picture_whatever_its_shape():
     image = picture((130, 40))
-    transform = TrainingImageTransform(SIZE, scale=(1.0, 1.0))
+    transform = TrainingImageTransform(SIZE, Crop(WHOLE))
     squeezed = torch.from_numpy(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).copy())
     expected = squeezed.permute(2, 0, 1) * transform.factor + transform.offset
     for seed in range(5):

@@ -1,4 +1,4 @@
-"""Masks of words and patches: shares, exact counts, purity."""
+"""Masks of tokens and patches: shares, exact counts, purity; what is dropped instead of replaced."""
 
 import math
 import random
@@ -6,40 +6,48 @@ import random
 import numpy as np
 import pytest
 
-from oner.processing.data.masking import mask_blocks, mask_patches, mask_words, mim_ratio
+from oner.processing.data.masking import (
+    Dropping,
+    Masking,
+    mask_blocks,
+    mask_patches,
+    mask_tokens,
+    mim_ratio,
+    whole_share,
+)
 
 VOCABULARY, SPECIALS, MASK = 1000, (0, 1, 100, 101, 103), 103
 
 
 def masked(n=400_000, seed=0, **options):
-    words = np.random.default_rng(99).integers(200, VOCABULARY, n)
+    tokens = np.random.default_rng(99).integers(200, VOCABULARY, n)
     options = {"mask_token_id": MASK, "vocab_size": VOCABULARY, "special_ids": SPECIALS, **options}
-    return words, *mask_words(words, np.random.default_rng(seed), **options)
+    return tokens, *mask_tokens(tokens, np.random.default_rng(seed), **options)
 
 
 def test_shares_are_15_percent_and_80_10_10():
-    words, corrupted, selected = masked()
-    n, m = len(words), len(selected)
+    tokens, corrupted, chosen = masked()
+    n, m = len(tokens), len(chosen)
     assert abs(m / n - 0.15) < 5 * np.sqrt(0.15 * 0.85 / n)
-    now, before = corrupted[selected], words[selected]
+    now, before = corrupted[chosen], tokens[chosen]
     hidden, kept = (now == MASK).mean(), (now == before).mean()
-    # One random word in (vocabulary - specials) is the old word by chance.
+    # One random token in (vocabulary - specials) is the old token by chance.
     chance = 0.1 / (VOCABULARY - len(SPECIALS))
     for share, expected in ((hidden, 0.8), (kept, 0.1 + chance), (1 - hidden - kept, 0.1 - chance)):
         assert abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / m)
 
 
-def test_words_that_are_not_selected_stay():
-    words, corrupted, selected = masked(5000)
-    rest = np.setdiff1d(np.arange(5000), selected)
-    assert np.array_equal(corrupted[rest], words[rest])
-    assert (np.diff(selected) > 0).all() and corrupted.dtype == selected.dtype == np.int64
+def test_tokens_that_are_not_chosen_stay():
+    tokens, corrupted, chosen = masked(5000)
+    rest = np.setdiff1d(np.arange(5000), chosen)
+    assert np.array_equal(corrupted[rest], tokens[rest])
+    assert (np.diff(chosen) > 0).all() and corrupted.dtype == chosen.dtype == np.int64
 
 
-def test_random_words_cover_the_vocabulary_without_specials_evenly():
-    words = np.full(400_000, 500)
-    corrupted, _ = mask_words(
-        words, np.random.default_rng(1), mask_token_id=7, vocab_size=20, special_ids=(0, 3, 4, 19), probability=1.0
+def test_random_tokens_cover_the_vocabulary_without_specials_evenly():
+    tokens = np.full(400_000, 500)
+    corrupted, _ = mask_tokens(
+        tokens, np.random.default_rng(1), mask_token_id=7, vocab_size=20, special_ids=(0, 3, 4, 19), probability=1.0
     )
     drawn = corrupted[(corrupted != 7) & (corrupted != 500)]
     counts = np.bincount(drawn, minlength=20)
@@ -49,29 +57,29 @@ def test_random_words_cover_the_vocabulary_without_specials_evenly():
 
 
 def test_random_specials_restores_albef():
-    words, corrupted, selected = masked(probability=1.0, random_specials=True)
-    assert np.isin(corrupted[selected], [0, 1, 100, 101]).sum() > 50
-    words, corrupted, selected = masked(probability=1.0)
-    assert np.isin(corrupted[selected], [0, 1, 100, 101]).sum() == 0
+    tokens, corrupted, chosen = masked(probability=1.0, random_specials=True)
+    assert np.isin(corrupted[chosen], [0, 1, 100, 101]).sum() > 50
+    tokens, corrupted, chosen = masked(probability=1.0)
+    assert np.isin(corrupted[chosen], [0, 1, 100, 101]).sum() == 0
 
 
 def test_the_input_is_left_alone_and_the_draw_repeats():
-    words, corrupted, selected = masked(50)
+    tokens, corrupted, chosen = masked(50)
     again = masked(50)
-    assert np.array_equal(corrupted, again[1]) and np.array_equal(selected, again[2])
-    assert words.max() < VOCABULARY and np.array_equal(words, again[0])
+    assert np.array_equal(corrupted, again[1]) and np.array_equal(chosen, again[2])
+    assert tokens.max() < VOCABULARY and np.array_equal(tokens, again[0])
     assert not np.array_equal(masked(5000, seed=1)[2], masked(5000, seed=2)[2])
 
 
-def test_edges_of_word_masking():
+def test_edges_of_token_masking():
     for n, probability, expected in ((0, 0.15, 0), (5, 0.0, 0), (5, 1.0, 5)):
-        words, corrupted, selected = masked(n, probability=probability)
-        assert len(corrupted) == n and len(selected) == expected
+        tokens, corrupted, chosen = masked(n, probability=probability)
+        assert len(corrupted) == n and len(chosen) == expected
     with pytest.raises(ValueError, match="probability must be in .0, 1., got 1.5"):
         masked(5, probability=1.5)
     with pytest.raises(ValueError, match="special_ids must lie in"):
         masked(5, special_ids=(VOCABULARY,))
-    with pytest.raises(ValueError, match="no random word is left"):
+    with pytest.raises(ValueError, match="no random token is left"):
         masked(5, vocab_size=2, special_ids=(0, 1))
 
 
@@ -170,3 +178,45 @@ def test_blocks_of_small_grids_and_their_edges():
         mask_blocks((4, 4), 17, rng)
     with pytest.raises(ValueError, match="must be at least 1, got 0 and 2"):
         mask_blocks((4, 4), 4, rng, min_block=0, max_aspect=2)
+
+
+# Dropping
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.29, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 20, 100, 512])
+def test_exactly_the_floor_of_the_share_is_dropped(n_tokens, ratio):
+    dropping = Dropping(Masking(mlm_probability=ratio, mim_ratio=[ratio, ratio], corruption="drop"))
+    hidden = dropping(np.arange(n_tokens), (14, 14), 0.3, np.random.default_rng(n_tokens))
+    # the floor of the decimal number, by whole numbers
+    percent = round(100 * ratio)
+    assert len(hidden.chosen) == min(n_tokens * percent // 100, n_tokens - 1)
+    assert hidden.patches.shape == (196,) and hidden.patches.sum() == 196 * percent // 100
+    assert hidden.tokens is None and (np.diff(hidden.chosen) > 0).all()
+    assert set(hidden.chosen.tolist()) <= set(range(n_tokens))
+
+
+def test_a_share_is_that_of_its_decimals():
+    assert int(0.29 * 100) == 28 and whole_share(100, 0.29) == 29
+    assert all(whole_share(n, r / 100) == n * r // 100 for n in range(600) for r in range(101))
+
+
+def test_every_token_and_patch_is_dropped_equally_often():
+    dropping, rng = Dropping(Masking(0.25, [0.75, 0.75], corruption="drop")), np.random.default_rng(0)
+    tokens, patches, count = np.zeros(20), np.zeros(16), 20_000
+    for _ in range(count):
+        hidden = dropping(np.arange(20), (4, 4), 0.0, rng)
+        tokens[hidden.chosen] += 1
+        patches += hidden.patches
+    for share, expected in ((tokens / count, 0.25), (patches / count, 0.75)):
+        assert abs(share - expected).max() < 5 * np.sqrt(0.25 * 0.75 / count)
+
+
+def test_a_row_of_one_kind_draws_for_that_kind_alone():
+    dropping = Dropping(Masking(0.5, [0.5, 0.5], corruption="drop"))
+    text = dropping(np.arange(8), None, 0.0, np.random.default_rng(1))
+    image = dropping(None, (4, 4), 0.0, np.random.default_rng(1))
+    assert text.patches is None and len(text.chosen) == 4
+    assert image.chosen is None and image.patches.sum() == 8
+    both = dropping(np.arange(8), (4, 4), 0.0, np.random.default_rng(1))
+    assert np.array_equal(both.chosen, text.chosen) and both.patches.sum() == 8

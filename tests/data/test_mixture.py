@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 
 from oner.processing.data.mixture import PairMixture, PairStreamMixture, open_mixture
 from oner.processing.data.sampling import EXTRA_TURN, PairBatchSampler, PairOrder, RowKey, epoch_visits, shares_of
-from oner.processing.data.sources import PairDataError, PairTrainingSet, PairTrainingStream, open_pairs
+from oner.processing.data.sources import PairDataError, PairTrainingSet, PairTrainingStream, open_rows
 from oner.processing.vl_tokenizer import train_tokenizer
-from oner.training.run.arguments import DataArguments, parse_arguments
-from oner.training.run.pair_loading import open_training_pairs
+from oner.training.run.arguments import DataArguments
+from oner.training.run.opening import open_training_pairs
+from oner.training.run.parsing import parse_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -217,8 +218,8 @@ def test_many_rows_in_little_time():
 
 
 def test_the_rows_of_a_mixture(emoji_folder):
-    first = open_pairs(emoji_folder / "test_style.parquet", id_column="hexcode")
-    second = open_pairs(emoji_folder / "test_concept.parquet", id_column="hexcode")
+    first = open_rows(emoji_folder / "test_style.parquet", id_column="hexcode")
+    second = open_rows(emoji_folder / "test_concept.parquet", id_column="hexcode")
     both = PairMixture([first, second])
     assert len(both) == 1259 + 663 and both.sizes == (1259, 663) and both.has_ids
     assert both.take([1259, 0, 1921, 5]) == [second[0], first[0], second[662], first[5]]
@@ -233,37 +234,37 @@ def test_the_rows_of_a_mixture(emoji_folder):
 
 
 def test_without_ids_rows_of_two_sources_are_never_one_concept():
-    mixture = PairMixture([open_pairs(source("a", 3)), open_pairs(source("b", 3))])
+    mixture = PairMixture([open_rows(source("a", 3)), open_rows(source("b", 3))])
     assert mixture.ids().tolist() == list(range(6)) == [row["id"] for row in mixture.take(range(6))]
 
 
 def test_ids_that_could_never_meet_are_refused():
     options = {"id_column": "k"}
-    numbers = open_pairs(source("a", 2, [1, 2]), **options)
-    text = open_pairs(source("b", 2, ["1", "2"]), **options)
+    numbers = open_rows(source("a", 2, [1, 2]), **options)
+    text = open_rows(source("b", 2, ["1", "2"]), **options)
     with pytest.raises(PairDataError, match="can never be equal, since they differ in kind"):
         PairMixture([numbers, text])
     with pytest.raises(PairDataError, match="differ in kind: .*'none'"):
-        PairMixture([numbers, open_pairs(source("c", 2))])
+        PairMixture([numbers, open_rows(source("c", 2))])
     with pytest.raises(PairDataError, match="at least one source"):
         PairMixture([])
 
 
 def test_bad_rows_keep_their_numbers_in_a_mixture():
     bad = datasets.Dataset.from_dict({"image": [png(), None, png()], "text": ["x", "y", ""], "k": ["a", "b", None]})
-    kept = open_pairs(bad, id_column="k", bad_rows="skip")
+    kept = open_rows(bad, id_column="k", bad_rows="skip")
     assert dict(kept.bad) == {
         1: "the picture is null",
         2: "the caption is empty; the id must be an int or a string, got null",
     }
     assert list(kept.captions()) == ["x"] and len(set(kept.ids().tolist())) == 3
-    mixture = PairMixture([open_pairs(source("a", 4, list("abcd")), id_column="k"), kept])
+    mixture = PairMixture([open_rows(source("a", 4, list("abcd")), id_column="k"), kept])
     assert mixture.reason(5) == "the picture is null" and mixture.reason(4) is None and len(mixture) == 7
     assert mixture.where(5) == ("the given Dataset", 1) and list(mixture.captions()) == ["a0", "a1", "a2", "a3", "x"]
     with pytest.raises(PairDataError, match="2 of 3 rows"):
-        open_pairs(bad, id_column="k")
+        open_rows(bad, id_column="k")
     with pytest.raises(ValueError, match='bad_rows must be "raise" or "skip"'):
-        open_pairs(bad, bad_rows="ignore")
+        open_rows(bad, bad_rows="ignore")
 
 
 def test_entries_of_one_kind_stay_one_source_unless_weighed(emoji_folder, tmp_path):
@@ -310,7 +311,7 @@ def test_draws_of_a_key():
 
 def stream(name, n, **options):
     with pytest.warns(UserWarning, match="is read as a sequential stream"):
-        return open_pairs(source(name, n).to_iterable_dataset(), **options)
+        return open_rows(source(name, n).to_iterable_dataset(), **options)
 
 
 def words(mixture):
@@ -327,7 +328,7 @@ def test_streams_are_read_one_after_the_other_or_woven_by_weight():
     assert words(PairStreamMixture(streams, [1, 2])).count("a0") == 2  # the shorter one is read again
     assert [row["id"] for row in woven] == list(range(len(woven)))  # no two rows are one concept
     with pytest.raises(PairDataError, match="is read by row numbers and cannot be woven"):
-        PairStreamMixture([streams[0], open_pairs(source("c", 2))])
+        PairStreamMixture([streams[0], open_rows(source("c", 2))])
     with pytest.raises(PairDataError, match="no rows"):
         list(PairStreamMixture([streams[0], stream_of_nothing()], [1, 1]))
 
@@ -349,7 +350,7 @@ def test_a_woven_stream_trains_as_a_stream_and_names_bad_rows(emoji_folder):
     assert spread == whole and list(PairTrainingStream(woven, **options, start_step=4)) == whole[4:]
     bad = datasets.Dataset.from_dict({"image": [png(), png()], "text": ["x", ""]}).to_iterable_dataset()
     with pytest.warns(UserWarning):
-        mixture = PairStreamMixture([open_pairs(bad, bad_rows="skip"), stream("a", 1, bad_rows="skip")])
+        mixture = PairStreamMixture([open_rows(bad, bad_rows="skip"), stream("a", 1, bad_rows="skip")])
     assert [reason for _, _, reason in mixture.checked()] == [
         None,
         "the given IterableDataset, row 1: the caption is empty",
@@ -359,9 +360,9 @@ def test_a_woven_stream_trains_as_a_stream_and_names_bad_rows(emoji_folder):
 
 def test_copies_of_a_row_in_one_epoch_are_corrupted_apart(emoji_folder):
     """A source of 20 rows fills half of the places of an epoch of 100: each of its rows comes two or three times."""
-    table = open_pairs(emoji_folder / "test_style.parquet", id_column="hexcode")
+    table = open_rows(emoji_folder / "test_style.parquet", id_column="hexcode")
     small, large = table.data.select(range(20)), table.data.select(range(20, 100))
-    rows = PairMixture([open_pairs(part, id_column="hexcode") for part in (small, large)])
+    rows = PairMixture([open_rows(part, id_column="hexcode") for part in (small, large)])
     tokenizer = train_tokenizer(rows.captions(), vocab_size=300)
     collator = collator_of(tokenizer)
     order = PairOrder(100, 10, seed=3, sizes=rows.sizes, weights=(1, 1))

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_loading import collator_of, dataset_of, loader_of, real_pairs
 
 from oner.processing.data.mixture import PairMixture
-from oner.processing.data.sources import PairDataError, open_pairs
+from oner.processing.data.sources import PairDataError, open_rows
 from oner.processing.image_processing_vl import open_image
 from oner.processing.vl_tokenizer import train_tokenizer
 
@@ -77,7 +77,7 @@ def test_the_corpus_is_large_enough():
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_picture_that_cannot_be_read(kind, pairs, picture, tokenizer):
     make, words = REFUSED[kind]
-    rows = open_pairs(dataset(pairs, image=with_cell(pairs[0][:COUNT], make(picture))), bad_rows="skip")
+    rows = open_rows(dataset(pairs, image=with_cell(pairs[0][:COUNT], make(picture))), bad_rows="skip")
     lines = check_epochs(loader_of(rows, collator_of(tokenizer), 6), BAD)
     if kind == "0 bytes":
         assert lines == [] and rows.bad == {BAD: "the picture has 0 bytes"}
@@ -92,7 +92,7 @@ def test_a_picture_that_cannot_be_read(kind, pairs, picture, tokenizer):
 
 @pytest.mark.parametrize("kind", READ)
 def test_a_picture_that_is_only_unusual(kind, pairs, picture, tokenizer):
-    rows = open_pairs(dataset(pairs, image=with_cell(pairs[0][:COUNT], READ[kind](picture))), bad_rows="skip")
+    rows = open_rows(dataset(pairs, image=with_cell(pairs[0][:COUNT], READ[kind](picture))), bad_rows="skip")
     batches = list(loader_of(rows, collator_of(tokenizer), steps=3))
     assert sorted(number for batch in batches for number in batch["rows"].tolist()) == list(range(COUNT))
     assert not any("quarantine" in batch for batch in batches)
@@ -104,14 +104,14 @@ def test_a_caption_that_cannot_be_used(kind, pairs, tokenizer):
     cell, words = CAPTIONS_REFUSED[kind]
     texts = pairs[1][:COUNT] if not isinstance(cell, list) else [[text] for text in pairs[1][:COUNT]]
     data = dataset(pairs, text=with_cell(texts, cell))
-    rows = open_pairs(data, bad_rows="skip")
+    rows = open_rows(data, bad_rows="skip")
     lines = check_epochs(loader_of(rows, collator_of(tokenizer), 6), BAD)
     found = rows.bad[BAD] if rows.bad else lines[0]["reason"]
     assert re.search(words, found) and len(lines) == (0 if rows.bad else 2)
     if rows.bad:
         assert list(rows.bad) == [BAD] and len(list(rows.captions())) == COUNT - 1
         with pytest.raises(PairDataError, match=f"1 of {COUNT} rows cannot be used.*\n  row {BAD}: .*{words}"):
-            open_pairs(data)
+            open_rows(data)
 
 
 @pytest.mark.parametrize("kind", CAPTIONS_BEYOND_ARROW)
@@ -123,7 +123,7 @@ def test_a_caption_that_only_python_can_hold(kind, pairs, tokenizer):
             taken = super().take(indices)
             return [{**row, "captions": [cell]} if i == BAD else row for i, row in zip(indices, taken, strict=True)]
 
-    rows = Rows([open_pairs(dataset(pairs))])
+    rows = Rows([open_rows(dataset(pairs))])
     lines = check_epochs(loader_of(rows, collator_of(tokenizer), 6), BAD)
     assert len(lines) == 2 and all(re.search(words, line["reason"]) for line in lines)
     json.dumps(lines).encode("utf-8")
@@ -133,7 +133,7 @@ def test_a_caption_that_only_python_can_hold(kind, pairs, tokenizer):
 def test_a_caption_that_is_only_unusual(kind, pairs, tokenizer):
     cell = CAPTIONS_READ[kind]
     texts = pairs[1][:COUNT] if isinstance(cell, str) else [[text] for text in pairs[1][:COUNT]]
-    rows = open_pairs(dataset(pairs, text=with_cell(texts, cell)), bad_rows="skip")
+    rows = open_rows(dataset(pairs, text=with_cell(texts, cell)), bad_rows="skip")
     batches = list(loader_of(rows, collator_of(tokenizer), steps=3))
     assert rows.bad == {} and not any("quarantine" in batch for batch in batches)
 
@@ -142,7 +142,7 @@ def test_a_caption_that_is_only_unusual(kind, pairs, tokenizer):
 def test_an_id_that_cannot_be_used(kind, pairs, tokenizer):
     cells, words = IDS_REFUSED[kind]
     data = dataset(pairs, key=(cells * COUNT)[:COUNT])
-    rows = open_pairs(data, id_column="key", bad_rows="skip")
+    rows = open_rows(data, id_column="key", bad_rows="skip")
     assert list(rows.bad) == [1, 4, 7, 10] and all(re.search(words, reason) for reason in rows.bad.values())
     ids = rows.ids()
     assert len(set(ids[[1, 4, 7, 10]])) == 4 and len(set(ids[[0, 3, 6, 9]])) == 1
@@ -159,7 +159,7 @@ def test_a_picture_that_is_not_there(kind, pairs, tokenizer, tmp_path):
     table = tmp_path / "pairs.jsonl"
     lines = [json.dumps({"image": name, "text": text}) for name, text in zip(names, pairs[1], strict=False)]
     table.write_text("\n".join(lines))
-    rows = open_pairs(table, bad_rows="skip")
+    rows = open_rows(table, bad_rows="skip")
     lines = check_epochs(loader_of(rows, collator_of(tokenizer), 6), BAD)
     found = rows.bad[BAD] if rows.bad else lines[0]["reason"]
     assert re.search(words, found) and len(lines) == (0 if rows.bad else 2)
@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_read(kind, bad_rows, pairs, tmp_path):
         (tmp_path / name).write_bytes(content)
     source = make(tmp_path)
     with pytest.raises(PairDataError) as caught:
-        open_pairs(source, bad_rows=bad_rows)
+        open_rows(source, bad_rows=bad_rows)
     assert re.search(words, str(caught.value)) and source.name in str(caught.value)
 
 
@@ -183,7 +183,7 @@ def test_a_file_with_bad_rows(kind, pairs, tokenizer, tmp_path):
     for name, content in zip((name for name, _ in ROWS), pairs[0], strict=False):
         (tmp_path / name).write_bytes(content)
     source = make(tmp_path)
-    rows = open_pairs(source, bad_rows="skip")
+    rows = open_rows(source, bad_rows="skip")
     assert {row: bool(re.search(words, rows.bad.get(row, ""))) for row, words in expected.items()} == dict.fromkeys(
         expected, True
     ), rows.bad
@@ -200,4 +200,4 @@ def test_a_file_with_bad_rows(kind, pairs, tokenizer, tmp_path):
     assert shown == set(good)
     if expected:
         with pytest.raises(PairDataError, match="|".join(f"row {row}" for row in expected)):
-            open_pairs(source)
+            open_rows(source)

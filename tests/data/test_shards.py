@@ -16,7 +16,7 @@ from oner.processing.data import shard_index as vl_shard_index
 from oner.processing.data.mixture import PairMixture, open_mixture
 from oner.processing.data.sampling import PairBatchSampler, concept_id
 from oner.processing.data.shards import find_shards
-from oner.processing.data.sources import PairDataError, PairRows, PairTrainingSet, open_pairs
+from oner.processing.data.sources import PairDataError, PairRows, PairTrainingSet, open_rows
 
 PIXELS = b"\x89PNG not decoded here"
 
@@ -41,7 +41,7 @@ def sample(key, caption="a caption", image=PIXELS, ending="png"):
 
 def message(*args, **options):
     with pytest.raises(PairDataError) as caught:
-        open_pairs(*args, **options)
+        open_rows(*args, **options)
     return str(caught.value)
 
 
@@ -53,7 +53,7 @@ def index_files(folder):
 def emoji(request, tmp_path_factory):
     """The first 90 rows of the embedded pairs, and the same rows in three shards."""
     root = os.path.join(os.path.dirname(__file__), "..", "..", "examples", "data", "emoji", "test_style.parquet")
-    rows = open_pairs(root, id_column="hexcode")
+    rows = open_rows(root, id_column="hexcode")
     home = tmp_path_factory.mktemp("shards")
     for shard in range(3):
         members = []
@@ -81,7 +81,7 @@ def test_shards_give_the_rows_that_a_table_gives(emoji, how):
         "range": str(home / "emoji-{000..002}.tar"),
         "list": [home / f"emoji-{shard:03d}.tar" for shard in range(3)],
     }[how]
-    rows = open_pairs(source, id_column="hexcode")
+    rows = open_rows(source, id_column="hexcode")
     assert isinstance(rows, PairRows) and rows.exact_resume and len(rows) == 90
     assert contents(rows.take(range(90))) == contents(wanted)
     picked = [77, 3, 77, 30, 59]
@@ -95,32 +95,32 @@ def test_shards_give_the_rows_that_a_table_gives(emoji, how):
 
 def test_an_index_is_made_once_and_anew_when_the_shard_changes(tmp_path, monkeypatch):
     shard = write_tar(tmp_path / "a.tar", sample("0") + sample("1"))
-    first = open_pairs(shard).take([0, 1])
+    first = open_rows(shard).take([0, 1])
     (index,) = index_files(tmp_path)
     monkeypatch.setattr(vl_shard_index, "_samples", lambda *_: pytest.fail("the shard was read anew"))
-    assert open_pairs(shard).take([0, 1]) == first
+    assert open_rows(shard).take([0, 1]) == first
     monkeypatch.undo()
     write_tar(shard, sample("0") + sample("1") + sample("2"))  # another size
-    assert len(open_pairs(shard)) == 3
+    assert len(open_rows(shard)) == 3
     content = shard.read_bytes().replace(b"a caption", b"new words")
     shard.write_bytes(content)  # the size stays
     os.utime(shard, ns=(1, 1))
-    assert open_pairs(shard)[2]["captions"] == ["new words"]
+    assert open_rows(shard)[2]["captions"] == ["new words"]
     assert index_files(tmp_path) == [index]
 
 
 def test_other_columns_have_an_index_of_their_own(tmp_path):
     fields = {"text": "one", "long": "many words", "id": 7}
     shard = write_tar(tmp_path / "a.tar", [("0.jpg", PIXELS), ("0.json", json.dumps(fields).encode())])
-    assert open_pairs(shard)[0]["captions"] == ["one"] and open_pairs(shard).ids().tolist() == [0]
-    assert open_pairs(shard, text_column="long", id_column="id")[0]["captions"] == ["many words"]
-    assert open_pairs(shard, id_column="id").ids().tolist() == [7]
+    assert open_rows(shard)[0]["captions"] == ["one"] and open_rows(shard).ids().tolist() == [0]
+    assert open_rows(shard, text_column="long", id_column="id")[0]["captions"] == ["many words"]
+    assert open_rows(shard, id_column="id").ids().tolist() == [7]
     assert len(index_files(tmp_path)) == 3
 
 
 def test_a_damaged_index_is_made_anew(tmp_path):
     shard = write_tar(tmp_path / "a.tar", [member for key in range(40) for member in sample(key, f"caption {key}")])
-    wanted = open_pairs(shard).take(range(40))
+    wanted = open_rows(shard).take(range(40))
     (name,) = index_files(tmp_path)
     whole = (tmp_path / name).read_bytes()
     rng = np.random.default_rng(0)
@@ -129,7 +129,7 @@ def test_a_damaged_index_is_made_anew(tmp_path):
         damaged.append(whole[:place] + bytes([whole[place] ^ (1 << int(rng.integers(8)))]) + whole[place + 1 :])
     for content in damaged:
         (tmp_path / name).write_bytes(content)
-        assert open_pairs(shard).take(range(40)) == wanted
+        assert open_rows(shard).take(range(40)) == wanted
     assert pq.read_table(tmp_path / name).num_rows == 40
 
 
@@ -141,12 +141,12 @@ def test_where_no_index_can_be_kept_it_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(vl_shard_index.os, "replace", full)
     with pytest.warns(UserWarning, match="the index cannot be kept \\(No space left on device\\)"):
-        assert len(open_pairs(shard)) == 1
+        assert len(open_rows(shard)) == 1
     assert index_files(tmp_path) == []
 
 
 def _open(shard, answers):
-    answers.put([row["captions"] for row in open_pairs(shard).take(range(500))])
+    answers.put([row["captions"] for row in open_rows(shard).take(range(500))])
 
 
 def test_processes_that_open_a_shard_together(tmp_path):
@@ -172,7 +172,7 @@ def test_names_and_layouts(tmp_path, format):
     # all pictures first, and two endings of which the first named counts
     members += [("p.png", b"second"), ("p.webp", b"first"), ("q.webp", b"alone"), ("p.txt", b"p"), ("q.txt", b"q")]
     shard = write_tar(tmp_path / "a.tar", members, format=format)
-    rows = open_pairs(shard, image_column="webp;png;jpg", id_column="__key__").take(range(4))
+    rows = open_rows(shard, image_column="webp;png;jpg", id_column="__key__").take(range(4))
     assert [(row["id"], row["captions"]) for row in rows] == [
         (long, ["long"]), ("k", ["cäption"]), ("p", ["p"]), ("q", ["q"])
     ]  # fmt: skip
@@ -206,7 +206,7 @@ def test_a_bad_sample_is_a_bad_row_with_its_reason(tmp_path, kind):
     text = message(shard)
     assert "1 of 3 rows cannot be used" in text and f"row 1: s.tar, {reason}" in text
     for _ in range(2):  # read from the archive, then from the index
-        rows = open_pairs(shard, bad_rows="skip")
+        rows = open_rows(shard, bad_rows="skip")
         assert list(rows.bad) == [1] and reason in rows.reason(1) and rows.reason(0) is None
         assert [rows[i]["captions"] for i in (0, 2)] == [["first"], ["last"]]
         assert list(rows.captions()) == ["first", "last"] and len(rows.take([0, 1, 2])) == 3
@@ -214,7 +214,7 @@ def test_a_bad_sample_is_a_bad_row_with_its_reason(tmp_path, kind):
 
 def test_a_duplicate_key_leaves_the_first_sample(tmp_path):
     members = sample("a", "one") + sample("b", "two") + sample("a", "three", b"other")
-    rows = open_pairs(write_tar(tmp_path / "s.tar", members), bad_rows="skip")
+    rows = open_rows(write_tar(tmp_path / "s.tar", members), bad_rows="skip")
     assert len(rows) == 3 and rows[0]["captions"] == ["one"] and rows[0]["image"]["bytes"] == PIXELS
     assert rows.bad == {2: "s.tar, key 'a': duplicate key: the shard has a sample of this key already"}
 
@@ -225,7 +225,7 @@ def test_links_in_archives_are_named(tmp_path):
         link = tarfile.TarInfo(f"{key}.png")
         link.type, link.linkname = kind, "nowhere.png"
         links += [link, (f"{key}.txt", b"words")]
-    rows = open_pairs(write_tar(tmp_path / "s.tar", sample("a") + links), bad_rows="skip")
+    rows = open_rows(write_tar(tmp_path / "s.tar", sample("a") + links), bad_rows="skip")
     assert set(rows.bad) == {1, 2} and "key 'c': member .png is a link or a hole, not a file" in rows.bad[2]
 
 
@@ -233,7 +233,7 @@ def test_ids_of_samples(tmp_path):
     members = []
     for key, identity in enumerate((7, "seven", None, 1.5, True, 2**70)):
         members += [(f"{key}.png", PIXELS), (f"{key}.json", json.dumps({"text": "x", "id": identity}).encode())]
-    rows = open_pairs(write_tar(tmp_path / "s.tar", members), id_column="id", bad_rows="skip")
+    rows = open_rows(write_tar(tmp_path / "s.tar", members), id_column="id", bad_rows="skip")
     assert set(rows.bad) == {2, 3, 4, 5} and "does not fit into 64 bits" in rows.bad[5]
     assert rows[0]["id"] == 7 and rows.ids()[:2].tolist() == [7, concept_id("seven")]
     assert len(set(rows.ids().tolist())) == 6
@@ -247,7 +247,7 @@ def archive(tmp_path_factory):
     samples = [sample(f"{key:03d}", f"caption {key}", bytes([key + 1]) * 700) for key in range(12)]
     members = [member for one in samples for member in one]
     shard = write_tar(tmp_path_factory.mktemp("whole") / "s.tar", members)
-    return shard.read_bytes(), contents(open_pairs(shard).take(range(12)))
+    return shard.read_bytes(), contents(open_rows(shard).take(range(12)))
 
 
 def good_rows(rows):
@@ -263,7 +263,7 @@ def test_an_archive_cut_short_anywhere_keeps_its_whole_samples_and_says_so(tmp_p
         if cut < 512:
             assert "not a tar archive" in message(shard, bad_rows="skip")
             continue
-        rows = open_pairs(shard, bad_rows="skip")
+        rows = open_rows(shard, bad_rows="skip")
         kept = good_rows(rows)
         # a sample is whole when both of its members are: the caption's last block may lack its padding
         complete = sum(cut >= key * 2560 + 2048 + len(f"caption {key}") for key in range(12))
@@ -271,7 +271,7 @@ def test_an_archive_cut_short_anywhere_keeps_its_whole_samples_and_says_so(tmp_p
         assert rows.bad and any("cut short" in reason or "missing pair" in reason for reason in rows.bad.values()), cut
         assert "cannot be used" in message(shard)
     shard.write_bytes(whole[: end + 512])  # one block of zeros is an end
-    assert len(open_pairs(shard)) == 12
+    assert len(open_rows(shard)) == 12
 
 
 def test_a_damaged_header_anywhere_is_told(tmp_path, archive):
@@ -285,7 +285,7 @@ def test_a_damaged_header_anywhere_is_told(tmp_path, archive):
         shard = tmp_path / f"{number}.tar"
         shard.write_bytes(content)
         try:
-            rows = open_pairs(shard, bad_rows="skip")
+            rows = open_rows(shard, bad_rows="skip")
         except PairDataError as error:
             assert header == 0 and "not a tar archive" in str(error)
             continue
@@ -313,7 +313,7 @@ def test_random_damage_never_crashes_and_never_hides_a_row(tmp_path, archive):
         shard = tmp_path / f"{number}.tar"
         shard.write_bytes(content)
         try:
-            rows = open_pairs(shard, bad_rows="skip")
+            rows = open_rows(shard, bad_rows="skip")
         except PairDataError as error:
             assert str(shard) in str(error)
             continue
@@ -326,7 +326,7 @@ def test_what_follows_an_archive_is_told(tmp_path, archive):
     whole, _ = archive
     shard = tmp_path / "two.tar"
     shard.write_bytes(whole + whole)
-    rows = open_pairs(shard, bad_rows="skip")
+    rows = open_rows(shard, bad_rows="skip")
     assert len(rows) == 13 and "but other data follow" in rows.bad[12]
 
 
@@ -338,7 +338,7 @@ def test_a_member_that_points_backwards_ends(tmp_path, archive):
     header[148:156] = f"{sum(header):06o}\0 ".encode()
     shard = tmp_path / "circle.tar"
     shard.write_bytes(archive[0][:2560] + header + archive[0][3072:])
-    rows = open_pairs(shard, bad_rows="skip")
+    rows = open_rows(shard, bad_rows="skip")
     assert good_rows(rows) == archive[1][:1] and len(rows.bad) == 1
 
 
@@ -359,7 +359,7 @@ def test_sources_that_are_no_shards(tmp_path):
 
 def test_a_shard_that_vanishes_during_a_run_is_named(tmp_path):
     shard = write_tar(tmp_path / "a.tar", sample("0"))
-    rows = open_pairs(shard)
+    rows = open_rows(shard)
     shard.unlink()
     with pytest.raises(PairDataError, match="a.tar: was there when the run began, cannot be read now"):
         rows[0]
@@ -367,7 +367,7 @@ def test_a_shard_that_vanishes_during_a_run_is_named(tmp_path):
 
 def test_data_workers_read_shards_in_the_sampler_s_order(emoji):
     wanted, home = emoji
-    rows = open_pairs(home, id_column="hexcode")
+    rows = open_rows(home, id_column="hexcode")
     sampler = PairBatchSampler(90, 9, total_steps=14, groups=rows.ids(), start_step=3)
     batches = list(DataLoader(PairTrainingSet(rows), batch_sampler=sampler, collate_fn=list, num_workers=2))
     assert [[key for key, _ in batch] for batch in batches] == list(sampler) and len(batches) == 11

@@ -3,18 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from tiny_loading import special_of
 from tiny_task_data import COLOURS, said, write_entailment, write_merged_vqa, write_reasoning
 
 from oner.processing.data.augmentation import TrainingImageTransform
+from oner.processing.data.chunks import split_pairs
+from oner.processing.data.collation import Collator
+from oner.processing.data.layouts import JointLayout
 from oner.processing.data.quarantine import BadRow, BadRowsError
+from oner.processing.data.readers import Reader
 from oner.processing.data.sampling import RowKey
-from oner.processing.data.task_collation import (
-    AnswerCollator,
-    TaskCollator,
-    encode_answers,
-    split_answers,
-    weigh_answers,
-)
+from oner.processing.data.task_collation import Answers, Labels, encode_answers, weigh_answers
 from oner.processing.data.task_rows import open_entailment, open_questions, open_reasoning
 from oner.processing.vl_tokenizer import train_tokenizer
 
@@ -27,15 +26,17 @@ def tokenizer():
     return train_tokenizer(TEXTS * 2, vocab_size=200, min_frequency=1)
 
 
-def made(kind, tokenizer, **options):
-    layout = {"image_token_id": 1, "cls_token_id": 3, "mask_token_id": 4, "pad_token_id": 0, "patch_size": 8}
-    return kind(
-        tokenizer,
-        TrainingImageTransform(16),
-        vocab_size=len(tokenizer),
-        seed=5,
-        **{**layout, "source": "it", **options},
-    )
+def made(tokenizer, targets, images=("image",)):
+    reader = Reader(tokenizer, TrainingImageTransform(16), images=images, text="text")
+    return Collator(reader, JointLayout(special_of(tokenizer), 8), None, targets, seed=5, source="it")
+
+
+def labelled(tokenizer, images=("image",)):
+    return made(tokenizer, Labels(), images)
+
+
+def answered(tokenizer):
+    return made(tokenizer, Answers(tokenizer, special_of(tokenizer), END))
 
 
 def items_of(rows, numbers, epoch=0):
@@ -44,7 +45,7 @@ def items_of(rows, numbers, epoch=0):
 
 def test_entailment(tmp_path, tokenizer):
     rows = open_entailment([str(write_entailment(tmp_path)[0])])
-    collator = made(TaskCollator, tokenizer)
+    collator = labelled(tokenizer)
     batch = collator(items_of(rows, [4, 0, 9]))
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "ids", "rows", "labels"}
     assert batch["labels"].tolist() == [rows[number]["label"] for number in (4, 0, 9)] == [1, 0, 0]
@@ -59,7 +60,7 @@ def test_entailment(tmp_path, tokenizer):
 
 def test_a_row_does_not_depend_on_its_batch(tmp_path, tokenizer):
     rows = open_reasoning([str(write_reasoning(tmp_path)[0])])
-    collator = made(TaskCollator, tokenizer, images=("image", "second_image"))
+    collator = labelled(tokenizer, images=("image", "second_image"))
     together, alone = collator(items_of(rows, [3, 7])), collator(items_of(rows, [7]))
     assert together["pixel_values"].shape == (2, 2, 3, 16, 16)
     torch.testing.assert_close(together["pixel_values"][1], alone["pixel_values"][0], rtol=0, atol=0)
@@ -72,16 +73,16 @@ def test_a_row_does_not_depend_on_its_batch(tmp_path, tokenizer):
 
 def test_two_pictures_keep_their_order(tmp_path, tokenizer):
     rows = open_reasoning([str(write_reasoning(tmp_path)[1])])
-    batch = made(TaskCollator, tokenizer, images=("image", "second_image"))(items_of(rows, [0]))
+    batch = labelled(tokenizer, images=("image", "second_image"))(items_of(rows, [0]))
     red, green = batch["pixel_values"][0].mean(dim=(2, 3))
     assert red.argmax() == 0 and green.argmax() == 1
-    swapped = made(TaskCollator, tokenizer, images=("second_image", "image"))(items_of(rows, [0]))
+    swapped = labelled(tokenizer, images=("second_image", "image"))(items_of(rows, [0]))
     torch.testing.assert_close(swapped["pixel_values"].flip(1), batch["pixel_values"], rtol=0, atol=0)
 
 
 def test_questions_bring_every_different_answer(tmp_path, tokenizer):
     rows = open_questions([str(write_merged_vqa(tmp_path))])
-    batch = made(AnswerCollator, tokenizer, end_token_id=END)(items_of(rows, [0, 3, 5]))
+    batch = answered(tokenizer)(items_of(rows, [0, 3, 5]))
     assert batch["answers_per_question"].tolist() == [3, 1, 3] and "labels" not in batch
     torch.testing.assert_close(batch["answer_weights"], torch.tensor([0.7, 0.2, 0.1, 0.5, 0.7, 0.2, 0.1]))
     expected = ["red", "green", "a car", "white", "green", "blue", "a car"]
@@ -104,7 +105,7 @@ def test_an_answer_reads_no_special_token(tokenizer):
     assert 4 not in ids and mask.sum(1).tolist() == (ids != 0).sum(1).tolist()
     longer = encode_answers(tokenizer, ["red green blue white"], 3, END, 0, max_length=2)[0]
     assert longer.shape == (1, 4) and longer[0, -1] == END
-    with pytest.raises(ValueError, match="no word is left of the answer ''"):
+    with pytest.raises(ValueError, match="no token is left of the answer ''"):
         encode_answers(tokenizer, ["red", ""], 3, END, 0)
 
 
@@ -112,7 +113,7 @@ def test_bad_rows_are_replaced_and_listed(tmp_path, tokenizer):
     rows = open_questions([str(write_merged_vqa(tmp_path))])
     good, silent = rows[1], {**rows[2], "answers": [" "]}
     blind = {**rows[3], "image": str(tmp_path / "vqa_train.json")}
-    collator = made(AnswerCollator, tokenizer, end_token_id=END)
+    collator = answered(tokenizer)
     stand_in = (RowKey(1, 0, 0.0), good)
     batch = collator(
         [
@@ -133,14 +134,14 @@ def test_bad_rows_are_replaced_and_listed(tmp_path, tokenizer):
         collator([])
 
 
-def test_pieces_hold_their_own_answers(tmp_path, tokenizer):
+def test_chunks_hold_their_own_answers(tmp_path, tokenizer):
     rows = open_questions([str(write_merged_vqa(tmp_path))])
-    batch = made(AnswerCollator, tokenizer, end_token_id=END)(items_of(rows, [0, 3, 5, 7, 2]))
-    pieces = split_answers(batch, 3)
-    assert [len(piece["input_ids"]) for piece in pieces] == [1, 2, 2]
-    assert [piece["answers_per_question"].tolist() for piece in pieces] == [[3], [1, 3], [1, 3]]
+    batch = answered(tokenizer)(items_of(rows, [0, 3, 5, 7, 2]))
+    chunks = split_pairs(batch, 3)
+    assert [len(chunk["input_ids"]) for chunk in chunks] == [1, 2, 2]
+    assert [chunk["answers_per_question"].tolist() for chunk in chunks] == [[3], [1, 3], [1, 3]]
     for name, value in batch.items():
-        assert torch.equal(torch.cat([piece[name] for piece in pieces]), value)
-        assert all(len(piece["answer_ids"]) == piece["answers_per_question"].sum() for piece in pieces)
-    with pytest.raises(ValueError, match="5 rows to split into 6 pieces"):
-        split_answers(batch, 6)
+        assert torch.equal(torch.cat([chunk[name] for chunk in chunks]), value)
+        assert all(len(chunk["answer_ids"]) == chunk["answers_per_question"].sum() for chunk in chunks)
+    with pytest.raises(ValueError, match="5 rows to split into 6 chunks"):
+        split_pairs(batch, 6)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
@@ -192,7 +192,7 @@ def tiny(emoji_rows) -> tuple[OneRForImageTextRetrieval, OneRProcessor]:
 @pytest.fixture(scope="module")
 def emoji_rows() -> list[dict]:
     """Every drawing of the first twelve concepts of `test_concept`."""
-    pairs = open_pairs(EMOJI / "test_concept.parquet", id_column="hexcode")
+    pairs = open_rows(EMOJI / "test_concept.parquet", id_column="hexcode")
     concepts = {pairs[number]["id"] for number in range(12)}
     return [row for row in pairs if row["id"] in concepts]
 

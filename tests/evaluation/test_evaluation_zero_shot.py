@@ -9,7 +9,7 @@ from PIL import Image
 
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
@@ -203,7 +203,7 @@ def test_own_templates_from_a_file_and_bad_ones(tmp_path):
 
 
 def test_a_random_oner_on_unseen_concepts():
-    pairs = open_pairs(EMOJI / "test_concept.parquet", id_column="hexcode")
+    pairs = open_rows(EMOJI / "test_concept.parquet", id_column="hexcode")
     concepts = {pairs[number]["id"] for number in range(15)}
     rows = [row for row in pairs if row["id"] in concepts]
     tokenizer = train_tokenizer((text for row in rows for text in row["captions"]), vocab_size=300)

@@ -19,12 +19,15 @@ from performance_table import TABLES, goal_rows, meets, mfu, packing, peaks, wri
 from oner import OneRConfig  # noqa: E402
 from oner.training.cost.flops import attention_flops, counted_flops, gemm_peak, linear_flops  # noqa: E402
 from oner.training.cost.flops_oner import PairShape, oner_step_flops  # noqa: E402
-from oner.training.cost.rehearsal import pair_batch  # noqa: E402
-from oner.training.objectives.objective import build_objective  # noqa: E402
+from oner.training.objectives.examples import example_pairs  # noqa: E402
+from oner.training.objectives.objective import (
+    Example,  # noqa: E402
+    build_objective,  # noqa: E402
+)
 from oner.training.objectives.oner import OneRObjectiveArguments  # noqa: E402
-from oner.training.run.arguments import parse_arguments  # noqa: E402
+from oner.training.run.building import build_model  # noqa: E402
 from oner.training.run.optimization import compile_regions  # noqa: E402
-from oner.training.run.pair_loading import build_model  # noqa: E402
+from oner.training.run.parsing import parse_arguments  # noqa: E402
 
 SMALL = {
     "hidden_size": 32,
@@ -56,7 +59,7 @@ VARIANTS = {
 
 
 def small_arguments():
-    return parse_arguments(["--train_data", "none", "--attn_implementation", "eager"])
+    return parse_arguments(["--family", "oner", "--train_data", "none", "--attn_implementation", "eager"])
 
 
 def shape_of(batch: dict[str, torch.Tensor]) -> PairShape:
@@ -71,7 +74,7 @@ def test_formula_and_counter_agree(variant):
     config, objective_arguments = OneRConfig(**{**SMALL, **fields}), OneRObjectiveArguments(**chosen)
     model = build_model(small_arguments(), config).train()
     objective = build_objective("oner", model, objective_arguments)
-    batch = pair_batch(config, LENGTHS)
+    batch = example_pairs(config, LENGTHS, Example())
     counted = counted_flops(lambda: objective(model, batch, 0.5)[0].backward())
     assert oner_step_flops(config, objective_arguments, shape_of(batch)).total == pytest.approx(counted, rel=0.02)
 
@@ -102,7 +105,7 @@ def test_phases_are_the_step(name):
     """The step under the timer leaves the same weights as the step that is timed whole."""
     if name.startswith("clip"):
         pytest.importorskip("open_clip")
-    config, batch = OneRConfig(**SMALL), pair_batch(OneRConfig(**SMALL), LENGTHS)
+    config, batch = OneRConfig(**SMALL), example_pairs(OneRConfig(**SMALL), LENGTHS, Example())
     after, named = [], []
 
     @contextmanager
@@ -126,7 +129,7 @@ def test_phases_are_the_step(name):
 def test_every_step_runs_on_the_same_batch(name):
     if name.startswith("clip"):
         pytest.importorskip("open_clip")
-    config, batch = OneRConfig(**SMALL), pair_batch(OneRConfig(**SMALL), LENGTHS)
+    config, batch = OneRConfig(**SMALL), example_pairs(OneRConfig(**SMALL), LENGTHS, Example())
     step = STEPS[name](small_arguments(), config, CPU)
     counted, formula = counted_flops(lambda: step(batch)), step.formula(batch)
     assert counted > 0
@@ -135,7 +138,7 @@ def test_every_step_runs_on_the_same_batch(name):
 
 def test_padding_fills_every_slot_and_costs_what_it_says():
     config = OneRConfig(**SMALL)
-    batch = pair_batch(config, LENGTHS)
+    batch = example_pairs(config, LENGTHS, Example())
     full = padded(batch, config)
     step = STEPS["oner_fp32"](small_arguments(), config, CPU)
     pairs, patches = batch["bool_masked_pos"].shape

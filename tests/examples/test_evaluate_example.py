@@ -15,7 +15,7 @@ from tiny_simla_pictures import make_processor, make_simla
 from oner import SimlaForPreTraining
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
-from oner.processing.data.sources import PairDataError, open_pairs
+from oner.processing.data.sources import PairDataError, open_rows
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
@@ -38,7 +38,7 @@ def example():
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer(open_pairs(EMOJI / "test_style.parquet").captions(), vocab_size=400)
+    tokenizer = train_tokenizer(open_rows(EMOJI / "test_style.parquet").captions(), vocab_size=400)
     torch.manual_seed(0)
     config = OneRConfig.from_size(
         "nano", image_size=32, patch_size=8, vocab_size=len(tokenizer), cls_token_id=3, mask_token_id=4
@@ -154,7 +154,7 @@ def test_class_numbers_of_a_table_are_checked(tmp_path):
 def test_a_gallery_is_embedded_once_and_rows_are_spaced(model_directory):
     model = OneRForImageTextRetrieval.from_pretrained(model_directory).eval()
     processor = OneRProcessor.from_pretrained(model_directory)
-    pairs = open_pairs(EMOJI / "test_concept.parquet")
+    pairs = open_rows(EMOJI / "test_concept.parquet")
     rows = spaced(pairs, 6)
     assert [row["id"] for row in rows] == [number * len(pairs) // 6 for number in range(6)]
     assert spaced(range(3), 5) == [0, 1, 2]
@@ -167,7 +167,7 @@ def test_a_gallery_is_embedded_once_and_rows_are_spaced(model_directory):
 def test_pairs_of_one_picture_with_several_texts_are_as_if_it_were_repeated(model_directory):
     model = OneRForImageTextRetrieval.from_pretrained(model_directory).eval()
     processor = OneRProcessor.from_pretrained(model_directory)
-    images = [row["image"] for row in spaced(open_pairs(EMOJI / "test_concept.parquet"), 3)]
+    images = [row["image"] for row in spaced(open_rows(EMOJI / "test_concept.parquet"), 3)]
     texts = ["a dog", "the sun", "a cat", "rain", "a tree", "snow"]
     found = embed_pairs(model, processor, images, texts, batch_size=3, times=2)  # a batch ends inside a picture
     repeated = embed_pairs(model, processor, [image for image in images for _ in range(2)], texts, batch_size=3)

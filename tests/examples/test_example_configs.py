@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_pretraining import ROOT, forget_accelerator, read_log
 from transformers import AutoConfig
 
-from oner.training.run.arguments import parse_arguments, read_config
+from oner.training.run.parsing import parse_arguments, read_config
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 # those of other examples are tried where these are: test_finetune_example.py and the tests of image tokenizers

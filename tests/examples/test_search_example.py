@@ -15,7 +15,7 @@ from PIL import Image, ImageChops
 import oner  # noqa: F401  registers the classes and the task
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import OneRImageProcessor, open_image
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
@@ -35,13 +35,13 @@ def search() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    return [open_image(pair["image"]) for pair in open_pairs(str(EMOJI)).take(range(6))]
+    return [open_image(pair["image"]) for pair in open_rows(str(EMOJI)).take(range(6))]
 
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory: pytest.TempPathFactory, pictures: list[Image.Image]) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer(open_pairs(str(EMOJI)).captions(), vocab_size=400)
+    tokenizer = train_tokenizer(open_rows(str(EMOJI)).captions(), vocab_size=400)
     processor = OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=16), tokenizer)
     torch.manual_seed(0)
     config = OneRConfig(
@@ -87,7 +87,7 @@ def test_words_and_picture_in_a_process_of_its_own(model_directory: Path, photos
     assert [row[0] for row in rows] == ["1", "2", "3", "4", "5"]
     scores = [float(row[1]) for row in rows]
     assert scores == sorted(scores, reverse=True)
-    assert f"of {len(open_pairs(str(EMOJI)))} in test_concept.parquet" in done.stdout
+    assert f"of {len(open_rows(str(EMOJI)))} in test_concept.parquet" in done.stdout
     assert f"contact sheet: {out}" in done.stdout and (cache / "retrieval_index.json").is_file()
     with Image.open(out) as sheet:
         assert sheet.format == "PNG" and sheet.width > 900 and sheet.height > 700

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel
 import oner
 from oner.modeling.configuration_dvae import DiscreteVAEConfig
 from oner.modeling.modeling_dvae import DiscreteVAE, ResidualBlock
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.training.evaluation.dvae import ReconstructionEvaluator, code_perplexity, read_pictures
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
 from oner.training.publishing.model_loading import load_model
@@ -272,7 +272,7 @@ def test_a_few_steps_lower_the_loss():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     errors = []
     for step in range(40):
-        loss, parts = objective(model, batch, step / 40)
+        loss, parts, kept = objective(model, batch, step / 40)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -330,7 +330,7 @@ def test_perplexity_counts_equally_used_codes():
 
 
 def test_the_evaluator_measures_what_it_says(emoji_folder):
-    rows = open_pairs(str(emoji_folder / "test_concept.parquet")).take(range(7))
+    rows = open_rows(str(emoji_folder / "test_concept.parquet")).take(range(7))
     model = tiny(reconstruction="squared")
     found = dict(ReconstructionEvaluator(rows, "few", batch_size=3).run(model))
     pictures = read_pictures(rows, 16)
@@ -347,7 +347,7 @@ def test_the_example_trains_on_a_folder_of_bare_pictures(tmp_path, emoji_folder)
     """Files without captions, one of them no picture; the directory it leaves is whole."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
-    for place, row in enumerate(open_pairs(str(emoji_folder / "test_concept.parquet")).take(range(12))):
+    for place, row in enumerate(open_rows(str(emoji_folder / "test_concept.parquet")).take(range(12))):
         (folder / ("more" if place % 2 else ".") / f"{place}.png").write_bytes(row["image"]["bytes"])
     (folder / "broken.png").write_bytes(b"no picture")
     config = tmp_path / "config.yaml"
@@ -396,7 +396,7 @@ def shipped() -> DiscreteVAE:
 @pytest.mark.parametrize("name", FLOORS)
 def test_the_shipped_one_keeps_pictures(name, shipped, emoji_folder):
     """On pictures it never saw: far better than the best single colour, with hundreds of codes in use."""
-    rows = open_pairs(str(emoji_folder / f"{name}.parquet"))
+    rows = open_rows(str(emoji_folder / f"{name}.parquet"))
     few = rows.take(range(0, len(rows), 4))
     found = dict(ReconstructionEvaluator(few, name).run(shipped))
     assert found[f"{name}/times_better"] > FLOORS[name][0], found

@@ -204,9 +204,9 @@ def check_step(
     near, steep, rounding, state = TOLERANCES[weights["temp"].dtype]
     step = pretraining_step(weights, official_batch(batch), sizes_of(student.config), alpha, mlm_axis)
     step.total.backward()
-    loss, parts = objective(student, batch, 1.0)
+    loss, parts, kept = objective(student, batch, 1.0)
     loss.backward()
-    objective.after_step()
+    objective.after_step(kept=kept)
     assert parts.keys() == step.losses.keys()
     for name, theirs in step.losses.items():
         record(name, abs(parts[name].item() - theirs.item()))

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 from PIL import Image, ImageOps
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from oner.processing.data.augmentation import NORMALIZATIONS, TrainingImageTransform
+from oner.processing.data.augmentation import NORMALIZATIONS, CodeView, Crop, TrainingImageTransform
 
 SIZE, CODES = 64, 32
+WHOLE = [1.0, 1.0]
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
 
@@ -27,7 +29,7 @@ def tensor_of(image):
 
 def test_a_common_view_is_the_same_crop_resized_by_lanczos():
     image, flips = picture(), 0
-    transform = TrainingImageTransform(SIZE, (0.2, 1.0), hflip=0.5, code_size=CODES, **PLAIN)
+    transform = TrainingImageTransform(SIZE, Crop([0.2, 1.0], horizontal_flip=0.5), code_view=CodeView(CODES), **PLAIN)
     for number in range(20):
         views = transform(image, np.random.default_rng(number))
         rng = np.random.default_rng(number)
@@ -44,14 +46,14 @@ def test_a_common_view_is_the_same_crop_resized_by_lanczos():
     assert set(views) == set(filters) and 4 < flips < 16
 
 
-DISTORTED = {"margin": 0.3, "hflip": 0.5, "color_jitter": 0.4, "grayscale": 0.2, "scale": (0.2, 1.0)}
+DISTORTED = Crop([0.2, 1.0], crop_margin=0.3, horizontal_flip=0.5, color_jitter=0.4, grayscale=0.2)
 
 
 @pytest.mark.parametrize("rand_augment", [None, "rand-m9-n3-p1-mstd0.5", "albef-n2-m7"])
 def test_a_common_view_costs_no_draw_and_shows_what_the_first_does(rand_augment):
-    image, options = picture(), {**DISTORTED, "rand_augment": rand_augment, **PLAIN}
-    alone, both = TrainingImageTransform(SIZE, **options), TrainingImageTransform(SIZE, code_size=CODES, **options)
-    apart = TrainingImageTransform(SIZE, code_size=CODES, code_crop="independent", **options)
+    image, crop = picture(), replace(DISTORTED, rand_augment=rand_augment)
+    ways = (None, CodeView(CODES), CodeView(CODES, "independent"))
+    alone, both, apart = (TrainingImageTransform(SIZE, crop, code_view=way, **PLAIN) for way in ways)
     common, independent = [], []
     for number in range(40):
         rng, other, third = (np.random.default_rng(number) for _ in range(3))
@@ -72,29 +74,29 @@ def test_albefs_shifts_follow_the_size_of_a_common_view():
     """Seven pixels of a picture are three and a half of one half its size; SIMLA's code shifts that by seven."""
     shifts = {}
     for crop in ("common", "independent"):
-        transform = TrainingImageTransform(SIZE, rand_augment="albef-n2-m7", code_size=CODES, code_crop=crop)
+        transform = TrainingImageTransform(SIZE, Crop(rand_augment="albef-n2-m7"), code_view=CodeView(CODES, crop))
         ops = {op.name: op for op in transform.code_view.rand_augment.ops[1:]}
         shifts[crop] = {abs(ops["TranslateX"].level_fn(7, ops["TranslateX"].hparams)[0]) for _ in range(9)}
     assert shifts == {"common": {3.5}, "independent": {7.0}}
 
 
 def test_an_independent_view_is_a_whole_draw_of_its_own():
-    image, options = picture(), {**DISTORTED, "rand_augment": "albef-n2-m7"}
-    transform = TrainingImageTransform(SIZE, code_size=CODES, code_crop="independent", **options)
+    image, crop = picture(), replace(DISTORTED, rand_augment="albef-n2-m7")
+    transform = TrainingImageTransform(SIZE, crop, code_view=CodeView(CODES, "independent"))
     rng = np.random.default_rng(3)
-    first = TrainingImageTransform(SIZE, **options)(image, rng)
-    second = TrainingImageTransform(CODES, **options, **PLAIN)(image, rng)
+    first = TrainingImageTransform(SIZE, crop)(image, rng)
+    second = TrainingImageTransform(CODES, crop, **PLAIN)(image, rng)
     views = transform(image, np.random.default_rng(3))
     assert torch.equal(views["pixel_values"], first) and torch.equal(views["code_pixel_values"], second)
 
 
 def albef_ops():
-    transform = TrainingImageTransform(SIZE, (1, 1), (1, 1), rand_augment="albef-n2-m7")
+    transform = TrainingImageTransform(SIZE, Crop(WHOLE, rand_augment="albef-n2-m7"))
     return transform.rand_augment.ops
 
 
 def test_albefs_list_has_ten_entries_drawn_twice_and_done_half_of_the_time():
-    transform = TrainingImageTransform(SIZE, rand_augment="albef-n2-m7")
+    transform = TrainingImageTransform(SIZE, Crop(rand_augment="albef-n2-m7"))
     augment, done, twice = transform.rand_augment, Counter(), 0
     assert len(augment.ops) == 10 and augment.num_layers == 2
     for op in augment.ops[1:]:
@@ -193,7 +195,7 @@ def test_albefs_colours_by_their_magnitudes():
 def test_albef_flips_before_it_distorts_and_timms_string_after():
     for config, flipped in (("albef-n2-m7", True), ("rand-m7-n2", False)):
         seen, image = [], picture((SIZE, SIZE))
-        transform = TrainingImageTransform(SIZE, (1, 1), (1, 1), hflip=1.0, rand_augment=config, **PLAIN)
+        transform = TrainingImageTransform(SIZE, Crop(WHOLE, horizontal_flip=1.0, rand_augment=config), **PLAIN)
         transform.rand_augment = lambda given, seen=seen: seen.append(given) or given
         result = transform(image, np.random.default_rng(0))
         mirrored = ImageOps.mirror(image)

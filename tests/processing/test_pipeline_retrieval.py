@@ -14,7 +14,7 @@ from transformers import pipeline
 import oner  # noqa: F401  registers the classes and the task
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import ImageDecodeError, OneRImageProcessor, open_image
 from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline, list_pictures
 from oner.processing.processing_vl import OneRProcessor
@@ -27,12 +27,12 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def pairs() -> list[dict[str, Any]]:
-    return open_pairs(str(EMOJI)).take(range(COUNT))
+    return open_rows(str(EMOJI)).take(range(COUNT))
 
 
 @pytest.fixture(scope="module")
 def processor() -> OneRProcessor:
-    tokenizer = train_tokenizer(open_pairs(str(EMOJI)).captions(), vocab_size=600)
+    tokenizer = train_tokenizer(open_rows(str(EMOJI)).captions(), vocab_size=600)
     return OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=16), tokenizer)
 
 
@@ -55,7 +55,7 @@ def spread_embeddings(model: OneRForImageTextRetrieval, processor: OneRProcessor
     for module in model.modules():
         if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
             module.momentum = None  # the mean of all passes
-    rows = open_pairs(str(EMOJI)).take(range(COUNT))
+    rows = open_rows(str(EMOJI)).take(range(COUNT))
     with torch.no_grad():
         model.train().get_image_features(processor(images=[row["image"] for row in rows])["pixel_values"])
         model.get_text_features(**processor(text=[row["captions"][0] for row in rows]))

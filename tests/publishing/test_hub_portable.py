@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import OneRImageProcessor
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
@@ -31,7 +31,7 @@ METRICS = {"test_style/image_to_text_recall@10": 0.25, "test_style/top1": 0.125,
 
 @pytest.fixture(scope="module")
 def pairs(emoji_folder) -> list[dict]:
-    rows = open_pairs(
+    rows = open_rows(
         str(emoji_folder / "test_concept.parquet"),
         image_column="image",
         text_column="captions",

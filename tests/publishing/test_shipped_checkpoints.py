@@ -48,7 +48,7 @@ def test_it_loads_with_the_classes_of_oner(directory):
 
 def test_the_card_s_python_runs(directory, emoji_folder, tmp_path, monkeypatch):
     """As written, from a folder that holds photo.png and, by the repository's name, the directory."""
-    row = oner.open_pairs(emoji_folder / "test_style.parquet").take(range(1))[0]
+    row = oner.open_rows(emoji_folder / "test_style.parquet").take(range(1))[0]
     oner.open_image(row["image"]).save(tmp_path / "photo.png")
     shutil.copytree(directory, tmp_path / directory.name)
     monkeypatch.chdir(tmp_path)

@@ -65,15 +65,16 @@ class Pictures:
         from bad_inputs.pictures import READ, REFUSED
         from tiny_loading import real_pairs
 
-        from oner.processing.data.augmentation import TrainingImageTransform
+        from oner.processing.data.augmentation import Crop, TrainingImageTransform
         from oner.processing.image_processing_vl import open_image
 
         picture = open_image(real_pairs(ROOT / "examples" / "data" / "emoji")[0][5])
         makers = [*READ.values(), *(make for make, _ in REFUSED.values())]
         self.seeds = [content for content in (make(picture) for make in makers) if 0 < len(content) < 50_000]
-        self.transform = TrainingImageTransform(
-            32, margin=0.3, hflip=0.5, color_jitter=0.4, grayscale=0.2, rand_augment="rand-m9-n3-mstd0.5"
+        crop = Crop(
+            crop_margin=0.3, horizontal_flip=0.5, color_jitter=0.4, grayscale=0.2, rand_augment="rand-m9-n3-mstd0.5"
         )
+        self.transform = TrainingImageTransform(32, crop)
 
     def make(self, rng: random.Random) -> bytes:
         return mutated(rng.choice(self.seeds), self.seeds, rng)
@@ -167,7 +168,7 @@ class Tables:
     def read(self, content: bytes, rng: random.Random) -> str:
         from oner.processing.data.quarantine import BadRow, read_rows
         from oner.processing.data.sampling import RowKey
-        from oner.processing.data.sources import PairDataError, open_pairs
+        from oner.processing.data.sources import PairDataError, open_rows
 
         suffix, _, content = content.partition(b"\n")
         for old in self.folder.glob("fuzzed*"):
@@ -175,7 +176,7 @@ class Tables:
         source = self.folder / f"fuzzed{rng.randrange(10**9)}{suffix.decode()}"
         source.write_bytes(content)
         try:
-            rows = open_pairs(source, bad_rows="skip")
+            rows = open_rows(source, bad_rows="skip")
         except PairDataError as error:
             assert source.name in str(error)
             return "refused"

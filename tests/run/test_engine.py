@@ -23,9 +23,10 @@ from tiny_pretraining import (
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
 from oner.modeling.vl_embeddings import interpolate_positions, sincos_2d
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.processing.vl_tokenizer import train_tokenizer
-from oner.training.run.arguments import RunArguments, parse_arguments
+from oner.training.run.arguments import RunArguments
+from oner.training.run.building import build_model
 from oner.training.run.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -36,7 +37,7 @@ from oner.training.run.checkpoint import (
 )
 from oner.training.run.engine import Engine
 from oner.training.run.launch import choose_precision, make_accelerator
-from oner.training.run.pair_loading import build_model
+from oner.training.run.parsing import parse_arguments
 from oner.training.run.summary import STOPPED
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -262,7 +263,7 @@ def test_logs_evaluation_and_the_model_directory(example, pairs, tmp_path):
         for name, value in model.state_dict().items():
             assert torch.equal(value, weights[prefix + name]), name
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
-    row = open_pairs(pairs, text_column="captions")[0]
+    row = open_rows(pairs, text_column="captions")[0]
     inputs = processor(images=row["image"], text=row["captions"][0])
     assert model.eval()(**inputs).logits_per_image.shape == (1, 1)
 
@@ -361,7 +362,7 @@ def test_the_second_stage_starts_from_the_first_and_interpolates_positions(
 def test_a_stream_says_that_it_cannot_resume_exactly_and_runs(example, pairs, tmp_path, capsys):
     with pytest.raises(ValueError, match="no vocabulary can be trained on it first; expected `tokenizer`"):
         example.main(tiny_arguments(pairs, tmp_path / "a", streaming=True, max_steps=3))
-    train_tokenizer(open_pairs(pairs).captions(), vocab_size=300).save_pretrained(tmp_path / "tokenizer")
+    train_tokenizer(open_rows(pairs).captions(), vocab_size=300).save_pretrained(tmp_path / "tokenizer")
     stream = {"streaming": True, "tokenizer": tmp_path / "tokenizer"}
     with pytest.raises(ValueError, match="the run needs max_steps, got none"):
         example.main(tiny_arguments(pairs, tmp_path / "b", **stream))

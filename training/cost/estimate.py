@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.arguments import Arguments
+from oner.training.run.parsing import parse_arguments
 
 from .rehearsal import Rehearsal, rehearse
 
@@ -134,7 +135,7 @@ def estimate(
     lengths = [config.max_text_length] + [min(words, config.max_text_length)] * (share - 1)
     half = run.mixed_precision != "no"
     rehearsal = rehearse(arguments, config, lengths, "bf16" if half else "no")
-    repeated = rehearsal.forward if chunks > 1 else 0.0  # a batch in pieces is represented twice
+    repeated = rehearsal.repeated if chunks > 1 else 0.0
     work = (rehearsal.flops + repeated) / rehearsal.pairs
     rate = count * mfu * TERA * (device.half if half else device.single) / work
     steps = run.max_steps

@@ -38,7 +38,7 @@ class ReconstructionEvaluator:
     `times_better`; `codes_used` and `perplexity` of the codes.
 
     Args:
-        rows: Rows of pictures, as `open_pairs` has them.
+        rows: Rows of pictures, as `open_rows` has them.
         name: What the set is called.
         size: Side of the pictures; the model's own if none.
         batch_size: Pictures a batch.

@@ -1,24 +1,30 @@
 """SIMLA's objective: contrast with queues, matching, masked words and patches, pseudo-labels (Khan et al., 2022).
 
-A step, in the order of the authors' code: the temperature is held in its range; the teacher moves towards the student;
-the teacher embeds pictures and texts; the student makes its one pass, negatives drawn in its middle; the teacher makes
-the soft targets; and after the optimiser's step the teacher's embeddings enter the queues.
+A step: the temperature is held in its range; the teacher moves towards the student and embeds images and texts; the
+student makes its one pass, in whose middle negatives are drawn by a pure function of its features and the teacher's
+keys; the teacher reads what is masked, and what the student made of it, for soft targets; the losses; and after the
+optimiser's step the teacher's keys enter the queues. The authors' code embeds by the teacher in the middle of the
+student's pass, which gives the same numbers.
 
-B pairs, N patches, T = 1 + W places of a text, P embedding width, V words, M masked words, K masked patches.
+B pairs, N patches, T = 1 + W places of a text, D width, P embedding width, V size of the vocabulary, M masked tokens,
+K masked patches.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 
 from oner.processing.data.chunks import split_pairs
 from oner.training.parallel.distributed import gather_without_gradient
 from oner.training.parallel.sharding import own_part
 from oner.training.publishing.model_loading import load_model
 
+from .examples import example_pairs
 from .feature_queue import FeatureQueue
 from .losses import in_full
 from .losses_distilled import (
@@ -28,14 +34,13 @@ from .losses_distilled import (
     draw_negatives,
     keyword_targets,
 )
-from .objective import Objective, Representations
+from .objective import Batch, Comparison, Example, Representations, SinglePortion, Targets
 from .teacher import EMATeacher
 
 LOSSES = ("itc", "itm", "mlm", "mim", "psl")
 # the pass of the student that each loss is made of; contrast is made for all, since negatives are drawn by it
 STUDENT_PASSES = {"itm": "match", "mlm": "words", "mim": "patches", "psl": "concepts"}
 TEACHER_PASSES = {"mlm": "words", "mim": "patches"}
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -86,9 +91,9 @@ CHOICES = {
 }
 
 
-class SimlaObjective(Objective):
+class SimlaObjective(SinglePortion):
     """
-    `objective(student, batch, progress)` -> (loss, parts); `after_step()` fills the queues.
+    One portion, pairs; `before_step` moves the teacher, `after_step` fills the queues.
 
     A batch may bring recorded draws, which are then taken instead of the own: `visual_codes` (B, N), `negative_images`
     and `negative_texts` (B,), `keyword_targets` (B, V).
@@ -120,9 +125,6 @@ class SimlaObjective(Objective):
                     f"{arguments.image_tokenizer} has {codes} codes; expected num_visual_codes of the model, "
                     f"{self.config.num_visual_codes}"
                 )
-        # the teacher's embeddings of the batch at hand: negatives need them in the middle of the student's pass
-        self._kept: tuple[Batch, dict[str, torch.Tensor]] | None = None
-        self._newest: tuple[dict[str, torch.Tensor], torch.Tensor] | None = None
 
     def _freeze_unused(self, student: nn.Module) -> None:
         # a parameter that no loss reaches would make a data-parallel engine wait for its gradient for ever
@@ -156,45 +158,69 @@ class SimlaObjective(Objective):
     def before_step(self) -> None:
         own_part(self.student.temperature).clamp_(*self.config.temperature_range)
         self.teacher.update()
-        self._kept = None
 
-    def split(self, batch: Batch, pieces: int) -> list[Batch]:
-        return split_pairs(batch, pieces)
+    @classmethod
+    def without_files(cls, arguments: SimlaObjectiveArguments) -> SimlaObjectiveArguments:
+        return replace(arguments, image_tokenizer=None)
 
-    def count(self, batch: Batch) -> dict[str, torch.Tensor]:
+    @classmethod
+    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], told: Example) -> dict[str, Batch]:
+        """With random visual codes (B, N): no image tokenizer is rehearsed."""
+        batch = example_pairs(config, lengths, told)
+        generator = torch.Generator().manual_seed(told.seed)
+        codes = torch.randint(config.num_visual_codes, batch["bool_masked_pos"].shape, generator=generator)
+        return {cls.portion: {**batch, "visual_codes": codes}}
+
+    def split(self, batch: Batch, chunks: int) -> list[Batch]:
+        return split_pairs(batch, chunks)
+
+    def count(self, batch: Batch) -> Batch:
         masked = batch["bool_masked_pos"].sum()
         pairs = torch.full_like(masked, len(batch["input_ids"]))
         counts = {"itm": 3 * pairs, "mlm": torch.full_like(masked, len(batch["mlm_labels"])), "mim": masked}
         counts["psl"] = pairs
         return {name: count for name, count in counts.items() if name in self.weights}
 
+    @torch.no_grad()
+    def targets(self, student: nn.Module, batch: Batch, progress: float) -> Targets:
+        """The teacher's keys (B, P) and ids (B,); its image states (B, 1 + N, D), concepts (B, V), codes (B, N)."""
+        rows, own = {"ids": batch["ids"]}, {}
+        if "mim" in self.weights:
+            own["codes"] = self._codes(batch)
+        speaks = {"itc", "itm", "psl"} & set(self.weights) or self._teacher_passes(progress)
+        if not speaks:
+            return Targets(rows, own)
+        passes = ("contrast", "concepts") if "psl" in self.weights else ("contrast",)
+        made = self.teacher(**_clean(batch), passes=passes)
+        own["image states"] = made.image_states
+        if made.concept_logits is not None:
+            own["concepts"] = made.concept_logits
+        keys = {"key of image": in_full(made.image_embeds), "key of text": in_full(made.text_embeds)}
+        return Targets({**rows, **keys}, own)
+
     def represent(
-        self, student: nn.Module, batch: Batch, progress: float, counts: dict[str, torch.Tensor] | None = None
+        self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
     ) -> Representations:
-        """Taken in pieces, a piece draws its negatives from itself, as each of so many processes would."""
+        """Taken in chunks, a chunk draws its negatives from itself, as each of so many processes would."""
         if counts is None and "itc" not in self.weights:
             return Representations()
+        # the student's one pass
         passes = ["contrast"]
         if counts is not None:
             passes += [name for loss, name in STUDENT_PASSES.items() if loss in self.weights]
-        labels = {}
-
-        def choose(
-            images: torch.Tensor, texts: torch.Tensor, temperature: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            negatives, labels["itm"] = self._negatives(student, batch, images, texts, temperature)
-            return negatives
-
+        choose = partial(self._negatives, batch, targets.rows) if "match" in passes else None
         online = student(**_clean(batch), **self._masked(batch, passes), passes=tuple(passes), choose_negatives=choose)
-        rows = {"image": online.image_embeds, "text": online.text_embeds}
-        common = {"temperature": online.temperature}
-        if "itc" not in self.weights:
-            rows, common = {}, {}
-        if counts is None:
-            return Representations(rows, common)
-        return Representations(rows, common, self._parts(student, online, labels, batch, self.alpha(progress), counts))
 
-    def _masked(self, batch: Batch, passes: list[str]) -> dict[str, torch.Tensor | None]:
+        # what meets the rest of the batch, and what each pair pays by itself
+        represented = Representations()
+        if "itc" in self.weights:
+            represented.rows = {"image": online.image_embeds, "text": online.text_embeds}
+            represented.common = {"temperature": online.temperature}
+        if counts is not None:
+            represented.parts = self._parts(online, batch, targets.own, progress, counts)
+        return represented
+
+    def _masked(self, batch: Batch, passes: Sequence[str]) -> dict[str, torch.Tensor | None]:
         """Masks and the places of what they hide, for the passes that have any."""
         masked: dict[str, torch.Tensor | None] = {}
         if "words" in passes:
@@ -213,25 +239,24 @@ class SimlaObjective(Objective):
         flat = batch["text_index"][batch["mlm_index"]]
         return flat + flat // slots + 1
 
-    def _parts(
-        self, student, online, labels: Batch, batch: Batch, alpha: float, counts: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _parts(self, online, batch: Batch, own: Batch, progress: float, counts: Batch) -> Batch:
         """What each pair pays by itself: sums over the whole batch's counts."""
-        parts = {}
+        parts, alpha = {}, self.alpha(progress)
         if "itm" in self.weights:
-            parts["itm"] = F.cross_entropy(in_full(online.itm_logits), labels["itm"], reduction="sum") / counts["itm"]
-        soft = self._soft_targets(student, online, batch, alpha)
+            labels = self._match_labels(batch)  # (3B,)
+            parts["itm"] = F.cross_entropy(in_full(online.itm_logits), labels, reduction="sum") / counts["itm"]
+        soft = self._soft_targets(online, batch, own, progress)
         if "mlm" in self.weights:
             parts["mlm"] = self._masked_words(online, soft, batch, alpha, counts["mlm"])
         if "mim" in self.weights:
-            codes = self._codes(batch).flatten()[_patch_places(batch)]
+            codes = own["codes"].flatten()[_patch_places(batch)]  # (K,)
             parts["mim"] = distilled_cross_entropy(
                 online.mim_logits, codes, soft.get("mim_logits"), alpha, counts["mim"]
             )
         if "psl" in self.weights:
-            targets = self._keywords(online, batch)
-            concepts = self._keys(student, batch)["concepts"]
-            parts["psl"] = distilled_presence(online.concept_logits, targets, concepts, alpha).sum() / counts["psl"]
+            keywords = self._keywords(online, batch, own)  # (B, V)
+            losses = distilled_presence(online.concept_logits, keywords, own["concepts"], alpha)  # (B,)
+            parts["psl"] = losses.sum() / counts["psl"]
         return parts
 
     def _masked_words(self, online, soft: dict, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
@@ -244,26 +269,31 @@ class SimlaObjective(Objective):
             logits = logits.flatten(0, 1)[places]
         return distilled_cross_entropy(logits, batch["mlm_labels"], teacher, alpha, count, logs)
 
-    def _soft_targets(self, student, online, batch: Batch, alpha: float) -> dict[str, torch.Tensor]:
-        """The teacher's logits of what is masked, from the same masked inputs."""
-        passes = [name for loss, name in TEACHER_PASSES.items() if loss in self.weights]
-        if not alpha or not passes:
+    def _teacher_passes(self, progress: float) -> tuple[str, ...]:
+        """What the teacher is asked of masked inputs: nothing where soft targets do not count."""
+        if not self.alpha(progress):
+            return ()
+        return tuple(name for loss, name in TEACHER_PASSES.items() if loss in self.weights)
+
+    def _soft_targets(self, online, batch: Batch, own: Batch, progress: float) -> Batch:
+        """The teacher's logits of what is masked, from the same masked inputs; it may read the student's words."""
+        passes = self._teacher_passes(progress)
+        if not passes:
             return {}
         own_context = self.arguments.mim_text_context == "own" or online.text_context is None
         return self.teacher(
             **_clean(batch),
             **self._masked(batch, passes),
-            passes=tuple(passes),
-            image_states=self._keys(student, batch)["image states"],
+            passes=passes,
+            image_states=own["image states"],
             text_context=None if own_context else online.text_context.detach(),
         )
 
-    def _keywords(self, online, batch: Batch) -> torch.Tensor:
-        """The words that the picture is to be labelled with, (B, V)."""
+    def _keywords(self, online, batch: Batch, own: Batch) -> torch.Tensor:
+        """The tokens that the image is to be labelled with, (B, V)."""
         if "keyword_targets" in batch:
             return batch["keyword_targets"]
-        own = self.arguments.psl_image_states == "own"
-        states = None if own else online.image_states.detach()
+        states = own["image states"] if self.arguments.psl_image_states == "own" else online.image_states.detach()
         attention = self.teacher(**_clean(batch), passes=("keywords",), image_states=states).keyword_attention
         first = 1 + batch["bool_masked_pos"].shape[1]
         text_ids = torch.cat([batch["input_ids"][:, :1], batch["input_ids"][:, first:]], dim=1)
@@ -291,53 +321,32 @@ class SimlaObjective(Objective):
 
     @torch.no_grad()
     def _negatives(
-        self, student: nn.Module, batch: Batch, images: torch.Tensor, texts: torch.Tensor, temperature: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """
-        A hard negative picture of each text, then a text of each picture, never of the own id; and what ITM is to
-        answer for the three of them (3B,), -100 where a pair has no negative.
-        """
-        ids = batch["ids"]
-        allowed = ids[:, None] != ids[None, :]
-        allowed.fill_diagonal_(False)
+        self, batch: Batch, keys: Batch, images: torch.Tensor, texts: torch.Tensor, temperature: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A hard negative image of each text, then a text of each image, never of the own id: columns (B,) each."""
         if "negative_images" in batch and "negative_texts" in batch:
-            chosen = batch["negative_images"], batch["negative_texts"]
-            possible = [torch.ones_like(ids, dtype=torch.bool)] * 2
-        else:
-            keys = self._keys(student, batch)
-            toward_images = (in_full(texts) @ in_full(keys["image"]).T / temperature).softmax(1)
-            toward_texts = (in_full(images) @ in_full(keys["text"]).T / temperature).softmax(1)
-            drawn = [draw_negatives(weights, allowed) for weights in (toward_images, toward_texts)]
-            chosen, possible = tuple(columns for columns, _ in drawn), [found for _, found in drawn]
-        negatives = [torch.where(found, 0, -100) for found in possible]
-        return chosen, torch.cat([torch.ones_like(ids), *negatives])
+            return batch["negative_images"], batch["negative_texts"]
+        allowed = _strangers(batch["ids"])
+        drawn = []
+        for queries, key in ((texts, "key of image"), (images, "key of text")):
+            weights = (in_full(queries) @ keys[key].T / temperature).softmax(1)  # (B, B)
+            drawn.append(draw_negatives(weights, allowed)[0])
+        return tuple(drawn)
 
-    @torch.no_grad()
-    def _keys(self, student: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """The teacher's embeddings and states of the batch at hand, made once."""
-        if self._kept is None or self._kept[0] is not batch:
-            passes = ("contrast", "concepts") if "psl" in self.weights else ("contrast",)
-            made = self.teacher(**_clean(batch), passes=passes)
-            keys = {"image": made.image_embeds, "text": made.text_embeds, "image states": made.image_states}
-            self._kept = (batch, {**keys, "concepts": made.concept_logits})
-        return self._kept[1]
+    @staticmethod
+    def _match_labels(batch: Batch) -> torch.Tensor:
+        """Yes for the pairs, no for each text's and each image's negative, -100 where a pair has none. -> (3B,)."""
+        ids = batch["ids"]
+        possible = torch.ones_like(ids, dtype=torch.bool)
+        if "negative_images" not in batch or "negative_texts" not in batch:
+            possible = _strangers(ids).any(1)
+        negatives = torch.where(possible, 0, -100)
+        return torch.cat([torch.ones_like(ids), negatives, negatives])
 
-    @torch.no_grad()
-    def targets(self, student: nn.Module, batch: Batch, progress: float) -> dict[str, torch.Tensor]:
-        """The teacher's embeddings (B, P); ids (B,)."""
-        targets = {"ids": batch["ids"]}
-        if "itc" in self.weights:
-            keys = self._keys(student, batch)
-            targets |= {f"key of {name}": in_full(keys[name]) for name in ("image", "text")}
-        self._kept = None  # nothing is held between steps
-        return targets
-
-    def compare(
-        self, rows: dict[str, torch.Tensor], common: dict[str, torch.Tensor], targets: Batch, progress: float
-    ) -> dict[str, torch.Tensor]:
-        """ITC against this process's keys and the queues (equations 2 to 4)."""
+    def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
+        """ITC against this process's keys and the queues (equations 2 to 4); the newest keys are for the queues."""
         if "itc" not in self.weights:
-            return {}
+            return Comparison()
         own = {name: targets[f"key of {name}"] for name in ("image", "text")}
         ids, positives = targets["ids"], None
         if self.arguments.match_ids:
@@ -350,20 +359,18 @@ class SimlaObjective(Objective):
             )
         # the code that forgets them leaves the ids of an empty place
         kept_ids = ids if self.arguments.enqueue_ids else torch.full_like(ids, -100)
-        gathered = {name: gather_without_gradient(value) for name, value in own.items()}
-        self._newest = (gathered, gather_without_gradient(kept_ids))
-        return {"itc": torch.stack(losses).mean()}
+        newest = {name: gather_without_gradient(value) for name, value in {**own, "ids": kept_ids}.items()}
+        return Comparison({"itc": torch.stack(losses).mean()}, newest)
 
-    def weigh(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def weigh(self, parts: Batch) -> torch.Tensor:
         return sum(self.weights[name] * part for name, part in parts.items())
 
     def teachers(self) -> tuple[EMATeacher, ...]:
         return (self.teacher,)
 
-    def after_step(self, applied: torch.Tensor | None = None) -> None:
-        if self._newest is not None:
-            self.queue.push(*self._newest, applied)
-            self._newest = None
+    def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
+        if self.queue is not None and kept:
+            self.queue.push({name: kept[name] for name in ("image", "text")}, kept["ids"], applied)
 
     def to(self, device: torch.device) -> "SimlaObjective":
         self.teacher.to(device)
@@ -372,14 +379,14 @@ class SimlaObjective(Objective):
                 part.to(device)
         return self
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> Batch:
         state = {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
         if self.queue is not None:
             state |= {f"queue.{name}": value for name, value in self.queue.state_dict().items()}
         return state
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        def under(prefix: str) -> dict[str, torch.Tensor]:
+    def load_state_dict(self, state: Batch) -> None:
+        def under(prefix: str) -> Batch:
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
         self.teacher.load_state_dict(under("teacher."))
@@ -407,6 +414,11 @@ def _checked_weights(arguments: SimlaObjectiveArguments) -> dict[str, float]:
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} is {getattr(arguments, name)}; expected at least 1")
     return {name: float(weights.get(name, 1.0)) for name in LOSSES if name in losses}
+
+
+def _strangers(ids: torch.Tensor) -> torch.Tensor:
+    """Which columns are of another id, (B, B) bool; a row is never a stranger to itself."""
+    return (ids[:, None] != ids[None, :]).fill_diagonal_(False)
 
 
 def _patch_places(batch: Batch) -> torch.Tensor:

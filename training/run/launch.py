@@ -210,6 +210,40 @@ def prepare(
     return student, wrapped
 
 
+@contextlib.contextmanager
+def exchanging_gradients(accelerator: Accelerator, student: nn.Module, now: bool) -> Iterator[None]:
+    """Whether a backward inside ends with the exchange of gradients between processes."""
+    if now:
+        yield
+        return
+    accelerator.sync_gradients = False  # DeepSpeed goes by this, the others by no_sync
+    try:
+        with accelerator.no_sync(student):
+            yield
+    finally:
+        accelerator.sync_gradients = True
+
+
+def reach_all(accelerator: Accelerator, student: nn.Module) -> torch.Tensor | float:
+    """
+    Zero, with a gradient of zero at each trained parameter, where DDP would else wait for those that the last backward
+    of a step does not reach. The other engines exchange whatever was reached before.
+    """
+    if accelerator.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        return 0.0
+    return 0.0 * sum(one.sum() for one in student.parameters() if one.requires_grad)
+
+
+def forget_gradients(accelerator: Accelerator, student: nn.Module) -> None:
+    """
+    Before a step of several backwards: ZeRO-3 keeps the gradients of the step before, and the first backward writes
+    over those alone that it reaches.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        student.optimizer.grad_partitions_flat_buffer.zero_()
+
+
 def _spread_by_zero_3(frozen: nn.Module) -> nn.Module:
     import deepspeed
 

@@ -15,9 +15,9 @@ from oner.training.private_names import undivided_layers
 from .arguments import RunArguments
 
 
-def build_optimizer(model: nn.Module, run: RunArguments) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, run: RunArguments, batch_size: int) -> torch.optim.AdamW:
     """AdamW at base_learning_rate * batch_size / 256; 1-D parameters without decay unless asked otherwise."""
-    rate = run.base_learning_rate * run.batch_size / 256
+    rate = run.base_learning_rate * batch_size / 256
     if run.decay_norm_and_bias:
         groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
     else:

@@ -1,26 +1,24 @@
-"""Pictures to train on, with or without captions beside them, and the batches of a run on pictures alone."""
+"""Pictures to train on, with or without captions beside them."""
 
 import dataclasses
 from pathlib import Path
 
 import datasets
 
-from oner.processing.data.augmentation import TrainingImageTransform
-from oner.processing.data.picture_collation import PictureCollator
 from oner.processing.data.rows import PairRows, PairStream
 from oner.processing.pipeline_image_text_retrieval import list_pictures
 
-from .arguments import Arguments, DataArguments
-from .pair_loading import open_training_pairs
+from .arguments import DataArguments
+from .opening import open_training_pairs
 
 # what makes of a folder more than a heap of pictures
 TABLES = ("metadata.*", "*.parquet", "*.tar", "state.json", "dataset_dict.json")
 
 
-def open_training_pictures(data: DataArguments, output_dir: str | None = None) -> PairRows | PairStream:
+def open_training_pictures(data: DataArguments) -> PairRows | PairStream:
     """`open_training_pairs`, and folders of bare pictures besides, whose files' names stand where captions would."""
     sources = [_with_names(Path(entry)) if _is_heap(Path(entry)) else entry for entry in data.train_data]
-    return open_training_pairs(dataclasses.replace(data, train_data=sources), output_dir)
+    return open_training_pairs(dataclasses.replace(data, train_data=sources))
 
 
 def _is_heap(folder: Path) -> bool:
@@ -30,20 +28,3 @@ def _is_heap(folder: Path) -> bool:
 def _with_names(folder: Path) -> datasets.Dataset:
     files = list_pictures(folder)
     return datasets.Dataset.from_dict({"file_name": files, "text": [Path(file).stem for file in files]})
-
-
-def picture_collator(arguments: Arguments, image_size: int) -> PictureCollator:
-    """The collator of a run on pictures of so many pixels a side, in [0, 1]."""
-    data = arguments.data
-    transform = TrainingImageTransform(
-        image_size,
-        scale=tuple(data.crop_scale),
-        margin=data.crop_margin,
-        hflip=data.horizontal_flip,
-        color_jitter=data.color_jitter,
-        grayscale=data.grayscale,
-        rand_augment=data.rand_augment,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-    )
-    return PictureCollator(transform, arguments.run.seed, data.max_pixels, ", ".join(data.train_data))

@@ -14,16 +14,17 @@ from transformers import (
 )
 
 from oner.modeling.vl_task_heads import answer_end
+from oner.processing.data.layouts import SpecialTokens
 from oner.processing.data.listed_rows import ListedRows
-from oner.processing.data.task_collation import AnswerCollator
+from oner.processing.data.task_collation import Answers
 from oner.processing.data.task_rows import open_questions, read_answer_list
 from oner.processing.processing_vl import OneRProcessor
 from oner.processing.vl_captions import pre_question
 from oner.training.evaluation.answers import AnswerEvaluator
 from oner.training.objectives.answers import AnswerObjective, AnswerObjectiveArguments
 from oner.training.publishing.model_loading import load_model
-from oner.training.run.arguments import Arguments, DataArguments
-from oner.training.run.pair_loading import pair_collator
+from oner.training.run.arguments import DataArguments
+from oner.training.run.collators import task_collator
 
 from .finetuning import Task, TaskArguments
 
@@ -69,8 +70,9 @@ def open_rows(sources: Sequence[str], told: AnswerArguments, data: DataArguments
     )
 
 
-def collator(arguments: Arguments, processor: OneRProcessor, config: PreTrainedConfig) -> AnswerCollator:
-    return pair_collator(arguments, processor, config, kind=AnswerCollator, end_token_id=answer_end(config))
+def answers(processor: OneRProcessor, config: PreTrainedConfig) -> Answers:
+    tokenizer = processor.tokenizer
+    return Answers(tokenizer, SpecialTokens.of(config, tokenizer), answer_end(config))
 
 
 def evaluator(rows: Sequence[Any], name: str, told: AnswerArguments) -> AnswerEvaluator:
@@ -99,7 +101,7 @@ VQA = Task(
     model=AutoModelForVisualQuestionAnswering,
     arguments=AnswerArguments,
     open_rows=open_rows,
-    collator=collator,
+    collator=partial(task_collator, targets=answers),
     evaluator=evaluator,
     objective=AnswerObjective,
     load=load_answering,

@@ -9,15 +9,16 @@ import torch
 from transformers import PreTrainedModel
 
 from oner.modeling.modeling_simla_tasks import SimlaForTextAssignment
+from oner.processing.data.masking import UNMASKED
 from oner.training.evaluation.classification import task_inputs
 from oner.training.evaluation.embedding import batches, numbered, row_ids
 from oner.training.evaluation.sheets import evaluating, on_device
 from oner.training.objectives.assignment import AssignmentObjective, AssignmentObjectiveArguments, assign
-from oner.training.run.pair_loading import pair_collator
+from oner.training.run.collators import pair_collator
 
 from .classification import FamilyModels, load_second_layers
 from .finetuning import Task, TaskArguments
-from .retrieval import open_rows
+from .retrieval import open_captions
 
 AutoModelForTextAssignment = FamilyModels("of text assignment", {"simla": SimlaForTextAssignment})
 load_assignment = partial(load_second_layers, AutoModelForTextAssignment)
@@ -72,8 +73,8 @@ ASSIGNMENT = Task(
     name="assignment",
     model=AutoModelForTextAssignment,
     arguments=AssignmentArguments,
-    open_rows=open_rows,
-    collator=partial(pair_collator, mask_text=False, mask_image=False),
+    open_rows=open_captions,
+    collator=partial(pair_collator, masking=UNMASKED),
     evaluator=AssignmentEvaluator,
     objective=AssignmentObjective,
     load=load_assignment,

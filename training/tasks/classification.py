@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from oner.modeling.modeling_simla_tasks import SimlaForTextAssignment, SimlaForVisualReasoning
 from oner.processing.data.listed_rows import ListedRows
-from oner.processing.data.task_collation import TaskCollator
 from oner.processing.data.task_rows import ENTAILMENT_LABELS, REASONING_LABELS, open_entailment, open_reasoning
 from oner.processing.vl_captions import pre_caption
 from oner.training.evaluation.classification import ClassificationEvaluator
@@ -17,7 +16,7 @@ from oner.training.objectives.classification import ClassificationObjective
 from oner.training.objectives.task import DistillationArguments
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import DataArguments
-from oner.training.run.pair_loading import pair_collator
+from oner.training.run.collators import task_collator
 
 from .finetuning import Task, TaskArguments
 
@@ -98,7 +97,7 @@ ENTAILMENT = Task(
     model=AutoModelForSequenceClassification,
     arguments=EntailmentArguments,
     open_rows=partial(open_rows, read=open_entailment),
-    collator=partial(pair_collator, kind=TaskCollator),
+    collator=task_collator,
     evaluator=partial(evaluator, labels=ENTAILMENT_LABELS),
     objective=ClassificationObjective,
 )
@@ -107,7 +106,7 @@ NLVR2 = Task(
     model=AutoModelForVisualReasoning,
     arguments=ReasoningArguments,
     open_rows=partial(open_rows, read=open_reasoning),
-    collator=partial(pair_collator, kind=TaskCollator, images=TWO_PICTURES),
+    collator=partial(task_collator, images=TWO_PICTURES),
     evaluator=partial(evaluator, labels=REASONING_LABELS, images=TWO_PICTURES),
     objective=ClassificationObjective,
     load=load_reasoning,

@@ -19,7 +19,8 @@ from oner.training.evaluation.embedding import spaced
 from oner.training.objectives.objective import Objective, build_objective, objective_classes
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import Arguments, DataArguments
-from oner.training.run.pair_loading import Collator, quarantine_of
+from oner.training.run.collators import Collator
+from oner.training.run.opening import quarantine_of
 
 # task -> module and name of its `Task`; a new task adds its line here
 TASKS = {
@@ -125,7 +126,7 @@ def open_task_rows(task: Task, arguments: Arguments) -> PairRows:
     if arguments.model.initial_model is None:
         raise ValueError("fine-tuning begins from a pretrained model directory; expected initial_model, got none")
     rows = task.open_rows(arguments.data.train_data, arguments.objective, arguments.data, True)
-    quarantine_of(rows, arguments.run.output_dir, arguments.data.max_bad_rows).check_opening()
+    quarantine_of(arguments, {"pairs": rows}).check_opening()
     return rows
 
 

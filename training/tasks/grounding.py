@@ -13,11 +13,12 @@ from transformers import AutoModelForPreTraining
 
 from oner.processing.data.grounding_files import open_grounding, read_boxes
 from oner.processing.data.listed_rows import ListedRows
+from oner.processing.data.masking import UNMASKED
 from oner.processing.data.row_checks import PairDataError
 from oner.training.evaluation.embedding import check_pictures
 from oner.training.evaluation.grounding import GroundingEvaluator
 from oner.training.run.arguments import DataArguments
-from oner.training.run.pair_loading import CAPTION_RULES, pair_collator
+from oner.training.run.collators import CAPTION_RULES, pair_collator
 
 from .finetuning import Task, TaskArguments
 
@@ -77,6 +78,6 @@ GROUNDING = Task(
     model=AutoModelForPreTraining,
     arguments=GroundingArguments,
     open_rows=open_rows,
-    collator=partial(pair_collator, mask_text=False, mask_image=False),
+    collator=partial(pair_collator, masking=UNMASKED),
     evaluator=evaluator,
 )

@@ -13,14 +13,15 @@ from typing import Any
 from transformers import AutoModelForPreTraining
 
 from oner.processing.data.karpathy import open_karpathy
+from oner.processing.data.masking import UNMASKED
 from oner.processing.data.mixture import PairMixture
 from oner.processing.data.rows import PairRows
-from oner.processing.data.sources import open_pairs
+from oner.processing.data.sources import open_rows
 from oner.training.evaluation.embedding import check_pictures, spaced
 from oner.training.evaluation.reranking import RerankingEvaluator
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.run.arguments import DataArguments
-from oner.training.run.pair_loading import CAPTION_RULES, pair_collator
+from oner.training.run.collators import CAPTION_RULES, pair_collator
 
 from .finetuning import Task, TaskArguments
 
@@ -41,19 +42,19 @@ class RetrievalArguments(TaskArguments):
     )
 
 
-def open_rows(
+def open_captions(
     sources: Sequence[str], told: RetrievalArguments, data: DataArguments, training: bool
 ) -> PairRows | list[dict[str, Any]]:
     """
     `.json` files are Karpathy's or ALBEF's, when training each caption a row of its own. Anything else is what
-    `open_pairs` takes, a row a picture. To evaluate on, captions are rewritten by the rules that hold in training.
+    `open_rows` takes, a row a picture. To evaluate on, captions are rewritten by the rules that hold in training.
     """
     how = {"split": data.split if training else told.eval_split, "bad_rows": "skip" if training else "raise"}
     columns = (data.image_column, data.text_column, data.id_column)
     opened = [
         open_karpathy(source, told.image_folder, captions_apart=training, **how)
         if Path(source).suffix == ".json"
-        else open_pairs(source, *columns, **how)
+        else open_rows(source, *columns, **how)
         for source in sources
     ]
     rows = opened[0] if len(opened) == 1 else PairMixture(opened)
@@ -77,7 +78,7 @@ RETRIEVAL = Task(
     name="retrieval",
     model=AutoModelForPreTraining,
     arguments=RetrievalArguments,
-    open_rows=open_rows,
-    collator=partial(pair_collator, mask_text=False, mask_image=False),
+    open_rows=open_captions,
+    collator=partial(pair_collator, masking=UNMASKED),
     evaluator=evaluator,
 )

@@ -6,8 +6,12 @@ from tiny_pretraining import tiny_arguments
 
 from oner.processing.data.augmentation import NORMALIZATIONS
 from oner.processing.vl_captions import pre_caption
-from oner.training.run.arguments import Arguments, parse_arguments
-from oner.training.run.pair_loading import PairLoader, build_model, build_processor_and_config, open_training_pairs
+from oner.training.run.arguments import Arguments
+from oner.training.run.building import build_model, build_processor_and_config
+from oner.training.run.collators import build_collators
+from oner.training.run.loading import RunLoader
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -15,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 def first_batch(pairs, directory, **options):
     """Arguments, processor and the first batch of a run."""
     arguments: Arguments = parse_arguments(tiny_arguments(pairs, directory, **options))
-    rows = open_training_pairs(arguments.data)
+    rows = open_portions(arguments)
     processor, config = build_processor_and_config(arguments, rows)
-    loader = PairLoader(arguments, rows, processor, config)
-    return arguments, processor, config, next(iter(loader(0)))
+    loader = RunLoader(arguments, rows, build_collators(arguments, processor, config))
+    return arguments, processor, config, next(iter(loader(0)))["pairs"]
 
 
 def test_simlas_data_on_a_run_of_any_family(pairs, tmp_path):
@@ -44,9 +48,10 @@ def test_simlas_data_on_a_run_of_any_family(pairs, tmp_path):
     assert (tuple(kept.image_mean), tuple(kept.image_std)) == (mean, std)
     shown = batch["pixel_values"] * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     assert -1e-6 < shown.min() < shown.max() < 1 + 1e-6
-    collator = PairLoader(arguments, open_training_pairs(arguments.data), processor, config).collator
-    assert (collator.mim_masking, collator.mim_min_block, collator.random_specials) == ("blocks", 2, True)
-    assert collator.clean_caption is pre_caption
+    collator = build_collators(arguments, processor, config)["pairs"]
+    masking = collator.corruption.masking
+    assert (masking.mim_masking, masking.mim_min_block, masking.random_specials) == ("blocks", 2, True)
+    assert collator.reader.clean_caption is pre_caption
 
 
 def test_an_initial_models_colours_stay_unless_told(pairs, tmp_path):
@@ -68,6 +73,6 @@ def test_albefs_schedule_refuses_a_stream(pairs, tmp_path):
         [*tiny_arguments(pairs, tmp_path, schedule="albef", max_steps=4), "--streaming", "--warmup_steps", "0"]
     )
     with pytest.warns(UserWarning, match="is read as a sequential stream"):
-        rows = open_training_pairs(arguments.data)
+        rows = open_portions(arguments)
     with pytest.raises(ValueError, match="schedule albef falls with each epoch, and a stream has none"):
-        PairLoader(arguments, rows, None, None)
+        RunLoader(arguments, rows, {"pairs": None})

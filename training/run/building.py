@@ -1,0 +1,107 @@
+"""From arguments to the processor, the configuration and the student of a run."""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import torch
+from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+from oner.processing.data.augmentation import NORMALIZATIONS
+from oner.processing.data.rows import PairRows, PairStream
+from oner.processing.image_processing_vl import OneRImageProcessor
+from oner.processing.processing_vl import OneRProcessor
+from oner.processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer
+from oner.training.conversion.towers import initialise
+from oner.training.parallel.distributed import rank
+from oner.training.publishing.model_loading import load_model
+
+from .arguments import Arguments
+
+logger = logging.get_logger(__name__)
+
+
+def build_processor_and_config(
+    arguments: Arguments, rows: Mapping[str, PairRows | PairStream]
+) -> tuple[OneRProcessor, PreTrainedConfig]:
+    """
+    The tokenizer (given, or trained on the captions: the same on every process), the configuration that fits it, and
+    the processor that fits both.
+
+    Raises:
+        ValueError: a family or size that does not exist, a stream without a tokenizer.
+    """
+    model, overrides = arguments.model, dict(arguments.model.model_config or {})
+    colours = NORMALIZATIONS[arguments.data.image_normalization or "imagenet"]
+    if model.initial_model is not None:
+        processor = AutoProcessor.from_pretrained(model.initial_model)
+        tokenizer = processor.tokenizer
+        if arguments.data.image_normalization is None:
+            colours = processor.image_processor.image_mean, processor.image_processor.image_std
+        config = AutoConfig.from_pretrained(model.initial_model, **overrides)
+    else:
+        tokenizer = _tokenizer(arguments, rows, overrides.get("max_text_length", 64))
+        ids = {
+            "pad_token_id": tokenizer.pad_token_id,
+            "cls_token_id": tokenizer.cls_token_id,
+            "mask_token_id": tokenizer.mask_token_id,
+            "image_token_id": tokenizer.image_token_id,
+        }
+        config_class = CONFIG_MAPPING[model.family]
+        config = config_class.from_size(model.size, **{"vocab_size": len(tokenizer), **ids, **overrides})
+    image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop, *colours)
+    return OneRProcessor(image_processor, tokenizer, max_text_length=config.max_text_length), config
+
+
+def _image_processor(
+    image_size: int, patch_size: int, eval_crop: float, mean: Sequence[float], std: Sequence[float]
+) -> OneRImageProcessor:
+    side = round(image_size / eval_crop)
+    options = {"size": {"height": side, "width": side}, "patch_size": patch_size}
+    options |= {"image_mean": list(mean), "image_std": list(std)}
+    if eval_crop < 1:
+        options |= {"do_center_crop": True, "crop_size": {"height": image_size, "width": image_size}}
+    return OneRImageProcessor(**options)
+
+
+def _tokenizer(arguments: Arguments, rows: Mapping[str, PairRows | PairStream], max_text_length: int):
+    if arguments.model.tokenizer is not None:
+        return tokenizer_from_vocab(arguments.model.tokenizer, max_text_length=max_text_length)
+    if any(isinstance(portion, PairStream) for portion in rows.values()):
+        raise ValueError("a stream is read once, so no vocabulary can be trained on it first; expected `tokenizer`")
+    captions = chain.from_iterable(portion.captions() for portion in rows.values())
+    return train_tokenizer(captions, vocab_size=arguments.model.vocab_size, max_text_length=max_text_length)
+
+
+def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    The student in fp32: from `initial_model`, or from scratch. Heads that the first stage never had are drawn by
+    `seed`, and named.
+
+    Raises:
+        ModelDirectoryError: `initial_model` is damaged, or lacks weights of its tower or a part of a head.
+        ValueError: `initial_vision` or `initial_text` cannot be read or does not fit; names the keys.
+    """
+    torch.manual_seed(arguments.run.seed)
+    options = {}
+    if arguments.model.attn_implementation is not None:
+        options["attn_implementation"] = arguments.model.attn_implementation
+    if arguments.model.initial_model is not None:
+        model = load_model(
+            AutoModelForPreTraining,
+            arguments.model.initial_model,
+            draws_heads=True,
+            config=config,
+            dtype=torch.float32,
+            **options,
+        )
+    else:
+        model = AutoModelForPreTraining.from_config(config, dtype=torch.float32, **options)
+    if arguments.model.initial_vision is not None or arguments.model.initial_text is not None:
+        report = initialise(model, arguments.model.initial_vision, arguments.model.initial_text)
+        if rank() == 0:
+            logger.warning(report.describe())
+    if arguments.model.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
