@@ -30,6 +30,7 @@ from performance_table import write_tables
 
 from oner.training.cost.flops import counted_flops, gemm_peak, wait_for
 from oner.training.parallel.sharding import full_optimizer_state
+from oner.training.private_names import has_bf16_matrix_units
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import save_checkpoint
@@ -53,7 +54,7 @@ def device_of_run() -> torch.device:
 
 def default_cases(device: torch.device) -> list[str]:
     """All but `LONG` ones, what takes longest last; on a CPU without bf16 matrix units only those in fp32."""
-    halves = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    halves = device.type != "cpu" or has_bf16_matrix_units()
     names = [name for name in STEPS if name not in LONG and (halves or "bf16" not in name)]
     return sorted([*names, *OTHERS], key=lambda name: "compiled" in name)
 

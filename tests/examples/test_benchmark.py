@@ -80,7 +80,7 @@ def test_formula_and_counter_agree(variant):
 
 
 def test_formula_is_the_papers_at_base_size():
-    """Facts, part 7: 390 GFLOP a pair at 224 with 64 words and a convolutional stem, by hand."""
+    """390 GFLOP a pair at 224 with 64 words and a convolutional stem, by hand."""
     shape = PairShape(pairs=1, slots=64, words=64, masked_words=10, keys=1)
     flops = oner_step_flops(OneRConfig(), OneRObjectiveArguments(), shape)
     assert flops.total == pytest.approx(390e9, rel=0.02)

@@ -1,6 +1,6 @@
 """SIMLA's training step with official weights, inputs and draws: losses, gradients, teacher and queues of the oracle.
 
-Tolerances are those of issue 4: losses 1e-5, gradients 1e-4 of a parameter's largest, teacher and queues 1e-6. In fp64
+Tolerances: losses 1e-5, gradients 1e-4 of a parameter's largest, teacher and queues 1e-6. In fp64
 all of it agrees to rounding, which shows that what is left in fp32 is rounding too.
 """
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from oner.training.objectives.objective import Batch, Example, Portion, objective_classes
+from oner.training.private_names import FakeTensorMode, storage_id
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_model
 
@@ -74,8 +74,8 @@ def rehearse(
         told = Example(masking.mlm_probability, sum(masking.mim_ratio) / 2)
         batches = family.example_batches(config, lengths, told)
         inputs = [tensor for batch in batches.values() for tensor in batch.values()]
-        owned = {_storage(tensor) for module in _modules(model, objective) for tensor in _tensors(module)}
-        owned |= {_storage(tensor) for tensor in inputs}
+        owned = {storage_id(tensor) for module in _modules(model, objective) for tensor in _tensors(module)}
+        owned |= {storage_id(tensor) for tensor in inputs}
         model.train()
         autocast = nullcontext if half is None else partial(torch.autocast, "cpu", half)
         passes = [_run(portion, model, batches[name], owned, autocast) for name, portion in objective.portions.items()]
@@ -110,8 +110,8 @@ def _run(portion: Portion, model: nn.Module, batch: Batch, owned: set[int], auto
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if _storage(tensor) not in owned:
-            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        if storage_id(tensor) not in owned:
+            kept[storage_id(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with autocast(), torch.no_grad():
@@ -138,22 +138,16 @@ def _fake(modules: list[torch.nn.Module]) -> None:
     """Parameters and buffers on meta become fake ones on the CPU, where autocast sees them; tied ones stay tied."""
     made: dict[int, torch.Tensor] = {}
     for module in (part for whole in modules for part in whole.modules()):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                made.setdefault(id(parameter), torch.nn.Parameter(empty, parameter.requires_grad))
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            made.setdefault(id(parameter), torch.nn.Parameter(empty, parameter.requires_grad))
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

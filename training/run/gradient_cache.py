@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.utils import logging
 
 from oner.training.objectives.losses import in_full
 from oner.training.objectives.objective import Batch, Comparison, Objective, Portion, Taken, Targets
 from oner.training.parallel.distributed import mean_counts
+from oner.training.private_names import BatchNorm
 
 from .launch import exchanging_gradients, forget_gradients, reach_all
 
@@ -231,7 +231,7 @@ class RunningStatistics:
     """
 
     def __init__(self, networks: Iterable[nn.Module]):
-        found = [layer for network in networks for layer in network.modules() if isinstance(layer, _BatchNorm)]
+        found = [layer for network in networks for layer in network.modules() if isinstance(layer, BatchNorm)]
         self.layers = [layer for layer in found if layer.training]
         tracked = [layer for layer in self.layers if layer.running_mean is not None]
         self.buffers = [buffer for layer in tracked for buffer in (layer.running_mean, layer.running_var)]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper  # accelerate.utils has it only beside DeepSpeed
@@ -22,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from oner.training.objectives.objective import Objective
 from oner.training.parallel.distributed import fsdp_shard_alike
 from oner.training.parallel.sharding import full_state, is_zero_3
+from oner.training.private_names import drop_overflown_step, has_bf16_matrix_units, set_distributed_type
 
 from .arguments import Launch, RunArguments, read_launch
 
@@ -86,8 +86,8 @@ def choose_precision(asked: str) -> str:
         return asked
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    # a private name, but torch has no public one: without these units bf16 on a CPU is slower than fp32
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
+    # without these units bf16 on a CPU is slower than fp32
+    return "bf16" if has_bf16_matrix_units() else "no"
 
 
 def _check_launch(launch: Launch, precision: str) -> None:
@@ -115,7 +115,7 @@ def _take_fsdp(accelerator: Accelerator) -> None:
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate gives FSDP to accelerators only, and would quietly train without it on CPUs
         accelerator.state.distributed_type = DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        set_distributed_type(DistributedType.FSDP)
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.distributed_type != DistributedType.FSDP:
         raise ParallelError(
@@ -277,8 +277,7 @@ class GuardedEngine(DeepSpeedEngineWrapper):
         self.engine.backward(loss, **kwargs)
         optimizer.check_overflow()
         if optimizer.overflow:
-            optimizer._loss_scale_update_and_overflow_cleanup()
-            self.engine._step_applied = False
+            drop_overflown_step(self.engine)
             return
         self.engine.step()
 

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
 from oner.training.objectives.objective import Batch, Objective
 from oner.training.parallel.distributed import minimum_over_processes, rank
+from oner.training.private_names import BatchNorm
 
 from .checkpoint import random_state
 
@@ -81,7 +81,7 @@ class NonFiniteGuard:
         if self._statistics is None:
             # a batch norm writes them in the forward, before anybody can know that the loss is not finite
             networks = [self.model, *(teacher.model for teacher in self.objective.teachers())]
-            norms = [one for net in networks for one in net.modules() if isinstance(one, _BatchNorm)]
+            norms = [one for net in networks for one in net.modules() if isinstance(one, BatchNorm)]
             self._statistics = [value for norm in norms for value in norm.buffers(recurse=False)]
         self._kept = [value.clone() for value in self._statistics]
 

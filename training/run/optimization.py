@@ -10,6 +10,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from transformers import PreTrainedModel
 
+from oner.training.private_names import undivided_layers
+
 from .arguments import RunArguments
 
 
@@ -95,7 +97,7 @@ def compile_regions(models: Iterable[PreTrainedModel]) -> int:
     Returns:
         How many layers were compiled.
     """
-    layers = [part for model in models for part in model.modules() if type(part).__name__ in model._no_split_modules]
+    layers = [part for model in models for part in model.modules() if type(part).__name__ in undivided_layers(model)]
     for layer in layers:
         layer.compile()
     return len(layers)
