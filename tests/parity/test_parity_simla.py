@@ -96,7 +96,7 @@ def test_keywords_of_short_texts():
         output = student(
             **{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}, passes=("contrast",)
         )
-        targets = objective._keywords(output, batch)
+        targets = objective._keywords(output, batch, {})
     words = batch["input_ids"][:, 1 + PATCHES :]
     for row in range(2):
         assert set(targets[row].nonzero().flatten().tolist()) == set(words[row].tolist())
