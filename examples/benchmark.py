@@ -34,7 +34,7 @@ from oner.training.run.arguments import Arguments, parse_arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import save_checkpoint
 from oner.training.run.host_memory import keep_freed_memory
-from oner.training.run.opening import open_training_pairs
+from oner.training.run.opening import open_training_rows
 from oner.training.run.pair_loading import PairLoader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def default_cases(device: torch.device) -> list[str]:
 
 def open_data(arguments: Arguments) -> tuple[PairLoader, Any]:
     """The run's own loader, and the model's configuration."""
-    pairs = open_training_pairs(arguments.data, arguments.run.output_dir)
+    pairs = open_training_rows(arguments.data, arguments.run.output_dir)
     processor, config = build_processor_and_config(arguments, pairs)
     return PairLoader(arguments, pairs, processor, config), config
 

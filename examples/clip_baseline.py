@@ -29,7 +29,7 @@ from oner.training.run.arguments import parse_arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.engine import Engine
 from oner.training.run.launch import make_accelerator
-from oner.training.run.opening import open_training_pairs
+from oner.training.run.opening import open_training_rows
 from oner.training.run.pair_loading import PairLoader
 
 WEIGHTS = "clip.safetensors"
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains the baseline with OneR's loader, optimiser, schedule and engine, and writes `output_dir/model`."""
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments.run)
-    pairs = open_training_pairs(arguments.data, arguments.run.output_dir)
+    pairs = open_training_rows(arguments.data, arguments.run.output_dir)
     processor, config = build_processor_and_config(arguments, pairs)
     torch.manual_seed(arguments.run.seed)
     model = ClipBaseline(config)

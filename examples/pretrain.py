@@ -21,7 +21,7 @@ from oner.training.run.collators import CAPTION_RULES
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.opening import open_training_pairs
+from oner.training.run.opening import open_training_rows
 from oner.training.run.pair_loading import PairLoader
 from oner.training.run.summary import describe, export
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    pairs = open_training_pairs(arguments.data, arguments.run.output_dir)
+    pairs = open_training_rows(arguments.data, arguments.run.output_dir)
     processor, config = build_processor_and_config(arguments, pairs)
     model = synchronise_batch_norm(build_model(arguments, config), accelerator.device)
     loader = PairLoader(arguments, pairs, processor, config)
@@ -68,7 +68,7 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
     """Retrieval on each evaluation set, whose pictures are all tried first."""
     data, run, evaluators = arguments.data, arguments.run, []
     for path in run.eval_data:
-        rows = open_rows(path, data.image_column, data.text_column, data.id_column)
+        rows = open_rows(path, "pairs", data.image_column, data.text_column, data.id_column)
         check_pictures(rows, path)
         how = {"captions": run.eval_captions, "clean_caption": CAPTION_RULES.get(data.caption_rules)}
         evaluators.append(RetrievalEvaluator(rows, name=Path(path).stem, progress=False, **how))

@@ -2,8 +2,8 @@
 
 accelerate launch examples/train_image_tokenizer.py --config examples/configs/image_tokenizer_emoji.yaml [--name value]
 
-`--train_data` takes what `examples/pretrain.py` takes, and folders of bare pictures. The directory `model` in
-`output_dir` is a Hub repository; its README.md shows pictures beside their reconstructions.
+`--train_data` takes what `examples/pretrain.py` takes, with captions or without, and folders of bare pictures. The
+directory `model` in `output_dir` is a Hub repository; its README.md shows pictures beside their reconstructions.
 """
 
 import json
@@ -27,8 +27,8 @@ from oner.training.run.collators import tokenizer_collator
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
+from oner.training.run.opening import open_training_rows
 from oner.training.run.pair_loading import PairLoader
-from oner.training.run.picture_loading import open_training_pictures
 from oner.training.run.summary import describe
 
 SHOWN = 24
@@ -41,11 +41,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     accelerator = make_accelerator(run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    pictures = open_training_pictures(data, run.output_dir)
+    images = open_training_rows(data, run.output_dir, "images")
     model = build_tokenizer(arguments)
-    loader = PairLoader(arguments, pictures, None, None, tokenizer_collator(arguments, model.config.image_size))
-    columns = (data.image_column, data.text_column, data.id_column)
-    evaluators = [ReconstructionEvaluator(open_rows(path, *columns), Path(path).stem) for path in run.eval_data]
+    loader = PairLoader(arguments, images, None, None, tokenizer_collator(arguments, model.config.image_size))
+    columns = {"image_column": data.image_column, "id_column": data.id_column}
+    evaluated = [open_rows(path, "images", **columns) for path in run.eval_data]
+    evaluators = [
+        ReconstructionEvaluator(rows, Path(path).stem) for path, rows in zip(run.eval_data, evaluated, strict=True)
+    ]
     accelerator.print(describe(arguments, model, loader, accelerator))
 
     def evaluate(tokenizer: DiscreteVAE) -> Iterator[tuple[str, float]]:

@@ -20,12 +20,12 @@ from accelerate import PartialState
 from oner.processing.data.quarantine import BadRowsError
 from oner.training.run.arguments import parse_arguments
 from oner.training.run.building import build_processor_and_config
-from oner.training.run.opening import open_training_pairs
+from oner.training.run.opening import open_training_rows
 from oner.training.run.pair_loading import PairLoader
 state = PartialState(cpu=True)
 start, out, *line = sys.argv[1:]
 arguments = parse_arguments(line)
-pairs = open_training_pairs(arguments.data, arguments.run.output_dir)
+pairs = open_training_rows(arguments.data, arguments.run.output_dir)
 loader = PairLoader(arguments, pairs, *build_processor_and_config(arguments, pairs))
 with open(f"{out}-{state.process_index}.jsonl", "w") as file:
     try:

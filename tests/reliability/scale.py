@@ -95,7 +95,7 @@ def build(batch_size: int, directory: str):
     from oner.training.objectives.objective import build_objective
     from oner.training.run.arguments import parse_arguments
     from oner.training.run.building import build_model, build_processor_and_config
-    from oner.training.run.opening import open_training_pairs
+    from oner.training.run.opening import open_training_rows
     from oner.training.run.pair_loading import PairLoader
 
     pairs = ROOT / "examples" / "data" / "emoji" / "train.parquet"
@@ -103,7 +103,7 @@ def build(batch_size: int, directory: str):
     wanted = {"image_size": 112, "head_norm": "layer", "stem": "linear", "max_text_length": 32}
     line[line.index("--model_config") + 1] = json.dumps(wanted)
     arguments = parse_arguments(line)
-    rows = open_training_pairs(arguments.data)
+    rows = open_training_rows(arguments.data)
     processor, config = build_processor_and_config(arguments, rows)
     student = build_model(arguments, config).train()
     objective = build_objective("oner", student, arguments.objective)

@@ -23,7 +23,7 @@ from oner.training.run.arguments import parse_arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import list_checkpoints, load_checkpoint
 from oner.training.run.engine import Engine
-from oner.training.run.opening import open_training_pairs
+from oner.training.run.opening import open_training_rows
 from oner.training.run.pair_loading import PairLoader
 
 pytestmark = [
@@ -85,7 +85,7 @@ def test_a_run_over_bad_rows_lists_each_with_its_place(spoilt, undisturbed):
 
 def test_the_engine_sees_whole_batches_without_bad_rows(spoilt, tmp_path):
     arguments = parse_arguments(tiny_arguments(spoilt, tmp_path, max_bad_rows=0.5, one_row_per_id=True))
-    pairs = open_training_pairs(arguments.data, str(tmp_path))
+    pairs = open_training_rows(arguments.data, str(tmp_path))
     loader = PairLoader(arguments, pairs, *build_processor_and_config(arguments, pairs))
     batches = list(loader(0))
     assert len(batches) == loader.total_steps == 10

@@ -21,7 +21,7 @@ from oner.training.run.collators import (
     text_collator,
     tokenizer_collator,
 )
-from oner.training.run.opening import open_training_pairs
+from oner.training.run.opening import open_training_rows
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -31,7 +31,7 @@ def made(pairs, tmp_path_factory):
     """Arguments, processor, configuration and a few rows."""
     folder = tmp_path_factory.mktemp("run")
     arguments = parse_arguments(tiny_arguments(pairs, folder, mim_ratio=[0.25, 0.75], crop_scale=[0.3, 0.9]))
-    rows = open_training_pairs(arguments.data)
+    rows = open_training_rows(arguments.data)
     processor, config = build_processor_and_config(arguments, rows)
     return arguments, processor, config, [(RowKey(number, 0, 0.5), rows[number]) for number in range(5)]
 

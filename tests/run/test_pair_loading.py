@@ -8,7 +8,7 @@ from oner.processing.data.augmentation import NORMALIZATIONS
 from oner.processing.vl_captions import pre_caption
 from oner.training.run.arguments import Arguments, parse_arguments
 from oner.training.run.building import build_model, build_processor_and_config
-from oner.training.run.opening import open_training_pairs
+from oner.training.run.opening import open_training_rows
 from oner.training.run.pair_loading import PairLoader
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 def first_batch(pairs, directory, **options):
     """Arguments, processor and the first batch of a run."""
     arguments: Arguments = parse_arguments(tiny_arguments(pairs, directory, **options))
-    rows = open_training_pairs(arguments.data)
+    rows = open_training_rows(arguments.data)
     processor, config = build_processor_and_config(arguments, rows)
     loader = PairLoader(arguments, rows, processor, config)
     return arguments, processor, config, next(iter(loader(0)))
@@ -46,7 +46,7 @@ def test_simlas_data_on_a_run_of_any_family(pairs, tmp_path):
     assert (tuple(kept.image_mean), tuple(kept.image_std)) == (mean, std)
     shown = batch["pixel_values"] * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     assert -1e-6 < shown.min() < shown.max() < 1 + 1e-6
-    collator = PairLoader(arguments, open_training_pairs(arguments.data), processor, config).collator
+    collator = PairLoader(arguments, open_training_rows(arguments.data), processor, config).collator
     masking = collator.corruption.masking
     assert (masking.mim_masking, masking.mim_min_block, masking.random_specials) == ("blocks", 2, True)
     assert collator.reader.clean_caption is pre_caption
@@ -71,6 +71,6 @@ def test_albefs_schedule_refuses_a_stream(pairs, tmp_path):
         [*tiny_arguments(pairs, tmp_path, schedule="albef", max_steps=4), "--streaming", "--warmup_steps", "0"]
     )
     with pytest.warns(UserWarning, match="is read as a sequential stream"):
-        rows = open_training_pairs(arguments.data)
+        rows = open_training_rows(arguments.data)
     with pytest.raises(ValueError, match="schedule albef falls with each epoch, and a stream has none"):
         PairLoader(arguments, rows, None, None)
