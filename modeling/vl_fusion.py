@@ -139,7 +139,8 @@ class FusionLayer(GradientCheckpointingLayer):
 def self_mask(config: PreTrainedConfig, states: torch.Tensor, key_mask: torch.Tensor | None, causal: bool = False):
     """What the attention implementation in use wants, of 1 for real positions (R, L); None for no restriction."""
     if causal:
-        return create_causal_mask(config=config, inputs_embeds=states, attention_mask=key_mask, past_key_values=None)
+        # the last is the cache, by its place: transformers 5.24 renames it, and has no default for it
+        return create_causal_mask(config, states, key_mask, None)
     return create_bidirectional_mask(
         config=config,
         inputs_embeds=states,
