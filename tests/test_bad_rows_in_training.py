@@ -26,7 +26,6 @@ from oner.training.pair_loading import PairLoader, build_processor_and_config, o
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.* cannot be used:UserWarning"),
 ]
 DECODED, OPENED = (3, 11, 12), (20, 33)  # bad when decoded, bad when opened

@@ -38,7 +38,7 @@ from oner.training.engine import Engine
 from oner.training.pair_loading import build_model
 from oner.training.parallel import choose_precision, make_accelerator
 
-pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [pytest.mark.usefixtures("fresh_accelerator")]
 
 
 def last(directory: Path) -> Path:

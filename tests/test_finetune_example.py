@@ -19,7 +19,6 @@ from oner.training.model_loading import load_model
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("finetune_*.yaml"))
 

@@ -13,7 +13,7 @@ from oner.training.checkpoint import list_checkpoints, load_checkpoint, restore_
 from oner.training.engine import Engine
 from oner.training.nonfinite import NonFiniteGuard, gradient_norm
 
-pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [pytest.mark.usefixtures("fresh_accelerator")]
 # batch norm in the heads, whose statistics a forward moves; a checkpoint after every one of the ten steps
 EVERY_STEP = {
     "save_every_epochs": 0.2,
