@@ -15,6 +15,8 @@ CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2
 JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
+# Beside other work, threads that wait by spinning take the time of those that compute.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help demo test test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix dist clean
 
