@@ -17,6 +17,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+# ours, and pytest's own for tests of it
+pytest_plugins = ["deprecation_report", "pytester"]
 
 
 def pytest_configure() -> None:

@@ -40,7 +40,7 @@ from oner.training.run.launch import choose_precision, make_accelerator
 from oner.training.run.parsing import parse_arguments
 from oner.training.run.summary import STOPPED
 
-pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [pytest.mark.usefixtures("fresh_accelerator")]
 
 
 def last(directory: Path) -> Path:

@@ -20,7 +20,6 @@ from oner.training.run.engine import Engine
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.* cannot be used:UserWarning"),
 ]
 STEPS = 6  # of five an epoch, so that the second begins

@@ -13,7 +13,7 @@ from oner.training.run.checkpoint import list_checkpoints, load_checkpoint, rest
 from oner.training.run.engine import Engine
 from oner.training.run.nonfinite import NonFiniteGuard, gradient_norm
 
-pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [pytest.mark.usefixtures("fresh_accelerator")]
 # batch norm in the heads, whose statistics a forward moves; a checkpoint after every one of the ten steps
 EVERY_STEP = {
     "save_every_epochs": 0.2,

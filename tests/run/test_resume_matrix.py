@@ -31,7 +31,6 @@ from oner.training.run.checkpoint import list_checkpoints, load_checkpoint, step
 from oner.training.run.engine import Engine
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 WORKERS, CHUNKS, SOURCES, STOPS = (0, 2), (1, 4), ("table", "shards", "mixture"), (1, 3)
