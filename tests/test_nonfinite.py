@@ -218,16 +218,26 @@ def test_the_norm_sees_every_gradient():
         assert not gradient_norm(weights).isfinite()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
-def test_an_accelerator_is_not_waited_for_between_lines_of_the_log(example, pairs, tmp_path, monkeypatch):
-    train_step = Engine._train_step
+@pytest.mark.gpu
+@pytest.mark.parametrize("spoilt", [(), (4,)], ids=["finite", "a step that is not"])
+def test_an_accelerator_is_not_waited_for_between_lines_of_the_log(example, pairs, tmp_path, monkeypatch, spoilt):
+    """A step that is not applied makes the host wait no more than one that is."""
+    train_step, weights = Engine._train_step, {}
 
     def watched(self, batch):
+        if self.step + 1 in spoilt:
+            batch["pixel_values"][3, 0, 5, 5] = 3e38
+        batch = {name: value.pin_memory() for name, value in batch.items()}
         torch.cuda.set_sync_debug_mode("error" if self.step > 1 else "default")
         try:
-            return train_step(self, {name: value.pin_memory() for name, value in batch.items()})
+            told = train_step(self, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        weights[self.step] = self.model.oner.layers[0].attention.qkv.weight.detach().clone()
+        return told
 
     monkeypatch.setattr(Engine, "_train_step", watched)
     example.main(tiny_arguments(pairs, tmp_path, log_every=100, mixed_precision="bf16", max_grad_norm=1.0))
+    assert len(weights) == 10
+    for step in range(2, 11):
+        assert torch.equal(weights[step], weights[step - 1]) == (step in spoilt), step
