@@ -92,7 +92,9 @@ def prepare(output: Path, folder: Path, count: int, evaluated: int, workers: int
     sets: dict[str, list] = {}
     for (name, _), one in zip(jobs, told, strict=True):
         sets.setdefault(name, []).append(one)
-    np.savez(output / "evaluation.npz", **{name: np.stack([image for image, _ in rows]) for name, rows in sets.items()})
+    np.savez(
+        output / "evaluation.npz", **{name: np.stack([image for image, _ in rows]) for name, rows in sets.items()}
+    )
     facts = {name: [fact for _, fact in rows] for name, rows in sets.items()}
     (output / "evaluation.json").write_text(json.dumps(facts), encoding="utf-8")
     flat = [text for scene in texts for text in scene]
@@ -117,7 +119,7 @@ def evaluation_jobs(evaluated: int) -> list[tuple[str, tuple[str, int, int | Non
 
 
 class SceneBatches:
-    """`batches(start)` yields what the engine asks for: pictures cropped on the device, captions drawn by (seed, step)."""
+    """`batches(start)` yields what the engine asks for: pictures cropped on the device, captions by (seed, step)."""
 
     def __init__(self, folder: Path, config: OneRConfig, device: torch.device, batch_size: int):
         self.images = torch.from_numpy(np.load(folder / "images.npy")).to(device)  # (S, H, W, 3) uint8
@@ -277,7 +279,7 @@ def pointing(reader: Reader, images: np.ndarray, facts: list[Figures]) -> Figure
 
 
 def composed(reader: Reader, targets: tuple[np.ndarray, list], singles: tuple[np.ndarray, list]) -> Figures:
-    """A picture of A with the words "a B" asks for a scene of A and B, by picture, words, their sum, and both at once."""
+    """A picture of A with "a B" asks for a scene of A and B: by picture, by words, by their sum, by both in one."""
     pictures = {fact["names"][0]: image for image, fact in zip(*singles, strict=True) if len(fact["boxes"][0]) == 1}
     kept = [i for i, fact in enumerate(targets[1]) if fact["names"][0] in pictures and len(fact["names"]) == 2]
     images = np.stack([pictures[targets[1][i]["names"][0]] for i in kept])
@@ -349,7 +351,7 @@ def training(device: torch.device, tiny: bool, folder: Path, seconds: float, arc
 
 
 def main() -> None:
-    """`python gpu_check_training.py FOLDER SCENES COUNT EVALUATED WORKERS`: what `prepare` does, in its own process."""
+    """`python gpu_check_training.py FOLDER SCENES COUNT EVALUATED WORKERS`: `prepare` in a process of its own."""
     os.nice(10)
     folder, scenes, *numbers = sys.argv[1:]
     prepare(Path(folder), Path(scenes), *map(int, numbers))
