@@ -3,8 +3,8 @@
     python examples/gpu_check.py --output gpu.json                         all parts, on the accelerator there is
     python examples/gpu_check.py --device cpu --tiny --output tiny.json    the same code, small, anywhere
 
-Parts: `speed` (the base models' steps beside CLIP's, and the card's own peaks), `fp8` (torchao's products), `checks`
-(the tests marked `gpu`) and `training` (a small OneR on composed scenes). Each part is a process of its own with a
+Parts: `speed` (the base models' steps beside CLIP's, torchao's fp8, and the card's own peaks), `checks` (the tests
+marked `gpu`) and `training` (a small OneR on composed scenes). Each part is a process of its own with a
 limit; what it had found when it failed or was stopped is kept, and the next part runs.
 """
 
@@ -19,6 +19,7 @@ import time
 import traceback
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +27,33 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # what runs side by side, in this order: the speed of a step is measured alone
-ROUNDS = (("speed",), ("fp8",), ("checks", "training"))
+ROUNDS = (("speed",), ("checks", "training"))
 PARTS = [part for parts in ROUNDS for part in parts]
-LIMITS = {"speed": 280.0, "fp8": 90.0, "checks": 200.0, "training": 150.0}
+LIMITS = {"speed": 280.0, "checks": 150.0, "training": 200.0}
 Figures = dict[str, Any]
 
 
 def run_checks(output: Path, tiny: bool) -> Iterator[tuple[str, Any]]:
-    """pytest over the tests marked `gpu`: how many passed, and what the others said."""
+    """pytest over the tests marked `gpu`: each one's outcome as it comes, then what those said that failed."""
     report = output.with_suffix(".xml")
-    files = ["tests/test_gpu.py", "tests/test_nonfinite.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, f"--junitxml={report}", *files], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    yield "exit_status", done.returncode
-    yield "tail", (done.stdout + done.stderr)[-6000:]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
+    command += ["tests/test_gpu.py", "tests/test_nonfinite.py", f"--junitxml={report}"]
+    if not tiny and find_spec("xdist"):
+        command += ["-n", "8"]  # most of their time is start-up and compilation, on the host
+    outcomes: dict[str, str] = {}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            words = line.split()
+            outcome = next((word for word in words if word in ("PASSED", "FAILED", "ERROR", "SKIPPED")), None)
+            name = next((word for word in words if "::" in word), None)
+            if outcome and name:
+                outcomes[name.split("::")[1]] = outcome
+                yield "outcomes", outcomes
+    yield "exit_status", process.returncode
     cases = list(ElementTree.parse(report).iter("testcase"))
-    told = {"passed": 0, "failed": {}, "skipped": 0}
-    for case in cases:
-        wrong = case.find("failure") if case.find("failure") is not None else case.find("error")
-        if wrong is not None:
-            told["failed"][case.get("name")] = (wrong.text or "")[-2500:]
-        else:
-            told["skipped" if case.find("skipped") is not None else "passed"] += 1
-    yield "tests", told
+    wrong = {case.get("name"): [*case.iter("failure"), *case.iter("error")] for case in cases}
+    yield "failures", {name: (found[0].text or "")[-3000:] for name, found in wrong.items() if found}
     yield "seconds", {case.get("name"): float(case.get("time", 0)) for case in cases}
 
 
@@ -63,9 +66,9 @@ def figures_of(part: str, options: argparse.Namespace) -> Iterator[tuple[str, An
         from gpu_check_training import training
 
         return training(device, options.tiny, Path(options.work), options.seconds, Path(options.model))
-    from gpu_check_speed import fp8, speed
+    from gpu_check_speed import speed
 
-    return fp8(device, options.tiny) if part == "fp8" else speed(device, options.tiny, options.cases)
+    return speed(device, options.tiny, options.cases)
 
 
 def run_part(part: str, options: argparse.Namespace) -> None:
@@ -188,7 +191,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="Models and numbers of steps of a test.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--cases", nargs="+", help="Of the part speed, only these.")
-    parser.add_argument("--limits", nargs=4, type=float, metavar="SECONDS", help=f"Of {', '.join(LIMITS)}.")
+    parser.add_argument("--limits", nargs=len(LIMITS), type=float, metavar="SECONDS", help=f"Of {', '.join(LIMITS)}.")
     parser.add_argument("--seconds", type=float, default=70.0, help="How long the small model trains.")
     parser.add_argument("--scenes", default=str(ROOT / "examples" / "data"), help="Folder of scenes.py.")
     parser.add_argument("--scenes_count", type=int, default=400_000, help="How many are drawn.")

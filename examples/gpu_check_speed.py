@@ -1,4 +1,4 @@
-"""What the base models' steps cost on one accelerator: the parts `speed` and `fp8` of examples/gpu_check.py.
+"""What the base models' steps cost on one accelerator: the part `speed` of examples/gpu_check.py.
 
 Every step is the run's own: objective with teacher, autocast over fp32 weights, fused AdamW, the teacher's update.
 Batches lie on the device; captions have the lengths of web captions, a mean of 12 tokens and one of 64 in each batch.
@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from oner.training.arguments import Arguments, parse_arguments
 from oner.training.estimate import DEVICES, configuration_of, estimate
 from oner.training.flops import counted_flops, gemm_peak, wait_for
+from oner.training.flops_oner import PairShape, oner_step_flops
 from oner.training.gradient_cache import loss_and_gradients
 from oner.training.optimization import compile_regions
 from oner.training.parallel import make_accelerator
@@ -35,13 +36,13 @@ PAPER_EPOCHS, PAPER_PAIRS = 40, 5_100_000
 Figures = dict[str, Any]
 # name -> pattern of the kernels that belong to it, the first that fits
 KINDS = {
+    "compiled": "^triton",
     "attention": "flash|fmha|attention|sdpa|cudnn.*mha",
     "products": "gemm|cutlass|nvjet|cublas|_mm_|wgmma|xmma",
     "convolution": "conv|cudnn|nchw|nhwc|implicit|wgrad|dgrad",
     "norms": "norm|batch_norm",
     "optimiser": "adam|multi_tensor|foreach",
     "copies": "copy|cat|memcpy|memset|fill",
-    "compiled": "triton",
     "reductions": "reduce|softmax",
     "pointwise": "elementwise|gelu",
 }
@@ -156,6 +157,16 @@ def profiled(step: Callable[[], object], device: torch.device, rows: int = 20) -
     }
 
 
+def formula(step: ObjectiveStep, batches: list[Batch]) -> float:
+    """Operations of a step of OneR, attention counted over sequences of mean length: its kernel knows no padding."""
+    counted = []
+    for batch in batches:
+        pairs, words = len(batch["ids"]), len(batch["text_index"])
+        shape = PairShape(pairs, round(words / pairs), words, len(batch["mlm_index"]), keys=pairs)
+        counted.append(oner_step_flops(step.config, step.arguments.objective, shape).total)
+    return statistics.mean(counted)
+
+
 def oner_case(bench: Bench, pairs: int, compiled: bool, backend: str = "inductor") -> Figures:
     """OneR's base step in one go."""
     arguments = bench.arguments("oner_base_224.yaml", pairs)
@@ -163,8 +174,7 @@ def oner_case(bench: Bench, pairs: int, compiled: bool, backend: str = "inductor
     batches = bench.on_device(bench.batches(config, pairs))
     step = ObjectiveStep(arguments, config, bench.device, half=True)
     first = warm_up(step, batches, compiled, backend)
-    flops = statistics.mean(step.formula(batch) for batch in batches)
-    figures = bench.rated(bench.time(step, batches, pairs), flops)
+    figures = bench.rated(bench.time(step, batches, pairs), formula(step, batches))
     figures |= {"first_seconds": first, "profile": profiled(lambda: step(batches[0]), bench.device)}
     return figures
 
@@ -205,8 +215,7 @@ def cached_case(bench: Bench, pairs: int, chunks: int, compiled: bool, backend: 
     repeats, bench.repeats = bench.repeats, 1 if bench.tiny else 2
     figures = bench.time(whole, batches, pairs)
     bench.repeats = repeats
-    flops = statistics.mean(step.formula(bench.on_device([batch])[0]) for batch in batches)
-    return {**bench.rated(figures, flops), "chunks": chunks, "first_seconds": [first]}
+    return {**bench.rated(figures, formula(step, batches)), "chunks": chunks, "first_seconds": [first]}
 
 
 def other_case(bench: Bench, name: str, pairs: int, compiled: bool = False) -> Figures:
@@ -288,6 +297,7 @@ def speed(device: torch.device, tiny: bool, only: list[str] | None = None) -> It
         "peaks": lambda: peaks(bench),
         "oner_eager": lambda: oner_case(bench, n, compiled=False),
         "oner_compiled": lambda: oner_case(bench, n, compiled=True, backend=backend),
+        "oner_compiled_fp8": lambda: fp8_case(bench, n),
         "transformers_clip_eager": lambda: other_case(bench, "transformers_clip_bf16", n),
         "open_clip_eager": lambda: other_case(bench, "clip_bf16", n),
         "oner_cached": lambda: cached_case(bench, large, large // n, compiled=not tiny, backend=backend),
@@ -320,10 +330,10 @@ def to_fp8(models: list[torch.nn.Module], emulate: bool) -> int:
 
 
 def fp8_case(bench: Bench, pairs: int) -> Figures:
-    """OneR's compiled step with fp8 products, student and teacher."""
+    """OneR's compiled step with fp8 products, student and teacher; one batch over and over, for one set of graphs."""
     arguments = bench.arguments("oner_base_224.yaml", pairs)
     config = configuration_of(arguments)
-    batches = bench.on_device(bench.batches(config, pairs))
+    batches = bench.on_device(bench.batches(config, pairs, count=1))
     step = ObjectiveStep(arguments, config, bench.device, half=True)
     with step.autocast():
         before = float(step.loss(batches[0]).detach())
@@ -334,23 +344,6 @@ def fp8_case(bench: Bench, pairs: int) -> Figures:
     with step.autocast():
         after = float(step.loss(batches[0]).detach())
     first = warm_up(step, batches, compiled=not bench.tiny)
-    figures = bench.rated(bench.time(step, batches, pairs), statistics.mean(step.formula(one) for one in batches))
+    figures = bench.rated(bench.time(step, batches, pairs), formula(step, batches))
     figures |= {"linears": linears, "loss_in_bf16": before, "loss_in_fp8": after, "first_seconds": first}
     return {**figures, "profile": profiled(lambda: step(batches[0]), bench.device)}
-
-
-def fp8(device: torch.device, tiny: bool) -> Iterator[tuple[str, Any]]:
-    """The compiled step in fp8, to be held against `oner_compiled`, or that torchao is absent."""
-    try:
-        import torchao
-    except ImportError as error:
-        yield "absent", str(error)
-        return
-    yield "torchao", torchao.__version__
-    bench = Bench(device, tiny)
-    n = 4 if tiny else 256
-    cases = {
-        "peaks": lambda: peaks(bench),
-        "fp8": lambda: fp8_case(bench, n),
-    }
-    yield from run_cases(cases, device)

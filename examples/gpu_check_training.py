@@ -11,7 +11,9 @@ import os
 import sys
 import tarfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,8 +38,8 @@ SIDE, CAPTIONS, SEED = 64, 4, 1
 MODEL = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8}
 MODEL |= {"projection_dim": 256, "projector_layers": 1, "predictor_layers": 0, "scale_word_embeddings": True}
 MODEL |= {"temperature": 0.07, "max_text_length": 32}
-RUN = {"losses": ["itc", "cmc"], "loss_weights": {"cmc": 2}, "ema_momentum": 0.99, "weight_decay": 0.1}
-RUN |= {"batch_size": 512, "base_learning_rate": 7.5e-4, "mixed_precision": "bf16", "log_every": 50}
+RUN = {"losses": ["itc", "cmc"], "ema_momentum": 0.99, "weight_decay": 0.1, "mixed_precision": "bf16"}
+RUN |= {"batch_size": 1024, "base_learning_rate": 5e-4, "compile": True, "log_every": 50}
 CROP = 0.8  # least share of a picture's area
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RETRIEVAL = ("seen", "unseen_pairs", "unseen_style", "unseen_concepts")
@@ -125,7 +127,7 @@ class SceneBatches:
         self.images = torch.from_numpy(np.load(folder / "images.npy")).to(device)  # (S, H, W, 3) uint8
         self.tokens = np.load(folder / "tokens.npy")  # (S, C, W)
         self.config, self.device, self.batch_size = config, device, batch_size
-        self.total_steps = 0
+        self.total_steps, self.order = 0, None
         colours = [torch.tensor(one, device=device).view(1, 3, 1, 1) for one in (MEAN, STD)]
         self.mean, self.std = colours
 
@@ -133,15 +135,25 @@ class SceneBatches:
         return len(self.images)
 
     def __call__(self, start: int) -> Iterator[dict[str, Tensor]]:
-        epoch, order, steps = -1, None, len(self) // self.batch_size
-        for step in range(start, self.total_steps):
-            if step // steps != epoch:
-                epoch = step // steps
-                order = np.random.default_rng((SEED, epoch)).permutation(len(self))
-            place = step % steps * self.batch_size
-            yield self.batch(order[place : place + self.batch_size], np.random.default_rng((SEED, step, 1)))
+        """Texts of the next steps are laid out by a thread meanwhile."""
+        with ThreadPoolExecutor(1) as thread:
+            waiting = deque(thread.submit(self.texts, step) for step in range(start, min(start + 4, self.total_steps)))
+            for step in range(start, self.total_steps):
+                batch = waiting.popleft().result()
+                if step + 4 < self.total_steps:
+                    waiting.append(thread.submit(self.texts, step + 4))
+                yield {**batch, "pixel_values": self.pictures(batch["rows"], np.random.default_rng((SEED, step, 2)))}
 
-    def batch(self, rows: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+    def rows(self, step: int) -> np.ndarray:
+        """Each scene once an epoch. -> (B,)."""
+        epoch, place = divmod(step, len(self) // self.batch_size)
+        if self.order is None or self.order[0] != epoch:
+            self.order = epoch, np.random.default_rng((SEED, epoch)).permutation(len(self))
+        return self.order[1][place * self.batch_size :][: self.batch_size]
+
+    def texts(self, step: int) -> dict[str, Tensor]:
+        """All of a batch but its pictures, on the host."""
+        rows, rng = self.rows(step), np.random.default_rng((SEED, step, 1))
         words = self.tokens[rows, rng.integers(CAPTIONS, size=len(rows))].astype(np.int64)  # (B, W)
         real = words != self.config.pad_token_id
         words, real = words[:, : real.sum(1).max()], real[:, : real.sum(1).max()]
@@ -158,9 +170,7 @@ class SceneBatches:
             "rows": rows,
         }
         batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        if self.device.type == "cuda":
-            batch = {name: value.pin_memory() for name, value in batch.items()}
-        return {**batch, "pixel_values": self.pictures(batch["rows"], rng)}
+        return {name: value.pin_memory() for name, value in batch.items()} if self.device.type == "cuda" else batch
 
     def pictures(self, rows: Tensor, rng: np.random.Generator) -> Tensor:
         """A crop of each, of `CROP` to all of its area, resized back. (B,) -> (B, 3, H, W)."""
@@ -182,7 +192,7 @@ def build(folder: Path, tiny: bool, steps: int, output: Path) -> tuple[Arguments
     """The run's arguments, its model's configuration, and the processor of both."""
     from oner.processing.vl_tokenizer import tokenizer_from_vocab
 
-    fields = {**RUN, **({"batch_size": 16} if tiny else {}), "loss_weights": json.dumps(RUN["loss_weights"])}
+    fields = {**RUN, **({"batch_size": 16, "compile": False} if tiny else {})}
     fields |= {"max_steps": steps, "epochs": 1, "warmup_epochs": 0.05, "eval_every_epochs": 0, "save_every_epochs": 0}
     line = ["--train_data", "scenes", "--output_dir", str(output)]
     for name, value in fields.items():
@@ -331,7 +341,7 @@ def training(device: torch.device, tiny: bool, folder: Path, seconds: float, arc
     """Calibrates, trains, saves, measures; yields after each."""
     yield "prepared", wait_for_scenes(folder, 240)
     output = folder / "runs"
-    trial = 2 if tiny else 100
+    trial = 2 if tiny else 40
     arguments, config, processor = build(folder, tiny, trial, output / "trial")
     batches = SceneBatches(folder, config, device, arguments.run.batch_size)
     train(arguments, config, batches, trial)  # kernels are chosen
@@ -345,9 +355,12 @@ def training(device: torch.device, tiny: bool, folder: Path, seconds: float, arc
     trained = {"seconds": took, "pairs": pairs, "pairs_per_second": pairs / took, "scenes": len(batches)}
     trained |= {"parameters": model.num_parameters(), "model": config.to_diff_dict(), "run": RUN}
     yield "trained", {**trained, "log": log[:: max(1, len(log) // 20)]}
-    reader = Reader(model, processor)
+    # its layers are compiled for training; what is published and measured has the same weights
+    published = OneRForPreTraining(config).to(device)
+    published.load_state_dict(model.state_dict())
+    reader = Reader(published, processor)
     yield "measured", evaluate(reader, folder)
-    yield "saved", {"bytes": save(model, processor, output / "model", archive)}
+    yield "saved", {"bytes": save(published, processor, output / "model", archive)}
 
 
 def main() -> None:
