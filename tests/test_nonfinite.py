@@ -219,7 +219,7 @@ def test_the_norm_sees_every_gradient():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spoilt", [(), (4,)], ids=["finite", "a step that is not"])
+@pytest.mark.parametrize("spoilt", [(), (4,)], ids=["finite", "spoilt"])
 def test_an_accelerator_is_not_waited_for_between_lines_of_the_log(
     example, pairs, tmp_path, monkeypatch, family, spoilt
 ):
