@@ -6,7 +6,6 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from oner import OneRConfig
 from oner.command_line import COMMANDS, main
@@ -16,6 +15,7 @@ from oner.processing.vl_sampling import RowKey
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.arguments import parse_arguments
 from oner.training.estimate import DEVICES, GIB, Device, configuration_of, estimate
+from oner.training.flops import flop_counter
 from oner.training.objective import build_objective
 from oner.training.pair_loading import build_model
 from oner.training.rehearsal import pair_batch, rehearse
@@ -101,7 +101,7 @@ def real_step(given, config, half):
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss, _ = objective(model.train(), batch, 0.5)
         loss.backward()

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from .arguments import Arguments
+from .flops import flop_counter
 from .objective import build_objective
 from .pair_loading import build_model
 
@@ -126,13 +126,13 @@ def rehearse(
             return tensor
 
         model.train()
-        with FlopCounterMode(display=False) as pass_counter, torch.autograd.graph.saved_tensors_hooks(keep, _same):
+        with flop_counter() as pass_counter, torch.autograd.graph.saved_tensors_hooks(keep, _same):
             with nullcontext() if half is None else torch.autocast("cpu", half):
                 loss, _ = objective(model, batch, 0.5)
-        with FlopCounterMode(display=False) as target_counter, torch.no_grad():
+        with flop_counter() as target_counter, torch.no_grad():
             with nullcontext() if half is None else torch.autocast("cpu", half):
                 objective.targets(model, batch, 0.5)
-        with FlopCounterMode(display=False) as back_counter:
+        with flop_counter() as back_counter:
             loss.backward()
     teachers = [teacher.model for teacher in objective.teachers()]
     targets = float(target_counter.get_total_flops())
