@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # where nothing is installed, as on a machine lent for an hour
 # what runs side by side, in this order: the speed of a step is measured alone
 ROUNDS = (("speed",), ("checks", "training"))
 PARTS = [part for parts in ROUNDS for part in parts]
@@ -36,7 +37,18 @@ Figures = dict[str, Any]
 def run_checks(output: Path, tiny: bool) -> Iterator[tuple[str, Any]]:
     """pytest over the tests marked `gpu`: each one's outcome as it comes, then what those said that failed."""
     report = output.with_suffix(".xml")
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-m",
+        "gpu and not slow",
+        "-W",
+        "default",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["tests/test_gpu.py", "tests/test_nonfinite.py", f"--junitxml={report}"]
     if not tiny and find_spec("xdist"):
         command += ["-n", "8"]  # most of their time is start-up and compilation, on the host
@@ -62,6 +74,13 @@ def figures_of(part: str, options: argparse.Namespace) -> Iterator[tuple[str, An
     device, output = torch.device(options.device), Path(options.output)
     if part == "checks":
         return run_checks(output, options.tiny)
+    if part == "prepare":
+        from gpu_check_training import prepare
+
+        os.nice(10)
+        workers = 1 if options.tiny else max(1, (os.cpu_count() or 2) - 4)
+        sizes = (200, 40) if options.tiny else (options.scenes_count, 1000)
+        return prepare(Path(options.work), Path(options.scenes), *sizes, workers)
     if part == "training":
         from gpu_check_training import training
 
@@ -114,25 +133,17 @@ class Parts:
         self.options, self.folder = options, folder
 
     def start(self, part: str) -> subprocess.Popen:
+        options = self.options
         command = [sys.executable, __file__, "--part", part, "--output", str(self.folder / f"{part}.json")]
-        command += ["--device", self.options.device, "--work", str(self.folder / "scenes")]
-        command += ["--seconds", str(self.options.seconds), "--model", self.options.model]
-        command += ["--tiny"] if self.options.tiny else []
-        command += ["--cases", *self.options.cases] if self.options.cases else []
-        return self.spawn(command)
-
-    def spawn(self, command: list[str]) -> subprocess.Popen:
-        # not the examples' own folder, whose evaluate.py has another package's name
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        command += ["--device", options.device, "--work", str(self.folder / "scenes"), "--scenes", options.scenes]
+        command += ["--scenes_count", str(options.scenes_count), "--seconds", str(options.seconds)]
+        command += ["--model", options.model, *(["--tiny"] if options.tiny else [])]
+        command += ["--cases", *options.cases] if options.cases else []
+        return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
     def prepare(self) -> subprocess.Popen:
-        """Scenes are drawn beside the first rounds, by the cores that they leave idle."""
-        sizes = (200, 40) if self.options.tiny else (self.options.scenes_count, 1000)
-        workers = 1 if self.options.tiny else max(1, (os.cpu_count() or 2) - 4)
-        command = [sys.executable, str(ROOT / "examples" / "gpu_check_training.py"), str(self.folder / "scenes")]
-        return self.spawn([*command, self.options.scenes, *map(str, (*sizes, workers))])
+        """Scenes are drawn beside the first round, by the cores that it leaves idle."""
+        return self.start("prepare")
 
     def finish(self, part: str, process: subprocess.Popen, limit: float) -> Figures:
         """What the part left, and whether it was stopped."""
@@ -195,7 +206,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=70.0, help="How long the small model trains.")
     parser.add_argument("--scenes", default=str(ROOT / "examples" / "data"), help="Folder of scenes.py.")
     parser.add_argument("--scenes_count", type=int, default=400_000, help="How many are drawn.")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=[*PARTS, "prepare"], help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

@@ -7,7 +7,6 @@ S scenes, B pairs, N patches, W token slots, C captions a scene.
 """
 
 import json
-import os
 import sys
 import tarfile
 import time
@@ -77,7 +76,7 @@ def _evaluation_scene(job: tuple[str, int, int | None], folder: Path) -> tuple[n
     return np.asarray(made.image), _describe(made)
 
 
-def prepare(output: Path, folder: Path, count: int, evaluated: int, workers: int) -> None:
+def prepare(output: Path, folder: Path, count: int, evaluated: int, workers: int) -> Iterator[tuple[str, float]]:
     """Scenes for training and for evaluation, the tokenizer, and every caption's tokens; `done` is written last."""
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
@@ -91,6 +90,7 @@ def prepare(output: Path, folder: Path, count: int, evaluated: int, workers: int
         told = pool.map(partial(_evaluation_scene, folder=folder), [job for _, job in jobs], chunksize=16)
         texts = [scene for part in pool.map(partial(_render, folder=folder, path=path), bounds, 1) for scene in part]
     drawn = time.perf_counter() - start
+    yield "drawn", drawn
     sets: dict[str, list] = {}
     for (name, _), one in zip(jobs, told, strict=True):
         sets.setdefault(name, []).append(one)
@@ -361,14 +361,3 @@ def training(device: torch.device, tiny: bool, folder: Path, seconds: float, arc
     reader = Reader(published, processor)
     yield "measured", evaluate(reader, folder)
     yield "saved", {"bytes": save(published, processor, output / "model", archive)}
-
-
-def main() -> None:
-    """`python gpu_check_training.py FOLDER SCENES COUNT EVALUATED WORKERS`: `prepare` in a process of its own."""
-    os.nice(10)
-    folder, scenes, *numbers = sys.argv[1:]
-    prepare(Path(folder), Path(scenes), *map(int, numbers))
-
-
-if __name__ == "__main__":
-    main()

@@ -49,17 +49,22 @@ def relative(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return (difference / sum(float(value.square().sum()) for value in other.values())) ** 0.5
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_losses_in_half_precision_are_those_of_fp32(family, half):
-    expected, parts, gradients = one_step(family)
-    loss, parts_in_half, gradients_in_half = one_step(family, half)
-    assert loss == pytest.approx(expected, rel=0.02)
-    assert parts_in_half == pytest.approx(parts, rel=0.04)
-    assert relative(gradients_in_half, gradients) < 0.15
+# errors of the gradient are three times what they are on a CPU, at most
+@pytest.mark.parametrize(("half", "error"), [(torch.bfloat16, 0.15), (torch.float16, 0.01)], ids=["bf16", "fp16"])
+def test_a_step_in_half_precision_is_that_of_fp32(family, half, error):
+    """Without batch norm: over eight rows it makes of a bf16 rounding half of the gradient, on a CPU as well."""
+    expected, parts, gradients = one_step(family, **family.tiny.APART)
+    loss, parts_in_half, gradients_in_half = one_step(family, half, **family.tiny.APART)
+    assert loss == pytest.approx(expected, rel=0.005)
+    assert parts_in_half == pytest.approx(parts, rel=0.01)
+    assert relative(gradients_in_half, gradients) < error
 
 
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+# flex_attention compiles a kernel for each shape: minutes
+@pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_every_attention_computes_the_same(family, attention):
+    if attention == "flex_attention" and not family.classes[PRETRAINING]._supports_flex_attn:
+        pytest.skip(f"{family.name} does not say that it works with flex_attention")
     expected, parts, gradients = one_step(family, attn_implementation="sdpa")
     loss, other_parts, other_gradients = one_step(family, attn_implementation=attention)
     assert loss == pytest.approx(expected, rel=1e-4)
