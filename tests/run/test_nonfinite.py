@@ -220,16 +220,29 @@ def test_the_norm_sees_every_gradient():
         assert not gradient_norm(weights).isfinite()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
-def test_an_accelerator_is_not_waited_for_between_lines_of_the_log(example, pairs, tmp_path, monkeypatch):
-    train_step = Engine._train_step
+@pytest.mark.gpu
+@pytest.mark.parametrize("spoilt", [(), (4,)], ids=["finite", "spoilt"])
+def test_an_accelerator_is_not_waited_for_between_lines_of_the_log(
+    example, pairs, tmp_path, monkeypatch, family, spoilt
+):
+    """A step that is not applied makes the host wait no more than one that is."""
+    train_step, weights = Engine._train_step, {}
 
-    def watched(self, batch):
+    def watched(self, batches):
+        if self.step + 1 in spoilt:
+            batches["pairs"]["pixel_values"][3, 0, 5, 5] = 3e38
+        pairs = {name: value.pin_memory() for name, value in batches["pairs"].items()}
         torch.cuda.set_sync_debug_mode("error" if self.step > 1 else "default")
         try:
-            return train_step(self, {"pairs": {name: value.pin_memory() for name, value in batch["pairs"].items()}})
+            told = train_step(self, {"pairs": pairs})
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        weights[self.step] = max(self.model.parameters(), key=torch.numel).detach().clone()
+        return told
 
     monkeypatch.setattr(Engine, "_train_step", watched)
-    example.main(tiny_arguments(pairs, tmp_path, log_every=100, mixed_precision="bf16", max_grad_norm=1.0))
+    options = {"log_every": 100, "mixed_precision": "bf16", "max_grad_norm": 1.0}
+    example.main(tiny_arguments(pairs, tmp_path, family.name, **options))
+    assert len(weights) == 10
+    for step in range(2, 11):
+        assert torch.equal(weights[step], weights[step - 1]) == (step in spoilt), step
