@@ -1,0 +1,208 @@
+"""Scenes composed of the embedded emoji, everything about them known. Made on the fly, or written as parquet.
+
+    python examples/data/scenes.py runs/scenes --pairs 40000                      train.parquet
+    python examples/data/scenes.py runs/scenes --pairs 1000 --split unseen_pairs unseen_style
+    python examples/data/scenes.py runs/scenes --pairs 1000 --split seen --queries    composed queries too
+
+In a program: `scene(seed, split, index)` is a pure function; it draws the same scene at any size and on any machine.
+"""
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from scenes_captions import Caption, HardCaption, draw_captions, draw_hard_captions
+from scenes_concepts import concept_table
+from scenes_drawing import pixel_box, render
+from scenes_layout import SPLITS, Layout, draw_layout, generator, pool
+from scenes_statements import relations
+from tqdm.auto import tqdm
+
+SIZE = 64
+CAPTIONS = 4
+ROWS_A_GROUP = 2048  # of a parquet file's row groups
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One thing of a scene: `box` (x, y, width, height) in pixels holds it exactly, though others may hide a part.
+
+    `group` is the place of its group in the scene: things of one group share concept, size and drawing.
+    """
+
+    hexcode: str
+    name: str
+    box: tuple[int, int, int, int]
+    size: str
+    style: str
+    group: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is known of it.
+
+    Attributes:
+        relations: (group, "left" | "right" | "above" | "below", group), where it is beyond dispute.
+        hard: false captions, each with one thing changed.
+        layout: where all of this comes from, lengths as shares of the picture's side.
+    """
+
+    id: str
+    image: Image.Image
+    captions: tuple[Caption, ...]
+    hard: tuple[HardCaption, ...]
+    objects: tuple[Thing, ...]
+    relations: tuple[tuple[int, str, int], ...]
+    layout: Layout
+
+    @property
+    def texts(self) -> list[str]:
+        return [caption.text for caption in self.captions]
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """Hexcode of each group."""
+        return self.layout.concepts
+
+
+def scene(
+    seed: int,
+    split: str,
+    index: int,
+    size: int = SIZE,
+    captions: int = CAPTIONS,
+    groups: int | None = None,
+) -> Scene:
+    """
+    Scene `index` of a split: "train", "seen", "unseen_pairs", "unseen_style" or "unseen_concepts".
+
+    Args:
+        seed: of everything; scenes of two seeds, splits or indices have nothing to do with each other.
+        size: pixels a side; the layout is the same at every size.
+        captions: how many true captions; a scene of one thing may have fewer.
+        groups: how many groups of things, 1 to 4; drawn if None.
+
+    Raises:
+        ValueError: no such split.
+    """
+    layout = draw_layout(seed, split, index, groups)
+    written = draw_captions(generator("captions", seed, split, index), layout, captions)
+    hard = draw_hard_captions(generator("hard captions", seed, split, index), layout, written, split)
+    return Scene(
+        f"{split}-{seed}-{index}",
+        render(layout, size),
+        tuple(written),
+        tuple(hard),
+        things(layout, size),
+        relations(layout),
+        layout,
+    )
+
+
+def things(layout: Layout, size: int) -> tuple[Thing, ...]:
+    """Every thing of a layout, in the order in which they are painted."""
+    return tuple(
+        Thing(
+            group.hexcode,
+            concept_table()[group.hexcode].name,
+            pixel_box(box, size),
+            group.size,
+            group.sprite.style,
+            number,
+        )
+        for number, group in enumerate(layout.groups)
+        for box in group.boxes
+    )
+
+
+def row(made: Scene) -> dict[str, Any]:
+    """A scene as a row of parquet, in the columns that `oner.open_pairs` reads and more."""
+    buffer = BytesIO()
+    made.image.save(buffer, "PNG", compress_level=1)
+    return {
+        "id": made.id,
+        "image": {"bytes": buffer.getvalue(), "path": f"{made.id}.png"},
+        "text": made.texts[0],
+        "captions": made.texts,
+        "concepts": "+".join(sorted(made.concepts)),
+        "names": [concept_table()[hexcode].name for hexcode in made.concepts],
+        "objects": [{**vars(thing), "box": list(thing.box)} for thing in made.objects],
+        "relations": [{"subject": one, "relation": how, "object": other} for one, how, other in made.relations],
+        "hard_captions": [hard.text for hard in made.hard],
+        "hard_kinds": [hard.kind for hard in made.hard],
+        "hard_of": [hard.of for hard in made.hard],
+        "background": made.layout.background.colour,
+        "pattern": made.layout.background.pattern,
+        "license": " AND ".join(sorted({group.sprite.license for group in made.layout.groups})),
+    }
+
+
+def make_row(index: int, seed: int, split: str, size: int) -> dict[str, Any]:
+    """The row of scene `index`."""
+    return row(scene(seed, split, index, size))
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], total: int) -> None:
+    """A parquet file of rows, which appears when it is whole."""
+    part, writer, waiting = path.with_suffix(".part"), None, []
+
+    def flush() -> None:
+        nonlocal writer
+        table = pa.Table.from_pylist(waiting, writer.schema if writer else None)
+        writer = writer or pq.ParquetWriter(part, table.schema)
+        writer.write_table(table)
+        waiting.clear()
+
+    for made in tqdm(rows, path.name, total, unit=" rows", mininterval=1):
+        waiting.append(made)
+        if len(waiting) == ROWS_A_GROUP:
+            flush()
+    if waiting or writer is None:
+        flush()
+    writer.close()
+    os.replace(part, path)
+
+
+def in_order(make: Any, total: int, workers: int) -> Iterable[Any]:
+    """`make(0)`, `make(1)` ...: by several processes, in order, the same whatever their number."""
+    if workers <= 1:
+        yield from map(make, range(total))
+        return
+    with multiprocessing.get_context("fork").Pool(workers) as processes:
+        yield from processes.imap(make, range(total), chunksize=64)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder of the parquet files")
+    parser.add_argument("--pairs", type=int, default=1000, help="scenes a split (default %(default)s)")
+    parser.add_argument("--split", nargs="+", choices=list(SPLITS), default=["train"], help="default train")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
+    return parser
+
+
+def main(given: list[str] | None = None) -> None:
+    """The command."""
+    args = arguments().parse_args(given)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for split in args.split:
+        pool(split)  # sprites are cut out once, before the processes part
+        make = partial(make_row, seed=args.seed, split=split, size=args.size)
+        write_rows(args.output / f"{split}.parquet", in_order(make, args.pairs, args.workers), args.pairs)
+
+
+if __name__ == "__main__":
+    main()
