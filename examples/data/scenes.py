@@ -2,34 +2,29 @@
 
     python examples/data/scenes.py runs/scenes --pairs 40000                      train.parquet
     python examples/data/scenes.py runs/scenes --pairs 1000 --split unseen_pairs unseen_style
-    python examples/data/scenes.py runs/scenes --pairs 1000 --split seen --queries    composed queries too
+    python examples/data/scenes.py runs/scenes --pairs 1000 --split seen --queries 500    composed queries too
 
 In a program: `scene(seed, split, index)` is a pure function; it draws the same scene at any size and on any machine.
 """
 
 import argparse
 import multiprocessing
-import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from scenes_captions import Caption, HardCaption, draw_captions, draw_hard_captions
 from scenes_concepts import concept_table
 from scenes_drawing import pixel_box, render
 from scenes_layout import SPLITS, Layout, draw_layout, generator, pool
+from scenes_rows import as_row, query_rows, write_queries, write_rows
 from scenes_statements import relations
-from tqdm.auto import tqdm
 
 SIZE = 64
 CAPTIONS = 4
-ROWS_A_GROUP = 2048  # of a parquet file's row groups
 
 
 @dataclass(frozen=True)
@@ -125,63 +120,6 @@ def things(layout: Layout, size: int) -> tuple[Thing, ...]:
     )
 
 
-def row(made: Scene) -> dict[str, Any]:
-    """A scene as a row of parquet, in the columns that `oner.open_pairs` reads and more."""
-    buffer = BytesIO()
-    made.image.save(buffer, "PNG", compress_level=1)
-    return {
-        "id": made.id,
-        "image": {"bytes": buffer.getvalue(), "path": f"{made.id}.png"},
-        "text": made.texts[0],
-        "captions": made.texts,
-        "concepts": "+".join(sorted(made.concepts)),
-        "names": [concept_table()[hexcode].name for hexcode in made.concepts],
-        "objects": [{**vars(thing), "box": list(thing.box)} for thing in made.objects],
-        "relations": [{"subject": one, "relation": how, "object": other} for one, how, other in made.relations],
-        "hard_captions": [hard.text for hard in made.hard],
-        "hard_kinds": [hard.kind for hard in made.hard],
-        "hard_of": [hard.of for hard in made.hard],
-        "background": made.layout.background.colour,
-        "pattern": made.layout.background.pattern,
-        "license": " AND ".join(sorted({group.sprite.license for group in made.layout.groups})),
-    }
-
-
-def make_row(index: int, seed: int, split: str, size: int) -> dict[str, Any]:
-    """The row of scene `index`."""
-    return row(scene(seed, split, index, size))
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]], total: int) -> None:
-    """A parquet file of rows, which appears when it is whole."""
-    part, writer, waiting = path.with_suffix(".part"), None, []
-
-    def flush() -> None:
-        nonlocal writer
-        table = pa.Table.from_pylist(waiting, writer.schema if writer else None)
-        writer = writer or pq.ParquetWriter(part, table.schema)
-        writer.write_table(table)
-        waiting.clear()
-
-    for made in tqdm(rows, path.name, total, unit=" rows", mininterval=1):
-        waiting.append(made)
-        if len(waiting) == ROWS_A_GROUP:
-            flush()
-    if waiting or writer is None:
-        flush()
-    writer.close()
-    os.replace(part, path)
-
-
-def in_order(make: Any, total: int, workers: int) -> Iterable[Any]:
-    """`make(0)`, `make(1)` ...: by several processes, in order, the same whatever their number."""
-    if workers <= 1:
-        yield from map(make, range(total))
-        return
-    with multiprocessing.get_context("fork").Pool(workers) as processes:
-        yield from processes.imap(make, range(total), chunksize=64)
-
-
 def arguments() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,6 +128,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--split", nargs="+", choices=list(SPLITS), default=["train"], help="default train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side (default %(default)s)")
+    parser.add_argument("--queries", type=int, default=0, metavar="N", help="composed queries a split, with galleries")
     parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
     return parser
 
@@ -200,8 +139,26 @@ def main(given: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for split in args.split:
         pool(split)  # sprites are cut out once, before the processes part
-        make = partial(make_row, seed=args.seed, split=split, size=args.size)
-        write_rows(args.output / f"{split}.parquet", in_order(make, args.pairs, args.workers), args.pairs)
+        given = {"seed": args.seed, "split": split, "size": args.size}
+        pairs = in_order(partial(scene_row, **given), args.pairs, args.workers)
+        write_rows(args.output / f"{split}.parquet", pairs, args.pairs)
+        if args.queries:
+            queries = in_order(partial(query_rows, **given), args.queries, args.workers)
+            write_queries(args.output, split, queries, args.queries)
+
+
+def scene_row(index: int, seed: int, split: str, size: int) -> dict[str, Any]:
+    """The row of scene `index`."""
+    return as_row(scene(seed, split, index, size))
+
+
+def in_order(make: Callable[[int], Any], total: int, workers: int) -> Iterable[Any]:
+    """`make(0)`, `make(1)` ...: by several processes, in order, the same whatever their number."""
+    if workers <= 1:
+        yield from map(make, range(total))
+        return
+    with multiprocessing.get_context("fork").Pool(workers) as processes:
+        yield from processes.imap(make, range(total), chunksize=64)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""English captions of a scene, from a small grammar, and hard captions: one thing changed, and false of the picture."""
+"""English captions of a scene, from a small grammar, and hard captions: one thing changed, and no longer true."""
 
 import random
 from collections.abc import Sequence

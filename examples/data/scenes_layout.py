@@ -4,10 +4,11 @@ A scene holds one to four groups; a group is one to four things of one concept, 
 Lengths are shares of the picture's side, boxes are (x, y, width, height).
 """
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import combinations
 
 from scenes_concepts import confusable, held_out_pairs, is_held_out
 from scenes_sprites import Sprite, load_sprites
@@ -123,7 +124,7 @@ def draw_layout(seed: int, split: str, index: int, groups: int | None = None) ->
 
 
 def draw_concepts(rng: random.Random, split: str, number: int) -> tuple[str, ...]:
-    """Different concepts that may stand together in this split; in "unseen_pairs" the first two are a held-out pair."""
+    """Different concepts that may stand together in this split; "unseen_pairs" has a held-out pair first."""
     if split == "unseen_pairs":
         number = max(number, 2)
         pairs = held_out_pairs(pool(split))
@@ -152,7 +153,7 @@ def draw_background(rng: random.Random, sprites: list[Sprite]) -> Background:
     shades = {name: tuple(min(255, c + rng.randint(-9, 9)) for c in COLOURS[name]) for name in names}
 
     def contrast(name: str) -> float:
-        return min(sum((a - b) ** 2 for a, b in zip(sprite.rim, shades[name])) for sprite in sprites) ** 0.5
+        return min(math.dist(sprite.rim, shades[name]) for sprite in sprites)
 
     colour = next((name for name in names if contrast(name) >= CONTRAST), None) or max(names, key=contrast)
     return Background(colour, rng.choices(*PATTERNS)[0], shades[colour], rng.randrange(2))
@@ -171,21 +172,27 @@ def _place(rng: random.Random, sprites: list[Sprite], calm: bool) -> tuple[Group
         total += count
         big_fits = count == 1 or (count == 2 and len(sprites) <= 2)
         size = "big" if big_fits and not calm and rng.random() < 0.5 else "small"
-        offsets = _cluster(rng, sprite, size, count)
-        width = max(box[0] + box[2] for box in offsets)
-        height = max(box[1] + box[3] for box in offsets)
-
-        # Where: anywhere that hides no group too much.
-        for _ in range(TRIES):
-            hull = (rng.uniform(0, 1 - width), rng.uniform(0, 1 - height), width, height)
-            if all(shared(hull, other) <= overlap for other in hulls):
-                break
-        else:
+        group = find_place(rng, sprite, size, count, hulls, overlap)
+        if group is None:
             return None
-        boxes = tuple((hull[0] + x, hull[1] + y, w, h) for x, y, w, h in offsets)
-        groups.append(Group(sprite, size, rng.random() < 0.5, boxes))
-        hulls.append(hull)
+        groups.append(group)
+        hulls.append(group.hull)
     return tuple(groups)
+
+
+def find_place(
+    rng: random.Random, sprite: Sprite, size: str, count: int, hulls: Sequence[Box], overlap: float
+) -> Group | None:
+    """A group that shares at most `overlap` with any of the hulls, facing either way; None if no room was found."""
+    offsets = _cluster(rng, sprite, size, count)
+    width = max(box[0] + box[2] for box in offsets)
+    height = max(box[1] + box[3] for box in offsets)
+    for _ in range(TRIES):
+        hull = (rng.uniform(0, 1 - width), rng.uniform(0, 1 - height), width, height)
+        if all(shared(hull, other) <= overlap for other in hulls):
+            boxes = tuple((hull[0] + x, hull[1] + y, w, h) for x, y, w, h in offsets)
+            return Group(sprite, size, rng.random() < 0.5, boxes)
+    return None
 
 
 def _cluster(rng: random.Random, sprite: Sprite, size: str, count: int) -> list[Box]:
@@ -212,8 +219,3 @@ def shared(first: Box, second: Box) -> float:
     if width <= 0 or height <= 0:
         return 0.0
     return width * height / min(first[2] * first[3], second[2] * second[3])
-
-
-def meeting_pairs(layout: Layout) -> list[tuple[str, str]]:
-    """Every pair of concepts in a layout."""
-    return list(combinations(layout.concepts, 2))

@@ -29,7 +29,7 @@ EDGE, OTHER_SIDE, MIDDLE = 0.37, 0.5, 0.09
 
 @dataclass(frozen=True)
 class Phrase:
-    """Things spoken of: `count` of one concept; `size` and `place` where they are told. `word` replaces the article."""
+    """Things spoken of: `count` of one concept; `size` and `place` if they are told. `word` replaces the article."""
 
     hexcode: str
     count: int
