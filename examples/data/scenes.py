@@ -8,8 +8,6 @@ In a program: `scene(seed, split, index)` is a pure function; it draws the same 
 """
 
 import argparse
-import multiprocessing
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +18,9 @@ from scenes_captions import Caption, HardCaption, draw_captions, draw_hard_capti
 from scenes_concepts import concept_table
 from scenes_drawing import pixel_box, render
 from scenes_layout import SPLITS, Layout, draw_layout, generator, pool
-from scenes_rows import as_row, query_rows, write_queries, write_rows
+from scenes_rows import as_row, in_order, query_rows, write_queries, write_rows
 from scenes_statements import relations
+from scenes_tasks import write_tasks
 
 SIZE = 64
 CAPTIONS = 4
@@ -129,6 +128,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side (default %(default)s)")
     parser.add_argument("--queries", type=int, default=0, metavar="N", help="composed queries a split, with galleries")
+    parser.add_argument("--tasks", type=int, default=0, metavar="N", help="scenes to fine-tune on, in OUTPUT/tasks")
     parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
     return parser
 
@@ -145,20 +145,16 @@ def main(given: list[str] | None = None) -> None:
         if args.queries:
             queries = in_order(partial(query_rows, **given), args.queries, args.workers)
             write_queries(args.output, split, queries, args.queries)
+    if args.tasks:
+        for split in ("train", "unseen_style"):
+            pool(split)
+        evaluating = min(1000, -(-args.tasks // 4))
+        write_tasks(args.output / "tasks", args.seed, args.size, args.tasks, evaluating, args.workers)
 
 
 def scene_row(index: int, seed: int, split: str, size: int) -> dict[str, Any]:
     """The row of scene `index`."""
     return as_row(scene(seed, split, index, size))
-
-
-def in_order(make: Callable[[int], Any], total: int, workers: int) -> Iterable[Any]:
-    """`make(0)`, `make(1)` ...: by several processes, in order, the same whatever their number."""
-    if workers <= 1:
-        yield from map(make, range(total))
-        return
-    with multiprocessing.get_context("fork").Pool(workers) as processes:
-        yield from processes.imap(make, range(total), chunksize=64)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ STYLES = ("plain", "picture", "there", "verb")
 RELATIONS = {
     "left": ("to the left of", "left of"),
     "right": ("to the right of", "right of"),
-    "above": ("above", "higher than"),
-    "below": ("below", "lower than"),
+    "above": ("above",),
+    "below": ("below",),
 }
 PLACE_WORDS = {
     "left": "on the left",
@@ -68,7 +68,10 @@ def write(statement: Statement) -> str:
         words.append("there are" if statement.subjects[0].count > 1 else "there is")
     words.append(listed(subjects))
     if statement.relation:
-        words += [("are" if several else "is") if verb else "", RELATIONS[statement.relation][0]]
+        words += [
+            ("are" if several else "is") if verb else "",
+            RELATIONS[statement.relation][-1 if style == "plain" else 0],
+        ]
         words.append(listed([say(phrase) for phrase in statement.objects]))
     if statement.others:
         words += ["with" if statement.relation else "and", listed([say(phrase) for phrase in statement.others])]

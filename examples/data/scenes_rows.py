@@ -7,8 +7,9 @@ Composed queries, {split}_queries.parquet and {split}_gallery.parquet: `target` 
 rows in the gallery, the target first, the reference redrawn second; `names` says what each choice is.
 """
 
+import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,15 @@ def write_queries(
 
     write_rows(folder / f"{split}_gallery.parquet", gallery(), None)
     write_rows(folder / f"{split}_queries.parquet", asked, total)
+
+
+def in_order(make: Callable[[int], Any], total: int, workers: int) -> Iterable[Any]:
+    """`make(0)`, `make(1)` ...: by several processes, in order, the same whatever their number."""
+    if workers <= 1:
+        yield from map(make, range(total))
+        return
+    with multiprocessing.get_context("fork").Pool(workers) as processes:
+        yield from processes.imap(make, range(total), chunksize=64)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], total: int | None) -> None:

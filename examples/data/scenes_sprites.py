@@ -49,29 +49,31 @@ def cut_out(pixels: np.ndarray) -> np.ndarray:
     pixel next to it, and takes that colour and that opacity, so that no white fringe is left.
     """
     # Paper: what is white and reached from the border in steps of one pixel.
-    bright = pixels.min(-1) >= PAPER  # (N, H, W)
+    pixels = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)  # (N, H + 2, W + 2, 3)
+    red, green, blue = (np.ascontiguousarray(pixels[..., channel]) for channel in range(3))
+    bright = np.minimum(np.minimum(red, green), blue) >= PAPER
     paper = np.zeros_like(bright)
-    paper[:, [0, -1]] = bright[:, [0, -1]]
-    paper[:, :, [0, -1]] = bright[:, :, [0, -1]]
-    reached = -1
-    while (count := int(paper.sum())) != reached:
-        reached = count
-        paper = _grown(paper) & bright
+    paper[:, 0] = True
+    while not np.array_equal(grown := _grown(paper) & bright, paper):
+        paper = grown
 
     # Rim: what lies next to paper; its colour is that of its darkest neighbour.
     rim = _grown(paper) & ~paper
-    solid = np.where(paper[..., None], 255, pixels).astype(np.int16)
-    padded = np.pad(solid, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    height, width = paper.shape[1:]
-    shifts = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
-    stacked = np.stack(shifts)  # (9, N, H, W, 3)
-    darkest = np.take_along_axis(stacked, stacked.sum(-1).argmin(0)[None, ..., None], 0)[0]  # (N, H, W, 3)
+    light = np.where(paper, 765, red.astype(np.int16) + green + blue)
+    places = np.arange(light.size).reshape(light.shape)
+    darkest, source = light.copy(), places.copy()
+    for axis, step in ((1, 1), (1, -1), (2, 1), (2, -1)):
+        beside = np.roll(light, step, axis)
+        darker = rim & (beside < darkest)
+        darkest[darker] = beside[darker]
+        source[darker] = np.roll(places, step, axis)[darker]
 
     # Opacity: how far the pixel has gone from white to that colour.
-    gone = (255 - solid).sum(-1) / np.maximum((255 - darkest).sum(-1), 1)  # (N, H, W)
+    gone = (765 - light) / np.maximum(765 - darkest, 1)
     alpha = np.where(paper, 0, np.where(rim, np.clip(gone, 0, 1), 1))
-    colour = np.where((rim & (gone < 1))[..., None], darkest, solid)
-    return np.concatenate([colour, np.rint(alpha * 255)[..., None]], -1).astype(np.uint8)
+    colour = pixels.reshape(-1, 3)[source]
+    cut = np.concatenate([colour, np.rint(alpha * 255).astype(np.uint8)[..., None]], -1)
+    return cut[:, 1:-1, 1:-1]  # (N, H, W, 4)
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
