@@ -8,6 +8,7 @@ In a program: `scene(seed, split, index)` is a pure function; it draws the same 
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from scenes_captions import Caption, HardCaption, draw_captions, draw_hard_captions
 from scenes_concepts import concept_table
 from scenes_drawing import pixel_box, render
+from scenes_languages import LANGUAGES
 from scenes_layout import SPLITS, Layout, draw_layout, generator, pool
 from scenes_rows import as_row, in_order, query_rows, write_queries, write_rows
 from scenes_statements import relations
@@ -76,6 +78,7 @@ def scene(
     size: int = SIZE,
     captions: int = CAPTIONS,
     groups: int | None = None,
+    hard: bool = True,
 ) -> Scene:
     """
     Scene `index` of a split: "train", "seen", "unseen_pairs", "unseen_style" or "unseen_concepts".
@@ -85,18 +88,20 @@ def scene(
         size: pixels a side; the layout is the same at every size.
         captions: how many true captions; a scene of one thing may have fewer.
         groups: how many groups of things, 1 to 4; drawn if None.
+        hard: whether hard captions are made too; what else the scene holds does not depend on it.
 
     Raises:
         ValueError: no such split.
     """
     layout = draw_layout(seed, split, index, groups)
     written = draw_captions(generator("captions", seed, split, index), layout, captions)
-    hard = draw_hard_captions(generator("hard captions", seed, split, index), layout, written, split)
+    rng = generator("hard captions", seed, split, index)
+    false = draw_hard_captions(rng, layout, written, split) if hard else []
     return Scene(
         f"{split}-{seed}-{index}",
         render(layout, size),
         tuple(written),
-        tuple(hard),
+        tuple(false),
         things(layout, size),
         relations(layout),
         layout,
@@ -129,6 +134,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side (default %(default)s)")
     parser.add_argument("--queries", type=int, default=0, metavar="N", help="composed queries a split, with galleries")
     parser.add_argument("--tasks", type=int, default=0, metavar="N", help="scenes to fine-tune on, in OUTPUT/tasks")
+    parser.add_argument("--languages", nargs="+", choices=[*LANGUAGES, "all"], default=[], help="beside English")
     parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
     return parser
 
@@ -140,7 +146,8 @@ def main(given: list[str] | None = None) -> None:
     for split in args.split:
         pool(split)  # sprites are cut out once, before the processes part
         given = {"seed": args.seed, "split": split, "size": args.size}
-        pairs = in_order(partial(scene_row, **given), args.pairs, args.workers)
+        languages = list(LANGUAGES) if args.languages == ["all"] else args.languages
+        pairs = in_order(partial(scene_row, **given, languages=languages), args.pairs, args.workers)
         write_rows(args.output / f"{split}.parquet", pairs, args.pairs)
         if args.queries:
             queries = in_order(partial(query_rows, **given), args.queries, args.workers)
@@ -152,9 +159,9 @@ def main(given: list[str] | None = None) -> None:
         write_tasks(args.output / "tasks", args.seed, args.size, args.tasks, evaluating, args.workers)
 
 
-def scene_row(index: int, seed: int, split: str, size: int) -> dict[str, Any]:
+def scene_row(index: int, seed: int, split: str, size: int, languages: Sequence[str] = ()) -> dict[str, Any]:
     """The row of scene `index`."""
-    return as_row(scene(seed, split, index, size))
+    return as_row(scene(seed, split, index, size), languages)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ rows in the gallery, the target first, the reference redrawn second; `names` say
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from PIL import Image
 from scenes_captions import draw_captions
 from scenes_concepts import concept_table
 from scenes_drawing import render
+from scenes_languages import translate
 from scenes_layout import Layout, generator
 from scenes_queries import query
 from tqdm.auto import tqdm
@@ -30,9 +31,16 @@ if TYPE_CHECKING:
 ROWS_A_GROUP = 2048  # of a parquet file's row groups
 
 
-def as_row(made: "Scene") -> dict[str, Any]:
-    """A scene as a row."""
-    return {
+def as_row(made: "Scene", languages: Sequence[str] = ()) -> dict[str, Any]:
+    """A scene as a row. With languages: a column `captions_de` of the same captions in German and so on, and a column
+    `captions_all` of all of them and the English ones."""
+    translated = {
+        f"captions_{language}": [translate(caption.statement, language) for caption in made.captions]
+        for language in languages
+    }
+    if translated:
+        translated["captions_all"] = made.texts + [text for texts in translated.values() for text in texts]
+    return translated | {
         "id": made.id,
         "image": picture_cell(made.image, made.id),
         "text": made.texts[0],
