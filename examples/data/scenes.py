@@ -93,6 +93,7 @@ def scene(
     Raises:
         ValueError: no such split.
     """
+    # Each part has a generator of its own: what one draws does not depend on the others.
     layout = draw_layout(seed, split, index, groups)
     written = draw_captions(generator("captions", seed, split, index), layout, captions)
     rng = generator("hard captions", seed, split, index)
@@ -147,11 +148,13 @@ def main(given: list[str] | None = None) -> None:
         pool(split)  # sprites are cut out once, before the processes part
         given = {"seed": args.seed, "split": split, "size": args.size}
         languages = list(LANGUAGES) if args.languages == ["all"] else args.languages
+        # Pairs, then composed queries with their galleries.
         pairs = in_order(partial(scene_row, **given, languages=languages), args.pairs, args.workers)
         write_rows(args.output / f"{split}.parquet", pairs, args.pairs)
         if args.queries:
             queries = in_order(partial(query_rows, **given), args.queries, args.workers)
             write_queries(args.output, split, queries, args.queries)
+    # Tasks: a quarter as many scenes to judge by, a thousand at most.
     if args.tasks:
         for split in ("train", "unseen_style"):
             pool(split)

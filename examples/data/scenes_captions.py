@@ -58,6 +58,7 @@ class HardCaption:
 
 def write(statement: Statement) -> str:
     """The statement in English."""
+    # Opening, subjects.
     words, style = [], statement.style
     subjects = [say(phrase) for phrase in statement.subjects]
     several = len(statement.subjects) > 1 or statement.subjects[0].count > 1
@@ -67,6 +68,7 @@ def write(statement: Statement) -> str:
     elif style == "there" or (style == "verb" and not verb):
         words.append("there are" if statement.subjects[0].count > 1 else "there is")
     words.append(listed(subjects))
+    # Relation and objects, others, background.
     if statement.relation:
         words += [
             ("are" if several else "is") if verb else "",
@@ -116,6 +118,8 @@ def draw_statement(rng: random.Random, layout: Layout) -> Statement:
     pattern = pattern if rng.random() < 0.6 else None
     if rng.random() >= (0.75 if len(order) == 1 else 0.35):
         colour = pattern = None
+
+    # One group alone; groups in relation; groups each at its place.
     teller = Teller(rng, layout)
     if len(order) == 1:
         return Statement(style, (teller.phrase(0, 0.8),), colour=colour, pattern=pattern)
@@ -162,6 +166,7 @@ def _related_groups(
     """(subjects, relation, objects, others): one or two groups in relation to one or two, and perhaps one more."""
     first, relation, second = rng.choice(known)
     subjects, objects = [first], [second]
+    # A second subject must stand so to the object, a second object so to every subject.
     rest = [number for number in order if number not in (first, second)]
     more = [number for number in rest if (number, relation, second) in known]
     if more and rng.random() < 0.4:
@@ -188,6 +193,7 @@ def draw_hard_captions(rng: random.Random, layout: Layout, captions: list[Captio
 
 def change(rng: random.Random, kind: str, statement: Statement, layout: Layout, split: str) -> Statement | None:
     """The statement with one thing changed; None if it has no such thing."""
+    # Of the statement as a whole, or of any of its things.
     if kind == "thing":
         old = rng.choice(statement.phrases)
         return statement.with_phrase(old, replace(old, hexcode=draw_absent(rng, layout, split)))

@@ -162,6 +162,7 @@ def translate(statement: Statement, language: str) -> str:
     """
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of en, {', '.join(LANGUAGES)}, got {language!r}")
+    # Things in turn: what has a place, what has none; or one side, then the other.
     grammar = LANGUAGES[language]
     parts = []
     if statement.relation is None:
@@ -177,6 +178,7 @@ def translate(statement: Statement, language: str) -> str:
         ):
             parts.append(grammar.sides[order.index(relation)].format(_together(phrases, language)))
         parts += [say(phrase, language) for phrase in statement.others]
+    # Opening and background.
     text = grammar.comma.join(parts)
     if statement.style == "picture":
         text = grammar.picture.format(text)

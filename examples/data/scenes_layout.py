@@ -117,6 +117,7 @@ def draw_layout(seed: int, split: str, index: int, groups: int | None = None) ->
     number = groups or rng.choices(*GROUPS)[0]
     concepts = draw_concepts(rng, split, number)
     sprites = [rng.choice(load_sprites(SPLITS[split])[hexcode]) for hexcode in concepts]
+    # Four groups can be drawn too big to fit: after three such draws each is one small thing.
     attempt = 0
     while (placed := _place(rng, sprites, calm=attempt >= 3)) is None:
         attempt += 1
@@ -125,6 +126,7 @@ def draw_layout(seed: int, split: str, index: int, groups: int | None = None) ->
 
 def draw_concepts(rng: random.Random, split: str, number: int) -> tuple[str, ...]:
     """Different concepts that may stand together in this split; "unseen_pairs" has a held-out pair first."""
+    # The first concept, or the held-out pair.
     if split == "unseen_pairs":
         number = max(number, 2)
         pairs = held_out_pairs(pool(split))
@@ -132,6 +134,7 @@ def draw_concepts(rng: random.Random, split: str, number: int) -> tuple[str, ...
         rng.shuffle(chosen)
     else:
         chosen = [rng.choice(pool(split))]
+    # The rest, by trial: nine of ten pairs may meet.
     while len(chosen) < number:
         other = rng.choice(pool(split))
         if all(may_meet(split, other, one) for one in chosen):
@@ -148,6 +151,7 @@ def may_meet(split: str, first: str, second: str) -> bool:
 
 def draw_background(rng: random.Random, sprites: list[Sprite]) -> Background:
     """A colour that every thing's rim stands out from; the one nearest to that if there is none."""
+    # Colours in random order, each a little off its shade.
     names = list(COLOURS)
     rng.shuffle(names)
     shades = {name: tuple(min(255, c + rng.randint(-9, 9)) for c in COLOURS[name]) for name in names}
@@ -184,6 +188,7 @@ def find_place(
     rng: random.Random, sprite: Sprite, size: str, count: int, hulls: Sequence[Box], overlap: float
 ) -> Group | None:
     """A group that shares at most `overlap` with any of the hulls, facing either way; None if no room was found."""
+    # Its things around the origin, then anywhere that hides no other group too much.
     offsets = _cluster(rng, sprite, size, count)
     width = max(box[0] + box[2] for box in offsets)
     height = max(box[1] + box[3] for box in offsets)
@@ -197,6 +202,7 @@ def find_place(
 
 def _cluster(rng: random.Random, sprite: Sprite, size: str, count: int) -> list[Box]:
     """Boxes of a group's things, its left upper corner at the origin: in a row, a column or a square, unevenly."""
+    # Two big things side by side must fit into the picture.
     side = rng.choice(SIZES[size][:2] if size == "big" and count > 1 else SIZES[size])
     width, height = (side, side / sprite.aspect) if sprite.aspect >= 1 else (side * sprite.aspect, side)
     gap = rng.uniform(0.03, 0.04 if size == "big" else 0.06)

@@ -72,6 +72,7 @@ def query(seed: int, split: str, index: int, kind: str | None = None) -> Query:
     """
     if kind not in (None, *QUERY_KINDS):
         raise ValueError(f"kind must be one of {', '.join(QUERY_KINDS)}, got {kind!r}")
+    # Scenes are drawn until one allows the change.
     rng = generator("query", seed, split, index)
     kind = kind or rng.choice(QUERY_KINDS)
     while True:
@@ -81,6 +82,7 @@ def query(seed: int, split: str, index: int, kind: str | None = None) -> Query:
         change = _taken_away(rng, drawn) if kind == "add" else modify(rng, kind, drawn, split)
         if change is not None:
             break
+    # The gallery: its pictures share no pixels with the reference.
     reference = change.before
     gallery, names = _choices(rng, change, split, index)
     return Query(f"query-{split}-{seed}-{index}", kind, change.words, reference, gallery, names)
@@ -117,6 +119,7 @@ def modify(rng: random.Random, kind: str, layout: Layout, split: str) -> Change 
         return _mirrored(rng, layout)
     if kind == "background":
         return _recoloured(rng, layout)
+    # The others put another group in the place of one.
     if kind == "swap":
         hexcode = draw_absent(rng, layout, split)
         if not all(may_meet(split, hexcode, one.hexcode) for one in rest):
@@ -139,6 +142,7 @@ def modify(rng: random.Random, kind: str, layout: Layout, split: str) -> Change 
         count = rng.choice(counts)
         new = find_place(rng, group.sprite, group.size, count, [one.hull for one in rest], CROWDED)
         words = f"with {say(Phrase(group.hexcode, count, word='a single' if count == 1 else None))}"
+    # No room for it.
     if new is None or any(shared(new.hull, one.hull) > CROWDED for one in rest):
         return None
     return Change(layout, _with_group(layout, number, new), words, new)
@@ -212,6 +216,7 @@ def _choices(rng: random.Random, change: Change, split: str, index: int) -> tupl
 
 def _in_another_scene(other: Layout, change: Change, split: str) -> Layout | None:
     """Another scene as the words would have it: with the group that they speak of, or on the colour."""
+    # Same ground as the target, so that it does not tell them apart.
     other = replace(other, background=change.after.background)
     if change.touched is None:
         gone = set(change.before.concepts) - set(change.after.concepts)
@@ -228,6 +233,7 @@ def redraw(rng: random.Random, layout: Layout, split: str) -> Layout:
     """The same scene in other drawings where there are some, a little moved, in another shade of the colour."""
     groups = []
     for group in layout.groups:
+        # Another drawing, if the concept has more than one.
         drawings = load_sprites(SPLITS[split])[group.hexcode]
         sprite = rng.choice([one for one in drawings if one is not group.sprite] or drawings)
         groups.append(moved(refitted(group, sprite), rng.uniform(-NUDGE, NUDGE), rng.uniform(-NUDGE, NUDGE)))
@@ -257,6 +263,7 @@ def refitted(group: Group, sprite: Sprite, side: float | None = None) -> Group:
 def moved(group: Group, right: float, down: float) -> Group:
     """The group shifted, as far as the picture goes."""
     x, y, width, height = group.hull
+    # Not beyond the edges.
     right = min(max(right, -x), 1 - x - width)
     down = min(max(down, -y), 1 - y - height)
     return replace(group, boxes=tuple((bx + right, by + down, w, h) for bx, by, w, h in group.boxes))

@@ -48,6 +48,7 @@ class Question:
 
 def draw_questions(rng: random.Random, layout: Layout, split: str, number: int) -> list[Question]:
     """`number` different questions, or as many as the scene allows, of as many forms as possible."""
+    # Forms in turn, in random order; a question that was asked already is left out.
     asked: list[Question] = []
     forms = list(QUESTIONS)
     rng.shuffle(forms)
@@ -116,6 +117,7 @@ def draw_entailment(rng: random.Random, layout: Layout, split: str) -> tuple[str
     """
     true = rng.random() < 0.5
     while True:
+        # What is seen: a caption, or one with one thing changed.
         if rng.random() < 0.5:
             statement = draw_captions(rng, layout, 1)[0].statement
             if not true:
@@ -123,6 +125,7 @@ def draw_entailment(rng: random.Random, layout: Layout, split: str) -> tuple[str
             if statement is not None and truth(statement, layout) is true:
                 return write(statement), "entailment" if true else "contradiction"
             continue
+        # What no picture shows, of a thing that is there or is not.
         group = rng.choice(layout.groups)
         phrase = Phrase(group.hexcode, group.count, group.size if rng.random() < 0.5 else None)
         if not true:
@@ -148,6 +151,7 @@ def draw_expression(rng: random.Random, layout: Layout) -> tuple[int, str] | Non
     alone = [number for number, group in enumerate(layout.groups) if group.count == 1]
     if not alone:
         return None
+    # Name and size, then what it stands beside.
     number = rng.choice(alone)
     group = layout.groups[number]
     text = named(concept_table()[group.hexcode], 1, group.size if rng.random() < 0.5 else None)

@@ -32,6 +32,7 @@ def draw_pair(seed: int, split: str, index: int) -> Pair:
     """Pair `index` of a split: a pure function, as `scene`."""
     rng = generator("reasoning", seed, split, index)
     while True:
+        # Two scenes, mostly alike.
         first = draw_layout(rng.getrandbits(32), split, index)
         second = draw_layout(rng.getrandbits(32), split, index)
         if rng.random() < ALIKE:
@@ -58,6 +59,7 @@ def _sentences(rng: random.Random, pictures: tuple[Layout, Layout], absent: str)
     counts = {hexcode: [one[hexcode].count for one in found if hexcode in one] for hexcode in sorted(shown)}
     numbers = [count for each in counts.values() for count in each]
     totals = [sum(each) for each in counts.values()]
+    # Sentences about each thing, about the backgrounds, about each picture.
     for hexcode in sorted({*shown, absent}):
         groups = tuple(one.get(hexcode) for one in found)
         yield from _of_presence(hexcode, groups, numbers)

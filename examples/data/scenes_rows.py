@@ -34,6 +34,7 @@ ROWS_A_GROUP = 2048  # of a parquet file's row groups
 def as_row(made: "Scene", languages: Sequence[str] = ()) -> dict[str, Any]:
     """A scene as a row. With languages: a column `captions_de` of the same captions in German and so on, and a column
     `captions_all` of all of them and the English ones."""
+    # The same captions in each language.
     translated = {
         f"captions_{language}": [translate(caption.statement, language) for caption in made.captions]
         for language in languages
@@ -112,6 +113,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], total: int | None) ->
         writer.write_table(table)
         waiting.clear()
 
+    # A row group at a time; the first one settles the columns.
     for made in tqdm(rows, path.name, total, unit=" rows", mininterval=1):
         waiting.append(made)
         if len(waiting) == ROWS_A_GROUP:

@@ -67,6 +67,7 @@ class Statement:
 
 def truth(statement: Statement, layout: Layout) -> bool | None:
     """Whether the statement holds of the layout; None if it is open to dispute. Numbers are exact."""
+    # Each thing: is it there, as many, of that size, at that place?
     found = {group.hexcode: group for group in layout.groups}
     answers: list[bool | None] = []
     for phrase in statement.phrases:
@@ -76,12 +77,14 @@ def truth(statement: Statement, layout: Layout) -> bool | None:
         answers.append(group.count == phrase.count and phrase.size in (None, group.size))
         if phrase.place is not None:
             answers.append(stands_at(group, phrase.place))
+    # Every subject to every object.
     if statement.relation is not None:
         answers += [
             related(found[one.hexcode], statement.relation, found[other.hexcode])
             for one in statement.subjects
             for other in statement.objects
         ]
+    # The background.
     answers.append(statement.colour in (None, layout.background.colour))
     answers.append(statement.pattern in (None, layout.background.pattern))
     return _all(answers)
@@ -131,6 +134,7 @@ def background_claims(background: Background) -> tuple[str, str | None]:
 def _beside(one: Box, relation: str, other: Box) -> bool | None:
     axis = 0 if relation in ("left", "right") else 1
     ahead = -1 if relation in ("left", "above") else 1
+    # Along the axis of the relation, and across it.
     centres = [(box[axis] + box[axis + 2] / 2, box[1 - axis] + box[3 - axis] / 2) for box in (one, other)]
     along = (centres[0][0] - centres[1][0]) * ahead
     across = abs(centres[0][1] - centres[1][1])
@@ -142,6 +146,7 @@ def _beside(one: Box, relation: str, other: Box) -> bool | None:
 def _in_third(middle: float, third: int) -> bool | None:
     if third == 0:
         return True if abs(middle - 0.5) <= MIDDLE else (False if abs(middle - 0.5) > 2 * MIDDLE else None)
+    # The last third is the first one seen in a mirror.
     middle = middle if third < 0 else 1 - middle
     return True if middle <= EDGE else (False if middle >= OTHER_SIDE else None)
 

@@ -65,6 +65,7 @@ def write_tasks(folder: Path, seed: int, size: int, training: int, evaluating: i
     for part in PARTS:
         total = training if part is PARTS[0] else evaluating
         made = in_order(partial(_examples, seed=seed, part=part, size=size), total, workers)
+        # Scenes that several tasks ask about.
         examples = list(tqdm(made, f"tasks, {part.karpathy}", total, unit=" scenes", mininterval=1))
         for number, example in enumerate(examples, part.first):
             _write_pictures(folder, part, number, example["jpeg"])
@@ -72,8 +73,10 @@ def write_tasks(folder: Path, seed: int, size: int, training: int, evaluating: i
         _write_questions(folder / "vqa", part, examples)
         _write_entailment(folder / "snli_ve", part, examples)
         _add_grounding(folder / "refcoco+", part, examples, grounding, detections)
+        # Pairs of scenes.
         pairs = in_order(partial(_pair, seed=seed, part=part, size=size), max(total // 2, 1), workers)
         _write_reasoning(folder / "nlvr2", part, pairs)
+    # Files that hold all parts.
     write_json(folder / "coco" / "dataset_coco.json", {"images": karpathy, "dataset": "coco"})
     write_json(folder / "vqa" / "answer_list.json", answer_list())
     write_json(folder / "refcoco+" / "refs(unc).json", grounding["refs"])
@@ -218,6 +221,7 @@ def _add_grounding(
         if example["expression"] is None:
             continue
         group, text = example["expression"]
+        # An object is spoken of once, so one number serves for reference, box and picture.
         box = next(box for place, box in example["boxes"] if place == group)
         expressions.append({"image": coco_name(part, number), "text": text, "ref_id": number})
         known["refs"].append({"ref_id": number, "ann_id": number, "image_id": number, "split": part.refs})
