@@ -15,6 +15,7 @@ EVALUATE = OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MO
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Test processes x threads stay within the cores; each process takes about 1 GB.
 JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
+SCENES ?= 40000
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
 PYTEST_OPTIONS ?=
@@ -22,10 +23,11 @@ PIP_OPTIONS ?= --constraint constraints/tested.txt
 # Beside other work, threads that wait by spinning take the time of those that compute.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix walk dist clean
+.PHONY: help demo scenes test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix walk dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
+	@echo 'make scenes             SCENES=40000 composed pictures to train on, and what to judge by, in runs/scenes (2 minutes)'
 	@echo 'make test               install, run the tests offline (15 minutes, 2 cores)'
 	@echo 'make test-lowest        the tests on the oldest releases that setup.cfg admits, in an environment of their own'
 	@echo 'make test-newest        the tests on the newest ones, likewise; what our code calls of the deprecated fails it'
@@ -62,6 +64,11 @@ demo: $(VENV)/.installed-plots
 	$(EVALUATE) --data $(EMOJI)/test_style.parquet --gallery $(EMOJI)/train.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/test_concept.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --tasks multimodal
+
+scenes: $(VENV)/.installed-plots
+	$(PY) examples/data/scenes.py runs/scenes --pairs $(SCENES) --tasks 10000 --workers $(CORES)
+	$(PY) examples/data/scenes.py runs/scenes --pairs 1000 --queries 500 --workers $(CORES) \
+	  --split seen unseen_pairs unseen_style unseen_concepts
 
 test: $(VENV)/.installed-test
 	$(PYTEST) -n $(JOBS) --dist loadfile $(PYTEST_OPTIONS)
