@@ -34,7 +34,7 @@ def made(request) -> list[scenes.Scene]:
 
 def test_a_scene_is_a_function_of_seed_split_and_index():
     code = "import scenes, scenes_reader; print(scenes_reader.digest(scenes.scene(3, 'train', 11)))"
-    paths = os.pathsep.join(map(str, (SCENES, Path(__file__).parent)))
+    paths = os.pathsep.join(map(str, (SCENES, Path(__file__).parents[1])))
     line, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "5"}
     elsewhere = subprocess.run(line, capture_output=True, text=True, check=True, env=environment).stdout.split()
     assert elsewhere == [digest(scenes.scene(3, "train", 11))]
