@@ -1,7 +1,7 @@
 """Runs of a family of two portions: resumed to the bit, epochs of one portion, bad rows of each, what is published.
 
-24 cells of resuming: ratio of batch sizes x chunks x data workers x place. A stop is a SIGTERM, which saves, or a crash
-between the backwards of the two portions of a step, after which the last checkpoint counts.
+24 cells of resuming: ratio of batch sizes x chunks x data workers x place. A stop is a SIGTERM, which saves, or a
+crash between the backwards of the two portions of a step, after which the last checkpoint counts.
 """
 
 import itertools
