@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-import toy_family  # noqa: F401  registers the family
 from safetensors.torch import load_file
 from test_resume_matrix import pretrain
-from tiny_pretraining import assert_same_checkpoint, forget_accelerator, read_log, write_pairs
+from tiny_pretraining import assert_same_checkpoint, forget_accelerator, read_log
+from toy_family.runs import command, write_sources
 from transformers import AutoModel
 
 from oner.processing.data.quarantine import read_quarantine
@@ -33,37 +33,7 @@ QUICK = CELLS[::5]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, str]:
-    """Forty pairs, and 24 lines of the captions of others."""
-    folder = tmp_path_factory.mktemp("sources")
-    pairs = write_pairs(folder / "pairs.parquet")
-    captions = pq.read_table(write_pairs(folder / "others.parquet", 24))["captions"].to_pylist()
-    lines = [" and ".join(row) for row in captions]
-    (folder / "notes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {"pairs": str(pairs), "texts": str(folder / "notes.txt")}
-
-
-def command(sources, output_dir, sizes=(6, 6), chunks=(1, 1), workers=0, texts=None, pairs=None, **options):
-    portions = {
-        "texts": {
-            "kind": "texts", "train_data": [sources["texts"]], "text_column": None, "id_column": None,
-            "batch_size": sizes[0], "gradient_cache_chunks": chunks[0], "mlm_probability": 0.3, **(texts or {}),
-        },
-        "pairs": {
-            "train_data": [sources["pairs"]],
-            "batch_size": sizes[1], "gradient_cache_chunks": chunks[1], **(pairs or {}),
-        },
-    }  # fmt: skip
-    fields = {
-        "family": "toy", "portions": json.dumps(portions), "epoch_portion": "texts", "text_column": "captions",
-        "id_column": "hexcode", "vocab_size": 200, "max_steps": 9, "base_learning_rate": 0.3, "mixed_precision": "no",
-        "log_every": 1, "eval_every_epochs": 0, "save_every_epochs": 1e-9, "num_workers": workers,
-        "output_dir": output_dir, "keep_checkpoints": 3, **options,
-    }  # fmt: skip
-    fields["save_every_epochs"] = options.get("save_every_epochs", sizes[0] / 24)  # each step
-    line = ["--train_data", sources["pairs"]]
-    for name, value in fields.items():
-        line += [f"--{name}", str(value)]
-    return line
+    return write_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(autouse=True)
@@ -136,9 +106,8 @@ def test_every_parameter_of_every_portion_learns(undisturbed):
 def test_an_epoch_is_of_one_portion_as_often_as_it_repeats(example, sources, tmp_path):
     """Twenty-four texts five times, by eight: fifteen steps an epoch, each text five times."""
     seen = {}
-    line = command(sources, tmp_path, (8, 6), texts={"repeat": 5}, epochs=1, save_every_epochs=1)
-    line[line.index("--max_steps") : line.index("--max_steps") + 2] = []
-    pretrain(example, line, seen)
+    options = {"epochs": 1, "max_steps": None, "save_every_epochs": 1}
+    pretrain(example, command(sources, tmp_path, (8, 6), texts={"repeat": 5}, **options), seen)
     assert len(seen) == 15 and read_log(tmp_path)[-1]["epoch"] == 1
 
 
