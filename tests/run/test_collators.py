@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from tiny_pretraining import tiny_arguments
+from transformers import HfArgumentParser
 
 from oner.processing.data.augmentation import Crop
 from oner.processing.data.layouts import ImageLayout, JointLayout, SeparateLayout
@@ -41,6 +42,17 @@ def test_options_are_those_of_the_flat_arguments(made):
     assert crop_of(data) == Crop([0.3, 0.9]) and masking_of(data) == Masking(mim_ratio=[0.25, 0.75])
     other = dataclasses.replace(data, horizontal_flip=0.5, mim_masking="blocks")
     assert crop_of(other).horizontal_flip == 0.5 and masking_of(other).mim_masking == "blocks"
+
+
+def test_options_are_filled_from_a_flat_command_line():
+    parser = HfArgumentParser([Crop, Masking])
+    line = ["--crop_scale", "0.2", "1", "--corruption", "drop", "--mim_ratio", "0.75", "0.75"]
+    crop, masking = parser.parse_args_into_dataclasses(line)
+    assert (crop, masking) == (Crop([0.2, 1.0]), Masking(0.15, [0.75, 0.75], corruption="drop"))
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--mim_masking", "rows"])
+    for kind in (Crop, Masking):
+        assert all(one.metadata["help"] for one in dataclasses.fields(kind))
 
 
 def test_each_kind_of_rows_has_its_layout_and_corruption(made):

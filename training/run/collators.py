@@ -64,17 +64,15 @@ def text_collator(
 ) -> Collator:
     """
     Of texts without images. One of more than `max_text_length` tokens is read in windows of so many; the
-    configuration's number if none is given.
+    configuration's number if none is given. Rules for captions do not hold for them.
     """
-    data = arguments.data
     special = SpecialTokens.of(config, processor.tokenizer)
     reader = Reader(
         processor.tokenizer,
         max_text_length=max_text_length or config.max_text_length,
         windows=True,
-        clean_caption=CAPTION_RULES.get(data.caption_rules),
     )
-    corruption = _corruption(masking_of(data) if masking is None else masking, special)
+    corruption = _corruption(masking_of(arguments.data) if masking is None else masking, special)
     return _collator(arguments, reader, SeparateLayout(special), corruption)
 
 
