@@ -8,19 +8,29 @@ PY := $(VENV)/bin/python
 DEMO_CONFIG ?= examples/configs/oner_emoji.yaml
 DEMO_MODEL ?= runs/demo/model
 EMOJI := examples/data/emoji
+# exit status of a run that a signal stopped and that can go on; `accelerate launch` would make 1 of it
+STOPPED := 75
 EVALUATE = OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MODEL) --id_column hexcode
 # nproc obeys OMP_NUM_THREADS, so that is hidden from it.
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Test processes x threads stay within the cores; each process takes about 1 GB.
 JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
+SCENES ?= 40000
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
+PYTEST_OPTIONS ?=
+PIP_OPTIONS ?= --constraint constraints/tested.txt
+# Beside other work, threads that wait by spinning take the time of those that compute.
+export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix dist clean
+.PHONY: help demo scenes test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix walk dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
+	@echo 'make scenes             SCENES=40000 composed pictures to train on, and what to judge by, in runs/scenes (2 minutes)'
 	@echo 'make test               install, run the tests offline (15 minutes, 2 cores)'
+	@echo 'make test-lowest        the tests on the oldest releases that setup.cfg admits, in an environment of their own'
+	@echo 'make test-newest        the tests on the newest ones, likewise; what our code calls of the deprecated fails it'
 	@echo 'make test-slow          the tests marked slow'
 	@echo 'make test-transformers  the model tests of the installed transformers, from its source archive'
 	@echo 'make kill-test          200 SIGKILLs, a full disk and other losses, each followed by a resume (slow)'
@@ -31,11 +41,12 @@ help:
 	@echo 'make fuzz               mutated pictures, captions and files of rows: none may crash or hang (slow)'
 	@echo 'make scale              memory of InfoNCE at 32k x 32k, memory and time of cached gradients (slow)'
 	@echo 'make benchmark          docs/performance.json and the tables of docs/performance.md (6 minutes, 2 quiet cores)'
+	@echo 'make walk               which files a picture and its caption go through from disk to loss, for each family'
 	@echo 'make dist               source archive and wheel in dist/'
 
 # The environment is remade only when the metadata changed; each set of extras leaves a stamp.
 $(VENV)/bin/python:
-	@set +e; found=; for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	@set +e; found=; for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then found=$$p; break; fi; done; \
 	if [ -z "$$found" ]; then \
 	  echo "oner needs Python 3.10 or later on PATH; found: $$(python3 --version 2>&1 || true)" >&2; exit 1; fi; \
@@ -43,19 +54,32 @@ $(VENV)/bin/python:
 	$$found -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$$found -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-$(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
-	$(PY) -m pip install --disable-pip-version-check --editable '.[$*]'
+$(VENV)/.installed-%: setup.cfg pyproject.toml $(wildcard constraints/*.txt) | $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check $(PIP_OPTIONS) --editable '.[$*]'
 	@touch $@
 
 demo: $(VENV)/.installed-plots
-	OMP_NUM_THREADS=$(CORES) $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
-	  --dynamo_backend no examples/pretrain.py --config $(DEMO_CONFIG) --resume
+	OMP_NUM_THREADS=$(CORES) $(PY) examples/pretrain.py --config $(DEMO_CONFIG) --resume || { status=$$?; \
+	  if [ $$status = $(STOPPED) ]; then echo 'stopped; run it again to go on'; fi; exit $$status; }
 	$(EVALUATE) --data $(EMOJI)/test_style.parquet --gallery $(EMOJI)/train.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/test_concept.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --tasks multimodal
 
+scenes: $(VENV)/.installed-plots
+	$(PY) examples/data/scenes.py runs/scenes --pairs $(SCENES) --tasks 10000 --workers $(CORES)
+	$(PY) examples/data/scenes.py runs/scenes --pairs 1000 --queries 500 --workers $(CORES) \
+	  --split seen unseen_pairs unseen_style unseen_concepts
+
 test: $(VENV)/.installed-test
-	$(PYTEST) -n $(JOBS) --dist loadfile
+	$(PYTEST) -n $(JOBS) --dist loadfile $(PYTEST_OPTIONS)
+
+# PYTHON=python3.10 chooses one, for environments that are not there yet.
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest PIP_OPTIONS='--constraint constraints/lowest.txt'
+
+test-newest:
+	rm -f .venv-newest/.installed-test
+	$(MAKE) test VENV=.venv-newest PIP_OPTIONS='--upgrade --upgrade-strategy eager' PYTEST_OPTIONS=--fail-on-deprecations
 
 test-slow: $(VENV)/.installed-all
 	$(PYTEST) -m slow
@@ -92,6 +116,9 @@ scale: $(VENV)/.installed-test
 
 benchmark: $(VENV)/.installed-all
 	$(OFFLINE) OMP_NUM_THREADS=$(CORES) $(PY) examples/benchmark.py
+
+walk: $(VENV)/.installed-test
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/walk.py 2>/dev/null
 
 dist: $(VENV)/.installed-test
 	rm -rf dist

@@ -30,17 +30,20 @@ from performance_table import write_tables
 
 from oner.training.cost.flops import counted_flops, gemm_peak, wait_for
 from oner.training.parallel.sharding import full_optimizer_state
-from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.private_names import has_bf16_matrix_units
+from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import save_checkpoint
+from oner.training.run.collators import build_collators
 from oner.training.run.host_memory import keep_freed_memory
-from oner.training.run.opening import open_training_rows
-from oner.training.run.pair_loading import PairLoader
+from oner.training.run.loading import RunLoader
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples" / "configs" / "benchmark_base_224.yaml"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-OTHERS = ("loader", "checkpoint", "imports")
+OTHERS = ("loader", "checkpoint", "starts")
 # asked for by name only
 LONG = ("oner_bf16_as_is", "clip_fp32")
 
@@ -51,16 +54,16 @@ def device_of_run() -> torch.device:
 
 def default_cases(device: torch.device) -> list[str]:
     """All but `LONG` ones, what takes longest last; on a CPU without bf16 matrix units only those in fp32."""
-    halves = device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    halves = device.type != "cpu" or has_bf16_matrix_units()
     names = [name for name in STEPS if name not in LONG and (halves or "bf16" not in name)]
     return sorted([*names, *OTHERS], key=lambda name: "compiled" in name)
 
 
-def open_data(arguments: Arguments) -> tuple[PairLoader, Any]:
+def open_data(arguments: Arguments) -> tuple[RunLoader, Any]:
     """The run's own loader, and the model's configuration."""
-    pairs = open_training_rows(arguments.data, arguments.run.output_dir)
-    processor, config = build_processor_and_config(arguments, pairs)
-    return PairLoader(arguments, pairs, processor, config), config
+    rows = open_portions(arguments)
+    processor, config = build_processor_and_config(arguments, rows)
+    return RunLoader(arguments, rows, build_collators(arguments, processor, config)), config
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
@@ -98,7 +101,7 @@ def measure_step(name: str, arguments: Arguments, repeats: int) -> dict[str, Any
     if device.type == "cpu" and "fp32" in name:
         arguments.run.batch_size = max(2, arguments.run.batch_size // 2)  # each pair takes several times as long
     loader, config = open_data(arguments)
-    batches = [batch for batch, _ in zip(loader(0), range(2), strict=False)]
+    batches = [step["pairs"] for step, _ in zip(loader(0), range(2), strict=False)]
     if "padded" in name:
         batches = [padded(batch, config) for batch in batches]
     first, second = (on_device(batch, device) for batch in batches)
@@ -163,20 +166,19 @@ def measure_checkpoint(arguments: Arguments) -> dict[str, Any]:
     return {"seconds": seconds, "bytes": size}
 
 
-def measure_imports(repeats: int = 2) -> dict[str, Any]:
-    """Seconds of an import in a fresh process, the best of some: the first fills the file cache."""
-    statements = {
-        "transformers": "import transformers",
-        "oner": "import oner",
-        "oner.OneRModel": "from oner import OneRModel",
-        "oner.open_rows": "from oner import open_rows",
+def measure_starts(repeats: int = 3) -> dict[str, Any]:
+    """Seconds of a whole process, the best of some: the first fills the file cache."""
+    programs = {
+        "from transformers import AutoModel, AutoProcessor, pipeline": "",
+        "import oner": "",
+        "oner --help": "import oner_command_line\noner_command_line.main(['--help'])",
     }
-    took: dict[str, list[float]] = {name: [] for name in statements}
+    took: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
-        for name, statement in statements.items():
-            code = f"import time\nstart = time.perf_counter()\n{statement}\nprint(time.perf_counter() - start)"
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-            took[name].append(float(done.stdout.split()[-1]))
+        for name, program in programs.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", program or name], capture_output=True, check=True, cwd=ROOT)
+            took[name].append(time.perf_counter() - start)
     return {name: min(seconds) for name, seconds in took.items()}
 
 
@@ -185,7 +187,7 @@ def run_case(name: str, arguments: Arguments, repeats: int) -> dict[str, Any]:
         return measure_loader(arguments)
     if name == "checkpoint":
         return measure_checkpoint(arguments)
-    return measure_imports() if name == "imports" else measure_step(name, arguments, repeats)
+    return measure_starts() if name == "starts" else measure_step(name, arguments, repeats)
 
 
 def in_process(command: list[str], limit: float) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Step:
 
     def __init__(self, model: nn.Module, arguments: Arguments, device: torch.device, half: bool, compiled: bool):
         self.model = model.to(device).train()
-        self.optimizer = build_optimizer(model, arguments.run)
+        self.optimizer = build_optimizer(model, arguments.run, arguments.run.batch_size)
         self.device, self.half, self.compiled = device, half, compiled
 
     def autocast(self) -> torch.autocast:
@@ -92,21 +92,23 @@ class ObjectiveStep(Step):
         compile_regions([self.model, *(teacher.model for teacher in self.objective.teachers())])
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        return self.objective(self.model, batch, 0.5)[0]
+        taken = self.objective(self.model, batch, 0.5)
+        self.kept = taken.kept
+        return taken.loss
 
     def after(self) -> None:
-        self.objective.after_step()
+        self.objective.after_step(kept=self.kept)
 
     def in_phases(self, batch: Batch, phase: Timer) -> None:
         objective = self.objective
         with self.autocast():
-            with phase("forward"):
-                online = objective.represent(self.model, batch, 0.5, mean_counts(objective.count(batch)))
             with phase("teacher forward"):
                 targets = objective.targets(self.model, batch, 0.5)
+            with phase("forward"):
+                online = objective.represent(self.model, batch, targets, 0.5, mean_counts(objective.count(batch)))
             with phase("loss"):
-                compared = objective.compare(online.rows, online.common, targets, 0.5)
-                loss = objective.weigh({**compared, **online.parts})
+                compared = objective.compare(online.rows, online.common, targets.rows, 0.5)
+                loss = objective.weigh({**compared.parts, **online.parts})
         self._rest(loss, phase)
 
     def tokens(self, batch: Batch) -> int:

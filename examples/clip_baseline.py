@@ -14,7 +14,8 @@ and is read as `[CLS] w1 ... wT [EOT] [PAD]*`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,17 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from oner import OneRConfig
+from oner.processing.data.chunks import split_pairs
+from oner.training.objectives.objective import Batch, Comparison, Representations, SinglePortion, Targets
 from oner.training.parallel.distributed import rank, world_size
-from oner.training.run.arguments import parse_arguments
 from oner.training.run.building import build_processor_and_config
+from oner.training.run.collators import build_collators
 from oner.training.run.engine import Engine
 from oner.training.run.launch import make_accelerator
-from oner.training.run.opening import open_training_rows
-from oner.training.run.pair_loading import PairLoader
+from oner.training.run.loading import RunLoader
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
+from oner.training.run.summary import STOPPED
 
 WEIGHTS = "clip.safetensors"
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP clips its scale there, and so does open_clip's training loop
@@ -135,51 +140,65 @@ class ClipBaseline(nn.Module):
         return BaseModelOutputWithPooling(pooler_output=self.encode_text(self.clip_ids(input_ids, attention_mask)))
 
 
-class ClipObjective:
-    """open_clip's `ClipLoss` as the engine's objective: clean pictures and clean words, negatives of all processes."""
+class ClipObjective(SinglePortion):
+    """open_clip's `ClipLoss` as the engine's objective: clean images and clean texts, negatives of all processes."""
 
     def __init__(self, student: ClipBaseline, arguments: Any = None) -> None:
         self.student, self.arguments = student, arguments
         self.loss = None
 
-    def __call__(
-        self, student: nn.Module, batch: Mapping[str, Tensor], progress: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def split(self, batch: Batch, chunks: int) -> list[Batch]:
+        return split_pairs(batch, chunks)
+
+    def count(self, batch: Batch) -> Batch:
+        return {}
+
+    def represent(
+        self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
+    ) -> Representations:
+        images, texts, scale = student(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+        return Representations({"image": images, "text": texts}, {"scale": scale})
+
+    def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
         if self.loss is None:  # ranks are known only once the engine runs
             self.loss = _open_clip().ClipLoss(rank=rank(), world_size=world_size())
-        images, texts, scale = student(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
-        with torch.autocast(images.device.type, enabled=False):  # as info_nce: the loss in fp32
-            loss = self.loss(images.float(), texts.float(), scale.float())
-        return loss, {"clip": loss.detach()}
+        with torch.autocast(rows["image"].device.type, enabled=False):  # as info_nce: the loss in fp32
+            loss = self.loss(rows["image"].float(), rows["text"].float(), common["scale"].float())
+        return Comparison({"clip": loss})
 
-    def teachers(self) -> tuple[()]:
-        return ()
+    def weigh(self, parts: Batch) -> Tensor:
+        return sum(parts.values())
 
     @torch.no_grad()
-    def after_step(self, applied: Tensor | None = None) -> None:
+    def after_step(self, applied: Tensor | None = None, kept: Batch | None = None) -> None:
         """Keeps the temperature at .01 or above, as CLIP does; one that did not move is there already."""
         self.student.clip.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
     def to(self, device: torch.device) -> "ClipObjective":
         return self
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> Batch:
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Batch) -> None:
         if state:
             raise ValueError(f"the CLIP objective has no state, got {sorted(state)}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the baseline with OneR's loader, optimiser, schedule and engine, and writes `output_dir/model`."""
+def main(argv: Sequence[str] | None = None) -> bool:
+    """
+    Trains the baseline with OneR's loader, optimiser, schedule and engine, and writes `output_dir/model`.
+
+    Returns:
+        Whether it came to its end, and was not stopped by a signal.
+    """
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments.run)
-    pairs = open_training_rows(arguments.data, arguments.run.output_dir)
-    processor, config = build_processor_and_config(arguments, pairs)
+    rows = open_portions(arguments)
+    processor, config = build_processor_and_config(arguments, rows)
     torch.manual_seed(arguments.run.seed)
     model = ClipBaseline(config)
-    loader = PairLoader(arguments, pairs, processor, config)
+    loader = RunLoader(arguments, rows, build_collators(arguments, processor, config))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     accelerator.print(f"CLIP, {millions:.1f} M parameters, {loader.total_steps} steps of {arguments.run.batch_size}")
     engine = Engine(
@@ -194,12 +213,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine.fit()
     if engine.stopped:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
-    elif accelerator.is_main_process:
+        return False
+    if accelerator.is_main_process:
         directory = Path(arguments.run.output_dir) / "model"
         model.save(directory)
         processor.save_pretrained(directory)
         print(f"model directory: {directory}")
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    if not main():
+        sys.exit(STOPPED)

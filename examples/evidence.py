@@ -43,7 +43,7 @@ from oner.training.evaluation.reranking import RerankingEvaluator
 from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.publishing.model_card import slug
 from oner.training.publishing.model_loading import load_model
-from oner.training.run.arguments import read_config
+from oner.training.run.parsing import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"

@@ -8,19 +8,21 @@ Tasks are the entries of `oner.training.tasks.finetuning.TASKS`. `--task NAME --
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
 from oner.training.parallel.distributed import synchronise_batch_norm
-from oner.training.run.arguments import Arguments, parse_arguments, read_config
+from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.pair_loading import PairLoader
-from oner.training.run.summary import describe, export
+from oner.training.run.loading import RunLoader
+from oner.training.run.parsing import parse_arguments, read_config
+from oner.training.run.summary import STOPPED, describe, export
 from oner.training.tasks.finetuning import (
     TASKS,
     Task,
@@ -33,17 +35,16 @@ from oner.training.tasks.finetuning import (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs to the end and returns the last evaluation."""
+def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
+    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     task, arguments = parse(argv)
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    rows = open_task_rows(task, arguments)
+    rows = {"pairs": open_task_rows(task, arguments)}
     processor, config = build_processor_and_config(arguments, rows)
     model = synchronise_batch_norm(load_task_model(task, arguments, config), accelerator.device)
-    collator = task.collator(arguments, processor, model.config)
-    loader = PairLoader(arguments, rows, processor, model.config, collator)
+    loader = RunLoader(arguments, rows, {"pairs": task.collator(arguments, processor, model.config)})
     evaluators = [build_evaluator(task, one, arguments.objective, arguments.data) for one in arguments.run.eval_data]
 
     accelerator.print(f"{task.name}: {describe(arguments, model, loader, accelerator)}")
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     metrics = engine.fit()
     if engine.stopped:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
-    elif accelerator.is_main_process:
+        return None
+    if accelerator.is_main_process:
         directory = export(arguments, engine.model, processor, metrics, evaluators)
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
@@ -94,4 +96,5 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
 
 
 if __name__ == "__main__":
-    main()
+    if main() is None:
+        sys.exit(STOPPED)

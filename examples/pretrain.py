@@ -4,6 +4,7 @@ accelerate launch examples/pretrain.py --config examples/configs/oner_emoji.yaml
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,27 +16,28 @@ from oner.training.evaluation.embedding import check_pictures
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.objectives.objective import build_objective
 from oner.training.parallel.distributed import synchronise_batch_norm
-from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_model, build_processor_and_config
-from oner.training.run.collators import CAPTION_RULES
+from oner.training.run.collators import CAPTION_RULES, build_collators
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.opening import open_training_rows
-from oner.training.run.pair_loading import PairLoader
-from oner.training.run.summary import describe, export
+from oner.training.run.loading import RunLoader
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
+from oner.training.run.summary import STOPPED, describe, export
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs to the end and returns the last evaluation."""
+def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
+    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    pairs = open_training_rows(arguments.data, arguments.run.output_dir)
-    processor, config = build_processor_and_config(arguments, pairs)
+    rows = open_portions(arguments)
+    processor, config = build_processor_and_config(arguments, rows)
     model = synchronise_batch_norm(build_model(arguments, config), accelerator.device)
-    loader = PairLoader(arguments, pairs, processor, config)
+    loader = RunLoader(arguments, rows, build_collators(arguments, processor, config))
     evaluators = build_evaluators(arguments)
 
     accelerator.print(describe(arguments, model, loader, accelerator))
@@ -57,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     metrics = engine.fit()
     if engine.stopped:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
-    elif accelerator.is_main_process:
+        return None
+    if accelerator.is_main_process:
         directory = export(arguments, engine.model, processor, metrics, evaluators)
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
@@ -76,4 +79,5 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
 
 
 if __name__ == "__main__":
-    main()
+    if main() is None:
+        sys.exit(STOPPED)

@@ -71,12 +71,10 @@ def load_pipeline(model: str) -> ImageTextRetrievalPipeline:
             f"no model at {DEFAULT_MODEL}: pass --model with a directory or a name on the Hub, or train a small one "
             "with `make demo` and pass the directory it prints"
         )
-    # The class by name: a checkpoint that carries its own copy of the code need not be trusted to be used.
     return pipeline(
         "image-text-retrieval",
         model=load_model(AutoModelForZeroShotImageClassification, model),
         processor=AutoProcessor.from_pretrained(model),
-        pipeline_class=ImageTextRetrievalPipeline,
     )
 
 

@@ -7,6 +7,7 @@ directory `model` in `output_dir` is a Hub repository; its README.md shows pictu
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,32 +23,32 @@ from oner.training.evaluation.embedding import spaced
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
 from oner.training.publishing.model_loading import load_model
 from oner.training.publishing.tokenizer_export import export_tokenizer
-from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.arguments import Arguments
 from oner.training.run.collators import tokenizer_collator
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.opening import open_training_rows
-from oner.training.run.pair_loading import PairLoader
-from oner.training.run.summary import describe
+from oner.training.run.loading import RunLoader
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
+from oner.training.run.summary import STOPPED, describe
 
 SHOWN = 24
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs to the end and returns the last evaluation."""
-    arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments)
+def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
+    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
+    arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments, kind="images", family="discrete_vae")
     data, run = arguments.data, arguments.run
     accelerator = make_accelerator(run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    images = open_training_rows(data, run.output_dir, "images")
+    rows = open_portions(arguments)
     model = build_tokenizer(arguments)
-    loader = PairLoader(arguments, images, None, None, tokenizer_collator(arguments, model.config.image_size))
+    loader = RunLoader(arguments, rows, {"images": tokenizer_collator(arguments, model.config.image_size)})
     columns = {"image_column": data.image_column, "id_column": data.id_column}
-    evaluated = [open_rows(path, "images", **columns) for path in run.eval_data]
     evaluators = [
-        ReconstructionEvaluator(rows, Path(path).stem) for path, rows in zip(run.eval_data, evaluated, strict=True)
+        ReconstructionEvaluator(open_rows(path, "images", **columns), Path(path).stem) for path in run.eval_data
     ]
     accelerator.print(describe(arguments, model, loader, accelerator))
 
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     metrics = engine.fit()
     if engine.stopped:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
-    elif accelerator.is_main_process:
+        return None
+    if accelerator.is_main_process:
         directory = export(arguments, engine.model, metrics, evaluators)
         print(json.dumps({name: round(value, 5) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
@@ -109,4 +111,5 @@ def export(
 
 
 if __name__ == "__main__":
-    main()
+    if main() is None:
+        sys.exit(STOPPED)

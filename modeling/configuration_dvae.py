@@ -3,7 +3,8 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+
+from .vl_configuration import VisionLanguageConfig
 
 # name -> (hidden_size, blocks_per_group, num_codes, codebook_dim). base is DALL-E's; nano is for pictures of 32 pixels
 # and one CPU core.
@@ -11,7 +12,7 @@ DISCRETE_VAE_SIZES = {"nano": (32, 2, 512, 64), "base": (256, 2, 8192, 128)}
 
 
 @strict
-class DiscreteVAEConfig(PreTrainedConfig):
+class DiscreteVAEConfig(VisionLanguageConfig):
     r"""
     Configuration of a [`DiscreteVAE`]. The defaults are those of DALL-E's public weights, 53.79 M parameters in the
     encoder and 43.83 M in the decoder (Ramesh et al., 2021, appendix A.1, and its code).

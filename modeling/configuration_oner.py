@@ -3,7 +3,8 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+
+from .vl_configuration import VisionLanguageConfig
 
 # name -> (hidden_size, num_hidden_layers, num_attention_heads, projection_hidden_size, projection_dim).
 # base, large and huge are MAE's encoders, tiny and small DeiT's; nano is for pictures of 64 pixels and two CPU cores.
@@ -18,7 +19,7 @@ ONER_SIZES = {
 
 
 @strict
-class OneRConfig(PreTrainedConfig):
+class OneRConfig(VisionLanguageConfig):
     r"""
     Configuration of a [`OneRModel`]. The defaults are the paper's base model: MAE's ViT-B/16, a convolutional stem,
     BERT's words, MoCo-v3's heads (appendix C).

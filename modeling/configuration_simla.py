@@ -3,7 +3,8 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+
+from .vl_configuration import VisionLanguageConfig
 
 # name -> (hidden_size, visual layers, text layers, heads). base is the paper's; tiny and small are DeiT's widths,
 # nano is for pictures of 64 pixels and two CPU cores.
@@ -16,7 +17,7 @@ SIMLA_SIZES = {
 
 
 @strict
-class SimlaConfig(PreTrainedConfig):
+class SimlaConfig(VisionLanguageConfig):
     r"""
     Configuration of a [`SimlaModel`]. The defaults are the paper's: ViT-B/16 below, BERT-base with cross-attention in
     each of its layers above (section 2.5), 223.10 M parameters.
@@ -56,6 +57,8 @@ class SimlaConfig(PreTrainedConfig):
 
     model_type = "simla"
     attribute_map = {"d_model": "hidden_size"}
+    # no layers above the text's own: these read images themselves
+    num_fusion_layers = 0
 
     vocab_size: int = 30522
     hidden_size: int = 768

@@ -187,8 +187,8 @@ class OneRPreTrainedModel(PreTrainedModel):
 
 class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
     """
-    The tower. Reads text, pictures, or both; `pooler_output` is the retrieval embedding (facts: the projector's
-    output, the space of the EMA keys), not normalised.
+    The tower. Reads text, pictures, or both; `pooler_output` is the retrieval embedding, not normalised: the
+    projector's output, in the space of the teacher's keys.
 
     Args:
         config (`OneRConfig`): The configuration.

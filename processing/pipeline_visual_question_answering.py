@@ -1,6 +1,6 @@
-"""Pipeline "visual-question-answering", which transformers 5 no longer has: written or ranked answers.
+"""Pipeline "image-question-answering": written or ranked answers to questions about a picture.
 
-    pipe = pipeline("visual-question-answering", model="runs/vqa/model")
+    pipe = pipeline("image-question-answering", model="runs/vqa/model")
     pipe("photo.png", question="what colour is the apple")                          # [{"answer": "red", "score": ...}]
     pipe("photo.png", question="what colour is it", candidates=["red", "green"])    # both, the likelier first
 
@@ -29,7 +29,9 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         max_new_tokens, num_beams: of a written answer.
     """
 
-    task_name = "visual-question-answering"
+    # not "visual-question-answering": transformers 5 has removed that task, and `pipeline` refuses its name
+    # whatever is registered under it
+    task_name = "image-question-answering"
     model_methods = ("generate_answers", "rank_answers")
     text_name = "question"
 

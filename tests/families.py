@@ -50,8 +50,7 @@ class Family:
     @property
     def classes(self) -> dict[str, type[PreTrainedModel]]:
         """Auto class -> class, of models alone."""
-        said = oner._FAMILIES[self.name]
-        return {auto: getattr(oner, name) for auto, name in said.items() if auto.startswith(MODELS)}
+        return {auto: cls for auto, cls in oner.FAMILIES[self.name].items() if auto.startswith(MODELS)}
 
     @property
     def losses(self) -> tuple[str, ...]:

@@ -1,102 +1,104 @@
-"""`import oner` loads nothing heavy, and yet every way into transformers finds the families registered."""
+"""`import oner` registers the families and the tasks; the command line is ready before anything heavy is imported."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-
-REGISTERED = """
-import sys
 import transformers
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
-families = sys.modules["oner"]._FAMILIES
-assert {"oner", "simla"} <= families.keys()
-for family, classes in families.items():
-    config = transformers.AutoConfig.for_model(family)
-    said = (type(config).__name__, type(config).__module__.rpartition(".")[0], type(config)._auto_class)
-    assert said == (classes["AutoConfig"], "oner.modeling", "AutoConfig"), said
-    assert config.custom_pipelines == {}
-    for auto in (name for name in classes if name.startswith("AutoModel")):
-        model = getattr(transformers, auto)._model_mapping[type(config)]
-        said = (model.__name__, model.__module__.rpartition(".")[0], model._auto_class)
-        assert said == (classes[auto], "oner.modeling", auto), said
-    if "AutoProcessor" in classes:
-        assert PROCESSOR_MAPPING[type(config)]._auto_class == "AutoProcessor"
-        assert IMAGE_PROCESSOR_MAPPING[type(config)]["torchvision"]._auto_class == "AutoImageProcessor"
-for task in ("image-text-retrieval", "image-text-matching", "visual-grounding", "visual-question-answering",
-             "visual-entailment"):
-    assert PIPELINE_REGISTRY.check_task(task)[1]["impl"].task_name == task
-"""
-WAYS = {
-    "bare": "import oner",
-    "auto class": "import oner\nfrom transformers import AutoModel",
-    "transformers first": "import transformers, oner\ntransformers.AutoConfig",
-    "auto class first": "from transformers import AutoModel\nimport oner",
-    "pipelines": "import oner\nfrom transformers import pipeline",
-    "pipelines first": "import transformers.pipelines\nimport oner",
-    # loads the auto classes in its own middle
-    "layers": "import oner\nimport transformers.modeling_layers",
-    "another model": "import oner\nfrom transformers import BertModel",
-    "name": "from oner import OneRModel",
-    "processing name": "from oner import open_rows",
-    "modeling": "import oner.modeling",
-    "file of a room": "from oner.processing.processing_vl import OneRProcessor",
-    "training": "import oner.training.publishing.hub",
-    "attribute": "import oner\noner.modeling.OneRModel",
+
+import oner
+import oner.processing
+from oner.registration import PIPELINES
+from oner.training.conversion.command import OBJECTIVE, SOURCES
+from oner.training.cost.estimate import DEVICES, SHARDS
+from oner_command_line import COMMANDS
+
+HEAVY = ("torch", "transformers", "datasets", "numpy", "oner")
+# what the command line says before it has imported anything, and whether that is an error
+SAID = {
+    "--help": ("estimate", 0),
+    "convert --help": ("--draw_missing", 0),
+    "estimate --help": ("rtx4090", 0),
+    "estmate": ("invalid choice: 'estmate'", 2),
+    "convert --from nowhere a b": ("invalid choice: 'nowhere'", 2),
 }
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.mark.parametrize("name", oner.FAMILIES)
+def test_auto_classes_give_the_family(name):
+    classes = oner.FAMILIES[name]
+    config = transformers.AutoConfig.for_model(name)
+    assert type(config) is classes["AutoConfig"] and config._auto_class == "AutoConfig"
+    for auto in (auto for auto in classes if auto.startswith("AutoModel")):
+        model = getattr(transformers, auto)._model_mapping[type(config)]
+        assert model is classes[auto] and model._auto_class == auto
+    if "AutoProcessor" in classes:
+        processor, images = PROCESSOR_MAPPING[type(config)], IMAGE_PROCESSOR_MAPPING[type(config)]["torchvision"]
+        assert processor is classes["AutoProcessor"] and processor._auto_class == "AutoProcessor"
+        assert images is classes["AutoImageProcessor"] and images._auto_class == "AutoImageProcessor"
 
 
-def test_import_loads_neither_torch_nor_transformers():
-    heavy = run("import json, sys, oner\nprint(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))")
-    assert not {"torch", "transformers", "datasets", "timm", "numpy", "torchvision", "PIL"} & set(json.loads(heavy))
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.task_name)
+def test_pipeline_knows_the_task_by_name(pipeline):
+    entry = transformers.pipelines.check_task(pipeline.task_name)[1]
+    assert entry["impl"] is pipeline and entry["pt"] == (PIPELINES[pipeline],)
 
 
-def test_the_command_line_loads_nothing_heavy_before_it_knows_what_to_do():
-    code = "import sys, oner.command_line as c\ntry:\n c.main(['--help'])\nexcept SystemExit:\n pass\n"
-    assert "torch" not in run(code + "print([name for name in sys.modules if name == 'torch'])").splitlines()[-1]
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_in_finds_the_families(way):
-    run(WAYS[way] + "\n" + REGISTERED)
-
-
-@pytest.mark.parametrize("way", ["name", "file of a room"])
-def test_a_class_that_came_by_itself_saves_its_code(way, tmp_path):
-    """Without an auto class in sight: what is saved must still be loadable by those who lack oner."""
-    code = {
-        "name": "from oner import OneRConfig, OneRModel\n"
-        "OneRModel(OneRConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, "
-        "vocab_size=200, projection_hidden_size=8, projection_dim=8)).save_pretrained(path)",
-        "file of a room": "from oner.processing.image_processing_vl import OneRImageProcessor\n"
-        "OneRImageProcessor().save_pretrained(path)",
-    }[way]
-    run(f"path = {str(tmp_path)!r}\n{code}")
-    expected = {"name": "modeling_oner.py", "file of a room": "image_processing_vl.py"}[way]
-    assert (tmp_path / expected).is_file(), sorted(path.name for path in tmp_path.iterdir())
-
-
-def test_names_are_what_they_say():
-    run(
-        "import oner\n"
-        "assert set(oner.__all__) <= set(dir(oner))\n"
-        "for name in oner.__all__: assert getattr(oner, name).__name__ == name, name\n"
-        "import oner.processing as p\n"
-        "assert set(p.__all__) == set(p._FILES)\n"
-        "for name in p.__all__: assert getattr(p, name).__name__ == name, name\n"
+def test_the_tables_of_transformers_are_only_added_to():
+    """Its own tasks, and those that it refuses by name, are as they are without oner."""
+    code = (
+        "import json, transformers.pipelines as p\n"
+        "print(json.dumps([sorted(p.PIPELINE_REGISTRY.supported_tasks), p.REMOVED_TASKS]))"
     )
-    for module in ("oner", "oner.processing"):
-        with pytest.raises(AssertionError, match="has no attribute 'nonsense'"):
-            run(f"import {module} as m\nm.nonsense")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    tasks, removed = json.loads(done.stdout)
+    ours = {pipeline.task_name for pipeline in PIPELINES}
+    assert not ours & set(tasks) and set(PIPELINE_REGISTRY.supported_tasks) == ours | set(tasks)
+    assert transformers.pipelines.REMOVED_TASKS == removed
+
+
+@pytest.mark.parametrize("module", [oner, oner.processing], ids=lambda module: module.__name__)
+def test_names_are_what_they_say(module):
+    assert set(module.__all__) <= set(dir(module))
+    for name in module.__all__:
+        assert getattr(module, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        module.nonsense  # noqa: B018
+
+
+def test_processing_names_every_file_of_its_names():
+    assert set(oner.processing.__all__) == set(oner.processing._FILES)
+
+
+@pytest.mark.parametrize("line", SAID)
+def test_the_command_line_answers_before_anything_heavy_is_imported(line, root):
+    code = (
+        "import sys\nfrom oner_command_line import main\n"
+        f"try:\n    main({line.split()!r})\n"
+        f"finally:\n    print('IMPORTED', sorted(set({HEAVY!r}) & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    said, status = SAID[line]
+    assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
+    assert "IMPORTED []" in done.stdout
+
+
+def test_the_command_line_offers_what_the_commands_have():
+    """Choices and defaults are written down twice, there and where they mean something."""
+    convert, estimate = COMMANDS["convert"].parser("convert"), COMMANDS["estimate"].parser("estimate")
+    offered = {action.dest: action for parser in (convert, estimate) for action in parser._actions}
+    assert offered["origin"].choices == sorted(SOURCES)
+    assert offered["device"].choices == sorted(DEVICES)
+    assert offered["sharding"].choices == sorted(SHARDS)
+    assert offered["mfu"].default is None
+    assert OBJECTIVE in offered["objective"].help
+
+
+def test_every_command_has_its_module():
+    from importlib import import_module
+
+    assert all(callable(import_module(command.module).run) for command in COMMANDS.values())

@@ -1,8 +1,8 @@
 """The house's rules, read from the syntax trees of the source files.
 
-Rooms: modeling, processing, training, oner, examples. `modeling` and `processing` travel to the Hub inside every
-published model, so the rules for them are those of transformers' copying of code. What does not travel has wings:
-`processing/data` and those of `training`, whose imports run one way.
+Rooms: modeling, processing, training, oner, examples; beside them oner_command_line.py. `modeling` and `processing`
+travel to the Hub inside every published model, so the rules for them are those of transformers' copying of code. What
+does not travel has wings: `processing/data` and those of `training`, whose imports run one way.
 """
 
 import ast
@@ -21,11 +21,16 @@ MAY_IMPORT = {
     "training": {"modeling", "processing", "training"},
     "oner": {"modeling", "processing", "training", "oner"},
     "examples": {"modeling", "processing", "training", "oner"},
+    # it imports the module of a command once it knows which
+    "oner_command_line.py": set(),
 }
 # a wing of training imports those that stand before it
+BELOW_ALL_WINGS = {"private_names"}
 WINGS = ("parallel", "publishing", "evaluation", "conversion", "objectives", "run", "tasks", "cost")
-FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))] + [ROOT / "oner_command_line.py"]
 PORTABLE_FILES = [path for path in FILES if path.parent.name in PORTABLE and path.parent.parent == ROOT]
+# where processes talk to each other; and the launcher, which catches what torchrun raises
+MAY_NAME_DISTRIBUTED = {"training/parallel/distributed.py", "examples/launch.py"}
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60
 
 
@@ -103,6 +108,7 @@ def test_every_wing_is_named():
 def test_arrows_between_wings_run_one_way(path):
     before = WINGS[: WINGS.index(path.parent.name) + 1]
     wings = {module.split(".")[1] for module in modules_imported(path) if module.startswith("training.")}
+    wings -= BELOW_ALL_WINGS
     assert wings <= set(before), f"{name_of(path)} may not import {sorted(wings - set(before))}"
 
 
@@ -214,7 +220,7 @@ def test_nothing_dangerous(path):
                 and node.module == "torch"
                 and any(alias.name == "distributed" for alias in node.names)
             )
-            assert not distributed or name == "training/parallel/distributed.py", f"{where}: torch.distributed"
+            assert not distributed or name in MAY_NAME_DISTRIBUTED, f"{where}: torch.distributed"
         if isinstance(node, ast.Call):
             called = dotted(node.func)
             assert called not in ("eval", "exec", "builtins.eval", "builtins.exec"), f"{where}: {called}"
@@ -225,7 +231,7 @@ def test_nothing_dangerous(path):
             assert not any(k.arg == "allow_pickle" and getattr(k.value, "value", None) for k in node.keywords), where
         if isinstance(node, ast.Attribute):
             if dotted(node).startswith("torch.distributed"):
-                assert name == "training/parallel/distributed.py", f"{where}: torch.distributed"
+                assert name in MAY_NAME_DISTRIBUTED, f"{where}: torch.distributed"
         assert not reads_environment(node) or name == "training/run/arguments.py", f"{where}: environment"
 
 
@@ -246,10 +252,3 @@ def test_sizes(path):
 def test_no_banners_or_leftovers(path):
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         assert not re.search(r"#.*\b(TODO|FIXME|XXX)\b|#\s*[-=*#]{4,}", line), f"{name_of(path)}:{number}: {line}"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "checkpoints").glob("*/*.py")), ids=name_of)
-def test_code_in_shipped_checkpoints_is_the_houses(path):
-    """Their files travel with the weights; after a change of the rooms they are copied again."""
-    (own,) = (file for file in PORTABLE_FILES if file.name == path.name)
-    assert path.read_text(encoding="utf-8") == own.read_text(encoding="utf-8"), f"copy {name_of(own)} over it"

@@ -13,7 +13,6 @@ An HTML comment above a block, which a rendered README does not show, says what 
 Where the shipped checkpoint or a run's model is missing, a model of one layer stands at its path.
 """
 
-import argparse
 import configparser
 import csv
 import dataclasses
@@ -24,7 +23,6 @@ import runpy
 import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,15 +35,16 @@ from tiny_pretraining import load_example
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import oner
-from oner.command_line import COMMANDS
-from oner.command_line import main as command_line
 from oner.training.evaluation.localization import similarity_maps
 from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.evaluation.zero_shot import ZeroShotClassificationEvaluator
 from oner.training.objectives.dvae import DiscreteVAEObjectiveArguments
 from oner.training.objectives.oner import OneRObjectiveArguments
 from oner.training.publishing.hub import export_model
-from oner.training.run.arguments import DataArguments, ModelArguments, RunArguments, parse_arguments
+from oner.training.run.arguments import DataArguments, ModelArguments, RunArguments
+from oner.training.run.parsing import parse_arguments
+from oner_command_line import COMMANDS
+from oner_command_line import main as command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -270,9 +269,7 @@ def test_what_a_command_names_exists(words, workshop):
         result = subprocess.run([str(scripts / "hf"), *words[1:], "--help"], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     elif words[0] == "oner":
-        options = argparse.ArgumentParser()
-        import_module(COMMANDS[words[1]][0]).add_arguments(options)
-        options.parse_args(words[2:])
+        COMMANDS[words[1]].parser(words[1]).parse_args(words[2:])
     elif words[:2] == ["python", "examples/evaluate.py"]:
         load_example("evaluate").parse(words[2:])
     else:
@@ -304,6 +301,12 @@ def check_launch(words: list[str]) -> None:
 def test_every_bash_block_says_what_becomes_of_it():
     silent = [block.line for block in BLOCKS if block.language == "bash" and not block.directive]
     assert not silent, f"bash blocks without a test comment in lines {silent}"
+
+
+def test_every_python_block_that_loads_by_transformers_imports_oner():
+    """Blocks are copied one by one, and the shipped checkpoints hold no code."""
+    blocks = [block for block in BLOCKS if block.language == "python" and "from transformers" in block.text]
+    assert {block.directive for block in blocks if "import oner\n" not in block.text} == {"without oner"}
 
 
 def test_extras_exist():

@@ -103,8 +103,8 @@ def joined(parts: list[dict]) -> dict:
 
 def in_one_process(objective, student, parts: list[dict], progress: float) -> tuple[torch.Tensor, dict]:
     """The mean of the losses of processes that hold `parts`: one batch of all, for each gathers the others' keys."""
-    loss, told = objective(student, joined(parts), progress)
-    objective.after_step()
+    loss, told, kept = objective(student, joined(parts), progress)
+    objective.after_step(kept=kept)
     return loss, told
 
 

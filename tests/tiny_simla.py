@@ -130,15 +130,16 @@ def in_one_process(objective, student, parts: list[dict], progress: float) -> tu
     counts = [objective.count(part) for part in parts]
     mean = {name: sum(count[name] for count in counts) / len(parts) for name in counts[0]}
     objective.before_step()
-    losses, told, compared = [], [], []
+    losses, told, kept = [], [], []
     for part in parts:
-        online, keys = objective.represent(student, part, progress, mean), objective.targets(student, part, progress)
-        compared.append((online.rows, online.common, keys, progress))
-        told.append({**objective.compare(*compared[-1]), **online.parts})
+        targets = objective.targets(student, part, progress)
+        online = objective.represent(student, part, targets, progress, mean)
+        compared = objective.compare(online.rows, online.common, targets.rows, progress)
+        told.append({**compared.parts, **online.parts})
         losses.append(objective.weigh(told[-1]))
-    for arguments in compared:
-        objective.compare(*arguments)  # for what it leaves for the queue
-        objective.after_step()
+        kept.append(compared.kept)
+    for newest in kept:
+        objective.after_step(kept=newest)
     average = {name: sum(one[name].detach() for one in told) / len(parts) for name in told[0]}
     return sum(losses) / len(parts), average
 

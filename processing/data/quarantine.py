@@ -5,7 +5,7 @@ Shapes: G rows of a global batch, n rows of all sources.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, sqrt
 from pathlib import Path
@@ -148,94 +148,108 @@ def read_rows(rows: Any, numbers: Sequence[int]) -> list[dict[str, Any] | BadRow
     return [BadRow(known[number], known=True) if number in known else read[number] for number in numbers]
 
 
-class Quarantine:
-    """The list of bad rows of a run, `quarantine.jsonl`, and the watch over their share.
+class Watch:
+    """The share of bad rows of one portion of a run.
 
-    A line is {"source", "row", "epoch", "step", "attempt", "reason", "replaced_by"}. `row` counts within its source;
-    `attempt` is 0 for a row of the order and k for the k-th row that was to stand in for one; `replaced_by` is the
-    row that did, counted over all sources. Rows found bad when the data were opened come first, once, with null for
-    everything that belongs to a step; then comes a line each time that a row fails in a step.
-
-    The run stops when more of the rows seen are bad than `max_bad_rows` allows: at opening exactly, in steps by more
-    than chance would make it, three standard deviations of a binomial count (at 1 %, 4 rows of the first 100).
+    More of the rows seen may be bad than `max_bad_rows` allows only as far as chance would make it: at opening not at
+    all, in steps by three standard deviations of a binomial count (at 1 %, 4 rows of the first 100).
 
     Args:
-        directory: of the run's output.
         max_bad_rows: share, from 0 (none) to 1 (any).
         opened: (source, row, reason) of the rows found bad at opening.
-        total: rows of the data; None for a stream, which is not checked at opening.
-        is_main: on the first process, which writes the lines of the opening and cuts the file at a resume.
+        total: rows of the portion; None for a stream, which is not checked at opening.
 
     Attributes:
         before, new: (rows that failed, those of them that were to stand in for others) before the start and since.
     """
 
     def __init__(
-        self,
-        directory: str | os.PathLike,
-        max_bad_rows: float,
-        opened: Iterable[tuple[str, int, str]] = (),
-        total: int | None = None,
-        is_main: bool = True,
+        self, max_bad_rows: float, opened: Iterable[tuple[str, int, str]] = (), total: int | None = None
     ) -> None:
         if not 0 <= max_bad_rows <= 1:
             raise ValueError(f"max_bad_rows is {max_bad_rows}; expected a share in [0, 1]")
-        self.path, self.max_bad_rows, self.is_main = Path(directory) / FILE, max_bad_rows, is_main
+        self.max_bad_rows, self.total = max_bad_rows, total
         self.opened = [line_of(*row) for row in opened]
-        self.total, self.before, self.new, self.last = total, (0, 0), (0, 0), []
         self.opened_share = len(self.opened) / total if total else 0.0
+        self.before = self.new = (0, 0)
+        self.last: list[dict[str, Any]] = []
+
+
+class Quarantine:
+    """The list of bad rows of a run, `quarantine.jsonl`, and the watch over their share.
+
+    A line is {"portion", "source", "row", "epoch", "step", "attempt", "reason", "replaced_by"}. `row` counts within
+    its source; `attempt` is 0 for a row of the order and k for the k-th row that was to stand in for one;
+    `replaced_by` is the row that did, counted over all sources. Rows found bad when the data were opened come first,
+    once, with null for everything that belongs to a step; then comes a line each time that a row fails in a step.
+
+    Args:
+        directory: of the run's output.
+        watches: by portion; all portions of a run share the one list.
+        is_main: on the first process, which writes the lines of the opening and cuts the file at a resume.
+    """
+
+    def __init__(self, directory: str | os.PathLike, watches: Mapping[str, Watch], is_main: bool = True) -> None:
+        self.path, self.watches, self.is_main = Path(directory) / FILE, dict(watches), is_main
 
     def check_opening(self) -> None:
         """Raises `BadRowsError` if too large a share was found bad at opening, with the file written all the same."""
-        if self.opened_share <= self.max_bad_rows:
-            return
-        if self.is_main:
-            self._write([line for line in read_quarantine(self.path) if line["step"] is not None])
-        raise BadRowsError(
-            f"{len(self.opened)} of {self.total} rows cannot be used, more than max_bad_rows={self.max_bad_rows} "
-            f"allows; {self.path} lists them all, the first:\n{listed(self.opened[:SHOWN])}"
-        )
+        for watch in self.watches.values():
+            if watch.opened_share <= watch.max_bad_rows:
+                continue
+            if self.is_main:
+                self._write([line for line in read_quarantine(self.path) if line["step"] is not None])
+            raise BadRowsError(
+                f"{len(watch.opened)} of {watch.total} rows cannot be used, more than "
+                f"max_bad_rows={watch.max_bad_rows} allows; {self.path} lists them all, the first:\n"
+                f"{listed(watch.opened[:SHOWN])}"
+            )
 
     def begin(self, start_step: int) -> None:
         """Brings the file to what it was at `start_step`: later lines are those of steps that will be run again."""
         earlier = [line for line in read_quarantine(self.path) if line["step"] is not None]
         earlier = [line for line in earlier if line["step"] < start_step]
-        self.before, self.new, self.last = counted(earlier), (0, 0), earlier[-SHOWN:]
+        for name, watch in self.watches.items():
+            mine = [line for line in earlier if line.get("portion") == name]
+            watch.before, watch.new, watch.last = counted(mine), (0, 0), mine[-SHOWN:]
         if self.is_main:
             self._write(earlier)
 
-    def add(self, step: int, lines: Iterable[dict[str, Any]]) -> None:
-        """Appends what happened in a step: `line_of` without the step."""
-        lines = [{**line, "step": step} for line in lines]
+    def add(self, portion: str, step: int, lines: Iterable[dict[str, Any]]) -> None:
+        """Appends what happened to a portion in a step: `line_of` without the step."""
+        lines = [{"portion": portion, **line, "step": step} for line in lines]
         if not lines:
             return
+        watch = self.watches[portion]
         failed, stand_ins = counted(lines)
-        self.new = self.new[0] + failed, self.new[1] + stand_ins
-        self.last = (self.last + lines)[-SHOWN:]
+        watch.new = watch.new[0] + failed, watch.new[1] + stand_ins
+        watch.last = (watch.last + lines)[-SHOWN:]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # One unbuffered write at the end of the file, wherever that is by now: several processes keep one list.
         with open(self.path, "ab", buffering=0) as file:
             file.write("".join(map(dumped, lines)).encode())
 
-    def check(self, bad: int, seen: int) -> None:
+    def check(self, portion: str, bad: int, seen: int) -> None:
         """Raises `BadRowsError` if `bad` of the `seen` rows of all processes' steps are more than the run allows."""
-        left = max(self.max_bad_rows - self.opened_share, 0.0)
+        watch = self.watches[portion]
+        left = max(watch.max_bad_rows - watch.opened_share, 0.0)
         if bad > left * seen + 3 * sqrt(left * seen):
-            at_opening = f", beside {len(self.opened)} of {self.total} at opening" if self.opened else ""
+            at_opening = f", beside {len(watch.opened)} of {watch.total} at opening" if watch.opened else ""
             raise BadRowsError(
-                f"{bad} of {seen} rows could not be used{at_opening}; more than max_bad_rows={self.max_bad_rows} "
-                f"allows. {self.path} lists them all, the last that this process met:\n{listed(self.last)}"
+                f"{bad} of {seen} rows could not be used{at_opening}; more than max_bad_rows={watch.max_bad_rows} "
+                f"allows. {self.path} lists them all, the last that this process met:\n{listed(watch.last)}"
             )
 
     def _write(self, earlier: list[dict[str, Any]]) -> None:
         """The opening's lines and these, written beside and renamed; no file if there is none."""
-        if not self.opened and not earlier:
+        opened = [{"portion": name, **line} for name, watch in self.watches.items() for line in watch.opened]
+        if not opened and not earlier:
             self.path.unlink(missing_ok=True)
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f".{FILE}.tmp")
         with open(beside, "w", encoding="utf-8") as file:
-            file.writelines(map(dumped, [*self.opened, *earlier]))
+            file.writelines(map(dumped, [*opened, *earlier]))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.path)

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from tiny_official import Q, V, albef_shapes, filled, pretraining_shapes, retrieval_shapes
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForZeroShotImageClassification, AutoProcessor
 
-from oner.command_line import COMMANDS, main
 from oner.modeling.configuration_dvae import DiscreteVAEConfig
 from oner.modeling.modeling_dvae import DiscreteVAE
 from oner.training.conversion.reading import CheckpointFileError, read_weights
 from oner.training.objectives.simla import SimlaObjective, SimlaObjectiveArguments
+from oner_command_line import COMMANDS, main
 
 TINY = ["--heads", "4"]
 
@@ -294,7 +294,7 @@ def test_a_tokenizer_of_pictures(tmp_path, capsys):
 
 
 def test_help_names_the_command(capsys):
-    assert COMMANDS["convert"][0] == "oner.training.conversion.command"
+    assert COMMANDS["convert"].module == "oner.training.conversion.command"
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
     assert "--from {albef" in capsys.readouterr().out

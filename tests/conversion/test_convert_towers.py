@@ -20,8 +20,8 @@ from transformers import (
 from oner import OneRForPreTraining, SimlaForImageTextRetrieval, SimlaForPreTraining
 from oner.training.conversion.report import MissingWeightsError
 from oner.training.conversion.towers import initialise
-from oner.training.run.arguments import parse_arguments
 from oner.training.run.building import build_model
+from oner.training.run.parsing import parse_arguments
 
 WORDS = 50
 HF_VIT = {

@@ -7,18 +7,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_loading import collator_of
-from torch.utils.flop_counter import FlopCounterMode
 
-from oner import OneRConfig
-from oner.command_line import COMMANDS, main
+from oner import OneRConfig, SimlaConfig
 from oner.processing.data.augmentation import TrainingImageTransform
 from oner.processing.data.sampling import RowKey
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.cost.estimate import DEVICES, GIB, Device, configuration_of, estimate
-from oner.training.cost.rehearsal import pair_batch, rehearse
-from oner.training.objectives.objective import build_objective
-from oner.training.run.arguments import parse_arguments
+from oner.training.cost.flops import flop_counter
+from oner.training.cost.rehearsal import rehearse
+from oner.training.objectives.examples import example_pairs
+from oner.training.objectives.objective import Example, build_objective
+from oner.training.objectives.simla import SimlaObjective
 from oner.training.run.building import build_model
+from oner.training.run.parsing import parse_arguments
+from oner_command_line import COMMANDS, main
 
 SMALL = {
     "hidden_size": 32,
@@ -29,17 +31,37 @@ SMALL = {
     "projection_dim": 16,
     "max_text_length": 12,
 }
+# of a family with two encoders, for images of 2 x 2 patches
+FEW_LAYERS = {"hidden_size": 32, "num_hidden_layers": 1, "num_text_layers": 1, "num_attention_heads": 2}
+FEW_LAYERS |= {"image_size": 32, "projection_dim": 16, "max_text_length": 12, "num_visual_codes": 7, "vocab_size": 200}
 LENGTHS = [3, 12, 0, 7, 5, 6]
 
 
 def arguments(*given: str, **model_config):
     config = json.dumps({**SMALL, "vocab_size": 200, **model_config})
     return parse_arguments(
-        ["--train_data", "none", "--model_config", config, "--attn_implementation", "eager", *given]
+        [
+            "--family",
+            "oner",
+            "--train_data",
+            "none",
+            "--model_config",
+            config,
+            "--attn_implementation",
+            "eager",
+            *given,
+        ]
     )
 
 
-def test_pair_batch_is_laid_out_as_the_collator_does(emoji_folder):
+def simla_arguments(*given: str):
+    return parse_arguments(
+        ["--family", "simla", "--train_data", "none", "--attn_implementation", "eager", "--queue_size", "64"]
+        + ["--model_config", json.dumps(FEW_LAYERS), *given]
+    )
+
+
+def test_example_pairs_are_laid_out_as_the_collator_does(emoji_folder):
     rows = pq.read_table(emoji_folder / "test_style.parquet").slice(0, 6).to_pylist()
     captions = [row["captions"][0] if isinstance(row["captions"], list) else row["captions"] for row in rows]
     tokenizer = train_tokenizer(captions * 2, vocab_size=200, max_text_length=12)
@@ -57,7 +79,7 @@ def test_pair_batch_is_laid_out_as_the_collator_does(emoji_folder):
     )  # fmt: skip
     real = {name: value for name, value in real.items() if isinstance(value, torch.Tensor)}
     lengths = (real["attention_mask"].sum(1) - 1 - 4).tolist()
-    made = pair_batch(config, lengths)
+    made = example_pairs(config, lengths, Example())
     assert made.keys() == real.keys()
     for name, tensor in made.items():
         assert tensor.dtype == real[name].dtype, name
@@ -70,24 +92,22 @@ def test_pair_batch_is_laid_out_as_the_collator_does(emoji_folder):
     assert torch.equal(made["input_ids"][:, head], real["input_ids"][:, head])
 
 
-def test_pair_batch_has_visual_codes_for_a_model_that_predicts_them():
-    config = OneRConfig(**SMALL)
-    assert "visual_codes" not in pair_batch(config, LENGTHS)
-    config.num_visual_codes = 7
-    codes = pair_batch(config, LENGTHS)["visual_codes"]
+def test_a_family_that_predicts_visual_codes_brings_them():
+    config = SimlaConfig(**FEW_LAYERS)
+    codes = SimlaObjective.example_batches(config, LENGTHS, Example())["pairs"]["visual_codes"]
     assert codes.shape == (6, 4) and codes.dtype == torch.int64 and 0 <= codes.min() < codes.max() < 7
 
 
-def test_pair_batch_refuses_what_the_model_cannot_read():
+def test_example_pairs_refuse_what_the_model_cannot_read():
     with pytest.raises(ValueError, match=r"expected some in \[0, 12\]"):
-        pair_batch(OneRConfig(**SMALL), [13])
+        example_pairs(OneRConfig(**SMALL), [13], Example())
 
 
 def real_step(given, config, half):
     """Operations of a step on real tensors, and bytes that its backward keeps."""
     model = build_model(given, config)
     objective = build_objective(given.model.family, model, given.objective)
-    batch = pair_batch(config, LENGTHS, 0.15, 0.3)
+    batch = objective.example_batches(config, LENGTHS, Example(0.15, 0.3))["pairs"]
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch.values()]}
     own |= {t.untyped_storage().data_ptr() for t in objective.teacher.model.state_dict().values()}
     kept = {}
@@ -99,9 +119,9 @@ def real_step(given, config, half):
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss, _ = objective(model.train(), batch, 0.5)
+            loss, *_ = objective(model.train(), batch, 0.5)
         loss.backward()
     return counter.get_total_flops(), sum(kept.values()), model
 
@@ -120,12 +140,7 @@ def test_a_rehearsal_is_the_step(precision):
 
 def test_a_rehearsal_is_the_step_of_a_family_with_queues_and_codes():
     """Its teacher moves before the step, its queues are tensors beside modules, and its tokenizer is not there."""
-    fields = {"hidden_size": 32, "num_hidden_layers": 1, "num_text_layers": 1, "num_attention_heads": 2}
-    fields |= {"image_size": 32, "projection_dim": 16, "max_text_length": 12, "num_visual_codes": 7, "vocab_size": 200}
-    given = parse_arguments(
-        ["--family", "simla", "--train_data", "none", "--attn_implementation", "eager", "--queue_size", "64"]
-        + ["--model_config", json.dumps(fields)]
-    )
+    given = simla_arguments()
     config = configuration_of(given)
     rehearsed = rehearse(
         replace(given, objective=replace(given.objective, image_tokenizer="nowhere")), config, LENGTHS
@@ -180,6 +195,16 @@ def test_cached_gradients_keep_less_and_work_more():
     assert cached.memory["weights"] == plain.memory["weights"]
 
 
+def test_what_chunks_repeat_is_the_first_pass_alone():
+    """Of SIMLA that embeds both sides for contrast; fusion and heads run once."""
+    given = simla_arguments("--gradient_cache_chunks", "2", "--batch_size", "12")
+    rehearsed = rehearse(given, configuration_of(given), LENGTHS)
+    assert 0 < rehearsed.repeated < 0.3 * rehearsed.forward
+    cached = estimate(given, DEVICES["h100"], words=6).flops_per_pair
+    plain = estimate(simla_arguments("--batch_size", "6"), DEVICES["h100"], words=6).flops_per_pair
+    assert 1 < cached / plain < 1.15
+
+
 @pytest.mark.parametrize("wrong", [{"count": 3}, {"count": 0}, {"mfu": 1.5}, {"sharding": "zero4"}])
 def test_what_cannot_be_estimated_is_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
@@ -188,7 +213,18 @@ def test_what_cannot_be_estimated_is_refused(wrong):
 
 def command(*given: str) -> list[str]:
     config = json.dumps({**SMALL, "vocab_size": 200})
-    return ["estimate", "--train_data", "none", "--model_config", config, "--batch_size", "8", *given]
+    return [
+        "estimate",
+        "--family",
+        "oner",
+        "--train_data",
+        "none",
+        "--model_config",
+        config,
+        "--batch_size",
+        "8",
+        *given,
+    ]
 
 
 def test_the_command_prints_text_and_json(capsys):
@@ -215,4 +251,4 @@ def test_setup_declares_the_command(root):
 
     setup = configparser.ConfigParser()
     setup.read(root / "setup.cfg")
-    assert "oner = oner.command_line:main" in setup["options.entry_points"]["console_scripts"]
+    assert "oner = oner_command_line:main" in setup["options.entry_points"]["console_scripts"]

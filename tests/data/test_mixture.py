@@ -15,8 +15,9 @@ from oner.processing.data.mixture import PairMixture, PairStreamMixture, open_mi
 from oner.processing.data.sampling import EXTRA_TURN, PairBatchSampler, PairOrder, RowKey, epoch_visits, shares_of
 from oner.processing.data.sources import PairDataError, PairTrainingSet, PairTrainingStream, open_rows
 from oner.processing.vl_tokenizer import train_tokenizer
-from oner.training.run.arguments import DataArguments, parse_arguments
+from oner.training.run.arguments import DataArguments
 from oner.training.run.opening import open_training_rows
+from oner.training.run.parsing import parse_arguments
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from oner.processing.data.quarantine import (
     BadRowsError,
     Quarantine,
     StandIns,
+    Watch,
     line_of,
     read_quarantine,
     read_rows,
@@ -263,6 +264,10 @@ def test_a_stream_of_bad_rows_ends(pairs, tokenizer):
 # The list
 
 
+def quarantine_in(directory, allowed, opened=(), total=None):
+    return Quarantine(directory, {"pairs": Watch(allowed, opened, total)})
+
+
 def lines_of(step, *rows):
     return [line_of("pairs.csv", row, f"reason {step}", epoch=0, attempt=0, replaced_by=99) for row in rows]
 
@@ -276,24 +281,25 @@ def test_the_list_is_cut_at_a_resume_and_is_the_same_afterwards(tmp_path):
     for directory, stops in ((tmp_path / "whole", ()), (tmp_path / "stopped", (2, 5, 5, 0))):
         start = 0
         for stop in (*stops, None):
-            quarantine = Quarantine(directory, 0.5, opened, total=100)
+            quarantine = quarantine_in(directory, 0.5, opened, 100)
             quarantine.begin(start)
             for step in range(start, 8):
-                quarantine.add(step, lines_of(step, step, step + 10) if step % 2 else [])
+                quarantine.add("pairs", step, lines_of(step, step, step + 10) if step % 2 else [])
             start = stop
     assert quarantine.path.read_bytes() == (tmp_path / "whole" / "quarantine.jsonl").read_bytes()
     assert written(quarantine.path) == [(None, 3)] + [
         (step, row) for step in (1, 3, 5, 7) for row in (step, step + 10)
     ]
-    resumed = Quarantine(tmp_path / "whole", 0.5, opened, total=100)
+    resumed = quarantine_in(tmp_path / "whole", 0.5, opened, 100)
     resumed.begin(4)
-    assert resumed.before == (4, 0) and resumed.new == (0, 0)
+    watch = resumed.watches["pairs"]
+    assert watch.before == (4, 0) and watch.new == (0, 0)
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
-    quarantine = Quarantine(tmp_path, 0.5)
-    quarantine.add(0, lines_of(0, 1))
-    quarantine.add(1, lines_of(1, 2))
+    quarantine = quarantine_in(tmp_path, 0.5)
+    quarantine.add("pairs", 0, lines_of(0, 1))
+    quarantine.add("pairs", 1, lines_of(1, 2))
     content = quarantine.path.read_bytes()
     for length in range(len(content)):
         quarantine.path.write_bytes(content[:length])
@@ -304,18 +310,26 @@ def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
 
 
 def test_a_line_says_all_and_holds_any_text(tmp_path):
-    quarantine = Quarantine(tmp_path, 0.5)
-    quarantine.add(4, [line_of("a.tar", 7, "caf\udce9 \ud800", epoch=1, attempt=2, replaced_by=11)])
+    quarantine = quarantine_in(tmp_path, 0.5)
+    quarantine.add("pairs", 4, [line_of("a.tar", 7, "caf\udce9 \ud800", epoch=1, attempt=2, replaced_by=11)])
     (line,) = read_quarantine(quarantine.path)
-    expected = {"source": "a.tar", "row": 7, "epoch": 1, "step": 4, "attempt": 2, "replaced_by": 11}
+    expected = {
+        "portion": "pairs",
+        "source": "a.tar",
+        "row": 7,
+        "epoch": 1,
+        "step": 4,
+        "attempt": 2,
+        "replaced_by": 11,
+    }
     assert line == {**expected, "reason": "caf\udce9 \ud800"}
 
 
 def test_nothing_bad_leaves_no_file(tmp_path):
-    quarantine = Quarantine(tmp_path / "run", 0.01, total=100)
+    quarantine = quarantine_in(tmp_path / "run", 0.01, total=100)
     quarantine.begin(0)
-    quarantine.add(3, [])
-    quarantine.check(0, 0)
+    quarantine.add("pairs", 3, [])
+    quarantine.check("pairs", 0, 0)
     assert not quarantine.path.exists()
 
 
@@ -323,26 +337,26 @@ def test_nothing_bad_leaves_no_file(tmp_path):
     "allowed, seen, most", [(0.01, 100, 4), (0.01, 10_000, 130), (0.05, 1000, 71), (0.0, 10**6, 0), (1.0, 50, 50)]
 )
 def test_the_share_that_stops_a_run(tmp_path, allowed, seen, most):
-    quarantine = Quarantine(tmp_path, allowed)
-    quarantine.add(0, lines_of(0, *range(30)))
-    quarantine.check(most, seen)
+    quarantine = quarantine_in(tmp_path, allowed)
+    quarantine.add("pairs", 0, lines_of(0, *range(30)))
+    quarantine.check("pairs", most, seen)
     if allowed < 1:
         with pytest.raises(BadRowsError) as caught:
-            quarantine.check(most + 1, seen)
+            quarantine.check("pairs", most + 1, seen)
         text = str(caught.value)
         assert f"{most + 1} of {seen} rows could not be used; more than max_bad_rows={allowed}" in text
         assert str(quarantine.path) in text and text.count("\n  row ") == SHOWN and "row 29 of pairs.csv" in text
 
 
 def test_a_share_below_the_limit_does_not_stop_by_chance(tmp_path):
-    quarantine, rng = Quarantine(tmp_path, 0.01), np.random.default_rng(0)
+    quarantine, rng = quarantine_in(tmp_path, 0.01), np.random.default_rng(0)
     stopped = {0.008: 0, 0.02: 0}
     for share in stopped:
         for _ in range(200):
             bad = np.cumsum((rng.random((200, 64)) < share).sum(1))
             try:
                 for step, count in enumerate(bad.tolist(), 1):
-                    quarantine.check(count, 64 * step)
+                    quarantine.check("pairs", count, 64 * step)
             except BadRowsError:
                 stopped[share] += 1
     assert stopped[0.008] <= 10 and stopped[0.02] >= 195, stopped
@@ -350,13 +364,38 @@ def test_a_share_below_the_limit_does_not_stop_by_chance(tmp_path):
 
 def test_what_was_found_at_opening_counts(tmp_path):
     opened = [("pairs.csv", row, "the caption is null") for row in range(8)]
-    quarantine = Quarantine(tmp_path, 0.01, opened, total=1000)
+    quarantine = quarantine_in(tmp_path, 0.01, opened, 1000)
     quarantine.check_opening()
-    quarantine.check(6, 1000)  # 0.2 % are left: 2 of 1000, and 4.2 for chance
+    quarantine.check("pairs", 6, 1000)  # 0.2 % are left: 2 of 1000, and 4.2 for chance
     with pytest.raises(BadRowsError, match="7 of 1000 rows could not be used, beside 8 of 1000 at opening"):
-        quarantine.check(7, 1000)
+        quarantine.check("pairs", 7, 1000)
     with pytest.raises(BadRowsError, match=r"8 of 700 rows cannot be used, more than max_bad_rows=0.01 allows"):
-        Quarantine(tmp_path / "b", 0.01, opened, total=700).check_opening()
+        quarantine_in(tmp_path / "b", 0.01, opened, 700).check_opening()
     assert len(read_quarantine(tmp_path / "b" / "quarantine.jsonl")) == 8
     with pytest.raises(ValueError, match=r"max_bad_rows is 1.5; expected a share in \[0, 1\]"):
-        Quarantine(tmp_path, 1.5)
+        quarantine_in(tmp_path, 1.5)
+
+
+def test_portions_of_a_run_share_one_list(tmp_path):
+    """Each has its own share and its own counts; neither writes over the other's lines, nor does a resume."""
+
+    def opened():
+        watches = {"texts": Watch(0.5, [("a.txt", 2, "not UTF-8")], 10), "pairs": Watch(0.0)}
+        return Quarantine(tmp_path, watches)
+
+    quarantine = opened()
+    quarantine.begin(0)
+    for step in range(4):
+        quarantine.add("texts", step, lines_of(step, step))
+        quarantine.check("texts", step + 1, 10 * (step + 1))
+    quarantine.add("pairs", 3, lines_of(3, 7))
+    with pytest.raises(BadRowsError, match="1 of 40 rows could not be used; more than max_bad_rows=0.0"):
+        quarantine.check("pairs", 1, 40)
+    resumed = opened()
+    resumed.begin(2)
+    assert [(line["portion"], line["step"]) for line in read_quarantine(resumed.path)] == [
+        ("texts", None),
+        ("texts", 0),
+        ("texts", 1),
+    ]
+    assert resumed.watches["texts"].before == (2, 0) and resumed.watches["pairs"].before == (0, 0)

@@ -50,22 +50,22 @@ class QueueObjective(OneRObjective):
         self.steps = 0
 
     def compare(self, rows, common, targets, progress):
-        parts = super().compare(rows, common, targets, progress)
+        compared = super().compare(rows, common, targets, progress)
         keys = gather_without_gradient(targets["key of text"].float())
-        self.newest = keys.detach()
+        compared.kept["newest"] = keys.detach()
         offset = rank() * len(rows["image"])
-        parts["queue"] = info_nce(rows["image"], torch.cat([keys, self.queue]), 0.1, offset=offset)
-        return parts
+        compared.parts["queue"] = info_nce(rows["image"], torch.cat([keys, self.queue]), 0.1, offset=offset)
+        return compared
 
     def weigh(self, parts):
         loss = super().weigh(parts)
         return loss * math.nan if self.steps + 1 == self.spoilt and rank() == world_size() - 1 else loss
 
-    def after_step(self, applied=None):
-        super().after_step(applied)
+    def after_step(self, applied=None, kept=None):
+        super().after_step(applied, kept)
         self.steps += 1
         if applied is None or applied:
-            self.queue = torch.cat([self.newest, self.queue])[:QUEUE]
+            self.queue = torch.cat([kept["newest"], self.queue])[:QUEUE]
 
     def state_dict(self):
         return {**super().state_dict(), "queue": self.queue}

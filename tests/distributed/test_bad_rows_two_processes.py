@@ -18,18 +18,19 @@ SCRIPT = """
 import hashlib, json, sys
 from accelerate import PartialState
 from oner.processing.data.quarantine import BadRowsError
-from oner.training.run.arguments import parse_arguments
+from oner.training.run.parsing import parse_arguments
 from oner.training.run.building import build_processor_and_config
-from oner.training.run.opening import open_training_rows
-from oner.training.run.pair_loading import PairLoader
+from oner.training.run.opening import open_portions
+from oner.training.run.collators import build_collators
+from oner.training.run.loading import RunLoader
 state = PartialState(cpu=True)
 start, out, *line = sys.argv[1:]
 arguments = parse_arguments(line)
-pairs = open_training_rows(arguments.data, arguments.run.output_dir)
-loader = PairLoader(arguments, pairs, *build_processor_and_config(arguments, pairs))
+rows = open_portions(arguments)
+loader = RunLoader(arguments, rows, build_collators(arguments, *build_processor_and_config(arguments, rows)))
 with open(f"{out}-{state.process_index}.jsonl", "w") as file:
     try:
-        for batch in loader(int(start)):
+        for batch in (step["pairs"] for step in loader(int(start))):
             pixels = [hashlib.sha256(picture.numpy().tobytes()).hexdigest() for picture in batch["pixel_values"]]
             file.write(json.dumps([batch["rows"].tolist(), batch["ids"].tolist(), pixels]) + "\\n")
     except BadRowsError as error:

@@ -40,7 +40,9 @@ def steps_of_one_process(rank: int, folder: str) -> None:
             wrapped = DistributedDataParallel(student)
             exchanged = []
             wrapped.register_comm_hook(exchanged, count_and_average)
-            loss, parts = loss_and_gradients(accelerator, objective, wrapped, mine, 0.0, pieces)
+            loss, parts, _ = loss_and_gradients(
+                accelerator, objective, wrapped, {"pairs": mine}, 0.0, {"pairs": pieces}
+            )
             result = {"loss": loss, "exchanged": len(exchanged), **{f"part of {n}": p for n, p in parts.items()}}
             if rank in (0, PROCESSES - 1):
                 result.update({f"slope of {name}": slope for name, slope in gradients(student).items()})

@@ -68,8 +68,9 @@ def one_rank(rank: int, folder: str) -> None:
     for name, family in FAMILIES.items():
         student, objective = make(family)
         wrapped = DistributedDataParallel(student)
-        results[name] = result_of(student, *objective(wrapped, make_parts(family)[rank], PROGRESS))
-        objective.after_step()
+        taken = objective(wrapped, make_parts(family)[rank], PROGRESS)
+        results[name] = result_of(student, taken.loss, taken.parts)
+        objective.after_step(kept=taken.kept)
         results[name]["state"] = state_of(objective)
     result = {"families": results}
     result["gathered"] = distributed.gather_without_gradient(torch.tensor([[rank, 0], [rank, 1]]))
@@ -144,7 +145,7 @@ def test_two_processes_keep_the_state_of_one(family, ranks):
 def test_a_process_alone_computes_something_else(family, ranks):
     """Without the other process's keys, or its share of what is counted, the loss would be another."""
     student, objective = make(family)
-    alone, parts = objective(student, make_parts(family)[0], PROGRESS)
+    alone, parts, _ = objective(student, make_parts(family)[0], PROGRESS)
     seen = ranks[0]["families"][family.name]["parts"]
     assert max(abs(parts[name] - seen[name]).item() for name in parts) > 1e-2
 

@@ -4,10 +4,11 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_hub import serve
+from huggingface_hub import HfApi, hf_hub_download
 from PIL import Image
 from tiny_simla_pictures import make_processor, make_simla
 
@@ -175,13 +176,22 @@ def test_pairs_of_one_picture_with_several_texts_are_as_if_it_were_repeated(mode
         embed_pairs(model, processor, images, texts)
 
 
-def test_a_name_on_the_hub_is_stored_with_its_commit(tmp_path):
-    config = OneRConfig.from_size("nano")
-    model = SimpleNamespace(config=config)
-    with pytest.raises(FileNotFoundError, match="names no commit"):
-        checkpoint_facts("someone/some-oner", model)
-    config._commit_hash = "0a1b2c"
-    assert checkpoint_facts("someone/some-oner", model) == {"name": "someone/some-oner", "commit": "0a1b2c"}
+def test_a_name_on_the_hub_is_stored_with_its_commit(tmp_path, monkeypatch):
+    """Loaded from a Hub of our own, as `from_pretrained` does; the next run may be offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="nothing of that name was loaded from the Hub"):
+        checkpoint_facts("someone/some-oner")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    server, url = serve()
+    try:
+        server.RequestHandlerClass.repositories["someone/some-oner"] = {"config.json": b"{}"}
+        hf_hub_download("someone/some-oner", "config.json", endpoint=url)
+        commit = HfApi(endpoint=url).model_info("someone/some-oner").sha
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert checkpoint_facts("someone/some-oner") == {"name": "someone/some-oner", "commit": commit}
 
 
 def test_results_refuse_what_would_not_be_evidence(tmp_path):

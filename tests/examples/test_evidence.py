@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from oner import OneRConfig
-from oner.training.run.arguments import parse_arguments, read_config
+from oner.training.run.parsing import parse_arguments, read_config
 
 TINY = ["hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "image_size=32", "projection_dim=16"]
 TINY += ["batch_size=8", "vocab_size=300", "log_every=1"]
@@ -151,15 +151,15 @@ def test_clip_learns_a_batch_and_keeps_its_temperature_in_bounds() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):
-        loss, parts = objective(model, batch, 0.0)
+        loss, parts, kept = objective(model, batch, 0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        objective.after_step()
+        objective.after_step(kept=kept)
         losses.append(parts["clip"].item())
     assert abs(losses[0] - math.log(8)) < 1.5 and losses[-1] < 0.1
     model.clip.logit_scale.data.fill_(9.0)
-    objective.after_step()
+    objective.after_step(kept=kept)
     assert model.clip.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
 
 

@@ -14,12 +14,11 @@ from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 from oner import OneRForPreTraining
 from oner.training.evaluation.results import read_results
 from oner.training.publishing.model_loading import load_model
-from oner.training.run.arguments import read_config
+from oner.training.run.parsing import read_config
 from oner.training.tasks.finetuning import TASKS, find_task
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("finetune_*.yaml"))
 

@@ -272,7 +272,7 @@ def test_a_few_steps_lower_the_loss():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     errors = []
     for step in range(40):
-        loss, parts = objective(model, batch, step / 40)
+        loss, parts, kept = objective(model, batch, step / 40)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

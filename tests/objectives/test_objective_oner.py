@@ -84,7 +84,7 @@ def test_each_contrast_equals_its_equation(context_states):
     student, batch = build(context_states=context_states), joint_batch(LENGTHS, slots=6)
     objective = OneRObjective(student, OneRObjectiveArguments(losses=["itc", "xmc", "cic", "cmc", "mlm", "mim"]))
     moved_apart(student, objective)
-    loss, parts = objective(student, batch, 0.0)
+    loss, parts, kept = objective(student, batch, 0.0)
     expected = formulas(student, objective.teacher.model, batch)
     assert len({round(value, 4) for value in expected.values()}) == 4  # four different numbers
     for name, value in expected.items():
@@ -101,10 +101,10 @@ def test_own_context_states_and_the_cls_make_cic_the_same_as_xmc():
     student, batch = build(), joint_batch(LENGTHS)
     objective = OneRObjective(student, OneRObjectiveArguments(losses=["xmc", "cic", "mlm", "mim"]))
     moved_apart(student, objective)
-    _, parts = objective(student, batch, 0.0)
+    _, parts, _ = objective(student, batch, 0.0)
     assert parts["cic"].item() == pytest.approx(parts["xmc"].item(), abs=1e-5)
     student = build(pooling="mean")
-    _, parts = OneRObjective(student, OneRObjectiveArguments(losses=["xmc", "cic"]))(student, batch, 0.0)
+    _, parts, _ = OneRObjective(student, OneRObjectiveArguments(losses=["xmc", "cic"]))(student, batch, 0.0)
     assert abs(parts["cic"].item() - parts["xmc"].item()) > 1e-4
 
 
@@ -112,7 +112,7 @@ def test_the_teacher_is_a_teacher_and_not_the_student():
     student, batch = build(), joint_batch(LENGTHS)
     objective = OneRObjective(student, OneRObjectiveArguments(losses=["itc", "mlm", "mim"]))
     moved_apart(student, objective)
-    _, parts = objective(student, batch, 0.0)
+    _, parts, _ = objective(student, batch, 0.0)
     itself = OneRObjective(student, OneRObjectiveArguments(losses=["itc", "mlm", "mim"], teacher=False))
     assert itself.teacher is None and itself.state_dict() == {}
     _, own = itself(student, batch, 0.0)
@@ -125,7 +125,7 @@ def test_contrast_of_clean_inputs_beside_the_masked_ones():
     arguments = OneRObjectiveArguments(contrast_masked=False)
     objective = OneRObjective(student, arguments)
     moved_apart(student, objective)
-    _, parts = objective(student, batch, 0.0)
+    _, parts, _ = objective(student, batch, 0.0)
     expected = formulas(student, objective.teacher.model, batch, masked=False)
     for name in ("itc", "cmc"):
         assert parts[name].item() == pytest.approx(expected[name], abs=2e-5)
@@ -133,7 +133,7 @@ def test_contrast_of_clean_inputs_beside_the_masked_ones():
 
 def test_masked_losses_are_means_over_their_streams():
     student, batch = build(), joint_batch(LENGTHS)
-    _, parts = OneRObjective(student, OneRObjectiveArguments(losses=["mlm", "mim"]))(student, batch, 0.0)
+    _, parts, _ = OneRObjective(student, OneRObjectiveArguments(losses=["mlm", "mim"]))(student, batch, 0.0)
     slots = batch["text_index"][batch["mlm_index"]]
     words, pixels = [], []
     ids, joint = text_of(batch, "masked_input_ids"), {n: batch[n] for n in ("attention_mask", "pixel_values")}
@@ -155,9 +155,9 @@ def test_masked_losses_are_means_over_their_streams():
 
 def test_weights_and_the_factor_of_moco_v3():
     student, batch = build(), joint_batch(LENGTHS)
-    _, plain = OneRObjective(student, OneRObjectiveArguments(losses=["itc", "mlm"]))(student, batch, 0.0)
+    _, plain, _ = OneRObjective(student, OneRObjectiveArguments(losses=["itc", "mlm"]))(student, batch, 0.0)
     arguments = OneRObjectiveArguments(losses=["itc", "mlm"], loss_weights={"itc": 3}, scale_by_temperature=True)
-    loss, parts = OneRObjective(student, arguments)(student, batch, 0.0)
+    loss, parts, _ = OneRObjective(student, arguments)(student, batch, 0.0)
     assert parts["itc"].item() == pytest.approx(plain["itc"].item() * 2 * 0.2, rel=1e-5)
     assert loss.item() == pytest.approx(3 * parts["itc"].item() + parts["mlm"].item(), rel=1e-5)
 
@@ -167,7 +167,7 @@ def test_rows_of_one_concept_are_positives_of_each_other():
     batch["ids"] = torch.tensor([5, 5, 8, 9])
     arguments = OneRObjectiveArguments(losses=["xmc", "mlm", "mim"], match_ids=True)
     objective = OneRObjective(student, arguments)
-    _, parts = objective(student, batch, 0.0)
+    _, parts, _ = objective(student, batch, 0.0)
     online = [pass_of(student, batch, kind, True) for kind in ("image", "text")]
     target = [pass_of(objective.teacher.model, batch, kind, False) for kind in ("image", "text")]
     q = student.predictor(student.oner.projector(sum(online) / 2)).double()
@@ -180,7 +180,7 @@ def test_rows_of_one_concept_are_positives_of_each_other():
 def test_a_learnable_temperature_is_used_and_learns():
     student, batch = build(learnable_temperature=True, temperature=0.1), joint_batch(LENGTHS)
     arguments = OneRObjectiveArguments(losses=["itc"], scale_by_temperature=True)
-    loss, parts = OneRObjective(student, arguments)(student, batch, 0.0)
+    loss, parts, _ = OneRObjective(student, arguments)(student, batch, 0.0)
     plain = build(temperature=0.1)
     plain.load_state_dict({name: value for name, value in student.state_dict().items() if name != "logit_scale"})
     _, fixed = OneRObjective(plain, arguments)(plain, batch, 0.0)
@@ -218,7 +218,7 @@ def test_the_teacher_follows_after_the_step(dtype):
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in teacher.parameters()) and teacher.training
     before = {name: value.clone() for name, value in teacher.named_parameters()}
-    loss, _ = objective(student, batch, 0.0)
+    loss, *_ = objective(student, batch, 0.0)
     loss.backward()
     torch.optim.SGD(student.parameters(), lr=0.5).step()
     for name, value in teacher.named_parameters():
@@ -281,7 +281,7 @@ def test_every_trained_parameter_gets_a_gradient(losses, learnable):
     """One that gets none would make a data-parallel engine wait for it for ever."""
     student = build(head_norm="batch", stem="conv", learnable_temperature=learnable)
     objective = OneRObjective(student, OneRObjectiveArguments(losses=losses))
-    loss, parts = objective(student, joint_batch(LENGTHS), 0.0)
+    loss, parts, kept = objective(student, joint_batch(LENGTHS), 0.0)
     assert set(parts) == set(losses)
     loss.backward()
     without = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
@@ -303,7 +303,7 @@ def test_two_heads_get_gradients(losses):
 def test_no_masked_word_in_a_batch_still_reaches_every_parameter():
     student, batch = build(), joint_batch(LENGTHS)
     batch["mlm_index"] = batch["mlm_labels"] = torch.zeros(0, dtype=torch.long)
-    loss, parts = OneRObjective(student, OneRObjectiveArguments())(student, batch, 0.0)
+    loss, parts, _ = OneRObjective(student, OneRObjectiveArguments())(student, batch, 0.0)
     loss.backward()
     assert parts["mlm"].item() == 0
     assert [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -85,7 +85,7 @@ def test_the_objective(model):
     objective = AssignmentObjective(student, AssignmentObjectiveArguments())
     batch = {**inputs((3, 5, 2, 4)), "ids": torch.arange(4)}
     torch.manual_seed(9)
-    loss, parts = objective(student, batch, 0.5)
+    loss, parts, kept = objective(student, batch, 0.5)
     torch.manual_seed(9)
     logits, labels = assign(student, batch, OWN, 0.07)
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels))

@@ -67,7 +67,7 @@ def moved_teacher(objective):
 def test_classes_by_hand():
     student, objective, batch = made("entailment", distillation=0.4)
     teacher = moved_teacher(objective)
-    loss, parts = objective(student, batch, progress=0.0)
+    loss, parts, kept = objective(student, batch, progress=0.0)
     pairs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     with torch.no_grad():
         mine, theirs = student(**pairs).logits.log_softmax(-1), teacher(**pairs).logits.softmax(-1)
@@ -83,7 +83,7 @@ def test_answers_by_hand():
     with torch.no_grad():
         mine, theirs = student(**inputs_).logits.log_softmax(-1), teacher(**inputs_).logits.softmax(-1)
     for progress, alpha in ((0.0, 0.0), (0.25, 0.2), (0.5, 0.4), (0.9, 0.4)):
-        loss, _ = objective(student, batch, progress)
+        loss, *_ = objective(student, batch, progress)
         expected = 0.0
         for row in range(5):
             for place in range(MASK[row].sum() - 1):
@@ -127,7 +127,7 @@ def test_pieces_give_the_loss_and_gradient_of_the_whole(case, pieces, fresh_acce
     for count in (1, pieces):
         student, objective, batch = made(case, distillation=0.4)
         moved_teacher(objective)
-        loss, _ = loss_and_gradients(accelerator, objective, student, batch, 0.9, count)
+        loss, *_ = loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.9, {"pairs": count})
         found.append((loss, {name: value.grad for name, value in student.named_parameters()}))
     (whole, gradients), (parts, others) = found
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
@@ -153,7 +153,7 @@ def test_it_learns_a_batch_by_heart(case):
     losses = []
     for step in range(25):
         optimizer.zero_grad()
-        loss, _ = objective(student, batch, step / 25)
+        loss, *_ = objective(student, batch, step / 25)
         loss.backward()
         optimizer.step()
         objective.after_step()

@@ -134,7 +134,7 @@ def test_positions_equal_vit_mae(mae):
 
 
 def test_positions_equal_a_naive_loop():
-    """facts.md, part 4: w_i = 10000^(-i/(D/4)); first half of D for the column, second for the row; [sin | cos]."""
+    """MAE's table: w_i = 10000^(-i/(D/4)); first half of D for the column, second for the row; [sin | cos]."""
     height, width, dim = 3, 5, 16
     expected = np.zeros((height * width, dim))
     for y in range(height):

@@ -289,7 +289,7 @@ class TestModels:
             oner.SimlaForPreTraining: {"image-text-retrieval", "image-text-matching", "visual-grounding"},
             oner.SimlaForImageTextRetrieval: {"image-text-retrieval", "image-text-matching", "visual-grounding"},
             oner.SimlaModel: {"image-text-retrieval"},
-            SimlaForVisualQuestionAnswering: {"visual-question-answering"},
+            SimlaForVisualQuestionAnswering: {"image-question-answering"},
             SimlaForVisualEntailment: {"visual-entailment"},
         }
         for cls, tasks in expected.items():
@@ -315,7 +315,7 @@ class TestModels:
         p = pipeline("visual-entailment", model=str(tmp_path / "entailment"))
         assert [row["score"] for row in p(photo, text="moon")] == scores(entail(photo, text="moon"))
         export_model(answer.model, processor, tmp_path / "vqa")
-        p = pipeline("visual-question-answering", model=str(tmp_path / "vqa"))
+        p = pipeline("image-question-answering", model=str(tmp_path / "vqa"))
         assert p(photo, question="what is it") == answer(photo, question="what is it")
 
     def test_without_oner_with_trust(self, processor, pictures, tmp_path, match, where, entail, answer):
@@ -332,7 +332,7 @@ class TestModels:
         assert got["image-text-matching"] == pytest.approx(match(photo, text=asked)["score"], abs=1e-6)
         assert got["visual-grounding"] == pytest.approx(where(photo, text=asked)["map"].sum().item(), rel=1e-4)
         assert got["visual-entailment"] == scores(entail(photo, text=asked))
-        assert got["visual-question-answering"] == scores(answer(photo, question=asked))
+        assert got["image-question-answering"] == scores(answer(photo, question=asked))
 
 
 REMOTE = """
@@ -346,7 +346,7 @@ load = lambda task, model: pipeline(task, model=f"./{model}", trust_remote_code=
 got = {"image-text-matching": load("image-text-matching", "retrieval")(photo, text=text)["score"]}
 got["visual-grounding"] = load("visual-grounding", "retrieval")(photo, text=text)["map"].sum().item()
 got["visual-entailment"] = [row["score"] for row in load("visual-entailment", "entailment")(photo, text=text)]
-answers = load("visual-question-answering", "vqa")(photo, question=text)
-got["visual-question-answering"] = [row["score"] for row in answers]
+answers = load("image-question-answering", "vqa")(photo, question=text)
+got["image-question-answering"] = [row["score"] for row in answers]
 print(json.dumps(got))
 """

@@ -177,13 +177,40 @@ def test_everybody_may_read_an_export(exported):
     assert "model.safetensors" in modes and set(modes.values()) == {"0o644"}, modes
 
 
+def pipelines_of(directory: Path) -> dict[str, str]:
+    """Task → class, as config.json names it."""
+    named = json.loads((directory / "config.json").read_text())["custom_pipelines"]
+    return {task: entry["impl"] for task, entry in named.items()}
+
+
 def test_resaving_keeps_the_pipelines(family, exported, tmp_path):
-    """`import oner` hides custom_pipelines from pipeline(), not from what is saved."""
+    """`pipeline` does not see custom_pipelines where oner is, what is saved has them all the same."""
     retrieval = family.classes[RETRIEVAL].from_pretrained(exported)
+    assert not hasattr(retrieval.config, "custom_pipelines")
     retrieval.save_pretrained(tmp_path)
-    was, saved = (json.loads((folder / "config.json").read_text()) for folder in (exported, tmp_path))
-    assert saved["custom_pipelines"] == was["custom_pipelines"]
-    assert "image-text-retrieval" in saved["custom_pipelines"]
+    assert pipelines_of(tmp_path) == pipelines_of(exported)
+    assert "image-text-retrieval" in pipelines_of(tmp_path)
+
+
+def test_a_pipeline_saves_itself_and_goes_on(exported, tmp_path):
+    """transformers writes down the saved pipeline's code alone; the others stay, and nobody is asked for trust."""
+    search = transformers.pipeline("image-text-retrieval", model=str(exported))
+    search.save_pretrained(tmp_path / "saved")
+    assert pipelines_of(tmp_path / "saved") == pipelines_of(exported)
+    again = transformers.pipeline(
+        "image-text-retrieval", model=search.model, processor=search.processor, tokenizer=search.tokenizer
+    )
+    again.save_pretrained(tmp_path / "again")
+    assert pipelines_of(tmp_path / "again") == pipelines_of(exported)
+
+
+def test_a_configuration_that_is_not_registered_shows_its_pipelines(family, exported, monkeypatch):
+    """As the one that travels with the weights does, so that `trust_remote_code=True` finds their code."""
+    config_class = family.tiny.tiny_config().__class__
+    monkeypatch.setattr(config_class, "pipelines_are_registered", False)
+    config = config_class.from_pretrained(exported)
+    assert config.custom_pipelines == config.to_dict()["custom_pipelines"]
+    assert config.custom_pipelines.keys() == pipelines_of(exported).keys()
 
 
 def test_card(exported):

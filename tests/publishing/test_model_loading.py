@@ -15,7 +15,6 @@ from transformers import AutoModel, AutoModelForPreTraining, AutoModelForZeroSho
 
 from oner.training.publishing.model_loading import DIGESTS, ModelDirectoryError, check_directory, load_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 AUTOS = (AutoModel, AutoModelForPreTraining, AutoModelForZeroShotImageClassification)
 WEIGHTS = "model.safetensors"
 # of a tower's first layer, behind the tower's place in the family's models
@@ -137,6 +136,20 @@ def test_a_head_is_drawn_whole_and_said_or_not_at_all(directory, caplog):
     with caplog.at_level(logging.WARNING):
         load_model(AutoModelForPreTraining, directory, draws_heads=True)
     assert f"{directory} has no weights for ['lm_head']: drawn at random" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["runs/demo/model", "./model", "/nowhere/model", Path("model")], ids=str)
+def test_a_directory_that_is_not_there_is_said(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelDirectoryError, match=rf"^{source}: no such directory; expected a directory with config"):
+        load_model(AutoModel, source)
+
+
+def test_a_name_may_have_meant_a_directory(tmp_path, monkeypatch):
+    """`runs/model` has the form of a Hub name, where nothing answers."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelDirectoryError, match="^runs/model: no such directory, and nothing of that name came"):
+        load_model(AutoModel, "runs/model")
 
 
 def test_the_programs_refuse_a_model_that_lacks_weights(family, directory, tmp_path):

@@ -93,21 +93,22 @@ def build(batch_size: int, directory: str):
 
     import oner  # noqa: F401
     from oner.training.objectives.objective import build_objective
-    from oner.training.run.arguments import parse_arguments
     from oner.training.run.building import build_model, build_processor_and_config
-    from oner.training.run.opening import open_training_rows
-    from oner.training.run.pair_loading import PairLoader
+    from oner.training.run.collators import build_collators
+    from oner.training.run.loading import RunLoader
+    from oner.training.run.opening import open_portions
+    from oner.training.run.parsing import parse_arguments
 
     pairs = ROOT / "examples" / "data" / "emoji" / "train.parquet"
     line = tiny_arguments(pairs, directory, size="small", batch_size=batch_size, vocab_size=2000)
     wanted = {"image_size": 112, "head_norm": "layer", "stem": "linear", "max_text_length": 32}
     line[line.index("--model_config") + 1] = json.dumps(wanted)
     arguments = parse_arguments(line)
-    rows = open_training_rows(arguments.data)
+    rows = open_portions(arguments)
     processor, config = build_processor_and_config(arguments, rows)
     student = build_model(arguments, config).train()
     objective = build_objective("oner", student, arguments.objective)
-    batch = next(iter(PairLoader(arguments, rows, processor, config)(0)))
+    batch = next(iter(RunLoader(arguments, rows, build_collators(arguments, processor, config))(0)))["pairs"]
     return student, objective, {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
@@ -122,7 +123,7 @@ def memory(batch_size: int, pieces: int, directory: str) -> dict[str, Any]:
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
     peak = Peak()
-    loss, _ = loss_and_gradients(accelerator, objective, student, batch, 0.0, pieces)
+    loss, *_ = loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": pieces})
     figures = {"pairs": batch_size, "pieces": pieces, "loss": round(loss.item(), 5), "MiB": peak.mib()}
     return {**figures, "held_MiB": round(peak.before)}
 
@@ -139,7 +140,7 @@ def seconds(batch_size: int, pieces: int, turns: int, directory: str) -> dict[st
         for number in taken:
             student.zero_grad()
             start = time.process_time()
-            loss_and_gradients(accelerator, objective, student, batch, 0.0, number)
+            loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": number})
             if turn:  # the first warms up
                 taken[number].append((time.process_time() - start) / batch_size)
     ratios = [cached / plain for plain, cached in zip(taken[1], taken[pieces], strict=True)]

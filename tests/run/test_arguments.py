@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from oner import SimlaConfig
 from oner.training.objectives.oner import OneRObjectiveArguments
-from oner.training.run.arguments import Arguments, parse_arguments, read_config
+from oner.training.objectives.simla import SimlaObjectiveArguments
+from oner.training.run.arguments import Arguments
+from oner.training.run.parsing import parse_arguments, read_config
 
 ROOT = Path(__file__).parents[2]
 # those of other examples are tried where these are: test_finetune_example.py and the tests of image tokenizers
@@ -21,7 +24,7 @@ def parse(tmp_path):
 
     def run(text: str, *command_line: str) -> Arguments:
         file = tmp_path / "run.yaml"
-        file.write_text("train_data: [pairs.parquet]\n" + text, encoding="utf-8")
+        file.write_text("family: oner\ntrain_data: [pairs.parquet]\n" + text, encoding="utf-8")
         return parse_arguments(["--config", str(file), *command_line])
 
     return run
@@ -29,7 +32,9 @@ def parse(tmp_path):
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_its_base(tmp_path):
     (tmp_path / "shared").mkdir()
-    (tmp_path / "shared" / "grandparent.yaml").write_text("epochs: 1\nseed: 1\nbatch_size: 16\nweight_decay: 0.5\n")
+    (tmp_path / "shared" / "grandparent.yaml").write_text(
+        "family: oner\nepochs: 1\nseed: 1\nbatch_size: 16\nweight_decay: 0.5\n"
+    )
     (tmp_path / "parent.yaml").write_text("base: shared/grandparent.yaml\nseed: 2\nbatch_size: 32\n")
     child = tmp_path / "child.yaml"
     child.write_text("base: parent.yaml\ntrain_data: [a.parquet, b.parquet]\nbatch_size: 64\n")
@@ -67,7 +72,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
 def test_numbers_that_yaml_reads_as_text_become_numbers(parse):
     arguments = parse("base_learning_rate: 1e-4\nmin_learning_rate: 1e-6\nmim_ratio: [1e-1, 0.5]\nbatch_size: '64'\n")
     assert arguments.run.base_learning_rate == 1e-4 and arguments.run.min_learning_rate == 1e-6
-    assert arguments.data.mim_ratio == [0.1, 0.5] and arguments.run.batch_size == 64
+    assert arguments.data.masking.mim_ratio == [0.1, 0.5] and arguments.run.batch_size == 64
 
 
 def test_one_value_stands_for_a_list_of_one(parse):
@@ -110,11 +115,11 @@ def test_json_on_the_command_line(parse):
     [
         ("train_data: []", "train_data is empty"),
         ("batch_size: 1", "batch_size is 1; contrast needs at least 2"),
-        ("crop_scale: [0.5]", r"crop_scale is \[0\.5\]; expected two numbers"),
+        ("crop_scale: [0.5]", r"crop_scale is \[0\.5\]; expected two rising numbers"),
         ("crop_scale: [0.5, 1.5]", r"crop_scale is \[0\.5, 1\.5\]"),
         ("mim_ratio: [-0.1, 0.5]", r"mim_ratio is \[-0\.1, 0\.5\]"),
         ("eval_captions: second", "eval_captions is 'second'; expected 'all' or 'first'"),
-        ("mixed_precision: fp8", "mixed_precision is 'fp8'; expected no, bf16, fp16 or auto"),
+        ("mixed_precision: fp8", "mixed_precision is 'fp8'; expected 'no' or 'bf16' or 'fp16' or 'auto'"),
         ("one_row_per_id: true", "one_row_per_id needs id_column"),
         (
             "one_row_per_id: true\nid_column: id\nstreaming: true",
@@ -122,9 +127,9 @@ def test_json_on_the_command_line(parse):
         ),
         ("schedule: step", "schedule is 'step'; expected 'cosine' or 'albef'"),
         ("mim_masking: block", "mim_masking is 'block'; expected 'random' or 'blocks'"),
-        ("code_crop: same", "code_crop is 'same'; expected None or 'common' or 'independent'"),
-        ("image_normalization: none", "image_normalization is 'none'; expected None or 'imagenet' or 'clip'"),
-        ("caption_rules: blip", "caption_rules is 'blip'; expected None or 'albef'"),
+        ("code_crop: same", "code_crop is 'same'; expected 'common' or 'independent'"),
+        ("image_normalization: none", "image_normalization is 'none'; expected 'imagenet' or 'clip'"),
+        ("caption_rules: blip", "caption_rules is 'blip'; expected 'albef'"),
         ("mim_min_block: 0", "mim_min_block is 0; expected at least 1"),
         ("warmup_steps: -1", "warmup_steps is -1; expected 0 or more, or none"),
         ("warmup_learning_rate: -1e-5", "warmup_learning_rate is -1e-05; expected 0 or more"),
@@ -138,7 +143,9 @@ def test_json_on_the_command_line(parse):
 )
 def test_values_out_of_range_are_refused(tmp_path, text, message):
     file = tmp_path / "run.yaml"
-    file.write_text(text if text.startswith("train_data") else f"train_data: [a.parquet]\n{text}\n")
+    shared = {"family": "oner", "train_data": "[a.parquet]"}
+    lines = [f"{name}: {value}" for name, value in shared.items() if f"{name}:" not in text]
+    file.write_text("\n".join([*lines, text]) + "\n")
     with pytest.raises(ValueError, match=message):
         parse_arguments(["--config", str(file)])
 
@@ -163,9 +170,9 @@ def test_a_task_may_bring_its_fields_instead_of_the_familys(tmp_path):
     file.write_text("train_data: [pairs.parquet]\nnames: apple\nschedule: albef\n")
     arguments = parse_arguments(["--config", str(file), "--task", "telling"], objective=TaskArguments)
     assert arguments.objective == TaskArguments("telling", ["apple"]) and arguments.run.schedule == "albef"
-    assert arguments.model.family == "oner" and "names" in arguments.to_dict()
+    assert arguments.model.family is None and "names" in arguments.to_dict()
     with pytest.raises(ValueError, match=r"unknown arguments \['names'\]"):
-        parse_arguments(["--config", str(file)])
+        parse_arguments(["--config", str(file), "--family", "oner"])
     file.write_text("train_data: [pairs.parquet]\nema_momentum: 0.9\n")
     with pytest.raises(ValueError, match=r"unknown arguments \['ema_momentum'\]"):
         parse_arguments(["--config", str(file)], objective=TaskArguments)
@@ -177,7 +184,61 @@ def test_every_example_parses_to_what_it_says(path):
     flat = arguments.to_dict()
     for name, value in read_config(path).items():
         assert flat[name] == value, name
-    assert arguments.model.family == read_config(path).get("family", "oner")
+    assert arguments.model.family == read_config(path)["family"]
+
+
+def test_a_family_is_named_or_read_from_where_a_run_starts(tmp_path):
+    line = ["--train_data", "a.parquet"]
+    with pytest.raises(ValueError, match="which family.* out of oner, simla"):
+        parse_arguments(line)
+    SimlaConfig.from_size("nano").save_pretrained(tmp_path)
+    arguments = parse_arguments([*line, "--initial_model", str(tmp_path)])
+    assert arguments.model.family == "simla" and arguments.model.initial_model == str(tmp_path)
+    assert isinstance(arguments.objective, SimlaObjectiveArguments)
+
+
+def test_portions_have_data_batches_and_seeds_of_their_own(parse):
+    arguments = parse(
+        "batch_size: 8\nseed: 5\nmax_bad_rows: 0.2\nepoch_portion: texts\nportions:\n"
+        "  pairs: {batch_size: 24, gradient_cache_chunks: 2}\n"
+        "  texts: {kind: texts, train_data: notes.txt, repeat: 5, mlm_probability: 3e-1}\n"
+    )
+    pairs, texts = arguments.portions().values()
+    assert list(arguments.portions()) == ["pairs", "texts"] and arguments.epoch_of().run == texts.run
+    assert (pairs.run.batch_size, pairs.run.gradient_cache_chunks, pairs.run.repeat) == (24, 2, 1)
+    assert (texts.run.batch_size, texts.run.gradient_cache_chunks, texts.run.repeat) == (8, 1, 5)
+    assert pairs.data.train_data == ["pairs.parquet"] and texts.data.train_data == ["notes.txt"]
+    assert (pairs.data.kind, texts.data.kind, texts.data.max_bad_rows) == ("pairs", "texts", 0.2)
+    assert texts.data.masking.mlm_probability == 0.3 and pairs.data.masking.mlm_probability == 0.15
+    assert pairs.run.seed == 5 and texts.run.seed not in (5, parse("seed: 6\n").run.seed)
+    assert json.loads(json.dumps(arguments.to_dict())) == arguments.to_dict()
+
+
+def test_without_portions_there_is_one_named_as_its_kind(parse):
+    arguments = parse("kind: images\n")
+    assert arguments.portions() == {"images": arguments} and arguments.epoch_of() is arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "portions: {texts: {epochs: 3}}",
+            r"portion 'texts' is told \['epochs'\]; expected arguments of the data, or",
+        ),
+        (
+            "portions: {texts: {kind: tunes}}",
+            "portion 'texts': kind is 'tunes'; expected 'pairs' or 'images'",
+        ),
+        ("portions: {texts: {batch_size: 1}}", "batch_size is 1"),
+        ("portions: {texts: {repeat: 0}}", "repeat is 0; expected at least 1"),
+        ("portions: {texts: {train_data: []}}", "train_data is empty"),
+        ("portions: {texts: {}}\nepoch_portion: pairs", r"epoch_portion is 'pairs'; expected one of .*\['texts'\]"),
+    ],
+)
+def test_what_no_portion_can_be_told_is_refused(parse, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text + "\n")
 
 
 def test_there_are_examples():

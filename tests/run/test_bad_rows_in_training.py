@@ -19,16 +19,16 @@ from tiny_pretraining import (
 
 from oner.processing.data.quarantine import BadRowsError, read_quarantine
 from oner.processing.data.sources import PairDataError
-from oner.training.run.arguments import parse_arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import list_checkpoints, load_checkpoint
+from oner.training.run.collators import build_collators
 from oner.training.run.engine import Engine
-from oner.training.run.opening import open_training_rows
-from oner.training.run.pair_loading import PairLoader
+from oner.training.run.loading import RunLoader
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.* cannot be used:UserWarning"),
 ]
 DECODED, OPENED = (3, 11, 12), (20, 33)  # bad when decoded, bad when opened
@@ -85,9 +85,9 @@ def test_a_run_over_bad_rows_lists_each_with_its_place(spoilt, undisturbed):
 
 def test_the_engine_sees_whole_batches_without_bad_rows(spoilt, tmp_path):
     arguments = parse_arguments(tiny_arguments(spoilt, tmp_path, max_bad_rows=0.5, one_row_per_id=True))
-    pairs = open_training_rows(arguments.data, str(tmp_path))
-    loader = PairLoader(arguments, pairs, *build_processor_and_config(arguments, pairs))
-    batches = list(loader(0))
+    rows = open_portions(arguments)
+    loader = RunLoader(arguments, rows, build_collators(arguments, *build_processor_and_config(arguments, rows)))
+    batches = [step["pairs"] for step in loader(0)]
     assert len(batches) == loader.total_steps == 10
     for batch in batches:
         assert len(batch["rows"]) == 8 == len(set(batch["ids"].tolist())) and "quarantine" not in batch

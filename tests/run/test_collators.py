@@ -11,18 +11,16 @@ from oner.processing.data.augmentation import Crop
 from oner.processing.data.layouts import ImageLayout, JointLayout, SeparateLayout
 from oner.processing.data.masking import UNMASKED, Dropping, Masking, Replacement
 from oner.processing.data.sampling import RowKey
-from oner.training.run.arguments import parse_arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.collators import (
     COLLATORS,
-    crop_of,
     image_collator,
-    masking_of,
     pair_collator,
     text_collator,
     tokenizer_collator,
 )
-from oner.training.run.opening import open_training_rows
+from oner.training.run.opening import open_portions
+from oner.training.run.parsing import parse_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -32,16 +30,9 @@ def made(pairs, tmp_path_factory):
     """Arguments, processor, configuration and a few rows."""
     folder = tmp_path_factory.mktemp("run")
     arguments = parse_arguments(tiny_arguments(pairs, folder, mim_ratio=[0.25, 0.75], crop_scale=[0.3, 0.9]))
-    rows = open_training_rows(arguments.data)
+    rows = open_portions(arguments)
     processor, config = build_processor_and_config(arguments, rows)
-    return arguments, processor, config, [(RowKey(number, 0, 0.5), rows[number]) for number in range(5)]
-
-
-def test_options_are_those_of_the_flat_arguments(made):
-    data = made[0].data
-    assert crop_of(data) == Crop([0.3, 0.9]) and masking_of(data) == Masking(mim_ratio=[0.25, 0.75])
-    other = dataclasses.replace(data, horizontal_flip=0.5, mim_masking="blocks")
-    assert crop_of(other).horizontal_flip == 0.5 and masking_of(other).mim_masking == "blocks"
+    return arguments, processor, config, [(RowKey(number, 0, 0.5), rows["pairs"][number]) for number in range(5)]
 
 
 def test_options_are_filled_from_a_flat_command_line():
@@ -80,7 +71,8 @@ def test_a_masking_of_its_own(made):
     nothing = pair_collator(arguments, processor, config, UNMASKED)(items)
     assert torch.equal(nothing["masked_input_ids"], nothing["input_ids"])
     assert not nothing["bool_masked_pos"].any() and not len(nothing["mlm_index"])
-    short = text_collator(arguments, processor, config, max_text_length=2)
+    told = dataclasses.replace(arguments, data=dataclasses.replace(arguments.data, max_text_length=2))
+    short = text_collator(told, processor, config)
     assert short.reader.windows and short(items)["input_ids"].shape == (5, 3)
 
 

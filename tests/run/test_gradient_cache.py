@@ -24,11 +24,11 @@ from torch import nn
 
 from oner.processing.data.chunks import split_pairs
 from oner.training.objectives.losses import info_nce
-from oner.training.objectives.objective import Objective, Representations
+from oner.training.objectives.objective import Comparison, Objective, Representations, SinglePortion, Targets
 from oner.training.run import gradient_cache
-from oner.training.run.arguments import parse_arguments
 from oner.training.run.checkpoint import list_checkpoints, load_checkpoint
-from oner.training.run.gradient_cache import Chance, RunningStatistics, loss_and_gradients
+from oner.training.run.gradient_cache import RngState, RunningStatistics, loss_and_gradients
+from oner.training.run.parsing import parse_arguments
 
 
 @pytest.fixture
@@ -49,7 +49,9 @@ def test_any_number_of_pieces_makes_the_step_of_the_oracle(accelerator, options,
     uneven = next(pieces for pieces in (3, 5, 7) if rows % pieces and pieces < rows)
     for pieces in sorted({1, 4, uneven, rows}):
         student, objective = build_shape(options)
-        loss, parts = loss_and_gradients(accelerator, objective, student, batch, 0.0, pieces)
+        loss, parts, kept = loss_and_gradients(
+            accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": pieces}
+        )
         assert_same_step((loss, gradients(student)), expected)
         assert list(parts) == [name for name in objective.contrasts] + [n for n in ("mlm", "mim") if n in parts]
         assert set(parts) == set(objective.weights) and not any(part.requires_grad for part in parts.values())
@@ -63,7 +65,7 @@ def test_in_single_precision_too(accelerator, options, pieces):
     batch = batch_of_shape(options, 5)
     expected = oracle(options, 5)
     batch["pixel_values"] = batch["pixel_values"].float()
-    step = loss_and_gradients(accelerator, objective, student, batch, 0.0, pieces)
+    step = loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": pieces})
     assert step[0].dtype == torch.float32
     found = gradients(student)
     assert abs(step[0].item() - expected[0].item()) <= 1e-6 * expected[0].item()
@@ -79,7 +81,7 @@ def test_in_half_precision_pieces_make_the_step_of_one_go():
         student, objective = build_pair({"losses": ["itc", "mlm"], "teacher": False}, torch.float32)
         batch = uneven_batch(8, 3, repeat_ids=False)
         batch["pixel_values"] = batch["pixel_values"].float()
-        loss, _ = loss_and_gradients(accelerator, objective, student, batch, 0.0, pieces)
+        loss, *_ = loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": pieces})
         steps.append((loss, torch.cat([slope.flatten() for slope in gradients(student).values()])))
     (loss, whole), (other_loss, other) = steps
     forget_accelerator()
@@ -87,19 +89,19 @@ def test_in_half_precision_pieces_make_the_step_of_one_go():
     assert len(whole) == len(other) and (whole - other).norm() < 0.03 * whole.norm()
 
 
-# Chance
+# Random numbers
 
 
 def one_graph(objective: Objective, student: nn.Module, batch: dict, pieces: int) -> torch.Tensor:
     """The pieces in the order of the first pass, all with gradient, in one graph: nothing cached, nothing replayed."""
     counts, seen, targets = objective.count(batch), [], []
     for piece in split_pairs(batch, pieces):
-        seen.append(objective.represent(student, piece, 0.0, counts))
         targets.append(objective.targets(student, piece, 0.0))
+        seen.append(objective.represent(student, piece, targets[-1], 0.0, counts))
     rows = {name: torch.cat([one.rows[name] for one in seen]) for name in seen[0].rows}
-    compared = {name: torch.cat([one[name] for one in targets]) for name in targets[0]}
-    parts = objective.compare(rows, seen[-1].common, compared, 0.0)
-    return objective.weigh(parts) + sum(objective.weigh(one.parts) for one in seen)
+    against = {name: torch.cat([one.rows[name] for one in targets]) for name in targets[0].rows}
+    compared = objective.compare(rows, seen[-1].common, against, 0.0)
+    return objective.weigh(compared.parts) + sum(objective.weigh(one.parts) for one in seen)
 
 
 @pytest.mark.parametrize("contrast_masked", [True, False])
@@ -117,8 +119,8 @@ def test_dropout_is_replayed_and_the_generator_stands_where_one_pass_leaves_it(
             loss.backward()
         else:
             if way == "drawn anew":
-                monkeypatch.setattr(Chance, "replayed", lambda self: nullcontext())
-            loss, _ = loss_and_gradients(accelerator, objective, student, batch, 0.0, 3)
+                monkeypatch.setattr(RngState, "replayed", lambda self: nullcontext())
+            loss, *_ = loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": 3})
         results[way] = (loss.detach(), gradients(student)), torch.get_rng_state()
     assert_same_step(results["replayed"][0], results["one graph"][0])
     assert torch.equal(results["replayed"][1], results["one graph"][1])
@@ -126,13 +128,13 @@ def test_dropout_is_replayed_and_the_generator_stands_where_one_pass_leaves_it(
         assert_same_step(results["drawn anew"][0], results["one graph"][0], tolerance=1e-2)
 
 
-def test_chance_replays_what_was_drawn():
+def test_rng_state_replays_what_was_drawn():
     torch.rand(3)
-    chance = Chance(torch.device("cpu"))
+    rng_state = RngState(torch.device("cpu"))
     first, after = torch.rand(5), torch.get_rng_state()
     torch.rand(2)
     here = torch.get_rng_state()
-    with chance.replayed():
+    with rng_state.replayed():
         assert torch.equal(torch.rand(5), first) and torch.equal(torch.get_rng_state(), after)
     assert torch.equal(torch.get_rng_state(), here)
 
@@ -151,8 +153,8 @@ def test_running_statistics_move_once_a_step(accelerator, caplog):
     for piece in split_pairs(batch, 4):
         fresh, other = build_pair(arguments, head_norm="batch", stem="conv")
         with torch.no_grad():
-            other.represent(fresh, piece, 0.0, other.count(piece))
-            other.targets(fresh, piece, 0.0)
+            targets = other.targets(fresh, piece, 0.0)
+            other.represent(fresh, piece, targets, 0.0, other.count(piece))
         for network, alone in ((student, fresh), (objective.teacher.model, other.teacher.model)):
             start, moved = dict(network.named_buffers()), dict(alone.named_buffers())
             for name in start:
@@ -160,7 +162,7 @@ def test_running_statistics_move_once_a_step(accelerator, caplog):
                     expected[id(network), name] += (moved[name] - start[name]) / 4
     before = copy.deepcopy(dict(student.named_buffers()))
     with caplog.at_level("WARNING"):
-        loss_and_gradients(accelerator, objective, student, batch, 0.0, 4)
+        loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": 4})
     moved = 0
     for network in (student, objective.teacher.model):
         for name, buffer in network.named_buffers():
@@ -180,13 +182,13 @@ def test_batch_statistics_in_pieces_are_announced_and_nothing_else_is(accelerato
     batch = uneven_batch(8, 2, repeat_ids=False)
     for norm, stem, pieces in (("layer", "linear", 4), ("batch", "linear", 1)):
         student, objective = build_pair({"losses": ["itc"]}, head_norm=norm, stem=stem)
-        loss_and_gradients(accelerator, objective, student, batch, 0.0, pieces)
+        loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": pieces})
     assert not said
     student, objective = build_pair({"losses": ["itc"]}, head_norm="batch", stem="linear")
     RunningStatistics([student.eval()]).warn(4)
     assert not said
-    loss_and_gradients(accelerator, objective, student.train(), batch, 0.0, 4)
-    assert len(said) == 1 and "BatchNorm layers normalise by the statistics of a piece" in said[0]
+    loss_and_gradients(accelerator, objective, student.train(), {"pairs": batch}, 0.0, {"pairs": 4})
+    assert len(said) == 1 and "BatchNorm layers normalise by the statistics of a chunk" in said[0]
     assert "gradient_cache_chunks is 4" in said[0]
 
 
@@ -220,11 +222,11 @@ class TwoTowers(nn.Module):
         return drop(self.left(left), 0.2), drop(self.right(right), 0.2), self.temperature, self.head
 
 
-class QueueObjective(Objective):
+class QueueObjective(SinglePortion):
     """CLIP's two-sided loss with a queue of past right sides, and a loss of chosen hard negatives of the piece."""
 
     def __init__(self, queue: torch.Tensor):
-        self.queue, self.waiting = queue, None
+        self.queue = queue
 
     def split(self, batch, pieces):
         chunks = {name: value.tensor_split(pieces) for name, value in batch.items()}
@@ -233,27 +235,27 @@ class QueueObjective(Objective):
     def count(self, batch):
         return {"matching": torch.tensor(len(batch["left"]))}
 
-    def represent(self, student, batch, progress, counts=None):
+    def represent(self, student, batch, targets, progress, counts=None):
         left, right, temperature, head = student(**batch)
         parts = {} if counts is None else {"matching": head(left * right).square().sum() / counts["matching"]}
         return Representations({"left": left, "right": right}, {"temperature": temperature}, parts)
 
     def targets(self, student, batch, progress):
-        return {"old": batch["right"][:, :4].detach()}
+        return Targets({"old": batch["right"][:, :4].detach()})
 
     def compare(self, rows, common, targets, progress):
         left, right, temperature = rows["left"], rows["right"], common["temperature"]
-        self.waiting = targets["old"]
-        return {
+        parts = {
             "left": info_nce(left, torch.cat([right, self.queue]), temperature),
             "right": info_nce(right, left, temperature) * (1 + progress),
         }
+        return Comparison(parts, {"newest": targets["old"]})
 
     def weigh(self, parts):
         return sum({"left": 1.0, "right": 2.0, "matching": 0.5}[name] * part for name, part in parts.items())
 
-    def after_step(self, applied=None):
-        self.queue = torch.cat([self.waiting, self.queue])[: len(self.queue)]
+    def after_step(self, applied=None, kept=None):
+        self.queue = torch.cat([kept["newest"], self.queue])[: len(self.queue)]
 
     def to(self, device):
         return self
@@ -273,9 +275,8 @@ def test_a_family_with_a_queue_a_temperature_and_dropout(accelerator, pieces):
         torch.manual_seed(1)
         student, objective = TwoTowers().double(), QueueObjective(queue)
         if way == "one graph":
-            seen = [
-                objective.represent(student, p, 0.5, objective.count(batch)) for p in objective.split(batch, pieces)
-            ]
+            counts = objective.count(batch)
+            seen = [objective.represent(student, one, None, 0.5, counts) for one in objective.split(batch, pieces)]
             left, right = (torch.cat([one.rows[side] for one in seen]) for side in ("left", "right"))
             cosines = (
                 nn.functional.normalize(left, dim=1) @ nn.functional.normalize(torch.cat([right, queue]), dim=1).T
@@ -288,9 +289,11 @@ def test_a_family_with_a_queue_a_temperature_and_dropout(accelerator, pieces):
             loss = loss + 0.5 * student.head(left * right).square().mean()
             loss.backward()
         else:
-            loss, parts = loss_and_gradients(accelerator, objective, student, batch, 0.5, pieces)
+            loss, parts, kept = loss_and_gradients(
+                accelerator, objective, student, {"pairs": batch}, 0.5, {"pairs": pieces}
+            )
             assert set(parts) == {"left", "right", "matching"}
-            objective.after_step()
+            objective.after_step(kept=kept)
             assert torch.equal(objective.queue[:9], batch["right"][:, :4]) and torch.equal(
                 objective.queue[9:], queue[:11]
             )
@@ -335,7 +338,7 @@ def test_what_cannot_be_split_is_named(accelerator):
     batch = uneven_batch(3, 4, repeat_ids=True)
     student, objective = build_pair({"losses": ["itc"]})
     with pytest.raises(ValueError, match="got a batch of 3 rows to split into 4 chunks; expected 1 to 3"):
-        loss_and_gradients(accelerator, objective, student, batch, 0.0, 4)
+        loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": 4})
     with pytest.raises(ValueError, match=r"weights has shape \(2,\); expected 3 rows first"):
         split_pairs({**batch, "weights": torch.ones(2)}, 2)
 

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from families import PRETRAINING
 from tiny_oner import tiny_config
 
 from oner.modeling.modeling_oner_pretraining import OneRForPreTraining
 from oner.training.objectives.oner import OneRObjective, OneRObjectiveArguments
 from oner.training.run.arguments import RunArguments
-from oner.training.run.optimization import build_optimizer, build_schedule
+from oner.training.run.optimization import GRAPHS_PER_LAYER, build_optimizer, build_schedule, compile_regions
 
 
 def closed_form(step: int, total: int, warmup: int, peak: float, lowest: float) -> float:
@@ -24,7 +25,7 @@ def closed_form(step: int, total: int, warmup: int, peak: float, lowest: float) 
 def test_the_rate_is_a_warm_up_and_half_a_cosine_of_the_step(lowest):
     run = RunArguments(base_learning_rate=1e-4, batch_size=512, warmup_epochs=4, min_learning_rate=lowest)
     model = torch.nn.Linear(3, 3)
-    optimizer = build_optimizer(model, run)
+    optimizer = build_optimizer(model, run, run.batch_size)
     schedule = build_schedule(optimizer, run, total_steps=400, epoch_steps=10)
     for step in (0, 1, 20, 39, 40, 41, 100, 220, 399, 7):  # out of order too: nothing is kept between steps
         schedule.step_update(step)
@@ -35,12 +36,12 @@ def test_the_rate_is_a_warm_up_and_half_a_cosine_of_the_step(lowest):
 
 def test_warm_up_can_be_a_part_of_an_epoch_or_none():
     run = RunArguments(batch_size=256, warmup_epochs=0.6)
-    optimizer = build_optimizer(torch.nn.Linear(3, 3), run)
+    optimizer = build_optimizer(torch.nn.Linear(3, 3), run, run.batch_size)
     schedule = build_schedule(optimizer, run, total_steps=50, epoch_steps=10)
     schedule.step_update(3)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4, rel=1e-12)
     run = RunArguments(batch_size=256, warmup_epochs=0)
-    schedule = build_schedule(optimizer := build_optimizer(torch.nn.Linear(3, 3), run), run, 50, 10)
+    schedule = build_schedule(optimizer := build_optimizer(torch.nn.Linear(3, 3), run, run.batch_size), run, 50, 10)
     schedule.step_update(0)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4, rel=1e-12)
 
@@ -48,7 +49,9 @@ def test_warm_up_can_be_a_part_of_an_epoch_or_none():
 def test_a_warm_up_may_be_told_in_steps_and_begin_above_0():
     """CODIS: from 1e-5 to 1e-4 in 1000 steps, then a cosine to 1e-5."""
     run = RunArguments(batch_size=256, warmup_steps=1000, warmup_learning_rate=1e-5, min_learning_rate=1e-5)
-    schedule = build_schedule(optimizer := build_optimizer(torch.nn.Linear(3, 3), run), run, 9000, 3000)
+    schedule = build_schedule(
+        optimizer := build_optimizer(torch.nn.Linear(3, 3), run, run.batch_size), run, 9000, 3000
+    )
     for step, expected in ((0, 1e-5), (500, 5.5e-5), (1000, 1e-4), (5000, 5.5e-5)):
         schedule.step_update(step)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9)
@@ -58,7 +61,7 @@ def albef_rates(epochs=30, epoch_steps=10_000, **overrides):
     """step -> rate, of ALBEF's run: 1e-4 at a batch of 512."""
     fields = {"base_learning_rate": 5e-5, "batch_size": 512, "warmup_learning_rate": 1e-5, "min_learning_rate": 1e-5}
     run = RunArguments(schedule="albef", **{**fields, **overrides})
-    optimizer = build_optimizer(torch.nn.Linear(3, 3), run)
+    optimizer = build_optimizer(torch.nn.Linear(3, 3), run, run.batch_size)
     schedule = build_schedule(optimizer, run, total_steps=round(epochs * epoch_steps), epoch_steps=epoch_steps)
 
     def rate(step):
@@ -106,7 +109,7 @@ def test_albefs_stairs_of_a_short_epoch_or_another_length():
 
 def test_one_dimensional_parameters_do_not_decay():
     model = OneRForPreTraining(tiny_config(learnable_temperature=True))
-    optimizer = build_optimizer(model, RunArguments(weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.95))
+    optimizer = build_optimizer(model, RunArguments(weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.95), 256)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.0 if parameter.ndim <= 1 else 0.3), name
@@ -116,7 +119,7 @@ def test_one_dimensional_parameters_do_not_decay():
 
 def test_all_decay_when_asked_as_moco_v3_does():
     model = OneRForPreTraining(tiny_config())
-    optimizer = build_optimizer(model, RunArguments(weight_decay=0.3, decay_norm_and_bias=True))
+    optimizer = build_optimizer(model, RunArguments(weight_decay=0.3, decay_norm_and_bias=True), 256)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.3}
 
 
@@ -124,8 +127,28 @@ def test_all_decay_when_asked_as_moco_v3_does():
 def test_every_trainable_parameter_is_in_exactly_one_group(decay_all):
     model = OneRForPreTraining(tiny_config())
     OneRObjective(model, OneRObjectiveArguments(losses=["itc", "cmc"]))  # freezes both masked heads
-    optimizer = build_optimizer(model, RunArguments(decay_norm_and_bias=decay_all))
+    optimizer = build_optimizer(model, RunArguments(decay_norm_and_bias=decay_all), 256)
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert len(trainable) < len(list(model.parameters()))
     assert sorted(grouped) == sorted(trainable)
+
+
+@pytest.mark.slow
+def test_no_layer_of_any_family_falls_back_to_eager_for_its_many_graphs(family):
+    """torch gives up a layer after eight graphs without a word, and SIMLA's have more."""
+    counters = torch._dynamo.utils.counters
+    torch.compiler.reset()
+    counters.clear()
+    model = family.build(PRETRAINING, **family.tiny.DRAWN).train()
+    objective = family.objective(model)
+    compile_regions([model, *(teacher.model for teacher in objective.teachers())], backend="aot_eager")
+    for lengths in ([3, 5, 7, 2], [4, 12, 1, 6], [5, 5, 5, 5]):
+        objective(model, family.tiny.make_batch(lengths), 0.5)[0].backward()
+        objective.after_step()
+    assert counters["frames"]["ok"] == counters["frames"]["total"] >= 4
+    assert not counters["graph_break"] and not any("limit" in name for name in counters["unimplemented"])
+    graphs = counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+    assert graphs <= GRAPHS_PER_LAYER
+    assert family.name != "simla" or graphs > 8

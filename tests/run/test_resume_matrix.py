@@ -31,7 +31,6 @@ from oner.training.run.checkpoint import list_checkpoints, load_checkpoint, step
 from oner.training.run.engine import Engine
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 WORKERS, CHUNKS, SOURCES, STOPS = (0, 2), (1, 4), ("table", "shards", "mixture"), (1, 3)
@@ -61,18 +60,20 @@ class QueuedOneR(objective_oner.OneRObjective):
         self.weights["queue"] = 0.1
         generator = torch.Generator().manual_seed(0)
         self.queue = torch.randn(24, student.config.projection_dim, generator=generator)
-        self.place, self.latest = torch.zeros((), dtype=torch.int64), None
+        self.place = torch.zeros((), dtype=torch.int64)
 
     def compare(self, rows, common, targets, progress):
-        self.latest = targets["key of text"].clone()
-        parts = super().compare(rows, common, targets, progress)
-        return {**parts, "queue": (rows["image"].float() @ self.queue.T).logsumexp(1).mean()}
+        compared = super().compare(rows, common, targets, progress)
+        compared.parts["queue"] = (rows["image"].float() @ self.queue.T).logsumexp(1).mean()
+        compared.kept["latest"] = targets["key of text"].clone()
+        return compared
 
-    def after_step(self, applied=None):
-        super().after_step(applied)
-        places = (torch.arange(len(self.latest)) + self.place) % len(self.queue)
-        self.queue[places] = self.latest
-        self.place = (self.place + len(self.latest)) % len(self.queue)
+    def after_step(self, applied=None, kept=None):
+        super().after_step(applied, kept)
+        latest = kept["latest"]
+        places = (torch.arange(len(latest)) + self.place) % len(self.queue)
+        self.queue[places] = latest
+        self.place = (self.place + len(latest)) % len(self.queue)
 
     def state_dict(self):
         return {**super().state_dict(), "queue": self.queue, "place": self.place}
@@ -137,8 +138,9 @@ class Crash(BaseException):
     """Nothing catches it, so nothing is saved: as SIGKILL, but in this process."""
 
 
-def digest(batch: dict[str, torch.Tensor]) -> str:
-    content = b"".join(name.encode() + batch[name].contiguous().numpy().tobytes() for name in sorted(batch))
+def digest(batches: dict[str, dict[str, torch.Tensor]]) -> str:
+    named = {f"{portion}.{name}": value for portion, batch in batches.items() for name, value in batch.items()}
+    content = b"".join(name.encode() + named[name].contiguous().numpy().tobytes() for name in sorted(named))
     return hashlib.sha256(content).hexdigest()
 
 

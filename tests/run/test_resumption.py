@@ -19,15 +19,14 @@ from tiny_pretraining import (
     write_pairs,
 )
 
-from oner.training.run.arguments import parse_arguments
 from oner.training.run.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from oner.training.run.data_workers import outlive_signals_to_the_group
 from oner.training.run.engine import Engine
+from oner.training.run.parsing import parse_arguments
 from oner.training.run.resumption import RunLog, check_same_run, choose_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 CPU = torch.device("cpu")

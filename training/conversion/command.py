@@ -1,13 +1,4 @@
-"""Official checkpoints into model directories and back.
-
-    oner convert --from simla simla.pth runs/simla --tokenizer vocab.txt
-    oner convert --from albef ALBEF.pth runs/albef --draw_missing
-    oner convert --from dalle encoder.pkl runs/image-tokenizer
-    oner convert --to simla runs/simla simla.pth
-
-A model directory holds config.json and model.safetensors, for `from_pretrained`; and, where the file has a teacher or
-queues, objective.safetensors, for `SimlaObjective.load_state_dict`. All names that found no place are printed.
-"""
+"""`oner convert`: official checkpoints into model directories and back."""
 
 import argparse
 import dataclasses
@@ -34,40 +25,6 @@ from .reading import read_weights
 from .report import ConversionReport
 
 OBJECTIVE, REPORT = "objective.safetensors", "conversion.json"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is converted, and what no shape in it tells."""
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--from", dest="origin", choices=sorted(SOURCES), help="Layout of the file that is read.")
-    way.add_argument("--to", dest="target", choices=["simla"], help="Layout of the file that is written.")
-    parser.add_argument("source", help="The file to read, or with --to the model directory.")
-    parser.add_argument("destination", help="The directory to write, new or empty; with --to the file.")
-    parser.add_argument("--image_size", type=int, help="Pictures to read from now on; positions are resized to it.")
-    parser.add_argument("--heads", type=int, help="Attention heads of both encoders; width / 64 if none.")
-    parser.add_argument(
-        "--set",
-        dest="fields",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="Another field of the configuration, as JSON: --set cls_token_id=2. Repeatable.",
-    )
-    parser.add_argument("--tokenizer", help="A BERT vocabulary (vocab.txt): a processor is written too.")
-    parser.add_argument(
-        "--draw_missing", action="store_true", help="Draw at random what the file lacks of the towers, and name it."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Of what is drawn.")
-    parser.add_argument(
-        "--fold_token_types",
-        action="store_true",
-        default=None,
-        help="Add the first token type to every position of a text.",
-    )
-    parser.add_argument("--decoder", help="With --from dalle: decoder.pkl, for codes to be drawn as pictures.")
-    parser.add_argument(
-        "--objective", help=f"With --to: teacher and queues; {OBJECTIVE} of the directory if it holds one."
-    )
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -1,6 +1,4 @@
-"""What a run will cost, before anything starts: memory by part, pairs a second, hours.
-
-    oner estimate --config examples/configs/oner_base_224.yaml --device h100 --count 8 --pairs 5100000
+"""What a run will cost, before anything starts: memory by part, pairs a second, hours. Serves `oner estimate`.
 
 Operations and activations are those of the run's own step, rehearsed on tensors without contents; the rate follows
 from a device's peak and a stated share of it (MFU), which no rehearsal can know.
@@ -14,13 +12,15 @@ from dataclasses import asdict, dataclass
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from oner.training.run.arguments import Arguments, parse_arguments
+from oner.training.run.arguments import Arguments
+from oner.training.run.parsing import parse_arguments
 
 from .rehearsal import Rehearsal, rehearse
 
 GIB, TERA = 2**30, 1e12
-# share of the peak that is assumed where none is given; docs/performance.md says what was measured where
-DEFAULT_MFU = 0.40
+# share of the data sheet's peak that is assumed where none is given: what OneR's base step reached on one H200, batch
+# 256, eager and compiled (docs/gpu.md)
+EAGER_MFU, COMPILED_MFU = 0.31, 0.36
 # of everything counted: allocator's rounding, libraries' workspaces, gradients in flight
 MARGIN = 0.10
 
@@ -104,11 +104,16 @@ def memory_by_part(rehearsal: Rehearsal, arguments: Arguments, count: int, shard
     return {**gib, "total": sum(gib.values())}
 
 
+def default_mfu(arguments: Arguments) -> float:
+    """What is assumed where nobody says better."""
+    return COMPILED_MFU if arguments.run.compile else EAGER_MFU
+
+
 def estimate(
     arguments: Arguments,
     device: Device,
     count: int = 1,
-    mfu: float = DEFAULT_MFU,
+    mfu: float | None = None,
     words: int = 12,
     pairs: int | None = None,
     sharding: str = "ddp",
@@ -116,7 +121,8 @@ def estimate(
     """
     Args:
         count: Devices; each takes an even share of the batch.
-        mfu: Share of the device's peak that the step's operations reach, recomputed ones included.
+        mfu: Share of the device's peak that the step's operations reach, recomputed ones included; what was measured
+            of `compile` or without it if None.
         words: Words of a caption on average; one of each batch is as long as the model allows.
         pairs: Training pairs, for a run of epochs.
 
@@ -124,6 +130,7 @@ def estimate(
         ValueError: a batch that the devices, or the chunks of each, do not divide; shares and counts out of range.
     """
     run, chunks = arguments.run, arguments.run.gradient_cache_chunks
+    mfu = default_mfu(arguments) if mfu is None else mfu
     if count < 1 or not 0 < mfu <= 1 or sharding not in SHARDS:
         raise ValueError(f"got count {count}, mfu {mfu}, sharding {sharding!r}; expected 1 or more, a share in (0, 1] "
                          f"and one of {sorted(SHARDS)}")  # fmt: skip
@@ -136,7 +143,7 @@ def estimate(
     lengths = [config.max_text_length] + [min(words, config.max_text_length)] * (share - 1)
     half = run.mixed_precision != "no"
     rehearsal = rehearse(arguments, config, lengths, "bf16" if half else "no")
-    repeated = rehearsal.forward if chunks > 1 else 0.0  # a batch in pieces is represented twice
+    repeated = rehearsal.repeated if chunks > 1 else 0.0
     work = (rehearsal.flops + repeated) / rehearsal.pairs
     rate = count * mfu * TERA * (device.half if half else device.single) / work
     steps = run.max_steps
@@ -172,19 +179,6 @@ def describe(result: Estimate, device: Device, count: int, mfu: float, words: in
     return "\n".join(lines)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options beside those of a run."""
-    parser.add_argument("--device", default="h100", choices=sorted(DEVICES), help="Peak and memory of a device.")
-    parser.add_argument("--count", type=int, default=1, help="Devices.")
-    parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="Share of the peak that is assumed.")
-    parser.add_argument("--peak_tflops", type=float, help="Another device's TFLOP/s in the run's precision.")
-    parser.add_argument("--memory_gib", type=float, help="Another device's memory.")
-    parser.add_argument("--words", type=int, default=12, help="Words of a caption on average.")
-    parser.add_argument("--pairs", type=int, help="Training pairs, for a run of epochs.")
-    parser.add_argument("--sharding", default="ddp", choices=sorted(SHARDS), help="How the run is spread.")
-    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
-
-
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """`oner estimate`: `rest` is the run's own command line, `--config` and what overrides it."""
     known = DEVICES[options.device]
@@ -194,11 +188,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         memory=options.memory_gib or known.memory,
     )
     arguments = parse_arguments(rest)
-    result = estimate(
-        arguments, device, options.count, options.mfu, options.words, options.pairs, sharding=options.sharding
-    )
+    mfu = default_mfu(arguments) if options.mfu is None else options.mfu
+    result = estimate(arguments, device, options.count, mfu, options.words, options.pairs, sharding=options.sharding)
     if options.json:
-        print(json.dumps({**asdict(result), "mfu": options.mfu, "count": options.count}, indent=1))
+        print(json.dumps({**asdict(result), "mfu": mfu, "count": options.count}, indent=1))
     else:
-        print(describe(result, device, options.count, options.mfu, options.words))
+        print(describe(result, device, options.count, mfu, options.words))
     return 0

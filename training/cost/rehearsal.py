@@ -1,22 +1,26 @@
 """A step on tensors without contents: what it computes and keeps, known before anything is allocated.
 
-Any family's own code runs, under torch's fake tensors, so nothing here knows a formula. B pairs, N patches, W slots of
-the longest text, n words, M masked words.
+Any family's own code runs, under torch's fake tensors, so nothing here knows a formula.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 from transformers import PreTrainedConfig
 
-from oner.training.objectives.objective import build_objective
+from oner.training.objectives.objective import Batch, Example, Portion, objective_classes
+from oner.training.private_names import FakeTensorMode, storage_id
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_model
+
+from .flops import flop_counter
+
+PROGRESS = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Rehearsal:
         buffers (`int`): Bytes of everything in student and teachers that is no parameter.
         forward, targets, backward (`float`): Operations of the student's pass with the losses, of the targets (a
             teacher's pass), and of the backward with what it recomputes.
+        repeated (`float`): Operations that a batch in chunks adds: the student's first pass.
         activations (`int`): Bytes kept for the backward, each storage once, parameters left out.
         inputs (`int`): Bytes of the batch.
     """
@@ -41,6 +46,7 @@ class Rehearsal:
     buffers: int
     forward: float
     targets: float
+    repeated: float
     backward: float
     activations: int
     inputs: int
@@ -50,104 +56,79 @@ class Rehearsal:
         return self.forward + self.targets + self.backward
 
 
-def pair_batch(
-    config: PreTrainedConfig,
-    lengths: Sequence[int],
-    mlm_probability: float = 0.15,
-    mim_ratio: float = 0.3,
-    seed: int = 0,
-) -> dict[str, torch.Tensor]:
-    """
-    What `PairCollator` gives for captions of these lengths, with random words and grey pictures. Shapes as there. A
-    model that predicts visual codes gets random ones, (B, N) int64: no tokenizer of pictures is rehearsed.
-
-    Raises:
-        ValueError: a text longer than `max_text_length`.
-    """
-    if not len(lengths) or max(lengths) > config.max_text_length:
-        raise ValueError(f"lengths {list(lengths)[:8]}...; expected some in [0, {config.max_text_length}]")
-    rng, pairs, slots = np.random.default_rng(seed), len(lengths), max(1, *lengths)
-    head = 1 + (config.image_size // config.patch_size) ** 2
-    real = np.arange(slots) < np.asarray(lengths)[:, None]  # (B, W)
-    ids = np.full((pairs, head + slots), config.pad_token_id, dtype=np.int64)
-    ids[:, 0], ids[:, 1:head] = config.cls_token_id, config.image_token_id
-    low = 1 + max(config.cls_token_id, config.mask_token_id, config.image_token_id)
-    words = rng.integers(min(low, config.vocab_size - 1), config.vocab_size, int(real.sum()))
-    ids[:, head:][real] = words
-    places = np.sort(rng.permutation(len(words))[: round(mlm_probability * len(words))])
-    order, twin, corrupted = np.argsort(rng.random((pairs, head - 1))), ids.copy(), words.copy()
-    hidden = order < int(mim_ratio * (head - 1))
-    corrupted[places] = config.mask_token_id
-    twin[:, head:][real] = corrupted
-    arrays = {
-        "input_ids": ids,
-        "attention_mask": np.concatenate([np.ones((pairs, head), bool), real], axis=1).astype(np.int64),
-        "masked_input_ids": twin,
-        "text_index": np.flatnonzero(real),
-        "mlm_index": places,
-        "mlm_labels": words[places],
-        "bool_masked_pos": hidden,
-        "mim_index": np.flatnonzero(hidden),
-        "ids": np.arange(pairs),
-        "rows": np.arange(pairs),
-    }
-    if (codes := getattr(config, "num_visual_codes", None)) is not None:
-        arrays["visual_codes"] = rng.integers(codes, size=(pairs, head - 1))
-    batch = {name: torch.tensor(array) for name, array in arrays.items()}
-    side = config.image_size
-    return {**batch, "pixel_values": torch.zeros(pairs, config.num_channels, side, side)}
-
-
 def rehearse(
     arguments: Arguments, config: PreTrainedConfig, lengths: Sequence[int], precision: str = "no"
 ) -> Rehearsal:
-    """The step of these arguments on captions of these lengths; `precision` is `no`, `bf16` or `fp16`."""
+    """The step of these arguments on texts of these lengths; `precision` is `no`, `bf16` or `fp16`."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    fresh = replace(arguments, model=replace(arguments.model, initial_model=None))
-    if hasattr(fresh.objective, "image_tokenizer"):
-        fresh = replace(fresh, objective=replace(fresh.objective, image_tokenizer=None))  # the batch brings its codes
+    family = objective_classes(arguments.model.family)[0]
     with torch.device("meta"):  # fake tensors cannot be copied, as a teacher copies its student
-        model = build_model(fresh, config)
-        objective = build_objective(fresh.model.family, model, fresh.objective)
+        model = build_model(replace(arguments, model=replace(arguments.model, initial_model=None)), config)
+        objective = family(model, family.without_files(arguments.objective))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         _fake(_modules(model, objective))
         for teacher in objective.teachers():
             teacher.follow(model)
         objective.to(torch.device("cpu"))  # what it keeps beside modules: queues
         fake.allow_non_fake_inputs = False  # a tensor with contents would be one that was forgotten
-        batch = pair_batch(config, lengths, arguments.data.mlm_probability, sum(arguments.data.mim_ratio) / 2)
-        owned = {_storage(tensor) for module in _modules(model, objective) for tensor in _tensors(module)}
-        owned |= {_storage(tensor) for tensor in batch.values()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if _storage(tensor) not in owned:
-                kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
-
+        masking = arguments.data.masking
+        told = Example(masking.mlm_probability, sum(masking.mim_ratio) / 2)
+        batches = family.example_batches(config, lengths, told)
+        inputs = [tensor for batch in batches.values() for tensor in batch.values()]
+        owned = {storage_id(tensor) for module in _modules(model, objective) for tensor in _tensors(module)}
+        owned |= {storage_id(tensor) for tensor in inputs}
         model.train()
-        with FlopCounterMode(display=False) as pass_counter, torch.autograd.graph.saved_tensors_hooks(keep, _same):
-            with nullcontext() if half is None else torch.autocast("cpu", half):
-                loss, _ = objective(model, batch, 0.5)
-        with FlopCounterMode(display=False) as target_counter, torch.no_grad():
-            with nullcontext() if half is None else torch.autocast("cpu", half):
-                objective.targets(model, batch, 0.5)
-        with FlopCounterMode(display=False) as back_counter:
-            loss.backward()
+        autocast = nullcontext if half is None else partial(torch.autocast, "cpu", half)
+        passes = [_run(portion, model, batches[name], owned, autocast) for name, portion in objective.portions.items()]
+        forward, targets, repeated, backward, activations = map(sum, zip(*passes, strict=True))
     teachers = [teacher.model for teacher in objective.teachers()]
-    targets = float(target_counter.get_total_flops())
     return Rehearsal(
         pairs=len(lengths),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         teacher=sum(parameter.numel() for teacher in teachers for parameter in teacher.parameters()),
         buffers=sum(b.numel() * b.element_size() for m in (model, *teachers) for b in m.buffers()),
-        forward=float(pass_counter.get_total_flops()) - targets,
+        forward=forward,
         targets=targets,
-        backward=float(back_counter.get_total_flops()),
-        activations=sum(kept.values()),
-        inputs=sum(tensor.numel() * tensor.element_size() for tensor in batch.values()),
+        repeated=repeated,
+        backward=backward,
+        activations=activations,
+        inputs=sum(tensor.numel() * tensor.element_size() for tensor in inputs),
     )
+
+
+class Pass(NamedTuple):
+    """Operations of a portion's student, its targets, what cached gradients repeat, its backward; bytes kept."""
+
+    forward: float
+    targets: float
+    repeated: float
+    backward: float
+    activations: int
+
+
+def _run(portion: Portion, model: nn.Module, batch: Batch, owned: set[int], autocast: Callable) -> Pass:
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if storage_id(tensor) not in owned:
+            kept[storage_id(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with autocast(), torch.no_grad():
+        targets, made = _counted(lambda: portion.targets(model, batch, PROGRESS))
+        repeated, _ = _counted(lambda: portion.represent(model, batch, made, PROGRESS))
+    with autocast(), torch.autograd.graph.saved_tensors_hooks(keep, _same):
+        whole, taken = _counted(lambda: portion.take(model, batch, PROGRESS))
+    backward, _ = _counted(taken.loss.backward)
+    return Pass(whole - targets, targets, repeated, backward, sum(kept.values()))
+
+
+def _counted(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Operations of a call, and what it gives."""
+    with flop_counter() as counter:
+        result = function()
+    return float(counter.get_total_flops()), result
 
 
 def _modules(model: torch.nn.Module, objective) -> list[torch.nn.Module]:
@@ -158,22 +139,16 @@ def _fake(modules: list[torch.nn.Module]) -> None:
     """Parameters and buffers on meta become fake ones on the CPU, where autocast sees them; tied ones stay tied."""
     made: dict[int, torch.Tensor] = {}
     for module in (part for whole in modules for part in whole.modules()):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                made.setdefault(id(parameter), torch.nn.Parameter(empty, parameter.requires_grad))
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            made.setdefault(id(parameter), torch.nn.Parameter(empty, parameter.requires_grad))
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

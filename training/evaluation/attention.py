@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oner.training.private_names import attention_implementation
+
 from .localization import pointing
 from .sheets import (
     Panel,
@@ -32,7 +34,7 @@ from .sheets import (
 @contextmanager
 def eager_attention(model: Any) -> Iterator[None]:
     """The eager kernel, the only one that hands out its probabilities; the former one is restored, also on errors."""
-    before = model.config._attn_implementation
+    before = attention_implementation(model.config)
     model.set_attn_implementation("eager")
     try:
         yield

@@ -1,6 +1,6 @@
 """Retrieval in two stages: dot products choose k candidates for each query, a matching head puts them in order.
 
-ALBEF's and SIMLA's protocol (facts part 1 (d)): the score of a candidate is the head's logit for "matched" alone, no
+The protocol of ALBEF's and SIMLA's code: the score of a candidate is the head's logit for "matched" alone, no
 probability, and the first stage's score is not added. Theirs gives all other items one score below; here these stay
 behind the candidates in the order of the first stage, which is the same for R@k up to k and no tie.
 

@@ -18,22 +18,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from oner.training.publishing.digests import sha256_of
 
 LIBRARIES = ("oner", "torch", "torchvision", "transformers", "tokenizers", "datasets", "evaluate", "timm", "pillow")
 
 
-def checkpoint_facts(directory: str | Path, model: Any = None) -> dict[str, Any]:
-    """Where the weights are and the digest of each file of them; of a name on the Hub, the commit `model` came from.
+def checkpoint_facts(directory: str | Path) -> dict[str, Any]:
+    """Where the weights are and the digest of each file of them; of a name on the Hub, the commit that was loaded.
 
     Raises:
         FileNotFoundError: the directory holds no `*.safetensors`, or there is neither a directory nor a commit.
     """
-    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     if not Path(directory).is_dir():
-        if commit is None:
-            raise FileNotFoundError(f"{directory} is no directory, and the model names no commit of the Hub")
-        return {"name": str(directory), "commit": commit}
+        # what was loaded by that name lies in a folder of the cache that is named by the commit
+        config = try_to_load_from_cache(str(directory), "config.json")
+        if not isinstance(config, str):
+            raise FileNotFoundError(f"{directory} is no directory, and nothing of that name was loaded from the Hub")
+        return {"name": str(directory), "commit": Path(config).parent.name}
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory} holds no *.safetensors: a result must say which weights it is of")
@@ -88,7 +91,7 @@ def write_results(
         raise ValueError(f"values must be finite numbers, got {wrong or 'none'}")
     content: dict[str, Any] = {"values": dict(values), "protocol": dict(protocol)}
     if checkpoint is not None:
-        content["checkpoint"] = checkpoint_facts(checkpoint, model)
+        content["checkpoint"] = checkpoint_facts(checkpoint)
     if model is not None:
         content["model"] = model_facts(model)
     content["versions"] = library_versions()

@@ -12,7 +12,8 @@ from torch import nn
 from oner.processing.data.chunks import split_pairs
 
 from .losses import in_full
-from .task import Batch, DistillationArguments, TaskObjective
+from .objective import Batch
+from .task import DistillationArguments, TaskObjective
 
 INPUTS = (
     "input_ids",
@@ -46,8 +47,8 @@ class AnswerObjective(TaskObjective):
     def distils(self) -> bool:
         return super().distils() and self.arguments.pass_alpha
 
-    def split(self, batch: Batch, pieces: int) -> list[Batch]:
-        return split_pairs(batch, pieces)
+    def split(self, batch: Batch, chunks: int) -> list[Batch]:
+        return split_pairs(batch, chunks)
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         inputs = {name: batch[name] for name in INPUTS}

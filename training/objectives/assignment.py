@@ -13,7 +13,8 @@ from torch import nn
 from oner.processing.data.chunks import split_pairs
 
 from .losses import in_full
-from .task import Batch, DistillationArguments, TaskObjective
+from .objective import Batch
+from .task import DistillationArguments, TaskObjective
 
 FIRST, SECOND, NEITHER = range(3)
 
@@ -71,11 +72,11 @@ class AssignmentObjective(TaskObjective):
             )
         super().__init__(student, arguments)
 
-    def split(self, batch: Batch, pieces: int) -> list[Batch]:
-        return split_pairs(batch, pieces)
+    def split(self, batch: Batch, chunks: int) -> list[Batch]:
+        return split_pairs(batch, chunks)
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
-        """Taken in pieces, a piece draws its pictures from itself, as each of so many processes would."""
+        """Taken in chunks, a chunk draws its images from itself, as each of so many processes would."""
         told = self.arguments
         logits, labels = assign(student, batch, told.own_picture, told.draw_temperature)
         return F.cross_entropy(in_full(logits), labels, reduction="sum", ignore_index=-100) / count

@@ -6,7 +6,8 @@ from torch import nn
 from oner.processing.data.chunks import split_pairs
 
 from .losses_distilled import distilled_cross_entropy
-from .task import Batch, TaskObjective
+from .objective import Batch
+from .task import TaskObjective
 
 INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
@@ -16,8 +17,8 @@ class ClassificationObjective(TaskObjective):
 
     part = "classes"
 
-    def split(self, batch: Batch, pieces: int) -> list[Batch]:
-        return split_pairs(batch, pieces)
+    def split(self, batch: Batch, chunks: int) -> list[Batch]:
+        return split_pairs(batch, chunks)
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         inputs = {name: batch[name] for name in INPUTS}

@@ -4,15 +4,18 @@ B pictures, K codes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from oner.training.parallel.distributed import gather_with_gradient
 
+from .examples import grey_images
 from .losses import in_full
-from .objective import Objective, Representations
+from .objective import Batch, Comparison, Example, Representations, SinglePortion, Targets
 
 
 @dataclass
@@ -38,10 +41,10 @@ class DiscreteVAEObjectiveArguments:
     )
 
 
-class DiscreteVAEObjective(Objective):
+class DiscreteVAEObjective(SinglePortion):
     """
-    `objective(student, batch, progress)` -> (loss, parts): `reconstruction` and `kl` (of each place's codes to uniform
-    ones, weighted by the model's `kl_weight`) are means over pictures; `usage` sees the whole batch.
+    One portion, images: `reconstruction` and `kl` (of each place's codes to uniform ones, weighted by the model's
+    `kl_weight`) are means over images; `usage` sees the whole batch.
 
     Args:
         student (`DiscreteVAE`): Unwrapped, with a decoder.
@@ -50,6 +53,8 @@ class DiscreteVAEObjective(Objective):
     Raises:
         ValueError: no decoder; temperatures that are not two numbers above 0; a share or weight out of range.
     """
+
+    portion = "images"
 
     def __init__(self, student: nn.Module, arguments: DiscreteVAEObjectiveArguments):
         if not student.config.decoder:
@@ -69,65 +74,58 @@ class DiscreteVAEObjective(Objective):
         passed = min(1.0, progress / self.arguments.temperature_share)
         return end + (start - end) * (1 + math.cos(math.pi * passed)) / 2
 
-    def split(self, batch: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
-        batch_size = len(batch["pixel_values"])
-        if not 1 <= pieces <= batch_size:
-            raise ValueError(f"got a batch of {batch_size} rows to split into {pieces} pieces")
-        parts = {name: value.tensor_split(pieces) for name, value in batch.items()}
-        return [{name: values[piece] for name, values in parts.items()} for piece in range(pieces)]
+    @classmethod
+    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], told: Example) -> dict[str, Batch]:
+        rows = torch.arange(len(lengths))
+        return {cls.portion: {"pixel_values": grey_images(config, len(lengths)), "ids": rows, "rows": rows}}
 
-    def count(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"pictures": torch.full_like(batch["ids"][0], len(batch["pixel_values"]))}
+    def split(self, batch: Batch, chunks: int) -> list[Batch]:
+        batch_size = len(batch["pixel_values"])
+        if not 1 <= chunks <= batch_size:
+            raise ValueError(f"got a batch of {batch_size} rows to split into {chunks} chunks")
+        parts = {name: value.tensor_split(chunks) for name, value in batch.items()}
+        return [{name: values[chunk] for name, values in parts.items()} for chunk in range(chunks)]
+
+    def count(self, batch: Batch) -> Batch:
+        return {"images": torch.full_like(batch["ids"][0], len(batch["pixel_values"]))}
 
     def represent(
-        self,
-        student: nn.Module,
-        batch: dict[str, torch.Tensor],
-        progress: float,
-        counts: dict[str, torch.Tensor] | None = None,
+        self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
     ) -> Representations:
+        if counts is None and not self.arguments.usage_weight:
+            return Representations()
         online = student(
             batch["pixel_values"],
             temperature=self.temperature(progress),
             hard=self.arguments.straight_through,
             return_dict=True,
         )
-        # without a weight there is nothing to compare, and a batch in pieces needs one pass only
         used = {"used": in_full(online.logits).softmax(1).mean((2, 3))} if self.arguments.usage_weight else {}
         if counts is None:
             return Representations(rows=used)
-        share = len(batch["pixel_values"]) / counts["pictures"]
+        share = len(batch["pixel_values"]) / counts["images"]
         return Representations(
             rows=used, parts={"reconstruction": online.reconstruction_loss * share, "kl": online.kl * share}
         )
 
-    def targets(self, student: nn.Module, batch: dict[str, torch.Tensor], progress: float) -> dict[str, torch.Tensor]:
-        return {}
-
-    def compare(
-        self,
-        rows: dict[str, torch.Tensor],
-        common: dict[str, torch.Tensor],
-        targets: dict[str, torch.Tensor],
-        progress: float,
-    ) -> dict[str, torch.Tensor]:
+    def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
         if "used" not in rows:
-            return {}
+            return Comparison()
         mean = gather_with_gradient(rows["used"]).mean(0)  # (K,)
-        return {"usage": math.log(len(mean)) + torch.special.xlogy(mean, mean).sum()}
+        return Comparison({"usage": math.log(len(mean)) + torch.special.xlogy(mean, mean).sum()})
 
-    def weigh(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def weigh(self, parts: Batch) -> torch.Tensor:
         return sum(self.weights[name] * part for name, part in parts.items())
 
-    def after_step(self, applied: torch.Tensor | None = None) -> None:
+    def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
         pass
 
     def to(self, device: torch.device) -> "DiscreteVAEObjective":
         return self
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> Batch:
         return {}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Batch) -> None:
         if state:
             raise RuntimeError(f"a DiscreteVAE's objective has no state, got {sorted(state)[:5]}")

@@ -1,13 +1,18 @@
-"""What the engine knows of a family: a loss to minimise, something to do after the step, and state to keep."""
+"""What the engine knows of a family: losses to minimise, something to do around the step, and state to keep.
+
+A step takes one batch of each *portion*: of most families one portion of pairs, of others texts and pairs, say. Each
+portion is taken in the order targets, represent, compare, weigh; its gradients add up, and the optimiser steps once.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from oner.training.parallel.distributed import mean_counts
 
@@ -18,6 +23,22 @@ OBJECTIVES = {
     "oner": ("oner.training.objectives.oner", "OneRObjective", "OneRObjectiveArguments"),
     "simla": ("oner.training.objectives.simla", "SimlaObjective", "SimlaObjectiveArguments"),
 }
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Targets:
+    """
+    What a batch is held against, made before the student's pass and without gradient.
+
+    Attributes:
+        rows: By name, (B, ...): what rows of the whole batch are compared with, such as a teacher's keys, and ids.
+            Those of a batch in chunks are laid end to end.
+        own: By name, (B, ...): what only these rows read, such as a teacher's states; it stays with its chunk.
+    """
+
+    rows: Batch = field(default_factory=dict)
+    own: Batch = field(default_factory=dict)
 
 
 @dataclass
@@ -27,98 +48,159 @@ class Representations:
 
     Attributes:
         rows: By name, (B, ...) each with gradient: what the loss compares with other rows, of the batch or of other
-            processes. Those of a batch in pieces are laid end to end.
-        common: By name, what every piece gives alike, for it belongs to the model and to no row: a temperature.
+            processes. Those of a batch in chunks are laid end to end.
+        common: By name, what every chunk gives alike, for it belongs to the model and to no row: a temperature.
         parts: By name, 0-dim with gradient: what each row pays by itself, summed over these rows and divided by the
-            count of the whole batch, so that the sum over its pieces, and the mean over processes, is the whole's.
+            count of the whole batch, so that the sum over its chunks, and the mean over processes, is the whole's.
     """
 
-    rows: dict[str, torch.Tensor] = field(default_factory=dict)
-    common: dict[str, torch.Tensor] = field(default_factory=dict)
-    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: Batch = field(default_factory=dict)
+    common: Batch = field(default_factory=dict)
+    parts: Batch = field(default_factory=dict)
+
+
+@dataclass
+class Comparison:
+    """
+    What comparing a whole batch gives.
+
+    Attributes:
+        parts: By name, 0-dim: the parts of the loss that see the whole batch.
+        kept: By name, what `after_step` takes along, such as the newest keys of a queue; without gradient.
+    """
+
+    parts: Batch = field(default_factory=dict)
+    kept: Batch = field(default_factory=dict)
+
+
+class Taken(NamedTuple):
+    """A batch taken: its loss with gradient, the parts to log (0-dim, detached), and what `after_step` takes along."""
+
+    loss: torch.Tensor
+    parts: Batch
+    kept: Batch
+
+
+class Portion(ABC):
+    """
+    The losses of one kind of batch. The mean of the processes' losses is the loss of the global batch. `take` takes a
+    batch in one pass; `gradient_cache` takes it in chunks, by the very methods that `take` is made of.
+    """
+
+    def take(self, student: nn.Module, batch: Batch, progress: float) -> Taken:
+        """One pass over a batch. `student` may be wrapped by an engine."""
+        targets = self.targets(student, batch, progress)
+        online = self.represent(student, batch, targets, progress, mean_counts(self.count(batch)))
+        compared = self.compare(online.rows, online.common, targets.rows, progress)
+        parts = {**compared.parts, **online.parts}
+        return Taken(self.weigh(parts), {name: part.detach() for name, part in parts.items()}, compared.kept)
+
+    @abstractmethod
+    def split(self, batch: Batch, chunks: int) -> list[Batch]:
+        """A batch on the CPU in `chunks` of consecutive rows, as even as can be."""
+
+    @abstractmethod
+    def count(self, batch: Batch) -> Batch:
+        """How many things each of `Representations.parts` is a mean of, 0-dim on the batch's device."""
+
+    def targets(self, student: nn.Module, batch: Batch, progress: float) -> Targets:
+        """What this batch is held against, of these rows only, without gradient. A teacher speaks here, first."""
+        return Targets()
+
+    @abstractmethod
+    def represent(
+        self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
+    ) -> Representations:
+        """
+        One pass of the student. `counts` holds means over processes of `count` of the whole batch. Without it only
+        `rows` and `common` are asked for, and must come out as they do with it: a batch in chunks is represented
+        twice, with torch's generators set back in between, and nothing else may draw.
+        """
+
+    def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
+        """The parts of the loss that see the whole batch; processes gather here, with or without gradient."""
+        return Comparison()
+
+    @abstractmethod
+    def weigh(self, parts: Batch) -> torch.Tensor:
+        """The loss, a weighted sum of whichever parts are given."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """How much of an example batch is masked: tokens and patches, as shares; and its seed."""
+
+    mlm_probability: float = 0.15
+    mim_ratio: float = 0.3
+    seed: int = 0
 
 
 class Objective(ABC):
     """
-    Student, teacher and losses of one family. It owns no trainable parameter and knows no engine. Calling it takes a
-    batch in one pass; `gradient_cache` takes it in pieces, by the very methods that the call is made of. The mean of
-    the processes' losses is the loss of the global batch.
+    Student, teachers and losses of one family. It owns no trainable parameter and knows no engine.
+
+    Attributes:
+        portions: By name, in the order in which a step takes them. No two name a part, or what they keep, alike.
     """
 
-    def __call__(
-        self, student: nn.Module, batch: dict[str, torch.Tensor], progress: float
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a batch, and the parts to log as 0-dim tensors. `student` may be wrapped by an engine."""
-        self.before_step()
-        online = self.represent(student, batch, progress, mean_counts(self.count(batch)))
-        targets = self.targets(student, batch, progress)
-        parts = {**self.compare(online.rows, online.common, targets, progress), **online.parts}
-        return self.weigh(parts), {name: part.detach() for name, part in parts.items()}
+    portions: Mapping[str, Portion]
+
+    @classmethod
+    def without_files(cls, arguments: Any) -> Any:
+        """The same arguments of an objective, less what it would read from disk: `example_batches` bring it along."""
+        return arguments
+
+    @classmethod
+    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], told: Example) -> dict[str, Batch]:
+        """
+        A step's batches with random tokens and grey images, as the collators make them of texts of these lengths.
+
+        Raises:
+            ValueError: an objective that brings none, such as that of a fine-tuning task.
+        """
+        raise ValueError(f"{cls.__name__} brings no example batches, so its step cannot be rehearsed")
 
     def before_step(self) -> None:  # noqa: B027  most families have nothing to move
-        """Called once before the passes of a step, in one go or in pieces: what has to move before it is taken."""
-
-    @abstractmethod
-    def split(self, batch: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
-        """A batch on the CPU in `pieces` of consecutive rows, as even as can be."""
-
-    @abstractmethod
-    def count(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """How many things each of `Representations.parts` is a mean of, 0-dim on the batch's device."""
-
-    @abstractmethod
-    def represent(
-        self,
-        student: nn.Module,
-        batch: dict[str, torch.Tensor],
-        progress: float,
-        counts: dict[str, torch.Tensor] | None = None,
-    ) -> Representations:
-        """
-        One pass of the student. `counts` holds means over processes of `count` of the whole batch. Without it only
-        `rows` and `common` are asked for, and must come out as they do with it: a batch in pieces is represented
-        twice, with torch's generators set back in between, and no other source of chance is.
-        """
-
-    @abstractmethod
-    def targets(self, student: nn.Module, batch: dict[str, torch.Tensor], progress: float) -> dict[str, torch.Tensor]:
-        """What rows are compared with, (B, ...) each, of these rows only, without gradient: a teacher's keys, ids."""
-
-    @abstractmethod
-    def compare(
-        self,
-        rows: dict[str, torch.Tensor],
-        common: dict[str, torch.Tensor],
-        targets: dict[str, torch.Tensor],
-        progress: float,
-    ) -> dict[str, torch.Tensor]:
-        """The 0-dim parts of the loss that see the whole batch; processes gather here, with or without gradient."""
-
-    @abstractmethod
-    def weigh(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss, a weighted sum of whichever parts are given."""
+        """Called once before the passes of a step, in one go or in chunks: what has to move before it is taken."""
 
     def teachers(self) -> Iterable[EMATeacher]:
         """Teachers that follow the student: an engine that spreads the student over processes spreads them alike."""
         return ()
 
     @abstractmethod
-    def after_step(self, applied: torch.Tensor | None = None) -> None:
+    def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
         """
         Called once after each step of the optimiser: teachers and queues move here.
 
-        `applied` is 0-dim, 1 where the update was applied and 0 where it was not, for it held NaN or infinity: then
-        nothing may move. It lies on the device, so that asking it makes no accelerator wait. None: it was applied.
+        Args:
+            applied (0-dim): 1 where the update was applied and 0 where it was not, for it held NaN or infinity: then
+                nothing may move. It lies on the device, so that asking it makes no accelerator wait. None: applied.
+            kept: `Comparison.kept` of all portions.
         """
 
     @abstractmethod
     def to(self, device: torch.device) -> "Objective": ...
 
     @abstractmethod
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
+    def state_dict(self) -> Batch: ...
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+    def load_state_dict(self, state: Batch) -> None: ...
+
+
+class SinglePortion(Objective, Portion):
+    """An objective with one portion, itself: `portion` is its name."""
+
+    portion = "pairs"
+
+    @property
+    def portions(self) -> dict[str, Portion]:
+        return {self.portion: self}
+
+    def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Taken:
+        """All of a step but the optimiser and `after_step`, for who has no engine."""
+        self.before_step()
+        return self.take(student, batch, progress)
 
 
 def objective_classes(family: str) -> tuple[type, type]:
@@ -128,6 +210,13 @@ def objective_classes(family: str) -> tuple[type, type]:
     module_name, objective, arguments = OBJECTIVES[family]
     module = import_module(module_name)
     return getattr(module, objective), getattr(module, arguments)
+
+
+def check_choices(arguments: Any) -> None:
+    """Raises `ValueError` for a field of a dataclass that is none of the words which its `Literal` lists."""
+    for name, hint in get_type_hints(type(arguments)).items():
+        if get_origin(hint) is Literal and getattr(arguments, name) not in get_args(hint):
+            raise ValueError(f"{name} is {getattr(arguments, name)!r}; expected one of {list(get_args(hint))}")
 
 
 def build_objective(family: str, student: nn.Module, arguments: Any) -> Objective:

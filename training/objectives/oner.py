@@ -8,17 +8,20 @@ With q the online network (projector, predictor), k the EMA teacher (projector),
     CMC = [NCE(q(I,T), k(mix)) + NCE(q(mix), k(I,T))] / 2                equation 4
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from oner.processing.data.chunks import split_pairs
 from oner.training.parallel.distributed import gather_with_gradient, gather_without_gradient, rank
 
+from .examples import example_pairs
 from .losses import in_full, info_nce, masked_image_loss, masked_language_loss
-from .objective import Objective, Representations
+from .objective import Batch, Comparison, Example, Representations, SinglePortion, Targets
 from .teacher import EMATeacher
 
 logger = logging.get_logger(__name__)
@@ -73,9 +76,9 @@ class OneRObjectiveArguments:
     norm_pixels: bool = field(default=True, metadata={"help": "MIM targets normalised by patch, as public MAE."})
 
 
-class OneRObjective(Objective):
+class OneRObjective(SinglePortion):
     """
-    `objective(student, batch, progress)` -> (loss, parts); `after_step()` moves the teacher.
+    One portion, pairs; `after_step` moves the teacher.
 
     Args:
         student (`OneRForPreTraining`): Unwrapped, with its weights in place; the teacher starts as its copy.
@@ -154,20 +157,20 @@ class OneRObjective(Objective):
             student.pixel_head.requires_grad_(False)
             student.oner.embeddings.patch_mask_token.requires_grad_(False)
 
-    def split(self, batch: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Tensor]]:
-        return split_pairs(batch, pieces)
+    @classmethod
+    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], told: Example) -> dict[str, Batch]:
+        return {cls.portion: example_pairs(config, lengths, told)}
 
-    def count(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def split(self, batch: Batch, chunks: int) -> list[Batch]:
+        return split_pairs(batch, chunks)
+
+    def count(self, batch: Batch) -> Batch:
         masked = batch["bool_masked_pos"].sum()
         counts = {"mlm": torch.full_like(masked, len(batch["mlm_labels"])), "mim": masked}
         return {name: counts[name] for name in READS if name in self.weights}
 
     def represent(
-        self,
-        student: nn.Module,
-        batch: dict[str, torch.Tensor],
-        progress: float,
-        counts: dict[str, torch.Tensor] | None = None,
+        self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
     ) -> Representations:
         if counts is None and not self.contrasts:
             return Representations()
@@ -189,9 +192,7 @@ class OneRObjective(Objective):
         common = {"logit_scale": online.logit_scale} if self.contrasts and online.logit_scale is not None else {}
         return Representations(rows, common, {} if counts is None else self._masked_parts(online, batch, counts))
 
-    def _masked_parts(
-        self, online, batch: dict[str, torch.Tensor], counts: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _masked_parts(self, online, batch: Batch, counts: Batch) -> Batch:
         parts = {}
         if "mlm" in self.weights:
             losses = [
@@ -220,24 +221,18 @@ class OneRObjective(Objective):
         return tuple(name for name in self.arguments.masked_streams if name in reads)
 
     @torch.no_grad()
-    def targets(self, student: nn.Module, batch: dict[str, torch.Tensor], progress: float) -> dict[str, torch.Tensor]:
+    def targets(self, student: nn.Module, batch: Batch, progress: float) -> Targets:
         """Keys (B, P) by name, from clean inputs, without predictor; ids (B,)."""
         targets = {"ids": batch["ids"]}
         if self.contrasts and not self.arguments.gather_gradient:
             network = student if self.teacher is None else self.teacher
             keys = network(**_clean(batch), representations=self.keys, masked_streams=(), predict=False)
             targets.update({f"key of {name}": in_full(value) for name, value in keys.embeddings.items()})
-        return targets
+        return Targets(targets)
 
-    def compare(
-        self,
-        rows: dict[str, torch.Tensor],
-        common: dict[str, torch.Tensor],
-        targets: dict[str, torch.Tensor],
-        progress: float,
-    ) -> dict[str, torch.Tensor]:
+    def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
         if not self.contrasts:
-            return {}
+            return Comparison()
         gather = gather_with_gradient if self.arguments.gather_gradient else gather_without_gradient
         side = rows if self.arguments.gather_gradient else targets
         keys = {name: gather(in_full(side[f"key of {name}"])) for name in self.keys}
@@ -254,15 +249,15 @@ class OneRObjective(Objective):
             parts[name] = torch.stack(losses).mean()
             if self.arguments.scale_by_temperature:
                 parts[name] = (parts[name] * 2 * temperature).squeeze()  # a learnable one has shape (1,)
-        return parts
+        return Comparison(parts)
 
-    def weigh(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    def weigh(self, parts: Batch) -> torch.Tensor:
         return sum(self.weights[name] * part for name, part in parts.items())
 
     def teachers(self) -> tuple[EMATeacher, ...]:
         return () if self.teacher is None else (self.teacher,)
 
-    def after_step(self, applied: torch.Tensor | None = None) -> None:
+    def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
         if self.teacher is not None:
             self.teacher.update(applied)
 
@@ -271,13 +266,13 @@ class OneRObjective(Objective):
             self.teacher.to(device)
         return self
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> Batch:
         return {} if self.teacher is None else {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Batch) -> None:
         if self.teacher is not None:
             self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})
 
 
-def _clean(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _clean(batch: Batch) -> Batch:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "text_index")}

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .objective import Objective, Representations
+from .objective import Batch, Representations, SinglePortion, Targets
 from .teacher import EMATeacher
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -23,7 +21,7 @@ class DistillationArguments:
     )
 
 
-class TaskObjective(Objective):
+class TaskObjective(SinglePortion):
     """
     One part, `part`, that each row pays by itself: subclasses give its sum over rows. `student` may be any model of
     the task; where it has parameters that no task's loss reaches, its `freeze_unused` says so.
@@ -66,21 +64,15 @@ class TaskObjective(Objective):
         if self.teacher is not None:
             self.teacher.update()
 
-    def count(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def count(self, batch: Batch) -> Batch:
         return {self.part: torch.tensor(len(batch["input_ids"]), device=batch["input_ids"].device)}
 
     def represent(
-        self, student: nn.Module, batch: Batch, progress: float, counts: dict[str, torch.Tensor] | None = None
+        self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
     ) -> Representations:
         if counts is None:
             return Representations()
         return Representations(parts={self.part: self.loss(student, batch, self.alpha(progress), counts[self.part])})
-
-    def targets(self, student: nn.Module, batch: Batch, progress: float) -> Batch:
-        return {}
-
-    def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Batch:
-        return {}
 
     def weigh(self, parts: Batch) -> torch.Tensor:
         return sum(parts.values())
@@ -88,7 +80,7 @@ class TaskObjective(Objective):
     def teachers(self) -> tuple[EMATeacher, ...]:
         return () if self.teacher is None else (self.teacher,)
 
-    def after_step(self, applied: torch.Tensor | None = None) -> None:
+    def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
         """Nothing: the teacher moves before the next step, towards whatever the student then is."""
 
     def to(self, device: torch.device) -> "TaskObjective":

@@ -9,6 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from oner.training.private_names import local_part, undivided_layers
+
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -103,7 +105,7 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 
 def fsdp_part(tensor: torch.Tensor) -> torch.Tensor:
     """This process's rows of a tensor that FSDP2 spread over processes, sharing its memory; else the tensor."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local_part(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def fsdp_whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,7 +125,7 @@ def fsdp_shard_alike(frozen: nn.Module, sharded: nn.Module) -> None:
     """FSDP2 over a frozen copy of a model that is under FSDP2: each parameter is cut as that of the model is."""
     mesh = next(parameter.device_mesh for parameter in sharded.parameters() if isinstance(parameter, DTensor))
     for module in reversed(list(frozen.modules())[1:]):
-        if type(module).__name__ in (getattr(sharded, "_no_split_modules", None) or ()):
+        if type(module).__name__ in undivided_layers(sharded):
             fully_shard(module, mesh=mesh)
     # torch's default keeps the root's parameters gathered until a backward that a frozen model never has: they would
     # stay those of the first step

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from oner.training.private_names import has_full_precision_state, link_moments, write_zero_3_master
+
 from .distributed import fsdp_part, fsdp_spread, fsdp_whole, rank, world_size
 
 State = dict[str, torch.Tensor]
@@ -154,11 +156,11 @@ def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
         target.ds_tensor.copy_(part)
         if target.numel():  # a small one that ZeRO-3 keeps whole
             target.copy_(value)
-        if target.requires_grad and getattr(target, "_z3_optimizer", None) is not None:
-            target._z3_optimizer.set_local_hp_param(part, target)
+        if target.requires_grad:
+            write_zero_3_master(target, part)
         return
     own_part(target).copy_(fsdp_part(fsdp_spread(value, target)))
-    if getattr(target, "_hp_mapping", None) is not None:
+    if has_full_precision_state(target):
         target.set_full_hp_param(value)
 
 
@@ -195,8 +197,7 @@ def _flat_of_each(zero: Any) -> list[torch.Tensor]:
 def _link_moments(zero: Any) -> None:
     # ZeRO-1 and 2 do so after the first step of the first group, when the others have no moments yet
     if not _is_stage_3(zero):
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+        link_moments(zero)
 
 
 def _zero_state(zero: Any) -> tuple[State, Groups]:

@@ -24,6 +24,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from oner.training.private_names import registered_models
+
 from .model_card import model_card, plain, slug
 from .model_loading import write_digests
 
@@ -53,7 +55,7 @@ def model_classes(config: transformers.PreTrainedConfig) -> dict[str, type]:
     """
     registered = {}
     for name in MODEL_AUTO_CLASSES:
-        mapping = getattr(transformers, name)._model_mapping
+        mapping = registered_models(getattr(transformers, name))
         if type(config) in mapping:
             registered[name] = mapping[type(config)]
     if "AutoModel" not in registered:
@@ -75,7 +77,7 @@ def pipeline_classes(model: PreTrainedModel) -> dict[str, tuple[type, list[str]]
         if not isinstance(implementation, type) or implementation.__module__.startswith("transformers."):
             continue
         for auto in auto_classes:
-            if type(config) not in auto._model_mapping:
+            if type(config) not in registered_models(auto):
                 continue
             if auto not in known:
                 with torch.device("meta"):

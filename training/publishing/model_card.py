@@ -16,11 +16,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModel, PreTrainedModel
 
+from oner.training.private_names import registered_models
+
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 EVALUATION = re.compile(r"<!-- evaluation -->.*?<!-- /evaluation -->", re.DOTALL)
 PIPELINE_TAG = "zero-shot-image-classification"
 # a pipeline of ours -> the Hub's name for what such a model does
-PIPELINE_TAGS = {"image-text-retrieval": PIPELINE_TAG, "visual-question-answering": "visual-question-answering"}
+PIPELINE_TAGS = {"image-text-retrieval": PIPELINE_TAG, "image-question-answering": "visual-question-answering"}
 
 
 def slug(text: str) -> str:
@@ -98,7 +100,7 @@ def eval_results(metrics: Mapping[str, float]) -> list[EvalResult]:
 
 def method_of(model: PreTrainedModel) -> str:
     """What the family is, with its paper: the first line of the file that holds its tower."""
-    tower = AutoModel._model_mapping[type(model.config)]
+    tower = registered_models(AutoModel)[type(model.config)]
     return (sys.modules[tower.__module__].__doc__ or "").strip().partition("\n")[0]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -23,6 +24,7 @@ DIGESTS = "digests.json"
 # what a model is read from; the card, the results and the pictures may change
 READ = ("*.safetensors", "*.json")
 SHOWN = 10
+EXPECTED = "expected a directory with config.json and model.safetensors, as a run leaves it, or a name on the Hub"
 
 
 class ModelDirectoryError(RuntimeError):
@@ -80,14 +82,22 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
             in a warning, as the second stage needs it that starts from a published tower.
 
     Raises:
-        ModelDirectoryError: a damaged file; keys that are missing or foreign, or of another shape.
+        ModelDirectoryError: no such directory; a damaged file; keys that are missing or foreign, or of another shape.
     """
     if Path(source).is_dir():
         check_directory(source)
+    elif not _may_be_on_the_hub(source):
+        raise ModelDirectoryError(f"{source}: no such directory; {EXPECTED}")
     try:
         model, told = auto.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (SafetensorError, RuntimeError) as error:
         raise ModelDirectoryError(f"{source}: {error}") from error
+    except OSError as error:
+        if Path(source).is_dir():
+            raise
+        raise ModelDirectoryError(
+            f"{source}: no such directory, and nothing of that name came from the Hub; {EXPECTED}"
+        ) from error
     if mismatched := told["mismatched_keys"]:
         shapes = {name: f"{tuple(got)}, expected {tuple(wanted)}" for name, got, wanted in sorted(mismatched)[:SHOWN]}
         raise ModelDirectoryError(f"{source}: wrong shapes {shapes}")
@@ -103,6 +113,15 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
             f"{source}: missing keys {sorted(missing)[:SHOWN]}, foreign keys {sorted(foreign)[:SHOWN]}"
         )
     return model
+
+
+def _may_be_on_the_hub(source: str | Path) -> bool:
+    """Whether it has the form of a name there: `name` or `owner/name`."""
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        return False
+    return not isinstance(source, Path)
 
 
 def _files(directory: Path) -> list[Path]:

@@ -1,20 +1,17 @@
-"""What a run may be told: dataclasses, filled from a flat YAML file and the command line, in this order."""
+"""What a run may be told: dataclasses. `parsing.py` fills them from a flat YAML file and the command line."""
 
-import argparse
+import copy
 import dataclasses
-import json
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-import yaml
-from transformers import HfArgumentParser
+from oner.processing.data.augmentation import Crop
+from oner.processing.data.masking import Masking
+from oner.processing.data.sampling import concept_id
 
-from oner.training.objectives.objective import objective_classes
+from .values import fit
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,9 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class ModelArguments:
-    family: str = field(default="oner", metadata=_help("Which system: its model and its objective."))
+    family: str | None = field(
+        default=None, metadata=_help("Which system: its model and its objective; that of initial_model if none.")
+    )
     size: str = field(default="base", metadata=_help("Named size of the family, when training from scratch."))
     model_config: dict | str | None = field(default=None, metadata=_help("Fields of the model's configuration."))
     initial_model: str | None = field(
@@ -80,7 +79,12 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class SourceArguments:
+    """What a run reads, beside how images are cropped and what is masked."""
+
+    kind: Literal["pairs", "images", "texts"] = field(
+        default="pairs", metadata=_help("What a row is: an image with captions, an image, or a text.")
+    )
     train_data: list[str] = field(
         default_factory=list,
         metadata=_help("Files, shards (cc-{00..15}.tar), folders, names known to `datasets`; several are a mixture."),
@@ -99,9 +103,6 @@ class DataArguments:
     id_column: str | None = field(default=None, metadata=_help("Rows that share an id are positives of each other."))
     streaming: bool = field(default=False, metadata=_help("Read once in order; resuming can then not be exact."))
     one_row_per_id: bool = field(default=False, metadata=_help("Never two rows of one id in a batch."))
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.5, 1.0], metadata=_help("Area range of RandomResizedCrop (appendix E, facts 19).")
-    )
     eval_crop: float = field(
         default=1.0,
         metadata=_help(
@@ -109,47 +110,26 @@ class DataArguments:
             "their middle is taken, which shows things as large as training crops do; 1 squeezes the whole picture."
         ),
     )
-    crop_margin: float = field(
-        default=0.0,
-        metadata=_help("White ground laid round a picture before the crop, up to this share of each side."),
-    )
-    horizontal_flip: float = field(default=0.0, metadata=_help("Probability; the paper names no flip."))
-    color_jitter: float = field(default=0.0, metadata=_help("Strength; the paper found none helps (appendix E)."))
-    grayscale: float = field(default=0.0, metadata=_help("Probability of losing colour; likewise."))
-    rand_augment: str | None = field(
-        default=None,
-        metadata=_help(
-            'timm\'s RandAugment by its string, "rand-m7-n2-mstd0.5", or ALBEF\'s, "albef-n2-m7"; likewise.'
-        ),
-    )
-    image_normalization: str | None = field(
+    image_normalization: Literal["imagenet", "clip"] | None = field(
         default=None,
         metadata=_help(
             "imagenet or clip: mean and deviation of the colours, kept in the processor; if none, imagenet's, or what "
             "the processor of initial_model says. ALBEF and SIMLA take clip's."
         ),
     )
-    code_crop: str | None = field(
+    code_crop: Literal["common", "independent"] | None = field(
         default=None,
         metadata=_help(
             "A second view of 8 pixels a patch, for a tokenizer of pictures: common, the same crop (BEiT), or "
             "independent (SIMLA's code)."
         ),
     )
-    caption_rules: str | None = field(
+    max_text_length: int | None = field(
+        default=None,
+        metadata=_help("Longest text in tokens, the model's own if none; a row of texts is read in windows of it."),
+    )
+    caption_rules: Literal["albef"] | None = field(
         default=None, metadata=_help("albef: captions in lower case, without marks, of 30 words; as written if none.")
-    )
-    mlm_probability: float = field(default=0.15, metadata=_help("Share of words to predict (appendix C)."))
-    mim_ratio: list[float] = field(
-        default_factory=lambda: [0.1, 0.5],
-        metadata=_help("Share of masked patches at the start and the end, linear in progress (appendix C)."),
-    )
-    random_specials: bool = field(
-        default=False, metadata=_help("A random word may be a special token, as in ALBEF's code.")
-    )
-    mim_masking: str = field(default="random", metadata=_help("random patches, or blocks of them as BEiT masks."))
-    mim_min_block: int = field(
-        default=16, metadata=_help("Patches of the smallest block; of 14 x 14 or 16 x 16, BEiT's and SIMLA's is 16.")
     )
     max_pixels: int | None = field(default=None, metadata=_help("Largest picture to decode, in pixels."))
     max_bad_rows: float = field(
@@ -160,24 +140,44 @@ class DataArguments:
 
 
 @dataclass
+class DataArguments(SourceArguments):
+    """All that is told of a portion's data; flat in a file and on a command line."""
+
+    crop: Crop = field(default_factory=Crop)
+    masking: Masking = field(default_factory=Masking)
+
+
+@dataclass
 class RunArguments:
     output_dir: str = field(default="runs/oner", metadata=_help("Checkpoints, log.jsonl, and the final `model/`."))
     seed: int = field(default=0, metadata=_help("Decides weights, order, captions, crops and masks."))
-    epochs: float = field(default=40, metadata=_help("Length of the run (appendix C)."))
+    portions: dict | str | None = field(
+        default=None,
+        metadata=_help(
+            "Batches of several kinds in a step: by name, in their order, what each is told beside or instead of the "
+            "rest: arguments of the data, batch_size, repeat, gradient_cache_chunks. One portion if none."
+        ),
+    )
+    epoch_portion: str | None = field(
+        default=None, metadata=_help("The portion that an epoch is of; the first if none.")
+    )
+    repeat: int = field(default=1, metadata=_help("How often an epoch reads its rows."))
+    epochs: float = field(default=1, metadata=_help("Length of the run."))
     max_steps: int | None = field(default=None, metadata=_help("Length in steps instead of epochs."))
-    batch_size: int = field(default=4096, metadata=_help("Pairs a step over all processes (appendix C)."))
+    batch_size: int = field(default=256, metadata=_help("Rows a step over all processes."))
     gradient_cache_chunks: int = field(
         default=1,
         metadata=_help(
-            "Pieces in which a process's share of a batch passes the model; loss and gradient are the whole batch's "
-            "(GradCache). More pieces, less memory, for one more forward."
+            "Chunks in which a process's share of a batch passes the model; loss and gradient are the whole batch's "
+            "(GradCache). More chunks, less memory, for one more forward."
         ),
     )
     base_learning_rate: float = field(
-        default=1e-4, metadata=_help("The rate is this times batch_size / 256 (appendix C).")
+        default=1e-4,
+        metadata=_help("The rate is this times batch_size / 256; of several portions, the batch that an epoch is of."),
     )
     min_learning_rate: float = field(default=0.0, metadata=_help("Where the cosine ends."))
-    schedule: str = field(
+    schedule: Literal["cosine", "albef"] = field(
         default="cosine",
         metadata=_help(
             "cosine: falls with each step. albef: climbs in stairs of 100 steps, is level to the end of the first "
@@ -185,8 +185,8 @@ class RunArguments:
         ),
     )
     warmup_epochs: float = field(
-        default=4,
-        metadata=_help("Linear warm-up of the cosine (appendix C); of a stream, a share of max_steps below 1."),
+        default=0,
+        metadata=_help("Linear warm-up of the cosine; of a stream, a share of max_steps below 1."),
     )
     warmup_steps: int | None = field(
         default=None, metadata=_help("Length of the warm-up in steps instead of epochs; of albef, 2000 if none.")
@@ -194,15 +194,15 @@ class RunArguments:
     warmup_learning_rate: float = field(
         default=0.0, metadata=_help("Where the warm-up begins; ALBEF's and SIMLA's at 1e-5.")
     )
-    weight_decay: float = field(default=0.1, metadata=_help("AdamW's (appendix C)."))
+    weight_decay: float = field(default=0.05, metadata=_help("AdamW's."))
     decay_norm_and_bias: bool = field(
         default=False, metadata=_help("Decay 1-D parameters too, literally as MoCo-v3's code does.")
     )
     adam_beta1: float = field(default=0.9, metadata=_help("AdamW's first moment."))
     adam_beta2: float = field(default=0.999, metadata=_help("AdamW's second moment."))
     max_grad_norm: float | None = field(default=None, metadata=_help("Clip the gradient's norm; the paper does not."))
-    mixed_precision: str = field(
-        default="bf16", metadata=_help("no, bf16, fp16, or auto: bf16 where the hardware multiplies it, else no.")
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = field(
+        default="auto", metadata=_help("no, bf16, fp16, or auto: bf16 where the hardware multiplies it, else no.")
     )
     compile: bool = field(default=False, metadata=_help("torch.compile of the layers."))
     log_every: int = field(default=10, metadata=_help("Steps between lines of log.jsonl."))
@@ -222,9 +222,15 @@ class RunArguments:
     )
     allow_changes: bool = field(default=False, metadata=_help("Resume although the configuration differs."))
     eval_data: list[str] = field(default_factory=list, metadata=_help("Files for retrieval while training."))
-    eval_captions: str = field(default="all", metadata=_help("all or first: which captions of a row are texts."))
+    eval_captions: Literal["all", "first"] = field(
+        default="all", metadata=_help("Which captions of a row are texts of the evaluation.")
+    )
     eval_every_epochs: float = field(default=1, metadata=_help("Epochs between evaluations; 0: only at the end."))
     export_dtype: str = field(default="float32", metadata=_help("Precision of the published weights."))
+
+
+# what of a run a portion may have for itself
+PORTION_FIELDS = ("batch_size", "repeat", "gradient_cache_chunks")
 
 
 @dataclass
@@ -236,168 +242,124 @@ class Arguments:
     run: RunArguments
     objective: Any
 
+    def portions(self) -> dict[str, "Arguments"]:
+        """
+        The arguments of each portion of a step, in their order. A portion's own seed decides its order, captions,
+        crops and masks; the first one's is the run's.
+
+        Raises:
+            ValueError: a portion is told what no portion can be.
+        """
+        if self.run.portions is None:
+            return {self.data.kind: self}
+        return {name: self._portion(name, told) for name, told in self.run.portions.items()}
+
+    def _portion(self, name: str, told: dict[str, Any]) -> "Arguments":
+        hints = {**hints_of(*DATA), **{known: hints_of(RunArguments)[known] for known in PORTION_FIELDS}}
+        if foreign := sorted(set(told) - set(hints)):
+            raise ValueError(
+                f"portion {name!r} is told {foreign}; expected arguments of the data, or {PORTION_FIELDS}"
+            )
+        values = {key: fit(key, value, hints[key], f"portion {name!r}") for key, value in told.items()}
+        first = name == next(iter(self.run.portions))
+        seed = self.run.seed if first else concept_id(f"{self.run.seed}/{name}")
+        own = {key: value for key, value in values.items() if key in PORTION_FIELDS}
+        return dataclasses.replace(
+            self,
+            data=data_arguments({**flat(self.data), **{key: values[key] for key in values.keys() - own.keys()}}),
+            run=dataclasses.replace(self.run, **own, seed=seed, portions=None, epoch_portion=None),
+        )
+
+    def epoch_of(self) -> "Arguments":
+        """Those of the portion that an epoch is of. Raises `ValueError` for one that is not there."""
+        portions = self.portions()
+        name = self.run.epoch_portion or next(iter(portions))
+        if name not in portions:
+            raise ValueError(f"epoch_portion is {name!r}; expected one of the portions {sorted(portions)}")
+        return portions[name]
+
     def to_dict(self) -> dict[str, Any]:
         """Flat, as in the YAML file."""
-        flat = {}
-        for part in dataclasses.fields(self):
-            flat.update(dataclasses.asdict(getattr(self, part.name)))
-        return flat
+        return {name: value for part in self._parts() for name, value in flat(part).items()}
 
     def defaults(self) -> dict[str, Any]:
         """What each argument is where nothing was said of it, likewise flat: what runs did before it existed."""
-        flat = {}
-        for part in dataclasses.fields(self):
-            flat.update(dataclasses.asdict(type(getattr(self, part.name))()))
-        return flat
+        return {name: value for part in self._parts() for name, value in flat(type(part)()).items()}
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.model, self.data, self.run, self.objective
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """A flat YAML file; `base: other.yaml` (relative to it) is read first and overridden. Raises `ValueError`."""
-    path = Path(path)
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of argument names, got {type(values).__name__}")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    merged = read_config(path.parent / base)
-    if isinstance(merged.get("model_config"), dict) and isinstance(values.get("model_config"), dict):
-        values["model_config"] = {**merged["model_config"], **values["model_config"]}
-    return {**merged, **values}
+# what the arguments of the data are made of
+DATA = (SourceArguments, Crop, Masking)
 
 
-def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = None) -> Arguments:
-    """
-    `--config FILE.yaml`, then `--name value` for anything to override.
-
-    Args:
-        objective: Dataclass to fill instead of the family's, as a task does to which the family is fine-tuned. All its
-            fields have defaults, and none is named as a field of the other three.
-
-    Raises:
-        ValueError: names that no argument has, or values out of range.
-        SystemExit: what argparse itself refuses, and `--help`.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--family")
-    known, rest = first.parse_known_args(argv)
-    values = read_config(known.config) if known.config else {}
-    family = known.family or values.get("family", "oner")
-    if objective is None:
-        objective = objective_classes(family)[1]
-    kinds = [ModelArguments, DataArguments, RunArguments, objective]
-    parser = HfArgumentParser(kinds, allow_abbrev=False)
-    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-    if foreign := sorted(set(values) - set(hints)):
-        raise ValueError(f"{known.config}: unknown arguments {foreign}; `--help` lists those there are")
-    values = {name: _fit(name, value, hints[name], known.config) for name, value in values.items()}
-    parser.set_defaults(**{**values, "family": family})
-    parts = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
-    arguments = Arguments(*parts)
-    for part in (arguments.model, arguments.objective):
-        for name in ("model_config", "loss_weights"):
-            if isinstance(getattr(part, name, None), str):
-                setattr(part, name, _read_json(name, getattr(part, name)))
-    _check(arguments)
-    return arguments
+def data_arguments(values: Mapping[str, Any]) -> DataArguments:
+    """Those of flat values."""
+    sources, crop, masking = ({key: value for key, value in values.items() if key in hints_of(kind)} for kind in DATA)
+    return DataArguments(**sources, crop=Crop(**crop), masking=Masking(**masking))
 
 
-def _fit(name: str, value: Any, hint: Any, file: str) -> Any:
-    """A YAML value as its field's type: YAML reads 1e-4 as text and `no` as false, and one file needs no brackets."""
-    if name == "mixed_precision" and value is False:
-        return "no"
-    alternatives = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if value is None and NoneType in alternatives:
-        return None
-    kind = alternatives[0]  # of `str | None`; a dict may also be given as JSON
-    is_list = get_origin(kind) is list
-    item = get_args(kind)[0] if is_list else kind
-    try:
-        if is_list:
-            return [_scalar(one, item) for one in (value if isinstance(value, list) else [value])]
-        return _scalar(value, item)
-    except (TypeError, ValueError) as error:
-        expected = f"a list of {item.__name__}" if is_list else item.__name__
-        raise ValueError(f"{file}: {name} is {value!r}; expected {expected}") from error
+def flat(part: Any) -> dict[str, Any]:
+    """A dataclass as a mapping in which those that it holds are laid out beside its own fields."""
+    values: dict[str, Any] = {}
+    for one in dataclasses.fields(part):
+        value = getattr(part, one.name)
+        values |= flat(value) if dataclasses.is_dataclass(value) else {one.name: copy.deepcopy(value)}
+    return values
 
 
-def _scalar(value: Any, kind: type) -> Any:
-    if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str) and kind in (int, float):
-        return kind(value)
-    if isinstance(value, str) and kind is dict:
-        return value  # JSON, read later
-    raise TypeError(f"got {type(value).__name__}")
+def hints_of(*kinds: type) -> dict[str, Any]:
+    """Field -> its type, of dataclasses."""
+    return {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
 
 
-def _read_json(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name} is {text!r}; expected a JSON object: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {text!r}; expected a JSON object")
-    return value
+def check(arguments: Arguments) -> None:
+    """Raises `ValueError` for values out of range, and for values that exclude each other."""
+    for portion in arguments.portions().values():
+        _check_data(portion.data)
+        _check_batches(portion.run)
+    arguments.epoch_of()
+    _check_run(arguments.run)
 
 
-# name -> the words that it may be
-CHOICES = {
-    "image_normalization": (None, "imagenet", "clip"),
-    "code_crop": (None, "common", "independent"),
-    "caption_rules": (None, "albef"),
-    "mim_masking": ("random", "blocks"),
-    "schedule": ("cosine", "albef"),
-    "eval_captions": ("all", "first"),
-}
-
-
-def _check(arguments: Arguments) -> None:
-    data, run = arguments.data, arguments.run
-    for name, words in CHOICES.items():
-        value = getattr(data if hasattr(data, name) else run, name)
-        if value not in words:
-            raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, words))}")
+def _check_data(data: DataArguments) -> None:
     if not data.train_data:
         raise ValueError("train_data is empty; expected files, a folder, or the name of a data set")
     if data.data_weights is not None and len(data.data_weights) != len(data.train_data):
         raise ValueError(
             f"data_weights is {data.data_weights}; expected one for each of the {len(data.train_data)} in train_data"
         )
+    if not 0 <= data.max_bad_rows <= 1:
+        raise ValueError(f"max_bad_rows is {data.max_bad_rows}; expected a share in [0, 1]")
+    if not 0 < data.eval_crop <= 1:
+        raise ValueError(f"eval_crop is {data.eval_crop}; expected a share in (0, 1]")
+    if data.one_row_per_id and data.id_column is None:
+        raise ValueError("one_row_per_id needs id_column, got none")
+    if data.one_row_per_id and data.streaming:
+        raise ValueError("one_row_per_id needs all ids at the start, which a stream cannot give; drop one of the two")
+
+
+def _check_batches(run: RunArguments) -> None:
     if run.batch_size < 2:
         raise ValueError(f"batch_size is {run.batch_size}; contrast needs at least 2 pairs a step")
+    if run.repeat < 1:
+        raise ValueError(f"repeat is {run.repeat}; expected at least 1")
     if not 1 <= run.gradient_cache_chunks <= run.batch_size:
         raise ValueError(
             f"gradient_cache_chunks is {run.gradient_cache_chunks}; expected 1 to the batch_size of {run.batch_size}"
         )
+
+
+def _check_run(run: RunArguments) -> None:
     if run.max_steps is not None and run.max_steps < 1:
         raise ValueError(f"max_steps is {run.max_steps}; expected at least 1, or none for a run of `epochs`")
     for name in ("log_every", "keep_checkpoints", "max_nonfinite_steps"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} is {getattr(run, name)}; expected at least 1")
-    if data.mim_min_block < 1:
-        raise ValueError(f"mim_min_block is {data.mim_min_block}; expected at least 1")
     if run.warmup_learning_rate < 0:
         raise ValueError(f"warmup_learning_rate is {run.warmup_learning_rate}; expected 0 or more")
     if run.warmup_steps is not None and run.warmup_steps < 0:
         raise ValueError(f"warmup_steps is {run.warmup_steps}; expected 0 or more, or none for `warmup_epochs`")
     if run.schedule == "albef" and (run.warmup_steps or 0) % 100:
         raise ValueError(f"warmup_steps is {run.warmup_steps}; expected stairs of 100 steps under schedule albef")
-    for name in ("crop_scale", "mim_ratio"):
-        low_high = getattr(data, name)
-        if len(low_high) != 2 or not 0 <= low_high[0] <= 1 or not 0 <= low_high[1] <= 1:
-            raise ValueError(f"{name} is {low_high}; expected two numbers in [0, 1]")
-    if not 0 <= data.max_bad_rows <= 1:
-        raise ValueError(f"max_bad_rows is {data.max_bad_rows}; expected a share in [0, 1]")
-    if not 0 < data.eval_crop <= 1:
-        raise ValueError(f"eval_crop is {data.eval_crop}; expected a share in (0, 1]")
-    if run.mixed_precision not in ("no", "bf16", "fp16", "auto"):
-        raise ValueError(f"mixed_precision is {run.mixed_precision!r}; expected no, bf16, fp16 or auto")
-    if data.one_row_per_id and data.id_column is None:
-        raise ValueError("one_row_per_id needs id_column, got none")
-    if data.one_row_per_id and data.streaming:
-        raise ValueError("one_row_per_id needs all ids at the start, which a stream cannot give; drop one of the two")

@@ -1,6 +1,7 @@
 """From arguments to the processor, the configuration and the student of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, PreTrainedConfig, PreTrainedModel
@@ -22,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 
 def build_processor_and_config(
-    arguments: Arguments, pairs: PairRows | PairStream
+    arguments: Arguments, rows: Mapping[str, PairRows | PairStream]
 ) -> tuple[OneRProcessor, PreTrainedConfig]:
     """
     The tokenizer (given, or trained on the captions: the same on every process), the configuration that fits it, and
@@ -40,7 +41,7 @@ def build_processor_and_config(
             colours = processor.image_processor.image_mean, processor.image_processor.image_std
         config = AutoConfig.from_pretrained(model.initial_model, **overrides)
     else:
-        tokenizer = _tokenizer(arguments, pairs, overrides.get("max_text_length", 64))
+        tokenizer = _tokenizer(arguments, rows, overrides.get("max_text_length", 64))
         ids = {
             "pad_token_id": tokenizer.pad_token_id,
             "cls_token_id": tokenizer.cls_token_id,
@@ -64,12 +65,13 @@ def _image_processor(
     return OneRImageProcessor(**options)
 
 
-def _tokenizer(arguments: Arguments, pairs: PairRows | PairStream, max_text_length: int):
+def _tokenizer(arguments: Arguments, rows: Mapping[str, PairRows | PairStream], max_text_length: int):
     if arguments.model.tokenizer is not None:
         return tokenizer_from_vocab(arguments.model.tokenizer, max_text_length=max_text_length)
-    if isinstance(pairs, PairStream):
+    if any(isinstance(portion, PairStream) for portion in rows.values()):
         raise ValueError("a stream is read once, so no vocabulary can be trained on it first; expected `tokenizer`")
-    return train_tokenizer(pairs.captions(), vocab_size=arguments.model.vocab_size, max_text_length=max_text_length)
+    captions = chain.from_iterable(portion.captions() for portion in rows.values())
+    return train_tokenizer(captions, vocab_size=arguments.model.vocab_size, max_text_length=max_text_length)
 
 
 def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedModel:

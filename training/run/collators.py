@@ -1,12 +1,10 @@
 """From arguments to what makes batches of rows: pairs, images, texts, and the rows of a task."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from transformers import PreTrainedConfig
 
-from oner.processing.data.augmentation import CodeView, Crop, TrainingImageTransform
+from oner.processing.data.augmentation import CodeView, TrainingImageTransform
 from oner.processing.data.collation import Collator, Corruption, Targets
 from oner.processing.data.layouts import ImageLayout, JointLayout, Layout, SeparateLayout, SpecialTokens
 from oner.processing.data.masking import Dropping, Masking, Replacement
@@ -23,19 +21,12 @@ CAPTION_RULES = {"albef": pre_caption}
 CODE_STRIDE = 8  # pixels a side that one visual code stands for in every tokenizer of DALL-E's layout
 
 
-def crop_of(data: DataArguments) -> Crop:
-    """The options of `data` that say what happens to an image."""
-    return _options(Crop, data)
-
-
-def masking_of(data: DataArguments) -> Masking:
-    """The options of `data` that say what is hidden."""
-    return _options(Masking, data)
-
-
-def _options(kind: type, data: DataArguments) -> Any:
-    names = [one.name for one in dataclasses.fields(kind) if hasattr(data, one.name)]
-    return kind(**{name: getattr(data, name) for name in names})
+def build_collators(arguments: Arguments, processor: OneRProcessor, config: PreTrainedConfig) -> dict[str, Collator]:
+    """The collator of each portion of a run, by the kind of its rows."""
+    return {
+        name: COLLATORS[portion.data.kind](portion, processor, config)
+        for name, portion in arguments.portions().items()
+    }
 
 
 def pair_collator(
@@ -47,11 +38,11 @@ def pair_collator(
     reader = Reader(
         processor.tokenizer,
         _transform(data, processor, config),
-        max_text_length=config.max_text_length,
+        max_text_length=data.max_text_length or config.max_text_length,
         clean_caption=CAPTION_RULES.get(data.caption_rules),
         max_pixels=data.max_pixels,
     )
-    corruption = _corruption(masking_of(data) if masking is None else masking, special)
+    corruption = _corruption(data.masking if masking is None else masking, special)
     return _collator(arguments, reader, _pair_layout(config, special), corruption)
 
 
@@ -60,19 +51,19 @@ def text_collator(
     processor: OneRProcessor,
     config: PreTrainedConfig,
     masking: Masking | None = None,
-    max_text_length: int | None = None,
 ) -> Collator:
     """
     Of texts without images. One of more than `max_text_length` tokens is read in windows of so many; the
     configuration's number if none is given. Rules for captions do not hold for them.
     """
+    data = arguments.data
     special = SpecialTokens.of(config, processor.tokenizer)
     reader = Reader(
         processor.tokenizer,
-        max_text_length=max_text_length or config.max_text_length,
+        max_text_length=data.max_text_length or config.max_text_length,
         windows=True,
     )
-    corruption = _corruption(masking_of(arguments.data) if masking is None else masking, special)
+    corruption = _corruption(data.masking if masking is None else masking, special)
     return _collator(arguments, reader, SeparateLayout(special), corruption)
 
 
@@ -83,14 +74,14 @@ def image_collator(
     data = arguments.data
     special = SpecialTokens.of(config, processor.tokenizer)
     reader = Reader(image_transform=_transform(data, processor, config), max_pixels=data.max_pixels)
-    corruption = _corruption(masking_of(data) if masking is None else masking, special)
+    corruption = _corruption(data.masking if masking is None else masking, special)
     return _collator(arguments, reader, ImageLayout(config.patch_size), corruption)
 
 
 def tokenizer_collator(arguments: Arguments, image_size: int) -> Collator:
     """Of an image tokenizer: images of so many pixels a side, in [0, 1], and nothing hidden."""
     data = arguments.data
-    transform = TrainingImageTransform(image_size, crop_of(data), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    transform = TrainingImageTransform(image_size, data.crop, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return _collator(arguments, Reader(image_transform=transform, max_pixels=data.max_pixels), ImageLayout())
 
 
@@ -145,4 +136,4 @@ def _transform(data: DataArguments, processor: OneRProcessor, config: PreTrained
     if data.code_crop is not None:
         second_view = CodeView(config.image_size // config.patch_size * CODE_STRIDE, data.code_crop)
     colours = processor.image_processor
-    return TrainingImageTransform(config.image_size, crop_of(data), colours.image_mean, colours.image_std, second_view)
+    return TrainingImageTransform(config.image_size, data.crop, colours.image_mean, colours.image_std, second_view)

@@ -1,6 +1,6 @@
-"""The loop, on Accelerate. It knows no family: an objective gives the loss and moves its own teacher.
+"""The loop, on Accelerate. It knows no family: an objective gives the losses and moves its own teachers.
 
-for each batch: learning rate, loss, backward, clip, step, teacher, log, evaluate, save
+for each step: learning rate, loss and backward of each portion, clip, step, teachers, log, evaluate, save
 """
 
 import json
@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, set_seed
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from oner.training.objectives.objective import Objective
+from oner.training.objectives.objective import Batch, Objective, Taken
 from oner.training.parallel.distributed import any_process, gather_without_gradient, rank, world_size
 from oner.training.parallel.sharding import full_optimizer_state, full_state
 
@@ -39,8 +39,8 @@ from .nonfinite import NonFiniteGuard, gradient_norm, whole
 from .optimization import build_optimizer, build_schedule, compile_regions
 from .resumption import RunLog, check_same_run, choose_checkpoint
 
-# loader(start_step) -> batches of this process from that step to the end of the run
-LoaderFactory = Callable[[int], Iterable[dict[str, torch.Tensor]]]
+# loader(start_step) -> batches of this process, by portion, from that step to the end of the run
+LoaderFactory = Callable[[int], Iterable[dict[str, Batch]]]
 Evaluate = Callable[[PreTrainedModel], Iterator[tuple[str, float]]]
 
 
@@ -75,7 +75,12 @@ class Engine:
         self.output_dir = Path(run.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.model = model
-        optimizer = build_optimizer(self.model, run)
+        portions = arguments.portions()
+        if portions.keys() != objective.portions.keys():
+            raise ValueError(f"the run has the portions {list(portions)}; expected {list(objective.portions)}")
+        self.batch_sizes = {name: told.run.batch_size for name, told in portions.items()}
+        self.chunks = {name: told.run.gradient_cache_chunks for name, told in portions.items()}
+        optimizer = build_optimizer(self.model, run, arguments.epoch_of().run.batch_size)
         self.schedule = build_schedule(optimizer, run, total_steps, epoch_steps)
         if run.compile:
             compile_regions([self.model, *(teacher.model for teacher in objective.teachers())])
@@ -110,14 +115,15 @@ class Engine:
         with tqdm(
             total=self.total_steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process
         ) as bar:
-            for batch in self.loader(self.step):
-                loss, parts = self._train_step(batch)
+            for batches in self.loader(self.step):
+                taken = self._train_step(batches)
                 bar.update()
                 if self.step % self.run.log_every == 0 or self.step == self.total_steps:
                     seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                    speed = (self.step - logged) * self.run.batch_size / seconds
-                    logged = self.step
-                    bar.set_postfix(loss=f"{self._log(loss, parts, speed):.3f}", pairs_s=f"{speed:.0f}")
+                    speed, logged = (self.step - logged) / seconds, self.step
+                    bar.set_postfix(
+                        loss=f"{self._log(taken, speed):.3f}", rows_s=f"{speed * sum(self.batch_sizes.values()):.0f}"
+                    )
                 stopping = self._stopping()
                 if self._due(self.run.eval_every_epochs) or self.step == self.total_steps:
                     self._evaluate()
@@ -129,19 +135,17 @@ class Engine:
                     self.stopped = True  # on the processes too that got no signal
                     break
 
-    def _train_step(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _train_step(self, batches: dict[str, Batch]) -> Taken:
         progress = self.step / self.total_steps
-        self.guard.before(self.step + 1, batch, progress)
+        self.guard.before(self.step + 1, batches, progress)
         self.student.train()
         self.schedule.step_update(self.step)
-        loss, parts = loss_and_gradients(
-            self.accelerator, self.objective, self.student, batch, progress, self.run.gradient_cache_chunks
-        )
-        applied = self._update(loss)
+        taken = loss_and_gradients(self.accelerator, self.objective, self.student, batches, progress, self.chunks)
+        applied = self._update(taken.loss)
         self.optimizer.zero_grad()
-        self.objective.after_step(applied)
+        self.objective.after_step(applied, taken.kept)
         self.step += 1
-        return loss, parts
+        return taken
 
     def _update(self, loss: torch.Tensor) -> torch.Tensor:
         """The optimiser's step, unless it is not finite: 1 or 0, on the device, for the teacher to obey too."""
@@ -185,16 +189,17 @@ class Engine:
             return False
         return any_process(self.stopped, self.accelerator.device)
 
-    def _log(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], speed: float) -> float:
-        """A line of the loss and its parts, means over processes."""
+    def _log(self, taken: Taken, speed: float) -> float:
+        """A line of the loss and its parts, means over processes; `speed` in steps a second."""
         self.guard.settle()
-        named = {"loss": loss, **parts}
+        named = {"loss": taken.loss, **taken.parts}
         means = self.accelerator.reduce(torch.stack([part.float() for part in named.values()]), reduction="mean")
         values = dict(zip(named, means.tolist(), strict=True))
         shown = values["loss"]
         # JSON has no NaN
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "pairs_per_second": round(speed, 1)}
+        values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        values |= {f"{name}_per_second": round(speed * size, 1) for name, size in self.batch_sizes.items()}
         if self.guard.total:
             values["nonfinite_steps"] = self.guard.total
         self._write({"epoch": round(self.step / self.epoch_steps, 4), **values})

@@ -1,151 +1,214 @@
-"""A batch in pieces, with the loss and the gradient of the whole (GradCache: Gao et al., 2021, section 3).
+"""The gradient of a step: portion after portion, in one go or in chunks (GradCache: Gao et al., 2021, section 3).
 
-1. Each piece is represented without gradient, and its targets are made: (B, P) numbers stay of each.
+1. Each chunk's targets are made, and it is represented without gradient: (B, P) numbers stay of each.
 2. The whole batch is compared, which gives the loss and its slope at each representation.
-3. Each piece is represented again, with the random numbers of the first time, and its slopes go back through it.
+3. Each chunk is represented again, with the random numbers of the first time, and its slopes go back through it.
 
-That is one more forward of the student than in one go, with the activations of one piece, whatever B is.
+That is one more forward of the student than in one go, with the activations of one chunk, whatever B is.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.utils import logging
 
 from oner.training.objectives.losses import in_full
-from oner.training.objectives.objective import Objective
+from oner.training.objectives.objective import Batch, Comparison, Objective, Portion, Taken, Targets
 from oner.training.parallel.distributed import mean_counts
+from oner.training.private_names import BatchNorm
+
+from .launch import exchanging_gradients, forget_gradients, reach_all
 
 logger = logging.get_logger(__name__)
-
-Tensors = dict[str, torch.Tensor]
 
 
 def loss_and_gradients(
     accelerator: Accelerator,
     objective: Objective,
     student: nn.Module,
-    batch: Tensors,
+    batches: Mapping[str, Batch],
     progress: float,
-    pieces: int = 1,
-) -> tuple[torch.Tensor, Tensors]:
+    chunks: Mapping[str, int] | None = None,
+) -> Taken:
     """
-    Adds the gradient of a batch to the student's parameters, processes averaged.
+    Adds the gradient of a step to the student's parameters: portion after portion, processes averaged with the last.
 
     Args:
-        batch: This process's share, still on the CPU: it reaches the device a piece at a time.
+        batches: By portion, this process's share, still on the CPU: it reaches the device a chunk at a time.
         progress: Share of the run that is done.
-        pieces: 1 takes the share in one go, more by cached gradients. Only what normalises by batch statistics
-            (BatchNorm) then sees pieces, which a warning says; running statistics move once a step all the same.
+        chunks: By portion; 1 or none takes a share in one go, more by cached gradients. Only what normalises by batch
+            statistics (BatchNorm) then sees chunks, which a warning says; running statistics move once a step all the
+            same.
 
     Returns:
-        The loss and its parts, 0-dim, detached.
+        The loss and its parts, 0-dim, detached, and what the objective's `after_step` takes along.
 
     Raises:
-        ValueError: more pieces than rows.
+        ValueError: more chunks than rows; batches of other portions than the objective's.
     """
-    if pieces > 1:
-        return _CachedStep(accelerator, objective, student, batch, progress, pieces).run()
-    with accelerator.autocast():
-        loss, parts = objective(student, _moved(batch, accelerator.device), progress)
-    accelerator.backward(loss)
-    return loss.detach(), parts
+    if batches.keys() != objective.portions.keys():
+        raise ValueError(f"got batches of {sorted(batches)}; expected one of each of {sorted(objective.portions)}")
+    objective.before_step()
+    several = len(objective.portions) > 1
+    if several:
+        forget_gradients(accelerator, student)
+    networks = [student, *(teacher.model for teacher in objective.teachers())]
+    parts, kept, losses = {}, {}, []
+    for number, (name, portion) in enumerate(objective.portions.items()):
+        last = number == len(batches) - 1
+        step = PortionStep(accelerator, portion, student, networks, progress, last, several)
+        taken = step.take(batches[name], (chunks or {}).get(name, 1))
+        losses.append(taken.loss)
+        parts.update(taken.parts)
+        kept.update(taken.kept)
+    return Taken(torch.stack(losses).sum(), parts, kept)
 
 
-class _CachedStep:
-    """One step of a batch in pieces. `rows`, `common` and `slopes` are as `Representations` names them."""
+@dataclass
+class PortionStep:
+    """
+    One portion's share of a step. `rows`, `common` and `slopes` are as `Representations` names them.
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        objective: Objective,
-        student: nn.Module,
-        batch: Tensors,
-        progress: float,
-        pieces: int,
-    ):
-        self.accelerator, self.objective, self.student, self.progress = accelerator, objective, student, progress
-        self.pieces = objective.split(batch, pieces)
-        self.counts = mean_counts(_moved(objective.count(batch), accelerator.device))
-        self.statistics = RunningStatistics([student, *(teacher.model for teacher in objective.teachers())])
-        self.statistics.warn(pieces)
-        self.chances: list[Chance] = []
-        self.slopes: dict[str, list[torch.Tensor]] = {}
-        self.common_slopes: Tensors = {}
+    Args:
+        networks: Student and teachers, whose running statistics are kept by chunk.
+        last: With the last portion's last chunk the processes exchange gradients.
+        several: Other portions may have reached parameters that this one does not.
+    """
 
-    def run(self) -> tuple[torch.Tensor, Tensors]:
-        self.objective.before_step()
-        parts = self.compare(*self.represent())
-        self.statistics.begin()
-        for number in range(len(self.pieces)):
-            for name, part in self.pull(number).items():
+    accelerator: Accelerator
+    portion: Portion
+    student: nn.Module
+    networks: list[nn.Module]
+    progress: float
+    last: bool
+    several: bool
+
+    def take(self, batch: Batch, chunks: int) -> Taken:
+        """Loss and gradient of a batch on the CPU."""
+        if chunks > 1:
+            return self.in_chunks(self.portion.split(batch, chunks), self.portion.count(batch))
+        with exchanging_gradients(self.accelerator, self.student, self.last):
+            with self.accelerator.autocast():
+                taken = self.portion.take(self.student, _moved(batch, self.accelerator.device), self.progress)
+            self.backward(taken.loss, self.last)
+        return taken._replace(loss=taken.loss.detach())
+
+    def in_chunks(self, chunks: list[Batch], counts: Batch) -> Taken:
+        """The same of a batch in chunks."""
+        counts = mean_counts(_moved(counts, self.accelerator.device))
+        statistics = RunningStatistics(self.networks)
+        statistics.warn(len(chunks))
+
+        # 1. every chunk represented, without gradient
+        passes = self.represent(chunks, statistics)
+
+        # 2. the whole batch compared: its loss, and the loss's slope at each representation
+        compared, slopes = self.compare(passes)
+
+        # 3. every chunk represented again, and its slopes taken back through it
+        parts = dict(compared.parts)
+        statistics.begin()
+        for number, chunk in enumerate(chunks):
+            last = self.last and number == len(chunks) - 1
+            for name, part in self.pull(chunk, passes[number], slopes.of_chunk(number), counts, last).items():
                 parts[name] = parts[name] + part if name in parts else part
-            self.statistics.add()
-        self.statistics.settle()
-        return self.objective.weigh(parts), parts
+            statistics.add()
+        statistics.settle()
+        return Taken(self.portion.weigh(parts), parts, compared.kept)
 
     @torch.no_grad()
-    def represent(self) -> tuple[dict[str, list[torch.Tensor]], Tensors, Tensors]:
-        """Rows piece by piece, what is common, and the targets of the whole share. Nothing, if nothing compares."""
-        rows, targets = [], []
-        self.statistics.begin()
-        for piece in self.pieces:
-            piece = _moved(piece, self.accelerator.device)
-            self.chances.append(Chance(self.accelerator.device))
+    def represent(self, chunks: list[Batch], statistics: "RunningStatistics") -> list["ChunkPass"]:
+        """Targets, rows and what is common of each chunk, and the generators as its student's pass found them."""
+        passes = []
+        statistics.begin()
+        for chunk in chunks:
+            chunk = _moved(chunk, self.accelerator.device)
             with self.accelerator.autocast():
-                online = self.objective.represent(self.student, piece, self.progress)
-                if not online.rows:
-                    self.chances.clear()
-                    return {}, {}, {}
-                self.statistics.back()
-                targets.append(self.objective.targets(self.student, piece, self.progress))
-            rows.append({name: in_full(value) for name, value in online.rows.items()})
-            self.statistics.add()
-        self.statistics.settle()
-        common = {name: value.clone() for name, value in online.common.items()}
-        return _turned(rows), common, {name: torch.cat(values) for name, values in _turned(targets).items()}
+                targets = self.portion.targets(self.student, chunk, self.progress)
+                statistics.add()
+                rng_state = RngState(self.accelerator.device)
+                online = self.portion.represent(self.student, chunk, targets, self.progress)
+                statistics.back()  # the second pass counts
+            rows = {name: in_full(value) for name, value in online.rows.items()}
+            passes.append(ChunkPass(targets, rows, online.common, rng_state))
+        statistics.settle()
+        return passes
 
-    def compare(self, rows: dict[str, list[torch.Tensor]], common: Tensors, targets: Tensors) -> Tensors:
-        """The parts of the loss that see the whole batch; their slopes at rows and at what is common are kept."""
-        sizes = {name: [len(piece) for piece in values] for name, values in rows.items()}
-        whole = {name: torch.cat(values).requires_grad_() for name, values in rows.items()}
-        common = {name: value.requires_grad_() for name, value in common.items()}
+    def compare(self, passes: list["ChunkPass"]) -> tuple[Comparison, "Slopes"]:
+        """The parts of the loss that see the whole batch, detached, and their slopes at rows and at what is common."""
+        # the whole batch, as leaves
+        rows = {name: value.requires_grad_() for name, value in _laid_end_to_end([one.rows for one in passes]).items()}
+        common = {name: value.clone().requires_grad_() for name, value in passes[-1].common.items()}
+        targets = _laid_end_to_end([one.targets.rows for one in passes])
         with self.accelerator.autocast():
-            parts = self.objective.compare(whole, common, targets, self.progress)
-        if not parts:
-            return {}
-        leaves = [*whole.values(), *common.values()]
-        slopes = torch.autograd.grad(self.objective.weigh(parts), leaves, allow_unused=True)
-        for name, slope in zip(whole, slopes[: len(whole)], strict=True):
-            if slope is not None:
-                self.slopes[name] = slope.split(sizes[name])
-        found = zip(common, slopes[len(whole) :], strict=True)
-        self.common_slopes = {name: slope for name, slope in found if slope is not None}
-        return {name: part.detach() for name, part in parts.items()}
+            compared = self.portion.compare(rows, common, targets, self.progress)
+        if not compared.parts:
+            return compared, Slopes({}, {}, len(passes))
 
-    def pull(self, number: int) -> Tensors:
-        """The gradient of one piece. Its own parts come back; with the last piece the processes meet."""
-        last = number == len(self.pieces) - 1
-        chance = self.chances[number].replayed() if self.chances else nullcontext()
-        with _synchronised(self.accelerator, self.student, last), chance:
-            piece = _moved(self.pieces[number], self.accelerator.device)
+        # its slopes, those of rows cut as the chunks are
+        leaves = {**rows, **common}
+        found = torch.autograd.grad(self.portion.weigh(compared.parts), list(leaves.values()), allow_unused=True)
+        slopes = {name: slope for name, slope in zip(leaves, found, strict=True) if slope is not None}
+        sizes = {name: [len(one.rows[name]) for one in passes] for name in rows}
+        of_rows = {name: slopes[name].split(sizes[name]) for name in rows if name in slopes}
+        of_common = {name: slopes[name] for name in common if name in slopes}
+        parts = {name: part.detach() for name, part in compared.parts.items()}
+        return Comparison(parts, compared.kept), Slopes(of_rows, of_common, len(passes))
+
+    def pull(
+        self, chunk: Batch, before: "ChunkPass", slopes: dict[str, torch.Tensor], counts: Batch, last: bool
+    ) -> Batch:
+        """The gradient of one chunk. Its own parts come back; with the last one the processes meet."""
+        # a first pass that gave nothing drew nothing either
+        rng_state = before.rng_state.replayed() if before.rows else nullcontext()
+        with exchanging_gradients(self.accelerator, self.student, last), rng_state:
+            chunk = _moved(chunk, self.accelerator.device)
             with self.accelerator.autocast():
-                online = self.objective.represent(self.student, piece, self.progress, self.counts)
-            pulls = [(in_full(online.rows[name]) * slopes[number]).sum() for name, slopes in self.slopes.items()]
-            # a share with every piece: ZeRO-3 adds to the gradient of the step before where the first piece gives none
-            common = self.common_slopes.items()
-            pulls += [(online.common[name] * (slope / len(self.pieces))).sum() for name, slope in common]
-            self.accelerator.backward(self.objective.weigh(online.parts) + sum(pulls))
+                online = self.portion.represent(self.student, chunk, before.targets, self.progress, counts)
+            reached = {**{name: in_full(value) for name, value in online.rows.items()}, **online.common}
+            pulls = [(reached[name] * slope).sum() for name, slope in slopes.items()]
+            self.backward(self.portion.weigh(online.parts) + sum(pulls), last)
         return {name: part.detach() for name, part in online.parts.items()}
 
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """`last`: the processes exchange gradients, also of what only earlier portions reached."""
+        if last and self.several:
+            loss = loss + reach_all(self.accelerator, self.student)
+        self.accelerator.backward(loss)
 
-class Chance:
-    """torch's generators, of the CPU and of a device, as they are now."""
+
+@dataclass
+class ChunkPass:
+    """What the first pass leaves of a chunk."""
+
+    targets: Targets
+    rows: Batch
+    common: Batch
+    rng_state: "RngState"
+
+
+@dataclass
+class Slopes:
+    """The loss's slopes at the rows of each chunk, and at what all chunks give alike."""
+
+    rows: dict[str, Sequence[torch.Tensor]]
+    common: Batch
+    chunks: int
+
+    def of_chunk(self, number: int) -> Batch:
+        """What goes back through a chunk: the slopes of its rows, and an even share of the common ones."""
+        # a share with every chunk: ZeRO-3 adds to the gradient of the step before where the first chunk gives none
+        shares = {name: slope / self.chunks for name, slope in self.common.items()}
+        return {**{name: slopes[number] for name, slopes in self.rows.items()}, **shares}
+
+
+class RngState:
+    """The state of torch's generators, of the CPU and of a device, as it is now."""
 
     def __init__(self, device: torch.device):
         self.device_type = device.type if device.type != "cpu" else "cuda"
@@ -163,32 +226,32 @@ class Chance:
 
 class RunningStatistics:
     """
-    The running means and variances of every BatchNorm of some networks that is training. Each piece moves them from
-    where they stood at the beginning; the mean of where the pieces would have them is where they settle.
+    The running means and variances of every BatchNorm of some networks that is training. Each chunk moves them from
+    where they stood at the beginning; the mean of where the chunks would have them is where they settle.
     """
 
     def __init__(self, networks: Iterable[nn.Module]):
-        found = [layer for network in networks for layer in network.modules() if isinstance(layer, _BatchNorm)]
+        found = [layer for network in networks for layer in network.modules() if isinstance(layer, BatchNorm)]
         self.layers = [layer for layer in found if layer.training]
         tracked = [layer for layer in self.layers if layer.running_mean is not None]
         self.buffers = [buffer for layer in tracked for buffer in (layer.running_mean, layer.running_var)]
         self.counters = [layer.num_batches_tracked for layer in tracked]
-        self.pieces = 0
+        self.chunks = 0
 
-    def warn(self, pieces: int) -> None:
+    def warn(self, chunks: int) -> None:
         """Says once what batch statistics mean here, before anything is computed."""
         if self.layers:
             logger.warning_once(
-                f"{len(self.layers)} BatchNorm layers normalise by the statistics of a piece of the batch, since "
-                f"gradient_cache_chunks is {pieces}: the loss is then not to the bit that of the batch in one go, but "
-                f"that of {pieces} times as many processes. Layers that normalise each row alone make no difference."
+                f"{len(self.layers)} BatchNorm layers normalise by the statistics of a chunk of the batch, since "
+                f"gradient_cache_chunks is {chunks}: the loss is then not to the bit that of the batch in one go, but "
+                f"that of {chunks} times as many processes. Layers that normalise each row alone make no difference."
             )
 
     @torch.no_grad()
     def begin(self) -> None:
         self.start, self.start_counts = ([b.clone() for b in side] for side in (self.buffers, self.counters))
         self.moved = [torch.zeros_like(buffer) for buffer in self.buffers]
-        self.end_counts, self.pieces = self.start_counts, 0
+        self.end_counts, self.chunks = self.start_counts, 0
 
     @torch.no_grad()
     def back(self) -> None:
@@ -199,8 +262,8 @@ class RunningStatistics:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Counts what a piece has moved, and goes back."""
-        self.pieces += 1
+        """Counts what a chunk has moved, and goes back."""
+        self.chunks += 1
         if self.buffers:
             torch._foreach_add_(self.moved, torch._foreach_sub(self.buffers, self.start))
             self.end_counts = [counter.clone() for counter in self.counters]
@@ -208,30 +271,15 @@ class RunningStatistics:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """At the mean over the pieces; what none of them moved stays to the bit."""
+        """At the mean over the chunks; what none of them moved stays to the bit."""
         if self.buffers:
-            torch._foreach_add_(self.buffers, self.moved, alpha=1 / self.pieces)
+            torch._foreach_add_(self.buffers, self.moved, alpha=1 / self.chunks)
             torch._foreach_copy_(self.counters, self.end_counts)
 
 
-@contextmanager
-def _synchronised(accelerator: Accelerator, student: nn.Module, now: bool) -> Iterator[None]:
-    """Whether a backward ends with the exchange of gradients between processes."""
-    if now:
-        yield
-        return
-    accelerator.sync_gradients = False  # DeepSpeed goes by this, the others by no_sync
-    try:
-        with accelerator.no_sync(student):
-            yield
-    finally:
-        accelerator.sync_gradients = True
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def _moved(tensors: Tensors, device: torch.device) -> Tensors:
-    return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-
-
-def _turned(pieces: list[Tensors]) -> dict[str, list[torch.Tensor]]:
-    """Pieces of names -> names of pieces."""
-    return {name: [piece[name] for piece in pieces] for name in pieces[0]}
+def _laid_end_to_end(chunks: list[Batch]) -> Batch:
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper  # accelerate.utils has it only beside DeepSpeed
@@ -22,6 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from oner.training.objectives.objective import Objective
 from oner.training.parallel.distributed import fsdp_shard_alike
 from oner.training.parallel.sharding import full_state, is_zero_3
+from oner.training.private_names import drop_overflown_step, has_bf16_matrix_units, set_distributed_type
 
 from .arguments import Launch, RunArguments, read_launch
 
@@ -86,8 +86,8 @@ def choose_precision(asked: str) -> str:
         return asked
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    # a private name, but torch has no public one: without these units bf16 on a CPU is slower than fp32
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "no"
+    # without these units bf16 on a CPU is slower than fp32
+    return "bf16" if has_bf16_matrix_units() else "no"
 
 
 def _check_launch(launch: Launch, precision: str) -> None:
@@ -115,7 +115,7 @@ def _take_fsdp(accelerator: Accelerator) -> None:
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate gives FSDP to accelerators only, and would quietly train without it on CPUs
         accelerator.state.distributed_type = DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        set_distributed_type(DistributedType.FSDP)
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.distributed_type != DistributedType.FSDP:
         raise ParallelError(
@@ -210,6 +210,40 @@ def prepare(
     return student, wrapped
 
 
+@contextlib.contextmanager
+def exchanging_gradients(accelerator: Accelerator, student: nn.Module, now: bool) -> Iterator[None]:
+    """Whether a backward inside ends with the exchange of gradients between processes."""
+    if now:
+        yield
+        return
+    accelerator.sync_gradients = False  # DeepSpeed goes by this, the others by no_sync
+    try:
+        with accelerator.no_sync(student):
+            yield
+    finally:
+        accelerator.sync_gradients = True
+
+
+def reach_all(accelerator: Accelerator, student: nn.Module) -> torch.Tensor | float:
+    """
+    Zero, with a gradient of zero at each trained parameter, where DDP would else wait for those that the last backward
+    of a step does not reach. The other engines exchange whatever was reached before.
+    """
+    if accelerator.distributed_type not in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        return 0.0
+    return 0.0 * sum(one.sum() for one in student.parameters() if one.requires_grad)
+
+
+def forget_gradients(accelerator: Accelerator, student: nn.Module) -> None:
+    """
+    Before a step of several backwards: ZeRO-3 keeps the gradients of the step before, and the first backward writes
+    over those alone that it reaches.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        student.optimizer.grad_partitions_flat_buffer.zero_()
+
+
 def _spread_by_zero_3(frozen: nn.Module) -> nn.Module:
     import deepspeed
 
@@ -243,8 +277,7 @@ class GuardedEngine(DeepSpeedEngineWrapper):
         self.engine.backward(loss, **kwargs)
         optimizer.check_overflow()
         if optimizer.overflow:
-            optimizer._loss_scale_update_and_overflow_cleanup()
-            self.engine._step_applied = False
+            drop_overflown_step(self.engine)
             return
         self.engine.step()
 

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
-from oner.training.objectives.objective import Objective
+from oner.training.objectives.objective import Batch, Objective
 from oner.training.parallel.distributed import minimum_over_processes, rank
+from oner.training.private_names import BatchNorm
 
 from .checkpoint import random_state
 
@@ -53,8 +53,9 @@ class NonFiniteGuard:
     Called around each step: `before`, then `judge` with the loss and the gradient's norm, and `settle` at the log.
 
     Args:
-        output_dir: `nonfinite-STEP` directories are made here: process-RANK.safetensors holds the batch's `rows` and
-            `ids` and the generators as they were before the step, process-RANK.json the loss, the norm and the step.
+        output_dir: `nonfinite-STEP` directories are made here: process-RANK.safetensors holds `PORTION.rows` and
+            `PORTION.ids` of each batch and the generators as they were before the step, process-RANK.json the loss,
+            the norm and the step.
         limit (`int`): So many steps in a row stop the run.
         model, objective: Their batch norms' statistics are put back when a step is not applied.
     """
@@ -68,14 +69,19 @@ class NonFiniteGuard:
         self._kept: list[torch.Tensor] = []
         self._told: list[str] = []
 
-    def before(self, number: int, batch: Mapping[str, torch.Tensor], progress: float) -> None:
-        """Remembers what step `number` (the first is 1) begins with. `batch` still lies on the host."""
-        rows = {name: batch[name] for name in ROW_FIELDS if name in batch}
+    def before(self, number: int, batches: Mapping[str, Batch], progress: float) -> None:
+        """Remembers what step `number` (the first is 1) begins with. The batches still lie on the host."""
+        rows = {
+            f"{portion}.{name}": batch[name]
+            for portion, batch in batches.items()
+            for name in ROW_FIELDS
+            if name in batch
+        }
         self._steps.append(_Step(number, rows, random_state(), progress))
         if self._statistics is None:
             # a batch norm writes them in the forward, before anybody can know that the loss is not finite
             networks = [self.model, *(teacher.model for teacher in self.objective.teachers())]
-            norms = [one for net in networks for one in net.modules() if isinstance(one, _BatchNorm)]
+            norms = [one for net in networks for one in net.modules() if isinstance(one, BatchNorm)]
             self._statistics = [value for norm in norms for value in norm.buffers(recurse=False)]
         self._kept = [value.clone() for value in self._statistics]
 
@@ -125,8 +131,8 @@ class NonFiniteGuard:
                 self._keep(path, step, loss, norm)
             except (OSError, SafetensorError) as error:
                 logger.warning(f"{path}: cannot be written: {error}")
-            rows = step.rows["rows"].tolist() if "rows" in step.rows else []
-            self._told.append(f"step {step.number}: loss {loss}, gradient norm {norm}, rows {rows[:8]}..., see {path}")
+            rows = {name: value.tolist()[:8] for name, value in step.rows.items() if name.endswith(".rows")}
+            self._told.append(f"step {step.number}: loss {loss}, gradient norm {norm}, first {rows}, see {path}")
             logger.warning(f"the update was not applied, for it is not finite; {self._told[-1]}")
             if self.in_a_row >= self.limit:
                 raise FloatingPointError(

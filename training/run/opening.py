@@ -1,28 +1,27 @@
 """The rows that a run trains on, and its list of those that cannot be used."""
 
+from collections.abc import Mapping
+
 from oner.processing.data.mixture import open_mixture
-from oner.processing.data.quarantine import Quarantine
-from oner.processing.data.row_checks import ROLES, Kind
+from oner.processing.data.quarantine import Quarantine, Watch
+from oner.processing.data.row_checks import ROLES
 from oner.processing.data.rows import PairRows, PairStream
 from oner.training.parallel.distributed import rank
 
-from .arguments import DataArguments
+from .arguments import Arguments, DataArguments
 
 
-def open_training_rows(
-    data: DataArguments, output_dir: str | None = None, kind: Kind = "pairs"
-) -> PairRows | PairStream:
+def open_training_rows(data: DataArguments) -> PairRows | PairStream:
     """
-    The training rows, columns checked; those found bad are left to the quarantine of `PairLoader`.
+    The training rows of a portion, of its kind, columns checked; those found bad are left to the quarantine.
 
     Raises:
         PairDataError: data that cannot be read as rows of the kind; names the file and what is wrong.
-        BadRowsError: if `output_dir` is given: too many rows are bad. Its quarantine.jsonl lists them.
     """
-    roles = ROLES[kind]
-    rows = open_mixture(
+    roles = ROLES[data.kind]
+    return open_mixture(
         data.train_data,
-        kind,
+        data.kind,
         data.image_column if "image" in roles else None,
         data.text_column if "text" in roles else None,
         data.id_column,
@@ -31,14 +30,30 @@ def open_training_rows(
         bad_rows="skip",
         weights=data.data_weights,
     )
-    if output_dir is not None:
-        quarantine_of(rows, output_dir, data.max_bad_rows).check_opening()
+
+
+def open_portions(arguments: Arguments) -> dict[str, PairRows | PairStream]:
+    """
+    The rows of each portion of a run, columns checked, and bad ones left to the quarantine.
+
+    Raises:
+        PairDataError: data that cannot be read as rows; names the file and what is wrong.
+        BadRowsError: too many rows are bad. quarantine.jsonl in the output directory lists them.
+    """
+    rows = {name: open_training_rows(told.data) for name, told in arguments.portions().items()}
+    quarantine_of(arguments, rows).check_opening()
     return rows
 
 
-def quarantine_of(rows: PairRows | PairStream, output_dir: str, max_bad_rows: float) -> Quarantine:
-    """The list of bad rows of a run over `rows`, with those that are known already."""
+def quarantine_of(arguments: Arguments, rows: Mapping[str, PairRows | PairStream]) -> Quarantine:
+    """The list of bad rows of a run over these portions, with those that are known already."""
+    portions = arguments.portions()
+    watches = {name: _watch(one, portions[name].data.max_bad_rows) for name, one in rows.items()}
+    return Quarantine(arguments.run.output_dir, watches, is_main=rank() == 0)
+
+
+def _watch(rows: PairRows | PairStream, max_bad_rows: float) -> Watch:
     if isinstance(rows, PairStream):
-        return Quarantine(output_dir, max_bad_rows, is_main=rank() == 0)
+        return Watch(max_bad_rows)
     opened = [(*rows.where(row), reason) for row, reason in sorted(rows.bad.items())]
-    return Quarantine(output_dir, max_bad_rows, opened, len(rows), is_main=rank() == 0)
+    return Watch(max_bad_rows, opened, len(rows))

@@ -1,4 +1,4 @@
-"""What a run says of itself: a line before the first step, a model directory after the last."""
+"""What a run says of itself: a line before the first step, a model directory after the last, an exit status."""
 
 import shutil
 from pathlib import Path
@@ -12,20 +12,27 @@ from oner.training.publishing.hub import export_model
 
 from .arguments import Arguments
 from .launch import choose_precision
-from .pair_loading import PairLoader
+from .loading import RunLoader
+
+# exit status of a run that a signal stopped: EX_TEMPFAIL of sysexits.h, "try again later"
+STOPPED = 75
 
 
-def describe(arguments: Arguments, model: PreTrainedModel, loader: PairLoader, accelerator: Accelerator) -> str:
+def describe(arguments: Arguments, model: PreTrainedModel, loader: RunLoader, accelerator: Accelerator) -> str:
     """What is about to happen, in a line or two."""
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     given = arguments.model
     origin = f"-{given.size}" if given.initial_model is None else f" from {given.initial_model}"
     line = (
         f"{model.config.model_type}{origin}, {millions:.1f} M parameters, "
-        f"{loader.total_steps} steps of {arguments.run.batch_size} rows on {accelerator.num_processes} x "
+        f"{loader.total_steps} steps of {_rows(arguments)} on {accelerator.num_processes} x "
         f"{accelerator.device.type}, precision {choose_precision(arguments.run.mixed_precision)}"
     )
     return line if loader.resume_note is None else f"{line}\n{loader.resume_note}"
+
+
+def _rows(arguments: Arguments) -> str:
+    return " and ".join(f"{told.run.batch_size} {name}" for name, told in arguments.portions().items())
 
 
 def export(
@@ -59,6 +66,9 @@ def export(
 
 def _training_sets(arguments: Arguments) -> list[dict[str, str]]:
     """The card's table of data."""
-    data = arguments.data
-    told = {"licence": data.data_licence, "attribution": data.attribution and Path(data.attribution).name}
-    return [{"name": name, **{key: value for key, value in told.items() if value}} for name in data.train_data]
+    sets = []
+    for portion in arguments.portions().values():
+        data = portion.data
+        told = {"licence": data.data_licence, "attribution": data.attribution and Path(data.attribution).name}
+        sets += [{"name": name, **{key: value for key, value in told.items() if value}} for name in data.train_data]
+    return sets

@@ -126,7 +126,7 @@ def open_task_rows(task: Task, arguments: Arguments) -> PairRows:
     if arguments.model.initial_model is None:
         raise ValueError("fine-tuning begins from a pretrained model directory; expected initial_model, got none")
     rows = task.open_rows(arguments.data.train_data, arguments.objective, arguments.data, True)
-    quarantine_of(rows, arguments.run.output_dir, arguments.data.max_bad_rows).check_opening()
+    quarantine_of(arguments, {"pairs": rows}).check_opening()
     return rows
 
 

@@ -1,0 +1,105 @@
+"""Private names of other libraries, each behind a function of ours: what they do without is no promise of theirs.
+
+tests/test_private_names.py has a test for each, which fails when a release moves or drops the name, and keeps such
+names out of all other files. Files that travel to the Hub cannot import this one; that test lists what they use.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# FakeTensorMode: tensors that have shapes, dtypes and devices but no contents
+# BatchNorm: what every batch norm of torch is, SyncBatchNorm too
+__all__ = [
+    "BatchNorm",
+    "FakeTensorMode",
+    "attention_implementation",
+    "drop_overflown_step",
+    "has_bf16_matrix_units",
+    "has_full_precision_state",
+    "link_moments",
+    "local_part",
+    "registered_models",
+    "set_distributed_type",
+    "storage_id",
+    "undivided_layers",
+    "write_zero_3_master",
+]
+
+
+# transformers
+
+
+def registered_models(auto: type) -> Mapping[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Configuration -> model, of an auto class such as `AutoModel`."""
+    return auto._model_mapping
+
+
+def attention_implementation(config: PreTrainedConfig) -> str | None:
+    """`eager`, `sdpa` and so on, as `set_attn_implementation` takes it."""
+    return config._attn_implementation
+
+
+def undivided_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classes that a transformers model wants kept whole on a device; none for another module."""
+    return tuple(getattr(model, "_no_split_modules", None) or ())
+
+
+# torch
+
+
+def has_bf16_matrix_units() -> bool:
+    """Whether the CPU multiplies matrices of bf16 faster than fp32 ones (AMX). torch has no public name for it."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def local_part(tensor: Any) -> torch.Tensor:
+    """This process's part of a DTensor, the very tensor; `to_local` gives a view that autograd follows."""
+    return tensor._local_tensor
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory, fake ones too, which have no address."""
+    return tensor.untyped_storage()._cdata
+
+
+# accelerate
+
+
+def set_distributed_type(kind: DistributedType) -> None:
+    """What every later `Accelerator` or `PartialState` of this process takes itself for."""
+    PartialState._shared_state["distributed_type"] = kind
+
+
+# DeepSpeed
+
+
+def write_zero_3_master(parameter: torch.Tensor, part: torch.Tensor) -> None:
+    """This process's part of a parameter into ZeRO-3's fp32 copy of it, if it has one."""
+    optimizer = getattr(parameter, "_z3_optimizer", None)
+    if optimizer is not None:
+        optimizer.set_local_hp_param(part, parameter)
+
+
+def has_full_precision_state(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-1 or 2 keeps a fp32 copy of it, to be written by `parameter.set_full_hp_param`."""
+    return getattr(parameter, "_hp_mapping", None) is not None
+
+
+def link_moments(zero: Any) -> None:
+    """Lets the parameters of a ZeRO-1 or 2 optimiser find their moments, as it does by itself after a first step."""
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()
+
+
+def drop_overflown_step(engine: nn.Module) -> None:
+    """Ends a step of ZeRO-3 without applying it, as its own `step` does where fp16 gradients overflow."""
+    engine.optimizer._loss_scale_update_and_overflow_cleanup()
+    engine._step_applied = False

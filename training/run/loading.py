@@ -1,0 +1,165 @@
+"""Batches of a run, from any step on: of each portion its own rows, order and batch size."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+
+from oner.processing.data.quarantine import Quarantine, StandIns, line_of
+from oner.processing.data.rows import PairRows, PairStream
+from oner.processing.data.sampling import PairBatchSampler, PairOrder
+from oner.processing.data.training_sets import PairTrainingSet, PairTrainingStream
+from oner.training.objectives.objective import Batch
+from oner.training.parallel.distributed import rank, sum_over_processes, world_size
+
+from .arguments import Arguments
+from .collators import Collator
+from .data_workers import outlive_signals_to_the_group
+from .opening import quarantine_of
+
+Rows = PairRows | PairStream
+
+
+class RunLoader:
+    """
+    `loader(start_step)` yields this process's batches by portion from that step to the end of the run, the same
+    whether the run was ever stopped. A stream is the exception, and says so: `resume_note`.
+
+    A row that cannot be used is replaced and listed in `quarantine.jsonl` in the output directory.
+
+    Args:
+        arguments (`Arguments`): The run's.
+        rows, collators: Of each portion that the arguments name.
+
+    Attributes:
+        quarantine (`Quarantine`): That list.
+        epoch_steps, total_steps (`int`): Length of an epoch, which one portion defines, and of the run; a stream's
+            epoch is the whole run.
+        resume_note (`str`, *optional*): Why resuming cannot be exact, if it cannot.
+
+    Raises:
+        ValueError: other portions than the arguments name; what [`PortionLoader`] raises.
+        BadRowsError: more rows are bad than `max_bad_rows` allows, here or while the batches are read.
+    """
+
+    def __init__(self, arguments: Arguments, rows: Mapping[str, Rows], collators: Mapping[str, Collator]):
+        portions = arguments.portions()
+        if not portions.keys() == rows.keys() == collators.keys():
+            raise ValueError(
+                f"got rows of {sorted(rows)} and collators of {sorted(collators)}; expected {sorted(portions)}"
+            )
+        self.quarantine = quarantine_of(arguments, rows)
+        self.quarantine.check_opening()
+        self.portions = {
+            name: PortionLoader(name, told, rows[name], collators[name], self.quarantine)
+            for name, told in portions.items()
+        }
+        epoch = self.portions[arguments.run.epoch_portion or next(iter(portions))]
+        self.epoch_steps = epoch.epoch_steps
+        self.total_steps = arguments.run.max_steps or round(arguments.run.epochs * self.epoch_steps)
+        notes = [
+            portion.rows.resume_note for portion in self.portions.values() if isinstance(portion.rows, PairStream)
+        ]
+        self.resume_note = "\n".join(notes) or None
+
+    def __call__(self, start_step: int) -> Iterator[dict[str, Batch]]:
+        self.quarantine.begin(start_step)
+        batches = [portion.batches(start_step, self.total_steps) for portion in self.portions.values()]
+        for step in zip(*batches, strict=True):
+            yield dict(zip(self.portions, step, strict=True))
+
+
+class PortionLoader:
+    """
+    One portion's batches.
+
+    Args:
+        name (`str`): The portion's.
+        arguments (`Arguments`): The portion's own: its data, batch size, repeat and seed.
+        rows, collator: What it reads, and what makes batches of that.
+        quarantine (`Quarantine`): The run's.
+
+    Attributes:
+        epoch_steps (`int`): Steps in which it reads its rows `repeat` times; a stream's are all of the run's.
+
+    Raises:
+        ValueError: a stream without max_steps, or with a warm-up that would last as long as the run.
+    """
+
+    def __init__(self, name: str, arguments: Arguments, rows: Rows, collator: Collator, quarantine: Quarantine):
+        self.name, self.arguments, self.rows = name, arguments, rows
+        self.collator, self.quarantine = collator, quarantine
+        data, run = arguments.data, arguments.run
+        if isinstance(rows, PairStream):
+            _check_stream(arguments)
+            self.epoch_steps = run.max_steps
+            return
+        self.mixture = {"groups": rows.ids() if data.one_row_per_id else None}
+        if data.data_weights is not None:
+            self.mixture |= {"sizes": rows.sizes, "weights": data.data_weights}
+        order = PairOrder(len(rows), run.batch_size, **self.mixture)
+        self.epoch_steps = run.repeat * order.steps_per_epoch
+
+    def batches(self, start_step: int, total_steps: int) -> Iterator[Batch]:
+        """From a step to the end, while what the batches tell of bad rows goes into the quarantine."""
+        run, watch = self.arguments.run, self.quarantine.watches[self.name]
+        device, path = PartialState().device, self.quarantine.path
+        if watch.opened and self.quarantine.is_main:
+            count = len(watch.opened)
+            warnings.warn(
+                f"{count} of {watch.total} rows cannot be used and will be replaced; see {path}", stacklevel=4
+            )
+        earlier = sum_over_processes(watch.before if self.quarantine.is_main else (0, 0), device)
+        for step, batch in enumerate(self._loader(start_step, total_steps), start_step):
+            failed = batch.pop("quarantine", [])
+            if failed and watch.new == (0, 0):
+                warnings.warn(f"a row cannot be used: {failed[0]['reason']}; see {path}", stacklevel=4)
+            self.quarantine.add(self.name, step, [self._line(**row) for row in failed])
+            # several processes agree only now and then: the question makes an accelerator wait
+            if world_size() == 1 or (step + 1) % run.log_every == 0 or step + 1 == total_steps:
+                failures, stand_ins = map(sum, zip(earlier, sum_over_processes(watch.new, device), strict=True))
+                self.quarantine.check(self.name, failures, (step + 1) * run.batch_size + stand_ins)
+            yield batch
+
+    def _line(self, row: int, **what: Any) -> dict[str, Any]:
+        place = (self.rows.name, row) if isinstance(self.rows, PairStream) else self.rows.where(row)
+        return line_of(*place, **what)
+
+    def _loader(self, start_step: int, total_steps: int) -> Iterable[dict[str, Any]]:
+        run = self.arguments.run
+        place = {"rank": rank(), "world_size": world_size(), "seed": run.seed, "start_step": start_step}
+        if isinstance(self.rows, PairStream):
+            dataset = PairTrainingStream(self.rows, run.batch_size, total_steps, **place)
+            options = {"batch_size": None}
+        else:
+            sampler = PairBatchSampler(
+                len(self.rows), run.batch_size, total_steps=total_steps, **self.mixture, **place
+            )
+            dataset = PairTrainingSet(self.rows, StandIns(self.rows, sampler.order, total_steps))
+            options = {"batch_sampler": sampler}
+        return DataLoader(
+            dataset,
+            collate_fn=self.collator,
+            num_workers=self.arguments.data.num_workers,
+            worker_init_fn=outlive_signals_to_the_group,
+            pin_memory=torch.cuda.is_available(),
+            # its own, or opening a loader would draw from the generator that a resumed run has just restored
+            generator=torch.Generator().manual_seed(run.seed),
+            **options,
+        )
+
+
+def _check_stream(arguments: Arguments) -> None:
+    run = arguments.run
+    if run.max_steps is None:
+        raise ValueError("a stream has no length, so the run needs max_steps, got none")
+    if run.schedule == "albef":
+        raise ValueError("schedule albef falls with each epoch, and a stream has none; expected cosine")
+    if run.warmup_steps is None and run.warmup_epochs >= 1:
+        raise ValueError(
+            f"warmup_epochs is {run.warmup_epochs}, which would warm up to the end of {run.max_steps} steps; "
+            f"for a stream, warmup_epochs is a share of max_steps below 1"
+        )

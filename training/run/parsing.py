@@ -1,0 +1,79 @@
+"""A run's arguments from a flat YAML file and the command line, in this order."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoConfig, HfArgumentParser
+
+from oner.training.objectives.objective import OBJECTIVES, objective_classes
+
+from .arguments import DATA, Arguments, ModelArguments, RunArguments, check, data_arguments, flat, hints_of
+from .values import fit, read_json
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A flat YAML file; `base: other.yaml` (relative to it) is read first and overridden. Raises `ValueError`."""
+    path = Path(path)
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of argument names, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    merged = read_config(path.parent / base)
+    if isinstance(merged.get("model_config"), dict) and isinstance(values.get("model_config"), dict):
+        values["model_config"] = {**merged["model_config"], **values["model_config"]}
+    return {**merged, **values}
+
+
+def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = None, **defaults: Any) -> Arguments:
+    """
+    `--config FILE.yaml`, then `--name value` for anything to override.
+
+    Args:
+        objective: Dataclass to fill instead of the family's, as a task does to which the family is fine-tuned. All its
+            fields have defaults, and none is named as a field of the other three.
+        defaults: Of arguments that neither the file nor the command line names.
+
+    Raises:
+        ValueError: names that no argument has, or values out of range.
+        SystemExit: what argparse itself refuses, and `--help`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--family")
+    first.add_argument("--initial_model")
+    known, rest = first.parse_known_args(argv)
+    values = read_config(known.config) if known.config else {}
+    family = known.family or values.get("family") or defaults.get("family")
+    if objective is None:
+        family = family or _family_of(known.initial_model or values.get("initial_model"))
+        objective = objective_classes(family)[1]
+    kinds = [ModelArguments, *DATA, RunArguments, objective]
+    parser = HfArgumentParser(kinds, allow_abbrev=False)
+    hints = hints_of(*kinds)
+    if foreign := sorted(set(values) - set(hints)):
+        raise ValueError(f"{known.config}: unknown arguments {foreign}; `--help` lists those there are")
+    values = {name: fit(name, value, hints[name], known.config) for name, value in values.items()}
+    initial = {} if known.initial_model is None else {"initial_model": known.initial_model}
+    parser.set_defaults(**{**defaults, **values, **initial, "family": family})
+    model, *data, run, own = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+    values = {name: value for part in data for name, value in flat(part).items()}
+    arguments = Arguments(model, data_arguments(values), run, own)
+    for part in (arguments.model, arguments.run, arguments.objective):
+        for name in ("model_config", "portions", "loss_weights"):
+            if isinstance(getattr(part, name, None), str):
+                setattr(part, name, read_json(name, getattr(part, name)))
+    check(arguments)
+    return arguments
+
+
+def _family_of(initial_model: str | None) -> str:
+    if initial_model is None:
+        raise ValueError(f"which family? expected --family, or `family` in the file, out of {', '.join(OBJECTIVES)}")
+    return AutoConfig.from_pretrained(initial_model).model_type
