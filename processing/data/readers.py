@@ -3,6 +3,7 @@
 Shapes: T tokens of a text, L the most that a batch takes of one, H = W side of an image, k images of a row.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -74,7 +75,8 @@ class Reader:
             raise ValueError("a reader needs a tokenizer, an image transform or both, got neither")
         if max_text_length < 1:
             raise ValueError(f"max_text_length must be positive, got {max_text_length}")
-        self.tokenizer = tokenizer
+        # its own: a call leaves its truncation inside a fast tokenizer, and the run's is published as it was made
+        self.tokenizer = copy.deepcopy(tokenizer)
         self.image_transform = image_transform
         self.rule = TEXT if image_transform is None else CAPTION
         self.images = tuple(images)

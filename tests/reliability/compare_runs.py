@@ -40,6 +40,7 @@ EVERY_RUN = {
     "max_steps": STEPS,
     "log_every": 1,
     "warmup_epochs": 0.5,
+    "weight_decay": 0.1,
     "mixed_precision": "no",
     "num_workers": 0,
     "eval_every_epochs": 0,
@@ -137,8 +138,22 @@ CONTRAST = {**SOFT_TARGETS, "losses": ["itc", "itm"], "match_ids": True, "queue_
 KARPATHY = {"train_data": ["{data}/karpathy.json"], "split": "train"}
 PRETRAIN, FINETUNE = "examples/pretrain.py", "examples/finetune.py"
 # name of a run -> script, options
+NO_DROPOUT = {"hidden_dropout": 0.0, "text_attention_dropout": 0.0, "attention_dropout": 0.0}
+# A change of the order in which student and teacher draw their dropout moves every run that has any; those that end in
+# "-still" have none.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "oner": (PRETRAIN, ONER),
+    "oner-chunks-still": (PRETRAIN, {**ONER, **OTHERWISE}),
+    "simla-still": (PRETRAIN, {**SIMLA, "model_config": {**SIMLA["model_config"], **NO_DROPOUT}}),
+    "simla-chunks-still": (
+        PRETRAIN,
+        {**SIMLA, **OTHERWISE, "code_crop": "independent", "model_config": {**SIMLA["model_config"], **NO_DROPOUT}},
+    ),
+    "retrieval-still": (
+        FINETUNE,
+        {**TASK, **CONTRAST, **KARPATHY, "task": "retrieval", "eval_data": ["{data}/karpathy.json"],
+         "eval_split": "test", "rerank_k": 4, "model_config": {"image_size": 80, **NO_DROPOUT}},
+    ),
     "oner-chunks": (
         PRETRAIN,
         {**ONER, **OTHERWISE, "model_config": {**ONER["model_config"], "attention_dropout": 0.1}},
