@@ -15,14 +15,22 @@ EVALUATE = OMP_NUM_THREADS=$(CORES) $(PY) examples/evaluate.py --model $(DEMO_MO
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Test processes x threads stay within the cores; each process takes about 1 GB.
 JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
+SCENES ?= 40000
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
+PYTEST_OPTIONS ?=
+PIP_OPTIONS ?= --constraint constraints/tested.txt
+# Beside other work, threads that wait by spinning take the time of those that compute.
+export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix walk dist clean
+.PHONY: help demo scenes test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix walk dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
+	@echo 'make scenes             SCENES=40000 composed pictures to train on, and what to judge by, in runs/scenes (2 minutes)'
 	@echo 'make test               install, run the tests offline (15 minutes, 2 cores)'
+	@echo 'make test-lowest        the tests on the oldest releases that setup.cfg admits, in an environment of their own'
+	@echo 'make test-newest        the tests on the newest ones, likewise; what our code calls of the deprecated fails it'
 	@echo 'make test-slow          the tests marked slow'
 	@echo 'make test-transformers  the model tests of the installed transformers, from its source archive'
 	@echo 'make kill-test          200 SIGKILLs, a full disk and other losses, each followed by a resume (slow)'
@@ -38,7 +46,7 @@ help:
 
 # The environment is remade only when the metadata changed; each set of extras leaves a stamp.
 $(VENV)/bin/python:
-	@set +e; found=; for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	@set +e; found=; for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then found=$$p; break; fi; done; \
 	if [ -z "$$found" ]; then \
 	  echo "oner needs Python 3.10 or later on PATH; found: $$(python3 --version 2>&1 || true)" >&2; exit 1; fi; \
@@ -46,8 +54,8 @@ $(VENV)/bin/python:
 	$$found -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "$$found -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-$(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
-	$(PY) -m pip install --disable-pip-version-check --editable '.[$*]'
+$(VENV)/.installed-%: setup.cfg pyproject.toml $(wildcard constraints/*.txt) | $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check $(PIP_OPTIONS) --editable '.[$*]'
 	@touch $@
 
 demo: $(VENV)/.installed-plots
@@ -57,8 +65,21 @@ demo: $(VENV)/.installed-plots
 	$(EVALUATE) --data $(EMOJI)/test_concept.parquet --captions first
 	$(EVALUATE) --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --tasks multimodal
 
+scenes: $(VENV)/.installed-plots
+	$(PY) examples/data/scenes.py runs/scenes --pairs $(SCENES) --tasks 10000 --workers $(CORES)
+	$(PY) examples/data/scenes.py runs/scenes --pairs 1000 --queries 500 --workers $(CORES) \
+	  --split seen unseen_pairs unseen_style unseen_concepts
+
 test: $(VENV)/.installed-test
-	$(PYTEST) -n $(JOBS) --dist loadfile
+	$(PYTEST) -n $(JOBS) --dist loadfile $(PYTEST_OPTIONS)
+
+# PYTHON=python3.10 chooses one, for environments that are not there yet.
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest PIP_OPTIONS='--constraint constraints/lowest.txt'
+
+test-newest:
+	rm -f .venv-newest/.installed-test
+	$(MAKE) test VENV=.venv-newest PIP_OPTIONS='--upgrade --upgrade-strategy eager' PYTEST_OPTIONS=--fail-on-deprecations
 
 test-slow: $(VENV)/.installed-all
 	$(PYTEST) -m slow

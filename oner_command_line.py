@@ -74,7 +74,7 @@ def estimate_arguments(parser: argparse.ArgumentParser) -> None:
     shardings = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
     parser.add_argument("--device", default="h100", choices=devices, help="Peak and memory of a device.")
     parser.add_argument("--count", type=int, default=1, help="Devices.")
-    parser.add_argument("--mfu", type=float, default=0.40, help="Share of the peak that is assumed.")
+    parser.add_argument("--mfu", type=float, help="Share of the peak that is assumed; as measured if none.")
     parser.add_argument("--peak_tflops", type=float, help="Another device's TFLOP/s in the run's precision.")
     parser.add_argument("--memory_gib", type=float, help="Another device's memory.")
     parser.add_argument("--words", type=int, default=12, help="Words of a caption on average.")

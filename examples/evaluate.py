@@ -157,7 +157,7 @@ def read(source: str, a: argparse.Namespace, limit: int | None = None) -> list[d
         return spaced(open_labelled(source, load_class_names(a.class_names), a.image_column, a.id_column), limit)
     if a.image_folder is not None or a.eval_split is not None:
         return spaced(open_karpathy(source, a.image_folder, a.eval_split), limit)
-    return spaced(open_rows(source, a.image_column, a.text_column, a.id_column), limit)
+    return spaced(open_rows(source, "pairs", a.image_column, a.text_column, a.id_column), limit)
 
 
 def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Sequence | None, model: Any) -> list[str]:

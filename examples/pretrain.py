@@ -71,7 +71,7 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
     """Retrieval on each evaluation set, whose pictures are all tried first."""
     data, run, evaluators = arguments.data, arguments.run, []
     for path in run.eval_data:
-        rows = open_rows(path, data.image_column, data.text_column, data.id_column)
+        rows = open_rows(path, "pairs", data.image_column, data.text_column, data.id_column)
         check_pictures(rows, path)
         how = {"captions": run.eval_captions, "clean_caption": CAPTION_RULES.get(data.caption_rules)}
         evaluators.append(RetrievalEvaluator(rows, name=Path(path).stem, progress=False, **how))

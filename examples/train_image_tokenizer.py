@@ -2,8 +2,8 @@
 
 accelerate launch examples/train_image_tokenizer.py --config examples/configs/image_tokenizer_emoji.yaml [--name value]
 
-`--train_data` takes what `examples/pretrain.py` takes, and folders of bare pictures. The directory `model` in
-`output_dir` is a Hub repository; its README.md shows pictures beside their reconstructions.
+`--train_data` takes what `examples/pretrain.py` takes, with captions or without, and folders of bare pictures. The
+directory `model` in `output_dir` is a Hub repository; its README.md shows pictures beside their reconstructions.
 """
 
 import json
@@ -29,8 +29,8 @@ from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader
+from oner.training.run.opening import open_portions
 from oner.training.run.parsing import parse_arguments
-from oner.training.run.picture_loading import open_training_pictures
 from oner.training.run.summary import STOPPED, describe
 
 SHOWN = 24
@@ -43,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     accelerator = make_accelerator(run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    pictures = open_training_pictures(data)
+    rows = open_portions(arguments)
     model = build_tokenizer(arguments)
-    collator = tokenizer_collator(arguments, model.config.image_size)
-    loader = RunLoader(arguments, {"images": pictures}, {"images": collator})
-    columns = (data.image_column, data.text_column, data.id_column)
-    evaluators = [ReconstructionEvaluator(open_rows(path, *columns), Path(path).stem) for path in run.eval_data]
+    loader = RunLoader(arguments, rows, {"images": tokenizer_collator(arguments, model.config.image_size)})
+    columns = {"image_column": data.image_column, "id_column": data.id_column}
+    evaluators = [
+        ReconstructionEvaluator(open_rows(path, "images", **columns), Path(path).stem) for path in run.eval_data
+    ]
     accelerator.print(describe(arguments, model, loader, accelerator))
 
     def evaluate(tokenizer: DiscreteVAE) -> Iterator[tuple[str, float]]:

@@ -57,6 +57,8 @@ class SimlaConfig(VisionLanguageConfig):
 
     model_type = "simla"
     attribute_map = {"d_model": "hidden_size"}
+    # no layers above the text's own: these read images themselves
+    num_fusion_layers = 0
 
     vocab_size: int = 30522
     hidden_size: int = 768

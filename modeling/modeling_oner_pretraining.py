@@ -15,7 +15,7 @@ from .modeling_oner import OneRModel, OneRPreTrainedModel
 from .vl_features import RetrievalFeatures, WordPredictions
 from .vl_heads import ContrastiveHead, LanguageModelHead, PixelHead
 from .vl_inputs import check_inputs, check_pairs
-from .vl_layers import Stream, split_streams
+from .vl_layers import Stream, attends_unpadded, sequences_of, split_streams
 from .vl_outputs import VisionLanguagePreTrainingOutput
 
 REPRESENTATIONS = ("image", "text", "mix", "image_text", "context")
@@ -176,6 +176,14 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
 
     def _encode(self, packed: torch.Tensor, streams: dict[str, Stream], text_mask: torch.Tensor) -> torch.Tensor:
         """The trunk over all streams. (n, D) -> (n, D)."""
+        listed = list(streams.values())
+        if "|" not in "".join(streams) and attends_unpadded(self.config, listed, packed, self.training):
+            # each row's tokens side by side, once for all layers
+            places, sequences = sequences_of(listed, text_mask)
+            packed = torch.empty_like(packed).index_copy(0, places, packed)
+            for layer in self.oner.layers:
+                packed = layer(packed, None, sequences)
+            return self.oner.norm(packed.index_select(0, places))
         own = []
         for stream in streams.values():
             stream.set_mask(self.config, stream.key_mask(text_mask), like=packed)

@@ -13,9 +13,11 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_simla import SimlaConfig
-from .modeling_simla import SimlaMatching, SimlaModel, SimlaPreTrainedModel
+from .modeling_simla import SimlaFeatures, SimlaModel, SimlaPreTrainedModel
+from .vl_dual_encoder import ImageTextMatching
 from .vl_features import WordPredictions
-from .vl_gradcam import GroundedConcepts
+from .vl_fusion import self_mask
+from .vl_gradcam import GroundedConcepts, GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs
 
@@ -53,7 +55,9 @@ class SimlaPreTrainingOutput(ModelOutput):
     keyword_attention: torch.FloatTensor | None = None
 
 
-class SimlaForPreTraining(GroundedConcepts, WordPredictions, SimlaMatching, SimlaPreTrainedModel):
+class SimlaForPreTraining(
+    GroundedConcepts, WordPredictions, ImageTextMatching, GroundedMatching, SimlaFeatures, SimlaPreTrainedModel
+):
     """
     Both encoders with everything that is trained: temperature, matching, language-model, code and concept heads. It
     computes representations and logits; losses, teacher, queues and the draw of negatives are the objective's.
@@ -127,8 +131,7 @@ class SimlaForPreTraining(GroundedConcepts, WordPredictions, SimlaMatching, Siml
         if "concepts" in passes:
             output.concept_logits = self.concept_head(self._concept_input(output, image_states))
         if "keywords" in passes:
-            words = self.simla.text.embeddings(text_ids)
-            output.keyword_attention = self.simla.text.keyword_attention(words, text_mask, image_states)
+            output.keyword_attention = self._keyword_attention(text_ids, text_mask, image_states)
         return output
 
     def _check_request(self, passes, masked_input_ids, bool_masked_pos, choose_negatives) -> None:
@@ -191,6 +194,17 @@ class SimlaForPreTraining(GroundedConcepts, WordPredictions, SimlaMatching, Siml
                 states = states.flatten(0, 1).index_select(0, mlm_places)
             output.mlm_logits = self.lm_head(states)
 
+    def _keyword_attention(
+        self, text_ids: torch.Tensor, text_mask: torch.Tensor, image_states: torch.Tensor
+    ) -> torch.Tensor:
+        """What the multimodal [CLS] attends among the words in the last layer (supplement 3). -> (B, H, T)."""
+        text = self.simla.text
+        hidden_states = text.embeddings(text_ids)  # (B, T, D)
+        mask = self_mask(self.config, hidden_states, text_mask)
+        for layer in text.layers[:-1]:
+            hidden_states = layer(hidden_states, mask, image_states)
+        return text.layers[-1](hidden_states, first_row=True, key_mask=text_mask)
+
     def _text_context(
         self, text_ids: torch.Tensor, text_mask: torch.Tensor, text_states: torch.Tensor | None
     ) -> torch.Tensor:
@@ -218,7 +232,7 @@ class SimlaForPreTraining(GroundedConcepts, WordPredictions, SimlaMatching, Siml
                 f"patches and [CLS]; expected {positions} at most (max_position_embeddings)"
             )
         tokens = text.embeddings(inputs_embeds=self.simla.vision(pixel_values, bool_masked_pos))  # (B, S, D)
-        states = text(tokens, None, text_context, text_mask)[:, 1:]
+        states = text.fuse(tokens, None, text_context, text_mask)[:, 1:]
         if mim_places is not None:
             states = states.flatten(0, 1).index_select(0, mim_places)
         return self.mim_head(states)

@@ -69,7 +69,10 @@ class ConvStem(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(hidden_size, hidden_size, 1))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.layers(pixel_values).flatten(2).transpose(1, 2)
+        if pixel_values.device.type == "cuda":
+            # tensor cores convolve with channels last: else every convolution turns its pictures there and back
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        return self.layers(pixel_values).flatten(2).transpose(1, 2)  # (B, N, D)
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:

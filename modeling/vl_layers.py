@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -91,6 +92,53 @@ class Stream:
             # whether a mask can be left out is read from its values: an accelerator would wait for the answer
             allow_is_bidirectional_skip=like.device.type == "cpu",
         )
+
+
+@dataclass
+class Sequences:
+    """
+    Sequences of unequal length end to end, each of which attends itself: FlashAttention's form, without any padding.
+
+    Attributes:
+        starts (`torch.IntTensor` of shape `(R + 1,)`): Where each of the R sequences begins; last, where all end.
+        longest (`int`): No sequence has more tokens; known to the host, which therefore need not ask the device.
+    """
+
+    starts: torch.Tensor
+    longest: int
+
+
+def sequences_of(streams: list[Stream], text_mask: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
+    """
+    Where the tokens of packed streams go for each row's to lie side by side: place of each (n,), and the sequences.
+    Real words are (B, W). A word's place follows from how many words come before it, for `text_index` ascends.
+    """
+    counts = text_mask.sum(1)  # (B,)
+    before = counts.cumsum(0) - counts
+    places, starts, end = [], [], 0
+    for stream in streams:
+        first = torch.arange(stream.batch_size, device=text_mask.device) * stream.prefix + end  # (B,)
+        if stream.text_index is not None:
+            first = first + before
+        places.append((first[:, None] + torch.arange(stream.prefix, device=text_mask.device)).flatten())  # (B * S,)
+        end += stream.batch_size * stream.prefix
+        if stream.text_index is not None:
+            row, number = stream.text_index // stream.words, torch.arange(len(stream.text_index), device=first.device)
+            places.append((row + 1 - stream.batch_size) * stream.prefix + number + end)  # (n_words,)
+            end += len(stream.text_index)
+        starts.append(first)
+    starts.append(starts[0].new_full((1,), end))
+    return torch.cat(places), Sequences(torch.cat(starts).int(), max(stream.length for stream in streams))
+
+
+def attends_unpadded(config: PreTrainedConfig, streams: list[Stream], like: torch.Tensor, training: bool) -> bool:
+    """Whether the kernel for unequal lengths serves: on CUDA, in half precision, each stream by itself."""
+    if like.device.type != "cuda" or config._attn_implementation != "sdpa":
+        return False
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else like.dtype
+    width = config.hidden_size // config.num_attention_heads
+    alone = all(stream.context is None for stream in streams) and not (training and config.attention_dropout)
+    return alone and autocast in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
 
 
 def split_streams(packed: torch.Tensor, streams: list[Stream]) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
@@ -178,10 +226,15 @@ class SelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: object = None,
-        streams: list[Stream] | None = None,
+        streams: list[Stream] | Sequences | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         qkv = self.qkv(hidden_states)
+        if isinstance(streams, Sequences):
+            query, key, value = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (n, H, d) each
+            starts, longest = streams.starts, streams.longest
+            output = varlen_attn(query, key, value, starts, starts, longest, longest, scale=self.scaling)
+            return self.proj(output.flatten(-2)), None
         if streams is None:
             output, weights = self._attend(*self._heads(qkv), attention_mask, **kwargs)
             return self.proj(output), weights
@@ -222,7 +275,7 @@ class PreNormLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: object = None,
-        streams: list[Stream] | None = None,
+        streams: list[Stream] | Sequences | None = None,
         **kwargs,
     ) -> torch.Tensor:
         attended, _ = self.attention(self.norm1(hidden_states), attention_mask, streams, **kwargs)

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 MAX_CAPTION_LENGTH = 65_536  # characters; the slowest kind of text is tokenised in 90 ms at this length
+MAX_TEXT_LENGTH = 4_194_304  # characters of a text that is read in windows: a long book
 
 # ALBEF's code drops twelve marks and opens compounds; none of this is in the paper
 _MARKS = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
@@ -27,20 +28,20 @@ def _first_words(text: str, count: int) -> str:
     return " ".join(text.split(" ")[:count])
 
 
-def caption_reason(caption: Any) -> str | None:
-    """What is wrong with a caption; None if nothing."""
+def caption_reason(caption: Any, what: str = "caption", longest: int = MAX_CAPTION_LENGTH) -> str | None:
+    """What is wrong with a caption, or with `what` else it is, of at most `longest` characters; None if nothing."""
     if caption is None:
-        return "the caption is null"
+        return f"the {what} is null"
     if not isinstance(caption, str):
-        return f"the caption must be a string or a list of strings, got {type(caption).__name__} {caption!r:.40}"
+        return f"the {what} must be a string or a list of strings, got {type(caption).__name__} {caption!r:.40}"
     if not caption.strip():
-        return "the caption is empty"
-    if len(caption) > MAX_CAPTION_LENGTH:
-        return f"the caption has {len(caption)} characters; expected at most {MAX_CAPTION_LENGTH}"
+        return f"the {what} is empty"
+    if len(caption) > longest:
+        return f"the {what} has {len(caption)} characters; expected at most {longest}"
     if "\0" in caption:
-        return f"the caption holds NUL (character {caption.index(chr(0))}), so it is no text"
+        return f"the {what} holds NUL (character {caption.index(chr(0))}), so it is no text"
     try:
         caption.encode("utf-8")
     except UnicodeEncodeError as error:
-        return f"the caption holds a lone surrogate (character {error.start}), so it is no Unicode text"
+        return f"the {what} holds a lone surrogate (character {error.start}), so it is no Unicode text"
     return None

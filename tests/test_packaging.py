@@ -72,6 +72,27 @@ def test_bounds_hold_in_this_environment_and_nothing_is_pinned(setup):
     assert checked >= 15
 
 
+def constraints(name: str) -> dict[str, Requirement]:
+    lines = (ROOT / "constraints" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    found = map(Requirement, (line for line in lines if line and not line.startswith("#")))
+    return {requirement.name: requirement for requirement in found}
+
+
+def test_bounds_are_the_lowest_releases_that_are_tried(setup):
+    """And what `make test` installs lies within them; both name every direct dependency of the tests, and no other."""
+    texts = [
+        setup["options"]["install_requires"],
+        *(setup["options.extras_require"][name] for name in ("plots", "test")),
+    ]
+    bounds = {one.name: one for text in texts for one in map(Requirement, filter(None, text.split("\n")))}
+    lowest, tested = constraints("lowest"), constraints("tested")
+    assert lowest.keys() == tested.keys() == bounds.keys()
+    for name, bound in bounds.items():
+        (pin,) = tested[name].specifier
+        assert pin.operator == "==" and bound.specifier.contains(pin.version), f"{tested[name]} for {bound}"
+        assert str(lowest[name].specifier) == str(bound.specifier).replace(">=", "=="), f"{lowest[name]} for {bound}"
+
+
 def test_versions_agree():
     import oner
 
@@ -94,7 +115,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     import shutil
 
     folder = tmp_path_factory.mktemp("build")
-    names = ["modeling", "processing", "training", "oner", "examples", "tests", ".ci"]
+    names = ["modeling", "processing", "training", "oner", "examples", "tests", ".ci", "constraints"]
     names += [path.name for path in ROOT.iterdir() if path.is_file()]
     for name in names:
         source = ROOT / name
@@ -138,7 +159,7 @@ def test_wheel_holds_every_file_of_every_room(built):
 
 def test_source_archive_is_complete(built):
     unpacked = built[0]
-    for name in ("Makefile", "LICENSE", "setup.cfg", "pyproject.toml", ".ci/run", "tests/conftest.py"):
+    for name in ("Makefile", "LICENSE", "setup.cfg", "constraints/tested.txt", ".ci/run", "tests/conftest.py"):
         assert (unpacked / name).is_file(), name
     assert {f"examples/{name}" for name in files_of("examples")} == {
         path.relative_to(unpacked).as_posix() for path in (unpacked / "examples").rglob("*") if path.is_file()

@@ -19,7 +19,7 @@ class ListedRows(PairRows):
         name: what messages call the source.
         reason: row -> what is wrong with it beside its pictures, or None.
         bad_rows: "raise", or "skip": a bad row keeps its number and stands in `bad`.
-        images: the keys under which a row holds pictures; a task may have two.
+        images: the keys under which a row holds images; a task may have two, or none.
 
     Raises:
         PairDataError: no rows; bad rows with "raise": the first ten, and how many there are.
@@ -38,6 +38,7 @@ class ListedRows(PairRows):
         if not len(rows):
             raise PairDataError(f"{name}: no rows")
         self.rows, self.name = rows, name
+        self.kind = "pairs" if images else "texts"
         find = _finder(images)
         checks = (find,) if reason is None else (find, reason)
         self.bad = {}

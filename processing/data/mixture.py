@@ -1,4 +1,4 @@
-"""Several sources of pairs as one: the rows of the first, then those of the second, and so on.
+"""Several sources of rows of one kind as one: the rows of the first, then those of the second, and so on.
 
 How often rows by number are visited is not decided here but by the order (`PairOrder`, `weights`); streams, which have
 no order but their own, are woven by weight here.
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .row_checks import PairDataError
+from .row_checks import Kind, PairDataError
 from .rows import PairRows, PairStream
 from .sampling import checked_shares
 from .shards import is_shard
@@ -19,6 +19,7 @@ from .sources import READERS, open_rows
 
 def open_mixture(
     entries: Sequence[Any],
+    kind: Kind = "pairs",
     image_column: str | None = None,
     text_column: str | None = None,
     id_column: str | None = None,
@@ -42,20 +43,20 @@ def open_mixture(
     """
     if weights is not None:
         checked_shares(weights, len(entries))
-    options = (image_column, text_column, id_column, split, streaming, bad_rows)
+    options = (kind, image_column, text_column, id_column, split, streaming, bad_rows)
     if len(entries) == 1 and weights is None:
         return open_rows(entries[0], *options)
-    kinds = {_kind(entry) for entry in entries}
-    if weights is None and len(kinds) == 1 and None not in kinds:
+    formats = {_format(entry) for entry in entries}
+    if weights is None and len(formats) == 1 and None not in formats:
         return open_rows(list(entries), *options)
     sources = [open_rows(entry, *options) for entry in entries]
     return PairStreamMixture(sources, weights) if streaming else PairMixture(sources)
 
 
-def _kind(entry: Any) -> str | None:
-    """Entries of one kind that is not None can be opened as one source."""
+def _format(entry: Any) -> str | None:
+    """Entries of one format that is not None can be opened as one source."""
     name = str(entry).lower()
-    return "tar" if is_shard(name) else next((kind for ending, kind in READERS.items() if name.endswith(ending)), None)
+    return "tar" if is_shard(name) else next((form for ending, form in READERS.items() if name.endswith(ending)), None)
 
 
 class PairMixture(PairRows):
@@ -69,12 +70,14 @@ class PairMixture(PairRows):
         sizes: rows of each.
 
     Raises:
-        PairDataError: no source; ids in some sources only, or numbers in some and text in others.
+        PairDataError: no source; rows of several kinds; ids in some sources only, or numbers in some and text in
+            others.
     """
 
     def __init__(self, sources: Sequence[PairRows]) -> None:
         if not sources:
             raise PairDataError("a mixture needs at least one source, got none")
+        self.kind = _one_kind(sources)
         self.sources, self.sizes = list(sources), tuple(len(source) for source in sources)
         self.starts = np.cumsum([0, *self.sizes])
         self.name = _joined(sources)
@@ -83,9 +86,9 @@ class PairMixture(PairRows):
             for start, source in zip(self.starts, sources, strict=False)
             for row, reason in source.bad.items()
         }
-        kinds = [(source.name, _kind_of_ids(source)) for source in sources]
-        if len({kind for _, kind in kinds} - {"no good row"}) > 1:
-            raise PairDataError(f"the ids of the sources can never be equal, since they differ in kind: {kinds}")
+        types = [(source.name, _type_of_ids(source)) for source in sources]
+        if len({found for _, found in types} - {"no good row"}) > 1:
+            raise PairDataError(f"the ids of the sources can never be equal, since they differ in kind: {types}")
         self.has_ids = all(source.has_ids for source in sources)
 
     def __len__(self) -> int:
@@ -124,13 +127,14 @@ class PairStreamMixture(PairStream):
     from its beginning until every stream has ended once, which ends the epoch.
 
     Raises:
-        PairDataError: a source that is no stream; while it is read, a stream without rows.
+        PairDataError: a source that is no stream, or rows of several kinds; while it is read, a stream without rows.
     """
 
     def __init__(self, sources: Sequence[PairStream], weights: Sequence[float] | None = None) -> None:
         for source in sources:
             if not isinstance(source, PairStream):
                 raise PairDataError(f"{source.name} is read by row numbers and cannot be woven with streams")
+        self.kind = _one_kind(sources)
         self.sources = list(sources)
         self.shares = None if weights is None else checked_shares(weights, len(sources))
         self.name, self.bad_rows = _joined(sources), sources[0].bad_rows
@@ -164,6 +168,13 @@ class PairStreamMixture(PairStream):
             yield source, item[1], _of(source, item[0], item[2])
 
 
+def _one_kind(sources: Sequence[PairRows | PairStream]) -> Kind:
+    kinds = [(source.name, source.kind) for source in sources]
+    if len({kind for _, kind in kinds}) > 1:
+        raise PairDataError(f"the sources of a mixture must have rows of one kind, got {kinds}")
+    return kinds[0][1]
+
+
 def _of(source: PairStream, place: int, reason: str | None) -> str | None:
     return reason and f"{source.name}, row {place}: {reason}"
 
@@ -173,7 +184,7 @@ def _joined(sources: Sequence[PairRows | PairStream]) -> str:
     return f"{shown} + {len(sources) - 3} more" if sources[3:] else shown
 
 
-def _kind_of_ids(source: PairRows) -> str:
+def _type_of_ids(source: PairRows) -> str:
     if not source.has_ids:
         return "none"
     good = next((row for row in range(len(source)) if row not in source.bad), None)

@@ -15,6 +15,7 @@ from oner.processing.image_processing_vl import open_image
 from oner.processing.vl_captions import caption_reason
 
 from .quarantine import BadRow
+from .row_checks import CAPTION, TEXT
 from .sampling import RowKey
 
 
@@ -75,6 +76,7 @@ class Reader:
             raise ValueError(f"max_text_length must be positive, got {max_text_length}")
         self.tokenizer = tokenizer
         self.image_transform = image_transform
+        self.rule = TEXT if image_transform is None else CAPTION
         self.images = tuple(images)
         self.text = text
         self.max_text_length = max_text_length
@@ -90,9 +92,9 @@ class Reader:
         if self.tokenizer is not None:
             texts = [row[self.text]] if isinstance(row[self.text], str) else row[self.text]
             if not len(texts):
-                return BadRow("at least one caption is needed, got an empty list")
+                return BadRow(f"at least one {self.rule.what} is needed, got an empty list")
             example.text = texts[int(place * len(texts))]
-            if (reason := caption_reason(example.text)) is not None:
+            if (reason := caption_reason(example.text, *self.rule)) is not None:
                 return BadRow(reason)
         if self.image_transform is not None:
             views = self._views(row, rng)
@@ -129,7 +131,12 @@ class Reader:
         most = None if self.windows else self.max_text_length
         for example, ids in zip(good, token_ids(self.tokenizer, texts, most), strict=True):
             example.tokens = self._window(ids, example.rng) if self.windows else ids  # (T,), T <= L
-        return [_with_tokens(example) for example in examples]
+        return [self._with_tokens(example) for example in examples]
+
+    def _with_tokens(self, example: Example | BadRow) -> Example | BadRow:
+        if isinstance(example, BadRow) or len(example.tokens):
+            return example
+        return BadRow(f"no token is left of the {self.rule.what} {example.text[:40]!r}")
 
     def _window(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One of the windows of a text, (min(T, L),); one draw, whatever the text."""
@@ -155,12 +162,6 @@ def token_ids(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> 
         verbose=False,  # of texts that are cut into windows afterwards
     )["input_ids"]
     return [np.asarray(ids, dtype=np.int64) for ids in encoded]
-
-
-def _with_tokens(example: Example | BadRow) -> Example | BadRow:
-    if isinstance(example, BadRow) or len(example.tokens):
-        return example
-    return BadRow(f"no token is left of the caption {example.text[:40]!r}")
 
 
 def _called(image: Any) -> str:

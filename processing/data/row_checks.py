@@ -1,22 +1,51 @@
-"""What is wrong with the cells of rows of pairs, column by column, before any picture is decoded."""
+"""What is wrong with the cells of rows, column by column, before any image is decoded."""
 
 import json
 import os
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from oner.processing.vl_captions import MAX_CAPTION_LENGTH, caption_reason
+from oner.processing.vl_captions import MAX_CAPTION_LENGTH, MAX_TEXT_LENGTH, caption_reason
 
+Kind = Literal["pairs", "images", "texts"]
+# what rows of a kind have, beside an id
+ROLES: dict[Kind, tuple[str, ...]] = {"pairs": ("image", "text"), "images": ("image",), "texts": ("text",)}
 SHOWN = 10  # rows named in an error
 CHUNK = 1024  # rows checked at a time: small enough for rows that are copied because of a selection
 
 
 class PairDataError(ValueError):
     """The data cannot be used; the message names the source, the rows and what is wrong with them."""
+
+
+class TextRule(NamedTuple):
+    """What a text is called in messages, and how many characters it may have."""
+
+    what: str
+    longest: int
+
+
+CAPTION = TextRule("caption", MAX_CAPTION_LENGTH)
+TEXT = TextRule("text", MAX_TEXT_LENGTH)  # alone, and long enough to be read in windows
+
+
+def kind_of(roles: Iterable[str]) -> Kind:
+    """The kind of rows that have these roles. Raises `ValueError` if there is none."""
+    wanted = set(roles) - {"id"}
+    for kind, known in ROLES.items():
+        if wanted == set(known):
+            return kind
+    raise ValueError(f"no kind of rows has {sorted(wanted)}; expected those of {ROLES}")
+
+
+def rule_of(roles: Iterable[str]) -> TextRule:
+    """A text beside an image is a caption."""
+    return CAPTION if "image" in roles else TEXT
 
 
 def find_bad_rows(
@@ -26,28 +55,44 @@ def find_bad_rows(
 
     Args:
         data: a data set of n rows, pictures not decoded.
-        columns: the names of the columns of "image", "text" and, if there is one, "id".
-        folder: what picture paths are relative to.
+        columns: the name of the column of each role: "image", "text", "id", as far as rows of this kind have it.
+        folder: what image paths are relative to.
         most: reasons are given for so many rows only, the first; all of them if None.
     """
     problems, total, start = {}, 0, 0
-    checks = {"text": _bad_texts, "image": _bad_images, "id": _bad_ids}
+    rule = rule_of(columns)
     for table in data.with_format("arrow").iter(CHUNK):
-        bad = np.zeros(len(table), dtype=bool)
+        # quickly, by column: which rows are bad
+        bad = np.zeros(len(table), dtype=bool)  # (CHUNK,)
         for role, column in columns.items():
-            bad |= checks[role](table[column].combine_chunks(), folder)
+            bad |= _bad_cells(role, table[column].combine_chunks(), folder, rule)
+
+        # slowly, by row: why
         for place in np.flatnonzero(bad)[: None if most is None else most - len(problems)]:
-            raw = {role: _value(table[column][int(place)]) for role, column in columns.items()}
-            problems[start + int(place)] = row_reason(raw["image"], raw["text"], raw.get("id", 0), folder)
+            cells = {role: _value(table[column][int(place)]) for role, column in columns.items()}
+            problems[start + int(place)] = row_reason(cells, folder)
         total += int(bad.sum())
         start += len(table)
     return problems, total
 
 
-def row_reason(image: Any, text: Any, identity: Any, folder: str | None) -> str | None:
-    """All that is wrong with the cells of a row; None if nothing."""
-    reasons = (text_reason(text), image_reason(image, folder), id_reason(identity))
+def row_reason(cells: Mapping[str, Any], folder: str | None) -> str | None:
+    """All that is wrong with the cells of a row, by role; None if nothing."""
+    reasons = []
+    if "text" in cells:
+        reasons.append(text_reason(cells["text"], rule_of(cells)))
+    if "image" in cells:
+        reasons.append(image_reason(cells["image"], folder))
+    if "id" in cells:
+        reasons.append(id_reason(cells["id"]))
     return "; ".join(filter(None, reasons)) or None
+
+
+def _bad_cells(role: str, array: pa.Array, folder: str | None, rule: TextRule) -> np.ndarray:
+    """Where the cells of a role are bad, (n,) bool."""
+    if role == "text":
+        return _bad_texts(array, rule)
+    return _bad_images(array, folder) if role == "image" else _bad_ids(array)
 
 
 def _value(scalar: pa.Scalar) -> Any:
@@ -64,13 +109,13 @@ def _by_reason(array: pa.Array, reason: Any) -> np.ndarray:
     return np.array([reason(_value(scalar)) is not None for scalar in array], dtype=bool)
 
 
-def _bad_captions(array: pa.Array) -> np.ndarray:
+def _bad_strings(array: pa.Array, rule: TextRule) -> np.ndarray:
     """Where `caption_reason` finds something, (n,) bool."""
     try:
         empty = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(array)), 0)
     except pa.ArrowInvalid:  # not UTF-8
-        return _by_reason(array, text_reason)
-    long = pc.greater(pc.utf8_length(array), MAX_CAPTION_LENGTH)
+        return _by_reason(array, lambda text: text_reason(text, rule))
+    long = pc.greater(pc.utf8_length(array), rule.longest)
     bad = pc.or_(pc.or_(empty, long), pc.match_substring(array, "\0"))
     return pc.fill_null(bad, True).to_numpy(zero_copy_only=False)
 
@@ -79,30 +124,26 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _bad_texts(array: pa.Array, folder: str | None) -> np.ndarray:
+def _bad_texts(array: pa.Array, rule: TextRule) -> np.ndarray:
     if _is_text(array.type):
-        return _bad_captions(array)
+        return _bad_strings(array, rule)
     if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)) or not _is_text(array.type.value_type):
-        return _by_reason(array, text_reason)
+        return _by_reason(array, lambda text: text_reason(text, rule))
     bad = pc.fill_null(pc.equal(pc.list_value_length(array), 0), True).to_numpy(zero_copy_only=False).copy()
-    bad[pc.list_parent_indices(array).to_numpy()[_bad_captions(pc.list_flatten(array))]] = True
+    bad[pc.list_parent_indices(array).to_numpy()[_bad_strings(pc.list_flatten(array), rule)]] = True
     return bad
 
 
-def text_reason(text: Any) -> str | None:
+def text_reason(text: Any, rule: TextRule = CAPTION) -> str | None:
     """What is wrong with a cell of the text column; None if nothing."""
-    if text is None:
-        return "the caption is null"
     if isinstance(text, UnicodeDecodeError):
-        return f"the caption is not UTF-8 (byte {text.object[text.start]:#04x} at {text.start})"
-    if isinstance(text, str):
-        return caption_reason(text)
+        return f"the {rule.what} is not UTF-8 (byte {text.object[text.start]:#04x} at {text.start})"
     if not isinstance(text, (list, tuple)):
-        return f"the caption must be a string or a list of strings, got {type(text).__name__} {text!r:.40}"
+        return caption_reason(text, *rule)
     if not text:
-        return "the list of captions is empty"
-    wrong = [text_reason(one) if one is None or isinstance(one, str) else "not a string" for one in text]
-    return next((f"caption {i} of the list: {reason}" for i, reason in enumerate(wrong) if reason), None)
+        return f"the list of {rule.what}s is empty"
+    wrong = [caption_reason(one, *rule) if one is None or isinstance(one, str) else "not a string" for one in text]
+    return next((f"{rule.what} {i} of the list: {reason}" for i, reason in enumerate(wrong) if reason), None)
 
 
 def _bad_images(array: pa.Array, folder: str | None) -> np.ndarray:
@@ -120,7 +161,7 @@ def _bad_images(array: pa.Array, folder: str | None) -> np.ndarray:
 
 
 def image_reason(image: Any, folder: str | None) -> str | None:
-    """What is wrong with a cell of the picture column, without decoding it; None if nothing."""
+    """What is wrong with a cell of the image column, without decoding it; None if nothing."""
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if image is None:
@@ -133,7 +174,7 @@ def image_reason(image: Any, folder: str | None) -> str | None:
     return None if os.path.isfile(path) else f"no picture file {path}"
 
 
-def _bad_ids(array: pa.Array, folder: str | None) -> np.ndarray:
+def _bad_ids(array: pa.Array) -> np.ndarray:
     if _is_text(array.type) or (pa.types.is_integer(array.type) and array.type != pa.uint64()):
         return pc.is_null(array).to_numpy(zero_copy_only=False)
     return _by_reason(array, id_reason)

@@ -1,7 +1,8 @@
-"""Rows of pairs: by number (`PairRows`), of a table (`PairTable`), or in sequence (`PairStream`).
+"""Rows by number (`PairRows`), of a table (`PairTable`), or in sequence (`PairStream`), of three kinds.
 
-A row is {"image": bytes | path | {"bytes", "path"}, "captions": list of str, "id": int | str}. Pictures are not
-decoded here. Rows that share an id show the same concept: they are true positives of each other.
+A row is {"image": bytes | path | {"bytes", "path"}, "captions": list of str, "id": int | str}. In rows of images the
+captions are an empty list, in rows of texts the image is None. Images are not decoded here. Rows that share an id show
+the same concept: they are true positives of each other.
 """
 
 import os
@@ -14,7 +15,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .row_checks import CHUNK, SHOWN, PairDataError, find_bad_rows, report, row_reason
+from .row_checks import CHUNK, SHOWN, Kind, PairDataError, find_bad_rows, kind_of, report, row_reason
 from .sampling import concept_id
 
 
@@ -23,6 +24,7 @@ class PairRows(ABC):
 
     Attributes:
         name: what messages call the source.
+        kind: "pairs", "images" or "texts".
         exact_resume: whether a run that reads these rows resumes at the very row where it stopped.
         bad: {row number: reason} of the rows that the check found unusable; they keep their numbers. Empty unless the
             source was opened with `bad_rows="skip"`, since otherwise a bad row is an error.
@@ -30,6 +32,7 @@ class PairRows(ABC):
     """
 
     exact_resume = True
+    kind: Kind = "pairs"
     name: str
     bad: Mapping[int, str]
     has_ids: bool
@@ -47,7 +50,7 @@ class PairRows(ABC):
 
     @abstractmethod
     def captions(self) -> Iterator[str]:
-        """Every caption of every good row in order, for instance to train a tokenizer; pictures are not read."""
+        """Every text of every good row in order, for instance to train a tokenizer; images are not read."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = int(index)
@@ -77,7 +80,8 @@ class PairTable(PairRows):
         reasons: Mapping[int, str] | None = None,
     ) -> None:
         self.columns, self.name, self.folder = columns, name, folder
-        self.data = undecoded(data.select_columns(list(dict.fromkeys(columns.values()))), columns["image"])
+        self.kind = kind_of(columns)
+        self.data = undecoded(data.select_columns(list(dict.fromkeys(columns.values()))), columns.get("image"))
         if not len(self.data):
             raise PairDataError(f"{name}: no rows")
         self.bad, total = find_bad_rows(self.data, columns, folder, SHOWN if bad_rows == "raise" else None)
@@ -95,9 +99,9 @@ class PairTable(PairRows):
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         table = self.data[list(indices)]
-        images, texts = table[self.columns["image"]], table[self.columns["text"]]
-        ids = table[self.columns["id"]] if self.has_ids else indices
-        return [pair_row(*parts, self.folder) for parts in zip(images, texts, ids, strict=True)]
+        cells = {role: table[column] for role, column in self.columns.items()}
+        rows = [dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True)]
+        return [row_of(row, number, self.folder) for row, number in zip(rows, indices, strict=True)]
 
     def ids(self) -> np.ndarray:
         if self._ids is None:
@@ -109,6 +113,8 @@ class PairTable(PairRows):
         return self._ids
 
     def captions(self) -> Iterator[str]:
+        if "text" not in self.columns:
+            return
         texts = self.data.select_columns([self.columns["text"]])
         if self.bad:
             texts = texts.select([row for row in range(len(self)) if row not in self.bad])
@@ -132,8 +138,9 @@ class PairStream:
         reasons: Mapping[int, str] | None = None,
     ) -> None:
         self.columns, self.name, self.folder, self.bad_rows = columns, name, folder, bad_rows
+        self.kind = kind_of(columns)
         self.reasons = reasons or {}
-        self.data = undecoded(data, columns["image"])
+        self.data = undecoded(data, columns.get("image"))
         warnings.warn(self.resume_note, stacklevel=3)
 
     @property
@@ -153,10 +160,9 @@ class PairStream:
     def checked(self) -> Iterator[tuple[int, dict[str, Any], str | None]]:
         """(number, row, what is wrong with it or None) of every row."""
         for number, raw in enumerate(self._cells()):
-            image, text = raw[self.columns["image"]], raw[self.columns["text"]]
-            identity = raw[self.columns["id"]] if "id" in self.columns else number
-            reason = self.reasons.get(number) or row_reason(image, text, identity, self.folder)
-            yield number, ({} if reason else pair_row(image, text, identity, self.folder)), reason
+            cells = {role: raw[column] for role, column in self.columns.items()}
+            reason = self.reasons.get(number) or row_reason(cells, self.folder)
+            yield number, ({} if reason else row_of(cells, number, self.folder)), reason
 
     def _cells(self) -> Iterator[dict[str, Any]]:
         # Not iter(self.data): inside a data worker `datasets` would silently give only that worker's shards.
@@ -166,21 +172,24 @@ class PairStream:
                 yield dict(zip(names, cells, strict=True))
 
 
-def undecoded(data: Any, image_column: str) -> Any:
-    """The data set with its pictures as the bytes that were stored."""
-    if data.features is not None and isinstance(data.features[image_column], datasets.Image):
+def undecoded(data: Any, image_column: str | None) -> Any:
+    """The data set with its images, if it has any, as the bytes that were stored."""
+    feature = None if data.features is None else data.features.get(image_column)
+    if isinstance(feature, datasets.Image):
         return data.cast_column(image_column, datasets.Image(decode=False))
     return data
 
 
-def pair_row(image: Any, text: str | list[str] | None, identity: int | str, folder: str | None) -> dict[str, Any]:
-    """A row of the cells of its columns, a picture's path joined to `folder`."""
+def row_of(cells: Mapping[str, Any], number: int, folder: str | None) -> dict[str, Any]:
+    """A row of its cells by role, an image's path joined to `folder`; without a cell for it, `number` is the id."""
+    image, text = cells.get("image"), cells.get("text")
     if folder is not None:
         if isinstance(image, str):
             image = os.path.join(folder, image)
         elif isinstance(image, dict) and image.get("bytes") is None and image.get("path") is not None:
             image = {**image, "path": os.path.join(folder, image["path"])}
-    return {"image": image, "captions": [text] if isinstance(text, str) else list(text or ()), "id": identity}
+    captions = [text] if isinstance(text, str) else list(text or ())
+    return {"image": image, "captions": captions, "id": cells.get("id", number)}
 
 
 def concept_ids(cells: Any, bad: Mapping[int, str]) -> np.ndarray:

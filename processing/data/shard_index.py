@@ -2,7 +2,8 @@
 
 Layout (webdataset's): members `key.jpg` and `key.txt` or `key.json` with one key are a sample; the key is the member's
 name up to the first dot after the last slash. Samples are numbered by their first member. What follows the key may be
-jpg, jpeg, png, webp, gif, bmp, tif or tiff for the picture, txt or json for the text; other members are passed over.
+jpg, jpeg, png, webp, gif, bmp, tif or tiff for the image, txt or json for the text. Other members are passed over, and
+so are those that rows of this kind do not have: the images of texts, the texts of images.
 """
 
 import json
@@ -22,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from .row_checks import PairDataError, id_reason, text_reason
+from .row_checks import ROLES, Kind, PairDataError, id_reason, rule_of, text_reason
 
-FORMAT = 1  # of the index; another number makes every index anew
+FORMAT = 2  # of the index; another number makes every index anew
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTIONS = ("captions", "caption", "text")  # fields of a .json that hold the text if none is named
 KEY = "__key__"  # webdataset's name for a sample's key, as an id column
@@ -46,13 +47,36 @@ SCHEMA = pa.schema(
 class ShardColumns(NamedTuple):
     """What is read of a sample; None means what stands at the top of this file and, for the id, its row number.
 
-    image: ending of the picture ("png", or several, "jpg;png"). text: ending of a member that is the caption, or a
-    field of the .json that holds it or a list of them. id: a field of the .json, or "__key__".
+    image: ending of the image ("png", or several, "jpg;png"). text: ending of a member that is the caption, or a
+    field of the .json that holds it or a list of them. id: a field of the .json, or "__key__". kind: of the rows.
     """
 
     image: str | None = None
     text: str | None = None
     id: str | None = None
+    kind: Kind = "pairs"
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Endings of images, in the order of preference; none for rows of texts."""
+        if "image" not in ROLES[self.kind]:
+            return ()
+        return tuple(self.image.lower().split(";")) if self.image else IMAGES
+
+    @property
+    def reads_text(self) -> bool:
+        return "text" in ROLES[self.kind]
+
+    @property
+    def reads_fields(self) -> bool:
+        """Whether the id is a field of the .json."""
+        return self.id not in (None, KEY)
+
+    @property
+    def wanted(self) -> set[str]:
+        """Endings of the members that are looked at."""
+        texts = {"txt", "json", (self.text or "txt").lower()} if self.reads_text else set()
+        return {*self.images, *texts, *(("json",) if self.reads_fields else ())}
 
 
 def shard_index(shard: Path, columns: ShardColumns) -> pa.Table:
@@ -126,8 +150,7 @@ class _DamageError(Exception):
 
 def _samples(shard: Path, columns: ShardColumns) -> Iterator[dict[str, Any]]:
     """The rows of the index. Damage that no sample can be blamed for is a row of its own, the last."""
-    endings = tuple(columns.image.lower().split(";")) if columns.image else IMAGES
-    wanted = {*endings, "txt", "json", (columns.text or "txt").lower()}
+    wanted = columns.wanted
     found: list[_Sample] = []
     latest: dict[str, _Sample] = {}
     damage = None
@@ -154,7 +177,7 @@ def _samples(shard: Path, columns: ShardColumns) -> Iterator[dict[str, Any]]:
         except _DamageError as error:
             damage = str(error)
         for sample in found:
-            yield _row_of(sample, endings, columns, file)
+            yield _row_of(sample, columns, file)
     if damage is not None:
         yield _index_row("", reason=damage)
 
@@ -201,15 +224,19 @@ def _check_end(file: BinaryIO, end: int, length: int) -> None:
             raise _DamageError(f"the archive ends at byte {end}, but other data follow up to byte {length}")
 
 
-def _row_of(sample: _Sample, endings: tuple[str, ...], columns: ShardColumns, file: BinaryIO) -> dict[str, Any]:
+def _row_of(sample: _Sample, columns: ShardColumns, file: BinaryIO) -> dict[str, Any]:
     """A sample as a row of the index; every reason against it in one line."""
     reasons = list(sample.reasons)
-    offset, size = next((sample.members[ending] for ending in endings if ending in sample.members), (0, 0))
     has = ", ".join(f".{ending}" for ending in sample.members)
-    if not any(ending in sample.members for ending in endings):
+
+    # where its image lies
+    offset, size = next((sample.members[ending] for ending in columns.images if ending in sample.members), (0, 0))
+    if columns.images and not any(ending in sample.members for ending in columns.images):
         reasons.append(f"missing pair: a sample without a picture (it has {has})")
-    elif not size:
+    elif columns.images and not size:
         reasons.append("the picture has 0 bytes")
+
+    # its text and its id
     captions, identity = None, "null"
     if not sample.reasons:  # what a damaged sample holds is not read
         try:
@@ -242,16 +269,23 @@ def _index_row(
 def _text_of(sample: _Sample, columns: ShardColumns, file: BinaryIO, has: str) -> tuple[list[str], str]:
     """Captions, and the id as JSON. Raises `ValueError` with what is wrong."""
     ending = (columns.text or "txt").lower()
-    fields = _fields(sample, file) if columns.id not in (None, KEY) or ending not in sample.members else None
-    if ending in sample.members:
+    in_fields = columns.reads_text and ending not in sample.members
+    fields = _fields(sample, file) if columns.reads_fields or in_fields else None
+
+    # a member of its own, or a field
+    text: Any = []
+    rule = rule_of(ROLES[columns.kind])
+    if columns.reads_text and not in_fields:
         text = _decoded(sample, ending, file).rstrip("\r\n")
-    elif fields is None:
+    elif in_fields and fields is None:
         raise ValueError(f"missing pair: a sample without a caption (it has {has})")
-    else:
+    elif in_fields:
         names = CAPTIONS if columns.text is None else (columns.text,)
         text = next((fields[name] for name in names if name in fields), None)
-    if reason := text_reason(text):
+    if columns.reads_text and (reason := text_reason(text, rule)):
         raise ValueError(reason)
+
+    # the key, or a field
     identity = None
     if columns.id is not None:
         identity = sample.key if columns.id == KEY else (fields or {}).get(columns.id)

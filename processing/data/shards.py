@@ -1,4 +1,4 @@
-"""Tar shards read at random places: one read of a sample's bytes, by the index beside each shard."""
+"""Tar shards read at random places: one read of a sample's image, by the index beside each shard."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def find_shards(source: Any) -> list[Path]:
 
 
 class PairShards(PairRows):
-    """The samples of shards, numbered shard after shard. Pictures are read by offset, captions stand in the index.
+    """The samples of shards, numbered shard after shard. Images are read by offset, texts stand in the index.
 
     Raises:
         PairDataError: a missing or foreign file, no samples, or bad ones, which are named by shard and key.
@@ -65,12 +65,14 @@ class PairShards(PairRows):
 
     def __init__(self, shards: Sequence[Path], columns: ShardColumns, bad_rows: str = "raise") -> None:
         self.shards, self.has_ids = [str(shard) for shard in shards], columns.id is not None
+        self.kind = columns.kind
         self.name = self.shards[0] + (f" (+{len(shards) - 1})" if shards[1:] else "")
         tables = [shard_index(Path(shard), columns).replace_schema_metadata(None) for shard in shards]
         self.starts = np.cumsum([0, *map(len, tables)])
         self.table = pa.concat_tables(tables).combine_chunks()
         if not len(self):
-            raise PairDataError(f"{self.name}: no samples (expected members such as 0001.jpg with 0001.txt)")
+            expected = {"pairs": "0001.jpg with 0001.txt", "images": "0001.jpg", "texts": "0001.txt"}[self.kind]
+            raise PairDataError(f"{self.name}: no samples (expected members such as {expected})")
         reasons = self.table["reason"]
         self.bad = {
             int(row): f"{self._called(int(row))}: {reasons[int(row)]}"
@@ -87,6 +89,16 @@ class PairShards(PairRows):
         places = np.asarray(indices, dtype=np.int64)
         columns = ["image_offset", "image_size", "captions", "id", "key"]
         cells = self.table.select(columns).take(places).to_pylist()
+        if self.kind != "texts":
+            self._read_images(cells, places)
+        ids = [json.loads(cell["id"]) for cell in cells] if self.has_ids else places.tolist()
+        return [
+            {"image": cell.get("image"), "captions": cell["captions"] or [], "id": identity}
+            for cell, identity in zip(cells, ids, strict=True)
+        ]
+
+    def _read_images(self, cells: list[dict[str, Any]], places: np.ndarray) -> None:
+        """Puts into each cell the bytes of its image; a shard is opened once."""
         of = np.searchsorted(self.starts, places, side="right") - 1
         for number in np.unique(of):
             shard = self.shards[number]
@@ -95,11 +107,6 @@ class PairShards(PairRows):
                     cell = cells[place]
                     content = os.pread(file.fileno(), cell["image_size"], cell["image_offset"])
                     cell["image"] = {"bytes": content, "path": f"{shard}/{cell['key']}"}
-        ids = [json.loads(cell["id"]) for cell in cells] if self.has_ids else places.tolist()
-        return [
-            {"image": cell["image"], "captions": cell["captions"] or [], "id": identity}
-            for cell, identity in zip(cells, ids, strict=True)
-        ]
 
     def ids(self) -> np.ndarray:
         if self._ids is None:
@@ -111,7 +118,7 @@ class PairShards(PairRows):
         for start in range(0, len(self), CHUNK):
             for row, captions in enumerate(self.table["captions"].slice(start, CHUNK).to_pylist(), start):
                 if row not in self.bad:
-                    yield from captions
+                    yield from captions or ()
 
     def where(self, index: int) -> tuple[str, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1

@@ -1,4 +1,4 @@
-"""Tables kept as text, csv and lines of JSON: what is wrong with their rows, whatever `datasets` makes of them.
+"""Tables kept as text, csv, lines of JSON and plain lines: what is wrong with their rows, whatever `datasets` does.
 
 Read leniently, a quote that is never closed swallows the rows up to the next one and a lone surrogate is dropped, both
 without a word. So a csv is first read strictly, by python's own reader, and lines of JSON are searched for surrogates.
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 
-from .row_checks import PairDataError
+from .row_checks import CHUNK, PairDataError
 
 # \ud800 without \udc00 behind it, or the other way round; a backslash that is itself escaped is sorted out later
 LONE_SURROGATE = re.compile(
@@ -45,9 +46,7 @@ def csv_header(file: Path) -> list[str]:
     Raises:
         PairDataError: no line, a name that occurs twice, or another encoding than UTF-8.
     """
-    with open(file, "rb") as content:
-        if content.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise PairDataError(f"{file}: is UTF-16; expected UTF-8")
+    _refuse_utf16(file)
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines, _fields_of_any_size():
         try:
             header = next(csv.reader(lines, delimiter=separator(file)), [])
@@ -94,6 +93,39 @@ def json_faults(file: Path) -> tuple[int, list[Fault]]:
             if reason is not None:
                 found.append(Fault(row, reason, alone=True))
     return row + 1, found
+
+
+def line_faults(file: Path) -> tuple[int, list[Fault]]:
+    """How many lines a text has, blank ones left out, and those that are not UTF-8."""
+    _refuse_utf16(file)
+    row, found = -1, []
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.isspace():
+                continue
+            row += 1
+            if not _is_utf8(line):
+                found.append(Fault(row, f"is not UTF-8 (line {number})", alone=True))
+    return row + 1, found
+
+
+def without_blank_lines(data: Any) -> Any:
+    """The rows of a data set of lines that are a text."""
+    if isinstance(data, datasets.IterableDataset):
+        return data.filter(_has_text, input_columns="text")
+    kept = [np.array([_has_text(line) for line in table["text"]], dtype=bool) for table in data.iter(CHUNK)]
+    filled = np.flatnonzero(np.concatenate(kept)) if kept else []
+    return data if len(filled) == len(data) else data.select(filled)
+
+
+def _has_text(line: str) -> bool:
+    return bool(line) and not line.isspace()
+
+
+def _refuse_utf16(file: Path) -> None:
+    with open(file, "rb") as content:
+        if content.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise PairDataError(f"{file}: is UTF-16; expected UTF-8")
 
 
 def _json_reason(line: str) -> str | None:

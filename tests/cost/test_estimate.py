@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_loading import collator_of
-from torch.utils.flop_counter import FlopCounterMode
 
 from oner import OneRConfig, SimlaConfig
 from oner.processing.data.augmentation import TrainingImageTransform
 from oner.processing.data.sampling import RowKey
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.cost.estimate import DEVICES, GIB, Device, configuration_of, estimate
+from oner.training.cost.flops import flop_counter
 from oner.training.cost.rehearsal import rehearse
 from oner.training.objectives.examples import example_pairs
 from oner.training.objectives.objective import Example, build_objective
@@ -119,7 +119,7 @@ def real_step(given, config, half):
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss, *_ = objective(model.train(), batch, 0.5)
         loss.backward()

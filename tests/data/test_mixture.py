@@ -16,7 +16,7 @@ from oner.processing.data.sampling import EXTRA_TURN, PairBatchSampler, PairOrde
 from oner.processing.data.sources import PairDataError, PairTrainingSet, PairTrainingStream, open_rows
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.run.arguments import DataArguments
-from oner.training.run.opening import open_training_pairs
+from oner.training.run.opening import open_training_rows
 from oner.training.run.parsing import parse_arguments
 
 
@@ -283,7 +283,7 @@ def test_entries_of_one_kind_stay_one_source_unless_weighed(emoji_folder, tmp_pa
 
 def test_data_workers_deliver_a_mixture_in_order(emoji_folder):
     files = [str(emoji_folder / name) for name in ("test_style.parquet", "test_concept.parquet")]
-    rows = open_training_pairs(DataArguments(train_data=files, data_weights=[1, 3], id_column="hexcode"))
+    rows = open_training_rows(DataArguments(train_data=files, data_weights=[1, 3], id_column="hexcode"))
     options = {"n_rows": len(rows), "batch_size": 40, "total_steps": 50, "sizes": rows.sizes, "weights": (1, 3)}
     sampler = PairBatchSampler(**options, groups=rows.ids(), start_step=44)  # over the edge of an epoch
     plain = list(DataLoader(PairTrainingSet(rows), batch_sampler=sampler, collate_fn=list))

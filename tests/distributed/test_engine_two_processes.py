@@ -45,7 +45,7 @@ from oner.training.run.engine import Engine
 step = Engine._train_step
 def spy(self, batch):
     with open(Path({output!r}) / f"rows-{{os.environ['RANK']}}.jsonl", "a") as file:
-        file.write(json.dumps(batch["rows"].tolist()) + "\\n")
+        file.write(json.dumps(batch["pairs"]["rows"].tolist()) + "\\n")
     return step(self, batch)
 Engine._train_step = spy
 if __name__ == "__main__":
@@ -89,7 +89,7 @@ def pretrain_here(arguments: list[str], directory: Path) -> None:
 
     def spy(self, batch):
         with open(directory / "rows.jsonl", "a") as file:
-            file.write(json.dumps(batch["rows"].tolist()) + "\n")
+            file.write(json.dumps(batch["pairs"]["rows"].tolist()) + "\n")
         return step(self, batch)
 
     forget_accelerator()

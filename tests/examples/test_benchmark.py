@@ -294,3 +294,18 @@ def test_the_whole_command_writes_figures_and_page(tmp_path, root):
     assert case["formula_flops"] == pytest.approx(case["flops"], rel=0.02)
     assert set(kept["cases"]) == {"oner_fp32", "oner_bf16_compiled", "loader"}
     assert "| oner_fp32 | 4 |" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_attention_on_the_cpu_is_counted(masked):
+    """Some releases of torch have no formula for it, and `oner estimate` would leave attention out."""
+    query, key = (torch.randn(2, 3, length, 8, requires_grad=True) for length in (7, 5))
+    mask = torch.ones(2, 1, 7, 5, dtype=torch.bool) if masked else None
+
+    def attend() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+
+    forward = attention_flops(2, 7, 5, 3 * 8)
+    assert counted_flops(attend) == forward
+    # the backward makes the scores anew: five products for the forward's two
+    assert counted_flops(lambda: attend().sum().backward()) == 3.5 * forward

@@ -95,7 +95,7 @@ def test_the_papers_numbers_stand_in_its_files():
     first = parse_arguments(["--config", str(ROOT / "examples" / "configs" / "oner_base_224.yaml")])
     assert (first.run.epochs, first.run.batch_size, first.run.warmup_epochs) == (40, 4096, 4)
     assert (first.run.base_learning_rate, first.run.weight_decay, first.objective.ema_momentum) == (1e-4, 0.1, 0.996)
-    assert (first.data.mlm_probability, first.data.mim_ratio) == (0.15, [0.1, 0.5])
+    assert (first.data.masking.mlm_probability, first.data.masking.mim_ratio) == (0.15, [0.1, 0.5])
     assert first.objective.losses == ["itc", "cmc", "mlm", "mim"]
     second = parse_arguments(["--config", str(ROOT / "examples" / "configs" / "oner_base_384.yaml")])
     assert (second.run.epochs, second.run.batch_size) == (5, 1024)

@@ -19,7 +19,6 @@ from oner.training.tasks.finetuning import TASKS, find_task
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("finetune_*.yaml"))
 

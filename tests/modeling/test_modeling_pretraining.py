@@ -4,6 +4,8 @@ B pairs, L positions, N = 16 patches, W word slots, D = 32 width, P = 8 embeddin
 """
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from naive_streams import crossed_states, masks_of, three_kinds
 from tiny_oner import joint_batch, randomised, tiny_config
 
 from oner import OneRForMaskedLM, OneRForPreTraining
+from oner.modeling import modeling_oner_pretraining, vl_layers
 from oner.modeling.vl_layers import split_streams
 
 LENGTHS = [5, 0, 3, 1]
@@ -297,3 +300,52 @@ def test_the_learnable_temperature_travels_with_the_output():
     model = build(learnable_temperature=True, temperature=0.1)
     output = model(**step_inputs(joint_batch(LENGTHS)))
     assert output.logit_scale is model.logit_scale and output.logit_scale.exp().item() == pytest.approx(10, rel=1e-5)
+
+
+def naive_varlen(query, key, value, starts, _, longest, __, scale):
+    """Each sequence by itself. (n, H, d) three times, (R + 1,) -> (n, H, d)."""
+    rows = []
+    for first, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        assert 0 < end - first <= longest
+        q, k, v = (part[first:end].transpose(0, 1) for part in (query, key, value))  # (H, L, d)
+        rows.append(((q @ k.transpose(1, 2) * scale).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("contrast_masked", [True, False])
+def test_rows_without_padding_attend_as_padded_ones_do(monkeypatch, contrast_masked):
+    """What a GPU's kernel for unequal lengths is given, answered by a loop: same embeddings, logits and gradients."""
+    batch = joint_batch([3, 0, 7, 1, 12], dtype=torch.float64)
+    told = []
+    for unpadded in (False, True):
+        torch.manual_seed(0)
+        model = randomised(OneRForPreTraining(tiny_config())).double().train()
+        if unpadded:
+            monkeypatch.setattr(vl_layers, "varlen_attn", naive_varlen)
+            monkeypatch.setattr(modeling_oner_pretraining, "attends_unpadded", lambda *_: True)
+        output = model(**step_inputs(batch), contrast_masked=contrast_masked)
+        groups = {"embedding": output.embeddings, "words": output.mlm_logits, "pixels": output.pixel_predictions}
+        values = {f"{kind} {name}": value for kind, group in groups.items() for name, value in group.items()}
+        sum(value.square().sum() for value in values.values()).backward()
+        gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        told.append((values, gradients))
+    for one, other in zip(*told, strict=True):
+        assert one.keys() == other.keys() and len(one) >= 8
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_rows_are_unpadded_on_cuda_in_half_precision_only():
+    config, like = tiny_config(), torch.empty(2, 32)
+    stream = vl_layers.Stream("image", 2, 17)
+    assert not vl_layers.attends_unpadded(config, [stream], like, training=True)
+    # the question is asked of names and types alone
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    config._attn_implementation = "sdpa"
+    assert vl_layers.attends_unpadded(config, [stream], on_gpu, training=True)
+    assert not vl_layers.attends_unpadded(config, [replace(stream, context="text")], on_gpu, training=True)
+    on_gpu.dtype = torch.float32
+    assert not vl_layers.attends_unpadded(config, [stream], on_gpu, training=True)
+    config._attn_implementation = "eager"
+    on_gpu.dtype = torch.bfloat16
+    assert not vl_layers.attends_unpadded(config, [stream], on_gpu, training=True)

@@ -11,9 +11,9 @@ from oner import SimlaForPreTraining
 from oner.training.objectives.simla import SimlaObjective, SimlaObjectiveArguments
 
 PATCHES = 16
-# losses relative and absolute; gradients of a parameter's largest, and absolute; state absolute
-FP32, FP64 = (1e-5, 1e-4, 2e-7, 1e-6), (1e-12, 1e-11, 0.0, 1e-12)
-TOLERANCES = {torch.float32: FP32, torch.float64: FP64}
+# Losses relative and absolute; gradients of a parameter's largest, and absolute; state absolute. What is equal is seen
+# in fp64. In fp32 two makes of processor and two numbers of threads leave 5e-6, 1.8e-4 and 1.2e-6: five times that.
+TOLERANCES = {torch.float32: (3e-5, 1e-3, 2e-7, 1e-5), torch.float64: (1e-12, 1e-11, 0.0, 1e-12)}
 
 RENAMED = [
     (r"^visual_encoder\.patch_embed\.proj", "simla.vision.embeddings.stem.projection"),

@@ -44,7 +44,7 @@ def test_a_converted_file_takes_the_official_step(tmp_path, alpha, record):
 
     state, _ = to_official(student.state_dict(), objective.state_dict())
     for name, after in step.after.items():
-        torch.testing.assert_close(state[name].to(after.dtype), after, atol=1e-6, rtol=0, msg=name)
+        torch.testing.assert_close(state[name].to(after.dtype), after, atol=1e-5, rtol=0, msg=name)
 
 
 def test_two_tables_of_names_agree():
@@ -105,8 +105,8 @@ def test_the_page_says_how(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     told = {line.partition(":")[0]: line for line in done.stdout.splitlines()}
     for name in ("itc", "itm", "mlm", "mim", "psl"):
-        assert float(told[name].rpartition(" ")[2]) < 1e-5, told[name]
-    for name, most in (("gradients", 1e-4), ("teacher and queues", 1e-6)):
+        assert float(told[name].rpartition(" ")[2]) < 3e-5, told[name]
+    for name, most in (("gradients", 1e-3), ("teacher and queues", 1e-5)):
         largest = float(re.search(r"', ([\d.e-]+)\)", told[name])[1])
         assert 0 < largest < most, told[name]
     assert len(re.findall(r"\('", told["gradients"])) == 3

@@ -15,7 +15,6 @@ from transformers import AutoModel, AutoModelForPreTraining, AutoModelForZeroSho
 
 from oner.training.publishing.model_loading import DIGESTS, ModelDirectoryError, check_directory, load_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 AUTOS = (AutoModel, AutoModelForPreTraining, AutoModelForZeroShotImageClassification)
 WEIGHTS = "model.safetensors"
 # of a tower's first layer, behind the tower's place in the family's models

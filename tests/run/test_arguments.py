@@ -72,7 +72,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
 def test_numbers_that_yaml_reads_as_text_become_numbers(parse):
     arguments = parse("base_learning_rate: 1e-4\nmin_learning_rate: 1e-6\nmim_ratio: [1e-1, 0.5]\nbatch_size: '64'\n")
     assert arguments.run.base_learning_rate == 1e-4 and arguments.run.min_learning_rate == 1e-6
-    assert arguments.data.mim_ratio == [0.1, 0.5] and arguments.run.batch_size == 64
+    assert arguments.data.masking.mim_ratio == [0.1, 0.5] and arguments.run.batch_size == 64
 
 
 def test_one_value_stands_for_a_list_of_one(parse):
@@ -115,7 +115,7 @@ def test_json_on_the_command_line(parse):
     [
         ("train_data: []", "train_data is empty"),
         ("batch_size: 1", "batch_size is 1; contrast needs at least 2"),
-        ("crop_scale: [0.5]", r"crop_scale is \[0\.5\]; expected two numbers"),
+        ("crop_scale: [0.5]", r"crop_scale is \[0\.5\]; expected two rising numbers"),
         ("crop_scale: [0.5, 1.5]", r"crop_scale is \[0\.5, 1\.5\]"),
         ("mim_ratio: [-0.1, 0.5]", r"mim_ratio is \[-0\.1, 0\.5\]"),
         ("eval_captions: second", "eval_captions is 'second'; expected 'all' or 'first'"),
@@ -209,7 +209,7 @@ def test_portions_have_data_batches_and_seeds_of_their_own(parse):
     assert (texts.run.batch_size, texts.run.gradient_cache_chunks, texts.run.repeat) == (8, 1, 5)
     assert pairs.data.train_data == ["pairs.parquet"] and texts.data.train_data == ["notes.txt"]
     assert (pairs.data.kind, texts.data.kind, texts.data.max_bad_rows) == ("pairs", "texts", 0.2)
-    assert texts.data.mlm_probability == 0.3 and pairs.data.mlm_probability == 0.15
+    assert texts.data.masking.mlm_probability == 0.3 and pairs.data.masking.mlm_probability == 0.15
     assert pairs.run.seed == 5 and texts.run.seed not in (5, parse("seed: 6\n").run.seed)
     assert json.loads(json.dumps(arguments.to_dict())) == arguments.to_dict()
 

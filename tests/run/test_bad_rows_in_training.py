@@ -29,7 +29,6 @@ from oner.training.run.parsing import parse_arguments
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.* cannot be used:UserWarning"),
 ]
 DECODED, OPENED = (3, 11, 12), (20, 33)  # bad when decoded, bad when opened

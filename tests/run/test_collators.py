@@ -1,5 +1,7 @@
 """What a run's arguments make of a collator: its parts, for each kind of rows and for a family's own layout."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_pretraining import tiny_arguments
@@ -56,7 +58,8 @@ def test_a_masking_of_its_own(made):
     nothing = pair_collator(arguments, processor, config, UNMASKED)(items)
     assert torch.equal(nothing["masked_input_ids"], nothing["input_ids"])
     assert not nothing["bool_masked_pos"].any() and not len(nothing["mlm_index"])
-    short = text_collator(arguments, processor, config, max_text_length=2)
+    told = dataclasses.replace(arguments, data=dataclasses.replace(arguments.data, max_text_length=2))
+    short = text_collator(told, processor, config)
     assert short.reader.windows and short(items)["input_ids"].shape == (5, 3)
 
 

@@ -20,7 +20,6 @@ from oner.training.run.engine import Engine
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.* cannot be used:UserWarning"),
 ]
 STEPS = 6  # of five an epoch, so that the second begins
@@ -108,9 +107,9 @@ def test_stopped_and_resumed_is_never_stopped(
 def test_bad_rows_are_replaced_and_listed(family, example, tmp_path, monkeypatch):
     source, seen, train_step = spoil(tmp_path / "pairs.parquet"), [], Engine._train_step
 
-    def watched(self, batch):
-        seen.extend(batch["rows"].tolist())
-        return train_step(self, batch)
+    def watched(self, batches):
+        seen.extend(batches["pairs"]["rows"].tolist())
+        return train_step(self, batches)
 
     monkeypatch.setattr(Engine, "_train_step", watched)
     example.main(command(family, source, tmp_path / "run", max_bad_rows=0.5, max_steps=5))

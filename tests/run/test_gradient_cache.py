@@ -187,8 +187,8 @@ def test_batch_statistics_in_pieces_are_announced_and_nothing_else_is(accelerato
     student, objective = build_pair({"losses": ["itc"]}, head_norm="batch", stem="linear")
     RunningStatistics([student.eval()]).warn(4)
     assert not said
-    loss_and_gradients(accelerator, objective, student.train(), batch, 0.0, 4)
-    assert len(said) == 1 and "BatchNorm layers normalise by the statistics of a piece" in said[0]
+    loss_and_gradients(accelerator, objective, student.train(), {"pairs": batch}, 0.0, {"pairs": 4})
+    assert len(said) == 1 and "BatchNorm layers normalise by the statistics of a chunk" in said[0]
     assert "gradient_cache_chunks is 4" in said[0]
 
 

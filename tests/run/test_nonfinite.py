@@ -13,7 +13,7 @@ from oner.training.run.checkpoint import list_checkpoints, load_checkpoint, rest
 from oner.training.run.engine import Engine
 from oner.training.run.nonfinite import NonFiniteGuard, gradient_norm
 
-pytestmark = [pytest.mark.usefixtures("fresh_accelerator"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [pytest.mark.usefixtures("fresh_accelerator")]
 # batch norm in the heads, whose statistics a forward moves; a checkpoint after every one of the ten steps
 EVERY_STEP = {
     "save_every_epochs": 0.2,
@@ -26,11 +26,11 @@ def spoil_pictures(monkeypatch, steps: set[int]) -> list[list[int]]:
     """A pixel in the batches of `steps` at which the first layer and its batch norm overflow; returns all rows."""
     train_step, rows = Engine._train_step, []
 
-    def spoiled(self, batch):
-        rows.append(batch["rows"].tolist())
+    def spoiled(self, batches):
+        rows.append(batches["pairs"]["rows"].tolist())
         if self.step + 1 in steps:
-            batch["pixel_values"][3, 0, 5, 5] = 3e38
-        return train_step(self, batch)
+            batches["pairs"]["pixel_values"][3, 0, 5, 5] = 3e38
+        return train_step(self, batches)
 
     monkeypatch.setattr(Engine, "_train_step", spoiled)
     return rows
@@ -94,7 +94,7 @@ def test_nothing_moves_in_a_step_that_is_not_finite(example, pairs, tmp_path, mo
     assert told["step"] == 3 and told["progress"] == 0.2
     assert (float(told["loss"]) > 0) == loss and (norm is None or told["gradient_norm"] == norm)
     if rows:
-        assert tensors["rows"].tolist() == rows[2]
+        assert tensors["pairs.rows"].tolist() == rows[2]
     for name, value in before["random"].items():
         assert torch.equal(tensors[name], value[0]), name
     restore_random_state(tensors)
@@ -104,9 +104,11 @@ def test_a_line_of_the_log_at_such_a_step_is_still_json(example, pairs, tmp_path
     spoil_loss(monkeypatch, {2})
     train_step = Engine._train_step
 
-    def spoiled(self, batch):
-        loss, parts = train_step(self, batch)
-        return (loss * float("nan"), {**parts, "itc": loss / 0}) if self.step == 2 else (loss, parts)
+    def spoiled(self, batches):
+        taken = train_step(self, batches)
+        if self.step != 2:
+            return taken
+        return taken._replace(loss=taken.loss * float("nan"), parts={**taken.parts, "itc": taken.loss / 0})
 
     monkeypatch.setattr(Engine, "_train_step", spoiled)
     example.main(tiny_arguments(pairs, tmp_path, max_steps=3))
@@ -218,16 +220,29 @@ def test_the_norm_sees_every_gradient():
         assert not gradient_norm(weights).isfinite()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
-def test_an_accelerator_is_not_waited_for_between_lines_of_the_log(example, pairs, tmp_path, monkeypatch):
-    train_step = Engine._train_step
+@pytest.mark.gpu
+@pytest.mark.parametrize("spoilt", [(), (4,)], ids=["finite", "spoilt"])
+def test_an_accelerator_is_not_waited_for_between_lines_of_the_log(
+    example, pairs, tmp_path, monkeypatch, family, spoilt
+):
+    """A step that is not applied makes the host wait no more than one that is."""
+    train_step, weights = Engine._train_step, {}
 
-    def watched(self, batch):
+    def watched(self, batches):
+        if self.step + 1 in spoilt:
+            batches["pairs"]["pixel_values"][3, 0, 5, 5] = 3e38
+        pairs = {name: value.pin_memory() for name, value in batches["pairs"].items()}
         torch.cuda.set_sync_debug_mode("error" if self.step > 1 else "default")
         try:
-            return train_step(self, {name: value.pin_memory() for name, value in batch.items()})
+            told = train_step(self, {"pairs": pairs})
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        weights[self.step] = max(self.model.parameters(), key=torch.numel).detach().clone()
+        return told
 
     monkeypatch.setattr(Engine, "_train_step", watched)
-    example.main(tiny_arguments(pairs, tmp_path, log_every=100, mixed_precision="bf16", max_grad_norm=1.0))
+    options = {"log_every": 100, "mixed_precision": "bf16", "max_grad_norm": 1.0}
+    example.main(tiny_arguments(pairs, tmp_path, family.name, **options))
+    assert len(weights) == 10
+    for step in range(2, 11):
+        assert torch.equal(weights[step], weights[step - 1]) == (step in spoilt), step

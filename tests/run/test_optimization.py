@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from families import PRETRAINING
 from tiny_oner import tiny_config
 
 from oner.modeling.modeling_oner_pretraining import OneRForPreTraining
 from oner.training.objectives.oner import OneRObjective, OneRObjectiveArguments
 from oner.training.run.arguments import RunArguments
-from oner.training.run.optimization import build_optimizer, build_schedule
+from oner.training.run.optimization import GRAPHS_PER_LAYER, build_optimizer, build_schedule, compile_regions
 
 
 def closed_form(step: int, total: int, warmup: int, peak: float, lowest: float) -> float:
@@ -131,3 +132,23 @@ def test_every_trainable_parameter_is_in_exactly_one_group(decay_all):
     trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert len(trainable) < len(list(model.parameters()))
     assert sorted(grouped) == sorted(trainable)
+
+
+@pytest.mark.slow
+def test_no_layer_of_any_family_falls_back_to_eager_for_its_many_graphs(family):
+    """torch gives up a layer after eight graphs without a word, and SIMLA's have more."""
+    counters = torch._dynamo.utils.counters
+    torch.compiler.reset()
+    counters.clear()
+    model = family.build(PRETRAINING, **family.tiny.DRAWN).train()
+    objective = family.objective(model)
+    compile_regions([model, *(teacher.model for teacher in objective.teachers())], backend="aot_eager")
+    for lengths in ([3, 5, 7, 2], [4, 12, 1, 6], [5, 5, 5, 5]):
+        objective(model, family.tiny.make_batch(lengths), 0.5)[0].backward()
+        objective.after_step()
+    assert counters["frames"]["ok"] == counters["frames"]["total"] >= 4
+    assert not counters["graph_break"] and not any("limit" in name for name in counters["unimplemented"])
+    graphs = counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+    assert graphs <= GRAPHS_PER_LAYER
+    assert family.name != "simla" or graphs > 8

@@ -31,7 +31,6 @@ from oner.training.run.checkpoint import list_checkpoints, load_checkpoint, step
 from oner.training.run.engine import Engine
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 WORKERS, CHUNKS, SOURCES, STOPS = (0, 2), (1, 4), ("table", "shards", "mixture"), (1, 3)
@@ -139,8 +138,9 @@ class Crash(BaseException):
     """Nothing catches it, so nothing is saved: as SIGKILL, but in this process."""
 
 
-def digest(batch: dict[str, torch.Tensor]) -> str:
-    content = b"".join(name.encode() + batch[name].contiguous().numpy().tobytes() for name in sorted(batch))
+def digest(batches: dict[str, dict[str, torch.Tensor]]) -> str:
+    named = {f"{portion}.{name}": value for portion, batch in batches.items() for name, value in batch.items()}
+    content = b"".join(name.encode() + named[name].contiguous().numpy().tobytes() for name in sorted(named))
     return hashlib.sha256(content).hexdigest()
 
 

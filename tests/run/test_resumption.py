@@ -27,7 +27,6 @@ from oner.training.run.resumption import RunLog, check_same_run, choose_checkpoi
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 CPU = torch.device("cpu")

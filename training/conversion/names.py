@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-# timm's ViT, which both repositories carry a copy of -> SimlaVisionEncoder; `#` is a layer's number
+# timm's ViT, which both repositories carry a copy of -> VisionEncoder; `#` is a layer's number
 VISION = (
     ("cls_token", "embeddings.cls_token"),
     ("pos_embed", "embeddings.position_embeddings"),
@@ -17,7 +17,7 @@ VISION = (
     ("blocks.#.mlp.fc2", "layers.#.feed_forward.fc2"),
     ("norm", "norm"),
 )
-# BERT's encoder, with the cross-attention of BLIP's copy of it -> SimlaTextEncoder
+# BERT's encoder, with the cross-attention of BLIP's copy of it -> TextEncoder
 BERT = (
     ("embeddings.word_embeddings", "embeddings.word_embeddings"),
     ("embeddings.position_embeddings", "embeddings.position_embeddings"),

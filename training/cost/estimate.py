@@ -18,8 +18,9 @@ from oner.training.run.parsing import parse_arguments
 from .rehearsal import Rehearsal, rehearse
 
 GIB, TERA = 2**30, 1e12
-# share of the peak that is assumed where none is given; docs/performance.md says what was measured where
-DEFAULT_MFU = 0.40
+# share of the data sheet's peak that is assumed where none is given: what OneR's base step reached on one H200, batch
+# 256, eager and compiled (docs/gpu.md)
+EAGER_MFU, COMPILED_MFU = 0.31, 0.36
 # of everything counted: allocator's rounding, libraries' workspaces, gradients in flight
 MARGIN = 0.10
 
@@ -103,11 +104,16 @@ def memory_by_part(rehearsal: Rehearsal, arguments: Arguments, count: int, shard
     return {**gib, "total": sum(gib.values())}
 
 
+def default_mfu(arguments: Arguments) -> float:
+    """What is assumed where nobody says better."""
+    return COMPILED_MFU if arguments.run.compile else EAGER_MFU
+
+
 def estimate(
     arguments: Arguments,
     device: Device,
     count: int = 1,
-    mfu: float = DEFAULT_MFU,
+    mfu: float | None = None,
     words: int = 12,
     pairs: int | None = None,
     sharding: str = "ddp",
@@ -115,7 +121,8 @@ def estimate(
     """
     Args:
         count: Devices; each takes an even share of the batch.
-        mfu: Share of the device's peak that the step's operations reach, recomputed ones included.
+        mfu: Share of the device's peak that the step's operations reach, recomputed ones included; what was measured
+            of `compile` or without it if None.
         words: Words of a caption on average; one of each batch is as long as the model allows.
         pairs: Training pairs, for a run of epochs.
 
@@ -123,6 +130,7 @@ def estimate(
         ValueError: a batch that the devices, or the chunks of each, do not divide; shares and counts out of range.
     """
     run, chunks = arguments.run, arguments.run.gradient_cache_chunks
+    mfu = default_mfu(arguments) if mfu is None else mfu
     if count < 1 or not 0 < mfu <= 1 or sharding not in SHARDS:
         raise ValueError(f"got count {count}, mfu {mfu}, sharding {sharding!r}; expected 1 or more, a share in (0, 1] "
                          f"and one of {sorted(SHARDS)}")  # fmt: skip
@@ -180,11 +188,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         memory=options.memory_gib or known.memory,
     )
     arguments = parse_arguments(rest)
-    result = estimate(
-        arguments, device, options.count, options.mfu, options.words, options.pairs, sharding=options.sharding
-    )
+    mfu = default_mfu(arguments) if options.mfu is None else options.mfu
+    result = estimate(arguments, device, options.count, mfu, options.words, options.pairs, sharding=options.sharding)
     if options.json:
-        print(json.dumps({**asdict(result), "mfu": options.mfu, "count": options.count}, indent=1))
+        print(json.dumps({**asdict(result), "mfu": mfu, "count": options.count}, indent=1))
     else:
-        print(describe(result, device, options.count, options.mfu, options.words))
+        print(describe(result, device, options.count, mfu, options.words))
     return 0

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from oner.training.objectives.objective import Batch, Example, Portion, objective_classes
 from oner.training.private_names import FakeTensorMode, storage_id
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_model
+
+from .flops import flop_counter
 
 PROGRESS = 0.5
 
@@ -125,7 +126,7 @@ def _run(portion: Portion, model: nn.Module, batch: Batch, owned: set[int], auto
 
 def _counted(function: Callable[[], Any]) -> tuple[float, Any]:
     """Operations of a call, and what it gives."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         result = function()
     return float(counter.get_total_flops()), result
 

@@ -51,7 +51,7 @@ def open_labelled(
     columns = {"id": numbers, NAME_COLUMN: [first[number] for number in numbers]}
     for name, values in columns.items():
         images = images.add_column(name, values)
-    return open_rows(images, image_column, NAME_COLUMN, "id")
+    return open_rows(images, "pairs", image_column, NAME_COLUMN, "id")
 
 
 def class_numbers(values: Sequence[Any], count: int, where: str) -> list[int]:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -210,6 +210,13 @@ def objective_classes(family: str) -> tuple[type, type]:
     module_name, objective, arguments = OBJECTIVES[family]
     module = import_module(module_name)
     return getattr(module, objective), getattr(module, arguments)
+
+
+def check_choices(arguments: Any) -> None:
+    """Raises `ValueError` for a field of a dataclass that is none of the words which its `Literal` lists."""
+    for name, hint in get_type_hints(type(arguments)).items():
+        if get_origin(hint) is Literal and getattr(arguments, name) not in get_args(hint):
+            raise ValueError(f"{name} is {getattr(arguments, name)!r}; expected one of {list(get_args(hint))}")
 
 
 def build_objective(family: str, student: nn.Module, arguments: Any) -> Objective:

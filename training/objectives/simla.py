@@ -13,29 +13,20 @@ K masked patches.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
-from oner.processing.data.chunks import split_pairs
-from oner.training.parallel.distributed import gather_without_gradient
-from oner.training.parallel.sharding import own_part
 from oner.training.publishing.model_loading import load_model
 
 from .examples import example_pairs
-from .feature_queue import FeatureQueue
 from .losses import in_full
-from .losses_distilled import (
-    distilled_contrast,
-    distilled_cross_entropy,
-    distilled_presence,
-    draw_negatives,
-    keyword_targets,
-)
-from .objective import Batch, Comparison, Example, Representations, SinglePortion, Targets
-from .teacher import EMATeacher
+from .losses_distilled import distilled_cross_entropy, distilled_presence, keyword_targets
+from .momentum import MomentumArguments, MomentumDistillation
+from .objective import Batch, Example, Representations, Targets
 
 LOSSES = ("itc", "itm", "mlm", "mim", "psl")
 # the pass of the student that each loss is made of; contrast is made for all, since negatives are drawn by it
@@ -44,57 +35,31 @@ TEACHER_PASSES = {"mlm": "words", "mim": "patches"}
 
 
 @dataclass
-class SimlaObjectiveArguments:
+class SimlaObjectiveArguments(MomentumArguments):
     """The paper's section 2, and where its code does something else."""
 
     losses: list[str] = field(
         default_factory=lambda: list(LOSSES), metadata={"help": "Any subset of itc, itm, mlm, mim, psl (Table 1)."}
     )
-    loss_weights: dict | str | None = field(
-        default=None, metadata={"help": "Weight of each loss by name; 1 where not given (equation 10)."}
-    )
-    ema_momentum: float = field(default=0.995, metadata={"help": "Momentum of the teacher (section 2.5)."})
-    distillation: float = field(default=0.4, metadata={"help": "alpha, the weight of soft targets (section 2.5)."})
-    distillation_ramp: float = field(
-        default=1 / 30,
-        metadata={"help": "Share of the run in which alpha rises from 0 (section 2.5: the first of 30 epochs)."},
-    )
-    queue_size: int = field(default=65536, metadata={"help": "M, keys that each queue holds (section 2.5)."})
-    match_ids: bool = field(
-        default=False, metadata={"help": "Keys of one id are positives of each other in ITC (ALBEF's fine-tuning)."}
-    )
-    enqueue_ids: bool = field(
-        default=True,
-        metadata={"help": "Queues keep ids, for match_ids; SIMLA's fine-tuning code forgets to, and has false."},
-    )
     image_tokenizer: str | None = field(
         default=None, metadata={"help": "Directory or Hub id of the DiscreteVAE whose codes masked patches are."}
     )
-    mlm_soft_axis: str = field(
+    mlm_soft_axis: Literal["vocabulary", "sequence"] = field(
         default="vocabulary",
         metadata={"help": "Where MLM's soft term normalises: vocabulary, or sequence (a slip of SIMLA's code)."},
     )
-    mim_text_context: str = field(
+    mim_text_context: Literal["student", "own"] = field(
         default="student", metadata={"help": "Whose words the teacher's masked picture reads: student (code) or own."}
     )
-    psl_image_states: str = field(
+    psl_image_states: Literal["student", "own"] = field(
         default="student", metadata={"help": "Whose picture the teacher's keywords read: student (code) or own."}
     )
     keywords_per_head: int = field(default=4, metadata={"help": "Places each head votes for (supplement 3: k = 4)."})
     keywords: int = field(default=5, metadata={"help": "Places that win the vote, [CLS] among them (code: 5)."})
 
 
-CHOICES = {
-    "mlm_soft_axis": ("vocabulary", "sequence"),
-    "mim_text_context": ("student", "own"),
-    "psl_image_states": ("student", "own"),
-}
-
-
-class SimlaObjective(SinglePortion):
+class SimlaObjective(MomentumDistillation):
     """
-    One portion, pairs; `before_step` moves the teacher, `after_step` fills the queues.
-
     A batch may bring recorded draws, which are then taken instead of the own: `visual_codes` (B, N), `negative_images`
     and `negative_texts` (B,), `keyword_targets` (B, V).
 
@@ -103,18 +68,15 @@ class SimlaObjective(SinglePortion):
         arguments (`SimlaObjectiveArguments`): Losses and their readings.
 
     Raises:
-        ValueError: unknown losses, none, or one twice; weights of other losses; shares and choices out of range; an
-            image tokenizer with other codes than the model's.
+        ValueError: what [`MomentumDistillation`] raises; fewer than one keyword; an image tokenizer with other codes
+            than the model's.
     """
 
     def __init__(self, student: nn.Module, arguments: SimlaObjectiveArguments):
-        self.arguments, self.config, self.student = arguments, student.config, student
-        self.weights = _checked_weights(arguments)
-        self._freeze_unused(student)
-        self.teacher = EMATeacher(student, arguments.ema_momentum, unused=("itm_head", "temperature"))
-        self.queue = None
-        if "itc" in self.weights:
-            self.queue = FeatureQueue(("image", "text"), arguments.queue_size, self.config.projection_dim)
+        super().__init__(student, arguments, LOSSES, unused=("itm_head", "temperature"))
+        for name in ("keywords_per_head", "keywords"):
+            if getattr(arguments, name) < 1:
+                raise ValueError(f"{name} is {getattr(arguments, name)}; expected at least 1")
         self.tokenizer = None
         if "mim" in self.weights and arguments.image_tokenizer is not None:
             self.tokenizer = load_model(AutoModel, arguments.image_tokenizer, dtype=torch.float32)
@@ -126,8 +88,7 @@ class SimlaObjective(SinglePortion):
                     f"{self.config.num_visual_codes}"
                 )
 
-    def _freeze_unused(self, student: nn.Module) -> None:
-        # a parameter that no loss reaches would make a data-parallel engine wait for its gradient for ever
+    def freeze_unused(self, student: nn.Module) -> None:
         losses, tower = set(self.weights), student.simla
         projected = student.config.concept_input == "projected" and "psl" in losses
         words = tower.text.embeddings.word_embeddings.weight
@@ -149,16 +110,6 @@ class SimlaObjective(SinglePortion):
         student.temperature.requires_grad_("itc" in losses)
         tower.vision.embeddings.mask_token.requires_grad_("mim" in losses)
 
-    def alpha(self, progress: float) -> float:
-        """The weight of soft targets at this share of the run."""
-        ramp = self.arguments.distillation_ramp
-        return self.arguments.distillation * (min(1.0, progress / ramp) if ramp else 1.0)
-
-    @torch.no_grad()
-    def before_step(self) -> None:
-        own_part(self.student.temperature).clamp_(*self.config.temperature_range)
-        self.teacher.update()
-
     @classmethod
     def without_files(cls, arguments: SimlaObjectiveArguments) -> SimlaObjectiveArguments:
         return replace(arguments, image_tokenizer=None)
@@ -170,9 +121,6 @@ class SimlaObjective(SinglePortion):
         generator = torch.Generator().manual_seed(told.seed)
         codes = torch.randint(config.num_visual_codes, batch["bool_masked_pos"].shape, generator=generator)
         return {cls.portion: {**batch, "visual_codes": codes}}
-
-    def split(self, batch: Batch, chunks: int) -> list[Batch]:
-        return split_pairs(batch, chunks)
 
     def count(self, batch: Batch) -> Batch:
         masked = batch["bool_masked_pos"].sum()
@@ -208,7 +156,7 @@ class SimlaObjective(SinglePortion):
         passes = ["contrast"]
         if counts is not None:
             passes += [name for loss, name in STUDENT_PASSES.items() if loss in self.weights]
-        choose = partial(self._negatives, batch, targets.rows) if "match" in passes else None
+        choose = partial(self.negatives, batch, targets.rows) if "match" in passes else None
         online = student(**_clean(batch), **self._masked(batch, passes), passes=tuple(passes), choose_negatives=choose)
 
         # what meets the rest of the batch, and what each pair pays by itself
@@ -243,7 +191,7 @@ class SimlaObjective(SinglePortion):
         """What each pair pays by itself: sums over the whole batch's counts."""
         parts, alpha = {}, self.alpha(progress)
         if "itm" in self.weights:
-            labels = self._match_labels(batch)  # (3B,)
+            labels = self.match_labels(batch)  # (3B,)
             parts["itm"] = F.cross_entropy(in_full(online.itm_logits), labels, reduction="sum") / counts["itm"]
         soft = self._soft_targets(online, batch, own, progress)
         if "mlm" in self.weights:
@@ -319,106 +267,11 @@ class SimlaObjective(SinglePortion):
             )
         return self.tokenizer.get_codebook_indices(batch["code_pixel_values"])
 
-    @torch.no_grad()
-    def _negatives(
-        self, batch: Batch, keys: Batch, images: torch.Tensor, texts: torch.Tensor, temperature: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A hard negative image of each text, then a text of each image, never of the own id: columns (B,) each."""
-        if "negative_images" in batch and "negative_texts" in batch:
-            return batch["negative_images"], batch["negative_texts"]
-        allowed = _strangers(batch["ids"])
-        drawn = []
-        for queries, key in ((texts, "key of image"), (images, "key of text")):
-            weights = (in_full(queries) @ keys[key].T / temperature).softmax(1)  # (B, B)
-            drawn.append(draw_negatives(weights, allowed)[0])
-        return tuple(drawn)
-
-    @staticmethod
-    def _match_labels(batch: Batch) -> torch.Tensor:
-        """Yes for the pairs, no for each text's and each image's negative, -100 where a pair has none. -> (3B,)."""
-        ids = batch["ids"]
-        possible = torch.ones_like(ids, dtype=torch.bool)
-        if "negative_images" not in batch or "negative_texts" not in batch:
-            possible = _strangers(ids).any(1)
-        negatives = torch.where(possible, 0, -100)
-        return torch.cat([torch.ones_like(ids), negatives, negatives])
-
-    def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
-        """ITC against this process's keys and the queues (equations 2 to 4); the newest keys are for the queues."""
-        if "itc" not in self.weights:
-            return Comparison()
-        own = {name: targets[f"key of {name}"] for name in ("image", "text")}
-        ids, positives = targets["ids"], None
-        if self.arguments.match_ids:
-            positives = ids[:, None] == torch.cat([ids, self.queue.ids])[None, :]
-        losses = []
-        for name, other in (("image", "text"), ("text", "image")):
-            keys = torch.cat([own[other], self.queue.rows[other].to(own[other].dtype)])
-            losses.append(
-                distilled_contrast(rows[name], own[name], keys, common["temperature"], self.alpha(progress), positives)
-            )
-        # the code that forgets them leaves the ids of an empty place
-        kept_ids = ids if self.arguments.enqueue_ids else torch.full_like(ids, -100)
-        newest = {name: gather_without_gradient(value) for name, value in {**own, "ids": kept_ids}.items()}
-        return Comparison({"itc": torch.stack(losses).mean()}, newest)
-
-    def weigh(self, parts: Batch) -> torch.Tensor:
-        return sum(self.weights[name] * part for name, part in parts.items())
-
-    def teachers(self) -> tuple[EMATeacher, ...]:
-        return (self.teacher,)
-
-    def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
-        if self.queue is not None and kept:
-            self.queue.push({name: kept[name] for name in ("image", "text")}, kept["ids"], applied)
-
     def to(self, device: torch.device) -> "SimlaObjective":
-        self.teacher.to(device)
-        for part in (self.queue, self.tokenizer):
-            if part is not None:
-                part.to(device)
+        super().to(device)
+        if self.tokenizer is not None:
+            self.tokenizer.to(device)
         return self
-
-    def state_dict(self) -> Batch:
-        state = {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
-        if self.queue is not None:
-            state |= {f"queue.{name}": value for name, value in self.queue.state_dict().items()}
-        return state
-
-    def load_state_dict(self, state: Batch) -> None:
-        def under(prefix: str) -> Batch:
-            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-        self.teacher.load_state_dict(under("teacher."))
-        if self.queue is not None:
-            self.queue.load_state_dict(under("queue."))
-
-
-def _checked_weights(arguments: SimlaObjectiveArguments) -> dict[str, float]:
-    """The weight of each loss. Raises `ValueError`."""
-    losses = arguments.losses
-    if not losses or any(name not in LOSSES for name in losses):
-        raise ValueError(f"losses are {losses}; expected a non-empty subset of {list(LOSSES)}")
-    if len(set(losses)) < len(losses):
-        raise ValueError(f"losses are {losses}; expected each once (loss_weights makes one count more)")
-    weights = arguments.loss_weights or {}
-    if foreign := [name for name in weights if name not in losses]:
-        raise ValueError(f"loss_weights name {foreign}, which are not among the losses {losses}")
-    for name, known in CHOICES.items():
-        if getattr(arguments, name) not in known:
-            raise ValueError(f"{name} is {getattr(arguments, name)!r}; expected one of {list(known)}")
-    for name in ("distillation", "distillation_ramp"):
-        if not 0 <= getattr(arguments, name) <= 1:
-            raise ValueError(f"{name} is {getattr(arguments, name)}; expected a share in [0, 1]")
-    for name in ("keywords_per_head", "keywords"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name} is {getattr(arguments, name)}; expected at least 1")
-    return {name: float(weights.get(name, 1.0)) for name in LOSSES if name in losses}
-
-
-def _strangers(ids: torch.Tensor) -> torch.Tensor:
-    """Which columns are of another id, (B, B) bool; a row is never a stranger to itself."""
-    return (ids[:, None] != ids[None, :]).fill_diagonal_(False)
 
 
 def _patch_places(batch: Batch) -> torch.Tensor:

@@ -4,23 +4,26 @@ from collections.abc import Mapping
 
 from oner.processing.data.mixture import open_mixture
 from oner.processing.data.quarantine import Quarantine, Watch
+from oner.processing.data.row_checks import ROLES
 from oner.processing.data.rows import PairRows, PairStream
 from oner.training.parallel.distributed import rank
 
 from .arguments import Arguments, DataArguments
 
 
-def open_training_pairs(data: DataArguments) -> PairRows | PairStream:
+def open_training_rows(data: DataArguments) -> PairRows | PairStream:
     """
-    The training pairs, columns checked; rows found bad are left to the quarantine.
+    The training rows of a portion, of its kind, columns checked; those found bad are left to the quarantine.
 
     Raises:
-        PairDataError: data that cannot be read as rows of pairs; names the file and what is wrong.
+        PairDataError: data that cannot be read as rows of the kind; names the file and what is wrong.
     """
+    roles = ROLES[data.kind]
     return open_mixture(
         data.train_data,
-        data.image_column,
-        data.text_column,
+        data.kind,
+        data.image_column if "image" in roles else None,
+        data.text_column if "text" in roles else None,
         data.id_column,
         split=data.split,
         streaming=data.streaming,
@@ -37,7 +40,7 @@ def open_portions(arguments: Arguments) -> dict[str, PairRows | PairStream]:
         PairDataError: data that cannot be read as rows; names the file and what is wrong.
         BadRowsError: too many rows are bad. quarantine.jsonl in the output directory lists them.
     """
-    rows = {name: open_training_pairs(told.data) for name, told in arguments.portions().items()}
+    rows = {name: open_training_rows(told.data) for name, told in arguments.portions().items()}
     quarantine_of(arguments, rows).check_opening()
     return rows
 

@@ -89,15 +89,25 @@ class AlbefScheduler(Scheduler):
         return [self.warmup_rate + (peak - self.warmup_rate) * climbed for peak in self.base_values]
 
 
-def compile_regions(models: Iterable[PreTrainedModel]) -> int:
+# graphs that one layer may have: with or without gradient, with or without masks, states of another encoder or none,
+# each for fixed sizes and for any. SIMLA has 17; at torch's own limit of 8 the rest would silently run eagerly
+GRAPHS_PER_LAYER = 32
+
+
+def compile_regions(models: Iterable[PreTrainedModel], backend: str = "inductor") -> int:
     """
     `torch.compile` of each layer by itself (`_no_split_modules`): equal layers share one graph, so that it takes the
     time of one layer, whatever the depth. A teacher has as many layers as its student and wants it as much.
+
+    Args:
+        models: Their layers are compiled in place.
+        backend (`str`): torch's compiler; `aot_eager` traces alike and generates no code.
 
     Returns:
         How many layers were compiled.
     """
     layers = [part for model in models for part in model.modules() if type(part).__name__ in undivided_layers(model)]
+    torch._dynamo.config.recompile_limit = max(GRAPHS_PER_LAYER, torch._dynamo.config.recompile_limit)
     for layer in layers:
-        layer.compile()
+        layer.compile(backend=backend)
     return len(layers)

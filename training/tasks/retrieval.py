@@ -54,7 +54,7 @@ def open_captions(
     opened = [
         open_karpathy(source, told.image_folder, captions_apart=training, **how)
         if Path(source).suffix == ".json"
-        else open_rows(source, *columns, **how)
+        else open_rows(source, "pairs", *columns, **how)
         for source in sources
     ]
     rows = opened[0] if len(opened) == 1 else PairMixture(opened)

@@ -1,0 +1,171 @@
+"""Scenes composed of the embedded emoji, everything about them known. Made on the fly, or written as parquet.
+
+    python examples/data/scenes.py runs/scenes --pairs 40000                      train.parquet
+    python examples/data/scenes.py runs/scenes --pairs 1000 --split unseen_pairs unseen_style
+    python examples/data/scenes.py runs/scenes --pairs 1000 --split seen --queries 500    composed queries too
+
+In a program: `scene(seed, split, index)` is a pure function; it draws the same scene at any size and on any machine.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from scenes_captions import Caption, HardCaption, draw_captions, draw_hard_captions
+from scenes_concepts import concept_table
+from scenes_drawing import pixel_box, render
+from scenes_languages import LANGUAGES
+from scenes_layout import SPLITS, Layout, draw_layout, generator, pool
+from scenes_rows import as_row, in_order, query_rows, write_queries, write_rows
+from scenes_statements import relations
+from scenes_tasks import write_tasks
+
+SIZE = 64
+CAPTIONS = 4
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One thing of a scene: `box` (x, y, width, height) in pixels holds it exactly, though others may hide a part.
+
+    `group` is the place of its group in the scene: things of one group share concept, size and drawing.
+    """
+
+    hexcode: str
+    name: str
+    box: tuple[int, int, int, int]
+    size: str
+    style: str
+    group: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is known of it.
+
+    Attributes:
+        relations: (group, "left" | "right" | "above" | "below", group), where it is beyond dispute.
+        hard: false captions, each with one thing changed.
+        layout: where all of this comes from, lengths as shares of the picture's side.
+    """
+
+    id: str
+    image: Image.Image
+    captions: tuple[Caption, ...]
+    hard: tuple[HardCaption, ...]
+    objects: tuple[Thing, ...]
+    relations: tuple[tuple[int, str, int], ...]
+    layout: Layout
+
+    @property
+    def texts(self) -> list[str]:
+        return [caption.text for caption in self.captions]
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """Hexcode of each group."""
+        return self.layout.concepts
+
+
+def scene(
+    seed: int,
+    split: str,
+    index: int,
+    size: int = SIZE,
+    captions: int = CAPTIONS,
+    groups: int | None = None,
+    hard: bool = True,
+) -> Scene:
+    """
+    Scene `index` of a split: "train", "seen", "unseen_pairs", "unseen_style" or "unseen_concepts".
+
+    Args:
+        seed: of everything; scenes of two seeds, splits or indices have nothing to do with each other.
+        size: pixels a side; the layout is the same at every size.
+        captions: how many true captions; a scene of one thing may have fewer.
+        groups: how many groups of things, 1 to 4; drawn if None.
+        hard: whether hard captions are made too; what else the scene holds does not depend on it.
+
+    Raises:
+        ValueError: no such split.
+    """
+    # Each part has a generator of its own: what one draws does not depend on the others.
+    layout = draw_layout(seed, split, index, groups)
+    written = draw_captions(generator("captions", seed, split, index), layout, captions)
+    rng = generator("hard captions", seed, split, index)
+    false = draw_hard_captions(rng, layout, written, split) if hard else []
+    return Scene(
+        f"{split}-{seed}-{index}",
+        render(layout, size),
+        tuple(written),
+        tuple(false),
+        things(layout, size),
+        relations(layout),
+        layout,
+    )
+
+
+def things(layout: Layout, size: int) -> tuple[Thing, ...]:
+    """Every thing of a layout, in the order in which they are painted."""
+    return tuple(
+        Thing(
+            group.hexcode,
+            concept_table()[group.hexcode].name,
+            pixel_box(box, size),
+            group.size,
+            group.sprite.style,
+            number,
+        )
+        for number, group in enumerate(layout.groups)
+        for box in group.boxes
+    )
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder of the parquet files")
+    parser.add_argument("--pairs", type=int, default=1000, help="scenes a split (default %(default)s)")
+    parser.add_argument("--split", nargs="+", choices=list(SPLITS), default=["train"], help="default train")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side (default %(default)s)")
+    parser.add_argument("--queries", type=int, default=0, metavar="N", help="composed queries a split, with galleries")
+    parser.add_argument("--tasks", type=int, default=0, metavar="N", help="scenes to fine-tune on, in OUTPUT/tasks")
+    parser.add_argument("--languages", nargs="+", choices=[*LANGUAGES, "all"], default=[], help="beside English")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
+    return parser
+
+
+def main(given: list[str] | None = None) -> None:
+    """The command."""
+    args = arguments().parse_args(given)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for split in args.split:
+        pool(split)  # sprites are cut out once, before the processes part
+        given = {"seed": args.seed, "split": split, "size": args.size}
+        languages = list(LANGUAGES) if args.languages == ["all"] else args.languages
+        # Pairs, then composed queries with their galleries.
+        pairs = in_order(partial(scene_row, **given, languages=languages), args.pairs, args.workers)
+        write_rows(args.output / f"{split}.parquet", pairs, args.pairs)
+        if args.queries:
+            queries = in_order(partial(query_rows, **given), args.queries, args.workers)
+            write_queries(args.output, split, queries, args.queries)
+    # Tasks: a quarter as many scenes to judge by, a thousand at most.
+    if args.tasks:
+        for split in ("train", "unseen_style"):
+            pool(split)
+        evaluating = min(1000, -(-args.tasks // 4))
+        write_tasks(args.output / "tasks", args.seed, args.size, args.tasks, evaluating, args.workers)
+
+
+def scene_row(index: int, seed: int, split: str, size: int, languages: Sequence[str] = ()) -> dict[str, Any]:
+    """The row of scene `index`."""
+    return as_row(scene(seed, split, index, size), languages)
+
+
+if __name__ == "__main__":
+    main()

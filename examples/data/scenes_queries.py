@@ -1,0 +1,289 @@
+"""Composed retrieval: a reference picture and modifying words ask for a picture that is among hard others.
+
+    kind        words, for instance            the target is the reference, but
+    add         "with a small dog"             with a group more
+    remove      "without the apple"            with a group less
+    swap        "with a dog instead of the cat"  with another concept in a group's place
+    move        "with the dog on the other side" with a group mirrored to where it was not, left to right
+    mirror      "mirrored"                     seen in a mirror
+    size        "with a big dog"               with a group at the other size
+    count       "with three dogs"              with another number of things in a group
+    background  "on a blue background"         on another colour
+
+All pictures of a query but the reference are redrawn: in other drawings of the same concepts where there are some, in
+another shade, so that no pixel of the reference finds them. Among the others are always the reference redrawn as it is
+(what the picture alone would find) and the change made to another scene (what the words alone would find).
+"""
+
+import math
+import random
+from dataclasses import dataclass, replace
+
+from scenes_captions import draw_absent, say
+from scenes_concepts import article, concept_table
+from scenes_layout import (
+    COLOURS,
+    CONTRAST,
+    SIZES,
+    SPLITS,
+    Group,
+    Layout,
+    draw_layout,
+    find_place,
+    generator,
+    may_meet,
+    shared,
+)
+from scenes_sprites import Sprite, load_sprites
+from scenes_statements import Phrase, stands_at
+
+QUERY_KINDS = ("add", "remove", "swap", "move", "mirror", "size", "count", "background")
+OTHERS = 9  # pictures that are not the target, of each query
+WORDS_ALONE = 3  # of these, how many do what the words ask in other scenes
+CROWDED = 0.25  # the most that two groups share
+NUDGE = 0.02  # how far a redrawn group moves
+
+
+@dataclass(frozen=True)
+class Query:
+    """A reference and words, and the pictures to choose from: the target stands first, the reference as it is second.
+
+    Attributes:
+        names: what each picture of `gallery` is: "target", "reference", "words alone" or a kind, of another change.
+    """
+
+    id: str
+    kind: str
+    words: str
+    reference: Layout
+    gallery: tuple[Layout, ...]
+    names: tuple[str, ...]
+
+
+def query(seed: int, split: str, index: int, kind: str | None = None) -> Query:
+    """
+    Composed query `index` of a split: a pure function, as `scene`.
+
+    Args:
+        kind: one of `QUERY_KINDS`; drawn if None.
+
+    Raises:
+        ValueError: no such kind or split.
+    """
+    if kind not in (None, *QUERY_KINDS):
+        raise ValueError(f"kind must be one of {', '.join(QUERY_KINDS)}, got {kind!r}")
+    # Scenes are drawn until one allows the change.
+    rng = generator("query", seed, split, index)
+    kind = kind or rng.choice(QUERY_KINDS)
+    while True:
+        drawn = draw_layout(
+            rng.getrandbits(32), split, index, rng.choice((2, 2, 3) if kind == "add" else (1, 2, 2, 3))
+        )
+        change = _taken_away(rng, drawn) if kind == "add" else modify(rng, kind, drawn, split)
+        if change is not None:
+            break
+    # The gallery: its pictures share no pixels with the reference.
+    reference = change.before
+    gallery, names = _choices(rng, change, split, index)
+    return Query(f"query-{split}-{seed}-{index}", kind, change.words, reference, gallery, names)
+
+
+@dataclass(frozen=True)
+class Change:
+    """`before` becomes `after` by `words`; `touched` is the group that they speak of, as it is afterwards, if any."""
+
+    before: Layout
+    after: Layout
+    words: str
+    touched: Group | None = None
+
+
+def _taken_away(rng: random.Random, layout: Layout) -> Change:
+    """The change that adds a group: a whole scene is its target, the scene without that group its reference."""
+    number = rng.randrange(len(layout.groups))
+    group = layout.groups[number]
+    size = group.size if rng.random() < 0.5 else None
+    return Change(_without(layout, number), layout, f"with {say(Phrase(group.hexcode, group.count, size))}", group)
+
+
+def modify(rng: random.Random, kind: str, layout: Layout, split: str) -> Change | None:
+    """A change of the layout; None if it does not allow one of this kind."""
+    number = rng.randrange(len(layout.groups))
+    group = layout.groups[number]
+    rest = [one for one in layout.groups if one is not group]
+    if kind == "add":
+        return _added(rng, layout, split)
+    if kind == "remove":
+        return Change(layout, _without(layout, number), f"without {the(group)}") if rest else None
+    if kind == "mirror":
+        return _mirrored(rng, layout)
+    if kind == "background":
+        return _recoloured(rng, layout)
+    # The others put another group in the place of one.
+    if kind == "swap":
+        hexcode = draw_absent(rng, layout, split)
+        if not all(may_meet(split, hexcode, one.hexcode) for one in rest):
+            return None
+        new = refitted(group, rng.choice(load_sprites(SPLITS[split])[hexcode]))
+        words = f"with {say(Phrase(hexcode, group.count))} instead of {the(group)}"
+    elif kind == "move":
+        new = _turned(group)
+        words = f"with {the(group)} on the other side"
+        if not (stands_at(group, "left") or stands_at(group, "right")):
+            return None
+    elif kind == "size":
+        size = "big" if group.size == "small" else "small"
+        new = refitted(replace(group, size=size), group.sprite, rng.choice(SIZES[size]))
+        words = f"with {say(Phrase(group.hexcode, 1, size))}"
+        if group.count > 1:
+            return None
+    else:
+        counts = [count for count in (1, 2, 3, 4) if count != group.count and (count < 3 or group.size == "small")]
+        count = rng.choice(counts)
+        new = find_place(rng, group.sprite, group.size, count, [one.hull for one in rest], CROWDED)
+        words = f"with {say(Phrase(group.hexcode, count, word='a single' if count == 1 else None))}"
+    # No room for it.
+    if new is None or any(shared(new.hull, one.hull) > CROWDED for one in rest):
+        return None
+    return Change(layout, _with_group(layout, number, new), words, new)
+
+
+def _added(rng: random.Random, layout: Layout, split: str) -> Change | None:
+    """One group more, where there is room."""
+    hexcode = draw_absent(rng, layout, split)
+    if len(layout.groups) == 4 or not all(may_meet(split, hexcode, one) for one in layout.concepts):
+        return None
+    sprite = rng.choice(load_sprites(SPLITS[split])[hexcode])
+    new = find_place(rng, sprite, rng.choice(tuple(SIZES)), 1, [one.hull for one in layout.groups], CROWDED)
+    if new is None:
+        return None
+    return Change(layout, replace(layout, groups=(*layout.groups, new)), f"with {say(Phrase(hexcode, 1))}", new)
+
+
+def _mirrored(rng: random.Random, layout: Layout) -> Change | None:
+    """As in a mirror, where that can be seen: something stands left or right."""
+    if not any(stands_at(group, side) for group in layout.groups for side in ("left", "right")):
+        return None
+    turned = replace(layout, groups=tuple(map(_turned, layout.groups)))
+    return Change(layout, turned, rng.choice(("mirrored", "the other way around", "seen in a mirror")))
+
+
+def _recoloured(rng: random.Random, layout: Layout) -> Change | None:
+    """On another colour that every thing stands out from."""
+    old = layout.background
+    rims = [group.sprite.rim for group in layout.groups]
+    fitting = [
+        colour
+        for colour, shade in COLOURS.items()
+        if colour != old.colour and all(math.dist(rim, shade) >= CONTRAST for rim in rims)
+    ]
+    if not fitting:
+        return None
+    colour = rng.choice(fitting)
+    background = replace(old, colour=colour, shade=COLOURS[colour])
+    words = f"on {article(colour)} {colour} background"
+    return Change(layout, replace(layout, background=background), words)
+
+
+def _choices(rng: random.Random, change: Change, split: str, index: int) -> tuple[tuple[Layout, ...], tuple[str, ...]]:
+    """The target, the reference, and what the words alone, other changes and one change too many would find."""
+    chosen = [("target", change.after), ("reference", change.before)]
+    known = {facts(layout) for _, layout in chosen}
+
+    def consider(name: str, layout: Layout | None) -> None:
+        if layout is not None and facts(layout) not in known:
+            known.add(facts(layout))
+            chosen.append((name, layout))
+
+    # What the words ask for, in other scenes.
+    while len(chosen) < 2 + WORDS_ALONE:
+        other = draw_layout(rng.getrandbits(32), split, index, max(2, len(change.after.groups)))
+        consider("words alone", _in_another_scene(other, change, split))
+    # Other changes, of the reference and of the target; none of the target touches what the words leave open.
+    attempt = 0
+    while len(chosen) < 1 + OTHERS:
+        attempt += 1
+        base = change.before if attempt % 2 else change.after
+        kind = rng.choice(QUERY_KINDS)
+        made = modify(rng, kind, base, split)
+        if made is None or made.words == change.words:
+            continue
+        if base is change.after and change.touched is not None and change.touched not in made.after.groups:
+            continue
+        consider(kind, made.after)
+    return tuple(redraw(rng, layout, split) for _, layout in chosen), tuple(name for name, _ in chosen)
+
+
+def _in_another_scene(other: Layout, change: Change, split: str) -> Layout | None:
+    """Another scene as the words would have it: with the group that they speak of, or on the colour."""
+    # Same ground as the target, so that it does not tell them apart.
+    other = replace(other, background=change.after.background)
+    if change.touched is None:
+        gone = set(change.before.concepts) - set(change.after.concepts)
+        return None if gone & set(other.concepts) else other
+    rest = other.groups[1:]
+    if not all(may_meet(split, change.touched.hexcode, group.hexcode) for group in rest):
+        return None
+    if any(shared(change.touched.hull, group.hull) > CROWDED for group in rest):
+        return None
+    return replace(other, groups=(*rest, change.touched))
+
+
+def redraw(rng: random.Random, layout: Layout, split: str) -> Layout:
+    """The same scene in other drawings where there are some, a little moved, in another shade of the colour."""
+    groups = []
+    for group in layout.groups:
+        # Another drawing, if the concept has more than one.
+        drawings = load_sprites(SPLITS[split])[group.hexcode]
+        sprite = rng.choice([one for one in drawings if one is not group.sprite] or drawings)
+        groups.append(moved(refitted(group, sprite), rng.uniform(-NUDGE, NUDGE), rng.uniform(-NUDGE, NUDGE)))
+    shade = tuple(min(255, channel + rng.randint(-9, 9)) for channel in COLOURS[layout.background.colour])
+    return Layout(tuple(groups), replace(layout.background, shade=shade))
+
+
+def facts(layout: Layout) -> tuple:
+    """What a person would say differs between two scenes: things, numbers, sizes, sides, background."""
+    sides = (
+        (group.hexcode, group.count, group.size, stands_at(group, "left"), stands_at(group, "right"))
+        for group in layout.groups
+    )
+    return layout.background.colour, tuple(sorted(sides, key=str))
+
+
+def refitted(group: Group, sprite: Sprite, side: float | None = None) -> Group:
+    """The group in another drawing, and with another longer side if one is given; things keep their middles."""
+    boxes = []
+    for x, y, width, height in group.boxes:
+        longest = side or max(width, height)
+        w, h = (longest, longest / sprite.aspect) if sprite.aspect >= 1 else (longest * sprite.aspect, longest)
+        boxes.append((x + (width - w) / 2, y + (height - h) / 2, w, h))
+    return moved(replace(group, sprite=sprite, boxes=tuple(boxes)), 0, 0)
+
+
+def moved(group: Group, right: float, down: float) -> Group:
+    """The group shifted, as far as the picture goes."""
+    x, y, width, height = group.hull
+    # Not beyond the edges.
+    right = min(max(right, -x), 1 - x - width)
+    down = min(max(down, -y), 1 - y - height)
+    return replace(group, boxes=tuple((bx + right, by + down, w, h) for bx, by, w, h in group.boxes))
+
+
+def the(group: Group) -> str:
+    """'the dog', 'the dogs'."""
+    concept = concept_table()[group.hexcode]
+    return f"the {concept.name if group.count == 1 else concept.plural}"
+
+
+def _turned(group: Group) -> Group:
+    """The group as in a mirror, to the other side of the picture."""
+    boxes = tuple((1 - x - width, y, width, height) for x, y, width, height in group.boxes)
+    return replace(group, flipped=not group.flipped, boxes=boxes)
+
+
+def _without(layout: Layout, number: int) -> Layout:
+    return replace(layout, groups=layout.groups[:number] + layout.groups[number + 1 :])
+
+
+def _with_group(layout: Layout, number: int, group: Group) -> Layout:
+    return replace(layout, groups=(*layout.groups[:number], group, *layout.groups[number + 1 :]))

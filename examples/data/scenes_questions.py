@@ -1,0 +1,184 @@
+"""Questions about a scene with their answers, sentences that follow from it or not, and expressions for its things.
+
+Each is drawn so that the words alone give little away: yes and no are equally frequent for each form of question, and
+whatever is said of a thing that is there is said as often of one that is not.
+"""
+
+import random
+from dataclasses import dataclass, replace
+
+from scenes_captions import RELATIONS, change, draw_absent, draw_captions, say, write
+from scenes_concepts import Concept, article, concept_table
+from scenes_layout import COLOURS, Group, Layout
+from scenes_statements import OPPOSITE, Phrase, related, relations, stands_at, truth
+
+# form of question -> VQA v2's answer type; a scene that does not allow a form is asked another
+QUESTIONS = {
+    "is there": "yes/no",
+    "is it beside": "yes/no",
+    "how many": "number",
+    "what is beside": "other",
+    "what size": "other",
+    "which side": "other",
+    "what color": "other",
+}
+KINDS_OF_LIE = ("thing", "relation", "order", "size", "count", "place", "background")
+# What no picture shows: of one thing, of several.
+UNKNOWN = (
+    ("is three years old", "are three years old"),
+    ("was bought yesterday", "were bought yesterday"),
+    ("belongs to a girl", "belong to a girl"),
+    ("is brand new", "are brand new"),
+    ("will be sold tomorrow", "will be sold tomorrow"),
+    ("is somebody's favorite", "are somebody's favorites"),
+    ("comes from far away", "come from far away"),
+    ("weighs more than it seems", "weigh more than they seem"),
+)
+ATTEMPTS = 50
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its one answer, and its form, a key of `QUESTIONS`."""
+
+    text: str
+    answer: str
+    form: str
+
+
+def draw_questions(rng: random.Random, layout: Layout, split: str, number: int) -> list[Question]:
+    """`number` different questions, or as many as the scene allows, of as many forms as possible."""
+    # Forms in turn, in random order; a question that was asked already is left out.
+    asked: list[Question] = []
+    forms = list(QUESTIONS)
+    rng.shuffle(forms)
+    for attempt in range(ATTEMPTS):
+        if len(asked) == number:
+            break
+        question = _ask(rng, forms[attempt % len(forms)], layout, split)
+        if question is not None and question.text not in [one.text for one in asked]:
+            asked.append(question)
+    return asked
+
+
+def _ask(rng: random.Random, form: str, layout: Layout, split: str) -> Question | None:
+    group = rng.choice(layout.groups)
+    thing = concept_table()[group.hexcode]
+    absent = concept_table()[draw_absent(rng, layout, split)]
+    if form == "is there":
+        shown = rng.random() < 0.5
+        noun = (thing if shown else absent).name
+        return Question(f"is there {article(noun)} {noun} in the picture?", "yes" if shown else "no", form)
+    if form == "is it beside":
+        return _ask_beside(rng, layout)
+    if form == "how many":
+        # none as often as each other number
+        asked, count = (absent, 0) if rng.random() < 0.2 else (thing, group.count)
+        return Question(f"how many {asked.plural} are there?", str(count), form)
+    if form == "what is beside":
+        return _ask_what(rng, layout)
+    if form == "what size":
+        return Question(f"what size {be(group)} {the(group)}?", group.size, form)
+    if form == "which side":
+        side = next((side for side in ("left", "right") if stands_at(group, side)), None)
+        return side and Question(f"{be(group)} {the(group)} on the left or on the right?", side, form)
+    return Question("what color is the background?", layout.background.colour, form)
+
+
+def _ask_beside(rng: random.Random, layout: Layout) -> Question | None:
+    """Yes and no by a coin: the relation that holds, or its opposite."""
+    if not relations(layout):
+        return None
+    first, relation, second = rng.choice(relations(layout))
+    one, other = layout.groups[first], layout.groups[second]
+    true = rng.random() < 0.5
+    words = RELATIONS[relation if true else OPPOSITE[relation]][0]
+    return Question(f"{be(one)} {the(one)} {words} {the(other)}?", "yes" if true else "no", "is it beside")
+
+
+def _ask_what(rng: random.Random, layout: Layout) -> Question | None:
+    """What stands beside a group, where that is one thing beyond dispute."""
+    if not relations(layout):
+        return None
+    first, relation, second = rng.choice(relations(layout))
+    one, other = layout.groups[first], layout.groups[second]
+    rivals = [group for group in layout.groups if group not in (one, other)]
+    if one.count > 1 or any(related(group, relation, other) is not False for group in rivals):
+        return None
+    name = concept_table()[one.hexcode].name
+    return Question(f"what is {RELATIONS[relation][0]} {the(other)}?", name, "what is beside")
+
+
+def draw_entailment(rng: random.Random, layout: Layout, split: str) -> tuple[str, str]:
+    """
+    A hypothesis and its label. Four cases, equally frequent: what is seen, true (entailment) or false
+    (contradiction), and what no picture shows of a thing that is there (neutral) or is not as described
+    (contradiction). From the words alone one can tell two cases from two, and no more: half of the labels.
+    """
+    true = rng.random() < 0.5
+    while True:
+        # What is seen: a caption, or one with one thing changed.
+        if rng.random() < 0.5:
+            statement = draw_captions(rng, layout, 1)[0].statement
+            if not true:
+                statement = change(rng, rng.choice(KINDS_OF_LIE), statement, layout, split)
+            if statement is not None and truth(statement, layout) is true:
+                return write(statement), "entailment" if true else "contradiction"
+            continue
+        # What no picture shows, of a thing that is there or is not.
+        group = rng.choice(layout.groups)
+        phrase = Phrase(group.hexcode, group.count, group.size if rng.random() < 0.5 else None)
+        if not true:
+            phrase = _wrong(rng, phrase, draw_absent(rng, layout, split))
+        unknown = rng.choice(UNKNOWN)[phrase.count > 1]
+        return f"{named(concept_table()[phrase.hexcode], phrase.count, phrase.size)} {unknown}", (
+            "neutral" if true else "contradiction"
+        )
+
+
+def _wrong(rng: random.Random, phrase: Phrase, absent: str) -> Phrase:
+    """Of another concept or, where a size is told, perhaps of the other size."""
+    if phrase.size and rng.random() < 0.5:
+        return replace(phrase, size="big" if phrase.size == "small" else "small")
+    return replace(phrase, hexcode=absent)
+
+
+def draw_expression(rng: random.Random, layout: Layout) -> tuple[int, str] | None:
+    """(group, expression): what a thing is called that is alone in its group; None if there is none.
+
+    No place in the picture is told, as in RefCOCO+: a name, a size, or what it stands beside.
+    """
+    alone = [number for number, group in enumerate(layout.groups) if group.count == 1]
+    if not alone:
+        return None
+    # Name and size, then what it stands beside.
+    number = rng.choice(alone)
+    group = layout.groups[number]
+    text = named(concept_table()[group.hexcode], 1, group.size if rng.random() < 0.5 else None)
+    known = [(relation, other) for one, relation, other in relations(layout) if one == number]
+    if known and rng.random() < 0.4:
+        relation, other = rng.choice(known)
+        beside = layout.groups[other]
+        text = f"{text} {rng.choice(RELATIONS[relation])} {say(Phrase(beside.hexcode, beside.count))}"
+    return number, text
+
+
+def answer_list() -> list[str]:
+    """Everything that a question may be answered with."""
+    names = sorted(concept.name for concept in concept_table().values())
+    return ["yes", "no", *map(str, range(5)), "left", "right", "big", "small", *COLOURS, *names]
+
+
+def named(thing: Concept, count: int, size: str | None = None) -> str:
+    """'the small dog', 'the dogs'."""
+    return " ".join(filter(None, ("the", size, thing.name if count == 1 else thing.plural)))
+
+
+def the(group: Group) -> str:
+    """'the dog', 'the dogs'."""
+    return named(concept_table()[group.hexcode], group.count)
+
+
+def be(group: Group) -> str:
+    """'is' or 'are'."""
+    return "is" if group.count == 1 else "are"

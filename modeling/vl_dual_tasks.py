@@ -1,0 +1,212 @@
+"""Dual encoders fine-tuned: answers begun from the fusion layers, and texts that read two images (ALBEF's protocol).
+
+B pairs, L positions of the joint layout, N patches, S = 1 + N, T = L - N, C images, D width.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from .vl_fusion import FusionLayer, self_mask
+from .vl_inputs import check_inputs
+from .vl_task_heads import AnswerGeneration, check_two_pictures
+
+ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
+REASONING_LABELS = ("False", "True")
+
+
+class DualEncoderTask:
+    """Beside a family's `PreTrainedModel` with a tower: where a task's model begins, and what it leaves alone."""
+
+    def freeze_unused(self) -> None:
+        """What no task's loss reaches: a data-parallel engine would wait for its gradient for ever."""
+        mask_token = self.base_model.vision.embeddings.mask_token
+        if mask_token is not None:
+            mask_token.requires_grad_(False)
+
+    @torch.no_grad()
+    def initialise_from(self, pretrained: PreTrainedModel) -> None:
+        """Begins where another model of the family ended: its tower, and all of a head that can be had from it."""
+        theirs, tower = pretrained.base_model.state_dict(), self.base_model
+        tower.load_state_dict({name: theirs[name] for name in tower.state_dict()})
+
+
+class FusedAnswerGeneration(AnswerGeneration, DualEncoderTask):
+    """`AnswerGeneration` whose decoder has the form of the tower's last layers, and begins as they are."""
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.decoder.lm_head.decoder = new_embeddings
+
+    def _resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        # transformers knows of one table of tokens going in and one coming out; the decoder's reads the same tokens
+        tokens, own = super()._resize_token_embeddings(*args, **kwargs), self.decoder.embeddings
+        own.word_embeddings = self._get_resized_embeddings(own.word_embeddings, tokens.num_embeddings)
+        return tokens
+
+    def initialise_from(self, pretrained: PreTrainedModel) -> None:
+        super().initialise_from(pretrained)
+        self.initialise_decoder(getattr(pretrained, "lm_head", None))
+
+    @torch.no_grad()
+    def initialise_decoder(self, lm_head: nn.Module | None = None) -> None:
+        """The decoder as the tower's last layers, its embeddings, and a language-model head if there is one."""
+        text, decoder = self.base_model.text, self.decoder
+        decoder.embeddings.load_state_dict(text.embeddings.state_dict())
+        for mine, theirs in zip(decoder.layers, text.layers[-len(decoder.layers) :], strict=True):
+            mine.load_state_dict(theirs.state_dict())
+        if lm_head is not None:
+            decoder.lm_head.load_state_dict(lm_head.state_dict())
+
+
+class TwoImageReading(DualEncoderTask):
+    """
+    Reads a text about two images. The fusion layers stand twice, one after the other; of layers that all fuse, the
+    upper half: of twelve, layers 6 to 11 make layers 6 to 17. Cross-attention alternates between the images from layer
+    to layer, and the two of a pair share its keys and values (ALBEF's code; SIMLA's has it in the lower half too).
+
+    Attributes:
+        lower (`int`): Layers that stand once.
+    """
+
+    def add_second_layers(self, config: PreTrainedConfig) -> None:
+        """Makes them, with the keys and values of those before. To be called once, with the tower in place."""
+        layers, prefix = self.base_model.text.layers, self.base_model_prefix
+        self.lower = config.num_text_layers if config.num_fusion_layers else config.num_text_layers // 2
+        self.second_layers = nn.ModuleList([FusionLayer(config) for _ in layers[self.lower :]])
+        for mine, theirs in zip(self.second_layers, layers[self.lower :], strict=True):
+            mine.cross_attention.key = theirs.cross_attention.key
+            mine.cross_attention.value = theirs.cross_attention.value
+        self._tied_weights_keys = {
+            f"second_layers.{place}.cross_attention.{part}.{kind}": (
+                f"{prefix}.text.layers.{self.lower + place}.cross_attention.{part}.{kind}"
+            )
+            for place in range(len(self.second_layers))
+            for part in ("key", "value")
+            for kind in ("weight", "bias")
+        }
+
+    def initialise_from(self, pretrained: PreTrainedModel) -> None:
+        super().initialise_from(pretrained)
+        self.initialise_second_layers()
+
+    @torch.no_grad()
+    def initialise_second_layers(self) -> None:
+        """Each the copy of the layer before it."""
+        for mine, theirs in zip(self.second_layers, self.base_model.text.layers[self.lower :], strict=True):
+            mine.load_state_dict(theirs.state_dict())
+
+    def fusion_stack(self) -> Iterator[FusionLayer]:
+        """The layers with cross-attention in their order."""
+        text = self.base_model.text
+        yield from text.layers[text.first_fusion : self.lower]
+        for pair in zip(text.layers[self.lower :], self.second_layers, strict=True):
+            yield from pair
+
+    def read(
+        self,
+        text_ids: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        states: torch.Tensor,
+        chosen: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Texts (B, T) that read two of the images (C, S, D) each, by their places (B,) twice. [CLS], (B, D)."""
+        hidden_states = self.base_model.text.begin(text_ids, text_mask)  # (B, T, D)
+        mask = self_mask(self.config, hidden_states, text_mask)
+        for place, layer in enumerate(self.fusion_stack()):
+            hidden_states = layer(hidden_states, mask, states, None, chosen[place % 2])
+        return hidden_states[:, 0]
+
+
+class TwoImageReasoning(TwoImageReading):
+    """Forward of a model with a `classifier`: is a sentence true of two images (NLVR2)? Labels 0 and 1."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """
+        `logits` (B, 2), the second for true, of texts in the joint layout of one image (B, L) and of the two images of
+        each, `pixel_values` (B, 2, C, H, W). `labels` (B,). Raises `ValueError` as the tower.
+        """
+        check_two_pictures(type(self).__name__, input_ids, pixel_values)
+        tower = self.base_model
+        for images in pixel_values.unbind(1):
+            check_inputs(tower, input_ids, attention_mask, images)
+        text = tower.split_layout(input_ids, attention_mask, pixel_values[:, 0])
+        # the two images of a text side by side
+        states = tower.vision(pixel_values.flatten(0, 1))  # (2B, S, D)
+        first = torch.arange(0, len(states), 2, device=states.device)  # (B,)
+        logits = self.classifier(self.read(*text, states, (first, first + 1)))  # (B, 2)
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class TextAssignment(TwoImageReading):
+    """
+    Forward of a model with an `assignment_head`: which of two images is a text's own, the first, the second or
+    neither? ALBEF's step between pretraining and NLVR2, from pairs alone, by which the second layers learn their part.
+    """
+
+    def freeze_unused(self) -> None:
+        super().freeze_unused()
+        self.base_model.vision_projection.requires_grad_(False)
+        self.base_model.text_projection.requires_grad_(False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """
+        `logits` (B, 3) of pairs in the joint layout. `choose` takes the images' cosines (B, B), without gradient, and
+        gives the places in the batch of the two images that each text is to read. Raises `ValueError` as the tower.
+        """
+        if input_ids is None or pixel_values is None or choose is None:
+            raise ValueError(
+                f"{type(self).__name__} expects input_ids, pixel_values and `choose`, got None among them"
+            )
+        tower = self.base_model
+        check_inputs(tower, input_ids, attention_mask, pixel_values)
+        text = tower.split_layout(input_ids, attention_mask, pixel_values)
+        states = tower.vision(pixel_values)  # (B, S, D)
+        # images that look alike are hard to tell apart
+        with torch.no_grad():
+            unit = F.normalize(tower.vision_projection(states[:, 0]).float(), dim=-1)  # (B, P)
+            chosen = choose(unit @ unit.T)
+        return SequenceClassifierOutput(logits=self.assignment_head(self.read(*text, states, chosen)))  # (B, 3)
+
+
+def name_labels(config: PreTrainedConfig, labels: tuple[str, ...]) -> None:
+    """The task's labels, where the configuration names none of its own."""
+    if all(name.startswith("LABEL_") for name in config.id2label.values()):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
+
+
+__all__ = [
+    "ENTAILMENT_LABELS",
+    "REASONING_LABELS",
+    "DualEncoderTask",
+    "FusedAnswerGeneration",
+    "TextAssignment",
+    "TwoImageReading",
+    "TwoImageReasoning",
+    "name_labels",
+]
