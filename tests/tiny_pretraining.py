@@ -73,9 +73,9 @@ def forget_accelerator() -> None:
 
 
 def read_log(output_dir: Path) -> list[dict[str, Any]]:
-    """Lines of log.jsonl without the only value that is a matter of time."""
+    """Lines of log.jsonl without the only values that are a matter of time."""
     lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines]
 
 
 def assert_same_checkpoint(one: Path, other: Path, but: Iterable[str] = ()) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from scenes_captions import Caption, HardCaption, draw_captions, draw_hard_captions
+from scenes_captions import Caption, draw_captions
 from scenes_concepts import concept_table
 from scenes_drawing import pixel_box, render
+from scenes_hard import HardCaption, draw_hard_captions
 from scenes_languages import LANGUAGES
 from scenes_layout import SPLITS, Layout, draw_layout, generator, pool
 from scenes_rows import as_row, in_order, query_rows, write_queries, write_rows
@@ -49,7 +50,7 @@ class Scene:
 
     Attributes:
         relations: (group, "left" | "right" | "above" | "below", group), where it is beyond dispute.
-        hard: false captions, each with one thing changed.
+        hard: false captions, each with one thing changed, at most one of each kind.
         layout: where all of this comes from, lengths as shares of the picture's side.
     """
 

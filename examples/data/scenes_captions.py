@@ -1,25 +1,20 @@
-"""English captions of a scene, from a small grammar, and hard captions: one thing changed, and no longer true."""
+"""English captions of a scene, from a small grammar."""
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from scenes_concepts import NUMBERS, concept_table, confusable
-from scenes_layout import COLOURS, Layout, pool
+from scenes_concepts import concept_table
+from scenes_layout import Layout
 from scenes_statements import (
-    OPPOSITE,
-    PLACES,
     Phrase,
     Statement,
     background_claims,
     places_of,
     relations,
-    truth,
 )
 
 SHORTEST, LONGEST = 8, 16  # words of a caption
-# kind of hard caption: what was changed
-KINDS = ("thing", "relation", "order", "size", "count", "place", "background")
 STYLES = ("plain", "picture", "there", "verb")
 RELATIONS = {
     "left": ("to the left of", "left of"),
@@ -35,6 +30,7 @@ PLACE_WORDS = {
         place: f"at the {place}" for place in ("top", "bottom", "top left", "top right", "bottom left", "bottom right")
     },
 }
+SINGLE = ((None, "one", "a single"), (0.8, 0.1, 0.1))  # what stands before one thing, None "a", and how often
 ATTEMPTS = 40
 
 
@@ -43,16 +39,6 @@ class Caption:
     """A text and the statement that it makes."""
 
     text: str
-    statement: Statement
-
-
-@dataclass(frozen=True)
-class HardCaption:
-    """A false text: caption number `of` with one thing changed, of a kind in `KINDS`."""
-
-    text: str
-    kind: str
-    of: int
     statement: Statement
 
 
@@ -149,7 +135,7 @@ class Teller:
         self.rng = rng
         self.layout = layout
         self.sized = rng.random() < 0.7
-        self.word = rng.choices((None, "one", "a single"), (0.8, 0.1, 0.1))[0]
+        self.word = rng.choices(*SINGLE)[0]
 
     def phrase(self, number: int, place_told: float = 0.0) -> Phrase:
         """Group `number`, with its place at that probability."""
@@ -177,54 +163,3 @@ def _related_groups(
         objects.append(more[0])
         rest.remove(more[0])
     return subjects, relation, objects, rest[: rng.choice((0, 1))]
-
-
-def draw_hard_captions(rng: random.Random, layout: Layout, captions: list[Caption], split: str) -> list[HardCaption]:
-    """Of every kind that the captions allow, one false caption; which caption it is made from is drawn."""
-    hard: list[HardCaption] = []
-    for kind in KINDS:
-        for of in rng.sample(range(len(captions)), len(captions)):
-            statement = change(rng, kind, captions[of].statement, layout, split)
-            if statement is not None and truth(statement, layout) is False:
-                hard.append(HardCaption(write(statement), kind, of, statement))
-                break
-    return hard
-
-
-def change(rng: random.Random, kind: str, statement: Statement, layout: Layout, split: str) -> Statement | None:
-    """The statement with one thing changed; None if it has no such thing."""
-    # Of the statement as a whole, or of any of its things.
-    if kind == "thing":
-        old = rng.choice(statement.phrases)
-        return statement.with_phrase(old, replace(old, hexcode=draw_absent(rng, layout, split)))
-    if kind == "relation":
-        return replace(statement, relation=OPPOSITE[statement.relation]) if statement.relation else None
-    if kind == "order":
-        return (
-            replace(statement, subjects=statement.objects, objects=statement.subjects) if statement.relation else None
-        )
-    if kind == "background":
-        others = [name for name in COLOURS if name != statement.colour]
-        return replace(statement, colour=rng.choice(others)) if statement.colour else None
-    # The others change a phrase that tells a size, a count or a place.
-    tells = {"size": "size", "place": "place", "count": "count"}[kind]
-    phrases = [phrase for phrase in statement.phrases if getattr(phrase, tells) is not None]
-    if not phrases:
-        return None
-    old = rng.choice(phrases)
-    if kind == "size":
-        new = replace(old, size="big" if old.size == "small" else "small")
-    elif kind == "place":
-        new = replace(old, place=rng.choice([place for place in PLACES if place != old.place]))
-    else:
-        count = rng.choice([count for count in range(1, len(NUMBERS)) if count != old.count])
-        new = replace(old, count=count, word="a single" if count == 1 else None)
-    return statement.with_phrase(old, new)
-
-
-def draw_absent(rng: random.Random, layout: Layout, split: str) -> str:
-    """A concept that is not in the scene, nor like one that is."""
-    while True:
-        hexcode = rng.choice(pool(split))
-        if not any(confusable(hexcode, one) for one in layout.concepts):
-            return hexcode

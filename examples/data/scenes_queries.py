@@ -19,8 +19,9 @@ import math
 import random
 from dataclasses import dataclass, replace
 
-from scenes_captions import draw_absent, say
+from scenes_captions import say
 from scenes_concepts import article, concept_table
+from scenes_hard import draw_absent
 from scenes_layout import (
     COLOURS,
     CONTRAST,

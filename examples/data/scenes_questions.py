@@ -7,10 +7,11 @@ whatever is said of a thing that is there is said as often of one that is not.
 import random
 from dataclasses import dataclass, replace
 
-from scenes_captions import RELATIONS, change, draw_absent, draw_captions, say, write
+from scenes_captions import RELATIONS, draw_captions, say, write
 from scenes_concepts import Concept, article, concept_table
+from scenes_hard import KINDS, can_change, change, draw_absent
 from scenes_layout import COLOURS, Group, Layout
-from scenes_statements import OPPOSITE, Phrase, related, relations, stands_at, truth
+from scenes_statements import OPPOSITE, Phrase, related, relations, stands_at
 
 # form of question -> VQA v2's answer type; a scene that does not allow a form is asked another
 QUESTIONS = {
@@ -22,7 +23,6 @@ QUESTIONS = {
     "which side": "other",
     "what color": "other",
 }
-KINDS_OF_LIE = ("thing", "relation", "order", "size", "count", "place", "background")
 # What no picture shows: of one thing, of several.
 UNKNOWN = (
     ("is three years old", "are three years old"),
@@ -115,32 +115,23 @@ def draw_entailment(rng: random.Random, layout: Layout, split: str) -> tuple[str
     (contradiction), and what no picture shows of a thing that is there (neutral) or is not as described
     (contradiction). From the words alone one can tell two cases from two, and no more: half of the labels.
     """
-    true = rng.random() < 0.5
-    while True:
-        # What is seen: a caption, or one with one thing changed.
-        if rng.random() < 0.5:
-            statement = draw_captions(rng, layout, 1)[0].statement
-            if not true:
-                statement = change(rng, rng.choice(KINDS_OF_LIE), statement, layout, split)
-            if statement is not None and truth(statement, layout) is true:
-                return write(statement), "entailment" if true else "contradiction"
-            continue
-        # What no picture shows, of a thing that is there or is not.
+    true, visible = rng.random() < 0.5, rng.random() < 0.5
+    # What no picture shows, of a thing that is there or is not.
+    if not visible:
         group = rng.choice(layout.groups)
         phrase = Phrase(group.hexcode, group.count, group.size if rng.random() < 0.5 else None)
         if not true:
-            phrase = _wrong(rng, phrase, draw_absent(rng, layout, split))
-        unknown = rng.choice(UNKNOWN)[phrase.count > 1]
-        return f"{named(concept_table()[phrase.hexcode], phrase.count, phrase.size)} {unknown}", (
-            "neutral" if true else "contradiction"
-        )
+            phrase = replace(phrase, hexcode=draw_absent(rng, layout, split))
+        told = named(concept_table()[phrase.hexcode], phrase.count, phrase.size)
+        return f"{told} {rng.choice(UNKNOWN)[phrase.count > 1]}", "neutral" if true else "contradiction"
 
-
-def _wrong(rng: random.Random, phrase: Phrase, absent: str) -> Phrase:
-    """Of another concept or, where a size is told, perhaps of the other size."""
-    if phrase.size and rng.random() < 0.5:
-        return replace(phrase, size="big" if phrase.size == "small" else "small")
-    return replace(phrase, hexcode=absent)
+    # What is seen: a caption that can be made false, or what it is made; so both have the same words.
+    while True:
+        statement = draw_captions(rng, layout, 1)[0].statement
+        kind = rng.choice(KINDS)
+        changed = change(rng, kind, statement, layout, split) if can_change(kind, statement) else None
+        if changed is not None:
+            return write(statement if true else changed), "entailment" if true else "contradiction"
 
 
 def draw_expression(rng: random.Random, layout: Layout) -> tuple[int, str] | None:

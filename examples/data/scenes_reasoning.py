@@ -7,8 +7,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from scenes_captions import RELATIONS, draw_absent, say
+from scenes_captions import RELATIONS, say
 from scenes_concepts import NUMBERS, concept_table
+from scenes_hard import draw_absent
 from scenes_layout import COLOURS, Group, Layout, draw_layout, generator
 from scenes_queries import QUERY_KINDS, modify, redraw
 from scenes_statements import OPPOSITE, Phrase, relations

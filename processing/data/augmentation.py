@@ -149,7 +149,8 @@ class TrainingImageTransform:
 
     def _draw_by(self, image_size: int, filtering: str, shift: float = 1.0) -> None:
         """The operations of a view; `shift` scales ALBEF's shifts."""
-        scale, config = self.options.crop_scale, self.options.rand_augment
+        scale = self.options.crop_scale
+        config = self.options.rand_augment
         ratio = ANY_RATIO if min(scale) == 1 else CROP_RATIO
         self.random_crop = RandomResizedCropAndInterpolation(image_size, tuple(scale), ratio, filtering)
         self.rand_augment = _rand_augment(config, image_size, shift) if config else None
@@ -207,12 +208,14 @@ class TrainingImageTransform:
         return pixels.float().mul_(self.factor).add_(self.offset)
 
     def _with_margin(self, image: Image.Image, share: float) -> Image.Image:
-        width, height = round(share * image.width), round(share * image.height)
+        width = round(share * image.width)
+        height = round(share * image.height)
         return ImageOps.expand(image, (width, height, width, height), fill=WHITE)
 
     def _recolour(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         # torchvision's own ColorJitter draws from torch's global generator, so only its functions are used
-        jitter, grayscale = self.options.color_jitter, self.options.grayscale
+        jitter = self.options.color_jitter
+        grayscale = self.options.grayscale
         if jitter:
             for adjust in (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation):
                 image = adjust(image, float(rng.uniform(1 - jitter, 1 + jitter)))

@@ -37,8 +37,11 @@ class ListedRows(PairRows):
     ) -> None:
         if not len(rows):
             raise PairDataError(f"{name}: no rows")
-        self.rows, self.name = rows, name
+        self.rows = rows
+        self.name = name
         self.kind = "pairs" if images else "texts"
+
+        # its images, and what else its task checks
         find = _finder(images)
         checks = (find,) if reason is None else (find, reason)
         self.bad = {}

@@ -83,7 +83,8 @@ class Replacement:
     """BERT's 80/10/10 of tokens, and masked patches whose places stay: a corrupted copy beside the clean row."""
 
     def __init__(self, masking: Masking, special: SpecialTokens) -> None:
-        self.masking, self.special = masking, special
+        self.masking = masking
+        self.special = special
 
     def __call__(
         self, tokens: np.ndarray | None, grid: tuple[int, int] | None, progress: float, rng: np.random.Generator

@@ -44,11 +44,15 @@ def open_mixture(
     if weights is not None:
         checked_shares(weights, len(entries))
     options = (kind, image_column, text_column, id_column, split, streaming, bad_rows)
+
+    # one source, if the entries can be that
     if len(entries) == 1 and weights is None:
         return open_rows(entries[0], *options)
     formats = {_format(entry) for entry in entries}
     if weights is None and len(formats) == 1 and None not in formats:
         return open_rows(list(entries), *options)
+
+    # or several
     sources = [open_rows(entry, *options) for entry in entries]
     return PairStreamMixture(sources, weights) if streaming else PairMixture(sources)
 
@@ -78,14 +82,19 @@ class PairMixture(PairRows):
         if not sources:
             raise PairDataError("a mixture needs at least one source, got none")
         self.kind = _one_kind(sources)
-        self.sources, self.sizes = list(sources), tuple(len(source) for source in sources)
-        self.starts = np.cumsum([0, *self.sizes])
+        self.sources = list(sources)
         self.name = _joined(sources)
+
+        # rows of one source stand behind those of the one before
+        self.sizes = tuple(len(source) for source in sources)
+        self.starts = np.cumsum([0, *self.sizes])
         self.bad = {
             int(start) + row: reason
             for start, source in zip(self.starts, sources, strict=False)
             for row, reason in source.bad.items()
         }
+
+        # ids are compared over all sources, or nowhere
         types = [(source.name, _type_of_ids(source)) for source in sources]
         if len({found for _, found in types} - {"no good row"}) > 1:
             raise PairDataError(f"the ids of the sources can never be equal, since they differ in kind: {types}")
@@ -95,9 +104,9 @@ class PairMixture(PairRows):
         return int(self.starts[-1])
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        places = np.asarray(indices, dtype=np.int64)
+        places = np.asarray(indices, dtype=np.int64)  # (n,)
         found: list[dict[str, Any]] = [{}] * len(places)
-        of = np.searchsorted(self.starts, places, side="right") - 1
+        of = np.searchsorted(self.starts, places, side="right") - 1  # (n,) which source
         for number in np.unique(of):
             mine = np.flatnonzero(of == number)
             rows = self.sources[number].take((places[mine] - self.starts[number]).tolist())
@@ -137,7 +146,8 @@ class PairStreamMixture(PairStream):
         self.kind = _one_kind(sources)
         self.sources = list(sources)
         self.shares = None if weights is None else checked_shares(weights, len(sources))
-        self.name, self.bad_rows = _joined(sources), sources[0].bad_rows
+        self.name = _joined(sources)
+        self.bad_rows = sources[0].bad_rows
         self.columns = sources[0].columns
 
     def checked(self) -> Iterator[tuple[int, dict[str, Any], str | None]]:
@@ -147,16 +157,21 @@ class PairStreamMixture(PairStream):
             yield number, row, reason
 
     def _rows(self) -> Iterator[tuple[PairStream, dict[str, Any], str | None]]:
+        # one after the other
         if self.shares is None:
             for source in self.sources:
                 yield from ((source, row, _of(source, place, reason)) for place, row, reason in source.checked())
             return
-        given, ended = np.zeros(len(self.sources)), np.zeros(len(self.sources), dtype=bool)
+
+        # by weight: the one that is furthest behind its share
+        given = np.zeros(len(self.sources))  # rows of each so far
+        ended = np.zeros(len(self.sources), dtype=bool)
         streams = [source.checked() for source in self.sources]
         for total in count(1):
             chosen = int(np.argmax(self.shares * total - given))
-            source, item = self.sources[chosen], next(streams[chosen], None)
-            if item is None:
+            source = self.sources[chosen]
+            item = next(streams[chosen], None)
+            if item is None:  # from its beginning, unless all have been read
                 ended[chosen] = True
                 if ended.all():
                     return

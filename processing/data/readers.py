@@ -87,7 +87,8 @@ class Reader:
     def read(self, key: RowKey, row: dict[str, Any], rng: np.random.Generator) -> Example | BadRow:
         """A row's text and image, or why there are none; its tokens come with those of others."""
         example = Example(key, row, rng)
-        # one draw whatever their number, even where none is read, so that later draws do not depend on it
+
+        # a text: one draw whatever their number, even where none is read, so that later draws do not depend on it
         place = rng.random() if self.text == "captions" else 0.0
         if self.tokenizer is not None:
             texts = [row[self.text]] if isinstance(row[self.text], str) else row[self.text]
@@ -96,6 +97,8 @@ class Reader:
             example.text = texts[int(place * len(texts))]
             if (reason := caption_reason(example.text, *self.rule)) is not None:
                 return BadRow(reason)
+
+        # images, by further draws
         if self.image_transform is not None:
             views = self._views(row, rng)
             if isinstance(views, BadRow):
@@ -126,11 +129,13 @@ class Reader:
             return list(examples)
         good = [example for example in examples if isinstance(example, Example)]
         texts = [example.text for example in good]
+
+        # all texts of a batch in one call, cut to L tokens or to one of their windows
         if self.clean_caption is not None:
             texts = [self.clean_caption(text) for text in texts]
         most = None if self.windows else self.max_text_length
         for example, ids in zip(good, token_ids(self.tokenizer, texts, most), strict=True):
-            example.tokens = self._window(ids, example.rng) if self.windows else ids  # (T,), T <= L
+            example.tokens = self._window(ids, example.rng) if self.windows else ids  # (T,) with T at most L
         return [self._with_tokens(example) for example in examples]
 
     def _with_tokens(self, example: Example | BadRow) -> Example | BadRow:

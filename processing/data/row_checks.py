@@ -59,7 +59,8 @@ def find_bad_rows(
         folder: what image paths are relative to.
         most: reasons are given for so many rows only, the first; all of them if None.
     """
-    problems, total, start = {}, 0, 0
+    problems: dict[int, str] = {}
+    total = start = 0
     rule = rule_of(columns)
     for table in data.with_format("arrow").iter(CHUNK):
         # quickly, by column: which rows are bad

@@ -79,11 +79,15 @@ class PairTable(PairRows):
         bad_rows: str = "raise",
         reasons: Mapping[int, str] | None = None,
     ) -> None:
-        self.columns, self.name, self.folder = columns, name, folder
+        self.columns = columns
+        self.name = name
+        self.folder = folder
         self.kind = kind_of(columns)
         self.data = undecoded(data.select_columns(list(dict.fromkeys(columns.values()))), columns.get("image"))
         if not len(self.data):
             raise PairDataError(f"{name}: no rows")
+
+        # what the cells say, and what was found while the file was read
         self.bad, total = find_bad_rows(self.data, columns, folder, SHOWN if bad_rows == "raise" else None)
         if total and bad_rows == "raise":
             raise PairDataError(report(name, list(self.bad.items()), total, len(self.data)))
@@ -99,7 +103,7 @@ class PairTable(PairRows):
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         table = self.data[list(indices)]
-        cells = {role: table[column] for role, column in self.columns.items()}
+        cells = {role: table[column] for role, column in self.columns.items()}  # a list of n each
         rows = [dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True)]
         return [row_of(row, number, self.folder) for row, number in zip(rows, indices, strict=True)]
 
@@ -115,6 +119,7 @@ class PairTable(PairRows):
     def captions(self) -> Iterator[str]:
         if "text" not in self.columns:
             return
+        # without the images' bytes, and without bad rows
         texts = self.data.select_columns([self.columns["text"]])
         if self.bad:
             texts = texts.select([row for row in range(len(self)) if row not in self.bad])
@@ -137,7 +142,10 @@ class PairStream:
         bad_rows: str = "raise",
         reasons: Mapping[int, str] | None = None,
     ) -> None:
-        self.columns, self.name, self.folder, self.bad_rows = columns, name, folder, bad_rows
+        self.columns = columns
+        self.name = name
+        self.folder = folder
+        self.bad_rows = bad_rows
         self.kind = kind_of(columns)
         self.reasons = reasons or {}
         self.data = undecoded(data, columns.get("image"))
@@ -182,7 +190,8 @@ def undecoded(data: Any, image_column: str | None) -> Any:
 
 def row_of(cells: Mapping[str, Any], number: int, folder: str | None) -> dict[str, Any]:
     """A row of its cells by role, an image's path joined to `folder`; without a cell for it, `number` is the id."""
-    image, text = cells.get("image"), cells.get("text")
+    image = cells.get("image")
+    text = cells.get("text")
     if folder is not None:
         if isinstance(image, str):
             image = os.path.join(folder, image)
@@ -199,14 +208,17 @@ def concept_ids(cells: Any, bad: Mapping[int, str]) -> np.ndarray:
         cells: n ids, a list or a pyarrow array.
         bad: the rows whose cells are not looked at.
     """
+    # few enough to be taken one by one
     if isinstance(cells, list):
         alone = (concept_id(f"bad row {row}") if row in bad else concept_id(cell) for row, cell in enumerate(cells))
         return np.fromiter(alone, np.int64, len(cells))
-    good = np.ones(len(cells), dtype=bool)
+
+    # each different id is turned into a number once
+    good = np.ones(len(cells), dtype=bool)  # (n,)
     good[list(bad)] = False
     coded = cells.filter(pa.array(good)).dictionary_encode()
     known = [concept_id(value) for value in coded.dictionary.to_pylist()]
-    ids = np.zeros(len(cells), dtype=np.int64)
+    ids = np.zeros(len(cells), dtype=np.int64)  # (n,)
     ids[good] = np.array(known, dtype=np.int64)[coded.indices.to_numpy()]
     ids[~good] = [concept_id(f"bad row {row}") for row in np.flatnonzero(~good)]
     return ids

@@ -64,15 +64,20 @@ class PairShards(PairRows):
     """
 
     def __init__(self, shards: Sequence[Path], columns: ShardColumns, bad_rows: str = "raise") -> None:
-        self.shards, self.has_ids = [str(shard) for shard in shards], columns.id is not None
+        self.shards = [str(shard) for shard in shards]
+        self.has_ids = columns.id is not None
         self.kind = columns.kind
         self.name = self.shards[0] + (f" (+{len(shards) - 1})" if shards[1:] else "")
+
+        # samples of one shard stand behind those of the one before
         tables = [shard_index(Path(shard), columns).replace_schema_metadata(None) for shard in shards]
         self.starts = np.cumsum([0, *map(len, tables)])
         self.table = pa.concat_tables(tables).combine_chunks()
         if not len(self):
             expected = {"pairs": "0001.jpg with 0001.txt", "images": "0001.jpg", "texts": "0001.txt"}[self.kind]
             raise PairDataError(f"{self.name}: no samples (expected members such as {expected})")
+
+        # what their indexes found
         reasons = self.table["reason"]
         self.bad = {
             int(row): f"{self._called(int(row))}: {reasons[int(row)]}"
@@ -86,10 +91,10 @@ class PairShards(PairRows):
         return len(self.table)
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        places = np.asarray(indices, dtype=np.int64)
+        places = np.asarray(indices, dtype=np.int64)  # (n,)
         columns = ["image_offset", "image_size", "captions", "id", "key"]
         cells = self.table.select(columns).take(places).to_pylist()
-        if self.kind != "texts":
+        if self.kind != "texts":  # texts stand in the index
             self._read_images(cells, places)
         ids = [json.loads(cell["id"]) for cell in cells] if self.has_ids else places.tolist()
         return [
@@ -99,7 +104,7 @@ class PairShards(PairRows):
 
     def _read_images(self, cells: list[dict[str, Any]], places: np.ndarray) -> None:
         """Puts into each cell the bytes of its image; a shard is opened once."""
-        of = np.searchsorted(self.starts, places, side="right") - 1
+        of = np.searchsorted(self.starts, places, side="right") - 1  # (n,) which shard
         for number in np.unique(of):
             shard = self.shards[number]
             with _opened(shard) as file:

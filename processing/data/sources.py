@@ -84,14 +84,21 @@ def open_rows(
     """
     named = {"image": image_column, "text": text_column, "id": id_column}
     _check(kind, named, bad_rows)
+
+    # shards bring their own index
     if not _has_metadata(source, split) and (shards := find_shards(source)):
         if streaming:
             raise PairDataError(f"{shards[0]}: shards are read at random places; open them without streaming")
         return PairShards(shards, ShardColumns(image_column, text_column, id_column, kind), bad_rows)
+
+    # anything else is a table that `datasets` reads
     loaded = _load(source, kind, split, streaming, bad_rows)
-    data, name = loaded.data, loaded.name
+    data = loaded.data
+    name = loaded.name
     if isinstance(data, dict):
         data = _one_split(data, split, name)
+
+    # its columns by role
     found = data.column_names
     if found is None:  # a stream that does not know its columns
         found = list(next(iter(data), {}))
@@ -143,6 +150,8 @@ def _load(source: Any, kind: Kind, split: str | None, streaming: bool, bad_rows:
         return _load_files([Path(file) for file in source], kind, streaming, bad_rows)
     if not isinstance(source, (str, os.PathLike)):
         raise PairDataError(f"a source is a path, a list of paths, a name or a data set, got {type(source).__name__}")
+
+    # a folder with a table, a saved data set, or nothing but files
     path = Path(source)
     if path.is_dir():
         if table := _metadata(path, split):
@@ -156,6 +165,8 @@ def _load(source: Any, kind: Kind, split: str | None, streaming: bool, bad_rows:
             return Loaded(data, str(inside), columns={"image": "image"})
         if kind == "texts" and (texts := _bare_texts(inside)):
             return _load_files(texts, kind, streaming, bad_rows)
+
+    # a file, or what `datasets` knows by this name
     elif path.suffix in READERS or path.is_file():
         return _load_files([path], kind, streaming, bad_rows)
     try:
@@ -202,10 +213,14 @@ def _load_files(files: list[Path], kind: Kind, streaming: bool, bad_rows: str) -
     if missing:
         raise PairDataError(f"no such file: {', '.join(missing[:SHOWN])}")
     (form,) = formats
+
+    # image paths are relative to the one folder of all files
     folders = {str(file.parent) for file in files}
     if len(folders) > 1 and form != "parquet" and kind != "texts":
         raise PairDataError(f"files with picture paths must lie in one folder, got {sorted(folders)[:SHOWN]}")
     name = str(files[0]) + (f" (+{len(files) - 1})" if files[1:] else "")
+
+    # rows, counted where their format lets rows be swallowed
     data, count, reasons = _read_checked(form, files, name, streaming, bad_rows)
     if form == "text":
         data = without_blank_lines(data)
@@ -221,6 +236,8 @@ def _read_checked(
     """The data, how many rows it must have if that was counted, and what is wrong with some."""
     count, reasons, read = None, {}, files
     options: dict[str, Any] = {}
+
+    # what is wrong with it, found by stricter readers than those of `datasets`
     if form == "csv":
         # every column as text: "NA", "null" and "007" are captions, not missing values or numbers
         header = csv_header(files[0])
@@ -234,6 +251,8 @@ def _read_checked(
         count, reasons, read = _faults(name, files, json_faults, bad_rows)
     if form != "json" and reasons:
         options |= {"encoding_errors": "replace"}
+
+    # lines of JSON are looked at only if they cannot be read
     try:
         try:
             data = _read(form, read, streaming, options)
@@ -266,7 +285,8 @@ def _faults(
     Raises:
         PairDataError: if a fault reaches beyond its row, every row has one, or rows are not to be skipped.
     """
-    start, faults, read = 0, [], []
+    start = 0  # rows of the files before
+    faults, read = [], []
     for file in files:
         count, found = find(file)
         faults += [fault._replace(row=start + fault.row) for fault in found]

@@ -64,7 +64,8 @@ def csv_faults(file: Path) -> tuple[int, list[Fault]]:
         reader = csv.reader(lines, delimiter=separator(file), strict=True)
         try:
             for fields in reader:
-                first, line = line, reader.line_num + 1
+                first = line  # of this row
+                line = reader.line_num + 1
                 if not fields or (len(fields) == 1 and fields[0].isspace()):
                     continue
                 if width is None:
@@ -160,7 +161,8 @@ def without_lines(file: Path, faults: list[Fault]) -> Path:
     state = file.stat()
     name = hashlib.sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:24]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "oner-cleaned" / name
-    copy, beside = folder / file.name, folder / f".{file.name}.{os.getpid()}"
+    copy = folder / file.name
+    beside = folder / f".{file.name}.{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(file, "rb") as lines, open(beside, "wb") as kept:
         filled = (line for line in lines if not line.isspace())

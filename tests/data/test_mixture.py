@@ -294,9 +294,9 @@ def test_data_workers_deliver_a_mixture_in_order(emoji_folder):
 
 
 def test_weights_are_arguments():
-    given = ["--train_data", "a.parquet", "b.parquet", "--data_weights", "1", "2.5"]
+    given = ["--family", "oner", "--train_data", "a.parquet", "b.parquet", "--data_weights", "1", "2.5"]
     assert parse_arguments(given).data.data_weights == [1.0, 2.5]
-    assert parse_arguments(given[:3]).data.data_weights is None
+    assert parse_arguments(given[:5]).data.data_weights is None
     with pytest.raises(ValueError, match="expected one for each of the 2 in train_data"):
         parse_arguments(given[:-1])
 

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -90,7 +91,10 @@ def with_a_queue(spoilt: int = 0):
 
 
 def main(jobs: list[dict]) -> None:
-    """Each job: `engine`, the example's `arguments`, optionally `spoilt` and the `limit` in seconds."""
+    """
+    Each job: `engine`, the example's `arguments`, optionally `spoilt`, the `limit` in seconds, and the module of a
+    `family` that is not oner's own.
+    """
     from tiny_pretraining import forget_accelerator, load_example
 
     example = load_example("pretrain")
@@ -99,6 +103,8 @@ def main(jobs: list[dict]) -> None:
             os.environ.pop(name, None)
         os.environ.update(ENGINES[job["engine"]])
         forget_accelerator()
+        if "family" in job:
+            import_module(job["family"])
         # processes that wait for each other for ever say where, and end
         faulthandler.dump_traceback_later(job.get("limit", 300), exit=True)
         with with_a_queue(job.get("spoilt", 0)):

@@ -179,8 +179,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         {**TASK, **KARPATHY, "task": "assignment", "eval_data": ["{data}/karpathy.json"], "eval_split": "test"},
     ),
 }  # fmt: skip
-# what a log holds beside the numbers of the run
-TIMES = ("pairs_per_second",)
+# how keys of a log end that hold no number of the run
+TIMES = "_per_second"
 WEIGHTS = "model/model.safetensors"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -229,7 +229,9 @@ def result_of(output: Path) -> dict[str, Any]:
         logged = json.loads(line)
         step = values.setdefault(str(logged.pop("step")), {})
         # JSON's decimals give each double back as it was
-        step.update({key: float(value) for key, value in logged.items() if _is_number(value) and key not in TIMES})
+        step.update(
+            {key: float(value) for key, value in logged.items() if _is_number(value) and not key.endswith(TIMES)}
+        )
     return {"values": values, "weights": digest(load_file(output / WEIGHTS))}
 
 

@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 from tiny_pretraining import tiny_arguments
+from transformers import HfArgumentParser
 
+from oner.processing.data.augmentation import Crop
 from oner.processing.data.layouts import ImageLayout, JointLayout, SeparateLayout
 from oner.processing.data.masking import UNMASKED, Dropping, Masking, Replacement
 from oner.processing.data.sampling import RowKey
@@ -31,6 +33,17 @@ def made(pairs, tmp_path_factory):
     rows = open_portions(arguments)
     processor, config = build_processor_and_config(arguments, rows)
     return arguments, processor, config, [(RowKey(number, 0, 0.5), rows["pairs"][number]) for number in range(5)]
+
+
+def test_options_are_filled_from_a_flat_command_line():
+    parser = HfArgumentParser([Crop, Masking])
+    line = ["--crop_scale", "0.2", "1", "--corruption", "drop", "--mim_ratio", "0.75", "0.75"]
+    crop, masking = parser.parse_args_into_dataclasses(line)
+    assert (crop, masking) == (Crop([0.2, 1.0]), Masking(0.15, [0.75, 0.75], corruption="drop"))
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--mim_masking", "rows"])
+    for kind in (Crop, Masking):
+        assert all(one.metadata["help"] for one in dataclasses.fields(kind))
 
 
 def test_each_kind_of_rows_has_its_layout_and_corruption(made):

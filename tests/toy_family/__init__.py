@@ -1,1 +1,22 @@
-"""A small family of two portions, texts and pairs, added from outside by docs/adding_a_family.md."""
+"""A small family of two portions, texts and pairs, added from outside by docs/adding_a_family.md and nothing else."""
+
+from oner import OneRImageProcessor, OneRProcessor
+from oner.registration import register_family
+from oner.training.objectives.objective import OBJECTIVES
+
+from .configuration_toy import ToyConfig
+from .modeling_toy import ToyForPreTraining, ToyModel
+
+# the entry of oner/__init__.py
+register_family(
+    "toy",
+    {
+        "AutoConfig": ToyConfig,
+        "AutoModel": ToyModel,
+        "AutoModelForPreTraining": ToyForPreTraining,
+        "AutoImageProcessor": OneRImageProcessor,
+        "AutoProcessor": OneRProcessor,
+    },
+)
+# the line of training/objectives/objective.py
+OBJECTIVES["toy"] = ("toy_family.objective_toy", "ToyObjective", "ToyObjectiveArguments")

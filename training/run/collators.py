@@ -54,14 +54,16 @@ def text_collator(
     config: PreTrainedConfig,
     masking: Masking | None = None,
 ) -> Collator:
-    """Of texts without images. One of more than `max_text_length` tokens is read in windows of so many."""
+    """
+    Of texts without images. One of more than `max_text_length` tokens is read in windows of so many; the
+    configuration's number if none is given. Rules for captions do not hold for them.
+    """
     data = arguments.data
     special = SpecialTokens.of(config, processor.tokenizer)
     reader = Reader(
         processor.tokenizer,
         max_text_length=data.max_text_length or config.max_text_length,
         windows=True,
-        clean_caption=CAPTION_RULES.get(data.caption_rules),
     )
     corruption = _corruption(data.masking if masking is None else masking, special)
     return _collator(arguments, reader, SeparateLayout(special), corruption)
