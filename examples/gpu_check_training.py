@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oner import OneRConfig, OneRForPreTraining, OneRImageProcessor, OneRProcessor
+from oner import OneRConfig, OneRForPreTraining, VisionLanguageImageProcessor, VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.evaluation.localization import mean_of_words, patch_word_cosine
 from oner.training.objectives.objective import build_objective
@@ -190,7 +190,7 @@ class SceneBatches:
         return (crops - self.mean) / self.std
 
 
-def build(folder: Path, tiny: bool, steps: int, output: Path) -> tuple[Arguments, OneRConfig, OneRProcessor]:
+def build(folder: Path, tiny: bool, steps: int, output: Path) -> tuple[Arguments, OneRConfig, VisionLanguageProcessor]:
     """The run's arguments, its model's configuration, and the processor of both."""
     from oner.processing.vl_tokenizer import tokenizer_from_vocab
 
@@ -206,8 +206,14 @@ def build(folder: Path, tiny: bool, steps: int, output: Path) -> tuple[Arguments
         vocab_size=len(tokenizer), image_token_id=tokenizer.image_token_id, **ids, **{**MODEL, **small}
     )
     size = {"height": SIDE, "width": SIDE}
-    images = OneRImageProcessor(size=size, patch_size=config.patch_size, image_mean=list(MEAN), image_std=list(STD))
-    return parse_arguments(line), config, OneRProcessor(images, tokenizer, max_text_length=config.max_text_length)
+    images = VisionLanguageImageProcessor(
+        size=size, patch_size=config.patch_size, image_mean=list(MEAN), image_std=list(STD)
+    )
+    return (
+        parse_arguments(line),
+        config,
+        VisionLanguageProcessor(images, tokenizer, max_text_length=config.max_text_length),
+    )
 
 
 def train(
@@ -229,7 +235,7 @@ def train(
 class Reader:
     """Unit embeddings of arrays of pictures and of texts, in batches, on the model's device."""
 
-    def __init__(self, model: OneRForPreTraining, processor: OneRProcessor):
+    def __init__(self, model: OneRForPreTraining, processor: VisionLanguageProcessor):
         self.model, self.processor = model.eval(), processor
         self.device = next(model.parameters()).device
 
@@ -321,7 +327,7 @@ def evaluate(reader: Reader, folder: Path) -> Figures:
     return figures
 
 
-def save(model: OneRForPreTraining, processor: OneRProcessor, output: Path, archive: Path) -> int:
+def save(model: OneRForPreTraining, processor: VisionLanguageProcessor, output: Path, archive: Path) -> int:
     """The model and its processor as one archive, weights in fp16. -> bytes of the weights."""
     model.half().save_pretrained(output)
     processor.save_pretrained(output)

@@ -110,7 +110,7 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int, cls_token_id: int) -> No
     if (first != cls_token_id).any():
         raise ValueError(
             f"a row starts with id {first[first != cls_token_id][0].item()}; "
-            f"expected [CLS] ({cls_token_id}) first, as OneRProcessor lays rows out (padding on the right)"
+            f"expected [CLS] ({cls_token_id}) first, as VisionLanguageProcessor lays rows out (padding on the right)"
         )
 
 
@@ -132,7 +132,7 @@ def check_layout(
         raise ValueError(
             f"input_ids hold {placeholders[placeholders != n_patches][0].item()} image placeholders "
             f"(id {image_token_id}) in a row; the pictures have {n_patches} patches each: "
-            f"lay both out together with OneRProcessor(images=..., text=...)"
+            f"lay both out together with VisionLanguageProcessor(images=..., text=...)"
         )
     words = (real.sum(1) - 1 - placeholders).max().item()
     if words > max_text_length:
@@ -161,12 +161,12 @@ def check_pairs(
     if strays.any():
         raise ValueError(
             f"in rows {strays.nonzero().flatten().tolist()} the {n_patches} image placeholders must follow [CLS], "
-            f"and the words come behind them; lay pairs out with OneRProcessor(images=..., text=...)"
+            f"and the words come behind them; lay pairs out with VisionLanguageProcessor(images=..., text=...)"
         )
     real = attention_mask != 0
     gaps = (real[:, 1:] & ~real[:, :-1]).any(1)
     if gaps.any():
         raise ValueError(
             f"in rows {gaps.nonzero().flatten().tolist()} attention_mask has a 0 before a 1; expected padding on the "
-            f"right only, as OneRProcessor(images=..., text=...) lays pairs out"
+            f"right only, as VisionLanguageProcessor(images=..., text=...) lays pairs out"
         )

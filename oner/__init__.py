@@ -30,9 +30,9 @@ from .modeling import (  # noqa: E402
     SimlaModel,
 )
 from .processing.data.sources import open_rows  # noqa: E402
-from .processing.image_processing_vl import OneRImageProcessor, open_image  # noqa: E402
+from .processing.image_processing_vl import VisionLanguageImageProcessor, open_image  # noqa: E402
 from .processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline  # noqa: E402
-from .processing.processing_vl import OneRProcessor  # noqa: E402
+from .processing.processing_vl import VisionLanguageProcessor  # noqa: E402
 from .processing.retrieval_index import RetrievalIndex  # noqa: E402
 from .processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer  # noqa: E402
 from .registration import register_family, register_pipelines  # noqa: E402
@@ -48,8 +48,8 @@ FAMILIES = {
         "AutoModelForZeroShotImageClassification": OneRForImageTextRetrieval,
         "AutoModelForMaskedLM": OneRForMaskedLM,
         "AutoModelForImageClassification": OneRForImageClassification,
-        "AutoImageProcessor": OneRImageProcessor,
-        "AutoProcessor": OneRProcessor,
+        "AutoImageProcessor": VisionLanguageImageProcessor,
+        "AutoProcessor": VisionLanguageProcessor,
     },
     "simla": {
         "AutoConfig": SimlaConfig,
@@ -59,8 +59,8 @@ FAMILIES = {
         "AutoModelForMaskedLM": SimlaForMaskedLM,
         "AutoModelForVisualQuestionAnswering": SimlaForVisualQuestionAnswering,
         "AutoModelForSequenceClassification": SimlaForVisualEntailment,
-        "AutoImageProcessor": OneRImageProcessor,
-        "AutoProcessor": OneRProcessor,
+        "AutoImageProcessor": VisionLanguageImageProcessor,
+        "AutoProcessor": VisionLanguageProcessor,
     },
     # no family, but a part that SIMLA's needs: the image tokenizer
     "discrete_vae": {"AutoConfig": DiscreteVAEConfig, "AutoModel": DiscreteVAE},
@@ -79,9 +79,7 @@ __all__ = [
     "OneRForImageTextRetrieval",
     "OneRForMaskedLM",
     "OneRForPreTraining",
-    "OneRImageProcessor",
     "OneRModel",
-    "OneRProcessor",
     "RetrievalIndex",
     "SimlaConfig",
     "SimlaForImageTextRetrieval",
@@ -92,6 +90,8 @@ __all__ = [
     "SimlaForVisualQuestionAnswering",
     "SimlaForVisualReasoning",
     "SimlaModel",
+    "VisionLanguageImageProcessor",
+    "VisionLanguageProcessor",
     "open_image",
     "open_rows",
     "tokenizer_from_vocab",

@@ -6,15 +6,15 @@ A name is imported when it is used: a processor needs neither `datasets` nor tim
 from importlib import import_module as _import_module
 
 _FILES = {
+    "Collator": "data.collation",
     "ImageDecodeError": "image_processing_vl",
     "ImageTextMatchingPipeline": "pipeline_image_text_matching",
     "ImageTextRetrievalPipeline": "pipeline_image_text_retrieval",
-    "OneRImageProcessor": "image_processing_vl",
-    "OneRProcessor": "processing_vl",
-    "Collator": "data.collation",
     "PairDataError": "data.sources",
     "RetrievalIndex": "retrieval_index",
     "TrainingImageTransform": "data.augmentation",
+    "VisionLanguageImageProcessor": "image_processing_vl",
+    "VisionLanguageProcessor": "processing_vl",
     "VisualEntailmentPipeline": "pipeline_visual_entailment",
     "VisualGroundingPipeline": "pipeline_visual_grounding",
     "VisualQuestionAnsweringPipeline": "pipeline_visual_question_answering",
@@ -25,15 +25,15 @@ _FILES = {
     "train_tokenizer": "vl_tokenizer",
 }
 __all__ = [
+    "Collator",
     "ImageDecodeError",
     "ImageTextMatchingPipeline",
     "ImageTextRetrievalPipeline",
-    "OneRImageProcessor",
-    "OneRProcessor",
-    "Collator",
     "PairDataError",
     "RetrievalIndex",
     "TrainingImageTransform",
+    "VisionLanguageImageProcessor",
+    "VisionLanguageProcessor",
     "VisualEntailmentPipeline",
     "VisualGroundingPipeline",
     "VisualQuestionAnsweringPipeline",

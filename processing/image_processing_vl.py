@@ -1,7 +1,7 @@
 """Pictures of any kind to normalised pixels, through one guarded decoder.
 
 Shapes: B pictures, H height, W width in pixels, P patch size; N = (H / P) * (W / P) patches, row-major.
-``open_image`` is the only place that decodes; everything it accepts, ``OneRImageProcessor`` accepts.
+``open_image`` is the only place that decodes; everything it accepts, ``VisionLanguageImageProcessor`` accepts.
 """
 
 import io
@@ -284,7 +284,7 @@ class OneRImageKwargs(ImagesKwargs, total=False):
     allow_urls: bool | None
 
 
-class OneRImageProcessor(TorchvisionBackend):
+class VisionLanguageImageProcessor(TorchvisionBackend):
     """Pictures to ``pixel_values`` (B, 3, H, W): square bicubic resize with antialias, ImageNet mean and deviation.
 
     ``do_center_crop=True`` keeps the aspect ratio instead: the shorter side is resized to S, then the middle S x S
@@ -375,4 +375,4 @@ def _check_grid(pixel_values: list[torch.Tensor], patch_size: int) -> None:
         raise ValueError(f"picture size {height}x{width} is not a multiple of patch_size={patch_size}")
 
 
-__all__ = ["MAX_PIXELS", "ImageDecodeError", "OneRImageProcessor", "flatten_images", "open_image"]
+__all__ = ["MAX_PIXELS", "ImageDecodeError", "VisionLanguageImageProcessor", "flatten_images", "open_image"]

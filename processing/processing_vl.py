@@ -25,15 +25,15 @@ class OneRTextKwargs(TextKwargs, total=False):
     split_special_tokens: bool | None
 
 
-class OneRProcessorKwargs(ProcessingKwargs, total=False):
-    """The options of ``OneRProcessor.__call__``."""
+class VisionLanguageProcessorKwargs(ProcessingKwargs, total=False):
+    """The options of ``VisionLanguageProcessor.__call__``."""
 
     text_kwargs: OneRTextKwargs
     _defaults = {}  # transformers 5.20, the newest for Python 3.10, asks for it
 
 
-class OneRProcessor(ProcessorMixin):
-    """Joins ``OneRImageProcessor`` and a WordPiece tokenizer into one batch maker.
+class VisionLanguageProcessor(ProcessorMixin):
+    """Joins ``VisionLanguageImageProcessor`` and a WordPiece tokenizer into one batch maker.
 
     Args:
         image_processor: gives ``pixel_values`` and knows ``patch_size``.
@@ -45,7 +45,7 @@ class OneRProcessor(ProcessorMixin):
         ValueError: the tokenizer lacks a needed token, or ``max_text_length`` is not positive.
     """
 
-    valid_processor_kwargs = OneRProcessorKwargs
+    valid_processor_kwargs = VisionLanguageProcessorKwargs
     text_kwargs = {"padding": True, "truncation": True, "return_tensors": "pt"}
 
     def __init__(
@@ -67,7 +67,9 @@ class OneRProcessor(ProcessorMixin):
         for name in ("pad_token", "cls_token", "unk_token"):
             _token_id(tokenizer, getattr(tokenizer, name, None), name)
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Unpack[OneRProcessorKwargs]) -> BatchFeature:
+    def __call__(
+        self, images: Any = None, text: Any = None, **kwargs: Unpack[VisionLanguageProcessorKwargs]
+    ) -> BatchFeature:
         """Makes a batch of texts, of pictures, or of pairs.
 
         Args:
@@ -93,7 +95,7 @@ class OneRProcessor(ProcessorMixin):
         if images is None and text is None:
             raise ValueError(f"{type(self).__name__} got neither images nor text: pass at least one of them")
         self._check_options(kwargs)
-        merged = self._merge_kwargs(OneRProcessorKwargs, **kwargs)
+        merged = self._merge_kwargs(VisionLanguageProcessorKwargs, **kwargs)
         options, image_options = {**self.text_kwargs, **merged["text_kwargs"]}, merged["images_kwargs"]
         words = None if text is None else self._tokenize(text, options)
         data: dict[str, Any] = {}
@@ -246,4 +248,4 @@ def _as_texts(text: Any, split: bool) -> list[Any]:
     return [list(item) if split else item for item in text]
 
 
-__all__ = ["OneRProcessor"]
+__all__ = ["VisionLanguageProcessor"]

@@ -4,7 +4,7 @@ Both end the same way: ``[CLS] $A`` without [SEP] (one tower reads one sequence,
 ``token_type_ids``, and an image token, the placeholder that the processor repeats once per patch.
 
 Called directly, the tokenizer reads "[MASK]" or "[IMG]" spelled out in a text as the special token (fill-mask needs
-it); with ``split_special_tokens=True``, which is how ``OneRProcessor`` calls it, they are letters and brackets.
+it); with ``split_special_tokens=True``, as ``VisionLanguageProcessor`` calls it, they are letters and brackets.
 """
 
 import json

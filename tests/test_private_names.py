@@ -18,6 +18,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from tiny_oner import tiny_config
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, BertConfig, BertModel, Pipeline, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_backends import TorchvisionBackend
 
@@ -109,16 +110,11 @@ OWN = set().union(*(defined(tree) for path, tree in TREES.items() if path != MOD
 
 
 def overridden(path: Path) -> set[str]:
-    """Private names of a library's class that the classes of a travelling file define again."""
+    """Private names of transformers' classes that the classes of a travelling file, or its mixins, define again."""
     module = importlib.import_module(f"oner.{path.parent.name}.{path.stem}")
     classes = [one for one in vars(module).values() if inspect.isclass(one) and one.__module__ == module.__name__]
-    return {
-        name
-        for one in classes
-        for name in filter(private, vars(one))
-        for base in one.__mro__[1:]
-        if name in vars(base) and not base.__module__.startswith("oner.") and name not in NOT_WRITTEN
-    }
+    names = {name for one in classes for name in filter(private, vars(one))} - NOT_WRITTEN
+    return {name for name in names if any(hasattr(base, name) for base in TRAVELLING)}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +178,33 @@ def test_bf16_matrix_units_are_those_that_linux_names():
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().split() if cpu.is_file() else []
     assert private_names.has_bf16_matrix_units() in (("amx_tile" in flags), False)
+
+
+def test_raise_recompile_limit():
+    """What torch.compiler shows of it, where it has no way to know what is set already."""
+    was = torch.compiler.config.recompile_limit
+    try:
+        private_names.raise_recompile_limit(was + 24)
+        assert torch.compiler.config.recompile_limit == was + 24
+        private_names.raise_recompile_limit(1)
+        assert torch.compiler.config.recompile_limit == was + 24
+    finally:
+        torch.compiler.config.recompile_limit = was
+
+
+def test_fused_attention_of_the_cpu():
+    """It is what torch calls there, forward and backward."""
+    seen = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.overloadpacket)
+            return function(*args, **(kwargs or {}))
+
+    queries = torch.randn(1, 2, 4, 8, requires_grad=True)
+    with Spy():
+        nn.functional.scaled_dot_product_attention(queries, queries, queries).sum().backward()
+    assert set(private_names.fused_attention_of_the_cpu()) <= seen
 
 
 def test_local_part(tmp_path):

@@ -107,8 +107,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = oner.open_rows(ROOT / "examples/data/emoji/test_concept.parquet").take(range(8))
     captions = [row["captions"][0] for row in rows]
     tokenizer = oner.train_tokenizer(captions, vocab_size=300)
-    image_processor = oner.OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8)
-    processor = oner.OneRProcessor(image_processor, tokenizer)
+    image_processor = oner.VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8)
+    processor = oner.VisionLanguageProcessor(image_processor, tokenizer)
     torch.manual_seed(0)
     config = oner.OneRConfig.from_size(
         "nano", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
@@ -228,7 +228,7 @@ def run_without_oner(block: Block, workshop: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     assert "torch.Size([1, " in result.stdout and "asks for trust" in result.stdout, result.stdout
     processor, bare = re.search(r"lost auto_map: (\w+) (\w+) \['attention_mask', 'input_ids'", result.stdout).groups()
-    assert processor == "OneRProcessor" and bare != processor
+    assert processor == "VisionLanguageProcessor" and bare != processor
 
 
 def run_recorded(block: Block, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from tiny_oner import randomised
 from tiny_pretraining import ROOT
 
-from oner import OneRImageProcessor, OneRProcessor, SimlaForPreTraining, train_tokenizer
+from oner import SimlaForPreTraining, VisionLanguageImageProcessor, VisionLanguageProcessor, train_tokenizer
 from oner.training.publishing.hub import export_model
 
 PICTURES = 12
@@ -38,11 +38,11 @@ def write_json(path: Path, content: object) -> Path:
     return path
 
 
-def tiny_processor() -> OneRProcessor:
+def tiny_processor() -> VisionLanguageProcessor:
     texts = [caption for _, caption in emoji()] + ["yes no is it the one left right and same what in a"]
     tokenizer = train_tokenizer(texts, vocab_size=250, max_text_length=12)
-    image_processor = OneRImageProcessor(size={"height": 16, "width": 16}, patch_size=4)
-    return OneRProcessor(image_processor, tokenizer, max_text_length=12)
+    image_processor = VisionLanguageImageProcessor(size={"height": 16, "width": 16}, patch_size=4)
+    return VisionLanguageProcessor(image_processor, tokenizer, max_text_length=12)
 
 
 def write_pretrained(directory: Path, kind: type = SimlaForPreTraining, **fields) -> Path:

@@ -10,8 +10,8 @@ from tiny_oner import randomised
 
 import oner
 from oner.processing.data.sources import open_rows
-from oner.processing.image_processing_vl import OneRImageProcessor
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.image_processing_vl import VisionLanguageImageProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
 
 EMOJI = Path(__file__).parent.parent / "examples" / "data" / "emoji" / "test_style.parquet"
@@ -22,12 +22,14 @@ def real_rows(count: int) -> list[dict[str, Any]]:
     return open_rows(str(EMOJI), id_column="hexcode").take(range(count))
 
 
-def make_processor() -> OneRProcessor:
+def make_processor() -> VisionLanguageProcessor:
     tokenizer = train_tokenizer(open_rows(str(EMOJI)).captions(), vocab_size=400)
-    return OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer)
+    return VisionLanguageProcessor(
+        VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer
+    )
 
 
-def make_simla(cls: type, processor: OneRProcessor, seed: int = 0, **overrides: Any) -> Any:
+def make_simla(cls: type, processor: VisionLanguageProcessor, seed: int = 0, **overrides: Any) -> Any:
     """One of SIMLA's classes with random weights, in eval mode: pictures of 32 pixels, 4 x 4 patches, four heads."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer

@@ -22,10 +22,12 @@ __all__ = [
     "FakeTensorMode",
     "attention_implementation",
     "drop_overflown_step",
+    "fused_attention_of_the_cpu",
     "has_bf16_matrix_units",
     "has_full_precision_state",
     "link_moments",
     "local_part",
+    "raise_recompile_limit",
     "registered_models",
     "set_distributed_type",
     "storage_id",
@@ -58,6 +60,20 @@ def undivided_layers(model: nn.Module) -> tuple[str, ...]:
 def has_bf16_matrix_units() -> bool:
     """Whether the CPU multiplies matrices of bf16 faster than fp32 ones (AMX). torch has no public name for it."""
     return torch.cpu._is_amx_tile_supported()
+
+
+def raise_recompile_limit(graphs: int) -> None:
+    """Lets one compiled function have so many graphs, or more if that is allowed already."""
+    torch._dynamo.config.recompile_limit = max(graphs, torch._dynamo.config.recompile_limit)
+
+
+def fused_attention_of_the_cpu() -> tuple[Any, Any]:
+    """The operators, forward and backward, that `scaled_dot_product_attention` becomes on a CPU."""
+    aten = torch.ops.aten
+    return (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
 
 
 def local_part(tensor: Any) -> torch.Tensor:

@@ -73,7 +73,7 @@ def test_a_processor_comes_with_a_vocabulary(tmp_path, file):
     directory = tmp_path / "simla"
     assert main(["convert", "--from", "simla", str(file), str(directory), *TINY, "--tokenizer", str(vocab)]) == 0
     processor = AutoProcessor.from_pretrained(directory)
-    assert type(processor).__name__ == "OneRProcessor" and processor.max_text_length == 24
+    assert type(processor).__name__ == "VisionLanguageProcessor" and processor.max_text_length == 24
     assert processor.image_processor.image_mean == pytest.approx([0.4814, 0.4578, 0.4082], abs=1e-4)  # CLIP's
     model = AutoModelForPreTraining.from_pretrained(directory).eval()
     config = model.config

@@ -11,8 +11,8 @@ from tiny_simla_pictures import make_simla
 from oner import SimlaForImageTextRetrieval
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
-from oner.processing.image_processing_vl import OneRImageProcessor
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.image_processing_vl import VisionLanguageImageProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.evaluation import sheets as evaluation_sheets
 from oner.training.evaluation.attention import (
@@ -56,7 +56,9 @@ def rows(emoji_folder):
 @pytest.fixture(scope="module")
 def processor(rows):
     tokenizer = train_tokenizer([text for row in rows for text in row["captions"]], vocab_size=300)
-    return OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer)
+    return VisionLanguageProcessor(
+        VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer
+    )
 
 
 @pytest.fixture(scope="module")

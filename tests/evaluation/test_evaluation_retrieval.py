@@ -11,8 +11,8 @@ from PIL import Image
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
 from oner.processing.data.sources import open_rows
-from oner.processing.image_processing_vl import OneRImageProcessor
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.image_processing_vl import VisionLanguageImageProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.evaluation.embedding import embed_images, embed_pairs, embed_texts
 from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator, caption_table
@@ -179,14 +179,14 @@ def test_bad_options_are_named():
 
 
 @pytest.fixture(scope="module")
-def tiny(emoji_rows) -> tuple[OneRForImageTextRetrieval, OneRProcessor]:
+def tiny(emoji_rows) -> tuple[OneRForImageTextRetrieval, VisionLanguageProcessor]:
     """A small random OneR and its processor."""
     tokenizer = train_tokenizer((text for row in emoji_rows for text in row["captions"]), vocab_size=300)
     size = {"image_size": 32, "patch_size": 8, "vocab_size": len(tokenizer), "cls_token_id": 3, "mask_token_id": 4}
     torch.manual_seed(0)
     config = OneRConfig.from_size("nano", **size)
-    images = OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8)
-    return OneRForImageTextRetrieval(config), OneRProcessor(images, tokenizer)
+    images = VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8)
+    return OneRForImageTextRetrieval(config), VisionLanguageProcessor(images, tokenizer)
 
 
 @pytest.fixture(scope="module")

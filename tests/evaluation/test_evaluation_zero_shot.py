@@ -10,8 +10,8 @@ from PIL import Image
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
 from oner.processing.data.sources import open_rows
-from oner.processing.image_processing_vl import OneRImageProcessor
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.image_processing_vl import VisionLanguageImageProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.evaluation.guidance import guidance_sheet, guided_examples
 from oner.training.evaluation.prompts import class_name_sets, fill, load_class_names, load_templates, template_sets
@@ -211,7 +211,9 @@ def test_a_random_oner_on_unseen_concepts():
     config = OneRConfig.from_size(
         "nano", image_size=32, patch_size=8, vocab_size=len(tokenizer), cls_token_id=3, mask_token_id=4
     )
-    processor = OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer)
+    processor = VisionLanguageProcessor(
+        VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer
+    )
     evaluator = ZeroShotClassificationEvaluator.from_rows(rows, bootstrap=True, name="emoji", progress=False)
     assert evaluator.class_names == [row["captions"][0] for row in rows[:15]]
     values = dict(evaluator.run(OneRForImageTextRetrieval(config), processor))

@@ -6,7 +6,7 @@ import torch
 from tiny_simla import randomised
 from torch.nn import functional as F
 
-from oner import OneRImageProcessor, OneRProcessor, SimlaConfig, train_tokenizer
+from oner import SimlaConfig, VisionLanguageImageProcessor, VisionLanguageProcessor, train_tokenizer
 from oner.modeling.modeling_simla import SimlaForImageTextRetrieval
 from oner.training.evaluation.reranking import RerankingEvaluator
 from oner.training.evaluation.retrieval import RetrievalEvaluator
@@ -29,8 +29,8 @@ def rows(emoji_folder):
 @pytest.fixture(scope="module")
 def processor(rows):
     tokenizer = train_tokenizer((text for row in rows for text in row["captions"]), vocab_size=200, max_text_length=12)
-    image_processor = OneRImageProcessor(size={"height": 16, "width": 16}, patch_size=4)
-    return OneRProcessor(image_processor, tokenizer, max_text_length=12)
+    image_processor = VisionLanguageImageProcessor(size={"height": 16, "width": 16}, patch_size=4)
+    return VisionLanguageProcessor(image_processor, tokenizer, max_text_length=12)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_task_data import COLOURS, said, write_entailment, write_genome, write_merged_vqa, write_reasoning, write_vqa
 
-from oner import OneRImageProcessor, OneRProcessor, train_tokenizer
+from oner import VisionLanguageImageProcessor, VisionLanguageProcessor, train_tokenizer
 from oner.processing.data.task_rows import (
     ENTAILMENT_LABELS,
     REASONING_LABELS,
@@ -25,7 +25,9 @@ TEXTS = ["What colour is picture 0 ?", "The picture is bright no. 1", "One is it
 @pytest.fixture(scope="module")
 def processor():
     tokenizer = train_tokenizer(TEXTS * 2, vocab_size=200, min_frequency=1)
-    return OneRProcessor(OneRImageProcessor(size={"height": 16, "width": 16}, patch_size=8), tokenizer)
+    return VisionLanguageProcessor(
+        VisionLanguageImageProcessor(size={"height": 16, "width": 16}, patch_size=8), tokenizer
+    )
 
 
 # the official rules, from the text of the evaluation's description; examples worked out by hand

@@ -16,8 +16,8 @@ from oner import SimlaForPreTraining
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
 from oner.processing.data.sources import PairDataError, open_rows
-from oner.processing.image_processing_vl import OneRImageProcessor
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.image_processing_vl import VisionLanguageImageProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.evaluation.embedding import Gallery, embed_pairs, gallery_vectors, spaced
 from oner.training.evaluation.labels import class_numbers, open_labelled
@@ -44,7 +44,9 @@ def model_directory(tmp_path_factory) -> Path:
         "nano", image_size=32, patch_size=8, vocab_size=len(tokenizer), cls_token_id=3, mask_token_id=4
     )
     OneRForImageTextRetrieval(config).save_pretrained(path)
-    OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer).save_pretrained(path)
+    VisionLanguageProcessor(
+        VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer
+    ).save_pretrained(path)
     return path
 
 
@@ -153,7 +155,7 @@ def test_class_numbers_of_a_table_are_checked(tmp_path):
 
 def test_a_gallery_is_embedded_once_and_rows_are_spaced(model_directory):
     model = OneRForImageTextRetrieval.from_pretrained(model_directory).eval()
-    processor = OneRProcessor.from_pretrained(model_directory)
+    processor = VisionLanguageProcessor.from_pretrained(model_directory)
     pairs = open_rows(EMOJI / "test_concept.parquet")
     rows = spaced(pairs, 6)
     assert [row["id"] for row in rows] == [number * len(pairs) // 6 for number in range(6)]
@@ -166,7 +168,7 @@ def test_a_gallery_is_embedded_once_and_rows_are_spaced(model_directory):
 
 def test_pairs_of_one_picture_with_several_texts_are_as_if_it_were_repeated(model_directory):
     model = OneRForImageTextRetrieval.from_pretrained(model_directory).eval()
-    processor = OneRProcessor.from_pretrained(model_directory)
+    processor = VisionLanguageProcessor.from_pretrained(model_directory)
     images = [row["image"] for row in spaced(open_rows(EMOJI / "test_concept.parquet"), 3)]
     texts = ["a dog", "the sun", "a cat", "rain", "a tree", "snow"]
     found = embed_pairs(model, processor, images, texts, batch_size=3, times=2)  # a batch ends inside a picture

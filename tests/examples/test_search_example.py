@@ -16,8 +16,8 @@ import oner  # noqa: F401  registers the classes and the task
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
 from oner.processing.data.sources import open_rows
-from oner.processing.image_processing_vl import OneRImageProcessor, open_image
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.image_processing_vl import VisionLanguageImageProcessor, open_image
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,9 @@ def pictures() -> list[Image.Image]:
 def model_directory(tmp_path_factory: pytest.TempPathFactory, pictures: list[Image.Image]) -> Path:
     directory = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer(open_rows(str(EMOJI)).captions(), vocab_size=400)
-    processor = OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=16), tokenizer)
+    processor = VisionLanguageProcessor(
+        VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=16), tokenizer
+    )
     torch.manual_seed(0)
     config = OneRConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,

@@ -15,9 +15,11 @@ TWO_RUNS = (
 LEFT = "masks the first two positions, [CLS] and a patch; OneR pads on the right and refuses this with an error"
 NO_LOSS = "a ForPreTraining returns logits; its losses and their gradients are the objective's, and tested there"
 NO_STATES = "OneRForPreTraining packs all streams of a step; it returns dictionaries, no states of one sequence"
-WORDS = "counts positions against max_length; OneRProcessor's max_length counts words, patches and [CLS] come on top"
+WORDS = "counts positions against max_length; the processor's max_length counts words, patches and [CLS] come on top"
 AUTO_MAP = "compares with the state before saving; saving a class that ships its code adds auto_map to it"
-DEFAULTS = "expects the tokenizer's own padding and max_length to win; OneRProcessor decides both (max_text_length)"
+DEFAULTS = (
+    "expects the tokenizer's own padding and max_length to win; VisionLanguageProcessor decides both (max_text_length)"
+)
 PAIRS = "gives a text two pictures and another one none; OneR reads one picture per text, or none at all"
 STACKS = "counts num_hidden_layers states; a pair passes two stacks of layers, test_families_models.py counts a text's"
 NO_PLACES = "SimlaForPreTraining returns embeddings and logits of several passes, no states of one sequence"
@@ -78,7 +80,7 @@ NOT_APPLICABLE = {
         "test_retain_grad_hidden_states_attentions": NO_PLACES,
         "test_eager_matches_sdpa_inference": NO_PLACES,
     },
-    "OneRProcessorTest": {
+    "VisionLanguageProcessorTest": {
         "test_kwargs_overrides_default_subprocessor_kwargs_0": WORDS,
         "test_structured_kwargs_nested_from_dict_0": WORDS,
         "test_unstructured_kwargs_0": WORDS,

@@ -79,7 +79,7 @@ CASES = {
     "text without placeholders beside a picture": (
         {"input_ids": ids([CLS, 9]), "pixel_values": pixels(1)},
         "input_ids hold 0 image placeholders (id 1) in a row; the pictures have 16 patches each: "
-        "lay both out together with OneRProcessor(images=..., text=...)",
+        "lay both out together with VisionLanguageProcessor(images=..., text=...)",
     ),
     "placeholders that are masked out": (
         {
@@ -100,7 +100,7 @@ CASES = {
     "no [CLS]": ({"input_ids": ids([CLS, 9], [8, 9])}, "a row starts with id 8; expected [CLS] (3) first"),
     "padding on the left": (
         {"input_ids": ids([0, CLS, 9]), "attention_mask": ids([0, 1, 1])},
-        "as OneRProcessor lays rows out (padding on the right)",
+        "as VisionLanguageProcessor lays rows out (padding on the right)",
     ),
     "no rows": ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, "input_ids have shape (0, 4); expected (rows,"),
     "ids without a batch": (

@@ -13,7 +13,12 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from transformers import AutoImageProcessor, PreTrainedConfig
 
-from oner.processing.image_processing_vl import ImageDecodeError, OneRImageProcessor, flatten_images, open_image
+from oner.processing.image_processing_vl import (
+    ImageDecodeError,
+    VisionLanguageImageProcessor,
+    flatten_images,
+    open_image,
+)
 
 EMOJI = Path(__file__).parents[2] / "examples" / "data" / "emoji" / "test_concept.parquet"
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -232,7 +237,7 @@ def test_urls_only_when_allowed(monkeypatch):
         open_image(url)
     assert asked == []
     assert open_image(url, allow_urls=True).size == (3, 2)
-    processor = OneRImageProcessor(size=32, allow_urls=True)  # a configuration must not switch it on
+    processor = VisionLanguageImageProcessor(size=32, allow_urls=True)  # a configuration must not switch it on
     with pytest.raises(ImageDecodeError, match="allow_urls=True"):
         processor(url)
     assert processor(url, allow_urls=True, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
@@ -240,7 +245,7 @@ def test_urls_only_when_allowed(monkeypatch):
 
 
 def test_pixels_match_a_plain_computation(emoji):
-    processor = OneRImageProcessor(size={"height": 48, "width": 48}, patch_size=16)
+    processor = VisionLanguageImageProcessor(size={"height": 48, "width": 48}, patch_size=16)
     pixels = processor(emoji, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (len(emoji), 3, 48, 48) and pixels.dtype == torch.float32
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -253,17 +258,17 @@ def test_pixels_match_a_plain_computation(emoji):
 def test_center_crop_mode_is_resize_then_crop():
     wide = Image.new("RGB", (96, 32), RED)
     wide.paste((0, 255, 0), (32, 0, 64, 32))
-    processor = OneRImageProcessor(size=32, do_normalize=False)
+    processor = VisionLanguageImageProcessor(size=32, do_normalize=False)
     crop = processor(wide, do_center_crop=True, return_tensors="pt")["pixel_values"]
     assert torch.equal(crop, torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32))
     squeezed = processor(wide, return_tensors="pt")["pixel_values"]
     assert squeezed.shape == crop.shape and squeezed[0, 0].mean() > 0.5
-    saved = OneRImageProcessor(size=32, do_center_crop=True, do_normalize=False)
+    saved = VisionLanguageImageProcessor(size=32, do_center_crop=True, do_normalize=False)
     assert torch.equal(saved(wide, return_tensors="pt")["pixel_values"], crop)
 
 
 def test_batches_of_any_nesting(emoji):
-    processor = OneRImageProcessor(size=32)
+    processor = VisionLanguageImageProcessor(size=32)
     one = processor(emoji[0], return_tensors="pt")["pixel_values"]
     assert one.shape == (1, 3, 32, 32)
     assert torch.equal(
@@ -280,7 +285,7 @@ def test_batches_of_any_nesting(emoji):
 
 
 def test_processor_errors(emoji):
-    processor = OneRImageProcessor(size=32, patch_size=16)
+    processor = VisionLanguageImageProcessor(size=32, patch_size=16)
     with pytest.raises(ImageDecodeError, match=r"image 1 of 2: cannot read 0 bytes"):
         processor([emoji[0], b""])
     with pytest.raises(ValueError, match=r"30x32 is not a multiple of patch_size=16"):
@@ -297,11 +302,16 @@ def test_save_and_load(emoji, tmp_path):
     class Config(PreTrainedConfig):
         model_type = "oner-image-processor-test"
 
-    AutoImageProcessor.register(Config, image_processor_classes={"torchvision": OneRImageProcessor}, exist_ok=True)
-    processor = OneRImageProcessor(size=32, patch_size=8, max_pixels=10**6, do_center_crop=True)
+    AutoImageProcessor.register(
+        Config, image_processor_classes={"torchvision": VisionLanguageImageProcessor}, exist_ok=True
+    )
+    processor = VisionLanguageImageProcessor(size=32, patch_size=8, max_pixels=10**6, do_center_crop=True)
     processor.save_pretrained(tmp_path)
-    for loaded in (OneRImageProcessor.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
-        assert type(loaded) is OneRImageProcessor
+    for loaded in (
+        VisionLanguageImageProcessor.from_pretrained(tmp_path),
+        AutoImageProcessor.from_pretrained(tmp_path),
+    ):
+        assert type(loaded) is VisionLanguageImageProcessor
         assert loaded.to_dict() == processor.to_dict()
         assert (loaded.patch_size, loaded.max_pixels, dict(loaded.size)) == (8, 10**6, {"height": 32, "width": 32})
         assert torch.equal(

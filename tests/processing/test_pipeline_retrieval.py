@@ -15,9 +15,9 @@ import oner  # noqa: F401  registers the classes and the task
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
 from oner.processing.data.sources import open_rows
-from oner.processing.image_processing_vl import ImageDecodeError, OneRImageProcessor, open_image
+from oner.processing.image_processing_vl import ImageDecodeError, VisionLanguageImageProcessor, open_image
 from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline, list_pictures
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.retrieval_index import IndexMismatchError, RetrievalIndex
 from oner.processing.vl_tokenizer import train_tokenizer
 
@@ -31,12 +31,14 @@ def pairs() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def processor() -> OneRProcessor:
+def processor() -> VisionLanguageProcessor:
     tokenizer = train_tokenizer(open_rows(str(EMOJI)).captions(), vocab_size=600)
-    return OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=16), tokenizer)
+    return VisionLanguageProcessor(
+        VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=16), tokenizer
+    )
 
 
-def make_model(processor: OneRProcessor, seed: int = 0, **overrides: Any) -> OneRForImageTextRetrieval:
+def make_model(processor: VisionLanguageProcessor, seed: int = 0, **overrides: Any) -> OneRForImageTextRetrieval:
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     small = dict(
@@ -50,7 +52,7 @@ def make_model(processor: OneRProcessor, seed: int = 0, **overrides: Any) -> One
     return model.eval()
 
 
-def spread_embeddings(model: OneRForImageTextRetrieval, processor: OneRProcessor) -> None:
+def spread_embeddings(model: OneRForImageTextRetrieval, processor: VisionLanguageProcessor) -> None:
     """Sets the running statistics in a pass of each kind: random weights alone send all pictures the same way."""
     for module in model.modules():
         if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
@@ -62,12 +64,12 @@ def spread_embeddings(model: OneRForImageTextRetrieval, processor: OneRProcessor
 
 
 @pytest.fixture(scope="module")
-def model(processor: OneRProcessor) -> OneRForImageTextRetrieval:
+def model(processor: VisionLanguageProcessor) -> OneRForImageTextRetrieval:
     return make_model(processor)
 
 
 @pytest.fixture
-def pipe(model: OneRForImageTextRetrieval, processor: OneRProcessor) -> ImageTextRetrievalPipeline:
+def pipe(model: OneRForImageTextRetrieval, processor: VisionLanguageProcessor) -> ImageTextRetrievalPipeline:
     return ImageTextRetrievalPipeline(model=model, processor=processor, device="cpu")
 
 
@@ -134,7 +136,7 @@ def test_a_text_that_is_no_text_is_named(pipe: ImageTextRetrievalPipeline) -> No
 
 
 def test_answers_are_the_exact_cosines_of_the_models_own_features(
-    pipe: ImageTextRetrievalPipeline, pairs: list[dict], model: Any, processor: OneRProcessor
+    pipe: ImageTextRetrievalPipeline, pairs: list[dict], model: Any, processor: VisionLanguageProcessor
 ) -> None:
     pipe.index([pair["image"] for pair in pairs], dtype="float32", batch_size=7, show_progress=False)
     with torch.no_grad():
@@ -150,7 +152,7 @@ def test_answers_are_the_exact_cosines_of_the_models_own_features(
 
 
 def test_words_with_a_picture_are_one_joint_sequence(
-    pipe: ImageTextRetrievalPipeline, pairs: list[dict], model: Any, processor: OneRProcessor
+    pipe: ImageTextRetrievalPipeline, pairs: list[dict], model: Any, processor: VisionLanguageProcessor
 ) -> None:
     picture = open_image(pairs[3]["image"])
     batch = processor(images=[picture], text=["made of glass"])
@@ -224,7 +226,7 @@ def test_texts_rows_and_appending(pipe: ImageTextRetrievalPipeline, pairs: list[
 
 
 def test_index_round_trip_and_other_models_are_refused(
-    pipe: ImageTextRetrievalPipeline, processor: OneRProcessor, pairs: list[dict], tmp_path: Path
+    pipe: ImageTextRetrievalPipeline, processor: VisionLanguageProcessor, pairs: list[dict], tmp_path: Path
 ) -> None:
     pipe.index([pair["image"] for pair in pairs], show_progress=False)
     expected = pipe(["sun", "moon"])
@@ -291,7 +293,7 @@ def test_wrong_sources_are_refused_and_leave_the_old_index(
     assert pipe.retrieval_index is old
 
 
-def test_construction_is_checked(model: Any, processor: OneRProcessor) -> None:
+def test_construction_is_checked(model: Any, processor: VisionLanguageProcessor) -> None:
     with pytest.raises(TypeError, match="get_text_features, got Linear"):
         linear = torch.nn.Linear(2, 2)
         linear.device, linear.config = torch.device("cpu"), model.config
@@ -308,7 +310,7 @@ def test_pictures_are_listed_sorted_without_hidden_ones(photos: Path) -> None:
 
 
 def test_from_a_model_directory_also_in_half_precision(
-    model: Any, processor: OneRProcessor, pairs: list[dict], tmp_path: Path
+    model: Any, processor: VisionLanguageProcessor, pairs: list[dict], tmp_path: Path
 ) -> None:
     processor.save_pretrained(tmp_path)
     make_model(processor).half().save_pretrained(tmp_path)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, BertTokenizer, PreTrainedConfig, ViTImageProcessor
 
-from oner.processing.image_processing_vl import ImageDecodeError, OneRImageProcessor, open_image
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.image_processing_vl import ImageDecodeError, VisionLanguageImageProcessor, open_image
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer
 
 EMOJI = Path(__file__).parents[2] / "examples" / "data" / "emoji" / "test_concept.parquet"
@@ -34,13 +34,15 @@ def texts(rows) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def processor(rows) -> OneRProcessor:
+def processor(rows) -> VisionLanguageProcessor:
     class Config(PreTrainedConfig):
         model_type = "oner-processor-test"
 
-    AutoImageProcessor.register(Config, image_processor_classes={"torchvision": OneRImageProcessor}, exist_ok=True)
+    AutoImageProcessor.register(
+        Config, image_processor_classes={"torchvision": VisionLanguageImageProcessor}, exist_ok=True
+    )
     tokenizer = train_tokenizer([caption for row in rows for caption in row["captions"]], vocab_size=300)
-    return OneRProcessor(OneRImageProcessor(size=32, patch_size=16), tokenizer)
+    return VisionLanguageProcessor(VisionLanguageImageProcessor(size=32, patch_size=16), tokenizer)
 
 
 def test_pairs_have_the_layout(processor, images, texts):
@@ -92,7 +94,7 @@ def test_truncation_cuts_words_only(processor, images):
     assert processor(images=images[0], text=long, max_length=3)["input_ids"].shape == (1, 1 + 4 + 3)
     assert processor(text=long, max_length=3)["input_ids"].shape == (1, 1 + 3)
     assert processor(text=long, truncation=False)["input_ids"].shape[1] > 500
-    short = OneRProcessor(processor.image_processor, processor.tokenizer, max_text_length=2)
+    short = VisionLanguageProcessor(processor.image_processor, processor.tokenizer, max_text_length=2)
     assert short(images=images[0], text=long)["input_ids"].eq(IMG).sum() == 4
     assert short(text=long)["input_ids"].shape == (1, 3)
 
@@ -157,7 +159,9 @@ def test_borrowed_vocabularies(processor, images, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(lines))
     ours, theirs = tokenizer_from_vocab(tmp_path / "vocab.txt"), BertTokenizer(str(tmp_path / "vocab.txt"))
     for tokenizer in (ours, theirs):  # BERT's own would add [SEP] and token types: the processor lets neither in
-        batch = OneRProcessor(processor.image_processor, tokenizer)(images=images[0], text="A [unused0] umbrella")
+        batch = VisionLanguageProcessor(processor.image_processor, tokenizer)(
+            images=images[0], text="A [unused0] umbrella"
+        )
         assert list(batch) == ["input_ids", "attention_mask", "pixel_values"]
         ids = batch["input_ids"][0].tolist()
         assert ids[:6] == [101, 1, 1, 1, 1, 104] and ids[-1] == 106
@@ -196,29 +200,29 @@ def test_input_errors(processor, images, texts):
 def test_construction_errors(processor, tmp_path):
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     with pytest.raises(ValueError, match=r"lacks image_token='\[PATCH\]'"):
-        OneRProcessor(image_processor, tokenizer, image_token="[PATCH]")
+        VisionLanguageProcessor(image_processor, tokenizer, image_token="[PATCH]")
     with pytest.raises(ValueError, match="max_text_length must be a positive int, got 0"):
-        OneRProcessor(image_processor, tokenizer, max_text_length=0)
+        VisionLanguageProcessor(image_processor, tokenizer, max_text_length=0)
     with pytest.raises(ValueError, match="has no patch_size"):
-        OneRProcessor(ViTImageProcessor(), tokenizer)
+        VisionLanguageProcessor(ViTImageProcessor(), tokenizer)
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     with pytest.raises(ValueError, match=r"no image token: its vocabulary lacks \[IMG\] and \[unused0\]"):
-        OneRProcessor(image_processor, BertTokenizer(str(tmp_path / "vocab.txt")))
+        VisionLanguageProcessor(image_processor, BertTokenizer(str(tmp_path / "vocab.txt")))
 
 
 def test_round_trip(processor, images, texts, tmp_path):
-    original = OneRProcessor(processor.image_processor, processor.tokenizer, max_text_length=7)
+    original = VisionLanguageProcessor(processor.image_processor, processor.tokenizer, max_text_length=7)
     before = original(images=images, text=texts)
     original.save_pretrained(tmp_path)
-    loaded = OneRProcessor.from_pretrained(tmp_path)
+    loaded = VisionLanguageProcessor.from_pretrained(tmp_path)
     assert (loaded.max_text_length, loaded.image_token, loaded.image_token_id) == (7, "[IMG]", IMG)
     after = loaded(images=images, text=texts)
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
 
 
 def test_travels_without_oner(processor, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(OneRProcessor, "_auto_class", "AutoProcessor")
-    monkeypatch.setattr(OneRImageProcessor, "_auto_class", "AutoImageProcessor")
+    monkeypatch.setattr(VisionLanguageProcessor, "_auto_class", "AutoProcessor")
+    monkeypatch.setattr(VisionLanguageImageProcessor, "_auto_class", "AutoImageProcessor")
     processor.save_pretrained(tmp_path / "saved")
     open_image(images[0]).save(tmp_path / "a.png")
     code = f"""
@@ -242,5 +246,5 @@ print(type(alone).__name__, alone.patch_size)
     assert out.returncode == 0, out.stderr
     batch = processor(images=images[0], text="a [IMG] Umbrella")
     total = round(batch["pixel_values"].double().sum().item(), 3)
-    expected = [f"OneRProcessor {batch['input_ids'].tolist()} {total}", "OneRImageProcessor 16"]
+    expected = [f"VisionLanguageProcessor {batch['input_ids'].tolist()} {total}", "VisionLanguageImageProcessor 16"]
     assert out.stdout.splitlines() == expected

@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from oner.processing.data.sources import open_rows
-from oner.processing.image_processing_vl import OneRImageProcessor
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.image_processing_vl import VisionLanguageImageProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.publishing.hub import export_model, model_classes, push_to_hub
 from oner.training.publishing.hub import reference as named
@@ -41,11 +41,11 @@ def pairs(emoji_folder) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def processor(pairs) -> OneRProcessor:
+def processor(pairs) -> VisionLanguageProcessor:
     captions = [caption for row in pairs for caption in row["captions"]] + hub_probe.TEXTS * 2
     tokenizer = train_tokenizer(captions, vocab_size=600, min_frequency=1)
-    return OneRProcessor(
-        OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer, max_text_length=12
+    return VisionLanguageProcessor(
+        VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer, max_text_length=12
     )
 
 

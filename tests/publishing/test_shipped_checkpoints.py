@@ -43,7 +43,7 @@ def test_files_are_those_of_their_digests(directory):
 def test_it_loads_with_the_classes_of_oner(directory):
     assert type(AutoModel.from_pretrained(directory)).__module__.startswith("oner.modeling.")
     if (directory / "processor_config.json").is_file():
-        assert type(AutoProcessor.from_pretrained(directory)) is oner.OneRProcessor
+        assert type(AutoProcessor.from_pretrained(directory)) is oner.VisionLanguageProcessor
 
 
 def test_the_card_s_python_runs(directory, emoji_folder, tmp_path, monkeypatch):

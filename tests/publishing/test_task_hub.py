@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_simla import tiny_config
 from tiny_tasks import ANSWERS, MASK, TASKS, bold, inputs
 
-from oner import OneRImageProcessor, OneRProcessor, train_tokenizer
+from oner import VisionLanguageImageProcessor, VisionLanguageProcessor, train_tokenizer
 from oner.training.publishing.hub import export_model
 
 
@@ -23,7 +23,9 @@ def models():
 
 def test_fine_tuned_models_load_elsewhere(models, tmp_path):
     tokenizer = train_tokenizer(["one word or two"] * 2, vocab_size=60, min_frequency=1)
-    processor = OneRProcessor(OneRImageProcessor(size={"height": 16, "width": 16}, patch_size=4), tokenizer)
+    processor = VisionLanguageProcessor(
+        VisionLanguageImageProcessor(size={"height": 16, "width": 16}, patch_size=4), tokenizer
+    )
     places = [export_model(model, processor, tmp_path / type(model).__name__) for model in models]
     batch = inputs()
     save_file({**batch, "candidate_ids": ANSWERS, "candidate_mask": MASK}, tmp_path / "inputs.safetensors")

@@ -36,14 +36,24 @@ BUILDING = {
     "make_accelerator",
     "build_processor_and_config",
     "build_model",
+    "build_collators",
+    "RunLoader.__init__",
     "synchronise_batch_norm",
     "build_objective",
     "build_evaluators",
     "describe",
     "Engine.__init__",
 }
-# what watches: the record of bad rows, of the arguments, the checkpoint to go on from, steps that are not finite
-WATCHING = {"quarantine_of", "Arguments.to_dict", "Engine._resume", "NonFiniteGuard.before"}
+# what watches and what joins: bad rows, arguments, the checkpoint to go on from, steps that are not finite, processes
+WATCHING = {
+    "quarantine_of",
+    "Quarantine.check_opening",
+    "Arguments.portions",
+    "Arguments.to_dict",
+    "Engine._resume",
+    "NonFiniteGuard.before",
+    "exchanging_gradients",
+}
 ASIDE = BUILDING | WATCHING
 
 

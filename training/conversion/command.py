@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from oner.processing.data.augmentation import NORMALIZATIONS
-from oner.processing.image_processing_vl import OneRImageProcessor
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.image_processing_vl import VisionLanguageImageProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import tokenizer_from_vocab
 
 from .checkpoints import Conversion, from_official, to_official
@@ -95,8 +95,12 @@ def _save(done: Conversion, seed: int, tokenizer: Any, directory: Path) -> None:
     if tokenizer is not None:
         size = {"height": done.config.image_size, "width": done.config.image_size}
         mean, std = (list(values) for values in NORMALIZATIONS["clip"])
-        pictures = OneRImageProcessor(size=size, patch_size=done.config.patch_size, image_mean=mean, image_std=std)
-        OneRProcessor(pictures, tokenizer, max_text_length=done.config.max_text_length).save_pretrained(directory)
+        pictures = VisionLanguageImageProcessor(
+            size=size, patch_size=done.config.patch_size, image_mean=mean, image_std=std
+        )
+        VisionLanguageProcessor(pictures, tokenizer, max_text_length=done.config.max_text_length).save_pretrained(
+            directory
+        )
 
 
 def _without(model: PreTrainedModel, modules: tuple[str, ...]) -> dict[str, torch.Tensor]:

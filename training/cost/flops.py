@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from oner.training.private_names import fused_attention_of_the_cpu
+
 # rows, inner, columns: a square that caches like, and the two maps of a feed-forward of base size over 4,096 tokens
 GEMM_SHAPES = ((2048, 2048, 2048), (4096, 768, 3072), (4096, 3072, 768), (4096, 4096, 4096))
 
 
 def flop_counter() -> FlopCounterMode:
     """torch's counter, which some of its releases keep ignorant of the CPU's fused attention."""
-    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    forward, backward = fused_attention_of_the_cpu()
 
     def count(query, key, value, *_, **__) -> int:
         return sdpa_flop_count(query, key, value)

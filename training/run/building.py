@@ -10,8 +10,8 @@ from transformers.utils import logging
 
 from oner.processing.data.augmentation import NORMALIZATIONS
 from oner.processing.data.rows import PairRows, PairStream
-from oner.processing.image_processing_vl import OneRImageProcessor
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.image_processing_vl import VisionLanguageImageProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer
 from oner.training.conversion.towers import initialise
 from oner.training.parallel.distributed import rank
@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 def build_processor_and_config(
     arguments: Arguments, rows: Mapping[str, PairRows | PairStream]
-) -> tuple[OneRProcessor, PreTrainedConfig]:
+) -> tuple[VisionLanguageProcessor, PreTrainedConfig]:
     """
     The tokenizer (given, or trained on the captions: the same on every process), the configuration that fits it, and
     the processor that fits both.
@@ -51,18 +51,18 @@ def build_processor_and_config(
         config_class = CONFIG_MAPPING[model.family]
         config = config_class.from_size(model.size, **{"vocab_size": len(tokenizer), **ids, **overrides})
     image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop, *colours)
-    return OneRProcessor(image_processor, tokenizer, max_text_length=config.max_text_length), config
+    return VisionLanguageProcessor(image_processor, tokenizer, max_text_length=config.max_text_length), config
 
 
 def _image_processor(
     image_size: int, patch_size: int, eval_crop: float, mean: Sequence[float], std: Sequence[float]
-) -> OneRImageProcessor:
+) -> VisionLanguageImageProcessor:
     side = round(image_size / eval_crop)
     options = {"size": {"height": side, "width": side}, "patch_size": patch_size}
     options |= {"image_mean": list(mean), "image_std": list(std)}
     if eval_crop < 1:
         options |= {"do_center_crop": True, "crop_size": {"height": image_size, "width": image_size}}
-    return OneRImageProcessor(**options)
+    return VisionLanguageImageProcessor(**options)
 
 
 def _tokenizer(arguments: Arguments, rows: Mapping[str, PairRows | PairStream], max_text_length: int):

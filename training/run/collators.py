@@ -10,7 +10,7 @@ from oner.processing.data.layouts import ImageLayout, JointLayout, Layout, Separ
 from oner.processing.data.masking import Dropping, Masking, Replacement
 from oner.processing.data.readers import Reader
 from oner.processing.data.task_collation import Labels
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_captions import pre_caption
 
 from .arguments import Arguments, DataArguments
@@ -21,7 +21,9 @@ CAPTION_RULES = {"albef": pre_caption}
 CODE_STRIDE = 8  # pixels a side that one visual code stands for in every tokenizer of DALL-E's layout
 
 
-def build_collators(arguments: Arguments, processor: OneRProcessor, config: PreTrainedConfig) -> dict[str, Collator]:
+def build_collators(
+    arguments: Arguments, processor: VisionLanguageProcessor, config: PreTrainedConfig
+) -> dict[str, Collator]:
     """The collator of each portion of a run, by the kind of its rows."""
     return {
         name: COLLATORS[portion.data.kind](portion, processor, config)
@@ -30,7 +32,7 @@ def build_collators(arguments: Arguments, processor: OneRProcessor, config: PreT
 
 
 def pair_collator(
-    arguments: Arguments, processor: OneRProcessor, config: PreTrainedConfig, masking: Masking | None = None
+    arguments: Arguments, processor: VisionLanguageProcessor, config: PreTrainedConfig, masking: Masking | None = None
 ) -> Collator:
     """Of pairs; `masking` instead of the arguments' own, as a task has that hides nothing."""
     data = arguments.data
@@ -48,7 +50,7 @@ def pair_collator(
 
 def text_collator(
     arguments: Arguments,
-    processor: OneRProcessor,
+    processor: VisionLanguageProcessor,
     config: PreTrainedConfig,
     masking: Masking | None = None,
 ) -> Collator:
@@ -68,7 +70,7 @@ def text_collator(
 
 
 def image_collator(
-    arguments: Arguments, processor: OneRProcessor, config: PreTrainedConfig, masking: Masking | None = None
+    arguments: Arguments, processor: VisionLanguageProcessor, config: PreTrainedConfig, masking: Masking | None = None
 ) -> Collator:
     """Of images without texts."""
     data = arguments.data
@@ -87,10 +89,10 @@ def tokenizer_collator(arguments: Arguments, image_size: int) -> Collator:
 
 def task_collator(
     arguments: Arguments,
-    processor: OneRProcessor,
+    processor: VisionLanguageProcessor,
     config: PreTrainedConfig,
     images: Sequence[str] = ("image",),
-    targets: Callable[[OneRProcessor, PreTrainedConfig], Targets] | None = None,
+    targets: Callable[[VisionLanguageProcessor, PreTrainedConfig], Targets] | None = None,
 ) -> Collator:
     """Of a task's rows: a text that their source has cleaned, one image or several, and what is right."""
     data = arguments.data
@@ -130,7 +132,9 @@ def _corruption(masking: Masking, special: SpecialTokens) -> Corruption:
     return Dropping(masking) if masking.corruption == "drop" else Replacement(masking, special)
 
 
-def _transform(data: DataArguments, processor: OneRProcessor, config: PreTrainedConfig) -> TrainingImageTransform:
+def _transform(
+    data: DataArguments, processor: VisionLanguageProcessor, config: PreTrainedConfig
+) -> TrainingImageTransform:
     """What the processor does to an image, behind a random crop; and a second view if one is asked for."""
     second_view = None
     if data.code_crop is not None:

@@ -10,7 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from transformers import PreTrainedModel
 
-from oner.training.private_names import undivided_layers
+from oner.training.private_names import raise_recompile_limit, undivided_layers
 
 from .arguments import RunArguments
 
@@ -107,7 +107,7 @@ def compile_regions(models: Iterable[PreTrainedModel], backend: str = "inductor"
         How many layers were compiled.
     """
     layers = [part for model in models for part in model.modules() if type(part).__name__ in undivided_layers(model)]
-    torch._dynamo.config.recompile_limit = max(GRAPHS_PER_LAYER, torch._dynamo.config.recompile_limit)
+    raise_recompile_limit(GRAPHS_PER_LAYER)
     for layer in layers:
         layer.compile(backend=backend)
     return len(layers)

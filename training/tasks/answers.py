@@ -18,7 +18,7 @@ from oner.processing.data.layouts import SpecialTokens
 from oner.processing.data.listed_rows import ListedRows
 from oner.processing.data.task_collation import Answers
 from oner.processing.data.task_rows import open_questions, read_answer_list
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_captions import pre_question
 from oner.training.evaluation.answers import AnswerEvaluator
 from oner.training.objectives.answers import AnswerObjective, AnswerObjectiveArguments
@@ -70,7 +70,7 @@ def open_rows(sources: Sequence[str], told: AnswerArguments, data: DataArguments
     )
 
 
-def answers(processor: OneRProcessor, config: PreTrainedConfig) -> Answers:
+def answers(processor: VisionLanguageProcessor, config: PreTrainedConfig) -> Answers:
     tokenizer = processor.tokenizer
     return Answers(tokenizer, SpecialTokens.of(config, tokenizer), answer_end(config))
 

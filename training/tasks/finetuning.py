@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from oner.processing.data.rows import PairRows
-from oner.processing.processing_vl import OneRProcessor
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.training.evaluation.embedding import spaced
 from oner.training.objectives.objective import Objective, build_objective, objective_classes
 from oner.training.publishing.model_loading import load_model
@@ -56,7 +56,7 @@ class Evaluator(Protocol):
     name: str
     protocol: dict[str, Any]
 
-    def run(self, model: PreTrainedModel, processor: OneRProcessor) -> Iterator[tuple[str, Any]]: ...
+    def run(self, model: PreTrainedModel, processor: VisionLanguageProcessor) -> Iterator[tuple[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Task:
     model: Any
     arguments: type[TaskArguments]
     open_rows: Callable[[Sequence[str], Any, DataArguments, bool], PairRows | Sequence[Any]]
-    collator: Callable[[Arguments, OneRProcessor, PreTrainedConfig], Collator]
+    collator: Callable[[Arguments, VisionLanguageProcessor, PreTrainedConfig], Collator]
     evaluator: Callable[[Any, str, Any], Evaluator]
     objective: Callable[[PreTrainedModel, Any], Objective] | None = None
     load: Callable[..., PreTrainedModel] | None = None
