@@ -28,7 +28,7 @@ def naive_info_nce(queries, keys, temperature, query_ids=None, key_ids=None, off
 def test_info_nce_equals_a_naive_loop(offset):
     queries, keys = torch.randn(4, 6), torch.randn(7, 6) * 3
     expected = naive_info_nce(queries, keys, 0.2, offset=offset)
-    assert info_nce(queries, keys, 0.2, offset=offset).item() == pytest.approx(expected, abs=1e-6)
+    assert info_nce(queries, keys, 0.2, offset=offset).item() == pytest.approx(expected, abs=5e-6)
     assert abs(expected - naive_info_nce(queries, keys, 0.2, offset=1)) > 1e-3  # the offset matters here
 
 
@@ -43,7 +43,7 @@ def test_info_nce_with_ids_equals_a_naive_loop():
 def test_distinct_ids_mean_the_own_key():
     queries, keys, ids = torch.randn(5, 6), torch.randn(5, 6), torch.tensor([4, 2, 9, 1, 0])
     assert info_nce(queries, keys, 0.2, ids, ids).item() == pytest.approx(
-        info_nce(queries, keys, 0.2).item(), abs=1e-6
+        info_nce(queries, keys, 0.2).item(), abs=5e-6
     )
 
 
@@ -56,13 +56,13 @@ def test_info_nce_of_equal_keys_is_log_of_their_number(ids):
 def test_info_nce_of_orthogonal_keys_has_a_closed_form():
     keys, temperature = torch.eye(8), 0.5
     expected = math.log(1 + 7 * math.exp(-1 / temperature))  # one cosine of 1, seven of 0
-    assert info_nce(5.0 * keys, keys, temperature).item() == pytest.approx(expected, abs=1e-6)
+    assert info_nce(5.0 * keys, keys, temperature).item() == pytest.approx(expected, abs=5e-6)
     shifted = math.log(math.exp(1 / temperature) + 7)  # the positive is one of the zeros
-    assert info_nce(keys[:4], keys, temperature, offset=4).item() == pytest.approx(shifted, abs=1e-6)
+    assert info_nce(keys[:4], keys, temperature, offset=4).item() == pytest.approx(shifted, abs=5e-6)
     # two positives of equal weight: half of the mass of each
     ids = torch.arange(8) // 2
     paired = math.log(math.exp(1 / temperature) + 7) - 0.5 / temperature
-    assert info_nce(keys, keys, temperature, ids, ids).item() == pytest.approx(paired, abs=1e-6)
+    assert info_nce(keys, keys, temperature, ids, ids).item() == pytest.approx(paired, abs=5e-6)
 
 
 def test_info_nce_of_one_hot_logits_vanishes():
@@ -73,7 +73,7 @@ def test_info_nce_takes_a_temperature_that_learns():
     queries, keys = torch.randn(3, 4), torch.randn(3, 4)
     temperature = torch.tensor([0.3], requires_grad=True)
     loss = info_nce(queries, keys, temperature)
-    assert loss.shape == () and loss.item() == pytest.approx(info_nce(queries, keys, 0.3).item(), abs=1e-6)
+    assert loss.shape == () and loss.item() == pytest.approx(info_nce(queries, keys, 0.3).item(), abs=5e-6)
     loss.backward()
     step = 1e-5
     slope = (naive_info_nce(queries, keys, 0.3 + step) - naive_info_nce(queries, keys, 0.3 - step)) / (2 * step)
@@ -96,7 +96,7 @@ def test_gradient_of_info_nce_equals_finite_differences(ids):
                     both = [queries.detach().double(), keys.detach().double()]
                     both[side][row, column] += sign * step
                     values.append(naive_info_nce(*both, 0.5, q_ids, k_ids))
-                assert grad[row, column].item() == pytest.approx((values[0] - values[1]) / (2 * step), abs=1e-6)
+                assert grad[row, column].item() == pytest.approx((values[0] - values[1]) / (2 * step), abs=5e-6)
 
 
 def test_info_nce_of_halves_is_computed_in_full():
@@ -118,7 +118,7 @@ def test_masked_language_loss_equals_a_naive_loop():
     loss = masked_language_loss(logits, labels)
     values = logits.detach().double().numpy()
     expected = [np.log(np.exp(row).sum()) - row[label] for row, label in zip(values, labels.tolist(), strict=True)]
-    assert loss.item() == pytest.approx(np.mean(expected), abs=1e-6)
+    assert loss.item() == pytest.approx(np.mean(expected), abs=5e-6)
     loss.backward()
     probabilities = np.exp(values) / np.exp(values).sum(1, keepdims=True)
     np.testing.assert_allclose(logits.grad.numpy(), (probabilities - np.eye(9)[labels]) / 5, atol=1e-6)
@@ -164,7 +164,7 @@ def test_masked_image_loss_closed_forms():
     masked = torch.tensor([[True, False, True, False]])
     zeros = torch.zeros(1, 4, 12)
     assert masked_image_loss(zeros, pixels, masked, 2, norm_pixels=True).item() == pytest.approx(0, abs=1e-5)
-    assert masked_image_loss(zeros, pixels, masked, 2, norm_pixels=False).item() == pytest.approx(0.49, abs=1e-6)
+    assert masked_image_loss(zeros, pixels, masked, 2, norm_pixels=False).item() == pytest.approx(0.49, abs=5e-6)
     # normalised by the unbiased variance, a patch has a mean square of (n - 1) / n
     noise = torch.randn(1, 3, 4, 4)
     assert masked_image_loss(zeros, noise, masked, 2).item() == pytest.approx(11 / 12, abs=1e-4)
