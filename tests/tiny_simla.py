@@ -53,6 +53,7 @@ __all__ = [
     "SEP",
     "SHRUNK",
     "VOCAB",
+    "as_read",
     "in_one_process",
     "make_batch",
     "picture_for_codes",
@@ -120,6 +121,13 @@ def simla_batch(
 
 
 make_batch = simla_batch
+
+
+def as_read(batch: dict) -> dict:
+    """A batch of pairs as `SimlaForPreTraining` reads them: ids without placeholders, (B, 1 + N + W) -> (B, T)."""
+    keep = torch.tensor([0, *range(17, batch["input_ids"].shape[1])])
+    names = {"input_ids", "attention_mask", "masked_input_ids"} & batch.keys()
+    return {**batch, **{name: batch[name][:, keep] for name in names}}
 
 
 def in_one_process(objective, student, parts: list[dict], progress: float) -> tuple[torch.Tensor, dict]:

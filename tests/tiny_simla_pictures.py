@@ -24,7 +24,8 @@ def real_rows(count: int) -> list[dict[str, Any]]:
 
 def make_processor() -> OneRProcessor:
     tokenizer = train_tokenizer(open_pairs(str(EMOJI)).captions(), vocab_size=400)
-    return OneRProcessor(OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer)
+    image_processor = OneRImageProcessor(size={"height": 32, "width": 32}, patch_size=8)
+    return OneRProcessor(image_processor, tokenizer, joint_layout=False)
 
 
 def make_simla(cls: type, processor: OneRProcessor, seed: int = 0, **overrides: Any) -> Any:

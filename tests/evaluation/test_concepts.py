@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_grounding import naive_cam, visual_score
-from tiny_simla import randomised, simla_batch, tiny_config
+from tiny_simla import as_read, randomised, simla_batch, tiny_config
 from tiny_simla_pictures import assert_not_blank, make_processor, make_simla, real_rows
 from torch.nn.functional import normalize
 
@@ -54,7 +54,7 @@ def test_maps_are_gradcam_of_the_heads_logit(reads):
             assert maps[row].max() > 1e-9
     with torch.no_grad():
         keys = ("input_ids", "attention_mask", "pixel_values")
-        expected = model(**{name: batch[name] for name in keys}, passes=("concepts",)).concept_logits
+        expected = model(**{name: as_read(batch)[name] for name in keys}, passes=("concepts",)).concept_logits
         torch.testing.assert_close(model.concepts(pixels), expected)
     with pytest.raises(ValueError, match="one token id a picture"):
         model.ground_concepts(pixels, words[:2])

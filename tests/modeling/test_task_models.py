@@ -69,8 +69,7 @@ def naive_questions(model, batch):
     """The fused states of each question's real places, [(T_b, D)]."""
     text, states = model.simla.text, []
     for ids, mask, picture in zip(*batch.values(), strict=True):
-        words = torch.cat([ids[:1], ids[17:][mask[17:] == 1]])
-        x, seen = naive_embed(text.embeddings, words), model.simla.vision(picture[None])[0]
+        x, seen = naive_embed(text.embeddings, ids[mask == 1]), model.simla.vision(picture[None])[0]
         for layer in text.layers:
             x = naive_layer(layer, x, seen)
         states.append(x)
@@ -275,7 +274,7 @@ def test_two_pictures_alternate_through_eighteen_layers():
     assert len(order) == 18
     states = []
     for ids, mask, pictures in zip(*batch.values(), strict=True):
-        x = naive_embed(model.simla.text.embeddings, torch.cat([ids[:1], ids[17:][mask[17:] == 1]]))
+        x = naive_embed(model.simla.text.embeddings, ids[mask == 1])
         seen = model.simla.vision(pictures)  # (2, 1 + N, D)
         for number, layer in enumerate(order):
             x = naive_layer(layer, x, seen[number % 2])
@@ -430,11 +429,11 @@ class OneRAnswering(AnswerGeneration, OneRPreTrainedModel):
 @torch.no_grad()
 def test_oner_takes_the_same_heads():
     torch.manual_seed(0)
-    config, batch = tiny_oner.tiny_config(), inputs()
+    config, batch = tiny_oner.tiny_config(), inputs(joint=True)
     entailment = randomised(OneREntailment(config)).eval()
     states = entailment.oner(**batch).last_hidden_state
     torch.testing.assert_close(entailment(**batch).logits, entailment.classifier(states[:, 0]))
-    reasoning, two = randomised(OneRReasoning(config)).eval(), inputs(pictures=2)
+    reasoning, two = randomised(OneRReasoning(config)).eval(), inputs(pictures=2, joint=True)
     sides = [
         reasoning.oner(**{**batch, "pixel_values": picture}).last_hidden_state[:, 0]
         for picture in two["pixel_values"].unbind(1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_oner import randomised
-from tiny_simla import tiny_config
+from tiny_simla import as_read, tiny_config
 from tiny_tasks import bold, inputs
 from torch.nn import functional as F
 
@@ -83,11 +83,11 @@ def test_a_text_reads_the_two_that_are_chosen_in_their_order(model):
 def test_the_objective(model):
     student = SimlaForTextAssignment(tiny_config(num_text_layers=4)).train()
     objective = AssignmentObjective(student, AssignmentObjectiveArguments())
-    batch = {**inputs((3, 5, 2, 4)), "ids": torch.arange(4)}
+    batch = {**inputs((3, 5, 2, 4), joint=True), "ids": torch.arange(4)}
     torch.manual_seed(9)
     loss, parts = objective(student, batch, 0.5)
     torch.manual_seed(9)
-    logits, labels = assign(student, batch, OWN, 0.07)
+    logits, labels = assign(student, as_read(batch), OWN, 0.07)
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
     loss.backward()
     assert list(parts) == ["assignment"] and not objective.teachers() and objective.state_dict() == {}
@@ -98,7 +98,7 @@ def test_the_objective(model):
         "second_pictures": torch.tensor([1, 1, 0, 2]),
         "labels": torch.tensor([0, 1, 0, 2]),
     }
-    logits, labels = assign(student, {**batch, **recorded}, OWN, 0.07)
+    logits, labels = assign(student, as_read({**batch, **recorded}), OWN, 0.07)
     again = objective(student, {**batch, **recorded}, 0.5)[0]
     torch.testing.assert_close(again, F.cross_entropy(logits, recorded["labels"]))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_oner import randomised
-from tiny_simla import DROPOUT, tiny_config
+from tiny_simla import DROPOUT, as_read, tiny_config
 from tiny_tasks import ANSWERS, MASK, inputs
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ WEIGHTS = torch.tensor([0.7, 0.3, 1.0, 0.5, 0.2])
 
 def answers_batch() -> dict:
     return {
-        **inputs(),
+        **inputs(joint=True),
         "answer_ids": ANSWERS,
         "answer_mask": MASK,
         "answer_weights": WEIGHTS,
@@ -34,7 +34,7 @@ def answers_batch() -> dict:
 
 
 def classes_batch(pictures: int = 1) -> dict:
-    return {**inputs(pictures=pictures), "labels": torch.tensor([1, 0, 1]), "ids": torch.arange(3)}
+    return {**inputs(pictures=pictures, joint=True), "labels": torch.tensor([1, 0, 1]), "ids": torch.arange(3)}
 
 
 def built(kind, **overrides):
@@ -68,7 +68,7 @@ def test_classes_by_hand():
     student, objective, batch = made("entailment", distillation=0.4)
     teacher = moved_teacher(objective)
     loss, parts = objective(student, batch, progress=0.0)
-    pairs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    pairs = {name: as_read(batch)[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     with torch.no_grad():
         mine, theirs = student(**pairs).logits.log_softmax(-1), teacher(**pairs).logits.softmax(-1)
     expected = 0.6 * F.nll_loss(mine, batch["labels"]) - 0.4 * (theirs * mine).sum(-1).mean()
@@ -79,7 +79,7 @@ def test_classes_by_hand():
 def test_answers_by_hand():
     student, objective, batch = made("answers", distillation=0.4, distillation_ramp=0.5)
     teacher = moved_teacher(objective)
-    inputs_ = {name: batch[name] for name in batch if name not in ("ids", "rows")}
+    inputs_ = {name: value for name, value in as_read(batch).items() if name not in ("ids", "rows")}
     with torch.no_grad():
         mine, theirs = student(**inputs_).logits.log_softmax(-1), teacher(**inputs_).logits.softmax(-1)
     for progress, alpha in ((0.0, 0.0), (0.25, 0.2), (0.5, 0.4), (0.9, 0.4)):

@@ -19,7 +19,7 @@ from simla_bridge import (
     problem,
     sizes_of,
 )
-from tiny_simla import OFFICIAL_DEPTH, simla_batch
+from tiny_simla import OFFICIAL_DEPTH, as_read, simla_batch
 
 from oner.training.objectives.simla import SimlaObjective, SimlaObjectiveArguments
 
@@ -94,7 +94,8 @@ def test_keywords_of_short_texts():
     student = objective.student
     with torch.no_grad():
         output = student(
-            **{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}, passes=("contrast",)
+            **{name: as_read(batch)[name] for name in ("input_ids", "attention_mask", "pixel_values")},
+            passes=("contrast",),
         )
         targets = objective._keywords(output, batch)
     words = batch["input_ids"][:, 1 + PATCHES :]

@@ -139,7 +139,9 @@ def _save(done: Conversion, seed: int, tokenizer: Any, directory: Path) -> None:
         size = {"height": done.config.image_size, "width": done.config.image_size}
         mean, std = (list(values) for values in NORMALIZATIONS["clip"])
         pictures = OneRImageProcessor(size=size, patch_size=done.config.patch_size, image_mean=mean, image_std=std)
-        OneRProcessor(pictures, tokenizer, max_text_length=done.config.max_text_length).save_pretrained(directory)
+        joint = done.config.pair_layout == "joint"
+        options = {"max_text_length": done.config.max_text_length, "joint_layout": joint}
+        OneRProcessor(pictures, tokenizer, **options).save_pretrained(directory)
 
 
 def _without(model: PreTrainedModel, modules: tuple[str, ...]) -> dict[str, torch.Tensor]:

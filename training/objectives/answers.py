@@ -11,6 +11,7 @@ from torch import nn
 
 from oner.processing.data.task_collation import split_answers
 
+from .layout import as_read
 from .losses import in_full
 from .task import Batch, DistillationArguments, TaskObjective
 
@@ -50,7 +51,7 @@ class AnswerObjective(TaskObjective):
         return split_answers(batch, pieces)
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
-        inputs = {name: batch[name] for name in INPUTS}
+        inputs = as_read({name: batch[name] for name in INPUTS}, self.config)
         soft = in_full(self.teacher(**inputs).logits).softmax(-1) if alpha else None
         mean = student(**inputs, soft_labels=soft, alpha=alpha).loss
         return mean * (len(batch["input_ids"]) / count)

@@ -12,6 +12,7 @@ from torch import nn
 
 from oner.processing.data.chunks import split_pairs
 
+from .layout import as_read
 from .losses import in_full
 from .task import Batch, DistillationArguments, TaskObjective
 
@@ -77,6 +78,7 @@ class AssignmentObjective(TaskObjective):
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         """Taken in pieces, a piece draws its pictures from itself, as each of so many processes would."""
         told = self.arguments
+        batch = as_read(batch, self.config)
         logits, labels = assign(student, batch, told.own_picture, told.draw_temperature)
         return F.cross_entropy(in_full(logits), labels, reduction="sum", ignore_index=-100) / count
 

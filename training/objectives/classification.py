@@ -5,6 +5,7 @@ from torch import nn
 
 from oner.processing.data.chunks import split_pairs
 
+from .layout import as_read
 from .losses_distilled import distilled_cross_entropy
 from .task import Batch, TaskObjective
 
@@ -20,7 +21,7 @@ class ClassificationObjective(TaskObjective):
         return split_pairs(batch, pieces)
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
-        inputs = {name: batch[name] for name in INPUTS}
+        inputs = as_read({name: batch[name] for name in INPUTS}, self.config)
         logits = student(**inputs).logits
         soft = self.teacher(**inputs).logits if alpha else None
         return distilled_cross_entropy(logits, batch["labels"], soft, alpha, count)

@@ -20,6 +20,7 @@ from oner.training.parallel.sharding import own_part
 from oner.training.publishing.model_loading import load_model
 
 from .feature_queue import FeatureQueue
+from .layout import as_read
 from .losses import in_full
 from .losses_distilled import (
     distilled_contrast,
@@ -185,7 +186,9 @@ class SimlaObjective(Objective):
             negatives, labels["itm"] = self._negatives(student, batch, images, texts, temperature)
             return negatives
 
-        online = student(**_clean(batch), **self._masked(batch, passes), passes=tuple(passes), choose_negatives=choose)
+        online = student(
+            **self._clean(batch), **self._masked(batch, passes), passes=tuple(passes), choose_negatives=choose
+        )
         rows = {"image": online.image_embeds, "text": online.text_embeds}
         common = {"temperature": online.temperature}
         if "itc" not in self.weights:
@@ -194,11 +197,16 @@ class SimlaObjective(Objective):
             return Representations(rows, common)
         return Representations(rows, common, self._parts(student, online, labels, batch, self.alpha(progress), counts))
 
+    def _clean(self, batch: Batch) -> Batch:
+        """Texts (B, T) and their pictures."""
+        batch = as_read(batch, self.config)
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+
     def _masked(self, batch: Batch, passes: list[str]) -> dict[str, torch.Tensor | None]:
         """Masks and the places of what they hide, for the passes that have any."""
         masked: dict[str, torch.Tensor | None] = {}
         if "words" in passes:
-            masked["masked_input_ids"] = batch["masked_input_ids"]
+            masked["masked_input_ids"] = as_read(batch, self.config)["masked_input_ids"]
             everywhere = self.arguments.mlm_soft_axis == "sequence"
             masked["mlm_places"] = None if everywhere else self._word_places(batch)
         if "patches" in passes:
@@ -251,7 +259,7 @@ class SimlaObjective(Objective):
             return {}
         own_context = self.arguments.mim_text_context == "own" or online.text_context is None
         return self.teacher(
-            **_clean(batch),
+            **self._clean(batch),
             **self._masked(batch, passes),
             passes=tuple(passes),
             image_states=self._keys(student, batch)["image states"],
@@ -264,12 +272,11 @@ class SimlaObjective(Objective):
             return batch["keyword_targets"]
         own = self.arguments.psl_image_states == "own"
         states = None if own else online.image_states.detach()
-        attention = self.teacher(**_clean(batch), passes=("keywords",), image_states=states).keyword_attention
-        first = 1 + batch["bool_masked_pos"].shape[1]
-        text_ids = torch.cat([batch["input_ids"][:, :1], batch["input_ids"][:, first:]], dim=1)
+        clean = self._clean(batch)
+        attention = self.teacher(**clean, passes=("keywords",), image_states=states).keyword_attention
         return keyword_targets(
             in_full(attention),
-            text_ids,
+            clean["input_ids"],
             self.config.vocab_size,
             self.config.cls_token_id,
             self.arguments.keywords_per_head,
@@ -317,7 +324,7 @@ class SimlaObjective(Objective):
         """The teacher's embeddings and states of the batch at hand, made once."""
         if self._kept is None or self._kept[0] is not batch:
             passes = ("contrast", "concepts") if "psl" in self.weights else ("contrast",)
-            made = self.teacher(**_clean(batch), passes=passes)
+            made = self.teacher(**self._clean(batch), passes=passes)
             keys = {"image": made.image_embeds, "text": made.text_embeds, "image states": made.image_states}
             self._kept = (batch, {**keys, "concepts": made.concept_logits})
         return self._kept[1]
@@ -414,7 +421,3 @@ def _patch_places(batch: Batch) -> torch.Tensor:
     if "mim_index" in batch:
         return batch["mim_index"]
     return batch["bool_masked_pos"].flatten().nonzero().flatten()
-
-
-def _clean(batch: Batch) -> Batch:
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
