@@ -79,9 +79,7 @@ class SimlaModel(DualEncoder, SimlaPreTrainedModel):
             ValueError: neither input, an image of a wrong size, too long a text, ids out of range, placeholders among
                 them, padding elsewhere than on the right, NaN pixels.
         """
-        check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding)
-        if bool_masked_pos is not None and pixel_values is None:
-            raise ValueError("got bool_masked_pos, which masks patches, but pixel_values is None")
+        check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding, bool_masked_pos)
         if input_ids is not None and attention_mask is None:
             attention_mask = torch.ones_like(input_ids)  # (B, T)
 

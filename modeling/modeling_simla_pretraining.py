@@ -19,7 +19,7 @@ from .vl_features import RetrievalFeatures, WordPredictions
 from .vl_fusion import self_mask
 from .vl_gradcam import GroundedConcepts, GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
-from .vl_inputs import check_inputs, check_twin
+from .vl_inputs import check_inputs, check_masks
 
 # which picture each text is held against, and which text each picture: image_embeds, text_embeds (B, P), temperature
 # (1,) -> two index tensors (B,)
@@ -90,6 +90,7 @@ class SimlaForPreTraining(
         choose_negatives: ChooseNegatives | None = None,
         image_states: torch.FloatTensor | None = None,
         text_context: torch.FloatTensor | None = None,
+        checked: bool = False,
         **kwargs,
     ) -> SimlaPreTrainingOutput:
         r"""
@@ -105,13 +106,15 @@ class SimlaForPreTraining(
                 what else it compares with was made before.
             image_states (`(B, S, D)`), text_context (`(B, T, D)`): Taken instead of the own, as the teacher takes the
                 student's for keywords and masked patches (SIMLA's code).
+            checked: Whether texts and images were looked through before; what masks them is measured in any case.
 
         Raises:
             ValueError: unknown passes, one that lacks what it needs, and what [`SimlaModel`] raises.
         """
         self._check_request(passes, masked_input_ids, bool_masked_pos, choose_negatives)
-        check_inputs(self.simla, input_ids, attention_mask, pixel_values)
-        check_twin(input_ids, masked_input_ids)
+        if not checked:
+            check_inputs(self.simla, input_ids, attention_mask, pixel_values)
+        check_masks(input_ids, pixel_values, masked_input_ids, bool_masked_pos, self.config.patch_size)
         output = SimlaPreTrainingOutput(temperature=self.temperature)
 
         # clean images, for all but the masked ones

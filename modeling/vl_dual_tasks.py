@@ -142,8 +142,9 @@ class TwoImageReasoning(TwoImageReading):
         (B, 2, C, H, W). `labels` (B,). Raises `ValueError` as the tower.
         """
         check_two_pictures(type(self).__name__, input_ids, pixel_values)
-        for images in pixel_values.unbind(1):
-            check_inputs(self.base_model, input_ids, attention_mask, images)
+        first_images, second_images = pixel_values.unbind(1)  # (B, C, H, W) each
+        check_inputs(self.base_model, input_ids, attention_mask, first_images)
+        check_inputs(self.base_model, None, None, second_images)
         # the two images of a text side by side
         states = self.base_model.vision(pixel_values.flatten(0, 1))  # (2B, S, D)
         first = torch.arange(0, len(states), 2, device=states.device)  # (B,)

@@ -182,6 +182,11 @@ class GroundedConcepts:
 
     def concepts(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
         """The concept head's logits (B, V) of pictures alone (section 2.4): which words are seen in them."""
+        check_inputs(self.tower, None, None, pixel_values)
+        return self.concept_logits(pixel_values)
+
+    def concept_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`concepts` of what was checked before. (B, C, H, W) -> (B, V)."""
         states = self.tower.vision(pixel_values)  # (B, 1 + N, D)
         projected = self.config.concept_input == "projected"
         return self.concept_head(self.tower.embed_images(states) if projected else states[:, 0])
@@ -204,10 +209,11 @@ class GroundedConcepts:
             raise ValueError("ground_concepts() expects a model in eval mode; call eval() first")
         if token_ids.shape != (len(pixel_values),):
             raise ValueError(f"expected one token id a picture, got {tuple(token_ids.shape)} for {len(pixel_values)}")
+        check_inputs(self.tower, None, None, pixel_values)
         attention = chosen_layer(self.tower.vision.layers, layer, self.config.grounding_layer).attention
         with torch.inference_mode(False):
             pixel_values, token_ids = _plain(pixel_values), _plain(token_ids)
-            cam = attention_gradcam(attention, lambda: self.concepts(pixel_values).gather(1, token_ids[:, None]))
+            cam = attention_gradcam(attention, lambda: self.concept_logits(pixel_values).gather(1, token_ids[:, None]))
         maps = cam[:, :, 0, 1:].mean(1)  # (B, H, 1 + N, 1 + N) -> (B, N)
         return maps.unflatten(1, _grid(pixel_values, self.config.patch_size))
 

@@ -14,16 +14,24 @@ def check_inputs(
     attention_mask: torch.Tensor | None,
     pixel_values: torch.Tensor | None,
     interpolate_pos_encoding: bool = False,
+    bool_masked_pos: torch.Tensor | None = None,
 ) -> None:
-    """What a tower is about to read, against its configuration; values only where looking costs nothing."""
+    """
+    What a tower is about to read, against its configuration; values only where looking costs nothing. Called where a
+    user's input enters, once, and by none of the passes behind.
+    """
     config = model.config
     if input_ids is None and pixel_values is None:
         raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
+    if bool_masked_pos is not None and pixel_values is None:
+        raise ValueError("got bool_masked_pos, which masks patches, but pixel_values is None")
     check_shapes(input_ids, attention_mask, pixel_values)
     n_patches = None
     if pixel_values is not None:
         size = None if interpolate_pos_encoding else config.image_size
         n_patches = check_picture_size(pixel_values, config.num_channels, config.patch_size, size)
+    if bool_masked_pos is not None:
+        check_patch_mask(bool_masked_pos, len(pixel_values), n_patches)
     # reading values breaks compiled graphs and makes an accelerator wait: there only outside of training
     given = input_ids if input_ids is not None else pixel_values
     if is_tracing(given) or given.is_meta or (given.device.type != "cpu" and model.training):
@@ -37,6 +45,11 @@ def check_inputs(
             check_layout(input_ids, attention_mask, config.image_token_id, n_patches, config.max_text_length)
         else:
             check_text(input_ids, attention_mask, config.image_token_id, config.max_text_length)
+
+
+def patch_count(pixel_values: torch.Tensor, patch_size: int) -> int:
+    """N, of images (..., H, W)."""
+    return (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
 
 
 def check_shapes(
@@ -69,7 +82,7 @@ def check_picture_size(pixel_values: torch.Tensor, num_channels: int, patch_size
         )
     if got[2] % patch_size or got[3] % patch_size:
         raise ValueError(f"pictures are {got[2]}x{got[3]}; expected multiples of the patch size {patch_size}")
-    return (got[2] // patch_size) * (got[3] // patch_size)
+    return patch_count(pixel_values, patch_size)
 
 
 def check_patch_mask(bool_masked_pos: torch.Tensor, batch_size: int, n_patches: int) -> None:
@@ -93,9 +106,8 @@ def check_images_alone(input_ids: torch.Tensor | None, pixel_values: torch.Tenso
     """No text for `get_image_features`: no ids (B, L) but [CLS] and, in the joint layout, placeholders."""
     if input_ids is None:
         return
-    p, joint = config.patch_size, config.pair_layout == "joint"
-    places = 1 + (pixel_values.shape[-2] // p) * (pixel_values.shape[-1] // p) if joint else 0
-    if input_ids.shape[-1] > places:
+    placed = 1 + patch_count(pixel_values, config.patch_size) if config.pair_layout == "joint" else 0
+    if input_ids.shape[-1] > placed:
         raise ValueError("get_image_features reads pictures alone; drop input_ids or use get_multimodal_features")
 
 
@@ -162,13 +174,21 @@ def check_text(
         raise ValueError(f"a text has {tokens} words; expected at most {max_text_length} (config.max_text_length)")
 
 
-def check_twin(input_ids: torch.Tensor, masked_input_ids: torch.Tensor | None) -> None:
-    """Masked ids stand where the clean ones do, (B, L)."""
+def check_masks(
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    masked_input_ids: torch.Tensor | None,
+    bool_masked_pos: torch.Tensor | None,
+    patch_size: int,
+) -> None:
+    """Masked ids stand where the clean ones do, (B, L), and each patch has a flag, (B, N)."""
     if masked_input_ids is not None and masked_input_ids.shape != input_ids.shape:
         raise ValueError(
             f"masked_input_ids have shape {tuple(masked_input_ids.shape)}; "
             f"expected {tuple(input_ids.shape)}, the shape of input_ids"
         )
+    if bool_masked_pos is not None:
+        check_patch_mask(bool_masked_pos, len(pixel_values), patch_count(pixel_values, patch_size))
 
 
 def check_padding(attention_mask: torch.Tensor) -> None:
@@ -182,18 +202,11 @@ def check_padding(attention_mask: torch.Tensor) -> None:
         )
 
 
-def check_pairs(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    masked_input_ids: torch.Tensor | None,
-    image_token_id: int,
-    n_patches: int,
-) -> None:
+def check_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, image_token_id: int, n_patches: int) -> None:
     """
     A training step cuts its streams from the joint layout: [CLS], N placeholders, then the words. (B, L) each.
     There a word's slot is its place in the text, so padding may only stand behind the words.
     """
-    check_twin(input_ids, masked_input_ids)
     if input_ids.device.type != "cpu" or is_tracing(input_ids):
         return
     strays = (input_ids[:, 1 : 1 + n_patches] != image_token_id).any(1)

@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .vl_fusion import FusionLayer, TextEmbeddings, context_mask_of, self_mask
 from .vl_heads import HeadLinear, LanguageModelHead
+from .vl_inputs import patch_count
 from .vl_outputs import without_patches
 
 ROWS_AT_ONCE = 256  # answers whose logits over the vocabulary are held together when ranking
@@ -220,9 +221,7 @@ class AnswerGeneration:
             raise ValueError(f"{type(self).__name__} answers about pictures: it expects input_ids and pixel_values")
         states = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs).last_hidden_state
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, L)
-        p = self.config.patch_size
-        n_patches = (pixel_values.shape[-2] // p) * (pixel_values.shape[-1] // p)
-        length = states.shape[1] - n_patches
+        length = states.shape[1] - patch_count(pixel_values, self.config.patch_size)  # T
         return without_patches(states, length), without_patches(mask, length)
 
     @can_return_tuple

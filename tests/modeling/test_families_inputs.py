@@ -7,6 +7,8 @@ import torch
 from families import CLASSIFICATION, MASKED_LM, MODELS, PRETRAINING, RETRIEVAL, inputs_of
 from tiny_oner import CLS, IMAGE, VOCAB, joint_batch, text_of
 
+from oner.modeling import vl_inputs
+
 NAN, INF = float("nan"), float("inf")
 
 
@@ -244,6 +246,32 @@ def test_the_training_step_refuses(changes, message, family):
     objective, batch = family.objective(student), family.tiny.make_batch([3, 1])
     with pytest.raises(ValueError, match=re.escape(message)):
         objective(student, {**batch, **changes}, 0.0)
+
+
+@pytest.fixture
+def looks(monkeypatch) -> list[tuple[int, ...]]:
+    """The shape of pixels each time that they are looked through."""
+    seen, look = [], vl_inputs.check_finite
+    monkeypatch.setattr(vl_inputs, "check_finite", lambda pixels: seen.append(tuple(pixels.shape)) or look(pixels))
+    return seen
+
+
+def test_a_batch_is_looked_through_once(family, models, looks):
+    """By a step, teacher and all; and by whatever else is asked of a model."""
+    student = family.build(PRETRAINING).train()
+    objective, batch = family.objective(student), family.tiny.make_batch([3, 1])
+    looks.clear()
+    objective(student, batch, 0.5)
+    assert looks == [(2, 3, 16, 16)]
+    for auto, model in models.items():
+        pair = inputs_of(model, "pair", batch)
+        asked = [model.get_multimodal_features] if hasattr(model, "get_multimodal_features") else []
+        asked += [getattr(model, name) for name in ("match", "ground") if hasattr(model, name)]
+        asked += [model] if auto != PRETRAINING else []
+        for one in asked:
+            looks.clear()
+            one(**pair)
+            assert looks == [(2, 3, 16, 16)], (auto, one)
 
 
 def test_ids_added_to_the_vocabulary_are_accepted(family):

@@ -261,6 +261,7 @@ class SimlaObjective(Objective):
         return self.teacher(
             **self._clean(batch),
             **self._masked(batch, passes),
+            checked=True,
             passes=tuple(passes),
             image_states=self._keys(student, batch)["image states"],
             text_context=None if own_context else online.text_context.detach(),
@@ -273,9 +274,9 @@ class SimlaObjective(Objective):
         own = self.arguments.psl_image_states == "own"
         states = None if own else online.image_states.detach()
         clean = self._clean(batch)
-        attention = self.teacher(**clean, passes=("keywords",), image_states=states).keyword_attention
+        made = self.teacher(**clean, passes=("keywords",), image_states=states, checked=True)
         return keyword_targets(
-            in_full(attention),
+            in_full(made.keyword_attention),
             clean["input_ids"],
             self.config.vocab_size,
             self.config.cls_token_id,
@@ -324,7 +325,7 @@ class SimlaObjective(Objective):
         """The teacher's embeddings and states of the batch at hand, made once."""
         if self._kept is None or self._kept[0] is not batch:
             passes = ("contrast", "concepts") if "psl" in self.weights else ("contrast",)
-            made = self.teacher(**self._clean(batch), passes=passes)
+            made = self.teacher(**self._clean(batch), passes=passes, checked=True)
             keys = {"image": made.image_embeds, "text": made.text_embeds, "image states": made.image_states}
             self._kept = (batch, {**keys, "concepts": made.concept_logits})
         return self._kept[1]
