@@ -6,6 +6,7 @@ B rows, N = 16 patches, T = 1 + W places of a text, R answers, A tokens of an an
 import pytest
 import tiny_oner
 import torch
+from naive_fusion import naive_embed, naive_layer
 from tiny_oner import randomised
 from tiny_simla import CLS, SEP, VOCAB, tiny_config
 from tiny_tasks import ANSWERS, MASK, TASKS, bold, inputs
@@ -27,34 +28,6 @@ from oner.modeling.vl_task_heads import (
     TwoPictureClassification,
     answer_end,
 )
-
-
-def naive_attention(attention, x, context, allowed):
-    """(L, D), (S, D), allowed (L, S) bool -> (L, D), one head after the other."""
-    heads = []
-    for start in range(0, x.shape[-1], attention.head_dim):
-        part = slice(start, start + attention.head_dim)
-        q, k, v = (
-            source @ linear.weight[part].T + linear.bias[part]
-            for source, linear in ((x, attention.query), (context, attention.key), (context, attention.value))
-        )
-        scores = (q @ k.T / attention.head_dim**0.5).masked_fill(~allowed, float("-inf"))
-        heads.append(scores.softmax(-1) @ v)
-    return torch.cat(heads, -1) @ attention.proj.weight.T + attention.proj.bias
-
-
-def naive_layer(layer, x, context, causal=False):
-    length, everything = len(x), torch.ones(len(x), len(context), dtype=torch.bool)
-    allowed = torch.ones(length, length, dtype=torch.bool)
-    x = layer.attention_norm(x + naive_attention(layer.attention, x, x, allowed.tril() if causal else allowed))
-    x = layer.cross_norm(x + naive_attention(layer.cross_attention, x, context, everything))
-    inner = x @ layer.feed_forward.fc1.weight.T + layer.feed_forward.fc1.bias
-    inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
-    return layer.output_norm(x + inner @ layer.feed_forward.fc2.weight.T + layer.feed_forward.fc2.bias)
-
-
-def naive_embed(embeddings, ids):
-    return embeddings.norm(embeddings.word_embeddings.weight[ids] + embeddings.position_embeddings.weight[: len(ids)])
 
 
 def naive_logs(decoder, ids, question):
