@@ -62,6 +62,8 @@ class OneRConfig(VisionLanguageConfig):
 
     model_type = "oner"
     attribute_map = {"d_model": "hidden_size"}
+    # a pair is one sequence, with a placeholder for each patch among its ids
+    pair_layout = "joint"
 
     vocab_size: int = 30522
     hidden_size: int = 768

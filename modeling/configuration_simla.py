@@ -57,6 +57,8 @@ class SimlaConfig(VisionLanguageConfig):
 
     model_type = "simla"
     attribute_map = {"d_model": "hidden_size"}
+    # of a pair, text and image are read each as it is
+    pair_layout = "separate"
     # no layers above the text's own: these read images themselves
     num_fusion_layers = 0
 

@@ -21,7 +21,7 @@ from .configuration_oner import OneRConfig
 from .vl_embeddings import ConvStem, LinearStem, PatchProjection, interpolate_positions, sincos_1d, sincos_2d
 from .vl_features import CosineRetrieval, MaskedWords, RetrievalFeatures
 from .vl_heads import ContrastiveHead, HeadLinear, LanguageModelHead
-from .vl_inputs import check_inputs, check_patch_mask
+from .vl_inputs import check_inputs
 from .vl_layers import PreNormLayer, SelfAttention
 from .vl_outputs import (
     CLS_TOKEN,
@@ -73,8 +73,6 @@ class OneREmbeddings(nn.Module):
         """(B, C, H, W) -> (B, N, D); masked patches (B, N) become the mask token after the stem."""
         p = self.config.patch_size
         h, w = pixel_values.shape[-2] // p, pixel_values.shape[-1] // p
-        if bool_masked_pos is not None:
-            check_patch_mask(bool_masked_pos, len(pixel_values), h * w)
         if bool_masked_pos is not None and self.config.mask_before_stem:
             hidden = bool_masked_pos.view(-1, 1, h, w).repeat_interleave(p, 2).repeat_interleave(p, 3)
             pixel_values = pixel_values.masked_fill(hidden, 0.0)
@@ -105,8 +103,6 @@ class OneREmbeddings(nn.Module):
         bool_masked_pos: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sequence (B, L, D) and what each position is (B, L)."""
-        if bool_masked_pos is not None and pixel_values is None:
-            raise ValueError("got bool_masked_pos, which masks patches, but pixel_values is None")
         if input_ids is None:
             patches = self.embed_patches(pixel_values, bool_masked_pos)
             hidden_states = torch.cat([self.embed_cls(len(patches)), patches], dim=1)
@@ -229,7 +225,7 @@ class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
             ValueError: neither input, a picture of a wrong size, too long a text, ids out of range, NaN pixels, or
                 placeholders that do not match the patches.
         """
-        check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding)
+        check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding, bool_masked_pos)
         hidden_states, token_types = self.embeddings(input_ids, attention_mask, pixel_values, bool_masked_pos)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask if input_ids is not None else None)
         for layer in self.layers:

@@ -14,7 +14,7 @@ from .configuration_oner import OneRConfig
 from .modeling_oner import OneRModel, OneRPreTrainedModel
 from .vl_features import RetrievalFeatures, WordPredictions
 from .vl_heads import ContrastiveHead, LanguageModelHead, PixelHead
-from .vl_inputs import check_inputs, check_pairs
+from .vl_inputs import check_inputs, check_masks, check_pairs, patch_count
 from .vl_layers import Stream, attends_unpadded, sequences_of, split_streams
 from .vl_outputs import VisionLanguagePreTrainingOutput
 
@@ -66,6 +66,7 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
         masked_streams: tuple[str, ...] = MASKED_STREAMS,
         contrast_masked: bool = True,
         predict: bool = True,
+        checked: bool = False,
         **kwargs,
     ) -> VisionLanguagePreTrainingOutput:
         r"""
@@ -83,16 +84,17 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
             contrast_masked: Whether the contrastive embeddings come from the masked inputs, in the same pass
                 (appendix C, "a single forward pass"), or from clean ones in streams of their own.
             predict: Apply the predictor (online network) or stop at the projector (teacher).
+            checked: Whether texts and images were looked through before; what masks them is measured in any case.
 
         Raises:
             ValueError: unknown names, what [`OneRModel`] raises, or two heads asked for a mixed representation.
         """
         self._check_request(representations, masked_streams)
-        check_inputs(self.oner, input_ids, attention_mask, pixel_values)
-        n_patches = (pixel_values.shape[-2] // self.config.patch_size) * (
-            pixel_values.shape[-1] // self.config.patch_size
-        )
-        check_pairs(input_ids, attention_mask, masked_input_ids, self.config.image_token_id, n_patches)
+        n_patches = patch_count(pixel_values, self.config.patch_size)
+        if not checked:
+            check_inputs(self.oner, input_ids, attention_mask, pixel_values)
+            check_pairs(input_ids, attention_mask, self.config.image_token_id, n_patches)
+        check_masks(input_ids, pixel_values, masked_input_ids, bool_masked_pos, self.config.patch_size)
         text_mask = attention_mask[:, 1 + n_patches :]  # (B, W)
         if text_index is None:
             text_index = text_mask.flatten().nonzero().flatten()

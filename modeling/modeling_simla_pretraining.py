@@ -1,7 +1,7 @@
 """One pre-training step of SIMLA, in one call: contrast, matching, masked words, masked patches, concepts.
 
-B pairs, L positions of the joint layout, N patches, S = 1 + N, W word slots, T = 1 + W, D width, P embedding width,
-M masked words, K masked patches, V words and Z codes of the two vocabularies, H heads.
+B pairs, N patches, S = 1 + N, T positions of a text with its [CLS], D width, P embedding width, M masked words,
+K masked patches, V words and Z codes of the two vocabularies, H heads.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_simla import SimlaConfig
-from .modeling_simla import SimlaFeatures, SimlaModel, SimlaPreTrainedModel
+from .modeling_simla import SimlaModel, SimlaPreTrainedModel
 from .vl_dual_encoder import ImageTextMatching
-from .vl_features import WordPredictions
+from .vl_features import RetrievalFeatures, WordPredictions
 from .vl_fusion import self_mask
 from .vl_gradcam import GroundedConcepts, GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
-from .vl_inputs import check_inputs
+from .vl_inputs import check_inputs, check_masks
 
 # which picture each text is held against, and which text each picture: image_embeds, text_embeds (B, P), temperature
 # (1,) -> two index tensors (B,)
@@ -56,7 +56,7 @@ class SimlaPreTrainingOutput(ModelOutput):
 
 
 class SimlaForPreTraining(
-    GroundedConcepts, WordPredictions, ImageTextMatching, GroundedMatching, SimlaFeatures, SimlaPreTrainedModel
+    GroundedConcepts, WordPredictions, ImageTextMatching, GroundedMatching, RetrievalFeatures, SimlaPreTrainedModel
 ):
     """
     Both encoders with everything that is trained: temperature, matching, language-model, code and concept heads. It
@@ -90,48 +90,66 @@ class SimlaForPreTraining(
         choose_negatives: ChooseNegatives | None = None,
         image_states: torch.FloatTensor | None = None,
         text_context: torch.FloatTensor | None = None,
+        checked: bool = False,
         **kwargs,
     ) -> SimlaPreTrainingOutput:
         r"""
         Args:
-            input_ids, attention_mask (`(B, L)`): Pairs in the processor's joint layout.
-            pixel_values (`(B, C, H, W)`): Their pictures.
-            masked_input_ids (`(B, L)`): The same ids after masking, for "words".
+            input_ids, attention_mask (`(B, T)`): Texts, padded on the right.
+            pixel_values (`(B, C, H, W)`): Their images.
+            masked_input_ids (`(B, T)`): The same ids after masking, for "words".
             bool_masked_pos (`(B, N)`): Masked patches, for "patches".
             mlm_places (`(M,)`), mim_places (`(K,)`): Places of what is to be predicted in the flat (B, T) and (B, N);
                 logits of every place where None.
             passes: What to compute, of `contrast`, `match`, `words`, `patches`, `concepts`, `keywords`.
-            choose_negatives: For "match"; called once the embeddings of "contrast" are there.
+            choose_negatives: For "match"; called once the embeddings of "contrast" are there. A function of tensors:
+                what else it compares with was made before.
             image_states (`(B, S, D)`), text_context (`(B, T, D)`): Taken instead of the own, as the teacher takes the
                 student's for keywords and masked patches (SIMLA's code).
+            checked: Whether texts and images were looked through before; what masks them is measured in any case.
 
         Raises:
             ValueError: unknown passes, one that lacks what it needs, and what [`SimlaModel`] raises.
         """
         self._check_request(passes, masked_input_ids, bool_masked_pos, choose_negatives)
-        check_inputs(self.simla, input_ids, attention_mask, pixel_values)
-        text_ids, text_mask = self.simla.split_layout(  # (B, T)
-            input_ids, attention_mask, pixel_values, masked_input_ids
-        )
+        if not checked:
+            check_inputs(self.simla, input_ids, attention_mask, pixel_values)
+        check_masks(input_ids, pixel_values, masked_input_ids, bool_masked_pos, self.config.patch_size)
         output = SimlaPreTrainingOutput(temperature=self.temperature)
+
+        # clean images, for all but the masked ones
         if image_states is None and set(passes) - {"patches"}:
-            image_states = self.simla.vision(pixel_values)
+            image_states = self.simla.vision(pixel_values)  # (B, S, D)
         output.image_states = image_states
+
+        # each alone, in the contrastive space
         text_states = None
         if "contrast" in passes:
-            text_states = self.simla.encode_texts(text_ids, text_mask)
-            output.image_embeds = self._embed(self.simla.vision_projection, image_states)
-            output.text_embeds = self._embed(self.simla.text_projection, text_states)
-        self._fuse(output, text_ids, text_mask, masked_input_ids, mlm_places, passes, choose_negatives)
+            text_states = self.simla.encode_texts(input_ids, attention_mask)  # (B, T, D)
+            output.image_embeds = self.simla.embed_images(image_states)  # (B, P)
+            output.text_embeds = self.simla.embed_texts(text_states)  # (B, P)
+
+        # texts that read a clean image: pairs, their negatives, masked texts
+        negatives = None
+        if "match" in passes:
+            negatives = choose_negatives(output.image_embeds, output.text_embeds, self.temperature)  # (B,), (B,)
+        masked_ids = masked_input_ids if "words" in passes else None
+        self._fuse(output, input_ids, attention_mask, negatives, masked_ids, mlm_places)
+
+        # masked images that read a clean text
         if "patches" in passes:
             if text_context is None:
-                text_context = self._text_context(text_ids, text_mask, text_states)
+                text_context = self._text_context(input_ids, attention_mask, text_states)  # (B, T, D)
             output.text_context = text_context
-            output.mim_logits = self._predict_codes(pixel_values, bool_masked_pos, mim_places, text_context, text_mask)
+            output.mim_logits = self._predict_codes(
+                pixel_values, bool_masked_pos, mim_places, text_context, attention_mask
+            )
+
+        # what an image calls for, and what a pair attends
         if "concepts" in passes:
-            output.concept_logits = self.concept_head(self._concept_input(output, image_states))
+            output.concept_logits = self.concept_head(self._concept_input(output, image_states))  # (B, V)
         if "keywords" in passes:
-            output.keyword_attention = self._keyword_attention(text_ids, text_mask, image_states)
+            output.keyword_attention = self._keyword_attention(input_ids, attention_mask, image_states)  # (B, H, T)
         return output
 
     def _check_request(self, passes, masked_input_ids, bool_masked_pos, choose_negatives) -> None:
@@ -147,52 +165,43 @@ class SimlaForPreTraining(
         if "match" in passes and "contrast" not in passes:
             raise ValueError(f"the pass 'match' needs 'contrast' beside it, got {list(passes)}")
 
-    @staticmethod
-    def _embed(projection: nn.Module, states: torch.Tensor) -> torch.Tensor:
-        """g(cls): (B, ·, D) -> (B, P), of unit length."""
-        return nn.functional.normalize(projection(states[:, 0]), dim=-1)
-
     def _concept_input(self, output: SimlaPreTrainingOutput, image_states: torch.Tensor) -> torch.Tensor:
         if self.config.concept_input == "cls":
             return image_states[:, 0]
-        if output.image_embeds is not None:
-            return output.image_embeds
-        return self._embed(self.simla.vision_projection, image_states)
+        return self.simla.embed_images(image_states) if output.image_embeds is None else output.image_embeds
 
     def _fuse(
         self,
         output: SimlaPreTrainingOutput,
         text_ids: torch.Tensor,
         text_mask: torch.Tensor,
-        masked_input_ids: torch.Tensor | None,
+        negatives: tuple[torch.Tensor, torch.Tensor] | None,
+        masked_ids: torch.Tensor | None,
         mlm_places: torch.Tensor | None,
-        passes: tuple[str, ...],
-        choose_negatives: ChooseNegatives | None,
     ) -> None:
-        """Every text that reads a clean picture, in one run: pairs, negatives, masked words. Fills `output`."""
+        """Every text that reads a clean image, in one run: pairs, negatives, masked texts. Fills `output`."""
         own = torch.arange(len(text_ids), device=text_ids.device)
-        ids, masks, pictures = [], [], []
-        if "match" in passes:
-            other_pictures, other_texts = choose_negatives(output.image_embeds, output.text_embeds, self.temperature)
+        ids, masks, images = [], [], []
+        if negatives is not None:
+            other_images, other_texts = negatives
             ids += [text_ids, text_ids, text_ids[other_texts]]
             masks += [text_mask, text_mask, text_mask[other_texts]]
-            pictures += [own, other_pictures, own]
-        if "words" in passes:
-            masked_ids = masked_input_ids[:, -(text_ids.shape[1] - 1) :] if text_ids.shape[1] > 1 else text_ids[:, :0]
-            ids.append(torch.cat([text_ids[:, :1], masked_ids], dim=1))
+            images += [own, other_images, own]
+        if masked_ids is not None:
+            ids.append(masked_ids)
             masks.append(text_mask)
-            pictures.append(own)
+            images.append(own)
         if not ids:
             return
-        states = self.simla.fuse(torch.cat(ids), torch.cat(masks), output.image_states, torch.cat(pictures))
-        matched = 3 * len(text_ids) if "match" in passes else 0
+        states = self.simla.fuse(torch.cat(ids), torch.cat(masks), output.image_states, torch.cat(images))
+        matched = 0 if negatives is None else 3 * len(text_ids)
         if matched:
-            output.itm_logits = self.itm_head(states[:matched, 0])
-        if "words" in passes:
+            output.itm_logits = self.itm_head(states[:matched, 0])  # (3B, 2)
+        if masked_ids is not None:
             states = states[matched:]  # (B, T, D)
             if mlm_places is not None:
-                states = states.flatten(0, 1).index_select(0, mlm_places)
-            output.mlm_logits = self.lm_head(states)
+                states = states.flatten(0, 1).index_select(0, mlm_places)  # (M, D)
+            output.mlm_logits = self.lm_head(states)  # (M, V) or (B, T, V)
 
     def _keyword_attention(
         self, text_ids: torch.Tensor, text_mask: torch.Tensor, image_states: torch.Tensor
@@ -232,9 +241,9 @@ class SimlaForPreTraining(
                 f"patches and [CLS]; expected {positions} at most (max_position_embeddings)"
             )
         tokens = text.embeddings(inputs_embeds=self.simla.vision(pixel_values, bool_masked_pos))  # (B, S, D)
-        states = text.fuse(tokens, None, text_context, text_mask)[:, 1:]
+        states = text.fuse(tokens, None, text_context, text_mask)[:, 1:]  # (B, N, D)
         if mim_places is not None:
-            states = states.flatten(0, 1).index_select(0, mim_places)
+            states = states.flatten(0, 1).index_select(0, mim_places)  # (K, D)
         return self.mim_head(states)
 
 

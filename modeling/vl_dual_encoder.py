@@ -1,7 +1,6 @@
 """What families with a tower for images and a tower for texts share: SIMLA, and such as ALBEF.
 
-B pairs, R rows of text, C images, N patches, S = 1 + N, L positions of the joint layout, T positions of a text,
-D width, P embedding width.
+B pairs, R rows of text, C images, N patches, S = 1 + N, T positions of a text, D width, P embedding width.
 """
 
 import math
@@ -15,7 +14,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .vl_features import RetrievalFeatures
 from .vl_fusion import FusionAttention, FusionLayer
 from .vl_heads import HeadLinear
-from .vl_inputs import check_inputs, check_pairs
+from .vl_inputs import check_inputs
 from .vl_layers import PreNormLayer, SelfAttention
 from .vl_text import TextEncoder
 from .vl_vision import VisionEmbeddings, VisionEncoder
@@ -100,19 +99,21 @@ class DualEncoder(RetrievalFeatures):
         beginning = self.text.begin(input_ids, attention_mask, **kwargs)
         return self.text.fuse(beginning, attention_mask, image_states, context_index=context_index, **kwargs)
 
-    def split_layout(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        pixel_values: torch.Tensor,
-        masked_input_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[CLS] and words of pairs in the joint layout: (B, L) -> ids and mask (B, T). Raises `ValueError`."""
-        p = self.config.patch_size
-        n_patches = (pixel_values.shape[-2] // p) * (pixel_values.shape[-1] // p)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_pairs(input_ids, mask, masked_input_ids, self.config.image_token_id, n_patches)
-        return tuple(torch.cat([part[:, :1], part[:, 1 + n_patches :]], dim=1) for part in (input_ids, mask))
+    def project_images(self, image_states: torch.Tensor) -> torch.Tensor | None:
+        """[CLS] in the contrastive space, (C, S, D) -> (C, P); None of a tower without projections."""
+        return None if self.vision_projection is None else self.vision_projection(image_states[:, 0])
+
+    def project_texts(self, text_states: torch.Tensor) -> torch.Tensor | None:
+        """Likewise of texts alone: (R, T, D) -> (R, P)."""
+        return None if self.text_projection is None else self.text_projection(text_states[:, 0])
+
+    def embed_images(self, image_states: torch.Tensor) -> torch.Tensor:
+        """As `project_images`, of unit length."""
+        return nn.functional.normalize(self.project_images(image_states), dim=-1)
+
+    def embed_texts(self, text_states: torch.Tensor) -> torch.Tensor:
+        """As `project_texts`, of unit length."""
+        return nn.functional.normalize(self.project_texts(text_states), dim=-1)
 
     def resize_positions(self, image_size: int) -> None:
         """Reads images of another size from now on, with a table of positions of its own to learn. In place."""
@@ -138,8 +139,8 @@ class ImageTextMatching:
         Do text and image belong together? Logits (R, 2), the second for yes.
 
         Args:
-            input_ids, attention_mask: Pairs in the joint layout (R, L) with `pixel_values` (R, C, H, W); or texts
-                (R, T) with `image_states`.
+            input_ids, attention_mask (`(R, T)`): The texts.
+            pixel_values: An image for each, R of them.
             image_states (`(C, S, D)`): `last_hidden_state` of `get_image_features`, kept from before.
             context_index (`(R,)`): Which image each text is held against; text r against image r if None.
 
@@ -148,13 +149,23 @@ class ImageTextMatching:
         """
         if (pixel_values is None) == (image_states is None):
             raise ValueError("match expects either pixel_values or image_states, and got both or neither")
+        check_inputs(self.tower, input_ids, attention_mask, pixel_values)
         if image_states is None:
-            outputs = self.tower(input_ids, attention_mask, pixel_values, return_dict=True)
-            return self.itm_head(outputs.last_hidden_state[:, 0])
-        check_inputs(self.tower, input_ids, attention_mask, None)
+            image_states = self.tower.vision(pixel_values)  # (R, S, D)
         if context_index is None and len(image_states) != len(input_ids):
             raise ValueError(f"got {len(input_ids)} texts and {len(image_states)} pictures; expected as many of each")
-        return self.itm_head(self.tower.fuse(input_ids, attention_mask, image_states, context_index)[:, 0])
+        return self.matching_logits(input_ids, attention_mask, image_states, context_index)
+
+    def matching_logits(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        image_states: torch.Tensor,
+        context_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`match` of what was checked before. (R, T), (C, S, D) -> (R, 2)."""
+        fused = self.tower.fuse(input_ids, attention_mask, image_states, context_index)  # (R, T, D)
+        return self.itm_head(fused[:, 0])
 
 
 __all__ = ["DualEncoder", "DualEncoderPreTrainedModel", "ImageTextMatching"]

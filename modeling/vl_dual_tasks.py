@@ -1,6 +1,6 @@
 """Dual encoders fine-tuned: answers begun from the fusion layers, and texts that read two images (ALBEF's protocol).
 
-B pairs, L positions of the joint layout, N patches, S = 1 + N, T = L - N, C images, D width.
+B pairs, N patches, S = 1 + N, T positions of a text with its [CLS], C images, D width.
 """
 
 from collections.abc import Callable, Iterator
@@ -138,18 +138,18 @@ class TwoImageReasoning(TwoImageReading):
         **kwargs,
     ) -> SequenceClassifierOutput:
         """
-        `logits` (B, 2), the second for true, of texts in the joint layout of one image (B, L) and of the two images of
-        each, `pixel_values` (B, 2, C, H, W). `labels` (B,). Raises `ValueError` as the tower.
+        `logits` (B, 2), the second for true, of texts (B, T) and the two images of each, `pixel_values`
+        (B, 2, C, H, W). `labels` (B,). Raises `ValueError` as the tower.
         """
         check_two_pictures(type(self).__name__, input_ids, pixel_values)
-        tower = self.base_model
-        for images in pixel_values.unbind(1):
-            check_inputs(tower, input_ids, attention_mask, images)
-        text = tower.split_layout(input_ids, attention_mask, pixel_values[:, 0])
+        first_images, second_images = pixel_values.unbind(1)  # (B, C, H, W) each
+        check_inputs(self.base_model, input_ids, attention_mask, first_images)
+        check_inputs(self.base_model, None, None, second_images)
         # the two images of a text side by side
-        states = tower.vision(pixel_values.flatten(0, 1))  # (2B, S, D)
+        states = self.base_model.vision(pixel_values.flatten(0, 1))  # (2B, S, D)
         first = torch.arange(0, len(states), 2, device=states.device)  # (B,)
-        logits = self.classifier(self.read(*text, states, (first, first + 1)))  # (B, 2)
+        cls = self.read(input_ids, attention_mask, states, (first, first + 1))  # (B, D)
+        logits = self.classifier(cls)  # (B, 2)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -175,8 +175,9 @@ class TextAssignment(TwoImageReading):
         **kwargs,
     ) -> SequenceClassifierOutput:
         """
-        `logits` (B, 3) of pairs in the joint layout. `choose` takes the images' cosines (B, B), without gradient, and
-        gives the places in the batch of the two images that each text is to read. Raises `ValueError` as the tower.
+        `logits` (B, 3) of texts (B, T) and images (B, C, H, W). `choose` takes the images' cosines (B, B), without
+        gradient, and gives the places in the batch of the two images that each text is to read. Raises `ValueError` as
+        the tower.
         """
         if input_ids is None or pixel_values is None or choose is None:
             raise ValueError(
@@ -184,13 +185,13 @@ class TextAssignment(TwoImageReading):
             )
         tower = self.base_model
         check_inputs(tower, input_ids, attention_mask, pixel_values)
-        text = tower.split_layout(input_ids, attention_mask, pixel_values)
         states = tower.vision(pixel_values)  # (B, S, D)
         # images that look alike are hard to tell apart
         with torch.no_grad():
             unit = F.normalize(tower.vision_projection(states[:, 0]).float(), dim=-1)  # (B, P)
             chosen = choose(unit @ unit.T)
-        return SequenceClassifierOutput(logits=self.assignment_head(self.read(*text, states, chosen)))  # (B, 3)
+        cls = self.read(input_ids, attention_mask, states, chosen)  # (B, D)
+        return SequenceClassifierOutput(logits=self.assignment_head(cls))  # (B, 3)
 
 
 def name_labels(config: PreTrainedConfig, labels: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """What a class over any family's tower is asked for: embeddings by name, retrieval by cosine, masked words.
 
-B rows, L positions of the joint layout, P embedding width, V words of the vocabulary.
+B rows, L positions of `input_ids`, P embedding width, D width, V words of the vocabulary.
 """
 
 import torch
@@ -10,8 +10,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .vl_inputs import check_one_modality
-from .vl_outputs import ImageTextRetrievalOutput, VisionLanguageModelOutput
+from .vl_inputs import check_images_alone, check_text_alone
+from .vl_outputs import ImageTextRetrievalOutput, VisionLanguageModelOutput, without_patches
 
 
 class RetrievalFeatures:
@@ -30,25 +30,26 @@ class RetrievalFeatures:
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
-        Text alone: (B, L) -> `pooler_output` (B, P). The joint layout is accepted; its placeholders are passed over.
-        Raises `ValueError` when pictures come along.
+        Text alone: (B, L) -> `pooler_output` (B, P). A family that reads pairs in the joint layout accepts a text in
+        it, and passes over the placeholders. Raises `ValueError` when pictures come along.
         """
-        check_one_modality("get_text_features", input_ids, pixel_values, self.config.patch_size)
-        is_word = input_ids != self.config.image_token_id
-        real = is_word.long() if attention_mask is None else attention_mask * is_word
-        # a hidden placeholder must not be an id that the checks take for a patch
-        words = torch.where(is_word, input_ids, self.config.pad_token_id or 0)
-        return self._features(self.tower(input_ids=words, attention_mask=real, return_dict=True, **kwargs))
+        check_text_alone(pixel_values)
+        if self.config.pair_layout == "joint":
+            is_word = input_ids != self.config.image_token_id  # (B, L)
+            attention_mask = is_word.long() if attention_mask is None else attention_mask * is_word
+            # a hidden placeholder must not be an id that the checks take for a patch
+            input_ids = torch.where(is_word, input_ids, self.config.pad_token_id or 0)
+        return self._features(self.tower(input_ids, attention_mask, return_dict=True, **kwargs))
 
     @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.FloatTensor, input_ids: torch.LongTensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """
-        Pictures alone: (B, C, H, W) -> `pooler_output` (B, P). `input_ids` may hold [CLS] and the placeholders.
-        Raises `ValueError` when words come along.
+        Pictures alone: (B, C, H, W) -> `pooler_output` (B, P). `input_ids` may hold [CLS] and the placeholders of the
+        joint layout. Raises `ValueError` when words come along.
         """
-        check_one_modality("get_image_features", input_ids, pixel_values, self.config.patch_size)
+        check_images_alone(input_ids, pixel_values, self.config)
         return self._features(self.tower(input_ids=input_ids, pixel_values=pixel_values, return_dict=True, **kwargs))
 
     @can_return_tuple
@@ -59,9 +60,9 @@ class RetrievalFeatures:
         pixel_values: torch.FloatTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Picture and text as one sequence, in the joint layout: `pooler_output` (B, P).
-
-        Raises `ValueError` when either is missing.
+        """
+        Picture and text, as the family reads pairs: `pooler_output` (B, P), of a tower for each the mean of the two
+        unit embeddings. Raises `ValueError` when either is missing.
         """
         if pixel_values is None or input_ids is None:
             raise ValueError("get_multimodal_features expects both input_ids and pixel_values")
@@ -166,7 +167,8 @@ class MaskedWords(WordPredictions):
             raise ValueError(f"{type(self).__name__} expects input_ids, got None")
         tower = getattr(self, self.base_model_prefix)
         outputs = tower(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state)
+        states = without_patches(outputs.last_hidden_state, input_ids.shape[1])  # (B, L, D)
+        logits = self.lm_head(states)  # (B, L, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)

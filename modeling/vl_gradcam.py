@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .vl_inputs import check_inputs
 
@@ -73,6 +72,18 @@ def chosen_layer(layers: nn.ModuleList, layer: int | None, default: int) -> nn.M
     return layers[layer]
 
 
+def fusion_layer(text: nn.Module, layer: int | None, default: int) -> nn.Module:
+    """Likewise of a `TextEncoder`, among all of its layers.
+
+    Raises:
+        ValueError: there is no such layer, or it reads no image.
+    """
+    chosen = chosen_layer(text.layers, layer, default)
+    if chosen.cross_attention is None:
+        raise ValueError(f"layer {layer} reads no image; expected one from {text.first_fusion} on")
+    return chosen
+
+
 def pool_positions(maps: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.Tensor:
     """
     Maps of each text position (B, T, h, w), zero at padding by `mask` (B, T) -> (B, h, w), or as they are for "none".
@@ -102,7 +113,7 @@ def _grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
 
 
 class GroundedMatching:
-    """Beside `RetrievalFeatures`, for a model with `match` and a tower with `text.layers[i].cross_attention`."""
+    """Beside `RetrievalFeatures` and `ImageTextMatching`: over a dual encoder with a matching head."""
 
     def ground(
         self,
@@ -117,7 +128,7 @@ class GroundedMatching:
         Where in a picture its text is (section 3.5): Grad-CAM maps (B, h, w), not negative, on no fixed scale.
 
         Args:
-            input_ids, attention_mask (`(B, L)`): The texts, alone or in the joint layout.
+            input_ids, attention_mask (`(B, T)`): The texts.
             pixel_values (`(B, C, H, W)`): The pictures.
             layer: From 0; `config.grounding_layer` by default.
             mode: "itm": cross-attention of `layer`, by the logit that the pair matches. "itc": self-attention of the
@@ -131,38 +142,27 @@ class GroundedMatching:
         _check_request(self, mode, pool, pixel_values)
         with torch.inference_mode(False), torch.no_grad():
             input_ids, attention_mask, pixel_values = map(_plain, (input_ids, attention_mask, pixel_values))
-            text_ids, text_mask = self._texts_of(input_ids, attention_mask, pixel_values)
+            check_inputs(self.tower, input_ids, attention_mask, pixel_values)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, T)
             grid = _grid(pixel_values, self.config.patch_size)
             if mode == "itc":
-                return self._ground_by_contrast(text_ids, text_mask, pixel_values, layer).unflatten(1, grid)
-            states = self.tower.vision(pixel_values)
-            attention = chosen_layer(self.tower.text.layers, layer, self.config.grounding_layer).cross_attention
-            cam = attention_gradcam(attention, lambda: self.match(text_ids, text_mask, image_states=states)[:, 1])
-            return pool_positions(cam[..., 1:].mean(1).unflatten(2, grid), text_mask, pool)  # of (B, H, T, 1 + N)
-
-    def _texts_of(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[CLS] and words (B, T) and their mask, from either layout, checked."""
-        joint = bool((input_ids == self.config.image_token_id).any())
-        check_inputs(self.tower, input_ids, attention_mask, pixel_values if joint else None)
-        if joint:
-            return self.tower.split_layout(input_ids, attention_mask, pixel_values)
-        check_inputs(self.tower, None, None, pixel_values)
-        if len(input_ids) != len(pixel_values):
-            raise ValueError(f"got {len(input_ids)} texts and {len(pixel_values)} pictures; expected as many of each")
-        return input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                return self._ground_by_contrast(input_ids, mask, pixel_values, layer).unflatten(1, grid)
+            states = self.tower.vision(pixel_values)  # (B, 1 + N, D)
+            attention = fusion_layer(self.tower.text, layer, self.config.grounding_layer).cross_attention
+            cam = attention_gradcam(attention, lambda: self.matching_logits(input_ids, mask, states)[:, 1])
+            maps = cam[..., 1:].mean(1).unflatten(2, grid)  # (B, H, T, 1 + N) -> (B, T, h, w)
+            return pool_positions(maps, mask, pool)
 
     def _ground_by_contrast(
         self, text_ids: torch.Tensor, text_mask: torch.Tensor, pixel_values: torch.Tensor, layer: int | None
     ) -> torch.Tensor:
         """Gradient of each pair's cosine over the temperature. -> (B, N)"""
         tower, temperature = self.tower, self.temperature.detach()
-        words = F.normalize(tower.text_projection(tower.encode_texts(text_ids, text_mask)[:, 0]), dim=-1)
+        text = tower.embed_texts(tower.encode_texts(text_ids, text_mask))  # (B, P)
 
         def score() -> torch.Tensor:
-            image = F.normalize(tower.vision_projection(tower.vision(pixel_values)[:, 0]), dim=-1)
-            return (image * words).sum(-1) / temperature
+            image = tower.embed_images(tower.vision(pixel_values))  # (B, P)
+            return (image * text).sum(-1) / temperature  # (B,)
 
         attention = chosen_layer(tower.vision.layers, layer, self.config.grounding_layer).attention
         return attention_gradcam(attention, score)[:, :, 0, 1:].mean(1)
@@ -182,10 +182,14 @@ class GroundedConcepts:
 
     def concepts(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
         """The concept head's logits (B, V) of pictures alone (section 2.4): which words are seen in them."""
-        cls = self.tower.vision(pixel_values)[:, 0]
-        if self.config.concept_input == "projected":
-            cls = F.normalize(self.tower.vision_projection(cls), dim=-1)
-        return self.concept_head(cls)
+        check_inputs(self.tower, None, None, pixel_values)
+        return self.concept_logits(pixel_values)
+
+    def concept_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`concepts` of what was checked before. (B, C, H, W) -> (B, V)."""
+        states = self.tower.vision(pixel_values)  # (B, 1 + N, D)
+        projected = self.config.concept_input == "projected"
+        return self.concept_head(self.tower.embed_images(states) if projected else states[:, 0])
 
     def ground_concepts(
         self, pixel_values: torch.FloatTensor, token_ids: torch.LongTensor, layer: int | None = None
@@ -205,10 +209,11 @@ class GroundedConcepts:
             raise ValueError("ground_concepts() expects a model in eval mode; call eval() first")
         if token_ids.shape != (len(pixel_values),):
             raise ValueError(f"expected one token id a picture, got {tuple(token_ids.shape)} for {len(pixel_values)}")
+        check_inputs(self.tower, None, None, pixel_values)
         attention = chosen_layer(self.tower.vision.layers, layer, self.config.grounding_layer).attention
         with torch.inference_mode(False):
             pixel_values, token_ids = _plain(pixel_values), _plain(token_ids)
-            cam = attention_gradcam(attention, lambda: self.concepts(pixel_values).gather(1, token_ids[:, None]))
+            cam = attention_gradcam(attention, lambda: self.concept_logits(pixel_values).gather(1, token_ids[:, None]))
         maps = cam[:, :, 0, 1:].mean(1)  # (B, H, 1 + N, 1 + N) -> (B, N)
         return maps.unflatten(1, _grid(pixel_values, self.config.patch_size))
 

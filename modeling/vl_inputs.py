@@ -4,7 +4,7 @@ B rows, L positions, N = patches of a picture, C channels, H x W pixels, p patch
 """
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_tracing
 
 
@@ -14,16 +14,24 @@ def check_inputs(
     attention_mask: torch.Tensor | None,
     pixel_values: torch.Tensor | None,
     interpolate_pos_encoding: bool = False,
+    bool_masked_pos: torch.Tensor | None = None,
 ) -> None:
-    """What a tower is about to read, against its configuration; values only where looking costs nothing."""
+    """
+    What a tower is about to read, against its configuration; values only where looking costs nothing. Called where a
+    user's input enters, once, and by none of the passes behind.
+    """
     config = model.config
     if input_ids is None and pixel_values is None:
         raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
+    if bool_masked_pos is not None and pixel_values is None:
+        raise ValueError("got bool_masked_pos, which masks patches, but pixel_values is None")
     check_shapes(input_ids, attention_mask, pixel_values)
     n_patches = None
     if pixel_values is not None:
         size = None if interpolate_pos_encoding else config.image_size
         n_patches = check_picture_size(pixel_values, config.num_channels, config.patch_size, size)
+    if bool_masked_pos is not None:
+        check_patch_mask(bool_masked_pos, len(pixel_values), n_patches)
     # reading values breaks compiled graphs and makes an accelerator wait: there only outside of training
     given = input_ids if input_ids is not None else pixel_values
     if is_tracing(given) or given.is_meta or (given.device.type != "cpu" and model.training):
@@ -33,7 +41,15 @@ def check_inputs(
     if input_ids is not None:
         vocab_size = model.get_input_embeddings().num_embeddings
         check_ids(input_ids, vocab_size, config.cls_token_id)
-        check_layout(input_ids, attention_mask, config.image_token_id, n_patches, config.max_text_length)
+        if config.pair_layout == "joint":
+            check_layout(input_ids, attention_mask, config.image_token_id, n_patches, config.max_text_length)
+        else:
+            check_text(input_ids, attention_mask, config.image_token_id, config.max_text_length)
+
+
+def patch_count(pixel_values: torch.Tensor, patch_size: int) -> int:
+    """N, of images (..., H, W)."""
+    return (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
 
 
 def check_shapes(
@@ -66,7 +82,7 @@ def check_picture_size(pixel_values: torch.Tensor, num_channels: int, patch_size
         )
     if got[2] % patch_size or got[3] % patch_size:
         raise ValueError(f"pictures are {got[2]}x{got[3]}; expected multiples of the patch size {patch_size}")
-    return (got[2] // patch_size) * (got[3] // patch_size)
+    return patch_count(pixel_values, patch_size)
 
 
 def check_patch_mask(bool_masked_pos: torch.Tensor, batch_size: int, n_patches: int) -> None:
@@ -80,17 +96,19 @@ def check_patch_mask(bool_masked_pos: torch.Tensor, batch_size: int, n_patches: 
         )
 
 
-def check_one_modality(
-    method: str, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None, patch_size: int
-) -> None:
-    """No pictures for `get_text_features`; for `get_image_features` no slots behind the placeholders (B, 1 + N)."""
-    other = "use get_multimodal_features"
-    if method == "get_text_features" and pixel_values is not None:
-        raise ValueError(f"get_text_features reads text alone; drop pixel_values or {other}")
-    if method == "get_image_features" and input_ids is not None:
-        n_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
-        if input_ids.shape[-1] > 1 + n_patches:
-            raise ValueError(f"get_image_features reads pictures alone; drop input_ids or {other}")
+def check_text_alone(pixel_values: torch.Tensor | None) -> None:
+    """No images for `get_text_features`."""
+    if pixel_values is not None:
+        raise ValueError("get_text_features reads text alone; drop pixel_values or use get_multimodal_features")
+
+
+def check_images_alone(input_ids: torch.Tensor | None, pixel_values: torch.Tensor, config: PreTrainedConfig) -> None:
+    """No text for `get_image_features`: no ids (B, L) but [CLS] and, in the joint layout, placeholders."""
+    if input_ids is None:
+        return
+    placed = 1 + patch_count(pixel_values, config.patch_size) if config.pair_layout == "joint" else 0
+    if input_ids.shape[-1] > placed:
+        raise ValueError("get_image_features reads pictures alone; drop input_ids or use get_multimodal_features")
 
 
 def check_finite(pixel_values: torch.Tensor) -> None:
@@ -139,22 +157,56 @@ def check_layout(
         raise ValueError(f"a text has {words} words; expected at most {max_text_length} (config.max_text_length)")
 
 
-def check_pairs(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    masked_input_ids: torch.Tensor | None,
-    image_token_id: int,
-    n_patches: int,
+def check_text(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, image_token_id: int, max_text_length: int
 ) -> None:
-    """
-    A training step cuts its streams from the joint layout: [CLS], N placeholders, then the words. (B, L) each.
-    There a word's slot is its place in the text, so padding may only stand behind the words.
-    """
+    """[CLS] and a text's own tokens (B, T), not too many of them, and padding behind them only."""
+    real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
+    strays = (input_ids == image_token_id) & (real == 1)  # (B, T)
+    if strays.any():
+        raise ValueError(
+            f"input_ids hold {strays.sum(1).max().item()} image placeholders (id {image_token_id}) in a row, and this "
+            f"family reads text and image apart; expected the text alone, as a processor with joint_layout=False gives"
+        )
+    check_padding(real)
+    tokens = (real.sum(1) - 1).max().item()
+    if tokens > max_text_length:
+        raise ValueError(f"a text has {tokens} words; expected at most {max_text_length} (config.max_text_length)")
+
+
+def check_masks(
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    masked_input_ids: torch.Tensor | None,
+    bool_masked_pos: torch.Tensor | None,
+    patch_size: int,
+) -> None:
+    """Masked ids stand where the clean ones do, (B, L), and each patch has a flag, (B, N)."""
     if masked_input_ids is not None and masked_input_ids.shape != input_ids.shape:
         raise ValueError(
             f"masked_input_ids have shape {tuple(masked_input_ids.shape)}; "
             f"expected {tuple(input_ids.shape)}, the shape of input_ids"
         )
+    if bool_masked_pos is not None:
+        check_patch_mask(bool_masked_pos, len(pixel_values), patch_count(pixel_values, patch_size))
+
+
+def check_padding(attention_mask: torch.Tensor) -> None:
+    """A token's place is counted from [CLS] on, so padding may only stand behind the text, (B, L)."""
+    real = attention_mask != 0
+    gaps = (real[:, 1:] & ~real[:, :-1]).any(1)
+    if gaps.any():
+        raise ValueError(
+            f"in rows {gaps.nonzero().flatten().tolist()} attention_mask has a 0 before a 1; expected padding on the "
+            f"right only, as the processor lays texts out"
+        )
+
+
+def check_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, image_token_id: int, n_patches: int) -> None:
+    """
+    A training step cuts its streams from the joint layout: [CLS], N placeholders, then the words. (B, L) each.
+    There a word's slot is its place in the text, so padding may only stand behind the words.
+    """
     if input_ids.device.type != "cpu" or is_tracing(input_ids):
         return
     strays = (input_ids[:, 1 : 1 + n_patches] != image_token_id).any(1)
@@ -163,10 +215,4 @@ def check_pairs(
             f"in rows {strays.nonzero().flatten().tolist()} the {n_patches} image placeholders must follow [CLS], "
             f"and the words come behind them; lay pairs out with VisionLanguageProcessor(images=..., text=...)"
         )
-    real = attention_mask != 0
-    gaps = (real[:, 1:] & ~real[:, :-1]).any(1)
-    if gaps.any():
-        raise ValueError(
-            f"in rows {gaps.nonzero().flatten().tolist()} attention_mask has a 0 before a 1; expected padding on the "
-            f"right only, as VisionLanguageProcessor(images=..., text=...) lays pairs out"
-        )
+    check_padding(attention_mask)

@@ -1,4 +1,5 @@
-"""What models return. B pairs, L positions, N patches, D width, P embedding width, V words, M masked words."""
+"""What models return. B pairs, L positions, N patches, W slots for a text's tokens, D width, P embedding width,
+M masked tokens, V tokens of the vocabulary."""
 
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ CLS_TOKEN, PATCH_TOKEN, WORD_TOKEN, PADDING_TOKEN = range(4)
 @dataclass
 class VisionLanguageModelOutput(ModelOutput):
     """
+    Places are [CLS], the patches of an image, the tokens of a text, and padding; a text alone has no patches and an
+    image alone no tokens: L is 1 + W, 1 + N, or 1 + N + W. `token_types` says what each is.
+
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, L, D)`): States after the final norm.
         pooler_output (`torch.FloatTensor` of shape `(B, P)`): The retrieval embedding, not normalised.
@@ -25,6 +29,32 @@ class VisionLanguageModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     token_types: torch.LongTensor | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def token_types_of(image_states: torch.Tensor | None, text_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    What each place is, (B, L), where image and text are read apart.
+
+    Args:
+        image_states (`(B, 1 + N, D)`): Of [CLS] and patches; None without an image.
+        text_mask (`(B, 1 + W)`): 1 for [CLS] and real tokens; None without a text.
+    """
+    parts = []
+    if image_states is not None:
+        parts.append(torch.full_like(image_states[:, 1:, 0], PATCH_TOKEN, dtype=torch.long))  # (B, N)
+    if text_mask is not None:
+        parts.append(torch.where(text_mask[:, 1:] != 0, WORD_TOKEN, PADDING_TOKEN))  # (B, W)
+    cls = parts[0].new_full((len(parts[0]), 1), CLS_TOKEN)  # (B, 1)
+    return torch.cat([cls, *parts], dim=1)
+
+
+def without_patches(values: torch.Tensor, length: int) -> torch.Tensor:
+    """
+    [CLS] and text of what speaks of [CLS], patches and text: (B, 1 + N + W, ...) -> (B, 1 + W, ...), `length` 1 + W.
+    What has no patches stays as it is.
+    """
+    patches = values.shape[1] - length
+    return torch.cat([values[:, :1], values[:, 1 + patches :]], dim=1) if patches else values
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """Heads of tasks on pairs, for any family: classes of a pair, and answers that a decoder writes or ranks.
 
-A family's tower reads pairs in the joint layout and gives states aligned with it, [CLS] first: that is all that is
-known of it here. B pairs, L positions, N patches, T = L - N positions of the text ([CLS] and words), D width, V words
-of the vocabulary, R answers (several a question), A tokens of an answer with its start and its end, K candidates.
+A family's tower reads pairs, in the joint layout or each part as it is, and gives states of [CLS], patches and text in
+this order: that is all that is known of it here. B pairs, L positions of the ids, N patches, T positions of the text
+([CLS] and words), D width, V words of the vocabulary, R answers (several a question), A tokens of an answer with its
+start and its end, K candidates.
 """
 
 import copy
@@ -17,6 +18,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .vl_fusion import FusionLayer, TextEmbeddings, context_mask_of, self_mask
 from .vl_heads import HeadLinear, LanguageModelHead
+from .vl_inputs import patch_count
+from .vl_outputs import without_patches
 
 ROWS_AT_ONCE = 256  # answers whose logits over the vocabulary are held together when ranking
 
@@ -160,7 +163,7 @@ class PairClassification:
         labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """`logits` (B, labels) of pairs in the joint layout; `labels` (B,). Raises `ValueError` as the tower."""
+        """`logits` (B, labels) of pairs as the tower reads them; `labels` (B,). Raises `ValueError` as the tower."""
         if input_ids is None or pixel_values is None:
             raise ValueError(f"{type(self).__name__} reads pairs: it expects both input_ids and pixel_values")
         outputs = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
@@ -217,11 +220,9 @@ class AnswerGeneration:
         if input_ids is None or pixel_values is None:
             raise ValueError(f"{type(self).__name__} answers about pictures: it expects input_ids and pixel_values")
         states = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs).last_hidden_state
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        p = self.config.patch_size
-        words = 1 + (pixel_values.shape[-2] // p) * (pixel_values.shape[-1] // p)
-        states, mask = (torch.cat([part[:, :1], part[:, words:]], dim=1) for part in (states, mask))
-        return states, mask
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, L)
+        length = states.shape[1] - patch_count(pixel_values, self.config.patch_size)  # T
+        return without_patches(states, length), without_patches(mask, length)
 
     @can_return_tuple
     def forward(
@@ -239,7 +240,7 @@ class AnswerGeneration:
     ) -> AnswerOutput:
         r"""
         Args:
-            input_ids, attention_mask, pixel_values: Questions and pictures in the joint layout, (B, L).
+            input_ids, attention_mask, pixel_values: Questions (B, L) and pictures, as the tower reads pairs.
             answer_ids, answer_mask (`(R, A)`): Start, words, end, padding; those of a question one after the other.
             answer_weights (`(R,)`): What an answer counts: the share of people who gave it. 1 when None.
             answers_per_question (`(B,)`): Of sum R; one each when None.

@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .vl_embeddings import ConvStem, LinearStem, interpolate_positions
-from .vl_inputs import check_patch_mask
 from .vl_layers import PreNormLayer
 
 
@@ -56,7 +55,6 @@ class VisionEmbeddings(nn.Module):
         patches = self.stem(pixel_values.to(self.cls_token.dtype))  # (B, N, D)
         # what is masked is not seen at all
         if bool_masked_pos is not None:
-            check_patch_mask(bool_masked_pos, len(pixel_values), grid[0] * grid[1])
             patches = torch.where(bool_masked_pos[..., None], self.mask_token.to(patches.dtype), patches)  # (B, N, D)
         cls = self.cls_token.to(patches.dtype).expand(len(patches), -1, -1)  # (B, 1, D)
         return torch.cat([cls, patches], dim=1) + self.positions(grid).to(patches.dtype)  # (B, 1 + N, D)

@@ -85,7 +85,7 @@ class PairPipeline(VisionLanguagePipeline):
     text_name = "text"
 
     def preprocess(self, pairs: list[Pair], allow_urls: bool = False) -> dict[str, Any]:
-        """n pairs → the processor's batch in the joint layout, (n, L) and (n, 3, H, W)."""
+        """n pairs → the processor's batch, ids (n, L) and pixels (n, 3, H, W)."""
         pictures = [self._open(pair["image"], allow_urls) for pair in pairs]
         texts = [pair[self.text_name] for pair in pairs]
         return dict(self.processor(images=pictures, text=texts, return_tensors="pt", padding=True).to(self.dtype))

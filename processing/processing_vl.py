@@ -1,8 +1,9 @@
-"""Text, pictures or both to one sequence: ``[CLS] [IMG]*N w1 ... wT [PAD]*``.
+"""Text, pictures or both to a batch: as one sequence ``[CLS] [IMG]*N w1 ... wT [PAD]*``, or each as it is.
 
-Shapes: B examples, H x W pixels, P patch size, N = (H / P) * (W / P) patches row-major, T words, L = 1 + N + T.
-``input_ids``, ``attention_mask`` and the model's ``last_hidden_state`` speak of the same L positions; the model puts
-patch embeddings where the placeholders stand. "Word" is one token of the vocabulary.
+Shapes: B examples, H x W pixels, P patch size, N = (H / P) * (W / P) patches row-major, T words, L = 1 + N + T in the
+joint layout, else L = 1 + T. In the joint layout ``input_ids``, ``attention_mask`` and the model's
+``last_hidden_state`` speak of the same L positions; the model puts patch embeddings where the placeholders stand.
+"Word" is one token of the vocabulary.
 Source: OneR, section "One Representation": text and patches "into one sequence", one [CLS], no separator.
 """
 
@@ -40,6 +41,9 @@ class VisionLanguageProcessor(ProcessorMixin):
         tokenizer: has [PAD], [CLS], [UNK] and the image token.
         image_token: the placeholder; by default the tokenizer's own ``image_token``, else ``[IMG]`` or ``[unused0]``.
         max_text_length: words kept of a text, [CLS] not counted.
+        joint_layout: whether a picture has a placeholder for each of its patches among the ids, as a model of one
+            tower reads pairs. False: ids are of the text alone, as a model with a tower for each reads them. The
+            configuration's ``pair_layout`` says which.
 
     Raises:
         ValueError: the tokenizer lacks a needed token, or ``max_text_length`` is not positive.
@@ -54,6 +58,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         tokenizer: Any = None,
         image_token: str | None = None,
         max_text_length: int = 64,
+        joint_layout: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
@@ -61,7 +66,7 @@ class VisionLanguageProcessor(ProcessorMixin):
             raise ValueError(f"{type(image_processor).__name__} has no patch_size: cannot count placeholders")
         if not isinstance(max_text_length, int) or max_text_length < 1:
             raise ValueError(f"max_text_length must be a positive int, got {max_text_length!r}")
-        self.max_text_length = max_text_length
+        self.max_text_length, self.joint_layout = max_text_length, joint_layout
         self.image_token = image_token or _find_image_token(tokenizer)
         self.image_token_id = _token_id(tokenizer, self.image_token, "image_token")
         for name in ("pad_token", "cls_token", "unk_token"):
@@ -76,7 +81,7 @@ class VisionLanguageProcessor(ProcessorMixin):
             images: one source or a list of them, anything ``open_image`` reads; or a batch (B, C, H, W).
             text: a str or a list of str; with ``is_split_into_words=True`` a list of words or a list of such lists.
             return_tensors: "pt" (default), "np", or None for lists.
-            padding: True or "longest" (default), "max_length" (to 1 + N + max_length), or False.
+            padding: True or "longest" (default), "max_length" (words to max_length), or False.
             truncation: whether words beyond ``max_length`` are cut (default True); placeholders never are.
             max_length: words kept, [CLS] and placeholders not counted; ``max_text_length`` by default.
             pad_to_multiple_of: rounds L up.
@@ -86,9 +91,11 @@ class VisionLanguageProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids`` and ``attention_mask`` (B, L) int64, and with pictures ``pixel_values`` (B, 3, H, W) float.
+            Without ``joint_layout`` pictures alone have no ids, and there may be more or fewer texts than pictures.
 
         Raises:
-            ValueError: neither given, numbers of pictures and texts differ, a text is not a str, empty lists.
+            ValueError: neither given, numbers of pictures and texts of one sequence differ, a text is not a str, empty
+                lists.
             TypeError: an option that nothing here understands.
             ImageDecodeError: see ``open_image``.
         """
@@ -100,8 +107,11 @@ class VisionLanguageProcessor(ProcessorMixin):
         words = None if text is None else self._tokenize(text, options)
         data: dict[str, Any] = {}
         n_patches = 0
+        # pictures, and in the joint layout a placeholder for each of their patches
         if images is not None:
             pixel_values = self.image_processor(images, **{**image_options, "return_tensors": "pt"})["pixel_values"]
+            data["pixel_values"] = pixel_values  # (B, 3, H, W)
+        if images is not None and self.joint_layout:
             if words is not None and len(words) != len(pixel_values):
                 raise ValueError(
                     f"got {len(pixel_values)} pictures and {len(words)} texts: in one sequence each picture needs "
@@ -109,8 +119,8 @@ class VisionLanguageProcessor(ProcessorMixin):
                 )
             words = [[] for _ in pixel_values] if words is None else words
             n_patches = self.num_image_tokens(*pixel_values.shape[-2:])
-            data["pixel_values"] = pixel_values
-        sequences = self._lay_out(words, n_patches, options)
+        # texts
+        sequences = {} if words is None else self._lay_out(words, n_patches, options)  # (B, L) each
         return BatchFeature({**sequences, **data}, tensor_type=options.get("return_tensors"))
 
     def num_image_tokens(self, height: int, width: int) -> int:
@@ -142,7 +152,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         ):
             value = kwargs.get(name, (kwargs.get("text_kwargs") or {}).get(name))
             if value is not None and value != fixed:
-                raise ValueError(f"{name}={value} is not possible: the sequence is always [CLS] [IMG]*N words")
+                raise ValueError(f"{name}={value} is not possible: a sequence is always [CLS], placeholders, words")
 
     def _tokenize(self, text: Any, options: dict[str, Any]) -> list[list[int]]:
         """Texts to word ids, cut to length, without [CLS]."""

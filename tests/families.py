@@ -23,6 +23,20 @@ PRETRAINING = "AutoModelForPreTraining"
 RETRIEVAL = "AutoModelForZeroShotImageClassification"
 MASKED_LM = "AutoModelForMaskedLM"
 CLASSIFICATION = "AutoModelForImageClassification"
+# what a tower reads
+KINDS = ("text", "image", "pair")
+
+
+def inputs_of(model: PreTrainedModel, kind: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is of a kind in pairs of `tiny_oner.joint_batch`; a pair as one sequence, or each of its parts as it is."""
+    image = {"pixel_values": batch["pixel_values"]}
+    if kind == "image":
+        return image
+    if kind == "text" or model.config.pair_layout == "separate":
+        text = tiny_oner.text_of(batch)
+    else:
+        text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return text if kind == "text" else {**text, **image}
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ def model_outputs(model_id: str, picture: str, trust: dict) -> dict:
     offered = [name for name in config.auto_map if name.startswith("AutoModel") and name in AUTO_CLASSES]
     load = {name: getattr(transformers, name).from_pretrained(model_id, **trust).eval() for name in offered}
     with torch.no_grad():
-        joint = load["AutoModel"](**both)
-        out["AutoModel.last_hidden_state"] = joint.last_hidden_state * both["attention_mask"][..., None]
+        pair, padding = load["AutoModel"](**both), 3
+        out["AutoModel.last_hidden_state"] = pair.last_hidden_state * (pair.token_types != padding)[..., None]
         retrieval = load["AutoModelForZeroShotImageClassification"]
         out["retrieval.logits"] = retrieval(**text, pixel_values=pixels["pixel_values"]).logits_per_image
         out["retrieval.text"] = retrieval.get_text_features(**text).pooler_output

@@ -38,16 +38,16 @@ def write_json(path: Path, content: object) -> Path:
     return path
 
 
-def tiny_processor() -> VisionLanguageProcessor:
+def tiny_processor(joint_layout: bool = False) -> VisionLanguageProcessor:
     texts = [caption for _, caption in emoji()] + ["yes no is it the one left right and same what in a"]
     tokenizer = train_tokenizer(texts, vocab_size=250, max_text_length=12)
     image_processor = VisionLanguageImageProcessor(size={"height": 16, "width": 16}, patch_size=4)
-    return VisionLanguageProcessor(image_processor, tokenizer, max_text_length=12)
+    return VisionLanguageProcessor(image_processor, tokenizer, max_text_length=12, joint_layout=joint_layout)
 
 
 def write_pretrained(directory: Path, kind: type = SimlaForPreTraining, **fields) -> Path:
     """A model directory of 16-pixel pictures as pretraining leaves it, weights drawn."""
-    processor = tiny_processor()
+    processor = tiny_processor(kind.config_class.pair_layout == "joint")
     tokenizer = processor.tokenizer
     torch.manual_seed(3)
     config = kind.config_class(

@@ -99,7 +99,7 @@ def simla_batch(
     num_visual_codes: int = CODES,
 ) -> dict:
     """
-    `tiny_oner.joint_batch`; with `codes` a code for each patch (B, N), with `draws` a negative picture and a negative
+    `tiny_oner.joint_batch` without its placeholders, texts (B, 1 + W) beside the pixels; with `codes` a code for each patch (B, N), with `draws` a negative picture and a negative
     text of every row, never the row itself, and the keywords of each caption, its first four words, as (B, V).
     """
     batch = joint_batch(lengths, slots, seed, dtype)
@@ -116,7 +116,9 @@ def simla_batch(
         keywords = torch.zeros(len(rows), VOCAB, dtype=torch.bool).scatter_(1, first, True)
         keywords[:, 0] = False
         batch["keyword_targets"] = keywords
-    return batch
+    kept = torch.tensor([0, *range(17, batch["input_ids"].shape[1])])
+    laid_out = ("input_ids", "attention_mask", "masked_input_ids")
+    return {name: value[:, kept] if name in laid_out else value for name, value in batch.items()}
 
 
 make_batch = simla_batch

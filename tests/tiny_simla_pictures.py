@@ -24,9 +24,8 @@ def real_rows(count: int) -> list[dict[str, Any]]:
 
 def make_processor() -> VisionLanguageProcessor:
     tokenizer = train_tokenizer(open_rows(str(EMOJI)).captions(), vocab_size=400)
-    return VisionLanguageProcessor(
-        VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer
-    )
+    image_processor = VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8)
+    return VisionLanguageProcessor(image_processor, tokenizer, joint_layout=False)
 
 
 def make_simla(cls: type, processor: VisionLanguageProcessor, seed: int = 0, **overrides: Any) -> Any:

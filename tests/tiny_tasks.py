@@ -1,7 +1,7 @@
 """Answers, inputs and outspoken weights for the tests of the heads of tasks."""
 
 import torch
-from tiny_oner import joint_batch, randomised
+from tiny_oner import joint_batch, randomised, text_of
 from tiny_simla import CLS, SEP
 
 from oner import SimlaForVisualEntailment, SimlaForVisualQuestionAnswering, SimlaForVisualReasoning
@@ -23,9 +23,11 @@ def bold(model):
     return model.eval()
 
 
-def inputs(lengths=(3, 5, 2), pictures=1, **options):
+def inputs(lengths=(3, 5, 2), pictures=1, joint=False, **options):
+    """Pairs as SIMLA reads them, or with `joint` as one sequence."""
     batch = joint_batch(list(lengths), **options)
     chosen = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    chosen |= {} if joint else text_of(batch)
     if pictures == 2:
         chosen["pixel_values"] = torch.stack([chosen["pixel_values"], chosen["pixel_values"].flip(0)], 1)
     return chosen

@@ -1,6 +1,6 @@
 """Scenes and composed queries as rows of parquet.
 
-Scenes, {split}.parquet: what `oner.open_pairs` reads (`image`, `captions`, `id`) and what is known besides. The column
+Scenes, {split}.parquet: what `oner.open_rows` reads (`image`, `captions`, `id`) and what is known besides. The column
 `concepts` names what the picture shows, whatever the arrangement: as `id_column`, "the same things" are positives.
 
 Composed queries, {split}_queries.parquet and {split}_gallery.parquet: `target` and `choices` of a query are numbers of

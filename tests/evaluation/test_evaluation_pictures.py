@@ -194,8 +194,8 @@ class TestAttention:
         assert torch.allclose(first.flatten(), attentions[0][0, :, 0, 1:17].mean(0), atol=1e-6)
 
     def test_words_that_read_a_picture_by_cross_attention_are_shown_by_it(self, processor, rows):
-        simla = make_simla(SimlaForImageTextRetrieval, processor)
-        image = rows[0]["image"]
+        simla, image = make_simla(SimlaForImageTextRetrieval, processor), rows[0]["image"]
+        processor = VisionLanguageProcessor(processor.image_processor, processor.tokenizer, joint_layout=False)
         (row,) = cls_attention_rows(simla, processor, [image], ["a red car"])
         with torch.no_grad(), eager_attention(simla):
             outputs = simla.base_model(**processor(images=[image], text=["a red car"]), output_attentions=True)

@@ -157,15 +157,11 @@ def test_positions_are_pooled_as_named(model, pairs):
         torch.testing.assert_close(model.ground(**pairs, pool="words")[row], tokens[row, 1 : 1 + length].mean(0))
 
 
-def test_a_row_keeps_to_itself_and_layouts_agree(model, pairs, texts):
+def test_a_row_keeps_to_itself(model, pairs, texts):
     together = model.ground(**pairs, pool="real")
-    alone = text_of(simla_batch([2]))  # the last row's length; its own ids are taken below
-    ids = texts["input_ids"][2:, :3]
-    assert alone["input_ids"].shape == ids.shape
+    ids = texts["input_ids"][2:, :3]  # [CLS] and two words, without padding
     single = model.ground(ids, None, pairs["pixel_values"][2:], pool="real")
     torch.testing.assert_close(single[0], together[2], rtol=1e-9, atol=1e-15)
-    split = model.ground(**texts, pixel_values=pairs["pixel_values"], pool="real")
-    torch.testing.assert_close(split, together, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["itm", "itc"])

@@ -30,7 +30,7 @@ def rows(emoji_folder):
 def processor(rows):
     tokenizer = train_tokenizer((text for row in rows for text in row["captions"]), vocab_size=200, max_text_length=12)
     image_processor = VisionLanguageImageProcessor(size={"height": 16, "width": 16}, patch_size=4)
-    return VisionLanguageProcessor(image_processor, tokenizer, max_text_length=12)
+    return VisionLanguageProcessor(image_processor, tokenizer, max_text_length=12, joint_layout=False)
 
 
 @pytest.fixture(scope="module")

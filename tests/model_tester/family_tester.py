@@ -18,7 +18,7 @@ SEQUENCES = "AutoModelForSequenceClassification"
 
 
 class FamilyModelTester:
-    """A tiny model and one batch of pairs: B = 7, N = 4 patches, T = 6 words, L = 1 + N + T.
+    """A tiny model and one batch of pairs: B = 7, N = 4 patches, W = 6 words, L = 1 + N + W places of a pair's states.
 
     Seven rows, because a test that needs seven would invent the missing ones, without [CLS].
     """
@@ -50,13 +50,16 @@ class FamilyModelTester:
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+        config = self.get_config()
         words = ids_tensor([self.batch_size, self.n_words], self.vocab_size - FIRST_WORD) + FIRST_WORD
-        head = torch.tensor([[CLS] + [IMAGE] * self.n_patches]).expand(self.batch_size, -1)
-        mask = torch.ones(self.batch_size, self.seq_length, dtype=torch.long)
+        placeholders = self.n_patches if config.pair_layout == "joint" else 0
+        head = torch.tensor([[CLS] + [IMAGE] * placeholders]).expand(self.batch_size, -1)
+        ids = torch.cat([head.to(words.device), words], dim=1).contiguous()
+        mask = torch.ones(ids.shape, dtype=torch.long)
         mask[1, -2:] = 0
         pixels = torch.rand(self.batch_size, self.num_channels, self.image_size, self.image_size)
-        return self.get_config(), {
-            "input_ids": torch.cat([head.to(words.device), words], dim=1).contiguous(),
+        return config, {
+            "input_ids": ids,
             "attention_mask": mask.to(torch_device),
             "pixel_values": pixels.to(torch_device),
         }
@@ -105,8 +108,9 @@ class FamilyTest(ModelTesterMixin):
                 model.get_text_features(**inputs),
                 model.get_multimodal_features(**inputs, pixel_values=pixels),
             )
-        for features in (text, both):
-            self.assertEqual(features.last_hidden_state.shape, (*inputs["input_ids"].shape, config.hidden_size))
+        pair = 1 + self.model_tester.n_patches + self.model_tester.n_words
+        for features, length in ((text, inputs["input_ids"].shape[1]), (both, pair)):
+            self.assertEqual(features.last_hidden_state.shape[1:], (length, config.hidden_size))
             self.assertEqual(features.pooler_output.shape, (self.model_tester.batch_size, config.projection_dim))
         self.assertFalse(torch.allclose(text.pooler_output, both.pooler_output))
 

@@ -30,6 +30,10 @@ class SimlaForImageTextRetrievalTest(SimlaTest, unittest.TestCase):
 
     autos = (RETRIEVAL,)
 
+    def setUp(self) -> None:
+        super().setUp()
+        self.model_tester.seq_length = 1 + self.model_tester.n_words  # its states are of the texts alone
+
     def test_features_have_the_towers_shape(self) -> None:
         self.check_features(self.family.classes[RETRIEVAL])
 

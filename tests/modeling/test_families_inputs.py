@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
-from families import CLASSIFICATION, MASKED_LM, MODELS, PRETRAINING, RETRIEVAL
+from families import CLASSIFICATION, MASKED_LM, MODELS, PRETRAINING, RETRIEVAL, inputs_of
 from tiny_oner import CLS, IMAGE, VOCAB, joint_batch, text_of
+
+from oner.modeling import vl_inputs
 
 NAN, INF = float("nan"), float("inf")
 
@@ -126,9 +128,37 @@ CASES = {
 }
 
 
+APART = "and this family reads text and image apart; expected the text alone, as a processor with joint_layout=False"
+# what a family that reads text and image apart says of these
+OF_ANOTHER_LAYOUT = {
+    "too long a text beside a picture": (
+        {"input_ids": ids([CLS] + [9] * 14), "pixel_values": pixels(1)},
+        "a text has 14 words; expected at most 12 (config.max_text_length)",
+    ),
+    "placeholders without pictures": (
+        CASES["placeholders without pictures"][0],
+        f"input_ids hold 16 image placeholders (id 1) in a row, {APART}",
+    ),
+    "too few placeholders": (
+        CASES["too few placeholders"][0],
+        f"input_ids hold 15 image placeholders (id 1) in a row, {APART}",
+    ),
+    "too many placeholders": (
+        CASES["too many placeholders"][0],
+        f"input_ids hold 17 image placeholders (id 1) in a row, {APART}",
+    ),
+    "text without placeholders beside a picture": (
+        {"input_ids": ids([CLS, 9, 0, 9]), "attention_mask": ids([1, 1, 0, 1]), "pixel_values": pixels(1)},
+        "in rows [0] attention_mask has a 0 before a 1; expected padding on the right only",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_tower_refuses(case, models):
     inputs, message = CASES[case]
+    if models[MODELS].config.pair_layout == "separate":
+        inputs, message = OF_ANOTHER_LAYOUT.get(case, (inputs, message))
     with pytest.raises(ValueError, match=re.escape(message)):
         models[MODELS](**inputs)
 
@@ -168,7 +198,7 @@ def test_a_task_says_what_it_needs(models):
 
 def test_features_of_one_kind_refuse_the_other(models):
     batch = joint_batch([2])
-    both = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    both = inputs_of(models[MODELS], "pair", batch)
     for auto in (MODELS, RETRIEVAL, PRETRAINING):
         with pytest.raises(ValueError, match="get_text_features reads text alone; drop pixel_values or use get_multi"):
             models[auto].get_text_features(**both)
@@ -193,7 +223,7 @@ def mask_of(hidden: list[int]) -> torch.Tensor:
         ({"input_ids": torch.full((2, 20), 9)}, "a row starts with id 9; expected [CLS] (3) first"),
         (
             {"input_ids": ids([CLS, 9, 8, 7] + PLACEHOLDERS, [CLS] + PLACEHOLDERS + [9, 8, 7])},
-            "placeholders must follow",
+            "image placeholders",
         ),
         (
             {"attention_mask": mask_of([18])},
@@ -203,7 +233,7 @@ def mask_of(hidden: list[int]) -> torch.Tensor:
         ({"attention_mask": mask_of([0])}, "in rows [1] attention_mask has a 0 before a 1"),
         (
             {"masked_input_ids": torch.zeros(2, 19, dtype=torch.long)},
-            "masked_input_ids have shape (2, 19); expected (2, 20), the shape of input_ids",
+            "the shape of input_ids",
         ),
         (
             {"bool_masked_pos": torch.zeros(2, 4, dtype=torch.bool)},
@@ -216,6 +246,32 @@ def test_the_training_step_refuses(changes, message, family):
     objective, batch = family.objective(student), family.tiny.make_batch([3, 1])
     with pytest.raises(ValueError, match=re.escape(message)):
         objective(student, {**batch, **changes}, 0.0)
+
+
+@pytest.fixture
+def looks(monkeypatch) -> list[tuple[int, ...]]:
+    """The shape of pixels each time that they are looked through."""
+    seen, look = [], vl_inputs.check_finite
+    monkeypatch.setattr(vl_inputs, "check_finite", lambda pixels: seen.append(tuple(pixels.shape)) or look(pixels))
+    return seen
+
+
+def test_a_batch_is_looked_through_once(family, models, looks):
+    """By a step, teacher and all; and by whatever else is asked of a model."""
+    student = family.build(PRETRAINING).train()
+    objective, batch = family.objective(student), family.tiny.make_batch([3, 1])
+    looks.clear()
+    objective(student, batch, 0.5)
+    assert looks == [(2, 3, 16, 16)]
+    for auto, model in models.items():
+        pair = inputs_of(model, "pair", batch)
+        asked = [model.get_multimodal_features] if hasattr(model, "get_multimodal_features") else []
+        asked += [getattr(model, name) for name in ("match", "ground") if hasattr(model, name)]
+        asked += [model] if auto != PRETRAINING else []
+        for one in asked:
+            looks.clear()
+            one(**pair)
+            assert looks == [(2, 3, 16, 16)], (auto, one)
 
 
 def test_ids_added_to_the_vocabulary_are_accepted(family):

@@ -8,33 +8,23 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, MASKED_LM, MODELS, PRETRAINING, RETRIEVAL
+from families import FAMILIES, KINDS, MASKED_LM, MODELS, PRETRAINING, RETRIEVAL, inputs_of
 from tiny_oner import CLS, IMAGE, VOCAB, joint_batch, text_of
 from torch import nn
 from transformers.utils import logging
 
 import oner
+from oner.modeling.vl_outputs import PADDING_TOKEN
 from oner.training.objectives.objective import OBJECTIVES
 
 # whose every weight a pretraining checkpoint holds
 SERVED = (MODELS, PRETRAINING, RETRIEVAL, MASKED_LM)
 
 
-def joint_of(batch: dict) -> dict:
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-
-
-def image_of(batch: dict) -> dict:
-    return {"pixel_values": batch["pixel_values"]}
-
-
-KINDS = {"text": text_of, "image": image_of, "joint": joint_of}
-
-
 def embedding_of(model, kind: str, batch: dict) -> torch.Tensor:
-    """The retrieval embedding (B, P); a family may have none of a pair but by this method."""
-    methods = {"text": "get_text_features", "image": "get_image_features", "joint": "get_multimodal_features"}
-    return getattr(model, methods[kind])(**KINDS[kind](batch)).pooler_output
+    """The retrieval embedding (B, P), by its method."""
+    methods = {"text": "get_text_features", "image": "get_image_features", "pair": "get_multimodal_features"}
+    return getattr(model, methods[kind])(**inputs_of(model, kind, batch)).pooler_output
 
 
 @pytest.fixture(scope="module")
@@ -56,34 +46,30 @@ def test_every_family_is_on_the_list():
 
 def test_shapes_of_the_three_kinds(tower):
     batch, config = joint_batch([5, 0, 3]), tower.config
-    joint, text, image = (tower(**KINDS[kind](batch)) for kind in ("joint", "text", "image"))
-    for kind, output, length in (("joint", joint, 22), ("text", text, 6), ("image", image, 17)):
+    pair, text, image = (tower(**inputs_of(tower, kind, batch)) for kind in ("pair", "text", "image"))
+    for kind, output, length in (("pair", pair, 22), ("text", text, 6), ("image", image, 17)):
         assert output.last_hidden_state.shape == (3, length, config.hidden_size)
-        assert embedding_of(tower, kind, batch).shape == (3, config.projection_dim)
-        if output.pooler_output is not None:
-            torch.testing.assert_close(output.pooler_output, embedding_of(tower, kind, batch), rtol=0, atol=2e-6)
-    assert text.pooler_output is not None and image.pooler_output is not None
+        assert output.pooler_output.shape == (3, config.projection_dim)
+        torch.testing.assert_close(output.pooler_output, embedding_of(tower, kind, batch), rtol=0, atol=2e-6)
     assert text.token_types.tolist() == [[0, 2, 2, 2, 2, 2], [0, 3, 3, 3, 3, 3], [0, 2, 2, 2, 3, 3]]
     assert image.token_types.tolist() == [[0] + [1] * 16] * 3
-    assert joint.token_types[2].tolist() == [0] + [1] * 16 + [2, 2, 2, 3, 3]
+    assert pair.token_types[1:].tolist() == [[0] + [1] * 16 + [3] * 5, [0] + [1] * 16 + [2, 2, 2, 3, 3]]
 
 
-@pytest.mark.parametrize("kind", ["text", "joint"])
+@pytest.mark.parametrize("kind", ["text", "pair"])
 def test_padding_never_changes_a_result(tower, kind):
-    lengths, pick = [5, 0, 3, 1], KINDS[kind]
+    lengths = [5, 0, 3, 1]
     tight_batch, loose_batch = joint_batch(lengths), joint_batch(lengths, slots=11)
     noisy_batch = dict(loose_batch, input_ids=loose_batch["input_ids"].clone())
     noisy_batch["input_ids"][loose_batch["attention_mask"] == 0] = 17  # whatever stands in the padding
-    tight, embeddings = tower(**pick(tight_batch)).last_hidden_state, embedding_of(tower, kind, tight_batch)
-    real = pick(tight_batch)["attention_mask"].bool()
+    tight, embeddings = tower(**inputs_of(tower, kind, tight_batch)), embedding_of(tower, kind, tight_batch)
+    real, tight = tight.token_types != PADDING_TOKEN, tight.last_hidden_state
     for batch in (loose_batch, noisy_batch):
         torch.testing.assert_close(embedding_of(tower, kind, batch), embeddings, rtol=0, atol=1e-5)
-        loose = tower(**pick(batch)).last_hidden_state[:, : tight.shape[1]]
+        loose = tower(**inputs_of(tower, kind, batch)).last_hidden_state[:, : tight.shape[1]]
         torch.testing.assert_close(loose[real], tight[real], rtol=0, atol=2e-5)
-    for row, length in enumerate(lengths):  # and each row alone, without any padding
-        if kind == "joint" and not length:
-            continue  # with no slot for a word it is a picture, not a pair
-        inputs = {name: value[row : row + 1] for name, value in pick(tight_batch).items()}
+    for row in range(len(lengths)):  # and each row alone, without any padding
+        inputs = {name: value[row : row + 1] for name, value in inputs_of(tower, kind, tight_batch).items()}
         keep = inputs["attention_mask"][0].bool()
         inputs.update(input_ids=inputs["input_ids"][:, keep], attention_mask=inputs["attention_mask"][:, keep])
         alone = tower(**inputs).last_hidden_state[0]
@@ -94,7 +80,7 @@ def test_padding_never_changes_a_result(tower, kind):
 def test_batch_order_does_not_matter(tower, kind):
     batch, order = joint_batch([5, 0, 3, 2]), torch.tensor([2, 0, 3, 1])
     moved = {name: batch[name][order] for name in ("input_ids", "attention_mask", "pixel_values")}
-    states, other = (tower(**KINDS[kind](inputs)).last_hidden_state for inputs in (batch, moved))
+    states, other = (tower(**inputs_of(tower, kind, inputs)).last_hidden_state for inputs in (batch, moved))
     torch.testing.assert_close(other, states[order], rtol=0, atol=2e-6)
     embeddings, other = (embedding_of(tower, kind, inputs) for inputs in (batch, moved))
     torch.testing.assert_close(other, embeddings[order], rtol=0, atol=2e-6)
@@ -108,12 +94,14 @@ def test_words_and_pixels_are_read(tower):
     pixels[1, :, 4:12] = 3.0
     assert not torch.equal(words, batch["input_ids"])
     changes = (
-        (0, {**batch, "input_ids": words}, {"text", "joint"}),
-        (1, {**batch, "pixel_values": pixels}, {"image", "joint"}),
+        (0, {**batch, "input_ids": words}, {"text", "pair"}),
+        (1, {**batch, "pixel_values": pixels}, {"image", "pair"}),
     )
     for row, changed, sees in changes:
-        for kind, pick in KINDS.items():
-            before, after = (tower(**pick(inputs)).last_hidden_state[:, 0] for inputs in (batch, changed))
+        for kind in KINDS:
+            before, after = (
+                tower(**inputs_of(tower, kind, inputs)).last_hidden_state[:, 0] for inputs in (batch, changed)
+            )
             moved = torch.stack(
                 [
                     (after - before).abs().amax(1),
@@ -136,17 +124,17 @@ def test_features_of_each_kind(family, tower):
     for model in (tower, retrieval):
         text = model.get_text_features(**text_of(batch))
         assert text.last_hidden_state.shape == (3, 6, tower.config.hidden_size)
-        # the joint layout is accepted: its placeholders change nothing
-        joint = model.get_text_features(batch["input_ids"], batch["attention_mask"])
-        unpadded = model.get_text_features(batch["input_ids"][:1])
-        torch.testing.assert_close(joint.pooler_output, text.pooler_output, rtol=0, atol=2e-6)
-        torch.testing.assert_close(unpadded.pooler_output, text.pooler_output[:1], rtol=0, atol=2e-6)
         image = model.get_image_features(batch["pixel_values"])
-        # what a processor makes of pictures alone has placeholders and no words
-        placed = model.get_image_features(**image_of(batch), **laid_out)
-        torch.testing.assert_close(placed.pooler_output, image.pooler_output, rtol=0, atol=2e-6)
-        both = model.get_multimodal_features(**joint_of(batch))
-        for kind, got in (("text", text), ("image", image), ("joint", both)):
+        if model.config.pair_layout == "joint":
+            # its placeholders change nothing; and what a processor makes of pictures alone has no words
+            joint = model.get_text_features(batch["input_ids"], batch["attention_mask"])
+            unpadded = model.get_text_features(batch["input_ids"][:1])
+            placed = model.get_image_features(batch["pixel_values"], **laid_out)
+            torch.testing.assert_close(joint.pooler_output, text.pooler_output, rtol=0, atol=2e-6)
+            torch.testing.assert_close(unpadded.pooler_output, text.pooler_output[:1], rtol=0, atol=2e-6)
+            torch.testing.assert_close(placed.pooler_output, image.pooler_output, rtol=0, atol=2e-6)
+        both = model.get_multimodal_features(**inputs_of(model, "pair", batch))
+        for kind, got in (("text", text), ("image", image), ("pair", both)):
             torch.testing.assert_close(got.pooler_output, expected[kind], rtol=0, atol=2e-6, msg=kind)
         assert (both.pooler_output[0] - image.pooler_output[0]).abs().max() > 1e-3  # the words are read
 
@@ -160,20 +148,21 @@ def test_retrieval_compares_all_with_all(family):
     torch.testing.assert_close(output.logits_per_image, image @ text.T / 0.2)
     assert output.logits_per_image.shape == (2, 3)
     torch.testing.assert_close(output.logits_per_text, output.logits_per_image.T)
-    joint = model(**joint_of(batch), return_loss=True)
+    pair = model(**inputs_of(model, "pair", batch), return_loss=True)
     loss = 0.0
-    for logits in (joint.logits_per_image, joint.logits_per_text):
+    for logits in (pair.logits_per_image, pair.logits_per_text):
         loss += sum(-logits[i].log_softmax(0)[i] for i in range(3)) / 6
-    torch.testing.assert_close(joint.loss, loss)
+    torch.testing.assert_close(pair.loss, loss)
     assert model(pixel_values=pixels).logits_per_image is None
 
 
 def test_masked_language_model_speaks_of_its_input_positions(family):
     model, batch = family.build(MASKED_LM), joint_batch([5, 2])
-    labels = batch["input_ids"].clone()
-    labels[batch["attention_mask"] == 0] = -100
-    output = model(**joint_of(batch), labels=labels)
-    assert output.logits.shape == (2, 22, VOCAB)
+    inputs = inputs_of(model, "pair", batch)
+    labels = inputs["input_ids"].clone()
+    labels[inputs["attention_mask"] == 0] = -100
+    output = model(**inputs, labels=labels)
+    assert output.logits.shape == (*labels.shape, VOCAB)
     losses = [-output.logits[b, l].log_softmax(0)[labels[b, l]] for b, l in (labels >= 0).nonzero().tolist()]
     torch.testing.assert_close(output.loss, torch.stack(losses).mean())
     assert model(**text_of(batch)).logits.shape == (2, 6, VOCAB)
@@ -187,8 +176,8 @@ def test_eager_equals_sdpa(family):
     outputs = []
     for name in ("sdpa", "eager"):
         model.set_attn_implementation(name)
-        real = batch["attention_mask"].bool()
-        parts = [model(**joint_of(batch)).last_hidden_state[real].flatten()]
+        output = model(**inputs_of(model, "pair", batch))
+        parts = [output.last_hidden_state[output.token_types != PADDING_TOKEN].flatten()]
         parts += [embedding_of(model, kind, batch).flatten() for kind in KINDS]
         outputs.append(torch.cat(parts))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=5e-6)
@@ -215,8 +204,8 @@ def test_gradient_checkpointing_changes_nothing(family):
     layers = [module for module in saving.modules() if hasattr(module, "gradient_checkpointing")]
     assert len(layers) >= 2 and all(layer.gradient_checkpointing for layer in layers)
     for model in (plain, saving):
-        for kind, pick in KINDS.items():
-            states = model(**pick(batch)).last_hidden_state
+        for kind in KINDS:
+            states = model(**inputs_of(model, kind, batch)).last_hidden_state
             (states.square().sum() + embedding_of(model, kind, batch).square().sum()).backward()
     reached = 0
     for (name, one), two in zip(plain.named_parameters(), saving.parameters(), strict=True):
@@ -230,7 +219,7 @@ def test_gradient_checkpointing_changes_nothing(family):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_without_a_graph_break(tower, kind):
-    inputs = KINDS[kind](joint_batch([5, 0, 3]))
+    inputs = inputs_of(tower, kind, joint_batch([5, 0, 3]))
     torch.compiler.reset()
     compiled = torch.compile(tower, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -290,9 +279,10 @@ def test_one_pretraining_checkpoint_serves_every_class(family, auto, checkpoint,
     assert all(parameter.requires_grad and parameter.ndim > 0 for parameter in model.parameters())
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     batch = joint_batch([4, 2])
-    for kind in KINDS.values():
-        output = family.tower(model).eval()(**kind(batch)).last_hidden_state
-        torch.testing.assert_close(output, tower(**kind(batch)).last_hidden_state)
+    for kind in KINDS:
+        inputs = inputs_of(model, kind, batch)
+        output = family.tower(model).eval()(**inputs).last_hidden_state
+        torch.testing.assert_close(output, tower(**inputs).last_hidden_state)
 
 
 def test_a_bare_tower_loads_into_every_class_whose_heads_are_drawn(family, auto, tmp_path):
@@ -334,7 +324,7 @@ def test_dtype_survives_a_round_trip(family, tmp_path):
     for (name, one), two in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(one, two), name
     batch = joint_batch([5, 0, 3])
-    output, expected = loaded(**joint_of(batch)), model(**joint_of(batch))
+    output, expected = (one(**inputs_of(one, "pair", batch)) for one in (loaded, model))
     assert output.logits_per_image.dtype == torch.bfloat16
     torch.testing.assert_close(output.logits_per_image, expected.logits_per_image, rtol=0.02, atol=0.05)
     full = cls.from_pretrained(tmp_path, dtype=torch.float32)

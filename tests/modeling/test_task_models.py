@@ -6,6 +6,7 @@ B rows, N = 16 patches, T = 1 + W places of a text, R answers, A tokens of an an
 import pytest
 import tiny_oner
 import torch
+from naive_fusion import naive_embed, naive_layer
 from tiny_oner import randomised
 from tiny_simla import CLS, SEP, VOCAB, tiny_config
 from tiny_tasks import ANSWERS, MASK, TASKS, bold, inputs
@@ -29,34 +30,6 @@ from oner.modeling.vl_task_heads import (
 )
 
 
-def naive_attention(attention, x, context, allowed):
-    """(L, D), (S, D), allowed (L, S) bool -> (L, D), one head after the other."""
-    heads = []
-    for start in range(0, x.shape[-1], attention.head_dim):
-        part = slice(start, start + attention.head_dim)
-        q, k, v = (
-            source @ linear.weight[part].T + linear.bias[part]
-            for source, linear in ((x, attention.query), (context, attention.key), (context, attention.value))
-        )
-        scores = (q @ k.T / attention.head_dim**0.5).masked_fill(~allowed, float("-inf"))
-        heads.append(scores.softmax(-1) @ v)
-    return torch.cat(heads, -1) @ attention.proj.weight.T + attention.proj.bias
-
-
-def naive_layer(layer, x, context, causal=False):
-    length, everything = len(x), torch.ones(len(x), len(context), dtype=torch.bool)
-    allowed = torch.ones(length, length, dtype=torch.bool)
-    x = layer.attention_norm(x + naive_attention(layer.attention, x, x, allowed.tril() if causal else allowed))
-    x = layer.cross_norm(x + naive_attention(layer.cross_attention, x, context, everything))
-    inner = x @ layer.feed_forward.fc1.weight.T + layer.feed_forward.fc1.bias
-    inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
-    return layer.output_norm(x + inner @ layer.feed_forward.fc2.weight.T + layer.feed_forward.fc2.bias)
-
-
-def naive_embed(embeddings, ids):
-    return embeddings.norm(embeddings.word_embeddings.weight[ids] + embeddings.position_embeddings.weight[: len(ids)])
-
-
 def naive_logs(decoder, ids, question):
     """Log-probabilities of what follows each of `ids` (L,), (L, V)."""
     x = naive_embed(decoder.embeddings, ids)
@@ -69,8 +42,7 @@ def naive_questions(model, batch):
     """The fused states of each question's real places, [(T_b, D)]."""
     text, states = model.simla.text, []
     for ids, mask, picture in zip(*batch.values(), strict=True):
-        words = torch.cat([ids[:1], ids[17:][mask[17:] == 1]])
-        x, seen = naive_embed(text.embeddings, words), model.simla.vision(picture[None])[0]
+        x, seen = naive_embed(text.embeddings, ids[mask == 1]), model.simla.vision(picture[None])[0]
         for layer in text.layers:
             x = naive_layer(layer, x, seen)
         states.append(x)
@@ -275,7 +247,7 @@ def test_two_pictures_alternate_through_eighteen_layers():
     assert len(order) == 18
     states = []
     for ids, mask, pictures in zip(*batch.values(), strict=True):
-        x = naive_embed(model.simla.text.embeddings, torch.cat([ids[:1], ids[17:][mask[17:] == 1]]))
+        x = naive_embed(model.simla.text.embeddings, ids[mask == 1])
         seen = model.simla.vision(pictures)  # (2, 1 + N, D)
         for number, layer in enumerate(order):
             x = naive_layer(layer, x, seen[number % 2])
@@ -430,11 +402,11 @@ class OneRAnswering(AnswerGeneration, OneRPreTrainedModel):
 @torch.no_grad()
 def test_oner_takes_the_same_heads():
     torch.manual_seed(0)
-    config, batch = tiny_oner.tiny_config(), inputs()
+    config, batch = tiny_oner.tiny_config(), inputs(joint=True)
     entailment = randomised(OneREntailment(config)).eval()
     states = entailment.oner(**batch).last_hidden_state
     torch.testing.assert_close(entailment(**batch).logits, entailment.classifier(states[:, 0]))
-    reasoning, two = randomised(OneRReasoning(config)).eval(), inputs(pictures=2)
+    reasoning, two = randomised(OneRReasoning(config)).eval(), inputs(pictures=2, joint=True)
     sides = [
         reasoning.oner(**{**batch, "pixel_values": picture}).last_hidden_state[:, 0]
         for picture in two["pixel_values"].unbind(1)

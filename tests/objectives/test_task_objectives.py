@@ -23,7 +23,7 @@ WEIGHTS = torch.tensor([0.7, 0.3, 1.0, 0.5, 0.2])
 
 def answers_batch() -> dict:
     return {
-        **inputs(),
+        **inputs(joint=True),
         "answer_ids": ANSWERS,
         "answer_mask": MASK,
         "answer_weights": WEIGHTS,
@@ -34,7 +34,7 @@ def answers_batch() -> dict:
 
 
 def classes_batch(pictures: int = 1) -> dict:
-    return {**inputs(pictures=pictures), "labels": torch.tensor([1, 0, 1]), "ids": torch.arange(3)}
+    return {**inputs(pictures=pictures, joint=True), "labels": torch.tensor([1, 0, 1]), "ids": torch.arange(3)}
 
 
 def built(kind, **overrides):
@@ -79,7 +79,7 @@ def test_classes_by_hand():
 def test_answers_by_hand():
     student, objective, batch = made("answers", distillation=0.4, distillation_ramp=0.5)
     teacher = moved_teacher(objective)
-    inputs_ = {name: batch[name] for name in batch if name not in ("ids", "rows")}
+    inputs_ = {name: value for name, value in batch.items() if name not in ("ids", "rows")}
     with torch.no_grad():
         mine, theirs = student(**inputs_).logits.log_softmax(-1), teacher(**inputs_).logits.softmax(-1)
     for progress, alpha in ((0.0, 0.0), (0.25, 0.2), (0.5, 0.4), (0.9, 0.4)):

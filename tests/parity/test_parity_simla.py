@@ -93,7 +93,8 @@ def test_keywords_of_short_texts():
     student = objective.student
     with torch.no_grad():
         output = student(
-            **{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}, passes=("contrast",)
+            **{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")},
+            passes=("contrast",),
         )
         targets = objective._keywords(output, batch, {})
     words = batch["input_ids"][:, 1 + PATCHES :]

@@ -18,6 +18,12 @@ SHAPES = {
 LENGTHS = [3, 7, 1, 5]
 
 
+def inputs_of(batch: dict) -> list[torch.Tensor]:
+    """The model's first four."""
+    batch = batch
+    return [batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "masked_input_ids")]
+
+
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
 def config(request):
     return tiny_config(**request.param)
@@ -30,10 +36,7 @@ def test_every_pass(config, implementation, dtype):
     model, network = model_of(config, weights, implementation), Network(weights, sizes_of(config))
     with torch.no_grad():
         output = model(
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["pixel_values"],
-            batch["masked_input_ids"],
+            *inputs_of(batch),
             batch["bool_masked_pos"],
             passes=("contrast", "match", "words", "patches", "concepts", "keywords"),
             choose_negatives=lambda *_: (batch["negative_images"], batch["negative_texts"]),
@@ -70,7 +73,7 @@ def test_places_choose_among_the_logits():
     """What is predicted only where asked is what is predicted everywhere, there."""
     config, batch = tiny_config(), simla_batch(LENGTHS)
     model = model_of(config, weights_of(config))
-    inputs = [batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "masked_input_ids")]
+    inputs = inputs_of(batch)
     words, patches = torch.tensor([1, 9, 17]), batch["bool_masked_pos"].flatten().nonzero().flatten()
     with torch.no_grad():
         few = model(*inputs, batch["bool_masked_pos"], words, patches, passes=("words", "patches"))
@@ -86,7 +89,7 @@ def test_slots_that_no_caption_fills_change_nothing():
     for slots in (7, 12):
         batch = simla_batch(LENGTHS, slots=slots)
         with torch.no_grad():
-            output = model(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], passes=("contrast",))
+            output = model(*inputs_of(batch)[:3], passes=("contrast",))
         if slots == 7:
             expected = output.text_embeds
     torch.testing.assert_close(output.text_embeds, expected, atol=1e-6, rtol=1e-6)
@@ -110,7 +113,7 @@ def test_retrieval_class_scores_as_the_oracle_does():
         logits = model.match(ids[texts], mask[texts], image_states=picture, context_index=pictures)
         fused, _ = network.fuse(ids[texts], mask[texts], picture[pictures])
         torch.testing.assert_close(logits, network.linear("itm_head", fused[:, 0]), atol=2e-5, rtol=1e-5)
-        pairs = model.match(batch["input_ids"], batch["attention_mask"], batch["pixel_values"])
+        pairs = model.match(*inputs_of(batch)[:3])
         torch.testing.assert_close(pairs, logits[torch.arange(4) * 5], atol=1e-5, rtol=1e-5)
 
 

@@ -71,6 +71,22 @@ def test_text_only_and_picture_only(processor, images, texts):
     assert torch.equal(picture_only["pixel_values"], pixels)
 
 
+def test_without_the_joint_layout_each_is_as_it_is(processor, images, texts, tmp_path):
+    apart = VisionLanguageProcessor(
+        processor.image_processor, processor.tokenizer, max_text_length=9, joint_layout=False
+    )
+    text, pair = apart(text=texts), apart(images=images, text=texts)
+    assert list(apart(images=images)) == ["pixel_values"]
+    assert pair["input_ids"].shape[1] <= 1 + 9 and not pair["input_ids"].eq(IMG).any()
+    assert all(torch.equal(pair[name], text[name]) for name in ("input_ids", "attention_mask"))
+    assert torch.equal(pair["pixel_values"], processor(images=images)["pixel_values"])
+    assert apart(images=images[:1], text=texts, padding="max_length")["input_ids"].shape == (len(texts), 1 + 9)
+    # which of the two is saved
+    for one, joint in ((apart, False), (processor, True)):
+        one.save_pretrained(tmp_path)
+        assert VisionLanguageProcessor.from_pretrained(tmp_path).joint_layout is joint
+
+
 def test_single_inputs_make_a_batch_of_one(processor, images, texts):
     one = processor(images=open_image(images[0]), text=texts[0])
     listed = processor(images=images[:1], text=texts[:1])

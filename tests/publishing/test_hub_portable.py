@@ -41,12 +41,12 @@ def pairs(emoji_folder) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def processor(pairs) -> VisionLanguageProcessor:
+def processor(family, pairs) -> VisionLanguageProcessor:
     captions = [caption for row in pairs for caption in row["captions"]] + hub_probe.TEXTS * 2
     tokenizer = train_tokenizer(captions, vocab_size=600, min_frequency=1)
-    return VisionLanguageProcessor(
-        VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8), tokenizer, max_text_length=12
-    )
+    image_processor = VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8)
+    joint = family.tiny.tiny_config().pair_layout == "joint"
+    return VisionLanguageProcessor(image_processor, tokenizer, max_text_length=12, joint_layout=joint)
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,8 @@ def models():
 
 def test_fine_tuned_models_load_elsewhere(models, tmp_path):
     tokenizer = train_tokenizer(["one word or two"] * 2, vocab_size=60, min_frequency=1)
-    processor = VisionLanguageProcessor(
-        VisionLanguageImageProcessor(size={"height": 16, "width": 16}, patch_size=4), tokenizer
-    )
+    image_processor = VisionLanguageImageProcessor(size={"height": 16, "width": 16}, patch_size=4)
+    processor = VisionLanguageProcessor(image_processor, tokenizer, joint_layout=False)
     places = [export_model(model, processor, tmp_path / type(model).__name__) for model in models]
     batch = inputs()
     save_file({**batch, "candidate_ids": ANSWERS, "candidate_mask": MASK}, tmp_path / "inputs.safetensors")

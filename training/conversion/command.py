@@ -98,9 +98,9 @@ def _save(done: Conversion, seed: int, tokenizer: Any, directory: Path) -> None:
         pictures = VisionLanguageImageProcessor(
             size=size, patch_size=done.config.patch_size, image_mean=mean, image_std=std
         )
-        VisionLanguageProcessor(pictures, tokenizer, max_text_length=done.config.max_text_length).save_pretrained(
-            directory
-        )
+        joint = done.config.pair_layout == "joint"
+        options = {"max_text_length": done.config.max_text_length, "joint_layout": joint}
+        VisionLanguageProcessor(pictures, tokenizer, **options).save_pretrained(directory)
 
 
 def _without(model: PreTrainedModel, modules: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oner.modeling.vl_outputs import PADDING_TOKEN
 from oner.training.private_names import attention_implementation
 
 from .localization import pointing
@@ -71,9 +72,10 @@ def cls_attention_rows(
             crossing = getattr(outputs, "cross_attentions", None) if texts is not None else None
             attentions = crossing or outputs.attentions
             mean = attentions[layer].float().mean(1)[:, 0].cpu()  # (B, heads, L, L) -> (B, L)
-            padded = "attention_mask" in batch and not crossing
-            lengths = batch["attention_mask"].sum(-1).tolist() if padded else [mean.shape[1]] * len(mean)
-            rows += [row[: int(length)] for row, length in zip(mean, lengths, strict=True)]
+            # an image's places are all real; in one sequence with it, padding stands behind the words
+            real = (outputs.token_types != PADDING_TOKEN).sum(1).cpu()  # (B,)
+            lengths = [mean.shape[1]] * len(mean) if crossing else real.tolist()
+            rows += [row[:length] for row, length in zip(mean, lengths, strict=True)]
     return rows
 
 

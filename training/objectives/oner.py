@@ -226,7 +226,8 @@ class OneRObjective(SinglePortion):
         targets = {"ids": batch["ids"]}
         if self.contrasts and not self.arguments.gather_gradient:
             network = student if self.teacher is None else self.teacher
-            keys = network(**_clean(batch), representations=self.keys, masked_streams=(), predict=False)
+            options = {"representations": self.keys, "masked_streams": (), "predict": False, "checked": True}
+            keys = network(**_clean(batch), **options)
             targets.update({f"key of {name}": in_full(value) for name, value in keys.embeddings.items()})
         return Targets(targets)
 

@@ -117,7 +117,7 @@ class SimlaObjective(MomentumDistillation):
     @classmethod
     def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], told: Example) -> dict[str, Batch]:
         """With random visual codes (B, N): no image tokenizer is rehearsed."""
-        batch = example_pairs(config, lengths, told)
+        batch = example_pairs(config, lengths, told, joint=False)
         generator = torch.Generator().manual_seed(told.seed)
         codes = torch.randint(config.num_visual_codes, batch["bool_masked_pos"].shape, generator=generator)
         return {cls.portion: {**batch, "visual_codes": codes}}
@@ -157,7 +157,13 @@ class SimlaObjective(MomentumDistillation):
         if counts is not None:
             passes += [name for loss, name in STUDENT_PASSES.items() if loss in self.weights]
         choose = partial(self.negatives, batch, targets.rows) if "match" in passes else None
-        online = student(**_clean(batch), **self._masked(batch, passes), passes=tuple(passes), choose_negatives=choose)
+        online = student(
+            **_clean(batch),
+            **self._masked(batch, passes),
+            passes=tuple(passes),
+            choose_negatives=choose,
+            checked="image states" in targets.own,  # by the teacher, which read the same
+        )
 
         # what meets the rest of the batch, and what each pair pays by itself
         represented = Representations()
@@ -174,17 +180,17 @@ class SimlaObjective(MomentumDistillation):
         if "words" in passes:
             masked["masked_input_ids"] = batch["masked_input_ids"]
             everywhere = self.arguments.mlm_soft_axis == "sequence"
-            masked["mlm_places"] = None if everywhere else self._word_places(batch)
+            masked["mlm_places"] = None if everywhere else self._token_places(batch)
         if "patches" in passes:
             masked["bool_masked_pos"] = batch["bool_masked_pos"]
             masked["mim_places"] = _patch_places(batch)
         return masked
 
     @staticmethod
-    def _word_places(batch: Batch) -> torch.Tensor:
-        """Masked words in the flat (B, T), [CLS] counted. -> (M,)."""
-        slots = batch["input_ids"].shape[1] - 1 - batch["bool_masked_pos"].shape[1]
-        flat = batch["text_index"][batch["mlm_index"]]
+    def _token_places(batch: Batch) -> torch.Tensor:
+        """Masked tokens in the flat (B, T), [CLS] counted. -> (M,)."""
+        slots = batch["input_ids"].shape[1] - 1
+        flat = batch["text_index"][batch["mlm_index"]]  # (M,) in the flat (B, T - 1)
         return flat + flat // slots + 1
 
     def _parts(self, online, batch: Batch, own: Batch, progress: float, counts: Batch) -> Batch:
@@ -195,7 +201,7 @@ class SimlaObjective(MomentumDistillation):
             parts["itm"] = F.cross_entropy(in_full(online.itm_logits), labels, reduction="sum") / counts["itm"]
         soft = self._soft_targets(online, batch, own, progress)
         if "mlm" in self.weights:
-            parts["mlm"] = self._masked_words(online, soft, batch, alpha, counts["mlm"])
+            parts["mlm"] = self._masked_tokens(online, soft, batch, alpha, counts["mlm"])
         if "mim" in self.weights:
             codes = own["codes"].flatten()[_patch_places(batch)]  # (K,)
             parts["mim"] = distilled_cross_entropy(
@@ -207,10 +213,10 @@ class SimlaObjective(MomentumDistillation):
             parts["psl"] = losses.sum() / counts["psl"]
         return parts
 
-    def _masked_words(self, online, soft: dict, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
+    def _masked_tokens(self, online, soft: dict, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         logits, teacher, logs = online.mlm_logits, soft.get("mlm_logits"), None
         if self.arguments.mlm_soft_axis == "sequence":
-            places = self._word_places(batch)
+            places = self._token_places(batch)
             if alpha:
                 logs = F.log_softmax(in_full(logits), dim=1).flatten(0, 1)[places]
                 teacher = teacher.flatten(0, 1)[places]
@@ -232,6 +238,7 @@ class SimlaObjective(MomentumDistillation):
         return self.teacher(
             **_clean(batch),
             **self._masked(batch, passes),
+            checked=True,
             passes=passes,
             image_states=own["image states"],
             text_context=None if own_context else online.text_context.detach(),
@@ -242,12 +249,10 @@ class SimlaObjective(MomentumDistillation):
         if "keyword_targets" in batch:
             return batch["keyword_targets"]
         states = own["image states"] if self.arguments.psl_image_states == "own" else online.image_states.detach()
-        attention = self.teacher(**_clean(batch), passes=("keywords",), image_states=states).keyword_attention
-        first = 1 + batch["bool_masked_pos"].shape[1]
-        text_ids = torch.cat([batch["input_ids"][:, :1], batch["input_ids"][:, first:]], dim=1)
+        made = self.teacher(**_clean(batch), passes=("keywords",), image_states=states, checked=True)
         return keyword_targets(
-            in_full(attention),
-            text_ids,
+            in_full(made.keyword_attention),
+            batch["input_ids"],
             self.config.vocab_size,
             self.config.cls_token_id,
             self.arguments.keywords_per_head,
@@ -282,4 +287,5 @@ def _patch_places(batch: Batch) -> torch.Tensor:
 
 
 def _clean(batch: Batch) -> Batch:
+    """Texts (B, T) and their images, nothing masked."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}

@@ -40,7 +40,7 @@ class TaskObjective(SinglePortion):
         for name in ("distillation", "distillation_ramp"):
             if not 0 <= getattr(arguments, name) <= 1:
                 raise ValueError(f"{name} is {getattr(arguments, name)}; expected a share in [0, 1]")
-        self.arguments = arguments
+        self.arguments, self.config = arguments, student.config
         if hasattr(student, "freeze_unused"):
             student.freeze_unused()
         self.teacher = EMATeacher(student, arguments.ema_momentum) if self.distils() else None

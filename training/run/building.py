@@ -51,7 +51,9 @@ def build_processor_and_config(
         config_class = CONFIG_MAPPING[model.family]
         config = config_class.from_size(model.size, **{"vocab_size": len(tokenizer), **ids, **overrides})
     image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop, *colours)
-    return VisionLanguageProcessor(image_processor, tokenizer, max_text_length=config.max_text_length), config
+    joint = config.pair_layout == "joint"
+    options = {"max_text_length": config.max_text_length, "joint_layout": joint}
+    return VisionLanguageProcessor(image_processor, tokenizer, **options), config
 
 
 def _image_processor(
