@@ -99,8 +99,9 @@ def simla_batch(
     num_visual_codes: int = CODES,
 ) -> dict:
     """
-    `tiny_oner.joint_batch` without its placeholders, texts (B, 1 + W) beside the pixels; with `codes` a code for each patch (B, N), with `draws` a negative picture and a negative
-    text of every row, never the row itself, and the keywords of each caption, its first four words, as (B, V).
+    `tiny_oner.joint_batch` without its placeholders: texts (B, 1 + W) beside the pixels. With `codes` a code for each
+    patch (B, N), with `draws` a negative picture and a negative text of every row, never the row itself, and the
+    keywords of each caption, its first four words, as (B, V).
     """
     batch = joint_batch(lengths, slots, seed, dtype)
     generator = torch.Generator().manual_seed(1000 + seed)

@@ -23,11 +23,10 @@ def bold(model):
     return model.eval()
 
 
-def inputs(lengths=(3, 5, 2), pictures=1, joint=False, **options):
-    """Pairs as SIMLA reads them, or with `joint` as one sequence."""
+def inputs(lengths=(3, 5, 2), pictures=1, **options):
+    """Pairs as SIMLA reads them, texts beside their pixels."""
     batch = joint_batch(list(lengths), **options)
-    chosen = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    chosen |= {} if joint else text_of(batch)
+    chosen = {**text_of(batch), "pixel_values": batch["pixel_values"]}
     if pictures == 2:
         chosen["pixel_values"] = torch.stack([chosen["pixel_values"], chosen["pixel_values"].flip(0)], 1)
     return chosen

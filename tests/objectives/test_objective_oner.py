@@ -115,7 +115,7 @@ def test_the_teacher_is_a_teacher_and_not_the_student():
     _, parts, _ = objective(student, batch, 0.0)
     itself = OneRObjective(student, OneRObjectiveArguments(losses=["itc", "mlm", "mim"], teacher=False))
     assert itself.teacher is None and itself.state_dict() == {}
-    _, own = itself(student, batch, 0.0)
+    _, own, _ = itself(student, batch, 0.0)
     assert own["itc"].item() == pytest.approx(formulas(student, student, batch)["itc"], abs=2e-5)
     assert abs(own["itc"].item() - parts["itc"].item()) > 1e-3
 
@@ -183,7 +183,7 @@ def test_a_learnable_temperature_is_used_and_learns():
     loss, parts, _ = OneRObjective(student, arguments)(student, batch, 0.0)
     plain = build(temperature=0.1)
     plain.load_state_dict({name: value for name, value in student.state_dict().items() if name != "logit_scale"})
-    _, fixed = OneRObjective(plain, arguments)(plain, batch, 0.0)
+    _, fixed, _ = OneRObjective(plain, arguments)(plain, batch, 0.0)
     assert parts["itc"].item() == pytest.approx(fixed["itc"].item(), rel=1e-4)
     assert loss.shape == () and parts["itc"].shape == ()
     loss.backward()

@@ -23,7 +23,7 @@ WEIGHTS = torch.tensor([0.7, 0.3, 1.0, 0.5, 0.2])
 
 def answers_batch() -> dict:
     return {
-        **inputs(joint=True),
+        **inputs(),
         "answer_ids": ANSWERS,
         "answer_mask": MASK,
         "answer_weights": WEIGHTS,
@@ -34,7 +34,7 @@ def answers_batch() -> dict:
 
 
 def classes_batch(pictures: int = 1) -> dict:
-    return {**inputs(pictures=pictures, joint=True), "labels": torch.tensor([1, 0, 1]), "ids": torch.arange(3)}
+    return {**inputs(pictures=pictures), "labels": torch.tensor([1, 0, 1]), "ids": torch.arange(3)}
 
 
 def built(kind, **overrides):

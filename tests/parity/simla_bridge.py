@@ -64,10 +64,9 @@ def our_state(weights: Weights, teacher: bool = False) -> Weights:
     return state
 
 
-def official_batch(batch: Weights, patches: int = PATCHES) -> Weights:
-    """A batch in the joint layout as the official step takes it: texts [CLS] w1 ... wT, labels of -100 elsewhere."""
-    keep = torch.tensor([0, *range(1 + patches, batch["input_ids"].shape[1])])
-    ids = batch["input_ids"][:, keep]
+def official_batch(batch: Weights) -> Weights:
+    """A batch as the official step takes it: texts [CLS] w1 ... wT, labels of -100 elsewhere."""
+    ids = batch["input_ids"]
     labels = torch.full_like(ids, -100)
     words = labels[:, 1:].flatten()
     words[batch["text_index"][batch["mlm_index"]]] = batch["mlm_labels"]
@@ -76,8 +75,8 @@ def official_batch(batch: Weights, patches: int = PATCHES) -> Weights:
     return {
         "pixels": batch["pixel_values"],
         "ids": ids,
-        "mask": batch["attention_mask"][:, keep],
-        "masked_ids": batch["masked_input_ids"][:, keep],
+        "mask": batch["attention_mask"],
+        "masked_ids": batch["masked_input_ids"],
         "labels": labels,
         "masked_patches": batch["bool_masked_pos"],
         "codes": batch["visual_codes"],

@@ -97,7 +97,7 @@ def test_keywords_of_short_texts():
             passes=("contrast",),
         )
         targets = objective._keywords(output, batch, {})
-    words = batch["input_ids"][:, 1 + PATCHES :]
+    words = batch["input_ids"][:, 1:]
     for row in range(2):
         assert set(targets[row].nonzero().flatten().tolist()) == set(words[row].tolist())
     loss, parts, kept = objective(student, batch, 1.0)
@@ -143,7 +143,7 @@ def test_negatives_are_weighed_as_in_the_official_code(monkeypatch):
         asked.append(odds.masked_fill(~allowed, 0.0))
         return allowed.long().argmax(1), allowed.any(1)
 
-    monkeypatch.setattr("oner.training.objectives.simla.draw_negatives", first_allowed)
+    monkeypatch.setattr("oner.training.objectives.momentum.draw_negatives", first_allowed)
     objective(student, batch, 1.0)
     replay = {**official_batch(batch), "negative_images": [1, 0, 0, 0], "negative_texts": [1, 0, 0, 0]}
     step = pretraining_step(official(weights), replay, sizes_of(config), 0.4)
@@ -164,7 +164,7 @@ def test_no_negative_is_of_the_own_id(monkeypatch):
         asked.append(allowed)
         return allowed.long().argmax(1), allowed.any(1)
 
-    monkeypatch.setattr("oner.training.objectives.simla.draw_negatives", first_allowed)
+    monkeypatch.setattr("oner.training.objectives.momentum.draw_negatives", first_allowed)
     objective(student, batch, 1.0)
     strangers = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]] * 2, dtype=torch.bool)
     assert all(torch.equal(allowed, strangers) for allowed in asked) and len(asked) == 2
