@@ -1,6 +1,6 @@
 """A small family of two portions, texts and pairs, added from outside by docs/adding_a_family.md and nothing else."""
 
-from oner import OneRImageProcessor, OneRProcessor
+from oner import VisionLanguageImageProcessor, VisionLanguageProcessor
 from oner.registration import register_family
 from oner.training.objectives.objective import OBJECTIVES
 
@@ -14,8 +14,8 @@ register_family(
         "AutoConfig": ToyConfig,
         "AutoModel": ToyModel,
         "AutoModelForPreTraining": ToyForPreTraining,
-        "AutoImageProcessor": OneRImageProcessor,
-        "AutoProcessor": OneRProcessor,
+        "AutoImageProcessor": VisionLanguageImageProcessor,
+        "AutoProcessor": VisionLanguageProcessor,
     },
 )
 # the line of training/objectives/objective.py
