@@ -7,7 +7,7 @@ import pytest
 import tiny_oner
 import torch
 from naive_fusion import naive_embed, naive_layer
-from tiny_oner import randomised
+from tiny_oner import joint_batch, randomised
 from tiny_simla import CLS, SEP, VOCAB, tiny_config
 from tiny_tasks import ANSWERS, MASK, TASKS, bold, inputs
 from torch.nn import functional as F
@@ -399,14 +399,22 @@ class OneRAnswering(AnswerGeneration, OneRPreTrainedModel):
         self.post_init()
 
 
+def one_sequence(batch: dict) -> dict:
+    """Pairs in the joint layout, as OneR's tower reads them."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+
+
 @torch.no_grad()
 def test_oner_takes_the_same_heads():
     torch.manual_seed(0)
-    config, batch = tiny_oner.tiny_config(), inputs(joint=True)
+    config, batch = tiny_oner.tiny_config(), one_sequence(joint_batch([3, 5, 2]))
     entailment = randomised(OneREntailment(config)).eval()
     states = entailment.oner(**batch).last_hidden_state
     torch.testing.assert_close(entailment(**batch).logits, entailment.classifier(states[:, 0]))
-    reasoning, two = randomised(OneRReasoning(config)).eval(), inputs(pictures=2, joint=True)
+    reasoning, two = (
+        randomised(OneRReasoning(config)).eval(),
+        {**batch, "pixel_values": inputs(pictures=2)["pixel_values"]},
+    )
     sides = [
         reasoning.oner(**{**batch, "pixel_values": picture}).last_hidden_state[:, 0]
         for picture in two["pixel_values"].unbind(1)

@@ -8,7 +8,6 @@ import torch
 from official_networks import trained
 from official_simla import pretraining_step
 from simla_bridge import (
-    PATCHES,
     check_step,
     model_of,
     official,
