@@ -24,6 +24,7 @@ from oner.modeling.modeling_dvae import DiscreteVAE, ResidualBlock
 from oner.processing.data.sources import open_rows
 from oner.training.evaluation.dvae import ReconstructionEvaluator, code_perplexity, read_pictures
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
+from oner.training.objectives.objective import Targets
 from oner.training.publishing.model_loading import load_model
 
 SHIPPED = ROOT / "examples" / "checkpoints" / "emoji-tokenizer"
@@ -289,27 +290,27 @@ def test_the_temperature_falls_by_a_cosine():
 def test_usage_is_least_where_all_codes_serve_alike():
     objective = objective_of(tiny(), usage_weight=1.0)
     one, all_alike = F.one_hot(torch.zeros(8, dtype=torch.long), 24).float(), torch.full((8, 24), 1 / 24)
-    values = [objective.compare({"used": rows}, {}, {}, 0.0)["usage"].item() for rows in (one, all_alike)]
+    values = [objective.compare({"used": rows}, {}, {}, 0.0).parts["usage"].item() for rows in (one, all_alike)]
     assert values == pytest.approx([math.log(24), 0.0], abs=1e-5)
 
 
-def test_a_batch_in_pieces_costs_what_it_costs_whole():
-    """Shares of the pieces add up to the whole; a cold choice, for pieces draw other noise."""
+def test_a_batch_in_chunks_costs_what_it_costs_whole():
+    """Shares of the chunks add up to the whole; a cold choice, for chunks draw other noise."""
     model = tiny(reconstruction="squared")
     with torch.no_grad():
         model.encoder.output.weight.mul_(1e4)
     objective = objective_of(model, usage_weight=0.1, straight_through=True)
     batch = {"pixel_values": blocks(5, 3, 2, 2), "ids": torch.arange(5)}
     whole = objective(model, batch, 0.0)[1]
-    pieces = objective.split(batch, 2)
-    assert [len(piece["ids"]) for piece in pieces] == [3, 2]
-    counts = {"pictures": torch.tensor(5.0)}
-    shares = [objective.represent(model, piece, 0.0, counts) for piece in pieces]
+    chunks = objective.split(batch, 2)
+    assert [len(chunk["ids"]) for chunk in chunks] == [3, 2]
+    counts = {"images": torch.tensor(5.0)}
+    shares = [objective.represent(model, chunk, Targets(), 0.0, counts) for chunk in chunks]
     for name in ("reconstruction", "kl"):
         torch.testing.assert_close(sum(share.parts[name] for share in shares).detach(), whole[name])
     rows = torch.cat([share.rows["used"] for share in shares])
-    torch.testing.assert_close(objective.compare({"used": rows}, {}, {}, 0.0)["usage"].detach(), whole["usage"])
-    with pytest.raises(ValueError, match="6 pieces"):
+    torch.testing.assert_close(objective.compare({"used": rows}, {}, {}, 0.0).parts["usage"].detach(), whole["usage"])
+    with pytest.raises(ValueError, match="6 chunks"):
         objective.split(batch, 6)
 
 
