@@ -17,10 +17,12 @@ from oner.training.run.parsing import parse_arguments
 
 from .rehearsal import Rehearsal, rehearse
 
-GIB, TERA = 2**30, 1e12
+GIB = 2**30
+TERA = 1e12
 # share of the data sheet's peak that is assumed where none is given: what OneR's base step reached on one H200, batch
 # 256, eager and compiled (docs/gpu.md)
-EAGER_MFU, COMPILED_MFU = 0.31, 0.36
+EAGER_MFU = 0.31
+COMPILED_MFU = 0.36
 # of everything counted: allocator's rounding, libraries' workspaces, gradients in flight
 MARGIN = 0.10
 
@@ -29,7 +31,8 @@ MARGIN = 0.10
 class Device:
     """
     Attributes:
-        half, single (`float`): Dense TFLOP/s in bf16 or fp16 and in fp32 (TF32 off), from the makers' data sheets.
+        half (`float`): Dense TFLOP/s in bf16 or fp16, from the maker's data sheet.
+        single (`float`): The same in fp32, TF32 off.
         memory (`float`): GiB.
     """
 
@@ -86,6 +89,7 @@ def configuration_of(arguments: Arguments) -> PreTrainedConfig:
 
 def memory_by_part(rehearsal: Rehearsal, arguments: Arguments, count: int, sharding: str, half: bool) -> dict:
     """GiB a device. Weights, gradients and teacher are fp32, as AdamW's two moments are."""
+    # bytes as if one device did everything; activations and batch are its own anyway
     chunks = arguments.run.gradient_cache_chunks
     parts = {
         "weights": 4.0 * rehearsal.parameters + rehearsal.buffers,
@@ -97,6 +101,8 @@ def memory_by_part(rehearsal: Rehearsal, arguments: Arguments, count: int, shard
         "activations": float(rehearsal.activations),
         "batch": float(rehearsal.inputs) * chunks,
     }
+
+    # what is spread is divided by the number of devices
     for name in SHARDS[sharding]:
         parts[name] /= count
     parts["margin"] = MARGIN * sum(parts.values())
@@ -123,13 +129,14 @@ def estimate(
         count: Devices; each takes an even share of the batch.
         mfu: Share of the device's peak that the step's operations reach, recomputed ones included; what was measured
             of `compile` or without it if None.
-        words: Words of a caption on average; one of each batch is as long as the model allows.
+        words: Tokens of a caption on average; one of each batch is as long as the model allows.
         pairs: Training pairs, for a run of epochs.
 
     Raises:
         ValueError: a batch that the devices, or the chunks of each, do not divide; shares and counts out of range.
     """
-    run, chunks = arguments.run, arguments.run.gradient_cache_chunks
+    run = arguments.run
+    chunks = run.gradient_cache_chunks
     mfu = default_mfu(arguments) if mfu is None else mfu
     if count < 1 or not 0 < mfu <= 1 or sharding not in SHARDS:
         raise ValueError(f"got count {count}, mfu {mfu}, sharding {sharding!r}; expected 1 or more, a share in (0, 1] "
@@ -138,14 +145,20 @@ def estimate(
         raise ValueError(
             f"batch_size is {run.batch_size}; expected a multiple of {count} devices, with {chunks} pairs or more each"
         )
+
+    # one chunk of one device's share, padded to its longest text
     config = configuration_of(arguments)
     share = -(-(run.batch_size // count) // chunks)
     lengths = [config.max_text_length] + [min(words, config.max_text_length)] * (share - 1)
     half = run.mixed_precision != "no"
     rehearsal = rehearse(arguments, config, lengths, "bf16" if half else "no")
+
+    # operations of a pair, and the rate that the assumed share of the peak gives
     repeated = rehearsal.repeated if chunks > 1 else 0.0
     work = (rehearsal.flops + repeated) / rehearsal.pairs
     rate = count * mfu * TERA * (device.half if half else device.single) / work
+
+    # the length of the run, by steps or by epochs of whole batches
     steps = run.max_steps
     if steps is None and pairs is not None:
         steps = round(run.epochs * (pairs // run.batch_size))
@@ -181,12 +194,15 @@ def describe(result: Estimate, device: Device, count: int, mfu: float, words: in
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """`oner estimate`: `rest` is the run's own command line, `--config` and what overrides it."""
+    # a device of the table, or one that the caller knows better
     known = DEVICES[options.device]
     device = Device(
         half=options.peak_tflops or known.half,
         single=options.peak_tflops or known.single,
         memory=options.memory_gib or known.memory,
     )
+
+    # the run as its own command line describes it
     arguments = parse_arguments(rest)
     mfu = default_mfu(arguments) if options.mfu is None else options.mfu
     result = estimate(arguments, device, options.count, mfu, options.words, options.pairs, sharding=options.sharding)

@@ -26,11 +26,12 @@ def flop_counter() -> FlopCounterMode:
     def count_backward(gradient, query, key, value, *_, **__) -> int:
         return sdpa_backward_flop_count(gradient, query, key, value)
 
+    # shapes in, operations out: the counter never sees values
     return FlopCounterMode(display=False, custom_mapping={forward: count, backward: count_backward})
 
 
 def counted_flops(function: Callable[[], object]) -> float:
-    """Operations of one call, by torch's `FlopCounterMode`: what is recomputed in a backward counts again."""
+    """Operations of one call, by torch's `FlopCounterMode`; what is recomputed in a backward counts again."""
     with flop_counter() as counter:
         function()
     return float(counter.get_total_flops())
@@ -54,10 +55,13 @@ def gemm_peak(
     """
     best = 0.0
     for rows, inner, columns in shapes:
-        activations = torch.randn(rows, inner, device=device).to(dtype)
-        weights = torch.randn(columns, inner, device=device).to(dtype)
+        # the first product chooses a kernel and is not timed
+        activations = torch.randn(rows, inner, device=device).to(dtype)  # (rows, inner)
+        weights = torch.randn(columns, inner, device=device).to(dtype)  # (columns, inner)
         F.linear(activations, weights)
         wait_for(device)
+
+        # the fastest of many: other processes and clocks only ever slow it down
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             start = time.perf_counter()

@@ -1,7 +1,7 @@
 """Operations of one training step of OneR, by formula: what the counter must agree with.
 
-B pairs, N patches, W word slots, n words of the batch, M masked words, K keys, D width, I width of the feed-forward,
-V vocabulary, P embedding width, H hidden width of the heads.
+B pairs, N patches, W token slots of a text, n tokens of all texts, M masked tokens, K keys, D width, I width of the
+feed-forward, V vocabulary, P embedding width, H hidden width of the heads.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .flops import attention_flops, linear_flops
 
 @dataclass(frozen=True)
 class PairShape:
-    """Sizes of a batch: B pairs, W slots of the longest text, n words, M of them to predict, K keys gathered."""
+    """Sizes of a batch: B pairs, W slots of the longest text, n tokens, M of them to predict, K keys gathered."""
 
     pairs: int
     slots: int
@@ -39,6 +39,7 @@ class StepFlops:
 
 def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape: PairShape) -> StepFlops:
     """The step of `OneRObjective` over `OneRForPreTraining`, with `gather_gradient` off."""
+    # what the losses read: representations to compare, and streams with masks
     contrasts = [name for name in arguments.losses if name in CONTRASTS]
     queries = {query for name in contrasts for query, _ in CONTRASTS[name]}
     keys = {key for name in contrasts for _, key in CONTRASTS[name]}
@@ -46,12 +47,15 @@ def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape
     modelled = {name for name in arguments.masked_streams if name in read}
     masks = bool(modelled)
 
+    # the trunk: one pass where contrasts read masked streams too, or two stems where they do not
     contrast_streams = _streams(queries)
     student = _stem(config, shape)
     if arguments.contrast_masked or not masks:
         student += _trunk(config, shape, sorted(contrast_streams | modelled))
     else:
         student += _stem(config, shape) + _trunk(config, shape, [*contrast_streams, *modelled])
+
+    # heads of the contrasts, of masked tokens and of masked patches
     student += _heads(config, shape, queries, predict=True)
     if "mlm" in arguments.losses:
         rows = shape.masked_words * len(modelled - {"image"})
@@ -59,15 +63,19 @@ def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape
     if "mim" in arguments.losses:
         pixels = config.patch_size**2 * config.num_channels
         student += linear_flops(_patches(config) * shape.pairs * len(modelled - {"text"}), config.hidden_size, pixels)
+
     # no gradient flows into the pixels
     first = 0.0 if not (masks or contrasts) else _first_convolution(config, shape)
     stems = 1 if arguments.contrast_masked or not masks else 2
     terms = sum(len(CONTRASTS[name]) for name in contrasts)
     loss = terms * linear_flops(shape.pairs, config.projection_dim, shape.keys)
+
+    # the teacher makes the keys, and predicts nothing
     teacher = 0.0
     if contrasts:
         teacher = _stem(config, shape) + _trunk(config, shape, sorted(_streams(keys)))
         teacher += _heads(config, shape, keys, predict=False)
+
     # keys carry no gradient: the loss goes back on one side only
     return StepFlops(student + loss, teacher, 2 * student - stems * first + loss)
 
@@ -81,11 +89,15 @@ def _streams(representations: set[str]) -> set[str]:
 
 
 def _stem(config: OneRConfig, shape: PairShape) -> float:
-    width, positions = config.hidden_size, shape.pairs * _patches(config)
+    width = config.hidden_size
+    positions = shape.pairs * _patches(config)
     if config.stem == "linear":
         return linear_flops(positions, config.patch_size**2 * config.num_channels, width)
+
+    # 3 x 3 convolutions of stride 2, each twice as wide as the one before, then a map of 1 x 1
     stages = config.patch_size.bit_length() - 1
-    total, narrow = linear_flops(positions, width, width), config.num_channels
+    total = linear_flops(positions, width, width)
+    narrow = config.num_channels
     for stage in range(stages):
         wide = width // 2 ** (stages - 1 - stage)
         total += linear_flops(shape.pairs * (config.image_size // 2 ** (stage + 1)) ** 2, 9 * narrow, wide)
@@ -102,7 +114,8 @@ def _first_convolution(config: OneRConfig, shape: PairShape) -> float:
 
 def _trunk(config: OneRConfig, shape: PairShape, streams: list[str]) -> float:
     """All layers over packed streams: linear maps over real tokens, attention over padded rows."""
-    width, pairs = config.hidden_size, shape.pairs
+    width = config.hidden_size
+    pairs = shape.pairs
     tokens = attention = 0.0
     for stream in streams:
         own, _, other = stream.partition("|")
@@ -117,13 +130,16 @@ def _length(config: OneRConfig, shape: PairShape, stream: str) -> tuple[int, int
     """Real tokens of a stream over the batch, and its padded length."""
     rows, length = shape.pairs, 1
     if "image" in stream:
-        rows, length = rows + shape.pairs * _patches(config), length + _patches(config)
+        rows += shape.pairs * _patches(config)
+        length += _patches(config)
     if "text" in stream:
-        rows, length = rows + shape.words, length + shape.slots
+        rows += shape.words
+        length += shape.slots
     return rows, length
 
 
 def _heads(config: OneRConfig, shape: PairShape, representations: set[str], predict: bool) -> float:
+    # mixing hidden states needs a projection for each mixture, mixing embeddings one for each stream
     mixed = config.mixup_space == "hidden"
     rows = shape.pairs * len(representations if mixed else _streams(representations))
     total = _mlp(config, rows, config.hidden_size, config.projector_layers)

@@ -30,7 +30,9 @@ class Rehearsal:
 
     Attributes:
         pairs (`int`): Pairs of the step.
-        parameters, trained, teacher (`int`): Numbers of the student, those with a gradient, and of the teachers.
+        parameters (`int`): Parameters of the student.
+        trained (`int`): Those of them with a gradient.
+        teacher (`int`): Parameters of the teachers.
         buffers (`int`): Bytes of everything in student and teachers that is no parameter.
         forward, targets, backward (`float`): Operations of the student's pass with the losses, of the targets (a
             teacher's pass), and of the backward with what it recomputes.
@@ -60,27 +62,36 @@ def rehearse(
     arguments: Arguments, config: PreTrainedConfig, lengths: Sequence[int], precision: str = "no"
 ) -> Rehearsal:
     """The step of these arguments on texts of these lengths; `precision` is `no`, `bf16` or `fp16`."""
+    # the model of the run, without weights
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     family = objective_classes(arguments.model.family)[0]
     with torch.device("meta"):  # fake tensors cannot be copied, as a teacher copies its student
         model = build_model(replace(arguments, model=replace(arguments.model, initial_model=None)), config)
         objective = family(model, family.without_files(arguments.objective))
+
+    # and as fake tensors on the CPU, with the teachers and queues that it trains with
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         _fake(_modules(model, objective))
         for teacher in objective.teachers():
             teacher.follow(model)
         objective.to(torch.device("cpu"))  # what it keeps beside modules: queues
         fake.allow_non_fake_inputs = False  # a tensor with contents would be one that was forgotten
+
+        # a batch of the given lengths, and what is in memory before the step
         masking = arguments.data.masking
-        told = Example(masking.mlm_probability, sum(masking.mim_ratio) / 2)
-        batches = family.example_batches(config, lengths, told)
+        masked = Example(masking.mlm_probability, sum(masking.mim_ratio) / 2)
+        batches = family.example_batches(config, lengths, masked)
         inputs = [tensor for batch in batches.values() for tensor in batch.values()]
         owned = {storage_id(tensor) for module in _modules(model, objective) for tensor in _tensors(module)}
         owned |= {storage_id(tensor) for tensor in inputs}
+
+        # each portion once
         model.train()
         autocast = nullcontext if half is None else partial(torch.autocast, "cpu", half)
         passes = [_run(portion, model, batches[name], owned, autocast) for name, portion in objective.portions.items()]
         forward, targets, repeated, backward, activations = map(sum, zip(*passes, strict=True))
+
+    # counts of what stays between steps, beside those of the step
     teachers = [teacher.model for teacher in objective.teachers()]
     return Rehearsal(
         pairs=len(lengths),
@@ -108,20 +119,23 @@ class Pass(NamedTuple):
 
 
 def _run(portion: Portion, model: nn.Module, batch: Batch, owned: set[int], autocast: Callable) -> Pass:
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if storage_id(tensor) not in owned:
-            kept[storage_id(tensor)] = tensor.untyped_storage().nbytes()
+            saved[storage_id(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
+    # parts of the step alone: the targets, and the pass that cached gradients repeat
     with autocast(), torch.no_grad():
-        targets, made = _counted(lambda: portion.targets(model, batch, PROGRESS))
-        repeated, _ = _counted(lambda: portion.represent(model, batch, made, PROGRESS))
+        targets, values = _counted(lambda: portion.targets(model, batch, PROGRESS))
+        repeated, _ = _counted(lambda: portion.represent(model, batch, values, PROGRESS))
+
+    # the whole step, with every tensor that autograd saves for the backward
     with autocast(), torch.autograd.graph.saved_tensors_hooks(keep, _same):
         whole, taken = _counted(lambda: portion.take(model, batch, PROGRESS))
     backward, _ = _counted(taken.loss.backward)
-    return Pass(whole - targets, targets, repeated, backward, sum(kept.values()))
+    return Pass(whole - targets, targets, repeated, backward, sum(saved.values()))
 
 
 def _counted(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -137,12 +151,13 @@ def _modules(model: torch.nn.Module, objective) -> list[torch.nn.Module]:
 
 def _fake(modules: list[torch.nn.Module]) -> None:
     """Parameters and buffers on meta become fake ones on the CPU, where autocast sees them; tied ones stay tied."""
-    made: dict[int, torch.Tensor] = {}
+    # by the identity of the parameter that each replaces
+    fakes: dict[int, torch.Tensor] = {}
     for module in (part for whole in modules for part in whole.modules()):
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-            made.setdefault(id(parameter), torch.nn.Parameter(empty, parameter.requires_grad))
-            setattr(module, name, made[id(parameter)])
+            fakes.setdefault(id(parameter), torch.nn.Parameter(empty, parameter.requires_grad))
+            setattr(module, name, fakes[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 

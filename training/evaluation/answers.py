@@ -18,6 +18,7 @@ from .sheets import evaluating, on_device
 
 Row = Mapping[str, Any]
 
+# punctuation, numbers and contractions as the VQA evaluation (vqaEval.py) treats them
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 THOUSANDS = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")
@@ -25,7 +26,7 @@ ARTICLES = frozenset(("a", "an", "the"))
 NUMBERS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
-# those of which the letters alone spell another word (well, were, shed, its) are not to be restored
+# a contraction whose letters alone spell another word (well, were, shed, its) is not listed, since it is not restored
 CONTRACTED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -45,35 +46,47 @@ def _misspelt(word: str) -> Iterator[str]:
             yield "".join(letter for place, letter in enumerate(word) if place not in left_out)
 
 
+# misspelt form -> contraction
 CONTRACTIONS = {key: word for word in CONTRACTED for key in _misspelt(word)}
 
 
 def normalise_answer(answer: str) -> str:
     """
-    As the VQA evaluation: marks drop out where one stands beside a space or the answer has a number like 1,000, and
-    are spaces elsewhere; periods drop out but before a digit; lower case, digits for numbers up to ten, no articles,
-    contractions with their apostrophes.
+    The answer in the form that the VQA evaluation compares.
+
+    A mark is removed where it stands beside a space or the answer has a number like 1,000, and becomes a space
+    elsewhere. A period is removed unless a digit follows. Then lower case, digits for the numbers up to ten, no
+    articles, and contractions with their apostrophes.
     """
+
+    # marks, judged by the answer as it came, not by what is left of it
     text = answer
     for mark in MARKS:
         beside_space = f"{mark} " in answer or f" {mark}" in answer
         text = text.replace(mark, "" if beside_space or THOUSANDS.search(answer) else " ")
+
+    # digits for numbers, no articles, apostrophes restored
     words = (NUMBERS.get(word, word) for word in PERIOD.sub("", text).lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def answer_accuracy(answer: str, given: Sequence[str]) -> float:
+def answer_accuracy(answer: str, answers: Sequence[str]) -> float:
     """
-    VQA's accuracy in [0, 1]: min(people who said so / 3, 1), averaged over the ways to leave one of the people out.
-    Answers are normalised unless all people said the same (the official evaluation's rule). Raises `ValueError`
-    without people.
+    VQA's accuracy in [0, 1]: min(people who gave this answer / 3, 1), averaged over the ways to leave one person out.
+
+    `answers` has one answer a person. All are normalised unless everybody said the same, as in the official
+    evaluation. Raises `ValueError` without answers.
     """
-    if not given:
+    if not answers:
         raise ValueError("nobody gave an answer to compare with")
-    answer, given = _one_line(answer), [_one_line(one) for one in given]
-    if len(set(given)) > 1:
-        answer, given = normalise_answer(answer), [normalise_answer(one) for one in given]
-    agree = [one.lower() == answer.lower() for one in given]
+    answer = _one_line(answer)
+    answers = [_one_line(one) for one in answers]
+    if len(set(answers)) > 1:
+        answer = normalise_answer(answer)
+        answers = [normalise_answer(one) for one in answers]
+
+    # leaving a person out takes away their own vote: `one` is 1 where they agree
+    agree = [one.lower() == answer.lower() for one in answers]
     return sum(min((sum(agree) - one) / 3, 1.0) for one in agree) / len(agree)
 
 
@@ -83,10 +96,10 @@ def _one_line(text: str) -> str:
 
 class AnswerEvaluator:
     """
-    Answers every question, by ranking candidates or, without any, in the decoder's own words.
+    Answers every question: picks one of the candidates or, without candidates, writes freely with the decoder.
 
-    Yields name/accuracy and that of each kind of question (name/accuracy_yes_no, _number, _other) where rows say it,
-    over the rows that have answers; and name/questions, how many were answered.
+    Yields name/accuracy and the accuracy of each kind of question that rows state (name/accuracy_yes_no, _number,
+    _other), both over the rows that have answers; and name/questions, the number of questions answered.
 
     Args:
         rows: with "image", "text", "id", and "answers" to be scored by.
@@ -114,12 +127,19 @@ class AnswerEvaluator:
     ):
         if len(rows) == 0:
             raise ValueError("there are no rows to evaluate on")
-        self.rows, self.name, self.batch_size, self.progress = rows, name, batch_size, progress
+        self.rows = rows
+        self.name = name
+        self.batch_size = batch_size
+        self.progress = progress
         self.candidates = None if candidates is None else list(candidates)
-        self.k, self.count_first_token_twice, self.num_beams = k, count_first_token_twice, num_beams
+        self.k = k
+        self.count_first_token_twice = count_first_token_twice
+        self.num_beams = num_beams
         self.folder = folder
-        self.told = [rows[number] for number in range(len(rows))]
-        if folder is None and not any(row["answers"] for row in self.told):
+
+        # pictures of these rows are paths or bytes, not decoded, so that all can be kept
+        self.asked = [rows[number] for number in range(len(rows))]
+        if folder is None and not any(row["answers"] for row in self.asked):
             raise ValueError(
                 f"{name}: no question has answers to score by, and there is no folder to write answers to"
             )
@@ -127,34 +147,38 @@ class AnswerEvaluator:
     @property
     def protocol(self) -> dict[str, Any]:
         """What the numbers mean, for the file of results."""
-        how = {"answers": "written by the decoder", "num_beams": self.num_beams}
+        options = {"answers": "written by the decoder", "num_beams": self.num_beams}
         if self.candidates is not None:
-            how = {
+            options = {
                 "answers": f"ranked out of {len(self.candidates)}, {self.k} of them in full",
                 "first token counted twice": self.count_first_token_twice,
             }
-        return {"task": "visual question answering, VQA accuracy", "questions": len(self.told), **how}
+        return {"task": "visual question answering, VQA accuracy", "questions": len(self.asked), **options}
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
         """Answer all questions, write the answers, and yield (name, value)."""
-        said: list[str] = []
+        answers: list[str] = []
         with evaluating(model):
             tokens = self._candidate_tokens(model, processor)
-            for part in batches(len(self.told), self.batch_size, "questions", self.progress):
-                inputs = on_device(task_inputs(processor, self.told[part]), model)
-                said += self._rank(model, inputs, tokens) if tokens else self._write(model, processor, inputs)
+            for rows in batches(len(self.asked), self.batch_size, "questions", self.progress):
+                inputs = on_device(task_inputs(processor, self.asked[rows]), model)
+                answers += self._rank(model, inputs, tokens) if tokens else self._write(model, processor, inputs)
+
         if self.folder is not None:
-            self._save(said)
+            self._save(answers)
+        # every scored question counts overall and for its kind
         scores: dict[str, list[float]] = {}
-        for row, answer in zip(self.told, said, strict=True):
-            if row["answers"]:
-                score = answer_accuracy(answer, row["answers"])
-                kind = row.get("kind")
-                for key in ("accuracy", *((f"accuracy_{re.sub('[^a-z]+', '_', kind.lower())}",) if kind else ())):
-                    scores.setdefault(key, []).append(score)
+        for row, answer in zip(self.asked, answers, strict=True):
+            if not row["answers"]:
+                continue
+            score = answer_accuracy(answer, row["answers"])
+            scores.setdefault("accuracy", []).append(score)
+            if kind := row.get("kind"):
+                key = f"accuracy_{re.sub('[^a-z]+', '_', kind.lower())}"
+                scores.setdefault(key, []).append(score)
         for key, values in sorted(scores.items()):
             yield f"{self.name}/{key}", sum(values) / len(values)
-        yield f"{self.name}/questions", float(len(said))
+        yield f"{self.name}/questions", float(len(answers))
 
     def _candidate_tokens(self, model: Any, processor: Any) -> dict[str, torch.Tensor]:
         if self.candidates is None:
@@ -168,17 +192,19 @@ class AnswerEvaluator:
     def _rank(self, model: Any, inputs: dict[str, torch.Tensor], tokens: dict[str, torch.Tensor]) -> list[str]:
         ranking = model.rank_answers(
             **inputs, **tokens, k=self.k, count_first_token_twice=self.count_first_token_twice
-        )
+        )  # indices (B, k), best first
         return [self.candidates[place] for place in ranking.indices[:, 0].tolist()]
 
     def _write(self, model: Any, processor: Any, inputs: dict[str, torch.Tensor]) -> list[str]:
-        written = model.generate_answers(**inputs, num_beams=self.num_beams).sequences.tolist()
+        sequences = model.generate_answers(**inputs, num_beams=self.num_beams).sequences.tolist()  # (B, T)
+        # what follows the end is padding
         end = answer_end(model.config)
-        words = [row[: row.index(end)] if end in row else row for row in written]
-        return processor.tokenizer.batch_decode(words, skip_special_tokens=True)
+        tokens = [row[: row.index(end)] if end in row else row for row in sequences]
+        return processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
-    def _save(self, said: list[str]) -> None:
+    def _save(self, answers: list[str]) -> None:
         path = Path(self.folder) / f"{self.name}.answers.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = [{"question_id": row["id"], "answer": answer} for row, answer in zip(self.told, said, strict=True)]
-        path.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+        pairs = zip(self.asked, answers, strict=True)
+        entries = [{"question_id": row["id"], "answer": answer} for row, answer in pairs]
+        path.write_text(json.dumps(entries, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
-"""What [CLS] looks at in a picture, alone and with words beside it (Figure 1, bottom left, of the OneR paper).
+"""What [CLS] looks at in a picture, alone and with a text beside it (Figure 1, bottom left, of the OneR paper).
 
-Words are steered in by "simple token sequence concatenation": [CLS], patches, words in one sequence. The row of the
-attention matrix that belongs to [CLS] then says which patches the words strengthened or weakened.
+A text steers attention by "simple token sequence concatenation": [CLS], patches and tokens stand in one sequence. The
+row of the attention matrix that belongs to [CLS] then says which patches the text strengthened or weakened.
 
-Shapes: B pictures, N = h*w patches (row-major), L = 1 + N + words + padding positions.
+Shapes: B pictures, N = h*w patches (row-major), L = 1 + N + tokens + padding positions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,8 +53,9 @@ def cls_attention_rows(
 ) -> list[Tensor]:
     """The attention of [CLS] to every position, mean of the heads of `layer`: a tensor (L,) a picture, on the CPU.
 
-    The positions are [CLS], the N patches, then the picture's words; padding is cut off. Each sums to 1. In a model
-    whose words read a picture by cross-attention, it is that of the words' [CLS], and goes to no words: (1 + N,).
+    The positions are [CLS], the N patches, then the tokens of the picture's text; padding is cut off. Each row sums
+    to 1. In a model whose text reads a picture by cross-attention, the [CLS] is the text's, and its row (1 + N,) has
+    no tokens.
 
     Raises:
         ValueError: numbers of pictures and texts differ.
@@ -65,14 +66,16 @@ def cls_attention_rows(
     with evaluating(model), eager_attention(model):
         for start in range(0, len(images), batch_size):
             chosen = slice(start, start + batch_size)
-            words = {} if texts is None else {"text": list(texts[chosen]), "padding": True, "truncation": True}
-            batch = on_device(processor(images=list(images[chosen]), return_tensors="pt", **words), model)
-            # Heads wrap the tower; only the tower reports attention for all three kinds of input.
+            text = {} if texts is None else {"text": list(texts[chosen]), "padding": True, "truncation": True}
+            batch = on_device(processor(images=list(images[chosen]), return_tensors="pt", **text), model)
+
+            # heads wrap the tower, and only the tower reports attention for all three kinds of input
             outputs = model.base_model(**batch, output_attentions=True)
             crossing = getattr(outputs, "cross_attentions", None) if texts is not None else None
-            attentions = crossing or outputs.attentions
-            mean = attentions[layer].float().mean(1)[:, 0].cpu()  # (B, heads, L, L) -> (B, L)
-            # an image's places are all real; in one sequence with it, padding stands behind the words
+            attentions = crossing or outputs.attentions  # one of (B, heads, L, L) for each layer
+            mean = attentions[layer].float().mean(1)[:, 0].cpu()  # (B, L)
+
+            # cut padding off: an image's places are all real; in one sequence with it, padding ends the words
             real = (outputs.token_types != PADDING_TOKEN).sum(1).cpu()  # (B,)
             lengths = [mean.shape[1]] * len(mean) if crossing else real.tolist()
             rows += [row[:length] for row, length in zip(mean, lengths, strict=True)]
@@ -85,32 +88,36 @@ def attention_maps(
     """The part of `cls_attention_rows` that falls on the patches: (B, h, w), not renormalised."""
     rows = cls_attention_rows(model, processor, images, texts, layer)
     h, w = patch_grid(processor(images=[images[0]], return_tensors="pt")["pixel_values"], model)
-    return torch.stack([row[1 : 1 + h * w] for row in rows]).reshape(-1, h, w)
+    return torch.stack([row[1 : 1 + h * w] for row in rows]).reshape(-1, h, w)  # (B, h, w)
 
 
 def cls_attention(model: Any, processor: Any, image: Any, text: str | None = None, layer: int = -1) -> Tensor:
     """Attention (h, w) of [CLS] to the patches of `image`, mean of the heads of `layer`, with `text` in the sequence
-    or without; what is missing to 1 went to [CLS] itself and to the words."""
+    or without; what is missing to 1 went to [CLS] itself and to the text."""
     return attention_maps(model, processor, [image], None if text is None else [text], layer)[0]
 
 
 def attention_sheet(
     model: Any, processor: Any, images: Sequence[Any], texts: Sequence[Sequence[str]], layer: int = -1
 ) -> Any:
-    """A Figure with one row for each picture: the picture, [CLS] attention without words, then with each of its texts.
+    """A Figure with one row for each picture: the picture, [CLS] attention without text, then with each of its texts.
 
     Under each map stands the share of the attention that the patches got.
     """
-    seen = pictures_as_seen(images, processor)
+    # all maps in two passes: each picture alone, and each with every one of its texts
+    seen = pictures_as_seen(images, processor)  # (B, H, W, 3)
     pairs = [(i, text) for i, asked in enumerate(texts) for text in asked]
     alone = attention_maps(model, processor, images, layer=layer)
     steered = attention_maps(model, processor, [images[i] for i, _ in pairs], [text for _, text in pairs], layer)
+
+    # a line of panels a picture
     rows = [
         [Panel(picture, above="picture"), Panel(picture, heat, "no words", f"{heat.sum():.0%} on patches")]
         for picture, heat in zip(seen, alone, strict=True)
     ]
     for (i, text), heat in zip(pairs, steered, strict=True):
         rows[i].append(Panel(seen[i], heat, "+ " + wrapped(text), f"{heat.sum():.0%} on patches"))
+
     where = "last layer" if layer == -1 else f"layer {layer}"
     title = (
         f"{describe(model)}: attention of [CLS] to the patches, {where}, mean of heads, alone and with words "
@@ -129,7 +136,7 @@ def share_in_quarter(maps: Tensor, asked: Sequence[int]) -> float:
 
 
 class AttentionEvaluator:
-    """Whether words draw [CLS] to their picture among four, and a sheet of attention maps.
+    """Whether a text draws [CLS] to its picture among four, and a sheet of attention maps.
 
     The scenes of four are this project's measure of the paper's figure.
 
@@ -148,8 +155,13 @@ class AttentionEvaluator:
         seed: int = 0,
         name: str = "attention",
     ) -> None:
-        self.rows, self.queries, self.scenes = rows, queries, scenes
-        self.shown, self.layer, self.seed, self.name = shown, layer, seed, name
+        self.rows = rows
+        self.queries = queries
+        self.scenes = scenes
+        self.shown = shown
+        self.layer = layer
+        self.seed = seed
+        self.name = name
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -164,21 +176,29 @@ class AttentionEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
-        """Yields the share of attention on the named quarter without and with its words (even spread: 25 %), how often
-        the highest patch lies there, the share that goes to the words themselves, and the sheet."""
+        """Yields the share of attention on the named quarter without and with its caption (even spread: 25 %), how
+        often the highest patch lies there, the share that goes to the caption itself, and the sheet."""
         scenes = draw_scenes(self.rows, self.scenes, self.seed)
-        images, asked = [s.image for s in scenes], [s.asked for s in scenes]
-        texts = [s.words[s.asked] for s in scenes]
+        images = [scene.image for scene in scenes]
+        asked = [scene.asked for scene in scenes]
+        texts = [scene.words[scene.asked] for scene in scenes]
+
+        # the same scenes, alone and with the caption of one quarter
         alone = attention_maps(model, processor, images, layer=self.layer)
         steered = attention_maps(model, processor, images, texts, self.layer)
         for name, maps in (("without_words", alone), ("with_words", steered)):
             yield f"{self.name}/share_on_named_{name}", share_in_quarter(maps, asked)
             yield f"{self.name}/peak_on_named_{name}", pointing(maps, asked)[0]
+
+        # what the patches lose goes to the tokens, which stand last in a row
         rows = cls_attention_rows(model, processor, images, texts, self.layer)
         patches = alone[0].numel()
         yield f"{self.name}/share_to_words", sum(float(row[1 + patches :].sum()) for row in rows) / len(rows)
+
+        # the sheet: a scene with the caption of one quarter and that of the next
         queries = self.queries or [
             (s.image, (s.words[s.asked], s.words[(s.asked + 1) % 4])) for s in scenes[: self.shown]
         ]
-        pictures, words = [image for image, _ in queries], [texts for _, texts in queries]
-        yield f"{self.name}/sheet", attention_sheet(model, processor, pictures, words, self.layer)
+        pictures = [image for image, _ in queries]
+        texts = [texts for _, texts in queries]
+        yield f"{self.name}/sheet", attention_sheet(model, processor, pictures, texts, self.layer)

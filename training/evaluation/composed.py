@@ -40,11 +40,13 @@ def nearest(
     Raises:
         ValueError: the gallery is smaller than `count`.
     """
-    scores = queries @ gallery.T
+    scores = queries @ gallery.T  # (Q, G)
     if hidden is not None:
         scores[torch.arange(len(scores)), torch.tensor(hidden)] = -torch.inf
     if count > len(gallery) - (hidden is not None):
         raise ValueError(f"asked for the {count} nearest of a gallery of {len(gallery)}")
+
+    # a stable sort, since topk leaves the order of ties open
     best = scores.sort(dim=-1, descending=True, stable=True)
     return best.values[:, :count], best.indices[:, :count]
 
@@ -58,7 +60,7 @@ def composed_sheet(
     right: Mapping[str, Sequence[Sequence[bool]]] | None = None,
     same: Sequence[int] | None = None,
 ) -> Any:
-    """A Figure with a block of three lines for each query: what its picture, its words, and both find.
+    """A Figure with a block of three lines for each query: what its picture, its text, and both find.
 
     Args:
         images, texts: the queries.
@@ -68,25 +70,32 @@ def composed_sheet(
         same: how many pictures of the gallery could be framed, for each query.
     """
     shown = found["both"][1].shape[1]
+
     figure = new_figure(1.0 * (shown + 2.6), 3.75 * len(images) + 0.55)
     height = figure.get_figheight()
     figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=10, parse_math=False)
+
+    # three lines a query and a narrow one between queries; the query's picture, a label, the finds
     grid = figure.add_gridspec(
         4 * len(images) - 1, shown + 2, left=0.02, right=0.985, bottom=0.2 / height, top=1 - 0.6 / height,
         width_ratios=[2.0, 0.6] + [1] * shown, height_ratios=([1, 1, 1, 0.22] * len(images))[:-1],
         hspace=0.28, wspace=0.1,
     )  # fmt: skip
+
+    # one block for each query: its picture and text on the left
     for query, (image, text) in enumerate(zip(images, texts, strict=True)):
         top = 4 * query
         axes = figure.add_subplot(grid[top : top + 3, 0])
         _picture(axes, image, "0.3")
         beside = "" if same is None else f"\n{same[query]} of its id to be found"
         axes.set_xlabel("“" + wrapped(text, 20, 3) + "”" + beside, fontsize=9, parse_math=False)
+
+        # and to the right a line of finds for each way to ask
         for line, way in enumerate(WAYS):
             label = figure.add_subplot(grid[top + line, 1])
             label.axis("off")
             label.text(0.5, 0.5, way, ha="center", va="center", fontsize=8, color="0.3", rotation=90)
-            scores, places = found[way][0][query].tolist(), found[way][1][query].tolist()
+            scores, places = (values[query].tolist() for values in found[way])
             for column, (score, place) in enumerate(zip(scores, places, strict=True)):
                 hit = right is not None and right[way][query][column]
                 axes = figure.add_subplot(grid[top + line, 2 + column])
@@ -104,14 +113,15 @@ def _picture(axes: Any, image: Any, colour: str, line: float = 0.6) -> None:
 
 
 class ComposedEvaluator:
-    """Sheets of what picture, words, and both find; the numbers are `MultimodalRetrievalEvaluator`'s.
+    """Sheets of what picture, text, and both find; the numbers are `MultimodalRetrievalEvaluator`'s.
 
     Args:
         rows: the queries, `{"image", "captions", "id"}`; the first caption is asked.
         gallery: the rows searched, by default `rows` themselves; then a query's own picture is hidden from it.
-        queries: (picture, words) of the caller's choice for the second sheet, else pictures of `rows`, each with the
+        queries: (picture, text) of the caller's choice for the second sheet, else pictures of `rows`, each with the
             caption of another.
-        shown: queries a sheet. found: pictures a line.
+        shown: queries a sheet.
+        found: pictures a line.
     """
 
     def __init__(
@@ -124,34 +134,46 @@ class ComposedEvaluator:
         seed: int = 0,
         name: str = "composed",
     ) -> None:
-        self.rows, self.gallery, self.queries = rows, gallery, queries
-        self.shown, self.found, self.seed, self.name = shown, found, seed, name
+        self.rows = rows
+        self.gallery = gallery
+        self.queries = queries
+        self.shown = shown
+        self.found = found
+        self.seed = seed
+        self.name = name
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
         """Yields a sheet of own captions, with finds of the same id in green, and a sheet of other words."""
+        # the gallery; a query that stands in it must not find itself
         gallery = self.rows if self.gallery is None else self.gallery
-        pictures, ids = Column(gallery, "image"), row_ids(gallery)
-        vectors = gallery_vectors(model, processor, gallery).cpu()
-        places = one_of_each_id(_Numbered(self.rows), self.shown, self.seed)
-        hidden = [row["place"] for row in places] if self.gallery is None else None
-        images, texts = [row["image"] for row in places], [str(row["captions"][0]) for row in places]
-        own = composed_queries(model, processor, images, texts)
-        found = {way: nearest(own[way], vectors, self.found, hidden) for way in WAYS}
-        right = {
-            way: [[ids[j] == row.get("id") for j in line] for row, line in zip(places, lines.tolist(), strict=True)]
-            for way, (_, lines) in found.items()
-        }
-        same = [max(0, ids.count(row.get("id")) - (hidden is not None)) for row in places]
-        title = f"{describe(model)}: nearest of {len(pictures)} pictures by picture, caption, both (green: same id)"
-        yield f"{self.name}/sheet", composed_sheet(title, images, texts, found, pictures, right, same)
+        pictures = Column(gallery, "image")
+        ids = row_ids(gallery)
+        vectors = gallery_vectors(model, processor, gallery).cpu()  # (G, P)
+        queries = one_of_each_id(_Numbered(self.rows), self.shown, self.seed)
+        hidden = [row["place"] for row in queries] if self.gallery is None else None
 
+        # pictures with their own captions; right is what has the query's id
+        images = [row["image"] for row in queries]
+        texts = [str(row["captions"][0]) for row in queries]
+        own = composed_queries(model, processor, images, texts)
+        results = {way: nearest(own[way], vectors, self.found, hidden) for way in WAYS}
+        right = {
+            way: [[ids[j] == row.get("id") for j in line] for row, line in zip(queries, lines.tolist(), strict=True)]
+            for way, (_, lines) in results.items()
+        }
+        same = [max(0, ids.count(row.get("id")) - (hidden is not None)) for row in queries]
+        title = f"{describe(model)}: nearest of {len(pictures)} pictures by picture, caption, both (green: same id)"
+        yield f"{self.name}/sheet", composed_sheet(title, images, texts, results, pictures, right, same)
+
+        # pictures with other texts: nothing is right here, the sheet is read by eye
         mixed = self.queries or list(zip(images, texts[1:] + texts[:1], strict=True))
-        images, texts = [image for image, _ in mixed], [text for _, text in mixed]
+        images = [image for image, _ in mixed]
+        texts = [text for _, text in mixed]
         free = composed_queries(model, processor, images, texts)
         own_places = hidden if self.queries is None else None
-        found = {way: nearest(free[way], vectors, self.found, own_places) for way in WAYS}
+        results = {way: nearest(free[way], vectors, self.found, own_places) for way in WAYS}
         title = f"{describe(model)}: nearest of {len(pictures)} pictures by picture, other words, both in one sequence"
-        yield f"{self.name}/other_words_sheet", composed_sheet(title, images, texts, found, pictures)
+        yield f"{self.name}/other_words_sheet", composed_sheet(title, images, texts, results, pictures)
 
 
 class _Numbered(Sequence):

@@ -48,55 +48,59 @@ def concept_probabilities(
             f"concepts need a model with a concept head, as SimlaForPreTraining, got {type(model).__name__}"
         )
     with evaluating(model):
-        found = [
-            model.concepts(pixels_of(model, processor, images[part])).float().sigmoid().cpu()
-            for part in batches(len(images), batch_size, "pictures", progress)
+        probabilities = [
+            model.concepts(pixels_of(model, processor, images[chosen])).float().sigmoid().cpu()
+            for chosen in batches(len(images), batch_size, "pictures", progress)
         ]
-    found = torch.cat(found)
-    found[:, special_ids(processor)] = 0
-    return found
+
+    probabilities = torch.cat(probabilities)  # (B, V)
+    probabilities[:, special_ids(processor)] = 0
+    return probabilities
 
 
 def beyond_usual(probabilities: Tensor, usual: Tensor) -> Tensor:
     """How much surer than usual (V,) the head is of every word, as a difference of logits (B, V): what sets a picture
     apart, where frequent words are sure of every picture. Special tokens get -inf."""
-    surer = probabilities.logit(1e-6) - usual.logit(1e-6)
+    surer = probabilities.logit(1e-6) - usual.logit(1e-6)  # (B, V), the clamp keeps 0 and 1 finite
     return surer.masked_fill(probabilities == 0, -torch.inf)
 
 
 def special_ids(processor: Any) -> list[int]:
-    """Tokens that are no words."""
+    """The ids of special tokens, which name nothing."""
     return sorted({*processor.tokenizer.all_special_ids, processor.image_token_id})
 
 
 def caption_words(processor: Any, captions: Sequence[str], length: int | None = None) -> set[int]:
-    """The tokens of a picture's captions as the model reads them, special ones left out."""
+    """The token ids of a picture's captions as the model reads them, without special ones."""
     ids = processor(text=list(captions), return_tensors=None, padding=False, max_length=length)["input_ids"]
     return {token for row in ids for token in row} - set(special_ids(processor))
 
 
 def ranks_of(scores: Tensor, right: Collection[int]) -> Tensor:
-    """The places from 1, in falling order, of the right words among all scores (V,); of equal ones the first first."""
-    ranks = torch.empty(len(scores), dtype=torch.long)
+    """The sorted ranks (n,), from 1, of the n right tokens among scores (V,); of equal scores the lower id leads."""
+    ranks = torch.empty(len(scores), dtype=torch.long)  # (V,)
+    # the inverse permutation of the order
     ranks[scores.argsort(descending=True, stable=True)] = torch.arange(1, len(scores) + 1)
     return ranks[sorted(right)].sort().values
 
 
 def average_precision(ranks: Tensor) -> float:
-    """The mean over the right words of the share of right ones up to each, of their sorted places (n,) from 1."""
+    """Average precision from the sorted ranks (n,), from 1: at each right token the share of right ones so far."""
     return float((torch.arange(1, len(ranks) + 1) / ranks).mean())
 
 
 def concept_scores(
     probabilities: Sequence[Tensor], words: Sequence[Collection[int]], ks: Sequence[int]
 ) -> dict[str, float]:
-    """Means over pictures, of (B, V) and each picture's caption words.
+    """Means over pictures, from scores (B, V) and the token ids of each picture's captions.
 
-    precision@k: share of the k words named that are in the captions; hit@k: whether any is; recall@k: share of the
-    captions' words among them; mean_average_precision, over all words.
+    precision@k: share of the k tokens named that are in the captions; hit@k: whether any is; recall@k: share of the
+    captions' tokens among them; mean_average_precision: over the whole order.
     """
     ranks = [ranks_of(scores, right) for scores, right in zip(probabilities, words, strict=True)]
     values = {"mean_average_precision": sum(map(average_precision, ranks)) / len(ranks)}
+
+    # right ones among the k first of each picture
     for k in ks:
         hits = [int((places <= k).sum()) for places in ranks]
         values[f"precision@{k}"] = sum(hits) / k / len(hits)
@@ -114,24 +118,34 @@ def concept_sheet(
     usual: Tensor | None = None,
 ) -> Any:
     """
-    A Figure with one row for each picture: the picture and its caption, then the maps of its k likeliest words, or of
-    those that are likeliest beyond what is `usual` (V,), with their probability, and whether a caption says them too.
+    A Figure with one row for each picture: the picture and its caption, then the maps of its k likeliest tokens.
+
+    Under each map stands the token's probability, and whether a caption has it too. With `usual` (V,) the tokens are
+    those likeliest beyond it.
     """
+
+    # which k tokens to draw
     images = [row["image"] for row in rows]
-    found = concept_probabilities(model, processor, images)
-    words = (found if usual is None else beyond_usual(found, usual)).topk(k).indices  # (B, k)
+    probabilities = concept_probabilities(model, processor, images)
+    tokens = (probabilities if usual is None else beyond_usual(probabilities, usual)).topk(k).indices  # (B, k)
+
+    # a map for each: every picture is repeated k times
     with evaluating(model):
-        pixels = pixels_of(model, processor, images).repeat_interleave(k, 0)
-        maps = model.ground_concepts(pixels, words.flatten().to(pixels.device), layer).float().cpu()
-    tokens, panels = processor.tokenizer.convert_ids_to_tokens, []
+        pixels = pixels_of(model, processor, images).repeat_interleave(k, 0)  # (B * k, 3, H, W)
+        maps = model.ground_concepts(pixels, tokens.flatten().to(pixels.device), layer).float().cpu()  # (B * k, h, w)
+
+    # a line of panels a picture
+    panels = []
     for i, row in enumerate(rows):
-        seen, said = as_seen(row["image"]), caption_words(processor, row["captions"])
+        seen = as_seen(row["image"])
+        in_captions = caption_words(processor, row["captions"])
         line = [Panel(seen, above=wrapped(str(row["captions"][0])))]
-        for j, word in enumerate(words[i].tolist()):
-            sure = f"{found[i, word]:.1%}" + (f", usually {usual[word]:.1%}" if usual is not None else "")
-            sure += " (in a caption)" if word in said else ""
-            line.append(Panel(seen, maps[i * k + j], tokens(word), sure))
+        for j, token in enumerate(tokens[i].tolist()):
+            below = f"{probabilities[i, token]:.1%}" + (f", usually {usual[token]:.1%}" if usual is not None else "")
+            below += " (in a caption)" if token in in_captions else ""
+            line.append(Panel(seen, maps[i * k + j], processor.tokenizer.convert_ids_to_tokens(token), below))
         panels.append(line)
+
     surest = "surest of" if usual is None else "surer of than usual"
     title = (
         f"{describe(model)}: the words that the concept head is {surest}, and Grad-CAM of the visual encoder for "
@@ -142,18 +156,18 @@ def concept_sheet(
 
 class ConceptEvaluator:
     """
-    How many of the words that the concept head names are in the captions, and a sheet of where it sees them.
+    How many of the tokens that the concept head names are in the captions, and a sheet of where it sees them.
 
     Args:
         rows: {"image", "captions", "id"}; every caption of a row counts.
-        ks: how many words are taken as named.
-        shown: pictures drawn, with five words each.
+        ks: how many tokens are taken as named.
+        shown: pictures drawn, with five tokens each.
         layer: of the visual encoder, for the maps.
 
-    Yields name/concept_mean_average_precision, name/concept_precision@k, hit@k and recall@k; the same as
-    name/same_words_..., of one list of words for all pictures, ordered by their mean probability over them: a head
-    that only knows which words are frequent is no better; and as name/beyond_usual_..., of words ordered by how much
-    surer of them the head is than on average over the pictures. Two sheets, of the surest words and beyond the usual.
+    Yields name/concept_mean_average_precision, name/concept_precision@k, hit@k and recall@k, and the same numbers for
+    two other orders of tokens. name/same_words_... has one order for all pictures, by mean probability: a head that
+    only knows which tokens are frequent is no better. name/beyond_usual_... orders tokens by how much surer of them
+    the head is than on average over the pictures. Then two sheets, of the surest tokens and of those beyond the usual.
     """
 
     def __init__(
@@ -169,8 +183,14 @@ class ConceptEvaluator:
     ) -> None:
         if not len(rows):
             raise ValueError("there are no rows to evaluate on")
-        self.rows, self.ks, self.shown, self.seed = rows, tuple(ks), shown, seed
-        self.batch_size, self.layer, self.name, self.progress = batch_size, layer, name, progress
+        self.rows = rows
+        self.ks = tuple(ks)
+        self.shown = shown
+        self.seed = seed
+        self.batch_size = batch_size
+        self.layer = layer
+        self.name = name
+        self.progress = progress
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -186,20 +206,29 @@ class ConceptEvaluator:
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
         """Ask the head of every picture and yield (name, value)."""
+        # recall is not defined for a picture whose captions have no token of the vocabulary
         images = [row["image"] for row in self.rows]
-        words = [caption_words(processor, row["captions"]) for row in self.rows]
-        kept = [place for place, said in enumerate(words) if said]
-        if not kept:
+        tokens = [caption_words(processor, row["captions"]) for row in self.rows]
+        scored = [place for place, ids in enumerate(tokens) if ids]
+        if not scored:
             raise ValueError("no caption has a word that the tokenizer knows")
-        found = concept_probabilities(model, processor, images, self.batch_size, self.progress)[kept]
-        words = [words[place] for place in kept]
-        usual = found.mean(0)
-        kinds = {"concept": found, "same_words": usual.expand_as(found), "beyond_usual": beyond_usual(found, usual)}
-        for kind, asked in kinds.items():
-            for name, value in concept_scores(asked, words, self.ks).items():
+        probabilities = concept_probabilities(model, processor, images, self.batch_size, self.progress)[scored]
+        tokens = [tokens[place] for place in scored]
+
+        # the head's own order, the order that is the same for all pictures, and the difference of the two
+        usual = probabilities.mean(0)  # (V,)
+        orders = {
+            "concept": probabilities,
+            "same_words": usual.expand_as(probabilities),
+            "beyond_usual": beyond_usual(probabilities, usual),
+        }
+        for kind, scores in orders.items():
+            for name, value in concept_scores(scores, tokens, self.ks).items():
                 yield f"{self.name}/{kind}_{name}", value
+
+        # pictures to look at
         shown = one_of_each_id(self.rows, self.shown, self.seed)
-        k = min(5, found.shape[1])
+        k = min(5, probabilities.shape[1])
         yield f"{self.name}/concept_sheet", concept_sheet(model, processor, shown, k, self.layer)
         yield f"{self.name}/beyond_usual_sheet", concept_sheet(model, processor, shown, k, self.layer, usual)
 

@@ -16,18 +16,22 @@ from oner.processing.image_processing_vl import open_image
 
 from .sheets import evaluating
 
-GAP, ZOOM = 6, 4
+GAP = 6  # pixels between tiles
+ZOOM = 4  # pixels of the sheet for each of a picture
 
 
 def read_pictures(rows: Sequence[dict[str, Any]], size: int) -> Tensor:
     """The rows' pictures, squeezed to squares by Lanczos: (B, 3, S, S) in [0, 1]."""
     images = [open_image(row["image"]).resize((size, size), Image.Resampling.LANCZOS) for row in rows]
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (B, S, S, 3)
+    return pixels.permute(0, 3, 1, 2) / 255  # (B, 3, S, S)
 
 
 def code_perplexity(codes: Tensor, num_codes: int) -> tuple[int, float]:
     """Of codes of any shape: how many of the K occur, and exp of their frequencies' entropy, at most K."""
-    frequencies = torch.bincount(codes.flatten(), minlength=num_codes).double() / codes.numel()
+    frequencies = torch.bincount(codes.flatten(), minlength=num_codes).double() / codes.numel()  # (K,)
+
+    # entr is -p log p, and 0 at p = 0
     return int((frequencies > 0).sum()), torch.special.entr(frequencies).sum().exp().item()
 
 
@@ -47,28 +51,36 @@ class ReconstructionEvaluator:
     def __init__(self, rows: Sequence[dict[str, Any]], name: str, size: int | None = None, batch_size: int = 128):
         if not len(rows):
             raise ValueError(f"{name}: no pictures to evaluate on")
-        self.rows, self.name, self.size, self.batch_size = rows, name, size, batch_size
+        self.rows = rows
+        self.name = name
+        self.size = size
+        self.batch_size = batch_size
 
     @property
     def protocol(self) -> dict[str, Any]:
         return {"pictures": len(self.rows), "pixels": self.size, "resize": "squeezed, Lanczos"}
 
     def run(self, model: DiscreteVAE, processor: None = None) -> Iterator[tuple[str, float]]:
+        # sums over all values, from which every measure follows
         self.size = self.size or model.config.image_size
         error = squares = count = 0.0
-        colours, codes = torch.zeros(3, dtype=torch.float64), []
+        colours = torch.zeros(3, dtype=torch.float64)
+        codes = []
         with evaluating(model):
             for start in range(0, len(self.rows), self.batch_size):
                 stop = min(start + self.batch_size, len(self.rows))
-                pictures = read_pictures([self.rows[place] for place in range(start, stop)], self.size)
-                found = model.get_codebook_indices(pictures.to(model.device))
-                drawn = model.decode(found).cpu()
+                pictures = read_pictures([self.rows[place] for place in range(start, stop)], self.size)  # (b, 3, S, S)
+                indices = model.get_codebook_indices(pictures.to(model.device))  # (b, N)
+                drawn = model.decode(indices).cpu()  # (b, 3, S, S)
                 error += (drawn - pictures).double().square().sum().item()
                 squares += pictures.double().square().sum().item()
                 colours += pictures.double().sum((0, 2, 3))
                 count += pictures.numel()
-                codes.append(found.cpu())
+                codes.append(indices.cpu())
+
+        # squared error of the mean colour; a channel has a third of all values, hence the 3
         constant = (squares - 3 * (colours.square().sum().item() / count)) / count
+
         used, perplexity = code_perplexity(torch.cat(codes), model.config.num_codes)
         measures = {
             "squared_error": error / count,
@@ -86,8 +98,12 @@ def reconstruction_sheet(model: DiscreteVAE, rows: Sequence[dict[str, Any]], col
     pictures = read_pictures(rows, size)
     with evaluating(model):
         drawn = model.decode(model.get_codebook_indices(pictures.to(model.device))).cpu()
-    cell, lines = size * ZOOM + GAP, -(-len(rows) // columns)
+
+    # a picture's column holds the picture above and its reconstruction below
+    cell = size * ZOOM + GAP
+    lines = -(-len(rows) // columns)
     sheet = Image.new("RGB", (columns * cell + GAP, lines * (2 * cell + GAP) + GAP), "#d8d5ce")
+
     for place, pair in enumerate(zip(pictures, drawn, strict=True)):
         line, column = divmod(place, columns)
         for below, picture in enumerate(pair):

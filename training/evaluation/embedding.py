@@ -41,11 +41,13 @@ def _embed(
     if count == 0:
         raise ValueError(f"nothing to embed: no {description}")
     with evaluating(model):
-        parts = [
+        chunks = [
             F.normalize(encode(rows).pooler_output.float(), dim=-1)
             for rows in batches(count, batch_size, description, progress)
         ]
-    embeddings = torch.cat(parts)
+    embeddings = torch.cat(chunks)  # (n, P)
+
+    # one NaN would turn every score against it into one
     if not torch.isfinite(embeddings).all():
         bad = (~torch.isfinite(embeddings)).any(1)
         raise ValueError(f"{int(bad.sum())} of {count} embeddings of {description} are not finite")
@@ -67,6 +69,7 @@ def check_pictures(rows: Sequence[Row], name: str, threads: int = 4) -> None:
         except ImageDecodeError as error:
             return str(error)
 
+    # Pillow releases the lock while it decodes, so threads are enough
     with ThreadPoolExecutor(threads) as pool:
         bad = [(number, text) for number, text in enumerate(pool.map(reason, range(len(rows)))) if text is not None]
     if bad:
@@ -74,7 +77,7 @@ def check_pictures(rows: Sequence[Row], name: str, threads: int = 4) -> None:
 
 
 def opened(images: Iterable[Any], first: int) -> list[Any]:
-    """Decoded, the number of one that cannot be read in the error; they count from `first`."""
+    """The images decoded. Raises `ImageDecodeError` with the number of the one that cannot be read, from `first`."""
     decoded = []
     for number, image in enumerate(images, first):
         try:
@@ -90,7 +93,7 @@ def embed_images(
     """f(I), (n, P). `images` are anything that `open_image` opens, or rows' "image"; decoded a batch at a time."""
 
     def encode(rows: slice) -> Any:
-        batch = processor(images=opened(images[rows], rows.start), return_tensors="pt")
+        batch = processor(images=opened(images[rows], rows.start), return_tensors="pt")  # (b, 3, H, W)
         return model.get_image_features(pixel_values=on_device(batch, model)["pixel_values"])
 
     return _embed(model, len(images), encode, batch_size, "pictures", progress)
@@ -100,6 +103,8 @@ def embed_texts(
     model: Any, processor: Any, texts: Sequence[str], batch_size: int = 256, progress: bool = False
 ) -> Tensor:
     """f(T), (n, P). Equal texts are embedded once, so that they tie exactly; batches hold texts of like length."""
+
+    # by length, so that little of a batch is padding
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     place = {text: row for row, text in enumerate(unique)}
 
@@ -108,6 +113,8 @@ def embed_texts(
         return model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
     embeddings = _embed(model, len(unique), encode, batch_size, "texts", progress)
+
+    # (u, P) -> (n, P)
     return embeddings[torch.tensor([place[text] for text in texts], device=embeddings.device)]
 
 
@@ -128,8 +135,12 @@ def embed_pairs(
         raise ValueError(f"{times} text(s) a picture: got {len(images)} pictures and {len(texts)} texts")
 
     def encode(rows: slice) -> Any:
-        first, last = rows.start // times, (rows.stop - 1) // times + 1
+        # the pictures that rows of this batch belong to, its first and last perhaps with a part of their texts
+        first = rows.start // times
+        last = (rows.stop - 1) // times + 1
         pictures = opened(images[first:last], first)
+
+        # one sequence a row: [CLS], patches, tokens
         batch = processor(
             images=[pictures[row // times - first] for row in range(rows.start, rows.stop)],
             text=list(texts[rows]),
@@ -149,7 +160,8 @@ class Column(Sequence):
     """One column of map-style rows as a sequence that reads a row when it is asked for, so pictures stay on disk."""
 
     def __init__(self, rows: Sequence[Row], name: str, indices: Sequence[int] | None = None):
-        self.rows, self.name = rows, name
+        self.rows = rows
+        self.name = name
         self.indices = range(len(rows)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -193,27 +205,32 @@ def gallery_vectors(
 
 
 def spaced(rows: Sequence[Any], limit: int | None = None) -> list[Any]:
-    """All of `rows` in order, or of more than `limit` so many evenly spaced ones, the first among them.
+    """All of `rows` in order; with a `limit` at most so many, evenly spaced from the first on.
 
     Raises:
         ValueError: a limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"a limit must be at least 1, got {limit}")
+
     count = len(rows) if limit is None else min(limit, len(rows))
     places = [number * len(rows) // count for number in range(count)]
-    take = getattr(rows, "take", None)  # of `PairRows`: one read for all
+
+    # `PairRows.take` reads all of them at once
+    take = getattr(rows, "take", None)
     return [rows[place] for place in places] if take is None else take(places)
 
 
 def row_ids(rows: Iterable[Row], owner: str = "row") -> list[Hashable]:
-    """The concept id of every row; a row without one is a concept of its own, told apart by `owner` between lists."""
+    """The concept id of every row. A row without one is a concept of its own; `owner` separates those of two lists."""
     ids = (row.get("id") for row in rows)
-    return [(owner, number) if given is None else given for number, given in enumerate(ids)]
+    return [(owner, number) if concept is None else concept for number, concept in enumerate(ids)]
 
 
 def numbered(*columns: Sequence[Hashable]) -> tuple[Tensor, ...]:
     """Columns of hashable values as int64 tensors in which equal values, also across columns, have equal numbers."""
+
+    # numbered in order of appearance
     numbers: dict[Hashable, int] = {}
     return tuple(torch.tensor([numbers.setdefault(value, len(numbers)) for value in column]) for column in columns)
 
@@ -224,5 +241,7 @@ def picture_key(image: Any) -> str:
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str | PathLike):
         return f"path {image}"
+
+    # pixels of what is in memory, since no file says who it is
     content = image if isinstance(image, bytes) else open_image(image).tobytes()
     return hashlib.sha256(content).hexdigest()

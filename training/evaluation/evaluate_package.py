@@ -12,6 +12,7 @@ from types import ModuleType
 
 
 def _package_spec() -> ModuleSpec | None:
+    # the first entry that holds a package of that name; a script is a module without locations
     for entry in sys.path:
         spec = PathFinder.find_spec("evaluate", [entry])
         if spec is not None and spec.submodule_search_locations and spec.origin:  # a folder with an __init__.py
@@ -25,12 +26,16 @@ def import_evaluate() -> ModuleType:
     Raises:
         ImportError: it is not installed, or a script has been imported under its name already.
     """
+    # imported before: as the package, or as somebody's script
     known = sys.modules.get("evaluate")
     if known is not None and not hasattr(known, "__path__"):
         raise ImportError(f"the metrics need the package `evaluate`, but that name is taken by {known.__file__}")
+
     spec = _package_spec() if known is None else None
     if spec is None:
         return importlib.import_module("evaluate")
+
+    # as the import system does it: registered while it runs, taken out again if it fails
     package = importlib.util.module_from_spec(spec)
     sys.modules["evaluate"] = package
     try:

@@ -22,7 +22,8 @@ KINDS = ("image", "text", "both")
 def embed_rows(model: Any, processor: Any, rows: Sequence[Row], batch_size: int = 64) -> dict[str, Tensor]:
     """Normalised embeddings (B, P), on the CPU, of each row's picture ("image"), first caption ("text"), and the two
     in one sequence ("both")."""
-    images, texts = [row["image"] for row in rows], [str(row["captions"][0]) for row in rows]
+    images = [row["image"] for row in rows]
+    texts = [str(row["captions"][0]) for row in rows]
     return {
         "image": embed_images(model, processor, images, batch_size).cpu(),
         "text": embed_texts(model, processor, texts, batch_size).cpu(),
@@ -36,9 +37,11 @@ def paired_cosines(image: Tensor, text: Tensor, ids: Sequence[Any] | None = None
     Raises:
         ValueError: there are no unpaired rows to compare with.
     """
-    cosines = image.double() @ text.double().T
-    (codes,) = numbered(range(len(image)) if ids is None else ids)
-    foreign = codes[:, None] != codes[None, :]
+    cosines = image.double() @ text.double().T  # (B, B)
+
+    # unpaired is a text of another id, not merely of another row
+    (codes,) = numbered(range(len(image)) if ids is None else ids)  # (B,)
+    foreign = codes[:, None] != codes[None, :]  # (B, B)
     if not foreign.any():
         raise ValueError("unpaired cosines need rows of at least 2 different ids, got 1")
     return float(cosines.diagonal().mean()), float(cosines[foreign].mean())
@@ -63,25 +66,32 @@ def centroid_separability(first: Tensor, second: Tensor, seed: int = 0) -> float
     on the other. .5 says that the means coincide, 1 that they tell the clouds apart."""
     fit, judge = _halves(first, second, seed)
     first, second = first.double(), second.double()
-    one, other = first[fit].mean(0), second[fit].mean(0)
-    direction, middle = one - other, (one + other) / 2
+
+    # nearer to one centroid than to the other: the side of the plane halfway between them
+    one, other = first[fit].mean(0), second[fit].mean(0)  # (P,)
+    direction = one - other
+    middle = (one + other) / 2
     return _accuracy((first[judge] - middle) @ direction, (second[judge] - middle) @ direction)
 
 
 def linear_separability(first: Tensor, second: Tensor, seed: int = 0, ridge: float = 1e-2) -> float:
-    """The same question to a ridge classifier in closed form, which also finds a gap in directions of little variance.
+    """As `centroid_separability`, by a ridge classifier in closed form, which also finds a gap of little variance.
 
     Stricter than `centroid_separability`: any trace of the modality counts. `ridge` is relative to the mean variance.
     """
     fit, judge = _halves(first, second, seed)
     first, second = first.double(), second.double()
-    points = torch.cat([first[fit], second[fit]])
+
+    # centred points, +1 for one cloud and -1 for the other
+    points = torch.cat([first[fit], second[fit]])  # (B, P), B / 2 of each cloud
     middle = points.mean(0)
     points = points - middle
-    sides = torch.cat([torch.ones(len(fit)), -torch.ones(len(fit))]).double()
-    gram = points.T @ points
+    sides = torch.cat([torch.ones(len(fit)), -torch.ones(len(fit))]).double()  # (B,)
+
+    # (X'X + ridge I) w = X'y; the floor keeps the ridge positive where all points coincide
+    gram = points.T @ points  # (P, P)
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
-    direction = torch.linalg.lstsq(gram, points.T @ sides[:, None]).solution[:, 0]
+    direction = torch.linalg.lstsq(gram, points.T @ sides[:, None]).solution[:, 0]  # (P,)
     return _accuracy((first[judge] - middle) @ direction, (second[judge] - middle) @ direction)
 
 
@@ -118,6 +128,7 @@ def tsne(vectors: Tensor, perplexity: float = 30.0, seed: int = 0) -> Tensor:
         raise ImportError("t-SNE needs scikit-learn: pip install 'oner[plots]'") from error
     if len(vectors) <= perplexity:
         raise ValueError(f"t-SNE needs more points than its perplexity of {perplexity:g}, got {len(vectors)}")
+    # one job and a PCA start: the same points give the same picture
     drawn = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed, n_jobs=1)
     return torch.from_numpy(drawn.fit_transform(vectors.double().numpy())).float()
 
@@ -129,9 +140,11 @@ def gap_figure(embeddings: Mapping[str, Tensor], title: str, note: str = "", lin
         embeddings: normalised, "image", "text" and "both", (B, P) each.
         note: words under the picture, for the numbers.
     """
+    # one t-SNE of all three clouds, so that their points can be compared
     count = len(embeddings["image"])
     points = tsne(torch.cat([embeddings[kind] for kind in KINDS]), min(30.0, (3 * count - 1) / 3), seed)
-    image, text, both = points.split(count)
+    image, text, both = points.split(count)  # (B, 2) each
+
     figure = new_figure(7.0, 7.2)
     axes = figure.add_axes((0.03, 0.12, 0.94, 0.79))
     for one, two in zip(image[:links].tolist(), text[:links].tolist(), strict=True):
@@ -143,6 +156,8 @@ def gap_figure(embeddings: Mapping[str, Tensor], title: str, note: str = "", lin
             place[:, 0].numpy(), place[:, 1].numpy(), s=13, c=colour, marker=marker, alpha=0.7, linewidths=0,
             label=names[kind], zorder=2,
         )  # fmt: skip
+
+    # t-SNE's axes have no unit
     axes.set_xticks([])
     axes.set_yticks([])
     for side in axes.spines.values():
@@ -168,7 +183,11 @@ class GapEvaluator:
     def __init__(
         self, rows: Sequence[Row], count: int = 500, drawn: int = 300, seed: int = 0, name: str = "gap"
     ) -> None:
-        self.rows, self.count, self.drawn, self.seed, self.name = rows, count, drawn, seed, name
+        self.rows = rows
+        self.count = count
+        self.drawn = drawn
+        self.seed = seed
+        self.name = name
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -184,10 +203,13 @@ class GapEvaluator:
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
         """Yields every entry of `gap_measures`, then the figure."""
+        # the numbers, over all rows
         rows = one_of_each_id(self.rows, self.count, self.seed)
         embeddings = embed_rows(model, processor, rows)
         measures = gap_measures(embeddings, row_ids(rows), self.seed)
         yield from ((f"{self.name}/{key}", value) for key, value in measures.items())
+
+        # the picture, of fewer rows, with the numbers below it
         drawn = {kind: vectors[: self.drawn] for kind, vectors in embeddings.items()}
         title = f"{describe(model)}\nt-SNE of {len(drawn['image'])} rows; lines join some pictures with their captions"
         note = (

@@ -33,12 +33,13 @@ from .sheets import (
     wrapped,
 )
 
-RIGHT, CHOSEN = "lime", "red"
+RIGHT = "lime"
+CHOSEN = "red"
 
 
 def whole_picture(model: Any) -> dict[str, Any]:
-    """Options of the processor that squeeze the whole picture into the model's square, as the official test does: a
-    map must speak of all of it."""
+    """Options of the processor that squeeze the whole picture into the model's square, as the official test does, so
+    that a map covers all of it."""
     side = model.config.image_size
     return {"size": {"height": side, "width": side}, "do_center_crop": False}
 
@@ -50,9 +51,9 @@ def grounding_maps(
     texts: Sequence[str],
     batch_size: int = 32,
     progress: bool = False,
-    **how: Any,
+    **options: Any,
 ) -> Tensor:
-    """The model's `ground` (B, h, w), on the CPU, of picture i with text i; `how` are its mode, layer and pool.
+    """The model's `ground` (B, h, w), on the CPU, of picture i with text i; `options` are its mode, layer and pool.
 
     Raises:
         TypeError: a model without `ground`.
@@ -62,6 +63,8 @@ def grounding_maps(
         raise TypeError(f"grounding needs a model with ground(), got {type(model).__name__}")
     if len(images) != len(texts) or not len(texts):
         raise ValueError(f"expected one text for each picture, got {len(images)} pictures and {len(texts)} texts")
+
+    # each picture with its text, squeezed to a square
     maps = []
     with evaluating(model):
         for chosen in batches(len(texts), batch_size, "pairs", progress):
@@ -73,7 +76,7 @@ def grounding_maps(
                 truncation=True,
                 **whole_picture(model),
             )
-            maps.append(model.ground(**on_device(batch, model), **how).float().cpu())
+            maps.append(model.ground(**on_device(batch, model), **options).float().cpu())  # (b, h, w)
     return torch.cat(maps)
 
 
@@ -95,18 +98,23 @@ def choose_box(
     cells: Tensor, size: tuple[int, int], boxes: Sequence[Sequence[float]], truth: Sequence[float]
 ) -> Choice:
     """
-    The highest score among `boxes` of a map (h, w) enlarged to its picture's `size` (H, W), the first of equals.
+    The box of highest score among `boxes`, from a map (h, w) enlarged to its picture's `size` (H, W); of equal scores
+    the first.
 
     (The official code keeps the box of the expression before when no box scores above 0; here the highest wins.)
     """
-    scores = score_boxes(resize_map(cells, *size), boxes)
+    # the map chooses without seeing the object's box
+    scores = score_boxes(resize_map(cells, *size), boxes)  # (n,)
     index = int(scores.argmax())
+
+    # and is judged by it
     overlaps = [box_iou(truth, box) for box in boxes]
     return Choice(index, overlaps[index], len(boxes), sum(iou >= 0.5 for iou in overlaps))
 
 
 def as_seen(image: Any) -> Tensor:
     """A picture in its own shape, (H, W, 3) in [0, 1], for a panel."""
+    # a copy, since Pillow's pixels are read-only
     return torch.from_numpy(np.asarray(open_image(image)).copy()).float() / 255
 
 
@@ -119,9 +127,9 @@ class GroundingEvaluator:
         mode, layer, pool: of the model's `ground`.
         shown: expressions drawn, evenly spaced.
 
-    Yields for every split there is, in the names of the official log: name/val_d (testA_d, testB_d), the accuracy;
-    name/val_chance, that of a box drawn blindly; name/val_reachable, the share of expressions for which the detector
-    has a right box at all; name/val_expressions; and a sheet.
+    Yields for every split in the rows, with the names of the official log: name/val_d (testA_d, testB_d), the
+    accuracy; name/val_chance, the accuracy of a box chosen at random; name/val_reachable, the share of expressions for
+    which the detector has a right box at all; name/val_expressions; and a sheet.
 
     Raises:
         PairDataError: rows without boxes.
@@ -143,15 +151,19 @@ class GroundingEvaluator:
                 "grounding is scored on expressions with boxes; give the referred objects, COCO's instances and the "
                 "detector's boxes (refs, instances, detections)"
             )
-        self.rows, self.batch_size, self.shown, self.name, self.progress = rows, batch_size, shown, name, progress
-        self.how = {"mode": mode, "layer": layer, "pool": pool}
+        self.rows = rows
+        self.batch_size = batch_size
+        self.shown = shown
+        self.name = name
+        self.progress = progress
+        self.options = {"mode": mode, "layer": layer, "pool": pool}
 
     @property
     def protocol(self) -> dict[str, Any]:
         """What the numbers mean, for the file of results."""
         return {
             "task": "referring expressions, weakly supervised: the box of a detector that a Grad-CAM map chooses",
-            "map": f"Grad-CAM, {self.how}, bicubic to the picture's size",
+            "map": f"Grad-CAM, {self.options}, bicubic to the picture's size",
             "score": "sum inside the box / area ** 0.5",
             "right": "inclusive-pixel IoU with the object's box >= 0.5",
             "expressions": len(self.rows),
@@ -159,25 +171,34 @@ class GroundingEvaluator:
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
         """Ground every expression and yield (name, value), a sheet last."""
+        # expressions to draw, evenly spaced
         choices: dict[str, list[Choice]] = {}
         count = min(self.shown, len(self.rows))
         drawn = {number * len(self.rows) // count for number in range(count)}
+
+        # a box for every expression
         panels = []
-        for part in batches(len(self.rows), self.batch_size, "expressions", self.progress):
-            rows = [self.rows[number] for number in range(part.start, part.stop)]
-            images, texts = [row["image"] for row in rows], [row["captions"][0] for row in rows]
-            maps = grounding_maps(model, processor, images, texts, len(rows), **self.how)
-            for number, (row, cells) in enumerate(zip(rows, maps, strict=True), part.start):
+        for chosen in batches(len(self.rows), self.batch_size, "expressions", self.progress):
+            rows = [self.rows[number] for number in range(chosen.start, chosen.stop)]
+            images = [row["image"] for row in rows]
+            texts = [row["captions"][0] for row in rows]
+            maps = grounding_maps(model, processor, images, texts, len(rows), **self.options)
+            for number, (row, cells) in enumerate(zip(rows, maps, strict=True), chosen.start):
                 choice = choose_box(cells, row["size"], row["boxes"], row["box"])
                 choices.setdefault(row["split"], []).append(choice)
                 if number in drawn:
-                    panels += [self._panel(row, cells, choice)]
-        for split, made in choices.items():
-            yield f"{self.name}/{split}_d", sum(choice.right for choice in made) / len(made)
-            chance = sum(choice.right_candidates / choice.candidates for choice in made) / len(made)
+                    panels.append(self._panel(row, cells, choice))
+
+        # each split on its own, beside what chance and the detector allow
+        for split, of_split in choices.items():
+            count = len(of_split)
+            yield f"{self.name}/{split}_d", sum(choice.right for choice in of_split) / count
+            chance = sum(choice.right_candidates / choice.candidates for choice in of_split) / count
             yield f"{self.name}/{split}_chance", chance
-            yield f"{self.name}/{split}_reachable", sum(choice.right_candidates > 0 for choice in made) / len(made)
-            yield f"{self.name}/{split}_expressions", float(len(made))
+            yield f"{self.name}/{split}_reachable", sum(choice.right_candidates > 0 for choice in of_split) / count
+            yield f"{self.name}/{split}_expressions", float(count)
+
+        # five panels a line
         if panels:
             title = f"{describe(model)}: Grad-CAM of expressions. Green: the object. Red: the box chosen, if another"
             try:
@@ -197,20 +218,24 @@ def grounding_sheet(
     images: Sequence[Any],
     texts: Sequence[Sequence[str]],
     note: str = "",
-    **how: Any,
+    **options: Any,
 ) -> Any:
     """A Figure with one row for each picture: the picture, then its map for each of its texts, with the rectangle of
     patches that scores highest; `note` ends the title."""
+    # every picture with each of its texts
     pairs = [(i, text) for i, asked in enumerate(texts) for text in asked]
-    maps = grounding_maps(model, processor, [images[i] for i, _ in pairs], [text for _, text in pairs], **how)
+    maps = grounding_maps(model, processor, [images[i] for i, _ in pairs], [text for _, text in pairs], **options)
+
+    # a line of panels a picture
     seen = [as_seen(image) for image in images]
     rows = [[Panel(picture, above="picture")] for picture in seen]
     for (i, text), cells in zip(pairs, maps, strict=True):
         box = rectangle_box(cells, *seen[i].shape[:2])
         rows[i].append(Panel(seen[i], cells, wrapped(text), f"highest {cells.max():.1e}", ((box, CHOSEN),)))
+
     by = (
         "the picture's attention by the cosine"
-        if how.get("mode") == "itc"
+        if options.get("mode") == "itc"
         else "cross-attention by the matching score"
     )
     title = (
@@ -222,12 +247,18 @@ def grounding_sheet(
 
 def word_sheet(model: Any, processor: Any, image: Any, text: str, layer: int | None = None) -> Any:
     """A Figure with the picture and, in reading order, the map of each token of `text` (ALBEF's visualisation)."""
+    # a map for each token, not their mean
     with evaluating(model):
         batch = processor(images=[open_image(image)], text=[text], return_tensors="pt", **whole_picture(model))
         maps = model.ground(**on_device(batch, model), layer=layer, pool="none")[0].float().cpu()  # (T, h, w)
+
+    # the tokens of the text, whose sequence may hold places of the picture too
     ids = batch["input_ids"][0]
     tokens = processor.tokenizer.convert_ids_to_tokens(ids[ids != processor.image_token_id].tolist())
-    seen, top = as_seen(image), maps.max().clamp_min(1e-30)
+
+    # maps are min-maxed one by one, so the share of the highest value says which of them is strong
+    seen = as_seen(image)
+    top = maps.max().clamp_min(1e-30)
     panels = [Panel(seen, above="picture")]
     for token, cells in zip(tokens, maps, strict=True):
         panels.append(Panel(seen, cells, token, f"highest {cells.max() / top:.0%} of all"))
@@ -264,16 +295,21 @@ class SceneGroundingEvaluator:
         layer: int | None = None,
         name: str = "grounding",
     ) -> None:
-        self.rows, self.queries, self.scenes = rows, queries, scenes
-        self.shown, self.seed, self.batch_size, self.name = shown, seed, batch_size, name
-        self.how = {"mode": mode, "layer": layer}
+        self.rows = rows
+        self.queries = queries
+        self.scenes = scenes
+        self.shown = shown
+        self.seed = seed
+        self.batch_size = batch_size
+        self.name = name
+        self.options = {"mode": mode, "layer": layer}
 
     @property
     def protocol(self) -> dict[str, Any]:
         """What the numbers mean, for the file of results."""
         return {
             "task": "pointing at one of four pictures by its caption",
-            "map": f"Grad-CAM, {self.how}",
+            "map": f"Grad-CAM, {self.options}",
             "scenes": self.scenes,
             "caption": "first",
             "chance": 0.25,
@@ -282,26 +318,37 @@ class SceneGroundingEvaluator:
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
         """Ground the caption asked for in every scene, and yield (name, value)."""
+        # maps of the caption asked for in each scene
         scenes = draw_scenes(self.rows, self.scenes, self.seed)
         asked = [scene.asked for scene in scenes]
-        images, texts = [s.image for s in scenes], [s.words[s.asked] for s in scenes]
-        maps = grounding_maps(model, processor, images, texts, self.batch_size, **self.how)
+        images = [scene.image for scene in scenes]
+        texts = [scene.words[scene.asked] for scene in scenes]
+        maps = grounding_maps(model, processor, images, texts, self.batch_size, **self.options)
+
+        # the quarter that the highest patch lies in, and the quarter that is the best box
         pointed = pointing(maps, asked)[0]
         boxed = sum(_best_quarter(cells) == index for cells, index in zip(maps, asked, strict=True)) / len(maps)
         yield f"{self.name}/pointing_accuracy", pointed
         yield f"{self.name}/box_accuracy", boxed
         yield f"{self.name}/scene_chance", 0.25
+
+        # pictures with several texts
         pictures, asked_of = self._queries()
         note = "First map: its own caption; the others: of other pictures" if self.queries is None else ""
-        yield f"{self.name}/sheet", grounding_sheet(model, processor, pictures, asked_of, note, **self.how)
-        if self.how["mode"] == "itm":
+        yield f"{self.name}/sheet", grounding_sheet(model, processor, pictures, asked_of, note, **self.options)
+
+        # only cross-attention belongs to single tokens; the longest caption shows most of them
+        if self.options["mode"] == "itm":
             longest = max(range(len(pictures)), key=lambda i: len(asked_of[i][0].split()))
-            sheet = word_sheet(model, processor, pictures[longest], asked_of[longest][0], self.how["layer"])
+            sheet = word_sheet(model, processor, pictures[longest], asked_of[longest][0], self.options["layer"])
             yield f"{self.name}/words_sheet", sheet
+
+        # some of the scenes, each with all four captions
         note = f"Over {len(scenes)} scenes the highest patch lies on the named picture in {pointed:.0%} (chance 25%)"
         shown = scenes[: self.shown]
-        pictures, words = [s.image for s in shown], [s.words for s in shown]
-        yield f"{self.name}/scenes_sheet", grounding_sheet(model, processor, pictures, words, note, **self.how)
+        pictures = [scene.image for scene in shown]
+        captions = [scene.words for scene in shown]
+        yield f"{self.name}/scenes_sheet", grounding_sheet(model, processor, pictures, captions, note, **self.options)
 
     def _queries(self) -> tuple[list[Any], list[list[str]]]:
         if self.queries is not None:

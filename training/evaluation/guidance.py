@@ -15,7 +15,9 @@ from oner.processing.image_processing_vl import open_image
 from .sheets import new_figure
 
 LISTED = 5
-RIGHT, OTHER, MOVE = "#1a7f37", "0.25", "0.8"
+RIGHT = "#1a7f37"
+OTHER = "0.25"
+MOVE = "0.8"
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,23 @@ def guided_examples(
     """`count` evenly spaced pictures, those first whose right class guidance could move.
 
     Args:
-        images, labels: (n). scores: (n, C) before. reranked: (n, C) after, see `evaluation_zero_shot.rerank`.
+        images, labels: (n).
+        scores: (n, C) before guidance.
+        reranked: (n, C) after it, see `zero_shot.rerank`.
         guided: (n, K) scores that put the K candidates, the first of `scores`, in their new order.
     """
     candidates = guided.shape[1]
-    old, new = (
-        scores.argsort(dim=1, descending=True, stable=True),
-        reranked.argsort(dim=1, descending=True, stable=True),
-    )
+    old = scores.argsort(dim=1, descending=True, stable=True)  # (n, C)
+    new = reranked.argsort(dim=1, descending=True, stable=True)  # (n, C)
+
+    # guidance moves candidates only: first the pictures whose right class is one
     within = (old[:, :candidates] == labels.to(old.device)[:, None]).any(1).tolist()
     movable = [row for row, inside in enumerate(within) if inside]
     others = [row for row, inside in enumerate(within) if not inside]
     count = min(count, len(within))
     chosen = _spread(movable, count)
     chosen += _spread(others, count - len(chosen))
+
     return [
         Guided(
             images[row],
@@ -69,8 +74,9 @@ def _spread(places: Sequence[int], count: int) -> list[int]:
 
 
 def guidance_sheet(examples: Sequence[Guided], names: Sequence[str], title: str, columns: int = 2) -> Any:
-    """A Figure with a cell for each picture: its first five classes before and after guidance, lines from one to the
-    other; the right class is green and bold, and stands below with its rank where it is not among the five.
+    """A Figure with a cell for each picture: its first five classes before and after guidance, joined by lines.
+
+    The right class is green and bold; where it is not among the five it stands below them with its rank.
 
     Args:
         names: of all classes.
@@ -81,9 +87,12 @@ def guidance_sheet(examples: Sequence[Guided], names: Sequence[str], title: str,
     """
     if not examples:
         raise ValueError("a sheet needs at least one picture, got none")
+
+    # sizes in inches: a cell a picture, and above them a heading of as many lines as it needs
     columns = min(columns, len(examples))
     lines = -(-len(examples) // columns)
-    width, cell = 6.6 * columns + 0.2, 1.75
+    width = 6.6 * columns + 0.2
+    cell = 1.75
     heading = textwrap.fill(title, int(width * 11))
     head = 0.2 * (heading.count("\n") + 1) + 0.25
     height = head + cell * lines + 0.1
@@ -93,6 +102,8 @@ def guidance_sheet(examples: Sequence[Guided], names: Sequence[str], title: str,
         lines, 2 * columns, width_ratios=[1.3, 5.2] * columns, left=0.1 / width, right=1 - 0.1 / width,
         bottom=0.1 / height, top=1 - head / height, wspace=0.03, hspace=0.12,
     )  # fmt: skip
+
+    # in each cell the picture, and beside it the two lists
     for place, example in enumerate(examples):
         line, column = divmod(place, columns)
         axes = figure.add_subplot(grid[line, 2 * column])
@@ -110,6 +121,8 @@ def _lists(axes: Any, example: Guided, names: Sequence[str]) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(6.6, -0.5)
     axes.axis("off")
+
+    # class -> height, for each list
     heights = []
     sides = (
         ("before", 0.44, "right", example.before, example.before_scores),
@@ -117,11 +130,16 @@ def _lists(axes: Any, example: Guided, names: Sequence[str]) -> None:
     )
     for heading, x, side, order, scores in sides:
         axes.text(x, 0, heading, ha=side, va="center", fontsize=7, color="0.5")
+
+        # the first five, and the right class wherever it is
         shown = {number: row + 1 for row, number in enumerate(order[:LISTED])}
         if example.label not in shown:
             shown[example.label] = LISTED + 1
+
+        # name and score; only candidates have a score after guidance, others show their rank
         for number, row in shown.items():
-            right, rank = number == example.label, order.index(number)
+            right = number == example.label
+            rank = order.index(number)
             name = textwrap.shorten(names[number], 30, placeholder=" …")
             score = f"{scores[rank]:.2f}" if rank < len(scores) else f"rank {rank + 1}"
             score = f"{score}, rank {rank + 1}" if LISTED <= rank < len(scores) else score
@@ -129,6 +147,8 @@ def _lists(axes: Any, example: Guided, names: Sequence[str]) -> None:
             colour, weight = (RIGHT, "bold") if right else (OTHER, "normal")
             axes.text(x, row, words, ha=side, va="center", fontsize=7.5, color=colour, weight=weight, parse_math=False)
         heights.append(shown)
+
+    # lines between the two places of a class that is in both lists
     for number in heights[0].keys() & heights[1].keys():
         right = number == example.label
         axes.plot(

@@ -33,21 +33,30 @@ def open_labelled(
     Raises:
         PairDataError: no such source or column, several splits, or a class that is not a number in 0..C-1.
     """
+    # which columns hold pictures and class numbers
     data, folder = _load(source)
     image_column = _column(data, image_column, IMAGE_COLUMNS, "pictures", source)
     label_column = _column(data, label_column, LABEL_COLUMNS, "class numbers", source)
+
+    # numbers of a data set that names its own classes mean these
     kind = data.features[label_column]
     if isinstance(kind, datasets.ClassLabel) and kind.num_classes != len(class_names):
         raise PairDataError(
             f"{source}: its {kind.num_classes} classes ({', '.join(kind.names[:5])}, ...) are numbered among "
             f"themselves, but {len(class_names)} class names are given: name exactly its classes, in its order"
         )
+
+    # a class is written under the first of its synonyms
     numbers = class_numbers(data[label_column], len(class_names), f"{source}, column {label_column!r}")
     first = [name if isinstance(name, str) else name[0] for name in class_names]
+
+    # paths in a table are relative to its folder
     images = data.select_columns([image_column])
     if isinstance(images.features[image_column], datasets.Value) and folder is not None:
         paths = [os.path.join(folder, path) for path in images[image_column]]
         images = datasets.Dataset.from_dict({image_column: paths})
+
+    # rows of pairs, whose caption is the class and whose concept id is its number
     columns = {"id": numbers, NAME_COLUMN: [first[number] for number in numbers]}
     for name, values in columns.items():
         images = images.add_column(name, values)
@@ -60,8 +69,10 @@ def class_numbers(values: Sequence[Any], count: int, where: str) -> list[int]:
     Raises:
         PairDataError: with the first row that is no whole number or outside 0..count-1, and how many there are.
     """
-    numbers, wrong = [], []
+    numbers = []
+    wrong = []
     for row, value in enumerate(values):
+        # True is an int to Python, but no class
         whole = isinstance(value, int) and not isinstance(value, bool)
         whole = whole or (isinstance(value, str) and value.strip().isdecimal())
         number = int(value) if whole else -1
@@ -79,10 +90,13 @@ def class_numbers(values: Sequence[Any], count: int, where: str) -> list[int]:
 
 def _load(source: str) -> tuple[datasets.Dataset, str | None]:
     """(rows, folder that picture paths are relative to)."""
-    path, folder = Path(source), None
+    # what the source is, told by what lies there: a table, a saved data set, folders of pictures, else a name
+    path = Path(source)
+    folder = None
     try:
         if path.suffix in TABLES and path.is_file():
-            kind, folder = TABLES[path.suffix], str(path.parent)
+            kind = TABLES[path.suffix]
+            folder = str(path.parent)
             options = {"sep": "\t"} if path.suffix == ".tsv" else {}
             data = datasets.load_dataset(kind, data_files=[str(path)], split="train", **options)
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -94,6 +108,8 @@ def _load(source: str) -> tuple[datasets.Dataset, str | None]:
             data = datasets.load_dataset(source)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         raise PairDataError(f"{source}: `datasets` cannot open it: {error.__cause__ or error}") from error
+
+    # several splits, of which nobody said which
     if isinstance(data, dict):
         if len(data) != 1:
             raise PairDataError(f"{source} has the splits {sorted(data)}: name the files or the folder of one")
@@ -101,9 +117,9 @@ def _load(source: str) -> tuple[datasets.Dataset, str | None]:
     return data, folder
 
 
-def _column(data: datasets.Dataset, given: str | None, usual: Sequence[str], what: str, source: str) -> str:
-    for column in usual if given is None else (given,):
+def _column(data: datasets.Dataset, name: str | None, usual: Sequence[str], what: str, source: str) -> str:
+    for column in usual if name is None else (name,):
         if column in data.column_names:
             return column
-    wanted = f"none of the columns {', '.join(usual)}" if given is None else f"no column {given!r}"
+    wanted = f"none of the columns {', '.join(usual)}" if name is None else f"no column {name!r}"
     raise PairDataError(f"{source}: {wanted} for the {what}; columns found: {', '.join(data.column_names)}")

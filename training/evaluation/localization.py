@@ -1,8 +1,8 @@
-"""Zero-shot localisation: which patches of a picture lie near a word (Figures 1, 3, 6-8, 10 and 11 of the OneR paper).
+"""Zero-shot localisation: which patches of a picture lie near a text (Figures 1, 3, 6-8, 10 and 11 of the OneR paper).
 
 "We simply compute the cosine similarities between image patch embeddings and the average-pooled text embedding": both
-come from the final LayerNorm, before any projector, picture and words each in a pass of their own. That means
-something only where both live in one space; in a model of two spaces the maps are noise (Figure 3).
+come from the final LayerNorm, before any projector, picture and text each in a pass of its own. That means something
+only where both live in one space; in a model of two spaces the maps are noise (Figure 3).
 
 Shapes: B pictures, N = h*w patches (row-major), L positions ([CLS] first), D width.
 """
@@ -31,21 +31,21 @@ from .sheets import (
 
 
 def mean_of_words(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """The mean (B, D) of the word states of a text-only pass (B, L, D), without [CLS] (position 0) and padding.
+    """The mean (B, D) of the token states of a text-only pass (B, L, D), without [CLS] (position 0) and padding.
 
     Raises:
-        ValueError: a text has no words.
+        ValueError: a text has no tokens.
     """
-    words = attention_mask.bool().clone()
-    words[:, 0] = False
-    count = words.sum(-1, keepdim=True)
+    tokens = attention_mask.bool().clone()  # (B, L)
+    tokens[:, 0] = False
+    count = tokens.sum(-1, keepdim=True)  # (B, 1)
     if (count == 0).any():
         raise ValueError(f"text {int((count[:, 0] == 0).nonzero()[0])} has no words, so there is nothing to look for")
-    return (states * words[..., None].to(states.dtype)).sum(1) / count.to(states.dtype)
+    return (states * tokens[..., None].to(states.dtype)).sum(1) / count.to(states.dtype)  # (B, D)
 
 
 def patch_word_cosine(patches: Tensor, words: Tensor) -> Tensor:
-    """Cosine (B, N) of every patch state (B, N, D) with its row's mean word state (B, D)."""
+    """Cosine (B, N) of every patch state (B, N, D) with its row's mean token state (B, D)."""
     return torch.einsum("bnd,bd->bn", F.normalize(patches.float(), dim=-1), F.normalize(words.float(), dim=-1))
 
 
@@ -57,12 +57,12 @@ def similarity_maps(
     batch_size: int = 64,
     image_size: int | None = None,
 ) -> Tensor:
-    """Raw cosines (B, h, w), on the CPU, of the patches of picture i with text i; one str asks it of all pictures.
+    """Raw cosines (B, h, w), on the CPU, of the patches of picture i with text i; a single str serves all pictures.
 
     Another `image_size` than the processor's gives a finer or coarser grid, with interpolated positions.
 
     Raises:
-        ValueError: numbers of pictures and texts differ, or a text has no words.
+        ValueError: numbers of pictures and texts differ, or a text has no tokens.
     """
     texts = [texts] * len(images) if isinstance(texts, str) else list(texts)
     if len(images) != len(texts) or not texts:
@@ -72,16 +72,20 @@ def similarity_maps(
     maps = []
     with evaluating(model):
         for start in range(0, len(texts), batch_size):
+            # pictures and texts of the batch, in tensors of their own
             chosen = slice(start, start + batch_size)
             pixels = on_device(processor(images=list(images[chosen]), return_tensors="pt", **options), model)
-            pixels = pixels["pixel_values"]
-            words = on_device(processor(text=texts[chosen], return_tensors="pt", padding=True, truncation=True), model)
+            pixels = pixels["pixel_values"]  # (b, 3, H, W)
+            text = on_device(processor(text=texts[chosen], return_tensors="pt", padding=True, truncation=True), model)
             h, w = patch_grid(pixels, model)
-            patches = model.get_image_features(pixel_values=pixels, **interpolated).last_hidden_state[:, 1:]
+
+            # final states of two passes, that of pictures without [CLS]
+            outputs = model.get_image_features(pixel_values=pixels, **interpolated)
+            patches = outputs.last_hidden_state[:, 1:]  # (b, N, D)
             states = model.get_text_features(
-                input_ids=words["input_ids"], attention_mask=words["attention_mask"]
-            ).last_hidden_state
-            cosines = patch_word_cosine(patches, mean_of_words(states, words["attention_mask"]))
+                input_ids=text["input_ids"], attention_mask=text["attention_mask"]
+            ).last_hidden_state  # (b, L, D)
+            cosines = patch_word_cosine(patches, mean_of_words(states, text["attention_mask"]))  # (b, N)
             maps.append(cosines.reshape(-1, h, w).cpu())
     return torch.cat(maps)
 
@@ -94,10 +98,11 @@ def pointing(maps: Tensor, asked: Sequence[int]) -> tuple[float, float]:
     """Share of maps (B, h, w) whose highest patch lies in the quarter asked for, and the mean of the map inside
     that quarter less its mean over the whole picture."""
     height, width = maps.shape[1:]
-    hits, lifts = 0, 0.0
+    hits = 0
+    lifts = 0.0
     for one, index in zip(maps, asked, strict=True):
         rows, columns = quarter(height, width, index)
-        inside = torch.zeros(height, width, dtype=torch.bool)
+        inside = torch.zeros(height, width, dtype=torch.bool)  # (h, w)
         inside[rows, columns] = True
         hits += bool(inside.flatten()[one.argmax()])
         lifts += float(one[inside].mean() - one.mean())
@@ -116,13 +121,17 @@ def localization_sheet(
 
     The range of raw cosines stands under each map, since the colours are min-maxed map by map.
     """
+    # every picture with each of its texts
     seen = pictures_as_seen(images, processor, **_resized(image_size))
     pairs = [(i, text) for i, asked in enumerate(texts) for text in asked]
     asked = [images[i] for i, _ in pairs]
     maps = similarity_maps(model, processor, asked, [text for _, text in pairs], image_size=image_size)
+
+    # a line of panels a picture
     rows = [[Panel(picture, above="picture")] for picture in seen]
     for (i, text), heat in zip(pairs, maps, strict=True):
         rows[i].append(Panel(seen[i], heat, wrapped(text), f"cosine {heat.min():.2f} to {heat.max():.2f}"))
+
     title = (
         f"{describe(model)}: zero-shot localisation. Cosine of the final patch states "
         f"with the mean final word state; blue low, red high, each map on its own scale{note and '. ' + note}"
@@ -131,7 +140,7 @@ def localization_sheet(
 
 
 class LocalizationEvaluator:
-    """How often the map of a word peaks on its picture among four (chance 25 %), and sheets of maps.
+    """How often the map of a caption peaks on its picture among four (chance 25 %), and sheets of maps.
 
     The scenes of four are this project's measure; the paper judges its maps by eye.
 
@@ -151,8 +160,12 @@ class LocalizationEvaluator:
         seed: int = 0,
         name: str = "localization",
     ) -> None:
-        self.rows, self.queries, self.scenes = rows, queries, scenes
-        self.shown, self.seed, self.name = shown, seed, name
+        self.rows = rows
+        self.queries = queries
+        self.scenes = scenes
+        self.shown = shown
+        self.seed = seed
+        self.name = name
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -167,6 +180,7 @@ class LocalizationEvaluator:
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
         """Yields the pointing accuracy, its chance level, the mean lift in cosine, and two sheets."""
+        # the caption of one quarter, asked of the whole scene
         scenes = draw_scenes(self.rows, self.scenes, self.seed)
         asked = [scene.asked for scene in scenes]
         texts = [scene.words[scene.asked] for scene in scenes]
@@ -174,13 +188,18 @@ class LocalizationEvaluator:
         yield f"{self.name}/pointing_accuracy", accuracy
         yield f"{self.name}/pointing_chance", 0.25
         yield f"{self.name}/cosine_lift", lift
+
+        # pictures with several texts
         images, asked_of = self._queries()
         note = "First map: its own caption; the others: of other pictures" if self.queries is None else ""
         yield f"{self.name}/sheet", localization_sheet(model, processor, images, asked_of, note=note)
+
+        # some of the scenes, each with all four captions
         note = f"Over {len(scenes)} scenes the highest patch lies on the named picture in {accuracy:.0%} (chance 25%)"
         shown = scenes[: self.shown]
-        pictures, words = [s.image for s in shown], [s.words for s in shown]
-        yield f"{self.name}/scenes_sheet", localization_sheet(model, processor, pictures, words, note=note)
+        pictures = [scene.image for scene in shown]
+        captions = [scene.words for scene in shown]
+        yield f"{self.name}/scenes_sheet", localization_sheet(model, processor, pictures, captions, note=note)
 
     def _queries(self) -> tuple[list[Any], list[list[str]]]:
         if self.queries is not None:

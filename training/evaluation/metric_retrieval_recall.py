@@ -51,10 +51,12 @@ class RetrievalRecall(evaluate.Metric):
         """
         if kwargs or predictions is None or references is None:
             raise ValueError(f"expected predictions and references, got {sorted(kwargs) or 'one of them missing'}")
-        scores = torch.as_tensor(predictions)
+        scores = torch.as_tensor(predictions)  # (q, G)
         if len(scores) != len(references):
             raise ValueError(f"one list of positives a query: got {len(scores)} queries, {len(references)} lists")
-        positives = torch.zeros(scores.shape, dtype=torch.bool)
+
+        # lists of columns as a mask, each column checked against the gallery
+        positives = torch.zeros(scores.shape, dtype=torch.bool)  # (q, G)
         for row, columns in zip(positives, references, strict=True):
             columns = torch.as_tensor(columns, dtype=torch.long)
             if len(columns) and (columns.min() < 0 or columns.max() >= scores.shape[1]):
@@ -70,12 +72,13 @@ class RetrievalRecall(evaluate.Metric):
         """Counts that the caller has made already, in chunks, by `metrics.chunked_standing`."""
         evaluate.Metric.add_batch(
             self,
-            predictions=torch.stack(where[:3], 1).cpu().numpy(),
-            references=torch.stack(where[3:], 1).cpu().numpy(),
+            predictions=torch.stack(where[:3], 1).cpu().numpy(),  # (q, 3)
+            references=torch.stack(where[3:], 1).cpu().numpy(),  # (q, 2)
         )
 
     def _compute(self, predictions, references, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-        stored = torch.cat([torch.as_tensor(predictions), torch.as_tensor(references)], 1)
+        # the stored counts are a `Standing` again; ranks count from 1 for readers
+        stored = torch.cat([torch.as_tensor(predictions), torch.as_tensor(references)], 1)  # (Q, 5)
         where = Standing(*stored.unbind(1))
         rank = ranks(where) + 1
         return {

@@ -51,8 +51,8 @@ class ZeroShotAccuracy(evaluate.Metric):
         where = class_standing(torch.as_tensor(predictions), torch.as_tensor(references))
         evaluate.Metric.add_batch(
             self,
-            predictions=torch.stack([where.above, where.tied], 1).cpu().numpy(),
-            references=where.candidates.cpu().numpy(),
+            predictions=torch.stack([where.above, where.tied], 1).cpu().numpy(),  # (q, 2)
+            references=where.candidates.cpu().numpy(),  # (q,)
         )
 
     def add(self, *, prediction=None, reference=None, **kwargs) -> None:
@@ -60,7 +60,7 @@ class ZeroShotAccuracy(evaluate.Metric):
         self.add_batch(predictions=torch.as_tensor(prediction)[None], references=[reference], **kwargs)
 
     def _compute(self, predictions, references, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-        above, tied = torch.as_tensor(predictions).unbind(1)
+        above, tied = torch.as_tensor(predictions).unbind(1)  # (Q,) each
         one = torch.ones_like(above)  # a single right class
         where = Standing(above, tied, one, one, torch.as_tensor(references))
         return {

@@ -24,8 +24,11 @@ Positives = Tensor | tuple[Tensor, Tensor]
 class Standing(NamedTuple):
     """Where the best positive of each query stands; five counts, each (Q,) int64.
 
-    above: items that score strictly higher than the best positive. tied: items that score the same, itself included.
-    tied_positives: positives among the tied. positives, candidates: all positives and all admissible items.
+    Attributes:
+        above: items that score strictly higher than the best positive.
+        tied: items that score the same, itself included.
+        tied_positives: positives among the tied.
+        positives, candidates: all positives and all admissible items.
     """
 
     above: Tensor
@@ -57,6 +60,8 @@ def standing(scores: Tensor, positives: Positives, excluded: Tensor | None = Non
         )
     if torch.isnan(scores).any():
         raise ValueError(f"scores contain NaN in {int(torch.isnan(scores).any(1).sum())} of {len(scores)} queries")
+
+    # positives as a mask, less what a query may not find
     if isinstance(positives, tuple):
         positives = match_ids(*(torch.as_tensor(ids, device=scores.device) for ids in positives))
     positives = positives.to(scores.device)
@@ -72,8 +77,10 @@ def standing(scores: Tensor, positives: Positives, excluded: Tensor | None = Non
         raise ValueError(
             f"{len(lonely)} of {len(scores)} queries have no positive, the first is query {int(lonely[0])}"
         )
+
+    # where the best positive stands among all admissible items
     best = scores.masked_fill(~positives, -torch.inf).amax(1, keepdim=True)  # (Q, 1)
-    tied = (scores == best) & admissible
+    tied = (scores == best) & admissible  # (Q, G)
     return Standing(
         above=((scores > best) & admissible).sum(1),
         tied=tied.sum(1),
@@ -117,23 +124,27 @@ def chunked_standing(
     if len(queries) == 0 or len(gallery) == 0:
         raise ValueError(f"there are no queries, or nothing to ask: got {len(queries)} and {len(gallery)}")
     _check_numbers(queries, gallery)
+
+    # the gallery in blocks, whose ids and keys say where anything has to be marked at all
     cuts = [slice(start, start + block_size) for start in range(0, len(gallery), block_size)]
     blocks = [
         _Block(gallery[cut], gallery_ids[cut], None if query_keys is None else gallery_keys[cut]) for cut in cuts
     ]
+
+    # and the queries in chunks, each against every block
     precise = torch.promote_types(queries.dtype, torch.float32)
-    parts = []
+    chunks = []
     for start in range(0, len(queries), chunk_size):
         rows = slice(start, start + chunk_size)
         keys = None if query_keys is None else query_keys[rows]
-        parts.append(
+        chunks.append(
             _standing_in_blocks(queries[rows].to(precise), query_ids[rows], keys, blocks, start, len(queries))
         )
-    return Standing(*(torch.cat(counts) for counts in zip(*parts, strict=True)))
+    return Standing(*(torch.cat(counts) for counts in zip(*chunks, strict=True)))
 
 
 class _Block(NamedTuple):
-    """A part of a gallery: embeddings (B, P), ids (B,), and keys (B,) if any item is excluded for anyone."""
+    """B items of a gallery: embeddings (B, P), ids (B,), and keys (B,) if any item is excluded for anyone."""
 
     embeddings: Tensor
     ids: Tensor
@@ -155,12 +166,16 @@ class _Block(NamedTuple):
 def _standing_in_blocks(
     queries: Tensor, ids: Tensor, keys: Tensor | None, blocks: list[_Block], start: int, of: int
 ) -> Standing:
-    best = queries.new_full((len(queries), 1), -torch.inf)
+    """Counts of one chunk of queries (q, P), which begins at `start` among all `of`; see `chunked_standing`."""
+    best = queries.new_full((len(queries), 1), -torch.inf)  # (q, 1)
     above, tied, tied_positives, count, absent = (torch.zeros_like(ids, dtype=torch.int64) for _ in range(5))
+
     # two matrices for all blocks: fresh ones would cost more than the product. Marks are floats, whose sums are
     # several times as fast as those of bools and exact up to 2^24
-    size = len(queries), len(blocks[0].ids)
-    memory = queries.new_empty(size), torch.empty(size, dtype=torch.float32, device=queries.device)
+    size = (len(queries), len(blocks[0].ids))
+    memory = queries.new_empty(size), torch.empty(size, dtype=torch.float32, device=queries.device)  # (q, B) each
+
+    # first pass: the best positive of each query, in the blocks that hold one
     for block in blocks:
         positives = block.positives(ids, block.excluded(keys))
         if positives is not None:
@@ -173,6 +188,8 @@ def _standing_in_blocks(
             f"{len(lonely)} of {len(queries)} queries from query {start} on (of {of}) have no positive, the first is "
             f"query {start + int(lonely[0])}"
         )
+
+    # second pass: every block against it
     for block in blocks:
         excluded = block.excluded(keys)
         positives = block.positives(ids, excluded)
@@ -184,12 +201,14 @@ def _standing_in_blocks(
         tied += torch.eq(scores, best, out=marks).sum(1).long()
         if positives is not None:
             tied_positives += marks.mul_(positives).sum(1).long()
+
     candidates = sum(len(block.ids) for block in blocks) - absent
     return Standing(above, tied, tied_positives, count, candidates)
 
 
 def _scores(queries: Tensor, block: _Block, memory: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Dot products, and as many marks: both (chunk, B), in `memory` unless the block is a shorter one."""
+    # the last block may be shorter, and `out` takes matrices of the right shape only
     if len(block.ids) != memory[0].shape[1]:
         memory = memory[0].new_empty(len(queries), len(block.ids)), memory[1].new_empty(len(queries), len(block.ids))
     return torch.mm(queries, block.embeddings.to(queries.dtype).T, out=memory[0]), memory[1]
@@ -205,6 +224,8 @@ def _check_numbers(queries: Tensor, gallery: Tensor) -> None:
         bad = sum(int((~torch.isfinite(part).all(1)).sum()) for part in embeddings.split(1 << 16))
         if bad:
             raise ValueError(f"{bad} of {len(embeddings)} {name} have NaN or infinite embeddings")
+
+    # |q . g| <= P max|q| max|g|
     largest = [max(float(part.abs().max()) for part in x.split(1 << 16)) for x in (queries, gallery)]
     if largest[0] * largest[1] * queries.shape[1] >= torch.finfo(torch.float32).max:
         raise ValueError(f"embeddings with numbers up to {largest[0]:.3g} and {largest[1]:.3g} would overflow")
@@ -225,10 +246,14 @@ def hits(where: Standing, ks: Sequence[int]) -> Tensor:
     """
     if len(ks) == 0 or min(ks) < 1:
         raise ValueError(f"ks must be whole numbers of at least 1, got {list(ks)}")
-    cut = torch.as_tensor(list(ks), device=where.above.device)
-    tied = where.tied[:, None].double()
-    others = (where.tied - where.tied_positives)[:, None].double()
+
+    # m tied items lie inside the cut, t are tied, t - p of them are no positives
+    cut = torch.as_tensor(list(ks), device=where.above.device)  # (K,)
+    tied = where.tied[:, None].double()  # (Q, 1)
+    others = (where.tied - where.tied_positives)[:, None].double()  # (Q, 1)
     inside = (cut[None] - where.above[:, None]).double().clamp(min=0).minimum(tied)  # (Q, K)
+
+    # binomials by log-gamma, since factorials of a gallery's size overflow; where m > t - p a positive must be inside
     left = (others - inside).clamp(min=0)
     miss = torch.exp(
         torch.lgamma(others + 1) - torch.lgamma(left + 1) - torch.lgamma(tied + 1) + torch.lgamma(tied - inside + 1)
@@ -283,5 +308,5 @@ def centroid_distance(first: Tensor, second: Tensor) -> float:
         raise ValueError(
             f"expected (N, P) and (M, P) with N, M >= 1, got {tuple(first.shape)} and {tuple(second.shape)}"
         )
-    centroids = [F.normalize(embeddings.double(), dim=-1).mean(0) for embeddings in (first, second)]
+    centroids = [F.normalize(embeddings.double(), dim=-1).mean(0) for embeddings in (first, second)]  # (P,) each
     return torch.linalg.vector_norm(centroids[0] - centroids[1]).item()

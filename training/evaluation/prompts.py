@@ -29,6 +29,7 @@ def load_templates(name: str) -> list[str]:
     Raises:
         ValueError: an unknown name, or a template without exactly one "{}".
     """
+    # a shipped name wins over a file of that name
     shipped = _read(DATA / "templates.json", "templates", ())
     if name in shipped:
         return list(shipped[name]["templates"])
@@ -56,8 +57,11 @@ def load_class_names(name: str) -> list[ClassName]:
     Raises:
         ValueError: an unknown name, or a file that holds something else.
     """
+    # a shipped name wins over a file of that name
     known = class_name_sets()
     path = DATA / f"class_names_{name}.json" if name in known else Path(name)
+
+    # shipped files say where the names come from beside the list
     content = _read(path, f"class names {name!r}", known)
     names = content["names"] if isinstance(content, dict) else content
     if not isinstance(names, list) or not names:
@@ -66,6 +70,7 @@ def load_class_names(name: str) -> list[ClassName]:
 
 
 def fill(templates: Sequence[str], name: ClassName) -> list[str]:
-    """Every template with every synonym of a class. `replace`, not `format`: names may hold braces."""
+    """Every template with every synonym of a class."""
     synonyms = [name] if isinstance(name, str) else list(name)
+    # `replace`, not `format`, since names may hold braces
     return [template.replace("{}", synonym) for template in templates for synonym in synonyms]

@@ -4,7 +4,7 @@ The protocol of ALBEF's and SIMLA's code: the score of a candidate is the head's
 probability, and the first stage's score is not added. Theirs gives all other items one score below; here these stay
 behind the candidates in the order of the first stage, which is the same for R@k up to k and no tie.
 
-Any model serves that has `get_image_features`, whose last_hidden_state is what words attend, `get_text_features`, and
+Any model serves that has `get_image_features`, whose last_hidden_state is what texts attend, `get_text_features`, and
 `match(input_ids, attention_mask, image_states=..., context_index=...)` -> (R, 2), index 1 = matched.
 
 Shapes: n pictures, m captions of which u differ, k candidates, R pairs of a batch.
@@ -28,11 +28,11 @@ class RerankingEvaluator(RetrievalEvaluator):
     `RetrievalEvaluator`, and the same numbers after its best `rerank_k` have been put in order by the matching head.
 
     A pair that is a candidate both ways is matched once. Pictures are encoded a second time, `image_batch_size` of
-    them at a time, and all pairs of these matched: so many states are in memory and no more.
+    them at a time, and all pairs of these are matched before the next, so that no more states are in memory.
 
     Yields what `RetrievalEvaluator` does, name/rerank_tr_r@k, name/rerank_ir_r@k, name/rerank_tr_median_rank ...,
-    name/rerank_r_mean, and name/rerank_tr_reach ..., the share of queries with a right answer among their candidates,
-    which no order of these can exceed.
+    name/rerank_r_mean, and name/rerank_tr_reach ..., the share of queries with a right answer among their candidates:
+    the highest recall that any order of them can have.
 
     Args:
         rerank_k: candidates of a query; COCO 256, Flickr30k 128 (ALBEF, SIMLA). More than there are means all.
@@ -60,10 +60,14 @@ class RerankingEvaluator(RetrievalEvaluator):
                 f"rerank_k, image_batch_size and pair_batch_size must be at least 1, "
                 f"got {rerank_k}, {image_batch_size} and {pair_batch_size}"
             )
-        self.rerank_k, self.image_batch_size, self.pair_batch_size = rerank_k, image_batch_size, pair_batch_size
+        self.rerank_k = rerank_k
+        self.image_batch_size = image_batch_size
+        self.pair_batch_size = pair_batch_size
+
         # equal captions are one text, so that they tie exactly
         numbers = {text: number for number, text in enumerate(dict.fromkeys(self.texts))}
-        self.unique, self.text_numbers = list(numbers), torch.tensor([numbers[text] for text in self.texts])
+        self.unique = list(numbers)
+        self.text_numbers = torch.tensor([numbers[text] for text in self.texts])
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -88,13 +92,18 @@ class RerankingEvaluator(RetrievalEvaluator):
 
     def reranked(self, model: Any, processor: Any, images: Tensor, captions: Tensor) -> Iterator[tuple[str, float]]:
         """The second stage over embeddings (n, P) and (m, P)."""
+        # candidates both ways, (n, k) and (m, k), as numbers of pairs
         best = {"tr": self._candidates(images, captions), "ir": self._candidates(captions, images)}
         pairs = {
             "tr": self._pair(torch.arange(len(images))[:, None], best["tr"]),
             "ir": self._pair(best["ir"], torch.arange(len(captions))[:, None]),
         }
-        keys = torch.cat([side.flatten() for side in pairs.values()]).unique()  # sorted: by picture, then by text
-        logits = self.match(model, processor, keys // len(self.unique), keys % len(self.unique))
+
+        # each pair once; sorted, so that the pairs of a batch of pictures lie side by side
+        keys = torch.cat([side.flatten() for side in pairs.values()]).unique()  # (R,)
+        logits = self.match(model, processor, keys // len(self.unique), keys % len(self.unique))  # (R,)
+
+        # the metrics of both directions
         sides = {"tr": (images, captions), "ir": (captions, images)}
         ids = {"tr": (self.image_ids, self.text_ids), "ir": (self.text_ids, self.image_ids)}
         recalls = []
@@ -110,26 +119,30 @@ class RerankingEvaluator(RetrievalEvaluator):
 
     def match(self, model: Any, processor: Any, pictures: Tensor, texts: Tensor) -> Tensor:
         """The logit for "matched" of each pair, (R,) fp32: `pictures` are sorted numbers of rows, `texts` of texts."""
-        words = processor(text=self.unique, padding=True, truncation=True, return_tensors="pt")
-        lengths = words["attention_mask"].sum(1)
+        # all texts tokenised once, cut to what each batch needs
+        text = processor(text=self.unique, padding=True, truncation=True, return_tensors="pt")  # (u, L)
+        lengths = text["attention_mask"].sum(1)
         logits = torch.empty(len(pictures))
+
         column = Column(self.rows, "image")
         with evaluating(model):
             for rows in batches(len(self.rows), self.image_batch_size, "re-ranking", self.progress):
+                # the pairs of these pictures, which may have none
                 first, last = torch.searchsorted(pictures, torch.tensor([rows.start, rows.stop])).tolist()
                 if first == last:
                     continue
                 loaded = processor(images=opened(column[rows], rows.start), return_tensors="pt")
                 pixels = on_device(loaded, model)["pixel_values"]
                 states = model.get_image_features(pixel_values=pixels).last_hidden_state  # (b, 1 + N, D)
+
                 # pairs of like length together, so that little is padded
                 order = first + lengths[texts[first:last]].argsort(stable=True)
                 for pair in order.split(self.pair_batch_size):
                     longest = int(lengths[texts[pair]].max())
-                    batch = {name: words[name][texts[pair], :longest] for name in ("input_ids", "attention_mask")}
+                    batch = {name: text[name][texts[pair], :longest] for name in ("input_ids", "attention_mask")}
                     index = (pictures[pair] - rows.start).to(states.device)
-                    told = model.match(**on_device(batch, model), image_states=states, context_index=index)
-                    logits[pair] = told[:, 1].float().cpu()
+                    matched = model.match(**on_device(batch, model), image_states=states, context_index=index)
+                    logits[pair] = matched[:, 1].float().cpu()  # (r, 2) -> (r,)
         if not logits.isfinite().all():
             raise ValueError(f"{int((~logits.isfinite()).sum())} of {len(logits)} matching logits are not finite")
         return logits
@@ -137,7 +150,7 @@ class RerankingEvaluator(RetrievalEvaluator):
     def _candidates(self, queries: Tensor, gallery: Tensor) -> Tensor:
         """The gallery's best for each query by dot product, (Q, k)."""
         k = min(self.rerank_k, len(gallery))
-        return torch.cat([(part @ gallery.T).topk(k, dim=1).indices for part in queries.split(self.chunk_size)])
+        return torch.cat([(chunk @ gallery.T).topk(k, dim=1).indices for chunk in queries.split(self.chunk_size)])
 
     def _pair(self, pictures: Tensor, captions: Tensor) -> Tensor:
         """A number for each pair of a picture and a text, which orders them by picture; shapes are broadcast."""
@@ -147,13 +160,15 @@ class RerankingEvaluator(RetrievalEvaluator):
         self, queries: Tensor, gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor, best: Tensor, scores: Tensor
     ) -> dict[str, float]:
         """The metric of queries whose candidates `best` (Q, k) have `scores` (Q, k); and `reach`."""
-        metric, reached = RetrievalRecall(keep_in_memory=True), 0
+        metric = RetrievalRecall(keep_in_memory=True)
+        reached = 0
         for start in range(0, len(queries), self.chunk_size):
             rows = slice(start, start + self.chunk_size)
-            cosines = (queries[rows] @ gallery.T).double()
-            # cosines span 2: below every candidate, and in double they stay apart
+            cosines = (queries[rows] @ gallery.T).double()  # (q, G)
+            # cosines span 2, so 3 below the least candidate is below them all; in double they stay apart
             floor = scores[rows].double().amin(1, keepdim=True) - 3
             final = (cosines + floor).scatter(1, best[rows], scores[rows].double())
+
             positives = match_ids(query_ids[rows], gallery_ids)
             metric.add_standing(standing(final, positives))
             reached += int(positives.gather(1, best[rows]).any(1).sum())

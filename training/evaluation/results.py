@@ -31,12 +31,15 @@ def checkpoint_facts(directory: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the directory holds no `*.safetensors`, or there is neither a directory nor a commit.
     """
+    # a name on the Hub
     if not Path(directory).is_dir():
         # what was loaded by that name lies in a folder of the cache that is named by the commit
         config = try_to_load_from_cache(str(directory), "config.json")
         if not isinstance(config, str):
             raise FileNotFoundError(f"{directory} is no directory, and nothing of that name was loaded from the Hub")
         return {"name": str(directory), "commit": Path(config).parent.name}
+
+    # a directory
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{directory} holds no *.safetensors: a result must say which weights it is of")
@@ -79,16 +82,20 @@ def write_results(
         path: the JSON file; folders above it are made.
         values: name -> finite number.
         protocol: what was done; must name the "split".
-        model: adds its `model_facts`. checkpoint: the model's directory or Hub name, adds its `checkpoint_facts`.
+        model: adds its `model_facts`.
+        checkpoint: the model's directory or Hub name, adds its `checkpoint_facts`.
 
     Raises:
         ValueError: no values, a value that is not finite, or a protocol without "split".
     """
+    # a number without its split, or one that JSON has no name for, is not worth keeping
     if "split" not in protocol:
         raise ValueError(f'the protocol must name the "split", got {sorted(protocol)}')
     wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
     if wrong or not values:
         raise ValueError(f"values must be finite numbers, got {wrong or 'none'}")
+
+    # what was measured, of what, with what, when
     content: dict[str, Any] = {"values": dict(values), "protocol": dict(protocol)}
     if checkpoint is not None:
         content["checkpoint"] = checkpoint_facts(checkpoint)
@@ -96,6 +103,7 @@ def write_results(
         content["model"] = model_facts(model)
     content["versions"] = library_versions()
     content["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
@@ -104,6 +112,7 @@ def write_results(
 
 def read_results(directory: str | Path) -> dict[str, dict[str, Any]]:
     """name -> content of every `results/<name>.json` of a model directory that `write_results` wrote."""
+    # other files may lie there, such as the training's configuration
     files = sorted((Path(directory) / "results").glob("*.json"))
     contents = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     return {name: content for name, content in contents.items() if {"values", "protocol"} <= content.keys()}

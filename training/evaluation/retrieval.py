@@ -56,12 +56,17 @@ def caption_table(
     Raises:
         ValueError: a row without captions.
     """
-    texts, owners, seen = [], [], set()
+    texts = []
+    owners = []
+    seen = set()
     for number, (row, concept) in enumerate(zip(rows, row_ids(rows), strict=True)):
+        # the row's captions as they are asked
         own = list(row["captions"])[: 1 if captions == "first" else None]
         own = own if clean is None else [clean(text) for text in own]
         if not own:
             raise ValueError(f"row {number} has no captions")
+
+        # those that no earlier row of the concept has
         new = [text for text in own if (concept, text) not in seen]
         seen.update((concept, text) for text in own)
         texts += new
@@ -95,12 +100,19 @@ class RetrievalEvaluator:
             raise ValueError(f'captions must be "all" or "first", got {captions!r}')
         if len(rows) == 0:
             raise ValueError("there are no rows to evaluate on")
-        self.rows, self.batch_size, self.ks, self.name = rows, batch_size, tuple(ks), name
-        self.captions, self.chunk_size, self.progress = captions, chunk_size, progress
+        self.rows = rows
+        self.batch_size = batch_size
+        self.ks = tuple(ks)
+        self.name = name
+        self.captions = captions
+        self.chunk_size = chunk_size
+        self.progress = progress
         self.clean_caption = clean_caption
+
+        # a caption has the concept of its row
         self.texts, owners = caption_table(rows, captions, clean_caption)
-        (self.image_ids,) = numbered(row_ids(rows))
-        self.text_ids = self.image_ids[torch.tensor(owners)]
+        (self.image_ids,) = numbered(row_ids(rows))  # (n,)
+        self.text_ids = self.image_ids[torch.tensor(owners)]  # (m,)
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -126,7 +138,8 @@ class RetrievalEvaluator:
         return images, embed_texts(model, processor, self.texts, 4 * self.batch_size, self.progress)
 
     def numbers(self, images: Tensor, captions: Tensor) -> Iterator[tuple[str, float]]:
-        """What the embeddings are worth, as (name, value)."""
+        """The scores of embeddings (n, P) and (m, P), as (name, value)."""
+        # pictures ask captions, captions ask pictures
         directions = {
             "tr": ask(images, captions, self.image_ids, self.text_ids, self.ks, chunk_size=self.chunk_size),
             "ir": ask(captions, images, self.text_ids, self.image_ids, self.ks, chunk_size=self.chunk_size),
@@ -136,6 +149,8 @@ class RetrievalEvaluator:
                 yield f"{self.name}/{direction}_r@{k}", values[f"recall@{k}"]
                 yield f"{self.name}/{direction}_chance@{k}", values[f"chance@{k}"]
             yield f"{self.name}/{direction}_median_rank", values["median_rank"]
+
+        # one number for both directions, and how far the two clouds lie apart
         recalls = [values[f"recall@{k}"] for values in directions.values() for k in self.ks]
         yield f"{self.name}/r_mean", sum(recalls) / len(recalls)
         yield f"{self.name}/gap", centroid_distance(images, captions)
@@ -145,9 +160,9 @@ class MultimodalRetrievalEvaluator:
     """Does picture + caption find its concept's other pictures better than the picture or the caption alone?
 
     Queries are `query_rows` three ways: f(I, T) with picture and caption as one sequence, f(I), and f(T). With
-    `captions="first"` a row asks once, with `"all"` once with each of its captions. The
-    gallery is the pictures of `gallery_rows` (default: the same rows), f(I) or with `gallery="both"` f(I, T); the
-    query's own picture is excluded, right is any other picture of its concept. Queries without one are left out.
+    `captions="first"` a row asks once, with `"all"` once with each of its captions. The gallery is the pictures of
+    `gallery_rows` (default: the same rows), f(I) or with `gallery="both"` f(I, T). The query's own picture is
+    excluded, right is any other picture of its concept. Queries whose concept has no other picture are left out.
 
     Yields name/multimodal_both_r@k, ..._image_r@k, ..._text_r@k, ..._chance@k, the median ranks, and ..._queries.
     """
@@ -170,14 +185,24 @@ class MultimodalRetrievalEvaluator:
             raise ValueError(f'gallery must be "image" or "both", got {gallery!r}')
         self.query_rows = query_rows
         self.gallery_rows = query_rows if gallery_rows is None else gallery_rows
-        self.batch_size, self.ks, self.name, self.gallery = batch_size, tuple(ks), name, gallery
-        self.chunk_size, self.progress, self.captions = chunk_size, progress, captions
+        self.batch_size = batch_size
+        self.ks = tuple(ks)
+        self.name = name
+        self.gallery = gallery
+        self.chunk_size = chunk_size
+        self.progress = progress
+        self.captions = captions
+
+        # the pictures that the gallery has of each concept; a key says which are the same picture
         query_keys = [picture_key(row["image"]) for row in self.query_rows]
         gallery_keys = [picture_key(row["image"]) for row in self.gallery_rows]
         pictures: dict[Any, set[str]] = {}
-        gallery_concepts, concepts = row_ids(self.gallery_rows, "gallery"), row_ids(self.query_rows, "query")
+        gallery_concepts = row_ids(self.gallery_rows, "gallery")
+        concepts = row_ids(self.query_rows, "query")
         for concept, key in zip(gallery_concepts, gallery_keys, strict=True):
             pictures.setdefault(concept, set()).add(key)
+
+        # rows with something to find
         self.asked = [
             number
             for number, (concept, key) in enumerate(zip(concepts, query_keys, strict=True))
@@ -188,11 +213,14 @@ class MultimodalRetrievalEvaluator:
                 f"none of the {len(query_rows)} query rows has another picture of its concept among the "
                 f"{len(self.gallery_rows)} gallery rows: rows of one concept must share an id"
             )
+
         # a query is a picture, by its place in `asked`, and one of its captions
-        told = [self.query_rows[number]["captions"] for number in self.asked]
-        told = [words[:1] if captions == "first" else words for words in told]
-        self.texts = [text for words in told for text in words]
-        self.pictures = [place for place, words in enumerate(told) for _ in words]
+        of_rows = [self.query_rows[number]["captions"] for number in self.asked]
+        of_rows = [texts[:1] if captions == "first" else texts for texts in of_rows]
+        self.texts = [text for texts in of_rows for text in texts]
+        self.pictures = [place for place, texts in enumerate(of_rows) for _ in texts]
+
+        # equal ids are right, equal keys are excluded: (Q,) and (G,) each
         asking = [self.asked[place] for place in self.pictures]
         self.query_ids, self.gallery_ids = numbered([concepts[number] for number in asking], gallery_concepts)
         self.query_keys, self.gallery_keys = numbered([query_keys[number] for number in asking], gallery_keys)
@@ -213,20 +241,25 @@ class MultimodalRetrievalEvaluator:
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
         """Embed the gallery once and the queries three ways, and yield (name, value)."""
-        how = {"batch_size": self.batch_size, "progress": self.progress}
-        pictures = Column(self.query_rows, "image", self.asked)
-        asking = Column(self.query_rows, "image", [self.asked[place] for place in self.pictures])
+        # the gallery, (G, P)
+        options = {"batch_size": self.batch_size, "progress": self.progress}
         if self.gallery == "image":
-            gallery = gallery_vectors(model, processor, self.gallery_rows, **how)
+            gallery = gallery_vectors(model, processor, self.gallery_rows, **options)
         else:
             all_pictures = Column(self.gallery_rows, "image")
             gallery_texts = [row["captions"][0] for row in self.gallery_rows]
-            gallery = embed_pairs(model, processor, all_pictures, gallery_texts, **how)
+            gallery = embed_pairs(model, processor, all_pictures, gallery_texts, **options)
+
+        # the queries, (Q, P) each; a picture with several captions is embedded once for f(I)
+        pictures = Column(self.query_rows, "image", self.asked)
+        asking = Column(self.query_rows, "image", [self.asked[place] for place in self.pictures])
         queries = {
-            "both": embed_pairs(model, processor, asking, self.texts, **how),
-            "image": embed_images(model, processor, pictures, **how)[self.pictures],
-            "text": embed_texts(model, processor, self.texts, **how),
+            "both": embed_pairs(model, processor, asking, self.texts, **options),
+            "image": embed_images(model, processor, pictures, **options)[self.pictures],
+            "text": embed_texts(model, processor, self.texts, **options),
         }
+
+        # every kind of query against the same gallery; chance is the same for all
         matching = (self.query_ids, self.gallery_ids, self.ks, self.query_keys, self.gallery_keys, self.chunk_size)
         for kind, embeddings in queries.items():
             values = ask(embeddings, gallery, *matching)

@@ -46,6 +46,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def on_device(batch: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Tensor]:
     """The tensors of a processor's batch on the model's device; pictures in the model's floating type."""
+    # the first weight that is a float: quantised ones say nothing about the type of activations
     like = next(p for p in model.parameters() if p.is_floating_point())
     return {
         name: value.to(like.device, like.dtype) if value.is_floating_point() else value.to(like.device)
@@ -68,6 +69,8 @@ def describe(model: torch.nn.Module) -> str:
     """
     parts = str(getattr(model.config, "name_or_path", "") or "").rstrip("/").split("/")
     name = "/".join(parts[-2:] if parts[-1] == "model" else parts[-1:])
+
+    # what tells models without a name apart
     config = model.config
     shape = f"{getattr(config, 'num_hidden_layers', '?')} layers of {getattr(config, 'hidden_size', '?')}"
     return f"{name} ({shape})" if name else f"{type(model).__name__} ({shape})"
@@ -79,10 +82,11 @@ def pictures_as_seen(images: Sequence[Any], processor: Any, **options: Any) -> T
     Drawing a map over these, rather than over the files, keeps patch and picture aligned whatever the processor cuts.
     `options` are the processor's.
     """
+    # what the processor normalised is undone
     pixels = processor(images=list(images), return_tensors="pt", **options)["pixel_values"].float().cpu()
     mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)
-    return (pixels * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    return (pixels * std + mean).clamp(0, 1).permute(0, 2, 3, 1)  # (B, H, W, 3)
 
 
 def upsample(maps: Tensor, height: int, width: int) -> Tensor:
@@ -92,7 +96,8 @@ def upsample(maps: Tensor, height: int, width: int) -> Tensor:
 
 def spread(maps: Tensor) -> Tensor:
     """Min-max of each (h, w) map to [0, 1], for display only; a constant map becomes all 0."""
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    low = maps.amin((-2, -1), keepdim=True)  # (B, 1, 1)
+    high = maps.amax((-2, -1), keepdim=True)  # (B, 1, 1)
     return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
@@ -103,8 +108,8 @@ def wrapped(text: str, width: int = 24, lines: int = 2) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One cell of a sheet: a picture (H, W, 3) in [0, 1], an optional map over it, the words above and below, and
-    boxes ((x, y, width, height) in pixels, colour) around parts of it."""
+    """One cell of a sheet: a picture (H, W, 3) in [0, 1], an optional map (h, w) over it, the text above and below,
+    and boxes ((x, y, width, height) in pixels, colour) around parts of it."""
 
     picture: Tensor
     heat: Tensor | None = None
@@ -124,11 +129,16 @@ def heat_sheet(rows: Sequence[Sequence[Panel]], title: str, cell: float = 1.9) -
     """
     if not rows or not any(len(row) for row in rows):
         raise ValueError("a sheet needs at least one panel, got none")
-    lines, columns, gap = len(rows), max(len(row) for row in rows), 0.6
+
+    # sizes in inches; `gap` is the room for text between two lines of panels
+    lines = len(rows)
+    columns = max(len(row) for row in rows)
+    gap = 0.6
     width = max(cell * columns + 0.15 * (columns - 1) + 0.2, 5.0)
     heading = textwrap.fill(title, int(width * 12))
     head = 0.17 * (heading.count("\n") + 1) + 0.55  # room for the heading and for two lines over the first panels
     height = head + cell * lines + gap * (lines - 1) + 0.3
+
     figure = new_figure(width, height)
     grid = figure.add_gridspec(
         lines, columns, left=0.1 / width, right=1 - 0.1 / width, bottom=0.3 / height, top=1 - head / height,
@@ -146,12 +156,16 @@ def draw_panel(axes: Any, panel: Panel) -> None:
     height, width = panel.picture.shape[:2]
     axes.set_xticks([])
     axes.set_yticks([])
+
+    # the picture, in grey where a map lies over it
     if panel.heat is None:
         axes.imshow(panel.picture.numpy(), interpolation="bicubic")
     else:
         axes.imshow(panel.picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
         heat = spread(upsample(panel.heat[None].float().cpu(), height, width))[0]
         axes.imshow(heat.numpy(), cmap="RdYlBu_r", vmin=0, vmax=1, alpha=0.68, interpolation="bilinear")
+
+    # boxes may reach over the edge, which must not rescale the axes
     for (x, y, across, down), colour in panel.boxes:
         corners = ([x, x + across, x + across, x, x], [y, y, y + down, y + down, y])
         axes.plot(*corners, color=colour, linewidth=1.4, clip_on=False, scalex=False, scaley=False)
@@ -163,7 +177,7 @@ def draw_panel(axes: Any, panel: Panel) -> None:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture of four pictures, the words of each quarter (row-major), and which quarter is asked for."""
+    """A picture of four pictures, the caption of each quarter (row-major), and which quarter is asked for."""
 
     image: Image.Image
     words: tuple[str, str, str, str]
@@ -174,6 +188,8 @@ def quarter(height: int, width: int, index: int) -> tuple[slice, slice]:
     """Rows and columns of quarter `index` (0 1 / 2 3) of a (height, width) map; an odd middle line is in none."""
     down, across = height // 2, width // 2
     rows = slice(0, down) if index < 2 else slice(height - down, height)
+
+    # an odd line in the middle belongs to no quarter
     return rows, slice(0, across) if index % 2 == 0 else slice(width - across, width)
 
 
@@ -198,8 +214,11 @@ def one_of_each_id(rows: Sequence[Row], count: int, seed: int = 0) -> list[Row]:
 def own_and_foreign_captions(rows: Sequence[Row], count: int, seed: int = 0) -> tuple[list[Any], list[list[str]]]:
     """`count` pictures, and for each the captions to ask of it: first its own, then those of two others."""
     chosen = one_of_each_id(rows, count, seed)
-    names, number = [str(row["captions"][0]) for row in chosen], len(chosen)
-    texts = [list(dict.fromkeys(names[(i + step) % number] for step in range(3))) for i in range(number)]
+    captions = [str(row["captions"][0]) for row in chosen]
+    number = len(chosen)
+
+    # the captions of the two pictures that follow; equal ones are asked once
+    texts = [list(dict.fromkeys(captions[(i + step) % number] for step in range(3))) for i in range(number)]
     return [row["image"] for row in chosen], texts
 
 
@@ -215,21 +234,27 @@ def draw_scenes(rows: Sequence[Row], count: int, seed: int = 0, side: int = 128)
     Raises:
         ValueError: the rows hold fewer than four different ids.
     """
+    # rows by id, since the four of a scene must differ
     pool = one_of_each_id(rows, 4 * count, seed)
     by_id: dict[Any, list[Row]] = {}
     for index, row in enumerate(pool):
         by_id.setdefault(_key(row, index), []).append(row)
     if len(by_id) < 4:
         raise ValueError(f"a scene needs rows of 4 different ids, got {len(by_id)}")
+
+    # every draw comes from one generator, so that a seed gives the same scenes
     edge = side // 16  # white between the pictures
-    ids, generator, scenes = list(by_id), torch.Generator().manual_seed(seed), []
+    ids = list(by_id)
+    generator = torch.Generator().manual_seed(seed)
+    scenes = []
     for _ in range(count):
-        canvas, words = Image.new("RGB", (2 * side, 2 * side), "white"), []
+        canvas = Image.new("RGB", (2 * side, 2 * side), "white")
+        captions = []
         for place, which in enumerate(torch.randperm(len(ids), generator=generator)[:4].tolist()):
             same = by_id[ids[which]]
             row = same[int(torch.randint(len(same), (), generator=generator))]
             picture = open_image(row["image"]).resize((side - 2 * edge,) * 2, Image.Resampling.LANCZOS)
             canvas.paste(picture, (side * (place % 2) + edge, side * (place // 2) + edge))
-            words.append(str(row["captions"][0]))
-        scenes.append(Scene(canvas, tuple(words), int(torch.randint(4, (), generator=generator))))
+            captions.append(str(row["captions"][0]))
+        scenes.append(Scene(canvas, tuple(captions), int(torch.randint(4, (), generator=generator))))
     return scenes

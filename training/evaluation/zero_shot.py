@@ -30,21 +30,25 @@ def class_embeddings(
     progress: bool = False,
 ) -> Tensor:
     """(C, P), L2-normalised: per class the mean over templates and synonyms of normalised prompt embeddings."""
+    # all prompts in one list, cut into classes again afterwards
     prompts = [fill(templates, name) for name in class_names]
     flat = [prompt for group in prompts for prompt in group]
     embeddings = embed_texts(model, processor, flat, batch_size, progress).split([len(group) for group in prompts])
-    return F.normalize(torch.stack([group.mean(0) for group in embeddings]), dim=-1)
+    return F.normalize(torch.stack([group.mean(0) for group in embeddings]), dim=-1)  # (C, P)
 
 
 def rerank(scores: Tensor, candidates: Tensor, guided: Tensor) -> Tensor:
     """Put each row's candidates before all other classes, in the order of their guided scores.
 
     Args:
-        scores: (n, C) cosines. candidates: (n, K) columns. guided: (n, K) new scores of the candidates.
+        scores: (n, C) cosines.
+        candidates: (n, K) columns.
+        guided: (n, K) new scores of the candidates.
 
     Returns:
         (n, C): guided scores shifted to lie above every other class; the others keep their scores.
     """
+    # the least guided score lands 1 above the highest of all others
     shift = scores.max() - guided.min() + 1
     return scores.scatter(1, candidates, guided.to(scores.dtype) + shift)
 
@@ -101,15 +105,24 @@ class ZeroShotClassificationEvaluator:
             raise ValueError(f"labels must be in 0..{len(class_names) - 1}, got {outside[0]}")
         if not 1 <= candidates:
             raise ValueError(f"candidates must be at least 1, got {candidates}")
+
+        # pictures and classes; of rows only the pictures, read when they are embedded
         self.guided_rows = spaced(range(len(images)), bootstrap_rows)
         rows = len(images) > 0 and isinstance(images[0], Mapping) and "image" in images[0]
         self.images = Column(images, "image") if rows else images
         self.labels = torch.as_tensor([int(label) for label in labels])
         self.class_names = list(class_names)
         self.templates = load_templates(templates) if isinstance(templates, str) else check_templates(templates)
-        self.top_k, self.batch_size, self.name, self.progress = tuple(top_k), batch_size, name, progress
-        self.bootstrap, self.candidates, self.shown = bootstrap, min(candidates, len(class_names)), shown
-        self.guided_score, self.guided_text, self.guided_target = guided_score, guided_text, guided_target
+        self.top_k = tuple(top_k)
+        self.batch_size = batch_size
+        self.name = name
+        self.progress = progress
+        self.bootstrap = bootstrap
+        self.candidates = min(candidates, len(class_names))
+        self.shown = shown
+        self.guided_score = guided_score
+        self.guided_text = guided_text
+        self.guided_target = guided_target
         (self.guided_template,) = check_templates([guided_template])
 
     @classmethod
@@ -117,6 +130,7 @@ class ZeroShotClassificationEvaluator:
         cls, rows: Sequence[Row], names: Mapping[Hashable, ClassName] | None = None, **options: Any
     ) -> "ZeroShotClassificationEvaluator":
         """Every concept id of `rows` is a class, named by `names[id]` or by the first caption of its first row."""
+        # classes are numbered in order of appearance
         numbers: dict[Hashable, int] = {}
         class_names: list[ClassName] = []
         labels = []
@@ -148,23 +162,27 @@ class ZeroShotClassificationEvaluator:
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
         """Embed pictures and prompts and yield (name, value), and the sheet last."""
-        images = embed_images(model, processor, self.images, self.batch_size, self.progress)
+        # all pictures against all classes
+        images = embed_images(model, processor, self.images, self.batch_size, self.progress)  # (n, P)
         classes = class_embeddings(
             model, processor, self.class_names, self.templates, 4 * self.batch_size, self.progress
         )
-        scores = images @ classes.T
+        scores = images @ classes.T  # (n, C)
         plain = self._accuracy(scores, self.labels)
         for k in self.top_k:
             yield f"{self.name}/zero_shot_top{k}", plain[f"top{k}"]
             yield f"{self.name}/zero_shot_chance{k}", plain[f"chance{k}"]
         if not self.bootstrap:
             return
+
+        # guidance of some pictures, beside the plain scores of the same ones
         rows = self.guided_rows
         scores, labels = scores[rows], self.labels[rows]
         pictures = [self.images[row] for row in rows]  # as they lie, not decoded
         candidates, guided = self.guide(model, processor, pictures, scores, classes)
         reranked = rerank(scores, candidates, guided)
-        without, after = self._accuracy(scores, labels), self._accuracy(reranked, labels)
+        without = self._accuracy(scores, labels)
+        after = self._accuracy(reranked, labels)
         for k in self.top_k:
             yield f"{self.name}/bootstrap_top{k}", after[f"top{k}"]
             yield f"{self.name}/bootstrap_without_top{k}", without[f"top{k}"]
@@ -184,16 +202,21 @@ class ZeroShotClassificationEvaluator:
     ) -> tuple[Tensor, Tensor]:
         """Pictures (n), scores (n, C), class embeddings (C, P) -> the first K classes of each row and the scores that
         order them anew, (n, K) each."""
+        # t_c, and what f(I, t_c) is compared with
         template = self.guided_template if self.guided_text == "prompt" else "{}"
         texts = [fill([template], name)[0] for name in self.class_names]
         targets = classes
         if self.guided_target == "text":
             targets = embed_texts(model, processor, texts, 4 * self.batch_size)
+
+        # each picture with the texts of its K best classes
         old, candidates = scores.topk(self.candidates, dim=1)  # both (n, K)
         asked = [texts[column] for column in candidates.flatten().tolist()]
         mixed = embed_pairs(  # (n * K, P)
             model, processor, pictures, asked, self.batch_size, self.progress, times=self.candidates
         )
+
+        # s' = cos(f(I, t_c), f(t_c)); both are normalised
         guided = (mixed * targets[candidates.flatten()]).sum(-1).view_as(old)
         return candidates, guided + old if self.guided_score == "sum" else guided
 

@@ -29,15 +29,17 @@ def gather_without_gradient(tensor: torch.Tensor) -> torch.Tensor:
     """Rows of all processes in the order of their ranks, as negatives: (B, ...) -> (B * world, ...). B must agree."""
     if not is_distributed():
         return tensor.detach()
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.detach().contiguous())
-    return torch.cat(parts)
+    chunks = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(chunks, tensor.detach().contiguous())
+    return torch.cat(chunks)  # (B * world, ...)
 
 
 def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
     """
-    Rows of all processes as above, and the gradient goes back to the process that each row came from: the sum of what
-    every process has for it. With data-parallel averaging of gradients that is the gradient of the mean of the losses.
+    Rows of all processes as above, with gradient: (B, ...) -> (B * world, ...).
+
+    Each row's gradient, summed over processes, goes back to the process that the row came from. With data-parallel
+    averaging of gradients that is the gradient of the mean of the losses.
     """
     return _Gather.apply(tensor) if is_distributed() else tensor
 
@@ -52,20 +54,22 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        # reduced in place, so not autograd's own tensor
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # (B * world, ...)
         dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
+        return gradient.chunk(world_size())[rank()]  # (B, ...)
 
 
 @torch.no_grad()
 def mean_counts(counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    0-dim counts of each process, or of this one -> their means over processes, at least one in all: what a process has
-    to divide its own sum by for the mean over processes to be the mean over everything that was counted.
+    0-dim counts of this process -> their means over processes, of at least one in all.
+
+    A process divides its own sum by this, so that the mean over processes is the mean over everything counted.
     """
     if not counts:
         return {}
-    total = torch.stack([count.long() for count in counts.values()])
+    total = torch.stack([count.long() for count in counts.values()])  # (number of counts,)
     if is_distributed():
         dist.all_reduce(total)
     return dict(zip(counts, (total.clamp_min(1) / world_size()).unbind(), strict=True))
@@ -123,10 +127,12 @@ def fsdp_spread(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def fsdp_shard_alike(frozen: nn.Module, sharded: nn.Module) -> None:
     """FSDP2 over a frozen copy of a model that is under FSDP2: each parameter is cut as that of the model is."""
+    # layers from the innermost out, on the model's own mesh
     mesh = next(parameter.device_mesh for parameter in sharded.parameters() if isinstance(parameter, DTensor))
     for module in reversed(list(frozen.modules())[1:]):
         if type(module).__name__ in undivided_layers(sharded):
             fully_shard(module, mesh=mesh)
+
     # torch's default keeps the root's parameters gathered until a backward that a frozen model never has: they would
     # stay those of the first step
     fully_shard(frozen, mesh=mesh, reshard_after_forward=True)

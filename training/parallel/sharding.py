@@ -56,6 +56,7 @@ def load_full_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
     Raises:
         RuntimeError: names or shapes that are not the module's, as torch has it; nothing has been written then.
     """
+    # everything that does not fit, before anything is written
     targets = module.state_dict(keep_vars=True)
     wrong = {name: "missing" for name in targets.keys() - state.keys()}
     wrong |= {name: "unexpected" for name in state.keys() - targets.keys()}
@@ -66,6 +67,7 @@ def load_full_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
     }
     if wrong:
         raise RuntimeError(f"the state does not fit {type(module).__name__}: {dict(sorted(wrong.items())[:10])}")
+
     for name, target in targets.items():
         _fill(target, state[name])
 
@@ -79,6 +81,8 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[State, Group
     """
     if (zero := _zero_optimizer(optimizer)) is not None:
         return _zero_state(zero)
+
+    # without ZeRO the state is torch's own, spread at most by FSDP2
     state = optimizer.state_dict()
     tensors = _collect(
         (f"{index}.{name}", _whole(torch.as_tensor(value)))
@@ -98,11 +102,14 @@ def load_full_optimizer_state(
     Raises:
         ValueError: the parameters are grouped in another way, or a tensor has not its parameter's shape.
     """
+    # the same parameters in the same groups
     zero = _zero_optimizer(optimizer)
     mine = [len(group) for group in _zero_groups(zero)] if zero else [len(g["params"]) for g in optimizer.param_groups]
     theirs = [len(group["params"]) for group in groups]
     if theirs != mine:
         raise ValueError(f"the optimiser's groups hold {theirs} parameters, expected {mine}")
+
+    # "index.name" -> index, name; each tensor as large as its parameter
     parameters = [p for group in (_zero_groups(zero) if zero else _parameters(optimizer)) for p in group]
     state: dict[int, State] = {}
     for key, value in tensors.items():
@@ -111,6 +118,8 @@ def load_full_optimizer_state(
             expected = tuple(full_shape(parameters[int(index)]))
             raise ValueError(f"the optimiser's {key} has shape {tuple(value.shape)}, expected {expected}")
         state.setdefault(int(index), {})[name] = value
+
+    # each process keeps its part
     if zero is not None:
         _load_zero_state(zero, state)
         return
@@ -145,12 +154,14 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 def _zero_3_part(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This process's part of a whole tensor as ZeRO-3 cuts it: flat, in equal parts, the last one padded."""
     size = parameter.ds_tensor.numel()
-    flat = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
-    return flat[size * rank() : size * (rank() + 1)]
+    flat = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))  # (size * world,)
+    return flat[size * rank() : size * (rank() + 1)]  # (size,)
 
 
 def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
     value = value.to(device=target.device, dtype=target.dtype)
+
+    # ZeRO-3: the part, and the fp32 master that the optimiser steps
     if is_zero_3(target):
         part = _zero_3_part(value, target)
         target.ds_tensor.copy_(part)
@@ -159,6 +170,8 @@ def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
         if target.requires_grad:
             write_zero_3_master(target, part)
         return
+
+    # plain and FSDP2; ZeRO-1 and 2 keep a master too
     own_part(target).copy_(fsdp_part(fsdp_spread(value, target)))
     if has_full_precision_state(target):
         target.set_full_hp_param(value)
@@ -175,7 +188,7 @@ def _is_stage_3(zero: Any) -> bool:
 
 
 def _zero_groups(zero: Any) -> list[list[torch.Tensor]]:
-    """The parameters as the optimiser was given them; ZeRO put flat partitions into its place of them."""
+    """The parameters as the optimiser was given them; ZeRO has put flat partitions in their place."""
     if not _is_stage_3(zero):
         return [list(group) for group in zero.bit16_groups]
     groups: list[list[torch.Tensor]] = [[] for _ in zero.optimizer.param_groups]
@@ -195,7 +208,7 @@ def _flat_of_each(zero: Any) -> list[torch.Tensor]:
 
 
 def _link_moments(zero: Any) -> None:
-    # ZeRO-1 and 2 do so after the first step of the first group, when the others have no moments yet
+    # DeepSpeed links those of ZeRO-1 and 2 after the first group's first step, when other groups have no moments yet
     if not _is_stage_3(zero):
         link_moments(zero)
 
@@ -203,6 +216,7 @@ def _link_moments(zero: Any) -> None:
 def _zero_state(zero: Any) -> tuple[State, Groups]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    # moments lie in flat partitions; DeepSpeed finds each parameter's through links
     held = zero.optimizer.state
     _link_moments(zero)
     parameters = [parameter for group in _zero_groups(zero) for parameter in group]
@@ -214,15 +228,19 @@ def _zero_state(zero: Any) -> tuple[State, Groups]:
                 whole = safe_get_full_optimizer_state(parameter, name) if is_part else torch.as_tensor(value)
                 yield f"{index}.{name}", whole.clone()
 
-    tensors, groups, start = _collect(entries()), [], 0
+    # groups as torch writes them, their parameters counted through
+    tensors = _collect(entries())
+    groups = []
+    start = 0
     for group, settings in zip(_zero_groups(zero), zero.optimizer.param_groups, strict=True):
-        kept = {name: value for name, value in settings.items() if name != "params"}
-        groups.append({**kept, "params": list(range(start, start + len(group)))})
+        options = {name: value for name, value in settings.items() if name != "params"}
+        groups.append({**options, "params": list(range(start, start + len(group)))})
         start += len(group)
     return tensors, groups
 
 
 def _load_zero_state(zero: Any, state: Mapping[int, State]) -> None:
+    # moments to write into, where the optimiser has not stepped yet
     parameters = [parameter for group in _zero_groups(zero) for parameter in group]
     for index, flat in enumerate(_flat_of_each(zero)):
         held = zero.optimizer.state.setdefault(flat, {})
@@ -231,6 +249,8 @@ def _load_zero_state(zero: Any, state: Mapping[int, State]) -> None:
                 held[name] = value.to(flat.device)
             elif name not in held:
                 held[name] = torch.zeros_like(flat)
+
+    # and through the links each parameter's own part of them
     _link_moments(zero)
     for index, parameter in enumerate(parameters):
         for name, value in state.get(index, {}).items():

@@ -71,11 +71,18 @@ def pipeline_classes(model: PreTrainedModel) -> dict[str, tuple[type, list[str]]
     Task → (pipeline class, names of its auto classes): the registered pipelines that are not transformers' own, that
     serve the family, and that find all they read in this model's weights. Others would read heads drawn at random.
     """
-    config, found, known = model.config, {}, {}
+    config = model.config
+    classes = {}
+    known = {}  # auto class -> a model of it without weights, made once
     for task, entry in PIPELINE_REGISTRY.to_dict().items():
-        implementation, auto_classes = entry["impl"], entry["pt"]
+        implementation = entry["impl"]
+        auto_classes = entry["pt"]
+
+        # only pipelines that came with a family
         if not isinstance(implementation, type) or implementation.__module__.startswith("transformers."):
             continue
+
+        # and of their models those that this family has and these weights fill
         for auto in auto_classes:
             if type(config) not in registered_models(auto):
                 continue
@@ -83,24 +90,27 @@ def pipeline_classes(model: PreTrainedModel) -> dict[str, tuple[type, list[str]]
                 with torch.device("meta"):
                     known[auto] = auto.from_config(copy.deepcopy(config))
             if serves(model, known[auto], implementation):
-                found.setdefault(task, (implementation, []))[1].append(auto.__name__)
-    return found
+                classes.setdefault(task, (implementation, []))[1].append(auto.__name__)
+    return classes
 
 
 def serves(model: PreTrainedModel, wanted: PreTrainedModel, implementation: type) -> bool:
-    """Whether the weights of `model` make the model `wanted` that a pipeline needs; with `reads_heads = False` the
-    pipeline reads those of the tower only."""
+    """Whether the weights of `model` make the model `wanted` that a pipeline needs; a pipeline with
+    `reads_heads = False` needs those of the tower only."""
+    # some pipelines need methods that only one family's models have
     if any(not hasattr(wanted, method) for method in getattr(implementation, "model_methods", ())):
         return False
     if type(model) is type(wanted):
         return True
+
+    # another class of the family: every weight must be there, under the same name and of the same shape
     general = [cls for name, cls in model_classes(model.config).items() if name in GENERAL]
     tower_only = not getattr(implementation, "reads_heads", True)
     return type(model) in general and weights_of(wanted, tower_only) <= weights_of(model)
 
 
 def weights_of(model: PreTrainedModel, tower_only: bool = False) -> set[tuple[str, torch.Size]]:
-    """Names, without the tower's prefix, and shapes."""
+    """The weights of `model` as (name without the tower's prefix, shape)."""
     tower = f"{model.base_model_prefix}."
     state = {name: value.shape for name, value in model.state_dict().items()}
     if tower_only:
@@ -113,6 +123,7 @@ def copy_code(classes: Sequence[type], directory: Path) -> list[str]:
 
     Raises ValueError if two different files would get the same name.
     """
+    # file name -> where it comes from; a file that several classes share comes once
     copied: dict[str, Path] = {}
     for cls in classes:
         source = sys.modules[cls.__module__].__file__
@@ -120,6 +131,8 @@ def copy_code(classes: Sequence[type], directory: Path) -> list[str]:
             earlier = copied.setdefault(file.name, file.resolve())
             if earlier != file.resolve():
                 raise ValueError(f"two code files share the name {file.name}: {earlier} and {file.resolve()}")
+
+    # after every name has been checked
     for name, file in copied.items():
         shutil.copyfile(file, directory / name)
     return sorted(copied)
@@ -140,6 +153,7 @@ def stored_weights(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[st
     """
     if dtype is None:
         return None
+    # tied weights are one storage under several names
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # one copy for tied weights, which save must recognise
     state = {}
@@ -160,11 +174,15 @@ def write_code(model: PreTrainedModel, processor: ProcessorMixin, directory: Pat
 
     `save_pretrained` alone lists only the class that was saved.
     """
-    models, pipelines = model_classes(model.config), pipeline_classes(model)
+    # auto class -> file and class in the repository
+    models = model_classes(model.config)
+    pipelines = pipeline_classes(model)
     auto_map = {"AutoConfig": reference(type(model.config))}
     auto_map |= {name: reference(cls) for name, cls in models.items()}
     processors = {"AutoProcessor": type(processor), "AutoImageProcessor": type(processor.image_processor)}
     processor_map = {name: reference(cls) for name, cls in processors.items()}
+
+    # the files of all of them, and the entries that name them
     copy_code(
         [type(model.config), *models.values(), *processors.values(), *(cls for cls, _ in pipelines.values())],
         directory,
@@ -174,6 +192,8 @@ def write_code(model: PreTrainedModel, processor: ProcessorMixin, directory: Pat
         auto_map=auto_map | processor_map,
         custom_pipelines={task: {"impl": reference(cls), "pt": names} for task, (cls, names) in pipelines.items()},
     )
+
+    # the image processor is read from its own entry inside the processor's file
     path = directory / "processor_config.json"
     nested = json.loads(path.read_text(encoding="utf-8")).get("image_processor", {})
     merge_json(path, auto_map=processor_map, image_processor=nested | {"auto_map": processor_map})
@@ -190,6 +210,8 @@ def write_pictures(pictures: Mapping[str, Picture], directory: Path) -> dict[str
         path = Path("pictures") / f"{slug(caption)}.png"
         if path.as_posix() in written.values():
             raise ValueError(f"two pictures would both be {path}; the second is captioned {caption!r}")
+
+        # whatever can be drawn becomes a PNG
         target = directory / path
         target.parent.mkdir(exist_ok=True)
         if isinstance(picture, (str, Path)):
@@ -223,6 +245,8 @@ def move_into_place(finished: Path, directory: Path) -> None:
     if not directory.exists():
         os.replace(finished, directory)
         return
+
+    # a directory cannot be renamed over another that is not empty: the old one is moved aside first
     old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-old-"))
     os.replace(directory, old / directory.name)
     os.replace(finished, directory)
@@ -262,6 +286,7 @@ def export_model(
     directory = Path(directory).absolute()
     check_replaceable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target, so that renaming stays on one file system
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
         scratch.chmod(0o755)
@@ -269,11 +294,15 @@ def export_model(
         processor.save_pretrained(scratch)
         tasks = write_code(model, processor, scratch)
         paths = write_pictures(pictures or {}, scratch)
+
+        # what was measured, and by what training
         (scratch / "results").mkdir()
         if metrics is not None:
             write_json(scratch / "results" / "metrics.json", {"metrics": plain(metrics), "protocol": plain(protocol)})
         if training_config is not None:
             write_json(scratch / "results" / "training_config.json", plain(training_config))
+
+        # the page that says all of it
         computed = str(model.dtype).removeprefix("torch.")
         card = model_card(
             model,
@@ -289,6 +318,8 @@ def export_model(
             compute_dtype=computed,
         )
         card.save(scratch / "README.md")
+
+        # digests last, of files that no longer change
         write_digests(scratch)
         for file in scratch.rglob("*"):
             if file.is_file():
@@ -313,6 +344,7 @@ def push_to_hub(
 
     Raises FileNotFoundError if the directory is not a complete export.
     """
+    # nothing is uploaded that would not load
     directory = Path(directory)
     missing = [
         name for name in ("config.json", "processor_config.json", "README.md") if not (directory / name).is_file()
@@ -321,6 +353,8 @@ def push_to_hub(
         missing.append("*.safetensors")
     if missing:
         raise FileNotFoundError(f"{directory} is no exported model, it lacks {', '.join(missing)}; see export_model")
+
+    # one commit for all files
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     commit = api.upload_folder(

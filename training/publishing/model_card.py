@@ -39,8 +39,12 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [plain(item) for item in value]
+
+    # scalars of numpy and torch; an array of several numbers raises here
     if hasattr(value, "item") and getattr(value, "size", None) is not None and not isinstance(value, (int, float)):
         value = value.item()
+
+    # JSON has no NaN
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
@@ -73,6 +77,7 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
 def data_table(data: Sequence[Mapping[str, Any] | str]) -> str:
     """One row per data set; the columns are the union of the keys that the entries have."""
     entries = [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in data]
+    # in the order in which keys first appear
     columns = list(dict.fromkeys(key for entry in entries for key in entry))
     return markdown_table(columns, [[entry.get(column, "") for column in columns] for entry in entries])
 
@@ -81,9 +86,12 @@ def eval_results(metrics: Mapping[str, float]) -> list[EvalResult]:
     """The Hub's `model-index` entries of the finite metrics."""
     results = []
     for name, value in plain(metrics).items():
+        # the index holds numbers; what could not be measured stays in the table alone
         dataset, metric = split_metric(name)
         if value is None or isinstance(value, (bool, str)):
             continue
+
+        # the Hub sorts results by task; the names of metrics tell which
         task = PIPELINE_TAG if re.search(r"top[-_]?\d|accuracy", metric) else "image-text-retrieval"
         results.append(
             EvalResult(
@@ -119,7 +127,9 @@ def model_card(
     compute_dtype: str = "float32",
 ) -> ModelCard:
     """The card of `model`; `pictures` maps captions to paths inside the repository, `tasks` are its own pipelines."""
-    config, name = model.config, model_id.rsplit("/", 1)[-1]
+    # what the Hub indexes
+    config = model.config
+    name = model_id.rsplit("/", 1)[-1]
     metadata = ModelCardData(
         license=license,
         library_name="transformers",
@@ -128,6 +138,8 @@ def model_card(
         model_name=name,
         eval_results=eval_results(metrics or {}) or None,
     )
+
+    # what a reader sees
     if isinstance(protocol, Mapping):
         protocol = markdown_table(["", ""], [[key, json_cell(value)] for key, value in plain(protocol).items()])
     return ModelCard.from_template(
@@ -167,18 +179,22 @@ def add_evaluation(
     card = ModelCard.load(Path(directory) / "README.md")
     if not EVALUATION.search(card.text):
         raise ValueError(f"{directory}/README.md has no evaluation section; expected a card that export_model wrote")
+
+    # the section between the two marks is written anew: a table for each file of results, then the pictures
     parts = ["### Evaluation"]
     for name, content in results.items():
         stated = {key: value for key, value in plain(content["protocol"]).items() if value is not None}
-        told = ", ".join(f"{key}: {json_cell(value)}" for key, value in stated.items())
-        parts += [f"`results/{name}.json` ({told})", metrics_table(content["values"])]
+        protocol = ", ".join(f"{key}: {json_cell(value)}" for key, value in stated.items())
+        parts += [f"`results/{name}.json` ({protocol})", metrics_table(content["values"])]
     parts += [f"![{caption}]({path})\n*{caption}*" for caption, path in (pictures or {}).items()]
     text = "\n\n".join(["<!-- evaluation -->", *parts, "<!-- /evaluation -->"])
     card.text = EVALUATION.sub(lambda _: text, card.text)
+
+    # in the metadata a new value replaces the old one of the same set and metric; others stay
     measured = eval_results({key: value for content in results.values() for key, value in content["values"].items()})
     known = {(result.dataset_name, result.metric_name) for result in measured}
-    kept = [r for r in card.data.eval_results or [] if (r.dataset_name, r.metric_name) not in known]
-    card.data.eval_results = kept + measured
+    others = [r for r in card.data.eval_results or [] if (r.dataset_name, r.metric_name) not in known]
+    card.data.eval_results = others + measured
     card.save(Path(directory) / "README.md")
 
 

@@ -41,11 +41,12 @@ def write_digests(directory: str | Path) -> Path:
 
 def check_directory(directory: str | Path) -> None:
     """
-    Reads the headers of the weights and the JSON files, and compares all with digests.json where there is one.
+    Reads the JSON files and the headers of the weights, and compares all files with digests.json where there is one.
 
     Raises:
         ModelDirectoryError: names the first file that is missing, cannot be read, or is not as it was written.
     """
+    # readable at all; a header says how long the file must be, so that a cut one is noticed
     directory = Path(directory)
     for file in _files(directory):
         try:
@@ -56,6 +57,8 @@ def check_directory(directory: str | Path) -> None:
                     weights.keys()
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelDirectoryError(f"{file}: cannot be read: {error}") from error
+
+    # byte for byte, where the export wrote digests
     if not (directory / DIGESTS).is_file():
         return
     digests = json.loads((directory / DIGESTS).read_text(encoding="utf-8"))
@@ -78,18 +81,21 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
     Args:
         auto: An auto class, `AutoModel` and the like.
         source: A directory, which is checked first, or a name on the Hub.
-        draws_heads (`bool`): A head of which the source has nothing at all is drawn by torch's generator, and named
-            in a warning, as the second stage needs it that starts from a published tower.
+        draws_heads (`bool`): A head that the source has no weight of is drawn by torch's generator, and named in a
+            warning. A second stage that starts from a published tower needs this.
 
     Raises:
         ModelDirectoryError: no such directory; a damaged file; keys that are missing or foreign, or of another shape.
     """
+    # damage is found before transformers opens anything
     if Path(source).is_dir():
         check_directory(source)
     elif not _may_be_on_the_hub(source):
         raise ModelDirectoryError(f"{source}: no such directory; {EXPECTED}")
+
+    # shapes that differ are reported here, all of them, not at the first
     try:
-        model, told = auto.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        model, report = auto.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (SafetensorError, RuntimeError) as error:
         raise ModelDirectoryError(f"{source}: {error}") from error
     except OSError as error:
@@ -98,16 +104,20 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
         raise ModelDirectoryError(
             f"{source}: no such directory, and nothing of that name came from the Hub; {EXPECTED}"
         ) from error
-    if mismatched := told["mismatched_keys"]:
+
+    # every weight must be there, in its shape; only whole heads may be drawn
+    if mismatched := report["mismatched_keys"]:
         shapes = {name: f"{tuple(got)}, expected {tuple(wanted)}" for name, got, wanted in sorted(mismatched)[:SHOWN]}
         raise ModelDirectoryError(f"{source}: wrong shapes {shapes}")
-    missing = set(told["missing_keys"])
+    missing = set(report["missing_keys"])
     if draws_heads:
         drawn = _whole_heads(model, missing)
         if drawn:
             logger.warning(f"{source} has no weights for {sorted(drawn)}: drawn at random")
         missing = {name for name in missing if name.partition(".")[0] not in drawn}
-    foreign = set(told["unexpected_keys"]) - _known_keys(model.config, told["unexpected_keys"])
+
+    # weights of heads that this class does not have are no damage
+    foreign = set(report["unexpected_keys"]) - _known_keys(model.config, report["unexpected_keys"])
     if missing or foreign:
         raise ModelDirectoryError(
             f"{source}: missing keys {sorted(missing)[:SHOWN]}, foreign keys {sorted(foreign)[:SHOWN]}"
@@ -129,8 +139,10 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _whole_heads(model: PreTrainedModel, missing: set[str]) -> set[str]:
-    """Modules beside the tower of which every weight is missing, but for those that are the tower's too."""
-    state, prefix = model.state_dict(), model.base_model_prefix
+    """Names of the modules beside the tower that lack every weight of their own; tied ones belong to the tower."""
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    # tied weights share the tower's memory
     towers = {value.data_ptr() for name, value in state.items() if name.partition(".")[0] == prefix}
     own: dict[str, set[str]] = {}
     for name, value in state.items():
@@ -140,7 +152,7 @@ def _whole_heads(model: PreTrainedModel, missing: set[str]) -> set[str]:
 
 
 def _known_keys(config: PreTrainedConfig, keys: Iterable[str]) -> set[str]:
-    """Of the keys that a model had no use for, those of the same family's pretraining model: its heads."""
+    """The keys of the same family's pretraining model, with and without the tower's prefix; none if no `keys` ask."""
     if not keys:
         return set()
     with torch.device("meta"):

@@ -40,7 +40,9 @@ def export_tokenizer(
     Args:
         metrics: SET/measure -> value, as `ReconstructionEvaluator` yields them.
         protocol: SET -> its evaluator's protocol.
-        data, licence, attribution: What it was trained on, under which terms, and a file naming the makers to copy.
+        data: Names of what it was trained on.
+        licence: The terms of these data.
+        attribution: A file that names their makers, which is copied.
         pictures: Caption -> picture.
         dtype: Precision in the file. The configuration keeps the model's own, in which it will be loaded.
         name: What the card calls it; the directory's name if none.
@@ -52,21 +54,28 @@ def export_tokenizer(
     directory = Path(directory).absolute()
     check_replaceable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target, so that renaming stays on one file system
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
         scratch.chmod(0o755)
         model.save_pretrained(scratch, state_dict=stored_weights(model, dtype))
         paths = write_pictures(pictures, scratch)
+
+        # what was measured, and by what training
         (scratch / "results").mkdir()
         write_json(scratch / "results" / "metrics.json", {"metrics": plain(metrics), "protocol": plain(protocol)})
         write_json(scratch / "results" / "training_config.json", plain(training_config))
-        told = [f"`{name}`" for name in data] + ([licence] if licence else [])
+
+        # the page, with the data's terms and makers
+        sources = [f"`{name}`" for name in data] + ([licence] if licence else [])
         if attribution is not None:
             shutil.copy(attribution, scratch)
-            told.append(f"makers named in `{Path(attribution).name}`")
+            sources.append(f"makers named in `{Path(attribution).name}`")
         name = name or directory.name
-        card = tokenizer_card(model, name, metrics, protocol, training_config, "; ".join(told), paths)
+        card = tokenizer_card(model, name, metrics, protocol, training_config, "; ".join(sources), paths)
         (scratch / "README.md").write_text(card, encoding="utf-8")
+
+        # digests last, of files that no longer change
         write_digests(scratch)
         for file in scratch.rglob("*"):
             if file.is_file():
@@ -86,18 +95,23 @@ def tokenizer_card(
     data: str,
     pictures: Mapping[str, str],
 ) -> str:
-    """README.md of an exported tokenizer; pictures are caption -> path in it."""
+    """The text of README.md; `pictures` maps captions to paths in the repository."""
+    # a line of the table for each set that was measured
     config = model.config
     rows = []
-    for set_name, how in protocol.items():
+    for set_name, settings in protocol.items():
         measures = {key.rpartition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{set_name}/")}
-        rows.append({"name": set_name, "pictures": how["pictures"], **measures})
+        rows.append({"name": set_name, "pictures": settings["pictures"], **measures})
+
+    # what the Hub indexes
     metadata = {
         "library_name": "transformers",
         "license": "apache-2.0",
         "pipeline_tag": "image-feature-extraction",
         "tags": ["oner", "dvae", "image-tokenizer"],
     }
+
+    # a name that the template needs and does not get is an error
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )

@@ -56,14 +56,17 @@ class AnswerArguments(AnswerObjectiveArguments, TaskArguments):
     )
 
 
-def open_rows(sources: Sequence[str], told: AnswerArguments, data: DataArguments, training: bool) -> ListedRows:
+def open_rows(sources: Sequence[str], options: AnswerArguments, data: DataArguments, training: bool) -> ListedRows:
+    # questions follow the captions' rules; evaluation cuts them later than training
     clean = None
     if data.caption_rules == "albef":
         clean = pre_question if training else partial(pre_question, max_words=TEST_WORDS)
+
     return open_questions(
-        list(sources) if training else [*sources, *told.eval_annotations],
-        told.image_folder,
-        told.genome_folder,
+        # VQA v2 keeps answers in files of their own; training files have them in each row
+        list(sources) if training else [*sources, *options.eval_annotations],
+        options.image_folder,
+        options.genome_folder,
         answered=training,
         clean=clean,
         bad_rows="skip" if training else "raise",
@@ -71,26 +74,29 @@ def open_rows(sources: Sequence[str], told: AnswerArguments, data: DataArguments
 
 
 def answers(processor: VisionLanguageProcessor, config: PreTrainedConfig) -> Answers:
+    # answers share the texts' tokenizer, and end as the decoder was trained to end them
     tokenizer = processor.tokenizer
     return Answers(tokenizer, SpecialTokens.of(config, tokenizer), answer_end(config))
 
 
-def evaluator(rows: Sequence[Any], name: str, told: AnswerArguments) -> AnswerEvaluator:
+def evaluator(rows: Sequence[Any], name: str, options: AnswerArguments) -> AnswerEvaluator:
     return AnswerEvaluator(
         rows,
-        None if told.answer_list is None else read_answer_list(told.answer_list),
+        None if options.answer_list is None else read_answer_list(options.answer_list),
         name,
-        told.eval_batch_size,
-        k=told.answers_in_full,
-        count_first_token_twice=told.count_first_token_twice,
-        num_beams=told.answer_beams,
-        folder=told.answer_folder,
+        options.eval_batch_size,
+        k=options.answers_in_full,
+        count_first_token_twice=options.count_first_token_twice,
+        num_beams=options.answer_beams,
+        folder=options.answer_folder,
     )
 
 
 def load_answering(source: str, **options: Any) -> PreTrainedModel:
-    """The decoder begins as the tower's last layers and its head of words, unless `source` has one."""
+    """A model whose decoder begins as the tower's last layers and its MLM head, unless `source` has a decoder."""
     model = load_model(AutoModelForVisualQuestionAnswering, source, draws_heads=True, **options)
+
+    # a source of another class was pretrained: its decoder has been drawn at random, and is now filled
     if type(model).__name__ not in (AutoConfig.from_pretrained(source).architectures or ()):
         model.initialise_from(load_model(AutoModelForMaskedLM, source, draws_heads=True, **options))
     return model

@@ -31,7 +31,7 @@ class AssignmentArguments(AssignmentObjectiveArguments, TaskArguments):
 
 class AssignmentEvaluator:
     """
-    How often the own picture, or that there is none, is found among two that are drawn as in training, from a batch.
+    How often a text's own picture, or its absence, is recognised among two that are drawn from a batch as in training.
 
     Yields name/accuracy, over rows for which two other pictures could be drawn.
 
@@ -39,10 +39,13 @@ class AssignmentEvaluator:
         ValueError: fewer than three rows.
     """
 
-    def __init__(self, rows: Sequence[Any], name: str, told: AssignmentArguments, seed: int = 0):
+    def __init__(self, rows: Sequence[Any], name: str, options: AssignmentArguments, seed: int = 0):
         if len(rows) < 3:
             raise ValueError(f"{name}: got {len(rows)} rows; expected a picture and two others at least")
-        self.rows, self.name, self.told, self.seed = rows, name, told, seed
+        self.rows = rows
+        self.name = name
+        self.options = options
+        self.seed = seed
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -50,22 +53,26 @@ class AssignmentEvaluator:
         return {
             "task": "text assignment to one of two pictures or neither",
             "rows": len(self.rows),
-            "drawn from batches of": self.told.eval_batch_size,
-            "own picture": self.told.own_picture,
+            "drawn from batches of": self.options.eval_batch_size,
+            "own picture": self.options.own_picture,
         }
 
     def run(self, model: PreTrainedModel, processor: Any) -> Iterator[tuple[str, float]]:
         """Draw, read and yield (name, value)."""
-        (ids,) = numbered(row_ids(self.rows))
+        # seeded, so that the same pictures are drawn whatever happened before
+        (ids,) = numbered(row_ids(self.rows))  # (n,)
         hits: list[bool] = []
         with evaluating(model), torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            for part in batches(len(self.rows), self.told.eval_batch_size, "pairs", False):
-                rows = [self.rows[number] for number in range(part.start, part.stop)]
+            for chosen in batches(len(self.rows), self.options.eval_batch_size, "pairs", False):
+                # the batch is what pictures are drawn from
+                rows = [self.rows[number] for number in range(chosen.start, chosen.stop)]
                 inputs = task_inputs(processor, [{**row, "text": row["captions"][0]} for row in rows])
-                batch = on_device({**inputs, "ids": ids[part]}, model)
-                logits, labels = assign(model, batch, self.told.own_picture, self.told.draw_temperature)
-                hits += (logits.argmax(-1) == labels)[labels >= 0].tolist()
+                batch = on_device({**inputs, "ids": ids[chosen]}, model)
+
+                # rows for which nothing could be drawn have a label below 0
+                logits, labels = assign(model, batch, self.options.own_picture, self.options.draw_temperature)
+                hits += (logits.argmax(-1) == labels)[labels >= 0].tolist()  # of those drawn
         yield f"{self.name}/accuracy", sum(hits) / max(len(hits), 1)
 
 

@@ -45,10 +45,12 @@ class FamilyModels:
     """
 
     def __init__(self, what: str, models: dict[str, type[PreTrainedModel]]):
-        self.what, self.models = what, models
+        self.what = what
+        self.models = models
 
     def from_pretrained(self, source: str, **options: Any) -> PreTrainedModel:
-        """Raises `ValueError` for a family that has none."""
+        """The model of the family that `source` is of. Raises `ValueError` for a family that has none."""
+        # the run's configuration decides, where there is one
         config = options.get("config") or AutoConfig.from_pretrained(source)
         if config.model_type not in self.models:
             raise ValueError(
@@ -59,37 +61,40 @@ class FamilyModels:
 
 def load_second_layers(auto: FamilyModels, source: str, **options: Any) -> PreTrainedModel:
     """A model of two pictures, whose second layers begin as copies, unless `source` is of two pictures itself."""
+    # a pretrained model has one set of layers, a model of text assignment has both
     model = load_model(auto, source, draws_heads=True, **options)
     if not TWO_PICTURE_MODELS & set(AutoConfig.from_pretrained(source).architectures or ()):
         model.initialise_from(load_model(AutoModel, source, draws_heads=True, **options))
     return model
 
 
+# transformers has no auto class for two pictures
 AutoModelForVisualReasoning = FamilyModels("of two pictures", {"simla": SimlaForVisualReasoning})
 load_reasoning = partial(load_second_layers, AutoModelForVisualReasoning)
-# by the names that checkpoints have
+# as configurations name the class that a checkpoint was saved from
 TWO_PICTURE_MODELS = {SimlaForVisualReasoning.__name__, SimlaForTextAssignment.__name__}
 
 
 def open_rows(
     sources: Sequence[str],
-    told: TaskArguments,
+    options: TaskArguments,
     data: DataArguments,
     training: bool,
     read: Callable[..., ListedRows],
 ) -> ListedRows:
+    # a bad row is left out of training, never of a score
     clean = pre_caption if data.caption_rules == "albef" else None
-    return read(sources, told.image_folder, clean=clean, bad_rows="skip" if training else "raise")
+    return read(sources, options.image_folder, clean=clean, bad_rows="skip" if training else "raise")
 
 
 def evaluator(
     rows: Sequence[Any],
     name: str,
-    told: TaskArguments,
+    options: TaskArguments,
     labels: Sequence[str],
     images: Sequence[str] = ("image",),
 ) -> ClassificationEvaluator:
-    return ClassificationEvaluator(rows, labels, name, told.eval_batch_size, images)
+    return ClassificationEvaluator(rows, labels, name, options.eval_batch_size, images)
 
 
 ENTAILMENT = Task(
@@ -106,7 +111,7 @@ NLVR2 = Task(
     model=AutoModelForVisualReasoning,
     arguments=ReasoningArguments,
     open_rows=partial(open_rows, read=open_reasoning),
-    collator=partial(task_collator, images=TWO_PICTURES),
+    collator=partial(task_collator, images=TWO_PICTURES),  # pixel_values (B, 2, 3, H, W)
     evaluator=partial(evaluator, labels=REASONING_LABELS, images=TWO_PICTURES),
     objective=ClassificationObjective,
     load=load_reasoning,

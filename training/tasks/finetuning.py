@@ -35,7 +35,7 @@ TASKS = {
 
 @dataclass
 class TaskArguments:
-    """What every task may be told; a task's own arguments derive from it, all fields with defaults."""
+    """The options that every task has; a task's own arguments derive from it, all fields with defaults."""
 
     task: str = field(default="retrieval", metadata={"help": "What to fine-tune for; `--task` decides."})
     image_folder: str | None = field(
@@ -96,6 +96,7 @@ def find_task(name: str) -> Task:
     """The entry of a task, whose module is imported now. Raises `ValueError` that lists the known tasks."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
+    # imported on demand, so that a task pays for its own imports alone
     module, attribute = TASKS[name]
     return getattr(import_module(module), attribute)
 
@@ -104,14 +105,15 @@ def task_arguments(task: Task, family: str) -> type[TaskArguments]:
     """The dataclass to fill for a run of a task; with the fields of the family's objective where it trains by that."""
     if task.objective is not None:
         return task.arguments
+    # the task's fields come first in the order of bases, so its defaults win
     return make_dataclass(task.arguments.__name__, [], bases=(task.arguments, objective_classes(family)[1]))
 
 
-def task_objective(task: Task, student: PreTrainedModel, told: TaskArguments) -> Objective:
+def task_objective(task: Task, student: PreTrainedModel, options: TaskArguments) -> Objective:
     """The objective over an unwrapped student with its weights in place."""
     if task.objective is not None:
-        return task.objective(student, told)
-    return build_objective(student.config.model_type, student, told)
+        return task.objective(student, options)
+    return build_objective(student.config.model_type, student, options)
 
 
 def open_task_rows(task: Task, arguments: Arguments) -> PairRows:
@@ -125,17 +127,20 @@ def open_task_rows(task: Task, arguments: Arguments) -> PairRows:
     """
     if arguments.model.initial_model is None:
         raise ValueError("fine-tuning begins from a pretrained model directory; expected initial_model, got none")
+
+    # rows keep their numbers; the quarantine leaves the bad ones out
     rows = task.open_rows(arguments.data.train_data, arguments.objective, arguments.data, True)
     quarantine_of(arguments, {"pairs": rows}).check_opening()
     return rows
 
 
-def build_evaluator(task: Task, source: str, told: TaskArguments, data: DataArguments) -> Evaluator:
+def build_evaluator(task: Task, source: str, options: TaskArguments, data: DataArguments) -> Evaluator:
     """The task's evaluator of a source of rows, named after it. Raises `PairDataError` for a row that is bad."""
-    rows: Any = task.open_rows([source], told, data, False)
-    if told.eval_limit is not None:
-        rows = spaced(rows, told.eval_limit)
-    return task.evaluator(rows, Path(source).stem, told)
+    # the same rows each time, however few
+    rows: Any = task.open_rows([source], options, data, False)
+    if options.eval_limit is not None:
+        rows = spaced(rows, options.eval_limit)
+    return task.evaluator(rows, Path(source).stem, options)
 
 
 def load_task_model(task: Task, arguments: Arguments, config: PreTrainedConfig) -> PreTrainedModel:
@@ -146,18 +151,24 @@ def load_task_model(task: Task, arguments: Arguments, config: PreTrainedConfig) 
     Raises:
         ModelDirectoryError: the directory is damaged, or lacks weights of its tower or a part of a head.
     """
+    # heads are drawn by torch's generator
     model = arguments.model
     torch.manual_seed(arguments.run.seed)
     options: dict[str, Any] = {"config": config, "dtype": torch.float32}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
+
+    # from the pretrained model, by the task's way to begin if it has one
     if task.load is not None:
         student = task.load(model.initial_model, **options)
     else:
         student = load_model(task.model, model.initial_model, draws_heads=True, **options)
+
+    # positions of the image size that it was pretrained at
     tower = student.base_model
     if hasattr(tower, "resize_positions") and config.position_image_size != config.image_size:
         tower.resize_positions(config.image_size)
+
     if model.gradient_checkpointing:
         student.activation_checkpointing_enable()
     return student

@@ -25,7 +25,7 @@ from .finetuning import Task, TaskArguments
 
 @dataclass
 class GroundingArguments(TaskArguments):
-    """What is told beside the arguments of the family's objective."""
+    """Options beside those of the family's objective."""
 
     losses: list[str] = field(
         default_factory=lambda: ["itc", "itm"], metadata={"help": "Any subset of those of the family's objective."}
@@ -48,31 +48,44 @@ class GroundingArguments(TaskArguments):
 
 
 def open_rows(
-    sources: Sequence[str], told: GroundingArguments, data: DataArguments, training: bool
+    sources: Sequence[str], options: GroundingArguments, data: DataArguments, training: bool
 ) -> ListedRows | list[dict[str, Any]]:
     """ALBEF's lists of expressions; to evaluate on, with boxes, and of one split if `eval_split` names it."""
+    # to train on: expressions and whole pictures, no boxes
     clean = CAPTION_RULES.get(data.caption_rules)
     if training:
-        return open_grounding(list(sources), told.image_folder, clean=clean, bad_rows="skip")
-    files = {name: getattr(told, name) for name in ("refs", "instances", "detections")}
+        return open_grounding(list(sources), options.image_folder, clean=clean, bad_rows="skip")
+
+    # to evaluate on: all three files, and every picture
+    files = {name: getattr(options, name) for name in ("refs", "instances", "detections")}
     if missing := [name for name, path in files.items() if path is None]:
         raise PairDataError(f"grounding is scored by boxes: expected refs, instances and detections, got no {missing}")
-    rows = open_grounding(list(sources), told.image_folder, read_boxes(**files), clean)
+    rows = open_grounding(list(sources), options.image_folder, read_boxes(**files), clean)
     check_pictures(rows, rows.name)
-    if told.eval_split is None:
+
+    # one file holds all splits
+    if options.eval_split is None:
         return rows
-    chosen = [row for row in rows.rows if row["split"] == told.eval_split]
+    # rows without their `ListedRows`, which has done its checks
+    chosen = [row for row in rows.rows if row["split"] == options.eval_split]
     if not chosen:
         splits = sorted({row["split"] for row in rows.rows})
-        raise PairDataError(f"{rows.name}: no expressions of split {told.eval_split!r}; it has {splits}")
+        raise PairDataError(f"{rows.name}: no expressions of split {options.eval_split!r}; it has {splits}")
     return chosen
 
 
-def evaluator(rows: Sequence[Any], name: str, told: GroundingArguments) -> GroundingEvaluator:
-    how = {"mode": told.cam_mode, "layer": told.cam_layer}
-    return GroundingEvaluator(rows, told.eval_batch_size, name=name, progress=False, **how)
+def evaluator(rows: Sequence[Any], name: str, options: GroundingArguments) -> GroundingEvaluator:
+    return GroundingEvaluator(
+        rows,
+        options.eval_batch_size,
+        mode=options.cam_mode,
+        layer=options.cam_layer,
+        name=name,
+        progress=False,
+    )
 
 
+# no objective of its own: the family's pretraining without masks
 GROUNDING = Task(
     name="grounding",
     model=AutoModelForPreTraining,

@@ -1,6 +1,6 @@
 """Fine-tuning for retrieval: contrast and matching in which all captions of a picture are right (ALBEF, SIMLA).
 
-The losses are the family's own, by default `itc` and `itm` with `match_ids`; a family without a matching head is told
+The losses are the family's own, by default `itc` and `itm` with `match_ids`; a family without a matching head needs
 other `losses`, and `rerank_k` 0.
 """
 
@@ -28,7 +28,7 @@ from .finetuning import Task, TaskArguments
 
 @dataclass
 class RetrievalArguments(TaskArguments):
-    """What is told beside the arguments of the family's objective."""
+    """Options beside those of the family's objective."""
 
     losses: list[str] = field(
         default_factory=lambda: ["itc", "itm"], metadata={"help": "Any subset of those of the family's objective."}
@@ -43,37 +43,48 @@ class RetrievalArguments(TaskArguments):
 
 
 def open_captions(
-    sources: Sequence[str], told: RetrievalArguments, data: DataArguments, training: bool
+    sources: Sequence[str], options: RetrievalArguments, data: DataArguments, training: bool
 ) -> PairRows | list[dict[str, Any]]:
     """
-    `.json` files are Karpathy's or ALBEF's, when training each caption a row of its own. Anything else is what
-    `open_rows` takes, a row a picture. To evaluate on, captions are rewritten by the rules that hold in training.
+    Rows of pairs, to train on or to evaluate on.
+
+    `.json` files are Karpathy's or ALBEF's; in training each of their captions is a row of its own. Anything else is
+    what `open_rows` takes, a row a picture. Rows to evaluate on have captions rewritten by the rules of training.
     """
-    how = {"split": data.split if training else told.eval_split, "bad_rows": "skip" if training else "raise"}
+    # a bad row is left out of training, never of a score
+    reading = {"split": data.split if training else options.eval_split, "bad_rows": "skip" if training else "raise"}
     columns = (data.image_column, data.text_column, data.id_column)
     opened = [
-        open_karpathy(source, told.image_folder, captions_apart=training, **how)
+        open_karpathy(source, options.image_folder, captions_apart=training, **reading)
         if Path(source).suffix == ".json"
-        else open_rows(source, "pairs", *columns, **how)
+        else open_rows(source, "pairs", *columns, **reading)
         for source in sources
     ]
     rows = opened[0] if len(opened) == 1 else PairMixture(opened)
+
+    # in training the collator rewrites captions
     if training:
         return rows
+
+    # an evaluator takes them as they are
     check_pictures(rows, rows.name)
     clean = CAPTION_RULES.get(data.caption_rules)
-    found = spaced(rows)
-    return found if clean is None else [{**row, "captions": [clean(one) for one in row["captions"]]} for row in found]
+    all_rows = spaced(rows)
+    if clean is None:
+        return all_rows
+    return [{**row, "captions": [clean(caption) for caption in row["captions"]]} for row in all_rows]
 
 
-def evaluator(rows: Sequence[Any], name: str, told: RetrievalArguments) -> RetrievalEvaluator:
+def evaluator(rows: Sequence[Any], name: str, options: RetrievalArguments) -> RetrievalEvaluator:
     """Both stages, or the first alone."""
-    how = {"batch_size": told.eval_batch_size, "name": name, "progress": False}
-    if told.rerank_k:
-        return RerankingEvaluator(rows, **how, rerank_k=told.rerank_k)
-    return RetrievalEvaluator(rows, **how)
+    settings = {"batch_size": options.eval_batch_size, "name": name, "progress": False}
+    # a family without a matching head has no second stage
+    if options.rerank_k:
+        return RerankingEvaluator(rows, **settings, rerank_k=options.rerank_k)
+    return RetrievalEvaluator(rows, **settings)
 
 
+# no objective of its own: the family's pretraining without masks
 RETRIEVAL = Task(
     name="retrieval",
     model=AutoModelForPreTraining,
