@@ -37,12 +37,16 @@ class ListedRows(PairRows):
     ) -> None:
         if not len(rows):
             raise PairDataError(f"{name}: no rows")
-        self.rows, self.name = rows, name
+        self.rows = rows
+        self.name = name
         self.kind = "pairs" if images else "texts"
+
+        # the images of each row, and what its task asks of it
         find = _finder(images)
         checks = (find,) if reason is None else (find, reason)
         self.bad = {}
         for number, row in enumerate(rows):
+            # all that is wrong with a row, in one line
             if wrong := "; ".join(filter(None, (check(row) for check in checks))):
                 self.bad[number] = wrong
         if self.bad and bad_rows == "raise":
@@ -55,6 +59,7 @@ class ListedRows(PairRows):
         return [dict(self.rows[index]) for index in indices]
 
     def ids(self) -> np.ndarray:
+        # an annotation may name its id by number or by text
         return concept_ids([row["id"] for row in self.rows], self.bad)
 
     def captions(self) -> Iterator[str]:
@@ -65,6 +70,7 @@ class ListedRows(PairRows):
 
 def _finder(keys: Sequence[str]) -> Callable[[Mapping[str, Any]], str | None]:
     """What is wrong with the pictures of a row; each path is looked for once, however many rows share it."""
+    # several questions on one image would ask the file system again and again
     known: dict[str, str | None] = {}
 
     def wrong(image: Any) -> str | None:

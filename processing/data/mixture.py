@@ -41,11 +41,14 @@ def open_mixture(
             `streaming`, entries that do not stream.
         ValueError: not one positive weight for each entry.
     """
+    # weights keep every entry a source of its own
     if weights is not None:
         checked_shares(weights, len(entries))
     options = (kind, image_column, text_column, id_column, split, streaming, bad_rows)
     if len(entries) == 1 and weights is None:
         return open_rows(entries[0], *options)
+
+    # files of one format are one source, which `datasets` reads together
     formats = {_format(entry) for entry in entries}
     if weights is None and len(formats) == 1 and None not in formats:
         return open_rows(list(entries), *options)
@@ -55,6 +58,7 @@ def open_mixture(
 
 def _format(entry: Any) -> str | None:
     """Entries of one format that is not None can be opened as one source."""
+    # shards by their own names, tables by the ending
     name = str(entry).lower()
     return "tar" if is_shard(name) else next((form for ending, form in READERS.items() if name.endswith(ending)), None)
 
@@ -78,16 +82,21 @@ class PairMixture(PairRows):
         if not sources:
             raise PairDataError("a mixture needs at least one source, got none")
         self.kind = _one_kind(sources)
-        self.sources, self.sizes = list(sources), tuple(len(source) for source in sources)
-        self.starts = np.cumsum([0, *self.sizes])
+        self.sources = list(sources)
+        self.sizes = tuple(len(source) for source in sources)
+        self.starts = np.cumsum([0, *self.sizes])  # (sources + 1,)
         self.name = _joined(sources)
+
+        # bad rows by their numbers in the mixture
         self.bad = {
             int(start) + row: reason
             for start, source in zip(self.starts, sources, strict=False)
             for row, reason in source.bad.items()
         }
+
+        # ids of one type, or of none
         types = [(source.name, _type_of_ids(source)) for source in sources]
-        if len({found for _, found in types} - {"no good row"}) > 1:
+        if len({kind for _, kind in types} - {"no good row"}) > 1:
             raise PairDataError(f"the ids of the sources can never be equal, since they differ in kind: {types}")
         self.has_ids = all(source.has_ids for source in sources)
 
@@ -95,15 +104,17 @@ class PairMixture(PairRows):
         return int(self.starts[-1])
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        places = np.asarray(indices, dtype=np.int64)
-        found: list[dict[str, Any]] = [{}] * len(places)
-        of = np.searchsorted(self.starts, places, side="right") - 1
+        # which source each row is of
+        places = np.asarray(indices, dtype=np.int64)  # (rows,)
+        rows_by_place: list[dict[str, Any]] = [{}] * len(places)
+        of = np.searchsorted(self.starts, places, side="right") - 1  # (rows,)
         for number in np.unique(of):
+            # one read from each source, put back into the order that was asked for
             mine = np.flatnonzero(of == number)
             rows = self.sources[number].take((places[mine] - self.starts[number]).tolist())
             for place, row in zip(mine, rows, strict=True):
-                found[place] = row if self.has_ids else {**row, "id": int(places[place])}
-        return found
+                rows_by_place[place] = row if self.has_ids else {**row, "id": int(places[place])}
+        return rows_by_place
 
     def ids(self) -> np.ndarray:
         if not self.has_ids:
@@ -137,7 +148,8 @@ class PairStreamMixture(PairStream):
         self.kind = _one_kind(sources)
         self.sources = list(sources)
         self.shares = None if weights is None else checked_shares(weights, len(sources))
-        self.name, self.bad_rows = _joined(sources), sources[0].bad_rows
+        self.name = _joined(sources)
+        self.bad_rows = sources[0].bad_rows
         self.columns = sources[0].columns
 
     def checked(self) -> Iterator[tuple[int, dict[str, Any], str | None]]:
@@ -147,15 +159,20 @@ class PairStreamMixture(PairStream):
             yield number, row, reason
 
     def _rows(self) -> Iterator[tuple[PairStream, dict[str, Any], str | None]]:
+        # one stream after the other
         if self.shares is None:
             for source in self.sources:
                 yield from ((source, row, _of(source, place, reason)) for place, row, reason in source.checked())
             return
-        given, ended = np.zeros(len(self.sources)), np.zeros(len(self.sources), dtype=bool)
+
+        # or always the one that is furthest behind its share, until all have ended once
+        visits = np.zeros(len(self.sources))  # (sources,)
+        ended = np.zeros(len(self.sources), dtype=bool)  # (sources,)
         streams = [source.checked() for source in self.sources]
         for total in count(1):
-            chosen = int(np.argmax(self.shares * total - given))
-            source, item = self.sources[chosen], next(streams[chosen], None)
+            chosen = int(np.argmax(self.shares * total - visits))
+            source = self.sources[chosen]
+            item = next(streams[chosen], None)
             if item is None:
                 ended[chosen] = True
                 if ended.all():
@@ -164,7 +181,7 @@ class PairStreamMixture(PairStream):
                 item = next(streams[chosen], None)
                 if item is None:
                     raise PairDataError(f"{source.name}: no rows")
-            given[chosen] += 1
+            visits[chosen] += 1
             yield source, item[1], _of(source, item[0], item[2])
 
 

@@ -89,6 +89,8 @@ class Reader:
         example = Example(key, row, rng)
         # one draw whatever their number, even where none is read, so that later draws do not depend on it
         place = rng.random() if self.text == "captions" else 0.0
+
+        # a text, chosen before it is checked: what is not chosen may be bad
         if self.tokenizer is not None:
             texts = [row[self.text]] if isinstance(row[self.text], str) else row[self.text]
             if not len(texts):
@@ -96,6 +98,7 @@ class Reader:
             example.text = texts[int(place * len(texts))]
             if (reason := caption_reason(example.text, *self.rule)) is not None:
                 return BadRow(reason)
+
         if self.image_transform is not None:
             views = self._views(row, rng)
             if isinstance(views, BadRow):
@@ -105,7 +108,7 @@ class Reader:
 
     def _views(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, torch.Tensor] | BadRow:
         """Each view of the row's images, (3, H, W), or (k, 3, H, W) of several."""
-        found: list[Mapping[str, torch.Tensor]] = []
+        views: list[Mapping[str, torch.Tensor]] = []
         for name in self.images:
             try:
                 image = open_image(row[name], **self.cap)
@@ -115,15 +118,17 @@ class Reader:
                 view = self.image_transform(image, rng)
             except (ValueError, ArithmeticError, RuntimeError) as error:
                 return BadRow(f"cannot transform the picture {_called(row[name])} of {image.size}: {error}")
-            found.append(view if isinstance(view, Mapping) else {"pixel_values": view})
-        if len(found) == 1:
-            return dict(found[0])
-        return {name: torch.stack([views[name] for views in found]) for name in found[0]}  # (k, 3, H, W)
+            views.append(view if isinstance(view, Mapping) else {"pixel_values": view})
+        if len(views) == 1:
+            return dict(views[0])
+        return {name: torch.stack([one[name] for one in views]) for name in views[0]}  # (k, 3, H, W) each
 
     def tokenize(self, examples: Sequence[Example | BadRow]) -> list[Example | BadRow]:
         """The examples with their texts as ids, in one call of the tokenizer; a text without any is bad."""
         if self.tokenizer is None:
             return list(examples)
+
+        # one call for the whole batch
         good = [example for example in examples if isinstance(example, Example)]
         texts = [example.text for example in good]
         if self.clean_caption is not None:
@@ -140,6 +145,7 @@ class Reader:
 
     def _window(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One of the windows of a text, (min(T, L),); one draw, whatever the text."""
+        # ceil(T / L) windows; the last reaches back to be full
         length = self.max_text_length
         count = -(-len(ids) // length)
         start = min(int(rng.random() * count) * length, max(len(ids) - length, 0))
@@ -161,7 +167,7 @@ def token_ids(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> 
         return_token_type_ids=False,
         verbose=False,  # of texts that are cut into windows afterwards
     )["input_ids"]
-    return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+    return [np.asarray(ids, dtype=np.int64) for ids in encoded]  # (T,) each
 
 
 def _called(image: Any) -> str:

@@ -59,7 +59,9 @@ def find_bad_rows(
         folder: what image paths are relative to.
         most: reasons are given for so many rows only, the first; all of them if None.
     """
-    problems, total, start = {}, 0, 0
+    problems: dict[int, str] = {}
+    total = 0
+    start = 0
     rule = rule_of(columns)
     for table in data.with_format("arrow").iter(CHUNK):
         # quickly, by column: which rows are bad
@@ -116,7 +118,7 @@ def _bad_strings(array: pa.Array, rule: TextRule) -> np.ndarray:
     except pa.ArrowInvalid:  # not UTF-8
         return _by_reason(array, lambda text: text_reason(text, rule))
     long = pc.greater(pc.utf8_length(array), rule.longest)
-    bad = pc.or_(pc.or_(empty, long), pc.match_substring(array, "\0"))
+    bad = pc.or_(pc.or_(empty, long), pc.match_substring(array, "\0"))  # (n,)
     return pc.fill_null(bad, True).to_numpy(zero_copy_only=False)
 
 
@@ -125,11 +127,14 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _bad_texts(array: pa.Array, rule: TextRule) -> np.ndarray:
+    # strings, or lists of them; other types are looked at one by one
     if _is_text(array.type):
         return _bad_strings(array, rule)
     if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)) or not _is_text(array.type.value_type):
         return _by_reason(array, lambda text: text_reason(text, rule))
-    bad = pc.fill_null(pc.equal(pc.list_value_length(array), 0), True).to_numpy(zero_copy_only=False).copy()
+
+    # a list is bad where it is empty, null, or holds a bad string
+    bad = pc.fill_null(pc.equal(pc.list_value_length(array), 0), True).to_numpy(zero_copy_only=False).copy()  # (n,)
     bad[pc.list_parent_indices(array).to_numpy()[_bad_strings(pc.list_flatten(array), rule)]] = True
     return bad
 
@@ -142,6 +147,8 @@ def text_reason(text: Any, rule: TextRule = CAPTION) -> str | None:
         return caption_reason(text, *rule)
     if not text:
         return f"the list of {rule.what}s is empty"
+
+    # the first bad one of a list
     wrong = [caption_reason(one, *rule) if one is None or isinstance(one, str) else "not a string" for one in text]
     return next((f"{rule.what} {i} of the list: {reason}" for i, reason in enumerate(wrong) if reason), None)
 
@@ -162,6 +169,7 @@ def _bad_images(array: pa.Array, folder: str | None) -> np.ndarray:
 
 def image_reason(image: Any, folder: str | None) -> str | None:
     """What is wrong with a cell of the image column, without decoding it; None if nothing."""
+    # bytes where there are any, else the path
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if image is None:
@@ -189,6 +197,8 @@ def id_reason(identity: Any) -> str | None:
 
 def report(name: str, problems: list[tuple[int, str]], total: int, of: int | None) -> str:
     share = f"{total} of {of} rows" if of is not None else f"{total} row" + "s" * (total > 1)
+
+    # the first few rows, and how many more there are
     lines = [f"{name}: {share} cannot be used (row numbers count from 0)"]
     lines += [f"  row {row}: {reason}" for row, reason in problems]
     if total > len(problems):

@@ -79,15 +79,23 @@ class PairTable(PairRows):
         bad_rows: str = "raise",
         reasons: Mapping[int, str] | None = None,
     ) -> None:
-        self.columns, self.name, self.folder = columns, name, folder
+        # only the columns of this kind, images as they are stored
+        self.columns = columns
+        self.name = name
+        self.folder = folder
         self.kind = kind_of(columns)
         self.data = undecoded(data.select_columns(list(dict.fromkeys(columns.values()))), columns.get("image"))
         if not len(self.data):
             raise PairDataError(f"{name}: no rows")
+
+        # checked as a whole, now
         self.bad, total = find_bad_rows(self.data, columns, folder, SHOWN if bad_rows == "raise" else None)
         if total and bad_rows == "raise":
             raise PairDataError(report(name, list(self.bad.items()), total, len(self.data)))
+
+        # with what is known already from reading the file
         self.bad = dict(sorted({**self.bad, **(reasons or {})}.items()))
+        # made when they are first asked for
         self._ids: np.ndarray | None = None
 
     @property
@@ -98,6 +106,7 @@ class PairTable(PairRows):
         return len(self.data)
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        # cells column by column, put together row by row
         table = self.data[list(indices)]
         cells = {role: table[column] for role, column in self.columns.items()}
         rows = [dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True)]
@@ -116,6 +125,8 @@ class PairTable(PairRows):
         if "text" not in self.columns:
             return
         texts = self.data.select_columns([self.columns["text"]])
+
+        # texts of bad rows would be learned from too
         if self.bad:
             texts = texts.select([row for row in range(len(self)) if row not in self.bad])
         for table in texts.iter(CHUNK):
@@ -137,7 +148,10 @@ class PairStream:
         bad_rows: str = "raise",
         reasons: Mapping[int, str] | None = None,
     ) -> None:
-        self.columns, self.name, self.folder, self.bad_rows = columns, name, folder, bad_rows
+        self.columns = columns
+        self.name = name
+        self.folder = folder
+        self.bad_rows = bad_rows
         self.kind = kind_of(columns)
         self.reasons = reasons or {}
         self.data = undecoded(data, columns.get("image"))
@@ -160,6 +174,7 @@ class PairStream:
     def checked(self) -> Iterator[tuple[int, dict[str, Any], str | None]]:
         """(number, row, what is wrong with it or None) of every row."""
         for number, raw in enumerate(self._cells()):
+            # checked as it comes: a stream cannot be looked at before
             cells = {role: raw[column] for role, column in self.columns.items()}
             reason = self.reasons.get(number) or row_reason(cells, self.folder)
             yield number, ({} if reason else row_of(cells, number, self.folder)), reason
@@ -182,12 +197,15 @@ def undecoded(data: Any, image_column: str | None) -> Any:
 
 def row_of(cells: Mapping[str, Any], number: int, folder: str | None) -> dict[str, Any]:
     """A row of its cells by role, an image's path joined to `folder`; without a cell for it, `number` is the id."""
-    image, text = cells.get("image"), cells.get("text")
+    # paths are relative to the folder of the table
+    image = cells.get("image")
+    text = cells.get("text")
     if folder is not None:
         if isinstance(image, str):
             image = os.path.join(folder, image)
         elif isinstance(image, dict) and image.get("bytes") is None and image.get("path") is not None:
             image = {**image, "path": os.path.join(folder, image["path"])}
+    # one caption and several look alike from here on
     captions = [text] if isinstance(text, str) else list(text or ())
     return {"image": image, "captions": captions, "id": cells.get("id", number)}
 
@@ -199,14 +217,17 @@ def concept_ids(cells: Any, bad: Mapping[int, str]) -> np.ndarray:
         cells: n ids, a list or a pyarrow array.
         bad: the rows whose cells are not looked at.
     """
+    # a list, cell by cell
     if isinstance(cells, list):
         alone = (concept_id(f"bad row {row}") if row in bad else concept_id(cell) for row, cell in enumerate(cells))
         return np.fromiter(alone, np.int64, len(cells))
-    good = np.ones(len(cells), dtype=bool)
+
+    # a pyarrow array: every different id is hashed once
+    good = np.ones(len(cells), dtype=bool)  # (n,)
     good[list(bad)] = False
     coded = cells.filter(pa.array(good)).dictionary_encode()
     known = [concept_id(value) for value in coded.dictionary.to_pylist()]
-    ids = np.zeros(len(cells), dtype=np.int64)
+    ids = np.zeros(len(cells), dtype=np.int64)  # (n,)
     ids[good] = np.array(known, dtype=np.int64)[coded.indices.to_numpy()]
     ids[~good] = [concept_id(f"bad row {row}") for row in np.flatnonzero(~good)]
     return ids

@@ -30,6 +30,7 @@ def find_shards(source: Any) -> list[Path]:
     Raises:
         PairDataError: shards and other files in one list, compressed shards, a pattern that no file fits.
     """
+    # a list: all of it shards, or none
     if isinstance(source, (list, tuple)):
         names = [name for name in source if is_shard(name)]
         if names and len(names) < len(source):
@@ -37,6 +38,8 @@ def find_shards(source: Any) -> list[Path]:
         return [shard for name in names for shard in find_shards(name)]
     if not isinstance(source, (str, os.PathLike)):
         return []
+
+    # a folder, or a file that can be read at any place
     path = Path(source)
     if path.is_dir():
         return sorted(path.glob("*.tar"))
@@ -44,8 +47,10 @@ def find_shards(source: Any) -> list[Path]:
         return []
     if str(source).lower().endswith(COMPRESSED):
         raise PairDataError(f"{source}: no place in a compressed archive can be read directly; unpack it to a .tar")
-    if found := RANGE.search(str(source)):
-        first, last = found.groups()
+
+    # a range of numbers, or a pattern
+    if numbers := RANGE.search(str(source)):
+        first, last = numbers.groups()
         names = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
         return [shard for name in names for shard in find_shards(RANGE.sub(name, str(source), count=1))]
     if "*" in path.name and not path.exists():
@@ -64,15 +69,20 @@ class PairShards(PairRows):
     """
 
     def __init__(self, shards: Sequence[Path], columns: ShardColumns, bad_rows: str = "raise") -> None:
-        self.shards, self.has_ids = [str(shard) for shard in shards], columns.id is not None
+        self.shards = [str(shard) for shard in shards]
+        self.has_ids = columns.id is not None
         self.kind = columns.kind
         self.name = self.shards[0] + (f" (+{len(shards) - 1})" if shards[1:] else "")
+
+        # one index for all, and where the rows of each shard begin in it
         tables = [shard_index(Path(shard), columns).replace_schema_metadata(None) for shard in shards]
-        self.starts = np.cumsum([0, *map(len, tables)])
+        self.starts = np.cumsum([0, *map(len, tables)])  # (shards + 1,)
         self.table = pa.concat_tables(tables).combine_chunks()
         if not len(self):
             expected = {"pairs": "0001.jpg with 0001.txt", "images": "0001.jpg", "texts": "0001.txt"}[self.kind]
             raise PairDataError(f"{self.name}: no samples (expected members such as {expected})")
+
+        # bad samples, named by shard and key
         reasons = self.table["reason"]
         self.bad = {
             int(row): f"{self._called(int(row))}: {reasons[int(row)]}"
@@ -86,7 +96,9 @@ class PairShards(PairRows):
         return len(self.table)
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        places = np.asarray(indices, dtype=np.int64)
+        places = np.asarray(indices, dtype=np.int64)  # (rows,)
+
+        # texts from the index, images from the shards
         columns = ["image_offset", "image_size", "captions", "id", "key"]
         cells = self.table.select(columns).take(places).to_pylist()
         if self.kind != "texts":
@@ -99,10 +111,11 @@ class PairShards(PairRows):
 
     def _read_images(self, cells: list[dict[str, Any]], places: np.ndarray) -> None:
         """Puts into each cell the bytes of its image; a shard is opened once."""
-        of = np.searchsorted(self.starts, places, side="right") - 1
+        of = np.searchsorted(self.starts, places, side="right") - 1  # (rows,)
         for number in np.unique(of):
             shard = self.shards[number]
             with _opened(shard) as file:
+                # one read each, which moves no position that another worker could share
                 for place in np.flatnonzero(of == number):
                     cell = cells[place]
                     content = os.pread(file.fileno(), cell["image_size"], cell["image_offset"])

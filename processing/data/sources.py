@@ -84,25 +84,34 @@ def open_rows(
     """
     named = {"image": image_column, "text": text_column, "id": id_column}
     _check(kind, named, bad_rows)
+
+    # shards have an index of their own
     if not _has_metadata(source, split) and (shards := find_shards(source)):
         if streaming:
             raise PairDataError(f"{shards[0]}: shards are read at random places; open them without streaming")
         return PairShards(shards, ShardColumns(image_column, text_column, id_column, kind), bad_rows)
+
+    # anything else becomes a data set
     loaded = _load(source, kind, split, streaming, bad_rows)
-    data, name = loaded.data, loaded.name
+    data = loaded.data
+    name = loaded.name
     if isinstance(data, dict):
         data = _one_split(data, split, name)
-    found = data.column_names
-    if found is None:  # a stream that does not know its columns
-        found = list(next(iter(data), {}))
-    columns = {role: loaded.columns.get(role) or _pick(found, named[role], role, name) for role in ROLES[kind]}
+
+    # which of its columns plays which role
+    names = data.column_names
+    if names is None:  # a stream that does not know its columns
+        names = list(next(iter(data), {}))
+    columns = {role: loaded.columns.get(role) or _pick(names, named[role], role, name) for role in ROLES[kind]}
     if id_column is not None:
-        columns["id"] = _pick(found, id_column, "id", name)
+        columns["id"] = _pick(names, id_column, "id", name)
         if type((data.features or {}).get(id_column)).__name__ == "Json":
             raise PairDataError(
                 f"{name}: the id column {id_column!r} mixes types, and `datasets` does not keep 7 and '7' apart; "
                 "write all ids as strings or all as integers"
             )
+
+    # checked when it is opened, a stream when it is read
     rows = PairStream if isinstance(data, datasets.IterableDataset) else PairTable
     return rows(data, columns, name, loaded.folder, bad_rows, loaded.reasons)
 
@@ -137,12 +146,15 @@ class Loaded:
 
 
 def _load(source: Any, kind: Kind, split: str | None, streaming: bool, bad_rows: str) -> Loaded:
+    # a data set, or files
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset, dict)):  # a DatasetDict is a dict
         return Loaded(source, f"the given {type(source).__name__}")
     if isinstance(source, (list, tuple)):
         return _load_files([Path(file) for file in source], kind, streaming, bad_rows)
     if not isinstance(source, (str, os.PathLike)):
         raise PairDataError(f"a source is a path, a list of paths, a name or a data set, got {type(source).__name__}")
+
+    # a folder: a table in it, a saved data set, bare images or texts
     path = Path(source)
     if path.is_dir():
         if table := _metadata(path, split):
@@ -158,6 +170,8 @@ def _load(source: Any, kind: Kind, split: str | None, streaming: bool, bad_rows:
             return _load_files(texts, kind, streaming, bad_rows)
     elif path.suffix in READERS or path.is_file():
         return _load_files([path], kind, streaming, bad_rows)
+
+    # whatever else `datasets` knows
     try:
         return Loaded(datasets.load_dataset(str(source), split=split, streaming=streaming), str(source))
     except (OSError, ValueError) as error:  # not found, offline, an unknown split, an empty folder
@@ -194,6 +208,7 @@ def _bare_texts(folder: Path) -> list[Path]:
 
 def _load_files(files: list[Path], kind: Kind, streaming: bool, bad_rows: str) -> Loaded:
     """Table files of one format, read by `datasets`."""
+    # files of one format, all of them there
     known = [ending for ending in READERS if ending != ".txt" or kind == "texts"]
     formats = {READERS[file.suffix] if file.suffix in known else None for file in files}
     if len(formats) != 1 or None in formats:
@@ -202,10 +217,14 @@ def _load_files(files: list[Path], kind: Kind, streaming: bool, bad_rows: str) -
     if missing:
         raise PairDataError(f"no such file: {', '.join(missing[:SHOWN])}")
     (form,) = formats
+
+    # picture paths are relative to one folder
     folders = {str(file.parent) for file in files}
     if len(folders) > 1 and form != "parquet" and kind != "texts":
         raise PairDataError(f"files with picture paths must lie in one folder, got {sorted(folders)[:SHOWN]}")
     name = str(files[0]) + (f" (+{len(files) - 1})" if files[1:] else "")
+
+    # read, and counted again: what `datasets` drops in silence is an error here
     data, count, reasons = _read_checked(form, files, name, streaming, bad_rows)
     if form == "text":
         data = without_blank_lines(data)
@@ -219,6 +238,7 @@ def _read_checked(
     form: str, files: list[Path], name: str, streaming: bool, bad_rows: str
 ) -> tuple[Any, int | None, dict[int, str]]:
     """The data, how many rows it must have if that was counted, and what is wrong with some."""
+    # what a strict reader says of each format, before a lenient one reads it
     count, reasons, read = None, {}, files
     options: dict[str, Any] = {}
     if form == "csv":
@@ -234,6 +254,8 @@ def _read_checked(
         count, reasons, read = _faults(name, files, json_faults, bad_rows)
     if form != "json" and reasons:
         options |= {"encoding_errors": "replace"}
+
+    # json is strictly read only where `datasets` fails at it
     try:
         try:
             data = _read(form, read, streaming, options)
@@ -266,12 +288,17 @@ def _faults(
     Raises:
         PairDataError: if a fault reaches beyond its row, every row has one, or rows are not to be skipped.
     """
-    start, faults, read = 0, [], []
+    # faults by row numbers over all files
+    start = 0
+    faults: list[Fault] = []
+    read: list[Path] = []
     for file in files:
-        count, found = find(file)
-        faults += [fault._replace(row=start + fault.row) for fault in found]
-        read.append(without_lines(file, found) if found and find is json_faults else file)
+        count, in_file = find(file)
+        faults += [fault._replace(row=start + fault.row) for fault in in_file]
+        read.append(without_lines(file, in_file) if in_file and find is json_faults else file)
         start += count
+
+    # what reaches beyond its row makes the whole file unreadable
     if faults and (bad_rows == "raise" or len(faults) == start or not all(fault.alone for fault in faults)):
         faults.sort(key=lambda fault: fault.alone)  # what makes the file unreadable first
         raise PairDataError(report(name, [fault[:2] for fault in faults[:SHOWN]], len(faults), None))
@@ -287,10 +314,10 @@ def _one_split(data: dict, split: str | None, name: str) -> Any:
     return data[split]
 
 
-def _pick(found: list[str], given: str | None, role: str, name: str) -> str:
+def _pick(columns: list[str], named: str | None, role: str, name: str) -> str:
     """Name of the column for a role: the given one, else the first usual one that is there."""
-    for column in USUAL[role] if given is None else (given,):
-        if column in found:
-            return column
-    wanted = f"no column {given!r}" if given is not None else f"none of the columns {', '.join(USUAL[role])}"
-    raise PairDataError(f"{name}: {wanted} for the {NOUNS[role]}; columns found: {', '.join(found)}")
+    for candidate in USUAL[role] if named is None else (named,):
+        if candidate in columns:
+            return candidate
+    wanted = f"no column {named!r}" if named is not None else f"none of the columns {', '.join(USUAL[role])}"
+    raise PairDataError(f"{name}: {wanted} for the {NOUNS[role]}; columns found: {', '.join(columns)}")

@@ -46,6 +46,7 @@ def csv_header(file: Path) -> list[str]:
     Raises:
         PairDataError: no line, a name that occurs twice, or another encoding than UTF-8.
     """
+    # the names are all that is read here, whatever the size of a field
     _refuse_utf16(file)
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines, _fields_of_any_size():
         try:
@@ -59,12 +60,17 @@ def csv_header(file: Path) -> list[str]:
 
 def csv_faults(file: Path) -> tuple[int, list[Fault]]:
     """How many rows a csv has, and those that cannot be read; none is looked at beyond a quote that does not close."""
-    width, row, line, found = None, -1, 1, []
+    # the first line that is not blank gives the width, each further one is a row
+    width = None
+    row = -1
+    line = 1
+    faults: list[Fault] = []
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines, _fields_of_any_size():
         reader = csv.reader(lines, delimiter=separator(file), strict=True)
         try:
             for fields in reader:
-                first, line = line, reader.line_num + 1
+                first = line
+                line = reader.line_num + 1
                 if not fields or (len(fields) == 1 and fields[0].isspace()):
                     continue
                 if width is None:
@@ -73,17 +79,18 @@ def csv_faults(file: Path) -> tuple[int, list[Fault]]:
                 row += 1
                 if len(fields) > width:
                     wrong = f"has {len(fields)} fields where the header has {width} (a comma outside quotes?)"
-                    found.append(Fault(row, wrong, alone=False))
+                    faults.append(Fault(row, wrong, alone=False))
                 elif not _is_utf8("".join(fields)):
-                    found.append(Fault(row, f"is not UTF-8 (line {first})", alone=True))
+                    faults.append(Fault(row, f"is not UTF-8 (line {first})", alone=True))
         except csv.Error as error:
-            found.append(Fault(row + 1, f"has wrong quoting, from line {line} on: {error}", alone=False))
-    return row + 1, found
+            faults.append(Fault(row + 1, f"has wrong quoting, from line {line} on: {error}", alone=False))
+    return row + 1, faults
 
 
 def json_faults(file: Path) -> tuple[int, list[Fault]]:
     """How many lines a file of JSON lines has, and those that are not an object each, in Unicode."""
-    row, found = -1, []
+    row = -1
+    faults: list[Fault] = []
     with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for line in lines:
             if line.isspace():
@@ -91,30 +98,33 @@ def json_faults(file: Path) -> tuple[int, list[Fault]]:
             row += 1
             reason = _json_reason(line)
             if reason is not None:
-                found.append(Fault(row, reason, alone=True))
-    return row + 1, found
+                faults.append(Fault(row, reason, alone=True))
+    return row + 1, faults
 
 
 def line_faults(file: Path) -> tuple[int, list[Fault]]:
     """How many lines a text has, blank ones left out, and those that are not UTF-8."""
     _refuse_utf16(file)
-    row, found = -1, []
+
+    # blank lines have no number, as `without_blank_lines` leaves them out
+    row = -1
+    faults: list[Fault] = []
     with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if line.isspace():
                 continue
             row += 1
             if not _is_utf8(line):
-                found.append(Fault(row, f"is not UTF-8 (line {number})", alone=True))
-    return row + 1, found
+                faults.append(Fault(row, f"is not UTF-8 (line {number})", alone=True))
+    return row + 1, faults
 
 
 def without_blank_lines(data: Any) -> Any:
     """The rows of a data set of lines that are a text."""
     if isinstance(data, datasets.IterableDataset):
         return data.filter(_has_text, input_columns="text")
-    kept = [np.array([_has_text(line) for line in table["text"]], dtype=bool) for table in data.iter(CHUNK)]
-    filled = np.flatnonzero(np.concatenate(kept)) if kept else []
+    has_text = [np.array([_has_text(line) for line in table["text"]], dtype=bool) for table in data.iter(CHUNK)]
+    filled = np.flatnonzero(np.concatenate(has_text)) if has_text else []  # row numbers
     return data if len(filled) == len(data) else data.select(filled)
 
 
@@ -129,6 +139,7 @@ def _refuse_utf16(file: Path) -> None:
 
 
 def _json_reason(line: str) -> str | None:
+    # the fault that explains most comes first
     if not _is_utf8(line):
         return "is not UTF-8"
     try:
@@ -156,15 +167,19 @@ def has_lone_surrogates(file: Path) -> bool:
 
 def without_lines(file: Path, faults: list[Fault]) -> Path:
     """A copy of a file of JSON lines, in the cache of `datasets`, with an empty object in place of each bad line."""
+    # called after the file as it is now, so that another version makes another copy
     bad = {fault.row for fault in faults}
     state = file.stat()
     name = hashlib.sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:24]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "oner-cleaned" / name
-    copy, beside = folder / file.name, folder / f".{file.name}.{os.getpid()}"
+    copy = folder / file.name
+    beside = folder / f".{file.name}.{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(file, "rb") as lines, open(beside, "wb") as kept:
+
+    # beside and renamed: another process may make the same copy
+    with open(file, "rb") as lines, open(beside, "wb") as cleaned:
         filled = (line for line in lines if not line.isspace())
-        kept.writelines(b"{}\n" if row in bad else line for row, line in enumerate(filled))
+        cleaned.writelines(b"{}\n" if row in bad else line for row, line in enumerate(filled))
     os.replace(beside, copy)
     return copy
 

@@ -21,7 +21,8 @@ class PairTrainingSet(Dataset):
     """
 
     def __init__(self, rows: PairRows, stand_ins: StandIns | None = None) -> None:
-        self.rows, self.stand_ins = rows, stand_ins
+        self.rows = rows
+        self.stand_ins = stand_ins
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -30,6 +31,7 @@ class PairTrainingSet(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[RowKey]) -> list[tuple]:
+        # all rows of a batch in one read
         numbers = [key.row for key in keys]
         if self.stand_ins is None:
             return list(zip(keys, self.rows.take(numbers), strict=True))
@@ -62,18 +64,30 @@ class PairTrainingStream(IterableDataset):
             raise ValueError(f"batch of {batch_size} rows, rank {rank} and {world_size} processes do not fit")
         if buffer_size < 1 or not 0 <= start_step <= total_steps:
             raise ValueError(f"got buffer_size {buffer_size}, start_step {start_step} of {total_steps}")
-        self.stream, self.batch_size, self.total_steps, self.seed = stream, batch_size, total_steps, seed
-        self.buffer_size, self.rank, self.world_size, self.start_step = buffer_size, rank, world_size, start_step
+        self.stream = stream
+        self.batch_size = batch_size
+        self.total_steps = total_steps
+        self.seed = seed
+        self.buffer_size = buffer_size
+        self.rank = rank
+        self.world_size = world_size
+        self.start_step = start_step
 
     def __iter__(self) -> Iterator[list[tuple]]:
         info = get_worker_info()
+
+        # this worker's share of batches, and this process's slice of each
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        share, skipping = self.batch_size // self.world_size, self.stream.bad_rows == "skip"
+        share = self.batch_size // self.world_size
+        skipping = self.stream.bad_rows == "skip"
         mine = slice(self.rank * share, (self.rank + 1) * share)
+
+        # every batch is read, and those of other workers are passed over
         before: list = []
         for step, epoch, batch, coming in self._batches():
             if step >= self.start_step and (step - self.start_step) % workers == worker:
-                first, progress = step * self.batch_size + mine.start, step / self.total_steps
+                first = step * self.batch_size + mine.start
+                progress = step / self.total_steps
                 keys = [RowKey(row[0], epoch, progress, -1, first + place) for place, row in enumerate(batch[mine])]
                 extra = (((self._stand_ins(key, before, coming),) if skipping else ()) for key in keys)
                 yield [(key, row, *more) for key, (_, row), more in zip(keys, batch[mine], extra, strict=True)]
@@ -81,22 +95,29 @@ class PairTrainingStream(IterableDataset):
 
     def _batches(self) -> Iterator[tuple[int, int, list, list]]:
         """(step, epoch, global batch, rows in the buffer) from the first step on."""
-        step, epoch = 0, 0
+        # from the first step on, also when a run resumes: the shuffle depends on all rows before
+        step = 0
+        epoch = 0
         while step < self.total_steps:
-            batch, first = [], step
+            batch: list = []
+            first = step
             for item, buffer in self._shuffled(epoch):
                 batch.append(item)
                 if len(batch) == self.batch_size:
                     yield step, epoch, batch, list(buffer)
-                    batch, step = [], step + 1
+                    batch = []
+                    step += 1
                     if step == self.total_steps:
                         return
+
+            # an epoch that gives no batch would never end
             if step == first:
                 raise PairDataError(f"{self.stream.name}: the stream ended before one batch of {self.batch_size} rows")
             epoch += 1
 
     def _shuffled(self, epoch: int) -> Iterator[tuple[tuple[int, dict[str, Any] | BadRow], list]]:
         """Each row, and the rows that wait behind it."""
+        # a full buffer gives a random row for each that comes
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
         buffer = []
         for item in self._read():
@@ -106,11 +127,14 @@ class PairTrainingStream(IterableDataset):
             place = int(rng.integers(self.buffer_size))
             chosen, buffer[place] = buffer[place], item
             yield chosen, buffer
+
+        # at the end the buffer is emptied in random order
         buffer = [buffer[place] for place in rng.permutation(len(buffer))]
         while buffer:
             yield buffer.pop(0), buffer
 
     def _read(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        # the stream's own numbers, which the list of bad rows names
         for number, row, reason in self.stream.checked():
             if reason and self.stream.bad_rows == "raise":
                 raise PairDataError(report(self.stream.name, [(number, reason)], 1, None))
@@ -118,7 +142,8 @@ class PairTrainingStream(IterableDataset):
 
     def _stand_ins(self, key: RowKey, before: list, coming: list) -> Iterator[tuple[RowKey, dict[str, Any]]]:
         """Rows of the batch before, then of the buffer, from the place of `key` on, less those known to be bad."""
-        place, turn = key.position % self.batch_size, STAND_IN_TURN + key.position
+        place = key.position % self.batch_size
+        turn = STAND_IN_TURN + key.position
         for number, row in chain(before[place:], before[:place], coming[place:], coming[:place]):
             if not isinstance(row, BadRow):
                 yield key._replace(row=number, turn=turn), row
