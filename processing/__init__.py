@@ -5,6 +5,7 @@ A name is imported when it is used: a processor needs neither `datasets` nor tim
 
 from importlib import import_module as _import_module
 
+# name -> file that defines it
 _FILES = {
     "Collator": "data.collation",
     "ImageDecodeError": "image_processing_vl",
@@ -48,6 +49,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    # found once, then an attribute like any other
     value = getattr(_import_module(f"{__name__}.{_FILES[name]}"), name)
     globals()[name] = value
     return value

@@ -45,6 +45,7 @@ def score_boxes(pixels: torch.Tensor, boxes: Sequence[Box], exponent: float = 0.
     for box in boxes:
         if (reason := box_reason(box)) is not None:
             raise ValueError(reason)
+        # to whole pixels, none outside the picture
         x, y, width, height = box[:4]
         inside = pixels[max(int(y), 0) : max(int(y + height), 0), max(int(x), 0) : max(int(x + width), 0)]
         scores.append(inside.sum() / (width * height) ** exponent)
@@ -54,7 +55,8 @@ def score_boxes(pixels: torch.Tensor, boxes: Sequence[Box], exponent: float = 0.
 def box_iou(one: Box, other: Box) -> float:
     """Overlap over union, pixels counted inclusively as in the official evaluation: boxes that share one row or one
     column of pixels only do not overlap."""
-    left, top = max(one[0], other[0]), max(one[1], other[1])
+    left = max(one[0], other[0])
+    top = max(one[1], other[1])
     right = min(one[0] + one[2] - 1, other[0] + other[2] - 1)
     bottom = min(one[1] + one[3] - 1, other[1] + other[3] - 1)
     both = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0
@@ -66,10 +68,11 @@ def best_rectangle(cells: torch.Tensor, exponent: float = 0.5) -> tuple[int, int
     is not part of it. What a perfect detector's boxes would be chosen from."""
     height, width = cells.shape
     total = F.pad(cells.double().cumsum(0).cumsum(1), (1, 0, 1, 0))  # (h + 1, w + 1)
-    rows, columns = torch.triu_indices(height + 1, height + 1, 1), torch.triu_indices(width + 1, width + 1, 1)
+    rows = torch.triu_indices(height + 1, height + 1, 1)  # (2, rectangles down), first and end
+    columns = torch.triu_indices(width + 1, width + 1, 1)  # (2, rectangles across)
     bands = total[rows[1]] - total[rows[0]]  # (rectangles down, w + 1)
-    sums = bands[:, columns[1]] - bands[:, columns[0]]
-    areas = (rows[1] - rows[0])[:, None] * (columns[1] - columns[0])[None]
+    sums = bands[:, columns[1]] - bands[:, columns[0]]  # (rectangles down, rectangles across)
+    areas = (rows[1] - rows[0])[:, None] * (columns[1] - columns[0])[None]  # (rectangles down, rectangles across)
     best = int((sums / areas.double() ** exponent).argmax())
     down, across = divmod(best, sums.shape[1])
     return int(rows[0, down]), int(columns[0, across]), int(rows[1, down]), int(columns[1, across])
@@ -78,19 +81,23 @@ def best_rectangle(cells: torch.Tensor, exponent: float = 0.5) -> tuple[int, int
 def rectangle_box(cells: torch.Tensor, height: int, width: int, exponent: float = 0.5) -> tuple[float, ...]:
     """`best_rectangle` of a map (h, w) as a box of its picture of H x W pixels."""
     top, left, bottom, right = best_rectangle(cells, exponent)
-    down, across = height / cells.shape[0], width / cells.shape[1]
+    down = height / cells.shape[0]
+    across = width / cells.shape[1]
     return left * across, top * down, (right - left) * across, (bottom - top) * down
 
 
 def overlay_map(picture: Image.Image, cells: torch.Tensor, box: Box | None = None) -> Image.Image:
     """The picture in grey under its map, low blue and high red on a scale of its own, with the box drawn in."""
+    # the map in colours, on a scale of its own
     width, height = picture.size
-    heat = resize_map(cells.cpu(), height, width).clamp_min(0)
+    heat = resize_map(cells.cpu(), height, width).clamp_min(0)  # (H, W)
     heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)).numpy().astype(np.float64)
     stops = np.linspace(0, 1, len(_COLOURS))
-    colours = np.stack([np.interp(heat, stops, _COLOURS[:, channel]) for channel in range(3)], axis=-1)
+    colours = np.stack([np.interp(heat, stops, _COLOURS[:, channel]) for channel in range(3)], axis=-1)  # (H, W, 3)
     grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None]
     drawn = Image.fromarray((0.45 * grey + 0.55 * colours).round().astype(np.uint8))
+
+    # the box, as far as it lies in the picture
     if box is not None:
         line = max(1, round(min(width, height) / 120))
         x, y, across, down = box[:4]

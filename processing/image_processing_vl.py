@@ -65,6 +65,7 @@ def open_image(source: Any, max_pixels: int | None = MAX_PIXELS, allow_urls: boo
         ImageDecodeError: whatever the reason: missing or empty file, not a picture, truncated, too large, wrong
             range or shape of an array, unsupported type.
     """
+    # each kind of source by its own way, all of them to `_decode` or `_narrow_to_rgb`
     if isinstance(source, dict):
         source = _from_mapping(source)
     if isinstance(source, Image.Image):
@@ -78,6 +79,8 @@ def open_image(source: Any, max_pixels: int | None = MAX_PIXELS, allow_urls: boo
         if not allow_urls:
             raise ImageDecodeError(f"cannot read {source!r}: fetching URLs is off; pass allow_urls=True to allow it")
         return _from_stream(io.BytesIO(_fetch(source)), repr(source), max_pixels)
+
+    # a path or encoded bytes
     if isinstance(source, str | os.PathLike):
         return _from_path(os.fspath(source), max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -145,10 +148,13 @@ def _formats() -> tuple[str, ...]:
 
 
 def _from_stream(stream: Any, name: str, max_pixels: int | None) -> Image.Image:
+    # an empty file would be called unknown to every format
     head = stream.read(16)
     stream.seek(0)
     if not head:
         raise ImageDecodeError(f"cannot read {name}: empty")
+
+    # the header, in a format that is allowed, and its size before anything is decoded
     try:
         image = Image.open(stream, formats=_formats())
     except UnidentifiedImageError as error:
@@ -216,6 +222,8 @@ def _narrow_to_rgb(image: Image.Image) -> Image.Image:
 def _wide_to_rgb(values: np.ndarray, mode: str) -> Image.Image:
     """16-bit and float grey. PIL's own conversion clips at 255; here the range is scaled."""
     low, high = values.min(), values.max()
+
+    # floats in 0..1 or 0..255
     if mode == "F":
         if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 255:
             raise ValueError(f"float pixels in {low}..{high}, expected 0..1 or 0..255")
@@ -231,12 +239,16 @@ def _wide_to_rgb(values: np.ndarray, mode: str) -> Image.Image:
 def _from_array(source: Any, max_pixels: int | None) -> Image.Image:
     name = f"{type(source).__name__} of shape {tuple(source.shape)} and type {source.dtype}"
     is_tensor = isinstance(source, torch.Tensor)
+
+    # as an array, (H, W), (H, W, C) or (C, H, W)
     if is_tensor:
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
-    pixels = _channels_last(source, prefer_first=is_tensor, name=name)
+    pixels = _channels_last(source, prefer_first=is_tensor, name=name)  # (H, W, C)
     _check_pixels((pixels.shape[1], pixels.shape[0]), max_pixels, name)
     pixels = _to_uint8(pixels, name)
+
+    # PIL wants grey without its channel
     if pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     return _guarded(lambda array: _narrow_to_rgb(Image.fromarray(np.ascontiguousarray(array))), pixels, name)
@@ -247,9 +259,10 @@ def _channels_last(array: np.ndarray, prefer_first: bool, name: str) -> np.ndarr
     if array.ndim == 2:
         return array[:, :, None]
     if array.ndim == 3:
-        last, first = array.shape[2] in (1, 2, 3, 4), array.shape[0] in (1, 2, 3, 4)
+        last = array.shape[2] in (1, 2, 3, 4)
+        first = array.shape[0] in (1, 2, 3, 4)
         if first and (prefer_first or not last):
-            return array.transpose(1, 2, 0)
+            return array.transpose(1, 2, 0)  # (H, W, C)
         if last:
             return array
     raise ImageDecodeError(f"cannot read {name}: expected (H, W), (H, W, C) or (C, H, W) with C in 1..4")
@@ -262,6 +275,8 @@ def _to_uint8(pixels: np.ndarray, name: str) -> np.ndarray:
         return pixels.astype(np.uint8) * 255
     if pixels.dtype == np.uint16:
         return np.round(pixels / 257.0).astype(np.uint8)
+
+    # what is left has a range that must be known: floats in 0..1, integers of 8 bits
     if pixels.dtype.kind not in "iuf":
         raise ImageDecodeError(f"cannot read {name}: expected booleans, integers or floats")
     low, high = pixels.min(), pixels.max()
@@ -328,7 +343,8 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
         sources = flatten_images(images)
         if not sources:
             raise ValueError("images is an empty list; pass at least one picture")
-        max_pixels, allow_urls = kwargs.pop("max_pixels"), bool(kwargs.pop("allow_urls"))
+        max_pixels = kwargs.pop("max_pixels")
+        allow_urls = bool(kwargs.pop("allow_urls"))
         tensors = []
         for index, source in enumerate(sources):
             try:
@@ -337,7 +353,7 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
                 if len(sources) == 1:
                     raise
                 raise ImageDecodeError(f"image {index} of {len(sources)}: {error}") from error
-            tensors.append(tvF.pil_to_tensor(image).to(kwargs.get("device") or "cpu"))
+            tensors.append(tvF.pil_to_tensor(image).to(kwargs.get("device") or "cpu"))  # (3, h, w) uint8
         return tensors
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
@@ -354,8 +370,11 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
         return tvF.center_crop(image, [size.height, size.width])
 
     def _preprocess(self, images: list[torch.Tensor], *args: Any, **kwargs: Any) -> BatchFeature:
-        size, return_tensors = kwargs["size"], kwargs.pop("return_tensors", None)
+        size = kwargs["size"]
+        return_tensors = kwargs.pop("return_tensors", None)
         patch_size = kwargs.pop("patch_size")
+
+        # the shorter side becomes the window's, then the middle is cut out
         if kwargs.get("do_center_crop"):
             kwargs["crop_size"] = kwargs.get("crop_size") or size
             if size.height and size.width:

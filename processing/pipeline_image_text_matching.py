@@ -25,6 +25,7 @@ class ImageTextMatchingPipeline(PairPipeline):
 
     def preprocess(self, pairs: list[Pair], allow_urls: bool = False) -> dict[str, Any]:
         """n pairs → texts (n, T), the different pictures (c, 3, H, W), and which of them each text is held against."""
+        # each picture once, however many texts are held against it
         places: dict[int, int] = {}
         index = [places.setdefault(id(pair["image"]), len(places)) for pair in pairs]
         first = [index.index(place) for place in range(len(places))]
@@ -38,14 +39,15 @@ class ImageTextMatchingPipeline(PairPipeline):
         }
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
-        states = self.model.get_image_features(pixel_values=model_inputs["pixel_values"]).last_hidden_state
+        features = self.model.get_image_features(pixel_values=model_inputs["pixel_values"])
+        states = features.last_hidden_state  # (c, 1 + N, D)
         logits = self.model.match(
             model_inputs["input_ids"],
             model_inputs["attention_mask"],
             image_states=states,
             context_index=model_inputs["context_index"],
-        )
-        return {"scores": logits.float().softmax(-1)[:, 1], "texts": model_inputs["texts"]}
+        )  # (n, 2)
+        return {"scores": logits.float().softmax(-1)[:, 1], "texts": model_inputs["texts"]}  # (n,)
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
         """Probabilities (n,) → {"score", "text"} of each pair."""

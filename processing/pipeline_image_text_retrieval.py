@@ -39,41 +39,49 @@ Query = dict[str, Any]  # "text", "image" or both; "item" in a row to be indexed
 
 def list_pictures(folder: str | os.PathLike) -> list[str]:
     """Every picture file under `folder`, by suffix, sorted; hidden files and folders are left out."""
-    found = []
+    pictures = []
+    # in place, which keeps os.walk out of hidden folders
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in files if not name.startswith("."))
-        found += [os.path.join(parent, name) for name in names if Path(name).suffix.lower() in PICTURE_SUFFIXES]
-    return found
+        pictures += [os.path.join(parent, name) for name in names if Path(name).suffix.lower() in PICTURE_SUFFIXES]
+    return pictures
 
 
 def read_query(query: Any) -> Query:
     """One query of any accepted form → {"text": str} and/or {"image": picture}."""
+    # a str is a text, anything else that is no mapping a picture
     if isinstance(query, str):
         query = {"text": query}
     if not isinstance(query, Mapping):
         return {"image": query}
-    kept = {key: query[key] for key in QUERY_KEYS if query.get(key) is not None}
-    if not kept or set(query) - set(QUERY_KEYS):
+
+    # keys that are known, with values that can be read
+    values = {key: query[key] for key in QUERY_KEYS if query.get(key) is not None}
+    if not values or set(query) - set(QUERY_KEYS):
         raise ValueError(f'a query has the keys "text", "image" or both, got {sorted(map(str, query))}')
-    if not isinstance(kept.get("text", ""), str):
-        raise TypeError(f'"text" of a query must be a str, got {type(kept["text"]).__name__}')
-    if "text" in kept and not kept["text"].strip():
+    if not isinstance(values.get("text", ""), str):
+        raise TypeError(f'"text" of a query must be a str, got {type(values["text"]).__name__}')
+    if "text" in values and not values["text"].strip():
         raise ValueError("the text of a query is empty")
-    if "text" in kept and (reason := caption_reason(kept["text"])) is not None:
+    if "text" in values and (reason := caption_reason(values["text"])) is not None:
         raise ValueError(f"the text of a query cannot be read: {reason}")
-    return kept
+    return values
 
 
 def gather_queries(inputs: Any, text: Any, image: Any) -> tuple[list[Query], bool]:
     """The three ways to ask → list of queries, and whether it was a single one."""
+    # a positional query: one of any form, or a list of such
     if isinstance(inputs, str) and text is None:
-        inputs, text = None, inputs
+        text = inputs
+        inputs = None
     if inputs is not None:
         if text is not None or image is not None:
             raise ValueError("text= and image= go with each other or one str; for several give text=[..], image=[..]")
         many = isinstance(inputs, (list, tuple, Iterator))
         return [read_query(query) for query in (inputs if many else [inputs])], not many
+
+    # by name: each of text= and image= one, or lists of one length
     named = {key: value for key, value in (("text", text), ("image", image)) if value is not None}
     if not named:
         raise ValueError('nothing was asked: give a str, a picture, {"text": ..., "image": ...} or a list of them')
@@ -87,15 +95,20 @@ def gather_queries(inputs: Any, text: Any, image: Any) -> tuple[list[Query], boo
 
 def read_row(row: Any, position: int) -> Query:
     """One entry of an index source → its query plus "item", what the answers will show for it."""
+    # a picture by itself
     stored_picture = isinstance(row, Mapping) and "bytes" in row and not set(row) - {"bytes", "path"}
     if not isinstance(row, Mapping) or stored_picture:  # {"bytes", "path"}: a picture as `datasets` stores it
         return {"image": row, "item": name_of(row, position)}
+
+    # a mapping: its query, and what answers show for it
     if set(row) - set(ROW_KEYS):
         raise ValueError(f"row {position}: expected the keys {', '.join(ROW_KEYS)}, got {sorted(map(str, row))}")
     try:
         query = read_query({key: row.get(key) for key in QUERY_KEYS})
     except (TypeError, ValueError) as error:
         raise type(error)(f"row {position}: {error}") from None
+
+    # given, or made of what it holds
     if "item" in row:
         item = row["item"]
     elif "image" in query and "text" in query:
@@ -115,11 +128,14 @@ def name_of(picture: Any, position: int) -> str:
 
 def report_skipped(index: RetrievalIndex, skipped: list[dict[str, str]], seen: int) -> None:
     """Lists the entries that could not be read in `index.skipped` and warns once; raises if there is no other."""
+    # nothing that could be searched
     if seen == 0:
         raise ValueError("nothing to index: the list is empty")
     first = f"{skipped[0]['item']}: {skipped[0]['reason']}" if skipped else ""
     if len(skipped) == seen:
         raise ValueError(f"not one of {seen} entries could be read; the first: {first}")
+
+    # some were left out: once in a warning, all of them in the list
     if skipped:
         index.skipped = index.skipped + skipped
         warnings.warn(
@@ -170,6 +186,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
 
     def preprocess(self, queries: list[Query], allow_urls: bool = False) -> dict[str, Any]:
         """B queries, all of the same kind → the processor's batch."""
+        # a query of both is one joint sequence
         inputs: dict[str, list] = {}
         if "image" in queries[0]:
             inputs["images"] = [self._open(query["image"], allow_urls) for query in queries]
@@ -185,12 +202,12 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             names = ("input_ids", "attention_mask") + (("pixel_values",) if "images" in kind else ())
             encode = self.model.get_multimodal_features if "images" in kind else self.model.get_text_features
             output = encode(**{name: model_inputs[name] for name in names})
-        return ModelOutput(embeddings=output.pooler_output)
+        return ModelOutput(embeddings=output.pooler_output)  # (B, P)
 
     def postprocess(self, model_outputs: Mapping[str, torch.Tensor], top_k: int = 5) -> list[list[dict[str, Any]]]:
         """Embeddings (B, P) → for each query its k answers, best first."""
         index = self._ready_index()
-        scores, indices = index.search(model_outputs["embeddings"], top_k=top_k)
+        scores, indices = index.search(model_outputs["embeddings"], top_k=top_k)  # (B, k) each
         return [
             [{"score": score, "item": index.items[i], "index": i} for score, i in zip(*pair, strict=True)]
             for pair in zip(scores.tolist(), indices.tolist(), strict=True)
@@ -215,7 +232,10 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         Raises:
             ValueError: nothing was indexed, nothing was asked, or a list and a single picture are mixed.
         """
+        # refused before anything is embedded
         self._ready_index()
+
+        # embedded and searched
         queries, single = gather_queries(inputs, text, image)
         embeddings = self.embed(queries, batch_size=batch_size, allow_urls=allow_urls)
         post = {**self._postprocess_params, **({} if top_k is None else {"top_k": top_k})}
@@ -229,16 +249,19 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         queries = [read_query(query) for query in queries]
         size = self._read_batch_size(batch_size)
         before = {**self._preprocess_params, **({} if allow_urls is None else {"allow_urls": allow_urls})}
+
+        # each kind in batches of its own, since a batch has one layout
         rows: dict[int, torch.Tensor] = {}
         for kind in (("text",), ("image",), ("text", "image")):
             places = [i for i, query in enumerate(queries) if tuple(key for key in QUERY_KEYS if key in query) == kind]
             for start in range(0, len(places), size):
                 batch = places[start : start + size]
                 output = self.forward(self.preprocess([queries[i] for i in batch], **before), **self._forward_params)
-                rows.update(zip(batch, output["embeddings"].float(), strict=True))
+                rows.update(zip(batch, output["embeddings"].float(), strict=True))  # (P,) each
         if not rows:
             return torch.empty(0, self.model.config.projection_dim)
-        return torch.nn.functional.normalize(torch.stack([rows[i] for i in range(len(queries))]), dim=-1)
+        embeddings = torch.stack([rows[i] for i in range(len(queries))])  # (queries, P), as they were asked
+        return torch.nn.functional.normalize(embeddings, dim=-1)
 
     # The index
 
@@ -268,17 +291,23 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         Raises:
             ValueError: no picture under the folder, an empty source, or not one readable entry.
         """
+        # what is embedded, and the index that it goes into
         rows, total = self._rows_of(source)
         index = self.retrieval_index if append and self.retrieval_index is not None else self._new_index(dtype)
         size = self._read_batch_size(batch_size)
         allowed = self._preprocess_params.get("allow_urls", False) if allow_urls is None else allow_urls
-        seen, skipped = 0, []
+        seen = 0
+        skipped: list[dict[str, str]] = []
+
+        # a batch at a time: decoded by threads, then embedded
         with (
             ThreadPoolExecutor(max(1, num_workers)) as pool,
             tqdm(total=total, desc="indexing", unit="item", disable=not show_progress) as bar,
         ):
             while batch := list(islice(rows, size)):
                 opened = list(pool.map(lambda row: self._open_row(row, allowed), batch))
+
+                # what cannot be read is noted, the rest embedded
                 skipped += [{"item": str(row["item"]), "reason": reason} for row, reason in opened if reason]
                 good = [row for row, reason in opened if not reason]
                 if good:
@@ -286,6 +315,8 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
                     index.add(embeddings, [row["item"] for row in good], self.fingerprint, self.model_name)
                 seen += len(batch)
                 bar.update(len(batch))
+
+        # a new index answers only once it is whole
         report_skipped(index, skipped, seen)
         self.retrieval_index = index
         return index
@@ -319,12 +350,15 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
 
     def _rows_of(self, source: Any) -> tuple[Iterator[Query], int | None]:
         """A folder or an iterable → rows with an "item" each, read as they are needed, and how many if known."""
+        # the pictures of a folder
         if isinstance(source, (str, os.PathLike)):
             if not os.path.isdir(source):
                 raise ValueError(f"{os.fspath(source)!r} is not a folder; give a folder or a list of pictures")
             folder, source = source, list_pictures(source)
             if not source:
                 raise ValueError(f"no picture under {os.fspath(folder)!r} ({', '.join(sorted(PICTURE_SUFFIXES))})")
+
+        # or any iterable but what is one picture or row itself
         single = isinstance(source, (bytes, bytearray, Mapping, Image.Image, np.ndarray, torch.Tensor))
         if single or not isinstance(source, Iterable):
             raise TypeError(f"index takes a folder or a list of pictures or rows, got {type(source).__name__}")

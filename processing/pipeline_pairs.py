@@ -53,6 +53,8 @@ class VisionLanguagePipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+
+        # a model that serves the task, with its processor
         for method in self.model_methods:
             if not hasattr(self.model, method):
                 raise TypeError(f"{self.task_name} needs a model with {method}, got {type(self.model).__name__}")
@@ -63,6 +65,7 @@ class VisionLanguagePipeline(Pipeline):
         self.model.eval()
 
     def _read_batch_size(self, batch_size: int | None) -> int:
+        # the call's, else the pipeline's, else ours
         size = next((size for size in (batch_size, self._batch_size) if size is not None), BATCH_SIZE)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {size!r}")
@@ -96,13 +99,14 @@ class PairPipeline(VisionLanguagePipeline):
 
     def answer(self, pairs: list[Pair], batch_size: int | None, **options: Any) -> list[Any]:
         """One answer for each pair, in order."""
-        size, given = self._read_batch_size(batch_size), self._sanitize_parameters(**options)
-        before, during, after = (
-            {**kept, **new}
-            for kept, new in zip(
-                (self._preprocess_params, self._forward_params, self._postprocess_params), given, strict=True
-            )
-        )
+        size = self._read_batch_size(batch_size)
+        by_call = self._sanitize_parameters(**options)
+
+        # the options of each stage: those of the pipeline, and those of this call over them
+        stages = (self._preprocess_params, self._forward_params, self._postprocess_params)
+        before, during, after = ({**own, **new} for own, new in zip(stages, by_call, strict=True))
+
+        # batch by batch
         answers = []
         for start in range(0, len(pairs), size):
             batch = self.preprocess(pairs[start : start + size], **before)
@@ -129,10 +133,14 @@ def gather_pairs(inputs: Any, image: Any, text: Any, text_name: str = "text") ->
     if source is None:
         keys = f'{{"image": ..., "{text_name}": ...}}'
         raise ValueError(f"nothing was asked: give a picture and {text_name}=, or {keys}")
+
+    # one picture or several
     many = isinstance(source, (list, tuple, Iterator))
     sources = list(source) if many else [source]
     if text is None:
         return [_read_pair(pair, text_name, place) for place, pair in enumerate(sources)], not many
+
+    # with one text or several: lists of one length, or one of either for all
     texts = list(text) if isinstance(text, (list, tuple)) else [text]
     single = not many and not isinstance(text, (list, tuple))
     if many and isinstance(text, (list, tuple)) and len(sources) != len(texts):
@@ -146,6 +154,7 @@ def gather_pairs(inputs: Any, image: Any, text: Any, text_name: str = "text") ->
 
 def _read_pair(pair: Any, text_name: str, place: int) -> Pair:
     """One pair, its text checked. Raises `ValueError`."""
+    # a misspelt key would else be a text that is missing
     if not isinstance(pair, Mapping) or set(pair) != {"image", text_name}:
         got = sorted(map(str, pair)) if isinstance(pair, Mapping) else type(pair).__name__
         raise ValueError(f'pair {place}: expected {text_name}= too, or the keys "image" and "{text_name}", got {got}')

@@ -24,13 +24,14 @@ class VisualEntailmentPipeline(PairPipeline):
     def _sanitize_parameters(
         self, top_k: int | None = None, allow_urls: bool | None = None, **unknown: Any
     ) -> tuple[dict, dict, dict]:
-        given = known_options(self.task_name, {"top_k": checked_top_k(top_k), "allow_urls": allow_urls}, unknown)
-        return tuple(
-            {name: given[name] for name in names if name in given} for names in (("allow_urls",), (), ("top_k",))
-        )
+        options = known_options(self.task_name, {"top_k": checked_top_k(top_k), "allow_urls": allow_urls}, unknown)
+
+        # the options of preprocess, forward and postprocess
+        stages = (("allow_urls",), (), ("top_k",))
+        return tuple({name: options[name] for name in names if name in options} for names in stages)
 
     def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"scores": self.model(**model_inputs).logits.float().softmax(-1)}
+        return {"scores": self.model(**model_inputs).logits.float().softmax(-1)}  # (n, labels)
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor], top_k: int | None = None) -> list[list[dict]]:
         """Probabilities (n, labels) → {"label", "score"} of each pair's labels, best first."""

@@ -42,9 +42,11 @@ class VisualGroundingPipeline(PairPipeline):
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         known = {"allow_urls": allow_urls, "overlay": overlay, "mode": mode, "layer": layer}
-        given = known_options(f"{self.task_name} (with boxes=)", known, unknown)
+        options = known_options(f"{self.task_name} (with boxes=)", known, unknown)
+
+        # the options of preprocess, forward and postprocess
         stages = (("allow_urls",), ("mode", "layer"), ("overlay",))
-        return tuple({name: given[name] for name in names if name in given} for names in stages)
+        return tuple({name: options[name] for name in names if name in options} for names in stages)
 
     def __call__(self, inputs: Any = None, *, image: Any = None, boxes: Any = None, **options: Any) -> Any:
         """{"box", "score", "map"} for one pair, else a list of them; also "index" with `boxes`, and "overlay".
@@ -52,6 +54,7 @@ class VisualGroundingPipeline(PairPipeline):
         Raises:
             ValueError: as `PairPipeline`; candidates that are no boxes, or not one list for each pair.
         """
+        # candidates go with their pairs
         pairs, single = gather_pairs(inputs, image, options.pop("text", None))
         if boxes is not None:
             boxes = [boxes] if single else list(boxes)
@@ -64,6 +67,8 @@ class VisualGroundingPipeline(PairPipeline):
     def preprocess(self, pairs: list[Pair], allow_urls: bool = False) -> dict[str, Any]:
         """n pairs → the processor's batch; pictures are seen whole, also where the processor would crop them."""
         pictures = [self._open(pair["image"], allow_urls) for pair in pairs]
+
+        # one size without a crop, so that the map covers the picture
         side = self.model.config.image_size
         batch = self.processor(
             images=pictures,
@@ -75,20 +80,27 @@ class VisualGroundingPipeline(PairPipeline):
         )
         return {**batch.to(self.dtype), "pictures": pictures, "boxes": [pair.get("boxes") for pair in pairs]}
 
-    def _forward(self, model_inputs: dict[str, Any], **how: Any) -> dict[str, Any]:
-        pictures, boxes = model_inputs.pop("pictures"), model_inputs.pop("boxes")
-        return {"maps": self.model.ground(**model_inputs, **how), "pictures": pictures, "boxes": boxes}
+    def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
+        pictures = model_inputs.pop("pictures")
+        boxes = model_inputs.pop("boxes")
+        return {"maps": self.model.ground(**model_inputs, **options), "pictures": pictures, "boxes": boxes}
 
     def postprocess(self, model_outputs: dict[str, Any], overlay: bool = False) -> list[dict[str, Any]]:
         """Maps (n, h, w) → for each pair the best box, its score, and the map."""
         answers = []
         triples = zip(model_outputs["maps"].float(), model_outputs["pictures"], model_outputs["boxes"], strict=True)
+
+        # each map at the size of its own picture
         for cells, picture, boxes in triples:
             width, height = picture.size
+
+            # the candidate that scores highest
             candidates = boxes or [rectangle_box(cells, height, width)]
-            scores = score_boxes(resize_map(cells, height, width), candidates)
+            scores = score_boxes(resize_map(cells, height, width), candidates)  # (boxes,)
             best = int(scores.argmax())
             x, y, across, down = candidates[best]
+
+            # as the object-detection pipeline answers
             answer = {
                 "box": dict(zip(CORNERS, (x, y, x + across, y + down), strict=True)),
                 "score": float(scores[best]),
@@ -106,6 +118,7 @@ def read_boxes(boxes: Any) -> list[tuple[float, float, float, float]]:
         raise ValueError(f"boxes must be a list of at least one box, got {boxes!r:.60}")
     read = []
     for place, box in enumerate(boxes):
+        # corners in a mapping, a detector's answer that holds one, or four numbers
         corners = box.get("box", box) if isinstance(box, Mapping) else box
         if isinstance(corners, Mapping) and set(CORNERS) <= set(corners):
             corners = [corners[name] for name in CORNERS]

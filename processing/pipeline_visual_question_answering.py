@@ -51,9 +51,11 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
             "num_beams": num_beams,
             "allow_urls": allow_urls,
         }
-        given = known_options(self.task_name, known, unknown)
+        options = known_options(self.task_name, known, unknown)
+
+        # the options of preprocess, forward and postprocess
         stages = (("allow_urls", "candidates"), ("max_new_tokens", "num_beams"), ("candidates", "top_k"))
-        return tuple({name: given[name] for name in names if name in given} for names in stages)
+        return tuple({name: options[name] for name in names if name in options} for names in stages)
 
     def preprocess(
         self, pairs: list[Pair], allow_urls: bool = False, candidates: list[str] | None = None
@@ -63,12 +65,12 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         return batch if candidates is None else batch | self.lay_out_answers(candidates)
 
     def lay_out_answers(self, answers: list[str]) -> dict[str, torch.Tensor]:
-        """[CLS], words, the end, padding: as answers are learned."""
+        """[CLS], tokens, the end, padding: as answers are learned. (K, A)."""
         laid_out = self.processor(text=answers, return_tensors=None, padding=False)["input_ids"]
-        rows = [torch.tensor([*row, self.answer_end]) for row in laid_out]
+        rows = [torch.tensor([*row, self.answer_end]) for row in laid_out]  # (A,) each
         ids = torch.nn.utils.rnn.pad_sequence(
             rows, batch_first=True, padding_value=self.model.config.pad_token_id or 0
-        )
+        )  # (K, A)
         lengths = torch.tensor([len(row) for row in rows])
         return {"candidate_ids": ids, "candidate_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
@@ -80,9 +82,12 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         return config.cls_token_id if end is None else end
 
     def _forward(self, model_inputs: dict[str, Any], **writing: Any) -> dict[str, torch.Tensor]:
+        # likelihoods of the ranked answers as shares of their sum
         if "candidate_ids" in model_inputs:
             ranking = self.model.rank_answers(**model_inputs, k=RANKED)
             return {"indices": ranking.indices, "scores": ranking.scores.softmax(-1)}
+
+        # or one answer, in words of the model's own
         written = self.model.generate_answers(**model_inputs, **{"length_penalty": 1.0, **writing})
         return {"sequences": written.sequences, "scores": written.scores.exp()}
 
@@ -91,6 +96,8 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
     ) -> list[list[dict[str, Any]]]:
         """Ranks (n, k), or tokens (n, A) → {"answer", "score"} of each question's answers, best first."""
         scores = model_outputs["scores"].float().tolist()
+
+        # candidates by their places, or tokens up to the end
         if candidates is not None:
             chosen = model_outputs["indices"].tolist()
             return [

@@ -1,9 +1,9 @@
 """Text, pictures or both to a batch: as one sequence ``[CLS] [IMG]*N w1 ... wT [PAD]*``, or each as it is.
 
-Shapes: B examples, H x W pixels, P patch size, N = (H / P) * (W / P) patches row-major, T words, L = 1 + N + T in the
-joint layout, else L = 1 + T. In the joint layout ``input_ids``, ``attention_mask`` and the model's
-``last_hidden_state`` speak of the same L positions; the model puts patch embeddings where the placeholders stand.
-"Word" is one token of the vocabulary.
+Shapes: B examples, H x W pixels, P patch size, N = (H / P) * (W / P) patches row-major, T tokens of a text,
+L = 1 + N + T positions in the joint layout, else L = 1 + T. In the joint layout ``input_ids``, ``attention_mask`` and
+the model's ``last_hidden_state`` speak of the same L positions; the model puts patch embeddings where the placeholders
+stand.
 Source: OneR, section "One Representation": text and patches "into one sequence", one [CLS], no separator.
 """
 
@@ -40,7 +40,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         image_processor: gives ``pixel_values`` and knows ``patch_size``.
         tokenizer: has [PAD], [CLS], [UNK] and the image token.
         image_token: the placeholder; by default the tokenizer's own ``image_token``, else ``[IMG]`` or ``[unused0]``.
-        max_text_length: words kept of a text, [CLS] not counted.
+        max_text_length: tokens kept of a text, [CLS] not counted.
         joint_layout: whether a picture has a placeholder for each of its patches among the ids, as a model of one
             tower reads pairs. False: ids are of the text alone, as a model with a tower for each reads them. The
             configuration's ``pair_layout`` says which.
@@ -62,6 +62,8 @@ class VisionLanguageProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
+
+        # what the sequence is counted and built with
         if getattr(image_processor, "patch_size", None) is None:
             raise ValueError(f"{type(image_processor).__name__} has no patch_size: cannot count placeholders")
         if not isinstance(max_text_length, int) or max_text_length < 1:
@@ -81,9 +83,9 @@ class VisionLanguageProcessor(ProcessorMixin):
             images: one source or a list of them, anything ``open_image`` reads; or a batch (B, C, H, W).
             text: a str or a list of str; with ``is_split_into_words=True`` a list of words or a list of such lists.
             return_tensors: "pt" (default), "np", or None for lists.
-            padding: True or "longest" (default), "max_length" (words to max_length), or False.
-            truncation: whether words beyond ``max_length`` are cut (default True); placeholders never are.
-            max_length: words kept, [CLS] and placeholders not counted; ``max_text_length`` by default.
+            padding: True or "longest" (default), "max_length" (texts to max_length), or False.
+            truncation: whether tokens beyond ``max_length`` are cut (default True); placeholders never are.
+            max_length: tokens kept, [CLS] and placeholders not counted; ``max_text_length`` by default.
             pad_to_multiple_of: rounds L up.
             split_special_tokens: True by default: "[IMG]" or "[MASK]" inside a text are letters and brackets.
                 False lets a text name [MASK]; the image token, [CLS] and [PAD] stay out of reach.
@@ -99,28 +101,34 @@ class VisionLanguageProcessor(ProcessorMixin):
             TypeError: an option that nothing here understands.
             ImageDecodeError: see ``open_image``.
         """
+        # what was asked, every option known
         if images is None and text is None:
             raise ValueError(f"{type(self).__name__} got neither images nor text: pass at least one of them")
         self._check_options(kwargs)
+
+        # texts as token ids, without padding
         merged = self._merge_kwargs(VisionLanguageProcessorKwargs, **kwargs)
-        options, image_options = {**self.text_kwargs, **merged["text_kwargs"]}, merged["images_kwargs"]
-        words = None if text is None else self._tokenize(text, options)
+        options = {**self.text_kwargs, **merged["text_kwargs"]}
+        image_options = merged["images_kwargs"]
+        tokens = None if text is None else self._tokenize(text, options)
         data: dict[str, Any] = {}
         n_patches = 0
-        # pictures, and in the joint layout a placeholder for each of their patches
+
+        # pictures as pixels, and in the joint layout as many placeholders as they have patches
         if images is not None:
             pixel_values = self.image_processor(images, **{**image_options, "return_tensors": "pt"})["pixel_values"]
             data["pixel_values"] = pixel_values  # (B, 3, H, W)
         if images is not None and self.joint_layout:
-            if words is not None and len(words) != len(pixel_values):
+            if tokens is not None and len(tokens) != len(pixel_values):
                 raise ValueError(
-                    f"got {len(pixel_values)} pictures and {len(words)} texts: in one sequence each picture needs "
+                    f"got {len(pixel_values)} pictures and {len(tokens)} texts: in one sequence each picture needs "
                     "its own text; call the processor twice to encode them apart"
                 )
-            words = [[] for _ in pixel_values] if words is None else words
+            tokens = [[] for _ in pixel_values] if tokens is None else tokens
             n_patches = self.num_image_tokens(*pixel_values.shape[-2:])
-        # texts
-        sequences = {} if words is None else self._lay_out(words, n_patches, options)  # (B, L) each
+
+        # texts, or both in one sequence
+        sequences = {} if tokens is None else self._lay_out(tokens, n_patches, options)  # (B, L) each
         return BatchFeature({**sequences, **data}, tensor_type=options.get("return_tensors"))
 
     def num_image_tokens(self, height: int, width: int) -> int:
@@ -134,6 +142,7 @@ class VisionLanguageProcessor(ProcessorMixin):
 
     def _check_options(self, kwargs: dict[str, Any]) -> None:
         """Unknown options raise: transformers would warn once and go on with the defaults."""
+        # an option is a text's or an image's, flat or in its group
         image_options = set(self.image_processor.valid_kwargs.__annotations__)
         groups = {"text_kwargs": _TEXT_OPTIONS, "images_kwargs": image_options}
         flat = set(kwargs) - set(groups) - {"common_kwargs"}
@@ -145,6 +154,8 @@ class VisionLanguageProcessor(ProcessorMixin):
                 f"{type(self).__name__} does not know {sorted(unknown)}; text options: {sorted(_TEXT_OPTIONS)}, "
                 f"image options: {sorted(image_options)}"
             )
+
+        # what is fixed may be said, but not changed
         for name, fixed in (
             ("return_token_type_ids", False),
             ("add_special_tokens", True),
@@ -155,8 +166,10 @@ class VisionLanguageProcessor(ProcessorMixin):
                 raise ValueError(f"{name}={value} is not possible: a sequence is always [CLS], placeholders, words")
 
     def _tokenize(self, text: Any, options: dict[str, Any]) -> list[list[int]]:
-        """Texts to word ids, cut to length, without [CLS]."""
+        """Texts to token ids, cut to length, without [CLS]."""
         split = bool(options.get("is_split_into_words"))
+
+        # a batch of texts, or of lists of words
         texts = _as_texts(text, split)
         strict = options.get("split_special_tokens")
         strict = True if strict is None else bool(strict)
@@ -189,29 +202,35 @@ class VisionLanguageProcessor(ProcessorMixin):
             raise ValueError(f"max_length must be a positive number of words, got {limit!r}")
         return limit
 
-    def _lay_out(self, words: list[list[int]], n_patches: int, options: dict[str, Any]) -> dict[str, Any]:
-        """Word ids to ``[CLS] [IMG]*N words [PAD]*`` and its mask, (B, L), or lists if nothing pads them."""
+    def _lay_out(self, tokens: list[list[int]], n_patches: int, options: dict[str, Any]) -> dict[str, Any]:
+        """Token ids to ``[CLS] [IMG]*N w1 ... wT [PAD]*`` and its mask, (B, L), or lists if nothing pads them."""
         prefix = [self.tokenizer.cls_token_id] + [self.image_token_id] * n_patches
         padding = options.get("padding")
+
+        # without padding: lists, which only rows of one length make a tensor of
         if padding in (None, False, "do_not_pad"):
-            ids = [prefix + row for row in words]
+            ids = [prefix + row for row in tokens]
             lengths = sorted({len(row) for row in ids})
             if options.get("return_tensors") is not None and len(lengths) > 1:
                 raise ValueError(
                     f"padding=False, but the sequences differ in length {lengths}: no tensor can hold them"
                 )
             return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
-        length = len(prefix) + max(map(len, words))
+
+        # the longest row, or what was asked for, rounded up
+        length = len(prefix) + max(map(len, tokens))
         if padding == "max_length":
             length = max(length, len(prefix) + self._limit(options))
         elif padding not in (True, "longest"):
             raise ValueError(f"padding must be True, 'longest', 'max_length' or False, got {padding!r}")
         multiple = options.get("pad_to_multiple_of") or 1
         length = -(-length // multiple) * multiple
-        input_ids = torch.full((len(words), length), self.tokenizer.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
+
+        # padding everywhere, then the head, then each row's tokens
+        input_ids = torch.full((len(tokens), length), self.tokenizer.pad_token_id, dtype=torch.long)  # (B, L)
+        attention_mask = torch.zeros_like(input_ids)  # (B, L)
         input_ids[:, : len(prefix)] = torch.tensor(prefix)
-        for index, row in enumerate(words):
+        for index, row in enumerate(tokens):
             end = len(prefix) + len(row)
             input_ids[index, len(prefix) : end] = torch.tensor(row, dtype=torch.long)
             attention_mask[index, :end] = 1
@@ -240,6 +259,7 @@ def _token_id(tokenizer: Any, token: str | None, name: str) -> int:
 
 def _as_texts(text: Any, split: bool) -> list[Any]:
     """Checks the nesting and returns a batch: a list of str, or of lists of str if ``split``."""
+    # one text becomes a batch of one
     if split and isinstance(text, list | tuple) and text and all(isinstance(word, str) for word in text):
         text = [text]
     elif not split and isinstance(text, str):

@@ -40,7 +40,8 @@ class IndexFileError(RetrievalIndexError):
     """A file of the index is missing, damaged or not ours. `file` and, where there is one, `key` say which."""
 
     def __init__(self, file: str | os.PathLike, reason: str, key: str | None = None):
-        self.file, self.key = str(file), key
+        self.file = str(file)
+        self.key = key
         super().__init__(f"{file}{'' if key is None else f', key {key!r}'}: {reason}")
 
 
@@ -73,15 +74,15 @@ def pack_keys(scores: torch.Tensor, start: int) -> torch.Tensor:
     The bits of an fp32 number, with those of negative ones mirrored, sort as the number does; they fill the upper
     half, the item's index, counted down, the lower half. No two keys are equal, so any top-k is a stable one.
     """
-    bits = (scores + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(torch.int64)
-    index = torch.arange(start, start + scores.shape[1], dtype=torch.int64)
+    bits = (scores + 0.0).contiguous().view(torch.int32)  # (q, c); + 0.0 turns -0.0 into 0.0
+    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(torch.int64)  # (q, c)
+    index = torch.arange(start, start + scores.shape[1], dtype=torch.int64)  # (c,)
     return ordered * (LOW_32_BITS + 1) + (LOW_32_BITS - index)
 
 
 def unpack_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `pack_keys`: int64 keys (q, k) → fp32 scores (q, k), int64 indices (q, k)."""
-    ordered = (keys >> 32).to(torch.int32)
+    ordered = (keys >> 32).to(torch.int32)  # (q, k)
     scores = torch.where(ordered >= 0, ordered, ordered ^ 0x7FFFFFFF).view(torch.float32)
     return scores, LOW_32_BITS - (keys & LOW_32_BITS)
 
@@ -103,11 +104,17 @@ class RetrievalIndex:
         fingerprint: str | None = None,
         dtype: str = "float16",
     ):
+        # a width and a precision
         if not isinstance(projection_dim, int) or projection_dim < 1:
             raise ValueError(f"projection_dim must be a positive integer, got {projection_dim!r}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-        self.projection_dim, self.model, self.fingerprint, self.dtype = projection_dim, model, fingerprint, dtype
+        self.projection_dim = projection_dim
+        self.model = model
+        self.fingerprint = fingerprint
+        self.dtype = dtype
+
+        # items, and their embeddings in blocks, as they were added
         self.items: list[Any] = []
         self.skipped: list[dict[str, str]] = []
         self._blocks: list[torch.Tensor] = [torch.empty(0, projection_dim, dtype=DTYPES[dtype])]
@@ -121,6 +128,7 @@ class RetrievalIndex:
     @property
     def embeddings(self) -> torch.Tensor:
         """(n, P), unit rows, on the CPU."""
+        # joined when they are first read: many small additions cost one copy
         if len(self._blocks) > 1:
             self._blocks = [torch.cat(self._blocks)]
         return self._blocks[0]
@@ -152,12 +160,15 @@ class RetrievalIndex:
             ValueError: not two-dimensional, not finite, a zero row, or not as many items as embeddings.
             TypeError: an item that JSON cannot hold.
         """
+        # as many items as embeddings, of this space
         items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in items]
         if not torch.is_tensor(embeddings) or embeddings.dim() != 2 or len(embeddings) != len(items):
             got = tuple(embeddings.shape) if torch.is_tensor(embeddings) else type(embeddings).__name__
             raise ValueError(f"expected a tensor of embeddings (m, {self.projection_dim}) and m items, "
                              f"got {got} and {len(items)} items")  # fmt: skip
         self.check_space(embeddings.shape[1], fingerprint, model)
+
+        # every item must be one that can be saved, before anything is added
         for item in items:
             try:
                 json.dumps(item, allow_nan=False)
@@ -165,7 +176,7 @@ class RetrievalIndex:
                 raise TypeError(
                     f"an item must be a path or a JSON value, got {type(item).__name__}: {error}"
                 ) from None
-        self._blocks.append(unit_rows(embeddings).to(DTYPES[self.dtype]))
+        self._blocks.append(unit_rows(embeddings).to(DTYPES[self.dtype]))  # (m, P)
         self.items.extend(items)
 
     def search(self, queries: torch.Tensor, top_k: int = 10, chunk: int = 16384) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,6 +191,7 @@ class RetrievalIndex:
         Returns:
             scores (q, k) fp32, falling, and indices (q, k) int64, k = min(top_k, n); on the CPU.
         """
+        # sizes, and queries of this space
         for name, value in (("top_k", top_k), ("chunk", chunk)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -187,18 +199,21 @@ class RetrievalIndex:
             got = tuple(queries.shape) if torch.is_tensor(queries) else type(queries).__name__
             raise ValueError(f"expected queries (q, {self.projection_dim}), got {got}")
         self.check_space(queries.shape[1])
+
+        # blocks of queries, so that scores of all items are never held at once
         k = min(top_k, len(self))
-        blocks = [self._best_keys(block, k, chunk) for block in unit_rows(queries).split(QUERY_BLOCK)]
+        rows = unit_rows(queries)  # (q, P) fp64
+        blocks = [self._best_keys(block, k, chunk) for block in rows.split(QUERY_BLOCK)]
         return unpack_keys(torch.cat(blocks) if blocks else torch.empty(0, k, dtype=torch.int64))
 
     def _best_keys(self, queries: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
         """fp64 queries (q, P) → the k greatest keys (q, k), falling; see `pack_keys`."""
-        best = torch.empty(len(queries), 0, dtype=torch.int64)
+        best = torch.empty(len(queries), 0, dtype=torch.int64)  # (q, 0)
         for start in range(0, len(self), chunk):
-            rows = self.embeddings[start : start + chunk].to(torch.float64)
-            keys = pack_keys((queries @ rows.T).to(torch.float32), start)
-            best = torch.cat([best, keys], dim=1)
-            best = best.topk(min(k, best.shape[1]), dim=1).values
+            rows = self.embeddings[start : start + chunk].to(torch.float64)  # (c, P)
+            keys = pack_keys((queries @ rows.T).to(torch.float32), start)  # (q, c)
+            best = torch.cat([best, keys], dim=1)  # (q, up to k + c)
+            best = best.topk(min(k, best.shape[1]), dim=1).values  # (q, up to k)
         return best
 
     def save(self, directory: str | os.PathLike) -> Path:
@@ -206,11 +221,14 @@ class RetrievalIndex:
 
         Raises IndexFileError if `directory` holds a `retrieval_index.json` that is not ours, or is a file.
         """
+        # what may be replaced: nothing, or an index
         directory = Path(directory)
         if directory.exists() and not directory.is_dir():
             raise IndexFileError(directory, "is a file; an index is saved into a directory")
         previous = read_header(directory) if (directory / INDEX_FILE).exists() else None
         directory.mkdir(parents=True, exist_ok=True)
+
+        # the embeddings, under a name made of their digest
         payload = dump_safetensors({TENSOR_NAME: self.embeddings.contiguous()}, metadata={"format": "pt"})
         digest = hashlib.sha256(payload).hexdigest()
         header = {
@@ -226,8 +244,11 @@ class RetrievalIndex:
             "skipped": self.skipped,
             "items": self.items,
         }
+
+        # the header last: who reads meanwhile sees one index whole
         write_in_place(directory / header["embeddings_file"], payload)
         write_in_place(directory / INDEX_FILE, json.dumps(header, indent=1, allow_nan=False).encode())
+        # nobody names the old embeddings any more
         if previous is not None and previous["embeddings_file"] != header["embeddings_file"]:
             (directory / previous["embeddings_file"]).unlink(missing_ok=True)
         return directory
@@ -239,15 +260,16 @@ class RetrievalIndex:
         header = read_header(directory)
         index = cls(header["projection_dim"], header["model"], header["fingerprint"], header["dtype"])
         index._blocks = [read_embeddings(directory, header)]
-        index.items, index.skipped = header["items"], header["skipped"]
+        index.items = header["items"]
+        index.skipped = header["skipped"]
         return index
 
 
 def unit_rows(embeddings: torch.Tensor) -> torch.Tensor:
     """(m, P) of any float dtype and device → (m, P) fp64 on the CPU, every row of length one."""
-    rows = embeddings.detach().to("cpu", torch.float64)
-    norms = rows.norm(dim=1, keepdim=True)
-    bad = ~(torch.isfinite(norms) & (norms > 0)).squeeze(1)
+    rows = embeddings.detach().to("cpu", torch.float64)  # (m, P)
+    norms = rows.norm(dim=1, keepdim=True)  # (m, 1)
+    bad = ~(torch.isfinite(norms) & (norms > 0)).squeeze(1)  # (m,)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
@@ -274,6 +296,8 @@ def read_header(directory: Path) -> dict[str, Any]:
     path = directory / INDEX_FILE
     if not path.is_file():
         raise IndexFileError(path, "no such file; expected a directory that RetrievalIndex.save wrote")
+
+    # a document of ours, of a version that is known
     try:
         header = json.loads(path.read_bytes())
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -295,12 +319,16 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
         "model": optional_text, "fingerprint": optional_text, "projection_dim": (int,), "dtype": (str,),
         "count": (int,), "embeddings_file": (str,), "embeddings_sha256": (str,), "skipped": (list,), "items": (list,),
     }  # fmt: skip
+
+    # the types of all keys
     for key, expected in types.items():
         if key not in header:
             raise IndexFileError(path, "missing", key=key)
         if not isinstance(header[key], expected) or isinstance(header[key], bool):
             wanted = " or ".join(kind.__name__ for kind in expected)
             raise IndexFileError(path, f"expected {wanted}, got {type(header[key]).__name__}", key=key)
+
+    # values that make an index
     if header["projection_dim"] < 1:
         raise IndexFileError(path, f"expected a positive width, got {header['projection_dim']}", key="projection_dim")
     if header["dtype"] not in DTYPES:
@@ -318,12 +346,15 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
 
 def read_embeddings(directory: Path, header: dict[str, Any]) -> torch.Tensor:
     """The checked embeddings (n, P) that the header names."""
+    # the very bytes that were saved
     path = directory / header["embeddings_file"]
     if not path.is_file():
         raise IndexFileError(path, f"no such file, but {INDEX_FILE} names it", key="embeddings_file")
     payload = path.read_bytes()
     if hashlib.sha256(payload).hexdigest() != header["embeddings_sha256"]:
         raise IndexFileError(path, "damaged: not the bytes that were saved", key="embeddings_sha256")
+
+    # as the header describes them
     try:
         tensors = load_safetensors(payload)
     except (SafetensorError, ValueError) as error:

@@ -37,17 +37,20 @@ def train_tokenizer(
         min_frequency: a merge must occur this often.
         limit_alphabet: keep only so many of the commonest characters; words with others become [UNK].
         lower_case: fold case and strip accents, as in bert-base-uncased.
-        max_text_length: words a text may have, without [CLS].
+        max_text_length: tokens a text may have, without [CLS].
 
     Raises:
         ValueError: no words in ``captions``, an entry is not a str, or ``vocab_size`` leaves no room.
     """
+    # words and how often each occurs; the order of the captions is gone
     room = vocab_size - len(SPECIAL_TOKENS)
     if room < 2:
         raise ValueError(f"vocab_size must be at least {len(SPECIAL_TOKENS) + 2}, got {vocab_size}")
     words = _count_words(captions, _backend({UNK: 0}, lower_case))
     if not words:
         raise ValueError("captions hold no words: cannot train a tokenizer")
+
+    # the alphabet: the commonest characters
     characters: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
@@ -74,13 +77,15 @@ def tokenizer_from_vocab(
         image_token: the placeholder's token; by default ``[IMG]`` if the vocabulary has it, else ``[unused0]``.
         lower_case: for ``vocab.txt``; by default what ``tokenizer_config.json`` beside it says, else True.
             A ``tokenizer.json`` brings its own normaliser, which is kept.
-        max_text_length: words a text may have, without [CLS].
+        max_text_length: tokens a text may have, without [CLS].
 
     Raises:
         FileNotFoundError: no vocabulary at ``source``.
         ValueError: the vocabulary lacks a needed token, which is named, or holds one twice.
     """
     path = Path(source)
+
+    # a file, or the folder of a saved tokenizer
     if path.is_dir():
         folder = path
         path = next((folder / name for name in ("tokenizer.json", "vocab.txt") if (folder / name).is_file()), None)
@@ -88,6 +93,8 @@ def tokenizer_from_vocab(
             raise FileNotFoundError(f"no tokenizer.json or vocab.txt in {str(folder)!r}")
     elif not path.is_file():
         raise FileNotFoundError(f"no vocabulary at {str(path)!r}: expected a vocab.txt or a saved tokenizer's folder")
+
+    # a saved tokenizer as it is, but for lengths, which are the processor's business
     if path.suffix == ".json":
         backend = Tokenizer.from_file(str(path))
         backend.no_padding()
@@ -97,6 +104,8 @@ def tokenizer_from_vocab(
         if UNK not in vocab:
             raise ValueError(f"vocabulary {str(path)!r} lacks {UNK!r}")
         backend = _backend(vocab, _lower_case_beside(path) if lower_case is None else lower_case)
+
+    # the placeholder, and every other token that is needed
     if image_token is None:
         image_token = IMAGE if backend.token_to_id(IMAGE) is not None else BERT_IMAGE_TOKEN
     missing = [token for token in (PAD, UNK, CLS, MASK, image_token) if backend.token_to_id(token) is None]
@@ -151,8 +160,9 @@ def _train_vocab(words: Counter[str], alphabet: list[str], vocab_size: int, min_
     tokenizers' trainer numbers continuation characters in the order of a hash map and breaks ties between merges by
     these numbers, so its vocabulary differs from run to run. Declaring every character beforehand fixes the numbers.
     """
-    kept = set(alphabet)
-    usable = sorted(word for word in words if kept.issuperset(word))
+    # a word with a character outside the alphabet becomes [UNK] as a whole
+    known = set(alphabet)
+    usable = sorted(word for word in words if known.issuperset(word))
     inside = {character for word in usable for character in word[1:]}
     starts = {word[0] for word in usable}
     declared = [*SPECIAL_TOKENS, *sorted(starts), *(f"##{character}" for character in sorted(inside))]
@@ -170,6 +180,7 @@ def _train_vocab(words: Counter[str], alphabet: list[str], vocab_size: int, min_
 
 
 def _wrap(backend: Tokenizer, image_token: str, max_text_length: int) -> PreTrainedTokenizerFast:
+    # declared to the backend, so that they are never cut
     specials = list(dict.fromkeys((PAD, image_token, UNK, CLS, MASK)))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     backend.post_processor = processors.TemplateProcessing(

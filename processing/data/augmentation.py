@@ -64,6 +64,8 @@ class Crop:
         default=0.0,
         metadata=_help("White ground laid round an image before the crop, at each side up to this share of it."),
     )
+
+    # what is done to the crop, none of it by default
     horizontal_flip: float = field(
         default=0.0, metadata=_help("Probability of a flip; captions speak of left and right.")
     )
@@ -138,10 +140,14 @@ class TrainingImageTransform:
             raise ValueError(f"image_size must be positive, got {image_size}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std need three values, std positive; got {tuple(mean)} and {tuple(std)}")
+
+        # the first view
         self.image_size = image_size
         self.options = Crop() if crop is None else crop
         self._draw_by(image_size, "bicubic")
         self._normalize(mean, std)
+
+        # and the second, at its own size
         self.code_view = None
         if code_view is not None:
             self.replays = code_view.crop == "common"
@@ -205,7 +211,7 @@ class TrainingImageTransform:
 
         # PIL parts the channels four times as fast as a transposed copy of floats does
         pixels = torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))  # (3, H, W) uint8
-        return pixels.float().mul_(self.factor).add_(self.offset)
+        return pixels.float().mul_(self.factor).add_(self.offset)  # (3, H, W) float32
 
     def _with_margin(self, image: Image.Image, share: float) -> Image.Image:
         width = round(share * image.width)

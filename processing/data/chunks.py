@@ -30,6 +30,8 @@ def split_pairs(batch: Mapping[str, torch.Tensor], chunks: int) -> list[dict[str
         ValueError: more chunks than rows, or a tensor of the batch that has neither a row each nor is known as packed.
     """
     rows = {name: value for name, value in batch.items() if name not in PACKED}
+
+    # what has a row each has the same number of rows
     batch_size = len(next(iter(rows.values())))
     for name, value in rows.items():
         if len(value) != batch_size:
@@ -40,14 +42,14 @@ def split_pairs(batch: Mapping[str, torch.Tensor], chunks: int) -> list[dict[str
     edges = [batch_size * chunk // chunks for chunk in range(chunks + 1)]
     split = []
     for start, end in zip(edges[:-1], edges[1:], strict=True):
-        chunk = {name: value[start:end] for name, value in rows.items()}
+        chunk = {name: value[start:end] for name, value in rows.items()}  # (b, ...) each
         chunk |= _tokens_of(batch, start, end) | _patches_of(batch, start, end) | _answers_of(batch, start, end)
         split.append(chunk)
     return split
 
 
 def text_slots(batch: Mapping[str, torch.Tensor]) -> int:
-    """W: the columns of `input_ids` behind [CLS] and the placeholders, of which a separate layout has none."""
+    """W: the columns of `input_ids` behind [CLS] and the placeholders (none in a separate layout)."""
     batch_size, width = batch["input_ids"].shape
     # a row's mask counts H ids and its tokens
     n_head = (int(batch["attention_mask"].sum()) - len(batch["text_index"])) // batch_size  # H

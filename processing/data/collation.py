@@ -104,11 +104,12 @@ class Collator:
         """
         if not items:
             raise ValueError("an empty batch: expected at least one (RowKey, row)")
-        examples, replaced = self._examples(items)
+        examples, replaced = self._examples(items)  # B, whatever rows were bad
 
         # images, and how they are cut
-        names = examples[0].views
-        batch: dict[str, Any] = {name: torch.stack([one.views[name] for one in examples]) for name in names}
+        batch: dict[str, Any] = {}
+        for name in examples[0].views:
+            batch[name] = torch.stack([one.views[name] for one in examples])  # (B, 3, H, W), or (B, k, 3, H, W)
         grid = None
         if batch and self.layout.patch_size is not None:
             grid = patch_grid(batch["pixel_values"], self.layout.patch_size)
@@ -170,10 +171,13 @@ class Collator:
         key, _, *stand_ins = item
         if not stand_ins:
             raise ValueError(f"row {key.row} of {self.source}: {bad.reason}")
+
+        # candidates in turn, until one can be used
         failed = [(key.row, bad)]
         for other, row in islice(stand_ins[0], MAX_ATTEMPTS):
             (example,) = self.reader.tokenize([self._read(other, row)])
             if isinstance(example, Example):
+                # those that were known to be bad are in the list already
                 replaced += [
                     {
                         "row": number,
@@ -187,6 +191,8 @@ class Collator:
                 ]
                 return example
             failed.append((other.row, example))
+
+        # none: what was tried is in the message
         lines = "\n".join(f"  row {number}: {wrong.reason}" for number, wrong in failed[:SHOWN])
         raise BadRowsError(
             f"row {key.row} of {self.source} cannot be used, and none of {len(failed) - 1} rows that could stand in "
@@ -197,7 +203,7 @@ class Collator:
 def _packed_targets(tokens: Sequence[np.ndarray], chosen: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
     """Places of the batch's tokens, and of those to predict among them."""
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)  # (B,)
-    starts = np.cumsum(lengths) - lengths
+    starts = np.cumsum(lengths) - lengths  # (B,), the place of each row's first token
     targets = np.concatenate([places + start for places, start in zip(chosen, starts, strict=True)])  # (M,)
     arrays = {
         "text_index": np.flatnonzero(real_slots(tokens)),  # (n,)

@@ -37,10 +37,11 @@ def read_top(path: str | os.PathLike, kind: type, what: str) -> Any:
     Raises:
         PairDataError: no such file, a pickle, no JSON, or something else at its top.
     """
+    # a pickle is never opened
     if Path(path).suffix in (".p", ".pkl", ".pickle"):
         raise PairDataError(
             f"{path}: a pickle can run any code, so it is not read; expected the same list as JSON "
-            f"(the head of oner/processing/vl_grounding_data.py says how to make it)"
+            f"(the head of oner/processing/data/grounding_files.py says how to make it)"
         )
     content = read_json(str(path))
     if not isinstance(content, kind):
@@ -67,6 +68,7 @@ def read_boxes(
     Raises:
         PairDataError: a file that is not what it should be, or an entry that leads to no other.
     """
+    # three files, by the keys that lead from one to the other
     objects = read_top(refs, list, "the referred objects")
     objects = _by_key(objects, "ref_id", ("ann_id", "image_id", "split"), str(refs))
     content = read_top(instances, dict, "COCO's instances")
@@ -76,19 +78,21 @@ def read_boxes(
     pictures = _by_key(content["images"], "id", ("height", "width"), f"{instances}, images")
     boxes = _by_key(content["annotations"], "id", ("bbox",), f"{instances}, annotations")
     detected = read_top(detections, dict, "the detector's boxes")
-    found = {}
+
+    # what they say together of each expression's object
+    objects_known = {}
     for ref_id, ref in objects.items():
         if ref["ann_id"] not in boxes or ref["image_id"] not in pictures:
             lost = f"ann_id {ref['ann_id']}" if ref["ann_id"] not in boxes else f"image_id {ref['image_id']}"
             raise PairDataError(f"{refs}: ref_id {ref_id} names {lost}, which {instances} does not have")
         picture = pictures[ref["image_id"]]
-        found[ref_id] = {
+        objects_known[ref_id] = {
             "split": ref["split"],
             "box": tuple(boxes[ref["ann_id"]]["bbox"]),
             "size": (picture["height"], picture["width"]),
             "boxes": detected.get(str(ref["image_id"])),
         }
-    return found
+    return objects_known
 
 
 def open_grounding(
@@ -111,9 +115,11 @@ def open_grounding(
     Raises:
         PairDataError: no such file, no list, or rows that cannot be used (with `bad_rows="raise"`).
     """
+    # one or several lists, each with its own folder
     paths = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     rows: list[dict[str, Any]] = []
     for path in paths:
+        # what is no object keeps its number as an empty row, which the check names
         folder = Path(path).parent if image_folder is None else image_folder
         for entry in read_top(path, list, "the list of expressions"):
             entry = entry if isinstance(entry, Mapping) else {}
@@ -124,8 +130,12 @@ def open_grounding(
                 "id": os.path.basename(image) if isinstance(image, str) else image,
                 "ref_id": ref_id,
             }
+
+            # what is known of its object, where boxes are asked for
             known = boxes.get(ref_id) if boxes is not None and isinstance(ref_id, (int, str)) else None
             rows.append(row | dict(known or {}))
+
+    # expressions are checked together, so that the error can count them
     name = ", ".join(map(str, paths[:2])) + (f" (+{len(paths) - 2})" if len(paths) > 2 else "")
     return ListedRows(rows, name, _reason_with_boxes if boxes is not None else _reason, bad_rows)
 
@@ -137,6 +147,8 @@ def _reason(row: Mapping[str, Any]) -> str | None:
 def _reason_with_boxes(row: Mapping[str, Any]) -> str | None:
     if "box" not in row:
         return f"ref_id {row['ref_id']!r} is not among the referred objects"
+
+    # each thing that is wrong, the expression first
     wrong = [_reason(row), f"its object: {reason}" if (reason := box_reason(row["box"])) else None]
     if not row["boxes"]:
         wrong.append("the detector has no boxes for its picture")

@@ -52,6 +52,7 @@ def open_karpathy(
     Raises:
         PairDataError: a file that is not such JSON, a split that it does not have, rows that cannot be used.
     """
+    # columns with a cell for each row, good or bad
     files = [files] if isinstance(files, str | os.PathLike) else list(files)
     columns: dict[str, list] = {"image": [], "captions": [], "id": []}
     reasons: dict[int, str] = {}
@@ -60,11 +61,15 @@ def open_karpathy(
         for entry in _entries(file, split):
             for captions in _rows_of(entry, captions_apart):
                 _add(columns, reasons, entry, captions, folder)
+
+    # an error names the rows by their places in the files
     name = str(files[0]) + (f" (+{len(files) - 1})" if files[1:] else "") + (f", split {split}" if split else "")
     if not columns["id"]:
         raise PairDataError(f"{name}: no rows")
     if reasons and bad_rows == "raise":
         raise PairDataError(report(name, list(reasons.items())[:SHOWN], len(reasons), len(columns["id"])))
+
+    # as a table, in which bad rows keep their numbers
     text = datasets.Value("string")
     features = datasets.Features({"image": text, "captions": datasets.Sequence(text), "id": text})
     return PairTable(datasets.Dataset.from_dict(columns, features), COLUMNS, name, None, bad_rows, reasons)
@@ -72,12 +77,15 @@ def open_karpathy(
 
 def _entries(file: Path, split: str | None) -> Iterator[Entry]:
     """The pictures of a file, those of `split` where it has several."""
+    # an error of the file
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise PairDataError(f"{file}: cannot be read: {error}") from error
     except ValueError as error:
         raise PairDataError(f"{file}: no JSON document: {error}") from error
+
+    # the two formats are told apart by what stands at the top
     if isinstance(content, list):
         yield from (_albef_entry(number, entry) for number, entry in enumerate(content))
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
@@ -88,11 +96,14 @@ def _entries(file: Path, split: str | None) -> Iterator[Entry]:
 
 
 def _karpathy_entries(file: Path, images: list[Any], split: str | None) -> Iterator[Entry]:
+    # the split that is meant
     splits = sorted({str(image.get("split")) for image in images if isinstance(image, dict)})
     if split not in splits and not (split is None and len(splits) == 1):
         what = "holds several splits" if split is None else f"has no split {split!r}"
         raise PairDataError(f"{file} {what}; choose one of {splits}")
     wanted = {split or splits[0]} | ({"restval"} if split == "train" else set())
+
+    # its pictures, and what messages call them
     for number, image in enumerate(images):
         if not isinstance(image, dict):
             yield Entry(None, None, None, f"image {number} ({image!r:.40}, expected an object)")
@@ -119,11 +130,14 @@ def _rows_of(entry: Entry, captions_apart: bool) -> list[Any]:
 
 def _add(columns: dict[str, list], reasons: dict[int, str], entry: Entry, captions: Any, folder: Path) -> None:
     """One row more; one that cannot be used keeps its number, with nothing in its cells."""
+    # what is wrong with it, all at once
     wrong = text_reason(captions)
     if not isinstance(entry.image, str):
         wrong = "; ".join(filter(None, (wrong, f"the picture must be a path, got {type(entry.image).__name__}")))
     if wrong:
         reasons[len(columns["id"])] = f"{entry.place}: {wrong}"
+
+    # the row, whose cells are empty if it cannot be used
     image = "" if wrong else os.path.join(folder, entry.image)
     columns["image"].append(image)
     columns["captions"].append([] if wrong else [captions] if isinstance(captions, str) else captions)

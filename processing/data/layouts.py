@@ -43,6 +43,7 @@ class SpecialTokens:
         distinct = set(layout.values())
         if len(distinct) < len(layout) or min(distinct) < 0 or max(distinct) >= self.vocab_size:
             raise ValueError(f"special ids must be different ids in [0, {self.vocab_size}), got {layout}")
+        # a random token must be none of them, nor any other special token that the tokenizer knows
         known = {number for number in self.others if 0 <= number < self.vocab_size}
         object.__setattr__(self, "ids", tuple(sorted(known | distinct)))
 
@@ -115,6 +116,7 @@ class ImageLayout:
 def patch_grid(pixels: torch.Tensor, patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches of (..., H, W). Raises `ValueError` for a size that patches do not fit."""
     height, width = pixels.shape[-2:]
+    # a margin that no patch covers would silently be lost
     if height % patch_size or width % patch_size:
         raise ValueError(f"pictures of {height}x{width} cannot be cut into patches of {patch_size}")
     return height // patch_size, width // patch_size
@@ -123,7 +125,7 @@ def patch_grid(pixels: torch.Tensor, patch_size: int) -> tuple[int, int]:
 def real_slots(tokens: Sequence[np.ndarray]) -> np.ndarray:
     """Which of the W slots of each row hold a token: (B, W) bool, W at least 1."""
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)  # (B,)
-    return np.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    return np.arange(max(1, int(lengths.max()))) < lengths[:, None]  # (B, W)
 
 
 def lay_out(tokens: Sequence[np.ndarray], head: np.ndarray, pad: int) -> torch.Tensor:
@@ -139,4 +141,4 @@ def attention_mask(tokens: Sequence[np.ndarray], n_head: int) -> torch.Tensor:
     """1 for every place but padding: (B, H+W) int64."""
     real = real_slots(tokens)  # (B, W)
     before = np.ones((len(tokens), n_head), dtype=bool)  # (B, H)
-    return torch.from_numpy(np.concatenate([before, real], axis=1).astype(np.int64))
+    return torch.from_numpy(np.concatenate([before, real], axis=1).astype(np.int64))  # (B, H+W)

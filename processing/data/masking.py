@@ -54,10 +54,11 @@ class Masking:
             raise ValueError(f"mim_ratio is {self.mim_ratio}; expected two numbers in [0, 1]")
         if self.mim_min_block < 1:
             raise ValueError(f"mim_min_block is {self.mim_min_block}; expected at least 1")
+
         for name in ("mim_masking", "corruption"):
-            words = get_args(type(self).__annotations__[name])
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, words))}")
+            choices = get_args(type(self).__annotations__[name])
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, choices))}")
         if self.corruption == "drop" and self.mim_masking == "blocks":
             raise ValueError("corruption drop takes exact numbers of patches, got mim_masking 'blocks'")
 
@@ -106,6 +107,7 @@ class Replacement:
         return Hidden(changed, chosen, patches)
 
     def _patches(self, grid: tuple[int, int], ratio: float, rng: np.random.Generator) -> np.ndarray:
+        # BEiT's blocks fall short of the share by a few patches, random ones never
         n_patches = grid[0] * grid[1]
         if self.masking.mim_masking == "blocks":
             return mask_blocks(grid, int(n_patches * ratio), rng, min_block=self.masking.mim_min_block)
@@ -187,10 +189,10 @@ def mask_tokens(
     corrupted = np.array(token_ids, dtype=np.int64)  # (T,)
     count = len(corrupted)
     chosen = np.flatnonzero(rng.random(count) < probability)  # (m,)
-    action = rng.random(count)[chosen]
-    drawn = rng.integers(0, vocab_size - len(specials), count)[chosen]
+    action = rng.random(count)[chosen]  # (m,)
+    drawn = rng.integers(0, vocab_size - len(specials), count)[chosen]  # (m,)
     # the r-th id that is not special: r plus the number of special ids at or below it
-    drawn += np.searchsorted(specials - np.arange(len(specials)), drawn, side="right")
+    drawn += np.searchsorted(specials - np.arange(len(specials)), drawn, side="right")  # (m,), ids of the vocabulary
 
     # 80 % [MASK], 10 % random, 10 % as they were
     corrupted[chosen[action < 0.8]] = mask_token_id
@@ -237,10 +239,11 @@ def mask_blocks(
         raise ValueError(f"target must be in [0, {height * width}], the patches of {height} x {width}, got {target}")
     if min_block < 1 or max_aspect < 1:
         raise ValueError(f"min_block and max_aspect must be at least 1, got {min_block} and {max_aspect}")
-    masked = np.zeros((height, width), dtype=bool)
+    masked = np.zeros((height, width), dtype=bool)  # (h, w)
     smallest = min(min_block, target)
     spread = math.log(max_aspect)
-    wanted, attempts = target, BLOCK_ATTEMPTS
+    wanted = target
+    attempts = BLOCK_ATTEMPTS
     while wanted > 0 and attempts > 0:
         attempts -= 1
 
@@ -256,12 +259,13 @@ def mask_blocks(
         # its place; it counts if it hides something new, and not too much
         top = rng.integers(height - rows, endpoint=True)
         left = rng.integers(width - columns, endpoint=True)
-        block = masked[top : top + rows, left : left + columns]
+        block = masked[top : top + rows, left : left + columns]  # (rows, columns), a view
         new = block.size - int(np.count_nonzero(block))
         if 0 < new <= wanted:
             block[:] = True
-            wanted, attempts = wanted - new, BLOCK_ATTEMPTS
-    return masked.reshape(-1)
+            wanted -= new
+            attempts = BLOCK_ATTEMPTS
+    return masked.reshape(-1)  # (N,)
 
 
 def mim_ratio(progress: float, start: float = 0.1, end: float = 0.5) -> float:

@@ -1,6 +1,6 @@
 """Rows that cannot be used: who stands in for a bad row, and the list of them on disk.
 
-Shapes: G rows of a global batch, n rows of all sources.
+Shapes: G rows of a global batch, t groups that they are of, n rows of all sources.
 """
 
 import json
@@ -58,11 +58,16 @@ class StandIns:
     """
 
     def __init__(self, rows: Any, order: PairOrder, total_steps: int) -> None:
-        self.rows, self.order, self.total_steps = rows, order, total_steps
+        self.rows = rows
+        self.order = order
+        self.total_steps = total_steps
         # without groups every row is a group of its own
         self.groups = order.groups
         self.n_groups = order.n_rows if self.groups is None else int(self.groups.max()) + 1
-        self._step, self._batch = -1, np.zeros(0, dtype=np.int64)
+
+        # kept from call to call: the batch that was asked about last, and rows by group
+        self._step = -1
+        self._batch = np.zeros(0, dtype=np.int64)
         self._by_group: np.ndarray | None = None
 
     def __call__(self, key: RowKey) -> Iterator[tuple[RowKey, dict[str, Any] | BadRow]]:
@@ -74,9 +79,13 @@ class StandIns:
     def candidates(self, key: RowKey) -> Iterator[int]:
         """Row numbers, each at most once, without the row of `key`."""
         rng = np.random.default_rng(np.random.SeedSequence(self.order.seed, spawn_key=(STAND_IN_TURN, key.position)))
+
+        # other rows of its own id
         if self.groups is not None:
             own = self._members(int(self.groups[key.row]))
             yield from rng.permutation(own[own != key.row]).tolist()
+
+        # groups outside the batch; of a weighted source, those with rows in it first
         source = self._source_of(key.row)
         for inside in (True, False) if source is not None else (None,):
             for group in self._dealt(key.position):
@@ -84,6 +93,8 @@ class StandIns:
                 if inside is not None:
                     rows = rows[((rows >= source.start) & (rows < source.stop)) == inside]
                 yield from rng.permutation(rows).tolist()
+
+        # without ids a row of the batch may occur twice
         if self.groups is None:
             batch = self._taken_at(key.position // self.order.batch_size)
             yield from rng.permutation(batch[batch != key.row]).tolist()
@@ -91,17 +102,23 @@ class StandIns:
     def _dealt(self, position: int) -> Iterator[int]:
         """The groups outside the batch that are dealt to a place, in its order."""
         step, place = divmod(position, self.order.batch_size)
-        taken, count, stride = self._taken_at(step), self.n_groups, self.order.batch_size
+        taken = self._taken_at(step)  # (t,)
+        count = self.n_groups
+        stride = self.order.batch_size
         # number -> (factor * number + start) mod count visits every group once, as factor and count are coprime
         rng = np.random.default_rng(np.random.SeedSequence(self.order.seed, spawn_key=(STAND_IN_TURN, 1, step)))
-        start, factor = int(rng.integers(count)), int(rng.integers(count)) | 1
+        start = int(rng.integers(count))
+        factor = int(rng.integers(count)) | 1
         while gcd(factor, count) != 1:
             factor += 2
-        numbers_taken = np.sort((taken - start) % count * pow(factor, -1, count) % count)
-        skipped = numbers_taken - np.arange(len(taken))
+
+        # the numbers that give groups of the batch are left out: rank -> number skips those below it
+        numbers_taken = np.sort((taken - start) % count * pow(factor, -1, count) % count)  # (t,)
+        skipped = numbers_taken - np.arange(len(taken))  # (t,)
         for first in range(place, count - len(taken), stride * CHUNK):
-            ranks = np.arange(first, min(first + stride * CHUNK, count - len(taken)), stride, dtype=np.int64)
-            numbers = ranks + np.searchsorted(skipped, ranks, side="right")
+            end = min(first + stride * CHUNK, count - len(taken))
+            ranks = np.arange(first, end, stride, dtype=np.int64)  # (CHUNK,)
+            numbers = ranks + np.searchsorted(skipped, ranks, side="right")  # (CHUNK,)
             yield from ((factor % count * numbers + start) % count).tolist()
 
     def _taken_at(self, step: int) -> np.ndarray:
@@ -113,7 +130,8 @@ class StandIns:
         """Rows of the global batch, (G,)."""
         if step != self._step:
             keys = self.order.keys(step, self.total_steps)
-            self._step, self._batch = step, np.array([key.row for key in keys], dtype=np.int64)
+            self._step = step
+            self._batch = np.array([key.row for key in keys], dtype=np.int64)  # (G,)
         return self._batch
 
     def _members(self, group: int) -> np.ndarray:
@@ -121,23 +139,26 @@ class StandIns:
         if self.groups is None:
             return np.array([group], dtype=np.int64)
         if self._by_group is None:
-            self._by_group = np.argsort(self.groups, kind="stable")
-            self._ends = np.cumsum(np.bincount(self.groups, minlength=self.n_groups))
+            self._by_group = np.argsort(self.groups, kind="stable")  # (n,), rows group after group
+            self._ends = np.cumsum(np.bincount(self.groups, minlength=self.n_groups))  # (groups,)
         return self._by_group[self._ends[group - 1] if group else 0 : self._ends[group]]
 
     def _source_of(self, row: int) -> range | None:
         """Rows of the weighted source that `row` is of; None where there are no weights to keep."""
         if self.order.sizes is None:
             return None
-        ends = np.cumsum(self.order.sizes)
+        ends = np.cumsum(self.order.sizes)  # (sources,)
         source = int(np.searchsorted(ends, row, side="right"))
         return range(int(ends[source] - self.order.sizes[source]), int(ends[source]))
 
 
 def read_rows(rows: Any, numbers: Sequence[int]) -> list[dict[str, Any] | BadRow]:
     """`rows.take`, in which a row that cannot be read does not take the others down."""
+    # rows that are known to be bad are not even tried
     known = {number: reason for number in numbers if (reason := rows.reason(number)) is not None}
     wanted = [number for number in numbers if number not in known]
+
+    # all the others in one read, and one by one if that fails
     try:
         read = dict(zip(wanted, rows.take(wanted), strict=True)) if wanted else {}
     except (OSError, ValueError, EOFError) as error:
@@ -168,10 +189,12 @@ class Watch:
     ) -> None:
         if not 0 <= max_bad_rows <= 1:
             raise ValueError(f"max_bad_rows is {max_bad_rows}; expected a share in [0, 1]")
-        self.max_bad_rows, self.total = max_bad_rows, total
+        self.max_bad_rows = max_bad_rows
+        self.total = total
         self.opened = [line_of(*row) for row in opened]
         self.opened_share = len(self.opened) / total if total else 0.0
-        self.before = self.new = (0, 0)
+        self.before = (0, 0)
+        self.new = (0, 0)
         self.last: list[dict[str, Any]] = []
 
 
@@ -190,7 +213,9 @@ class Quarantine:
     """
 
     def __init__(self, directory: str | os.PathLike, watches: Mapping[str, Watch], is_main: bool = True) -> None:
-        self.path, self.watches, self.is_main = Path(directory) / FILE, dict(watches), is_main
+        self.path = Path(directory) / FILE
+        self.watches = dict(watches)
+        self.is_main = is_main
 
     def check_opening(self) -> None:
         """Raises `BadRowsError` if too large a share was found bad at opening, with the file written all the same."""
@@ -211,7 +236,9 @@ class Quarantine:
         earlier = [line for line in earlier if line["step"] < start_step]
         for name, watch in self.watches.items():
             mine = [line for line in earlier if line.get("portion") == name]
-            watch.before, watch.new, watch.last = counted(mine), (0, 0), mine[-SHOWN:]
+            watch.before = counted(mine)
+            watch.new = (0, 0)
+            watch.last = mine[-SHOWN:]
         if self.is_main:
             self._write(earlier)
 
@@ -232,6 +259,8 @@ class Quarantine:
     def check(self, portion: str, bad: int, seen: int) -> None:
         """Raises `BadRowsError` if `bad` of the `seen` rows of all processes' steps are more than the run allows."""
         watch = self.watches[portion]
+
+        # what of the share the opening has left, and three deviations more
         left = max(watch.max_bad_rows - watch.opened_share, 0.0)
         if bad > left * seen + 3 * sqrt(left * seen):
             at_opening = f", beside {len(watch.opened)} of {watch.total} at opening" if watch.opened else ""

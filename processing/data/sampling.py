@@ -80,22 +80,24 @@ def epoch_batches(
         codes, counts = _group_codes(groups, n_rows)
         possible = _full_steps(n_rows, batch_size, counts)
         return _grouped_batches(codes, counts, batch_size, rng, possible if drop_last else None)
+
+    # one shuffle, whose end is dropped or padded
     steps = _full_steps(n_rows, batch_size, None)
-    order = rng.permutation(n_rows).astype(np.int64, copy=False)
+    order = rng.permutation(n_rows).astype(np.int64, copy=False)  # (n,)
     if drop_last:
-        return order[: steps * batch_size].reshape(steps, batch_size)
+        return order[: steps * batch_size].reshape(steps, batch_size)  # (S, batch_size)
     padded = np.full(-(-n_rows // batch_size) * batch_size, -1, dtype=np.int64)
     padded[:n_rows] = order
-    return padded.reshape(-1, batch_size)
+    return padded.reshape(-1, batch_size)  # (ceil(n / batch_size), batch_size)
 
 
 def _group_codes(groups: Sequence, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Group of each row as a number from 0 (n,), and the size of each group."""
-    groups = np.asarray(groups)
+    groups = np.asarray(groups)  # (n,)
     if groups.shape != (n_rows,):
         raise ValueError(f"groups must hold one id a row, shape ({n_rows},), got shape {groups.shape}")
     _, codes, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    return codes.reshape(-1), counts
+    return codes.reshape(-1), counts  # (n,), (groups,)
 
 
 def _full_steps(n_rows: int, batch_size: int, counts: np.ndarray | None) -> int:
@@ -116,6 +118,8 @@ def _full_steps(n_rows: int, batch_size: int, counts: np.ndarray | None) -> int:
             f"a batch of {batch_size} rows with one row per group cannot be filled from {len(counts)} groups: "
             "lower the batch size or allow several rows of a group in a batch (groups=None)"
         )
+
+    # the largest S that can be filled, by bisection
     low, high = 1, n_rows // batch_size
     while low < high:
         middle = (low + high + 1) // 2
@@ -133,21 +137,30 @@ def _grouped_batches(
 
     `steps` full batches, at most `_full_steps`; None uses every row, and batches that are not full end in -1.
     """
-    n_rows, drop_last = len(codes), steps is not None
+    n_rows = len(codes)
+    drop_last = steps is not None
     if steps is None:
         steps = max(-(-n_rows // batch_size), int(counts.max()))
-    rows = rng.permutation(n_rows)
+
+    # groups in random order, rows of a group beside each other, in random order
+    rows = rng.permutation(n_rows)  # (n,)
     rank_of_group = rng.permutation(len(counts))
     rows = rows[np.argsort(rank_of_group[codes[rows]], kind="stable")]
-    sizes = counts[np.argsort(rank_of_group)]
-    place_in_group = np.arange(n_rows) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    sizes = counts[np.argsort(rank_of_group)]  # (groups,)
+    place_in_group = np.arange(n_rows) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # (n,)
+
+    # a group gives at most one row to each batch; what is too much goes at random
     rows = rows[place_in_group < steps]
     if drop_last:
-        kept = rng.permutation(len(rows))[: steps * batch_size]
-        rows = rows[np.sort(kept)]
+        chosen = rng.permutation(len(rows))[: steps * batch_size]  # (S * batch_size,)
+        rows = rows[np.sort(chosen)]
+
+    # dealt in turn: row i goes to batch i mod S, so that S rows in a row meet nowhere
     dealt = np.full(steps * batch_size, -1, dtype=np.int64)
     dealt[: len(rows)] = rows
-    batches = dealt.reshape(batch_size, steps).T
+    batches = dealt.reshape(batch_size, steps).T  # (S, batch_size)
+
+    # the order of batches, and of rows in each, tells nothing of groups
     batches = batches[rng.permutation(steps)]
     batches = rng.permuted(batches, axis=1)
     if not drop_last:
@@ -194,25 +207,33 @@ class PairOrder:
     ) -> None:
         if weights is not None and (sizes is None or sum(sizes) != n_rows):
             raise ValueError(f"weights need the sizes of the sources, {n_rows} rows in sum, got {sizes}")
-        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
+        self.n_rows = n_rows
+        self.batch_size = batch_size
+        self.seed = seed
         # The group of a row is sorted out once; epochs only shuffle the codes.
         self.groups = None if groups is None else _group_codes(groups, n_rows)[0]
         self.sizes = self.visits = None
         if weights is None:
             self.steps_per_epoch = steps_in_epoch(n_rows, batch_size, self.groups)
         else:
-            steps, self.sizes = _full_steps(n_rows, batch_size, None), tuple(map(int, sizes))
+            steps = _full_steps(n_rows, batch_size, None)
+            self.sizes = tuple(map(int, sizes))
             self.visits = shares_of(steps * batch_size, weights, len(self.sizes))
             self.steps_per_epoch = steps if groups is None else self._mean_steps(steps)
-        self._epoch, self._batches = -1, None
+
+        # the epoch that was asked for last
+        self._epoch = -1
+        self._batches = None
 
     def keys(self, step: int, total_steps: int) -> list[RowKey]:
         """The global batch of a step of a run of `total_steps` steps."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._batches, self._epoch = self._shuffled(epoch), epoch
+            self._batches = self._shuffled(epoch)  # rows, turns: (S, batch_size) each
+            self._epoch = epoch
         rows, turns = (array[place].tolist() for array in self._batches)
-        progress, first = step / total_steps, step * self.batch_size
+        progress = step / total_steps
+        first = step * self.batch_size
         return [
             RowKey(row, epoch, progress, turn, first + number)
             for number, (row, turn) in enumerate(zip(rows, turns, strict=True))
@@ -223,28 +244,37 @@ class PairOrder:
         if self.visits is None:
             rows = epoch_batches(self.n_rows, self.batch_size, self.seed, epoch, self.groups)
             return rows, np.broadcast_to(np.int64(epoch), rows.shape)
-        rows, turns = epoch_visits(self.sizes, self.visits, self.seed, epoch)
+
+        # weighted sources: the visits of this epoch, put into batches
+        rows, turns = epoch_visits(self.sizes, self.visits, self.seed, epoch)  # (V,) each
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
         if self.groups is None:
-            places = rng.permutation(len(rows)).reshape(self.steps_per_epoch, self.batch_size)
+            places = rng.permutation(len(rows)).reshape(self.steps_per_epoch, self.batch_size)  # (S, batch_size)
         else:
             rows, turns = self._filled_up(rows, turns, epoch, rng)
             codes, counts = _group_codes(self.groups[rows], len(rows))
-            places = _grouped_batches(codes, counts, self.batch_size, rng, self.steps_per_epoch)
+            places = _grouped_batches(codes, counts, self.batch_size, rng, self.steps_per_epoch)  # (S, batch_size)
         return rows[places], turns[places]
 
     def _mean_steps(self, steps: int) -> int:
         """Largest S <= steps that the mean visits of the groups in an epoch fill; see `_full_steps`."""
-        mean, start = np.zeros(int(self.groups.max()) + 1), 0
+        # how often an epoch visits each group on average
+        mean = np.zeros(int(self.groups.max()) + 1)  # (groups,)
+        start = 0
         for size, visits in zip(self.sizes, self.visits, strict=True):
             mean += np.bincount(self.groups[start : start + size], minlength=len(mean)) * (visits / size)
             start += size
+
+        # the largest S that they fill, by bisection
         low, high = 0, steps
         while low < high:
             middle = (low + high + 1) // 2
             # half a row for rounding: rows are whole, and what an epoch lacks is filled up anyway
             fits = np.minimum(mean, middle).sum() + 0.5 >= middle * self.batch_size
-            low, high = (middle, high) if fits else (low, middle - 1)
+            if fits:
+                low = middle
+            else:
+                high = middle - 1
         if low < 1:
             raise ValueError(
                 f"with these weights a batch of {self.batch_size} rows with one row per group cannot be filled from "
@@ -257,17 +287,22 @@ class PairOrder:
         self, rows: np.ndarray, turns: np.ndarray, epoch: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """The visits, and as many more as S batches lack because some groups by chance have more than S of them."""
-        steps, places = self.steps_per_epoch, self.steps_per_epoch * self.batch_size
-        counts = np.bincount(self.groups[rows], minlength=int(self.groups.max()) + 1)
+        steps = self.steps_per_epoch
+        places = steps * self.batch_size
+        counts = np.bincount(self.groups[rows], minlength=int(self.groups.max()) + 1)  # (groups,)
         lack = places - int(np.minimum(counts, steps).sum())
         if lack <= 0:
             return rows, turns
+
+        # groups with room for more, once for each visit more that they can take
         room = np.repeat(np.arange(len(counts)), np.clip(steps - counts, 0, lack))
         chosen = rng.permutation(room)[:lack]
-        by_group = np.argsort(self.groups, kind="stable")
-        sizes = np.bincount(self.groups)
-        extra = by_group[(np.cumsum(sizes) - sizes)[chosen] + rng.integers(sizes[chosen])]
-        extra_turns = EXTRA_TURN + epoch * places + np.arange(lack)
+
+        # a random row of each group that was chosen, under turns of its own
+        by_group = np.argsort(self.groups, kind="stable")  # (n,)
+        sizes = np.bincount(self.groups)  # (groups,)
+        extra = by_group[(np.cumsum(sizes) - sizes)[chosen] + rng.integers(sizes[chosen])]  # (lack,)
+        extra_turns = EXTRA_TURN + epoch * places + np.arange(lack)  # (lack,)
         return np.concatenate([rows, extra]), np.concatenate([turns, extra_turns])
 
 
@@ -278,8 +313,8 @@ def shares_of(places: int, weights: Sequence[float], sources: int) -> tuple[int,
         ValueError: not one positive finite weight a source, or one so small that it gives no place.
     """
     shares = checked_shares(weights, sources)
-    exact = shares * places
-    whole = np.floor(exact).astype(np.int64)
+    exact = shares * places  # (sources,)
+    whole = np.floor(exact).astype(np.int64)  # (sources,)
     whole[np.argsort(whole - exact, kind="stable")[: places - int(whole.sum())]] += 1
     if whole.min() < 1:
         raise ValueError(f"weights {list(weights)} give a source none of the {places} places of an epoch")
@@ -299,10 +334,14 @@ def epoch_visits(sizes: Sequence[int], visits: Sequence[int], seed: int, epoch: 
 
     Visit j of source k in the run is place j mod n_k of its pass j div n_k; epoch e holds the visits from e v_k on.
     """
-    rows, passes, offset = [], [], 0
+    rows: list[np.ndarray] = []
+    passes: list[np.ndarray] = []
+    offset = 0
     for source, (size, count) in enumerate(zip(sizes, visits, strict=True)):
+        # the visits of this epoch, pass by pass
         first, end = epoch * count, (epoch + 1) * count
         for number in range(first // size, -(-end // size)):
+            # a shuffle that depends on the pass alone, so that an epoch may begin in its middle
             shuffle = np.random.SeedSequence(seed, spawn_key=(source, number))
             order = np.random.default_rng(shuffle).permutation(size)
             part = order[max(first - number * size, 0) : min(end - number * size, size)]
@@ -351,9 +390,12 @@ class PairBatchSampler(Sampler[list[RowKey]]):
             raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size} processes")
         if batch_size % world_size:
             raise ValueError(f"the global batch of {batch_size} rows is not a multiple of {world_size} processes")
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
         self.order = PairOrder(n_rows, batch_size, seed, groups, sizes, weights)
         self.steps_per_epoch = self.order.steps_per_epoch
+
         self.total_steps = int(total_epochs * self.steps_per_epoch) if total_steps is None else int(total_steps)
         if self.total_steps < 1:
             raise ValueError(f"the run has no step: {total_epochs} epochs of {self.steps_per_epoch} steps")

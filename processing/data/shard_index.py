@@ -89,19 +89,23 @@ def shard_index(shard: Path, columns: ShardColumns) -> pa.Table:
     Raises:
         PairDataError: the shard is missing or is not an uncompressed tar archive.
     """
+    # the file beside the shard, called after what is read and keyed by what the shard is
     try:
-        facts = os.stat(shard)
+        status = os.stat(shard)
     except OSError as error:
         raise PairDataError(f"{shard}: cannot be read: {error.strerror}") from error
     digest = blake2b(json.dumps([FORMAT, *columns]).encode(), digest_size=4).hexdigest()
     place = Path(f"{shard}.{digest}.index.parquet")
-    made_of = {b"size": str(facts.st_size).encode(), b"mtime_ns": str(facts.st_mtime_ns).encode()}
+    made_of = {b"size": str(status.st_size).encode(), b"mtime_ns": str(status.st_mtime_ns).encode()}
+
     table = _read(place, made_of)
     if table is not None:
         return table
     # not beside the shard, where locks would stay behind and some file systems have none
     digest = blake2b(os.fsencode(os.path.abspath(place)), digest_size=16).hexdigest()
     lock = Path(tempfile.gettempdir()) / f"oner-{digest}.lock"
+
+    # or a new one, made by one process while the others wait
     try:
         with FileLock(lock):
             table = _read(place, made_of)  # another process may have made it meanwhile
@@ -151,9 +155,13 @@ class _DamageError(Exception):
 def _samples(shard: Path, columns: ShardColumns) -> Iterator[dict[str, Any]]:
     """The rows of the index. Damage that no sample can be blamed for is a row of its own, the last."""
     wanted = columns.wanted
-    found: list[_Sample] = []
+
+    # samples in the order of their first members
+    samples: list[_Sample] = []
     latest: dict[str, _Sample] = {}
     damage = None
+
+    # every member once, in their order
     with open(shard, "rb") as file:
         length = os.fstat(file.fileno()).st_size
         try:
@@ -162,13 +170,14 @@ def _samples(shard: Path, columns: ShardColumns) -> Iterator[dict[str, Any]]:
                 if match is None or member.isdir() or match[2].lower() not in wanted:
                     continue
                 key, ending = match[1], match[2].lower()
+                # a key that comes again is another sample, and an error
                 sample = latest.get(key)
                 if sample is None or ending in sample.members:
                     latest[key] = _Sample(key)
                     if sample is not None:
                         latest[key].reasons.append("duplicate key: the shard has a sample of this key already")
                     sample = latest[key]
-                    found.append(sample)
+                    samples.append(sample)
                 sample.members[ending] = (member.offset_data, member.size)
                 if not member.isreg() or member.issparse():
                     sample.reasons.append(f"member .{ending} is a link or a hole, not a file")
@@ -176,7 +185,9 @@ def _samples(shard: Path, columns: ShardColumns) -> Iterator[dict[str, Any]]:
                     sample.reasons.append(f"the archive is cut short at byte {length}, within member .{ending}")
         except _DamageError as error:
             damage = str(error)
-        for sample in found:
+
+        # their rows, and one for damage behind the last of them
+        for sample in samples:
             yield _row_of(sample, columns, file)
     if damage is not None:
         yield _index_row("", reason=damage)
@@ -190,12 +201,15 @@ def _members(file: BinaryIO, shard: Path, length: int) -> Iterator[tarfile.TarIn
         _DamageError: after the last member that could be found.
     """
     try:
+        # opened without compression: places in a compressed archive mean nothing
         archive = tarfile.open(fileobj=file, mode="r:")
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise PairDataError(
             f"{shard}: not a tar archive, or a compressed one, of which no place can be read directly; expected an "
             f"uncompressed .tar ({error})"
         ) from error
+
+    # member after member, each farther than the one before
     place = -1
     while True:
         try:
@@ -209,11 +223,13 @@ def _members(file: BinaryIO, shard: Path, length: int) -> Iterator[tarfile.TarIn
         place = member.offset_data
         yield member
         archive.members.clear()  # or the archive would keep every member
+
     _check_end(file, archive.offset, length)
 
 
 def _check_end(file: BinaryIO, end: int, length: int) -> None:
     file.seek(end)
+    # an archive ends in blocks of zeros; tarfile takes any damage for its end
     mark = file.read(BLOCK)
     if len(mark) < BLOCK:
         raise _DamageError(f"the archive is cut short: it ends at byte {length} without its end mark")
@@ -237,7 +253,8 @@ def _row_of(sample: _Sample, columns: ShardColumns, file: BinaryIO) -> dict[str,
         reasons.append("the picture has 0 bytes")
 
     # its text and its id
-    captions, identity = None, "null"
+    captions = None
+    identity = "null"
     if not sample.reasons:  # what a damaged sample holds is not read
         try:
             captions, identity = _text_of(sample, columns, file, has)
@@ -268,6 +285,7 @@ def _index_row(
 
 def _text_of(sample: _Sample, columns: ShardColumns, file: BinaryIO, has: str) -> tuple[list[str], str]:
     """Captions, and the id as JSON. Raises `ValueError` with what is wrong."""
+    # where the text stands: in a member of its own, or among the fields of a .json
     ending = (columns.text or "txt").lower()
     in_fields = columns.reads_text and ending not in sample.members
     fields = _fields(sample, file) if columns.reads_fields or in_fields else None

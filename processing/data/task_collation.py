@@ -22,7 +22,7 @@ class Labels:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`labels` (B,) int64."""
-        return {"labels": torch.tensor([example.row["label"] for example in examples])}
+        return {"labels": torch.tensor([example.row["label"] for example in examples])}  # (B,)
 
 
 class Answers:
@@ -51,6 +51,7 @@ class Answers:
         answer_ids, answer_mask (R, A) int64, the answers of a row one after the other; answer_weights (R,) float32;
         answers_per_question (B,) int64.
         """
+        # each different answer once, with its share
         shares = [weigh_answers(example.row["answers"], example.row["weight"]) for example in examples]
         ids, mask = encode_answers(
             self.tokenizer,
@@ -71,6 +72,7 @@ class Answers:
 def weigh_answers(answers: Sequence[str], weight: float = 1.0) -> dict[str, float]:
     """Different answers in their order, and the share of all that says so, times `weight`; blank ones are left out."""
     shares: dict[str, float] = {}
+    # blank answers count among all, so that the shares of the others do not grow
     for answer in answers:
         if answer.strip():
             shares[answer] = shares.get(answer, 0.0) + weight / len(answers)
@@ -84,12 +86,14 @@ def encode_answers(
     Start, tokens, end, padding: ids and mask (R, A) int64. No special token is read inside an answer.
 
     Raises:
-        ValueError: an answer of which no token is left.
+        ValueError: an answer without any token.
     """
     rows = token_ids(tokenizer, answers, max_length)
     if empty := [answer for answer, row in zip(answers, rows, strict=True) if not len(row)]:
         raise ValueError(f"no token is left of the answer {empty[0]!r:.40}")
-    lengths = np.array([len(row) + 2 for row in rows])
+
+    # [CLS], tokens, [SEP], padding to the longest
+    lengths = np.array([len(row) + 2 for row in rows])  # (R,)
     ids = np.full((len(rows), lengths.max()), pad, dtype=np.int64)  # (R, A)
     for place, row in enumerate(rows):
         ids[place, : lengths[place]] = [start, *row, end]

@@ -28,12 +28,15 @@ def read_json(path: str) -> Any:
     Raises:
         PairDataError: no such file, not UTF-8, or no JSON.
     """
+    # bytes first: what is no UTF-8 must not come as another error
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise PairDataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise PairDataError(f"{path}: cannot be read as JSON: {error}") from error
+
+    # one document, or a document a line
     lines = Path(path).suffix == ".jsonl"
     if not lines:
         try:
@@ -61,16 +64,20 @@ def first_field(
     record: Mapping[str, Any], names: Sequence[str], kinds: tuple[type, ...], default: Any = MISSING
 ) -> Any:
     """The first of several fields that is there, as `field`."""
-    found = [name for name in names if name in record]
-    if not found:
+    present = [name for name in names if name in record]
+
+    # none of them
+    if not present:
         if default is not MISSING:
             return default
         wanted = " or ".join(map(repr, names))
         raise RowFault(f"there is no {wanted} among the fields {', '.join(sorted(map(str, record)))}")
-    value = record[found[0]]
+
+    # a bool is an int to Python, and no number here
+    value = record[present[0]]
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
-        raise RowFault(f"{found[0]!r} must be {expected}, got {type(value).__name__} {value!r:.40}")
+        raise RowFault(f"{present[0]!r} must be {expected}, got {type(value).__name__} {value!r:.40}")
     return value
 
 
@@ -81,6 +88,7 @@ def find_file(folder: str, *names: str) -> str:
 
 @lru_cache(maxsize=1 << 18)
 def _find_file(folder: str, names: tuple[str, ...]) -> str:
+    # data sets are unpacked in more than one way
     paths = [os.path.join(folder, name) for name in names]
     return next((path for path in paths if is_file(path)), paths[0])
 

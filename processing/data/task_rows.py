@@ -48,7 +48,9 @@ class TableRows(Sequence):
     """Rows as columns, each made a mapping when it is asked for: VQA v2 with Visual Genome has two million."""
 
     def __init__(self, drafts: Iterable[Draft], schema: pa.Schema):
-        drafts, chunks = iter(drafts), []
+        # a chunk at a time: all drafts together would be mappings of two million rows
+        drafts = iter(drafts)
+        chunks: list[pa.Table] = []
         while chunk := list(islice(drafts, CHUNK)):
             chunks.append(pa.Table.from_pylist(chunk, schema))
         self.table = pa.concat_tables(chunks) if chunks else schema.empty_table()
@@ -92,6 +94,8 @@ def open_questions(
         PairDataError: a file that is none of these; rows that cannot be used, with their numbers.
     """
     forget_files()
+
+    # questions and annotations, told apart by what each file holds
     annotations: dict[Any, dict[str, Any]] | None = None
     asking: list[tuple[str, Any]] = []
     for source in sources:
@@ -106,6 +110,8 @@ def open_questions(
                 f"{source}: expected VQA v2's questions or annotations, Visual Genome's question_answers or a list of "
                 f"questions, got {type(content).__name__} with {sorted(content)[:8] if content else 'nothing'}"
             )
+
+    # questions alone may be asked, answers alone may not
     if not asking:
         raise PairDataError(f"{_named(sources)}: annotations without the questions they are about")
 
@@ -122,6 +128,7 @@ def open_questions(
             for record in records:
                 yield _drafted(record, make, EMPTY_QUESTION, ("image",), clean, answered)
 
+    # a question without an id has its row's number, negative so that it is no other question's
     numbered = (one if one["id"] is not None else {**one, "id": -1 - row} for row, one in enumerate(drafts()))
     return _opened(TableRows(numbered, QUESTION_COLUMNS), sources, bad_rows)
 
@@ -139,6 +146,7 @@ def open_entailment(
     """
 
     def make(record: Mapping[str, Any], home: str) -> Draft:
+        # SNLI-VE's files spell the field in three ways
         name = str(first_field(record, ("Flickr30K_ID", "Flickr30kID", "Flikr30kID", "image"), (str, int)))
         name = name.removesuffix(".jpg") + ".jpg"
         return {
@@ -164,6 +172,7 @@ def open_reasoning(
     """
 
     def make(record: Mapping[str, Any], home: str) -> Draft:
+        # ALBEF's lists name the pictures, NLVR2's files an identifier
         if "images" in record:
             names = field(record, "images", (list,))
             if len(names) != 2 or not all(isinstance(name, str) for name in names):
@@ -185,6 +194,7 @@ def open_reasoning(
 
 def read_answer_list(path: str) -> list[str]:
     """The candidates that answers are chosen from, a JSON list. Raises `PairDataError`: no such list, or one twice."""
+    # a list of texts, each once
     answers = read_json(path)
     if not isinstance(answers, list) or not answers or not all(isinstance(one, str) and one for one in answers):
         raise PairDataError(f"{path}: expected a list of answers, one string at least, none of them empty")
@@ -197,7 +207,9 @@ def read_answer_list(path: str) -> list[str]:
 def _coco_question(
     record: Mapping[str, Any], home: str, subtype: str, annotations: Mapping[Any, Mapping[str, Any]] | None
 ) -> Draft:
-    number, picture = field(record, "question_id", (int,)), field(record, "image_id", (int,))
+    # the question, and the picture that COCO calls by number
+    number = field(record, "question_id", (int,))
+    picture = field(record, "image_id", (int,))
     name = f"COCO_{subtype}_{picture:012d}.jpg"
     draft = {
         "image": find_file(home, f"{subtype}/{name}", name),
@@ -207,33 +219,38 @@ def _coco_question(
         "kind": None,
         "id": number,
     }
+
+    # its answers, where they are asked for
     if annotations is not None:
         if number not in annotations:
             raise RowFault(f"question {number} has no annotation")
-        told = annotations[number]
+        annotation = annotations[number]
         draft |= {
-            "answers": _answers(field(told, "answers", (list,))),
-            "kind": field(told, "answer_type", (str,), None),
+            "answers": _answers(field(annotation, "answers", (list,))),
+            "kind": field(annotation, "answer_type", (str,), None),
         }
     return draft
 
 
 def _merged_question(record: Mapping[str, Any], home: str, genome: str) -> Draft:
     """A question of ALBEF's merged files, or one of Visual Genome's."""
+    # whose question it is: a single answer is Visual Genome's
     one = isinstance(record.get("answer"), str)
     kind = record.get("dataset", "vg" if one else "vqa")
     if kind not in ("vqa", "vg"):
         raise RowFault(f"'dataset' must be 'vqa' or 'vg', got {kind!r:.40}")
+
+    # its picture, by path or by number
     if "image" in record:
         image = find_file(genome if kind == "vg" else home, field(record, "image", (str,)))
     else:
         name = f"{first_field(record, ('image_id', 'id'), (int,))}.jpg"
         image = find_file(genome, f"VG_100K/{name}", f"VG_100K_2/{name}", name)
-    given = record.get("answer", [])
+    answers = record.get("answer", [])
     return {
         "image": image,
         "text": field(record, "question", (str,)),
-        "answers": [given] if one else _answers(given),
+        "answers": [answers] if one else _answers(answers),
         "weight": VISUAL_GENOME_WEIGHT if kind == "vg" else 1.0,
         "kind": field(record, "answer_type", (str,), None),
         "id": first_field(record, ("question_id", "qa_id"), (int, type(None)), None),
@@ -249,10 +266,11 @@ def _genome_questions(content: list[Any]) -> Iterator[Any]:
             yield record
 
 
-def _answers(given: Any) -> list[str]:
-    if not isinstance(given, list):
-        raise RowFault(f"the answers must be a list, got {type(given).__name__} {given!r:.40}")
-    answers = [one.get("answer") if isinstance(one, dict) else one for one in given]
+def _answers(values: Any) -> list[str]:
+    if not isinstance(values, list):
+        raise RowFault(f"the answers must be a list, got {type(values).__name__} {values!r:.40}")
+    # VQA v2 has one mapping an annotator, ALBEF's lists have the answers alone
+    answers = [one.get("answer") if isinstance(one, dict) else one for one in values]
     if wrong := [one for one in answers if not isinstance(one, str)]:
         raise RowFault(f"an answer must be a string, got {type(wrong[0]).__name__} {wrong[0]!r:.40}")
     return answers
@@ -263,7 +281,10 @@ def _reasoning_pictures(record: Mapping[str, Any], home: str) -> tuple[str, str]
     pair = re.fullmatch(r"((?P<split>[^-]+)-.+)-\d+", identifier)
     if pair is None:
         raise RowFault(f"'identifier' must read like 'train-10171-0-0', got {identifier!r:.40}")
-    split, directory = pair["split"], record.get("directory")
+
+    # where the pictures may lie, as they are distributed or unpacked
+    split = pair["split"]
+    directory = record.get("directory")
     places = ["", f"{split}/", f"{split}/{directory}/", f"images/{split}/", f"images/{split}/{directory}/"]
     first, second = (
         find_file(home, *(f"{place}{pair[1]}-img{number}.png" for place in places)) for number in range(2)
@@ -290,12 +311,14 @@ def _open_sentences(
 
     def drafts() -> Iterator[Draft]:
         for source in sources:
-            content, home = read_json(source), folder or str(Path(source).parent)
+            content = read_json(source)
+            home = folder or str(Path(source).parent)
             if not isinstance(content, list):
                 raise PairDataError(f"{source}: expected a list of sentences, got {type(content).__name__}")
             for record in content:
                 yield _drafted(record, partial(make, home=home), empty, images, clean, answered=False)
 
+    # a sentence without an id has its row's number
     numbered = (one if one["id"] is not None else {**one, "id": f"row {row}"} for row, one in enumerate(drafts()))
     text = ("text", "id", "fault")
     columns = pa.schema({**dict.fromkeys((*images, *text), pa.string()), "label": pa.int64()})
@@ -311,22 +334,28 @@ def _drafted(
     answered: bool,
 ) -> Draft:
     """A row of a record; where it cannot be one, an empty row whose "fault" says why."""
+    # a draft, if the record is an object with the fields of its task
     try:
         if isinstance(record, Broken):
             raise RowFault(record)
         if not isinstance(record, dict):
             raise RowFault(f"a row must be an object, got {type(record).__name__} {record!r:.40}")
         draft = make(record)
+
+        # its text, as it is and as it is cleaned
         if reason := caption_reason(draft["text"]):
             raise RowFault(reason.replace("the caption", "the text", 1))
         if clean is not None:
-            told, draft["text"] = draft["text"], clean(draft["text"])
+            original = draft["text"]
+            draft["text"] = clean(original)
             if not draft["text"]:
-                raise RowFault(f"no word is left of the text {told!r:.40}")
+                raise RowFault(f"no word is left of the text {original!r:.40}")
         if answered and not any(answer.strip() for answer in draft["answers"]):
             raise RowFault("there is no answer")
     except RowFault as fault:
         return {**empty, "fault": str(fault)}
+
+    # its pictures, all that are missing
     missing = (f"no picture file {draft[name]}" for name in images if not is_file(draft[name]))
     return {**draft, "fault": "; ".join(missing) or None}
 

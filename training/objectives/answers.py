@@ -1,7 +1,7 @@
 """What would people answer: the likelihood of each answer, weighed by who gave it (section 3.4; ALBEF's protocol).
 
-A question pays, over its answers, weight times the sum of its tokens' (1 - alpha) CE(token) + alpha CE(teacher's
-words); the loss is the mean over questions.
+A question pays, over its answers, weight times the sum of (1 - alpha) CE(token) + alpha CE(the teacher's distribution)
+over its tokens; the loss is the mean over questions.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from .losses import in_full
 from .objective import Batch
 from .task import DistillationArguments, TaskObjective
 
+# of a batch, what the model reads: the question and its image, and the answers to score
 INPUTS = (
     "input_ids",
     "attention_mask",
@@ -52,6 +53,10 @@ class AnswerObjective(TaskObjective):
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         inputs = {name: batch[name] for name in INPUTS}
-        soft = in_full(self.teacher(**inputs).logits).softmax(-1) if alpha else None
+
+        # the teacher's distribution over the vocabulary at each place of an answer
+        soft = in_full(self.teacher(**inputs).logits).softmax(-1) if alpha else None  # (R, A - 1, V)
+
+        # the model's loss is a mean over these questions, the batch's `count` may be of more
         mean = student(**inputs, soft_labels=soft, alpha=alpha).loss
         return mean * (len(batch["input_ids"]) / count)

@@ -39,14 +39,16 @@ def draw_two_pictures(
             fewer than two may, the text is labelled -100.
         own, temperature: As in `AssignmentObjectiveArguments`.
     """
-    rows = torch.arange(len(cosines), device=cosines.device)
+    rows = torch.arange(len(cosines), device=cosines.device)  # (B,)
     if len(rows) < 2:
         return (rows, rows), torch.full_like(rows, -100)
     # a vanishing weight stays above zero, so that two can always be drawn; what may not be drawn comes last
-    weights = (in_full(cosines) / temperature).softmax(1).clamp_min(1e-12).masked_fill(~allowed, 1e-30)
-    one, other = torch.multinomial(weights, 2).unbind(1)
-    kind, place = torch.rand(2, len(rows), device=cosines.device)
-    labels = torch.where(kind >= own, NEITHER, (place >= 0.5).long())
+    weights = (in_full(cosines) / temperature).softmax(1).clamp_min(1e-12).masked_fill(~allowed, 1e-30)  # (B, B)
+    one, other = torch.multinomial(weights, 2).unbind(1)  # (B,) each
+    kind, place = torch.rand(2, len(rows), device=cosines.device)  # (B,) each
+    labels = torch.where(kind >= own, NEITHER, (place >= 0.5).long())  # (B,)
+
+    # each text's own picture stands first, second, or nowhere
     first = torch.where(labels == FIRST, rows, one)
     second = torch.where(labels == SECOND, rows, torch.where(labels == FIRST, one, other))
     return (first, second), labels.masked_fill(allowed.sum(1) < 2, -100)
@@ -77,20 +79,21 @@ class AssignmentObjective(TaskObjective):
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         """Taken in chunks, a chunk draws its images from itself, as each of so many processes would."""
-        told = self.arguments
-        logits, labels = assign(student, batch, told.own_picture, told.draw_temperature)
+        options = self.arguments
+        logits, labels = assign(student, batch, options.own_picture, options.draw_temperature)  # (B, 3), (B,)
         return F.cross_entropy(in_full(logits), labels, reduction="sum", ignore_index=-100) / count
 
 
 def assign(student: nn.Module, batch: Batch, own: float, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The student's logits (B, 3) for pictures drawn, or recorded, and what would be right (B,)."""
+    # filled in the middle of the student's pass, once its image features are there
     drawn = {}
 
     def choose(cosines: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if "labels" in batch:
             drawn["labels"] = batch["labels"]
             return batch["first_pictures"], batch["second_pictures"]
-        allowed = batch["ids"][:, None] != batch["ids"][None, :]
+        allowed = batch["ids"][:, None] != batch["ids"][None, :]  # (B, B)
         pictures, drawn["labels"] = draw_two_pictures(cosines, allowed, own, temperature)
         return pictures
 

@@ -22,6 +22,6 @@ class ClassificationObjective(TaskObjective):
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         inputs = {name: batch[name] for name in INPUTS}
-        logits = student(**inputs).logits
-        soft = self.teacher(**inputs).logits if alpha else None
+        logits = student(**inputs).logits  # (B, classes)
+        soft = self.teacher(**inputs).logits if alpha else None  # (B, classes)
         return distilled_cross_entropy(logits, batch["labels"], soft, alpha, count)

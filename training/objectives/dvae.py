@@ -65,6 +65,8 @@ class DiscreteVAEObjective(SinglePortion):
             raise ValueError(f"temperature_share is {arguments.temperature_share}; expected a share in (0, 1]")
         if arguments.usage_weight < 0:
             raise ValueError(f"usage_weight is {arguments.usage_weight}; expected 0 or more")
+
+        # weights by name of the part
         self.arguments = arguments
         self.weights = {"reconstruction": 1.0, "kl": student.config.kl_weight, "usage": arguments.usage_weight}
 
@@ -75,11 +77,12 @@ class DiscreteVAEObjective(SinglePortion):
         return end + (start - end) * (1 + math.cos(math.pi * passed)) / 2
 
     @classmethod
-    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], told: Example) -> dict[str, Batch]:
+    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], example: Example) -> dict[str, Batch]:
         rows = torch.arange(len(lengths))
         return {cls.portion: {"pixel_values": grey_images(config, len(lengths)), "ids": rows, "rows": rows}}
 
     def split(self, batch: Batch, chunks: int) -> list[Batch]:
+        # consecutive rows, sizes differing by one at most
         batch_size = len(batch["pixel_values"])
         if not 1 <= chunks <= batch_size:
             raise ValueError(f"got a batch of {batch_size} rows to split into {chunks} chunks")
@@ -92,17 +95,26 @@ class DiscreteVAEObjective(SinglePortion):
     def represent(
         self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
     ) -> Representations:
+        # without counts only what meets other rows is asked for, and that is the usage alone
         if counts is None and not self.arguments.usage_weight:
             return Representations()
+
+        # codes drawn by the relaxed choice, and the images they reconstruct
         online = student(
             batch["pixel_values"],
             temperature=self.temperature(progress),
             hard=self.arguments.straight_through,
             return_dict=True,
         )
-        used = {"used": in_full(online.logits).softmax(1).mean((2, 3))} if self.arguments.usage_weight else {}
+
+        # how often each code is used in an image, over all its places
+        used = {}
+        if self.arguments.usage_weight:
+            used["used"] = in_full(online.logits).softmax(1).mean((2, 3))  # (B, K)
         if counts is None:
             return Representations(rows=used)
+
+        # a chunk's mean, for its share of the batch
         share = len(batch["pixel_values"]) / counts["images"]
         return Representations(
             rows=used, parts={"reconstruction": online.reconstruction_loss * share, "kl": online.kl * share}
@@ -112,6 +124,8 @@ class DiscreteVAEObjective(SinglePortion):
         if "used" not in rows:
             return Comparison()
         mean = gather_with_gradient(rows["used"]).mean(0)  # (K,)
+
+        # KL to the uniform choice: log K less the entropy of the mean
         return Comparison({"usage": math.log(len(mean)) + torch.special.xlogy(mean, mean).sum()})
 
     def weigh(self, parts: Batch) -> torch.Tensor:

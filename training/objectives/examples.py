@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from .objective import Batch, Example
 
 
-def example_pairs(config: PreTrainedConfig, lengths: Sequence[int], told: Example, joint: bool = True) -> Batch:
+def example_pairs(config: PreTrainedConfig, lengths: Sequence[int], example: Example, joint: bool = True) -> Batch:
     """
     What the collator gives for pairs whose captions have these lengths.
 
@@ -24,23 +24,27 @@ def example_pairs(config: PreTrainedConfig, lengths: Sequence[int], told: Exampl
     """
     if not len(lengths) or max(lengths) > config.max_text_length:
         raise ValueError(f"lengths {list(lengths)[:8]}...; expected some in [0, {config.max_text_length}]")
-    rng, pairs, slots = np.random.default_rng(told.seed), len(lengths), max(1, *lengths)
+    rng = np.random.default_rng(example.seed)
+    pairs = len(lengths)
+    slots = max(1, *lengths)
     n_patches = (config.image_size // config.patch_size) ** 2
     head = 1 + n_patches * joint
 
     # clean ids
     real = np.arange(slots) < np.asarray(lengths)[:, None]  # (B, W)
-    ids = np.full((pairs, head + slots), config.pad_token_id, dtype=np.int64)
-    ids[:, 0], ids[:, 1:head] = config.cls_token_id, config.image_token_id
+    ids = np.full((pairs, head + slots), config.pad_token_id, dtype=np.int64)  # (B, H+W)
+    ids[:, 0] = config.cls_token_id
+    ids[:, 1:head] = config.image_token_id
     low = 1 + max(config.cls_token_id, config.mask_token_id, config.image_token_id)
     tokens = rng.integers(min(low, config.vocab_size - 1), config.vocab_size, int(real.sum()))  # (n,)
     ids[:, head:][real] = tokens
 
     # what is masked
-    places = np.sort(rng.permutation(len(tokens))[: round(told.mlm_probability * len(tokens))])  # (M,)
+    places = np.sort(rng.permutation(len(tokens))[: round(example.mlm_probability * len(tokens))])  # (M,)
     order = np.argsort(rng.random((pairs, n_patches)))
-    hidden = order < int(told.mim_ratio * n_patches)  # (B, N)
-    twin, corrupted = ids.copy(), tokens.copy()
+    hidden = order < int(example.mim_ratio * n_patches)  # (B, N)
+    twin = ids.copy()
+    corrupted = tokens.copy()
     corrupted[places] = config.mask_token_id
     twin[:, head:][real] = corrupted
 

@@ -31,8 +31,9 @@ class FeatureQueue:
         if size < 1:
             raise ValueError(f"queue_size is {size}; expected at least 1")
         self.size = size
-        self.rows = {name: F.normalize(torch.randn(size, dim), dim=1) for name in names}
-        self.ids = torch.full((size,), NO_ID)
+        # random directions until real keys are pushed, and rows of no id
+        self.rows = {name: F.normalize(torch.randn(size, dim), dim=1) for name in names}  # (M, P) each
+        self.ids = torch.full((size,), NO_ID)  # (M,)
         self.pointer = torch.zeros(1, dtype=torch.long)
 
     @torch.no_grad()
@@ -43,16 +44,21 @@ class FeatureQueue:
         """
         keep = slice(max(0, len(ids) - self.size), None)
         ids = ids[keep]
+
+        # the newest rows go where the oldest stand
         places = (self.pointer + torch.arange(len(ids), device=self.pointer.device)) % self.size  # (B,)
-        for name, kept in self.rows.items():
-            self.rows[name] = _overwritten(kept, places, rows[name][keep].to(kept.dtype), applied)
+        for name, old in self.rows.items():
+            self.rows[name] = _overwritten(old, places, rows[name][keep].to(old.dtype), applied)
         self.ids = _overwritten(self.ids, places, ids, applied)
+
+        # the pointer moves on the device, by nothing where the update was not applied
         moved = len(ids) if applied is None else (applied * len(ids)).to(self.pointer.dtype)
         self.pointer = (self.pointer + moved) % self.size
 
     def to(self, device: torch.device) -> "FeatureQueue":
         self.rows = {name: value.to(device) for name, value in self.rows.items()}
-        self.ids, self.pointer = self.ids.to(device), self.pointer.to(device)
+        self.ids = self.ids.to(device)
+        self.pointer = self.pointer.to(device)
         return self
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -60,6 +66,7 @@ class FeatureQueue:
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Raises `RuntimeError` with the names and shapes that are not the queue's."""
+        # what does not fit, all of it in one message
         own = self.state_dict()
         wrong = {name: "missing" for name in own.keys() - state.keys()}
         wrong |= {name: "unexpected" for name in state.keys() - own.keys()}
@@ -73,13 +80,14 @@ class FeatureQueue:
         device = self.pointer.device
         # copies, since what was read from a file may be shared with its reader
         self.rows = {name: state[name].to(device, copy=True) for name in self.rows}
-        self.ids, self.pointer = state["ids"].to(device, copy=True), state["pointer"].to(device, copy=True)
+        self.ids = state["ids"].to(device, copy=True)
+        self.pointer = state["pointer"].to(device, copy=True)
 
 
 def _overwritten(
-    kept: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, applied: torch.Tensor | None
+    old: torch.Tensor, places: torch.Tensor, rows: torch.Tensor, applied: torch.Tensor | None
 ) -> torch.Tensor:
-    """A copy of `kept` with `rows` at `places`; out of place, for a loss may still hold the old ones."""
+    """A copy of `old` with `rows` at `places`; out of place, for a loss may still hold what was there."""
     if applied is not None:
-        rows = torch.where(applied.bool(), rows, kept[places])
-    return kept.index_copy(0, places, rows)
+        rows = torch.where(applied.bool(), rows, old[places])
+    return old.index_copy(0, places, rows)

@@ -1,6 +1,6 @@
 """Losses as pure functions on tensors, computed in fp32 (fp64 stays fp64) whatever the inputs are.
 
-B queries of this process, K keys of all processes, P embedding width, M masked words, V vocabulary, N patches.
+B queries of this process, K keys of all processes, P embedding width, M masked tokens, V vocabulary, N patches.
 """
 
 import torch
@@ -45,12 +45,16 @@ def info_nce(
     """
     if query_ids is not None and key_ids is None:
         raise ValueError("got query_ids without key_ids; expected the id of every key")
-    queries = F.normalize(in_full(queries), dim=-1)
-    keys = F.normalize(in_full(keys), dim=-1)
+    queries = F.normalize(in_full(queries), dim=-1)  # (B, P)
+    keys = F.normalize(in_full(keys), dim=-1)  # (K, P)
+
+    # the temperature as a factor, 0-dim, so that its gradient is one number
     if isinstance(temperature, torch.Tensor):
         scale = in_full(temperature).reciprocal().reshape(())
     else:
         scale = torch.full((), 1 / temperature, dtype=queries.dtype, device=queries.device)
+
+    # as many rows of cosines at a time as a block holds
     rows = max(1, block // max(1, len(keys)))
     with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (queries, keys, scale))
     return _BlockwiseNCE.apply(queries, keys, scale, query_ids, key_ids, offset, rows, with_gradient)
@@ -78,11 +82,11 @@ class _BlockwiseNCE(torch.autograd.Function):
                 logits, loss = _cross_entropy(logits, targets)
                 total += loss
                 if with_gradient:
-                    slopes = _slopes(logits, targets).div_(len(queries))
+                    slopes = _slopes(logits, targets).div_(len(queries))  # (rows, K)
                     by_query = slopes @ keys  # (rows, P)
                     toward_scale += (queries[block] * by_query).sum()
-                    toward_queries[block] = by_query.mul_(scale)
-                    toward_keys.addmm_(slopes.T, queries[block] * scale)
+                    toward_queries[block] = by_query.mul_(scale)  # (rows, P)
+                    toward_keys.addmm_(slopes.T, queries[block] * scale)  # (K, P)
         if with_gradient:
             ctx.save_for_backward(toward_queries, toward_keys, toward_scale)
         return total / len(queries)
@@ -90,6 +94,7 @@ class _BlockwiseNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        # the slopes are known already; what follows the loss only scales them
         slopes = [
             slope * gradient if needed else None
             for slope, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
@@ -103,8 +108,8 @@ def _targets(
     """The label of each row (rows,) int64, or the weight of each key (rows, K), each row of sum 1."""
     if query_ids is None:
         return torch.arange(label, label + len(logits), device=logits.device)
-    positives = (query_ids[block, None] == key_ids[None, :]).to(logits.dtype)
-    counts = positives.sum(1, keepdim=True)
+    positives = (query_ids[block, None] == key_ids[None, :]).to(logits.dtype)  # (rows, K)
+    counts = positives.sum(1, keepdim=True)  # (rows, 1)
     if logits.device.type == "cpu" and (lonely := query_ids[block][counts[:, 0] == 0]).numel():
         raise ValueError(f"query_ids {lonely.tolist()} have no key; expected at least one key of each id")
     return positives.div_(counts)
@@ -130,8 +135,8 @@ def masked_language_loss(
     logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """
-    Cross-entropy over the masked words (M, V), (M,): their sum over `count`, the mean if there is none given; zero,
-    with a graph, when there are no words. The count of a batch in pieces, or on several processes, is the whole's.
+    Cross-entropy over the masked tokens (M, V), (M,): their sum over `count`, the mean if there is none given; zero,
+    with a graph, when there are no tokens. The count of a batch in chunks, or on several processes, is the whole's.
     """
     if len(labels) == 0:
         return in_full(logits).sum() * 0.0
@@ -151,10 +156,11 @@ def masked_image_loss(
     `norm_pixels` normalises each target patch by its mean and unbiased variance.
     (B, N, p*p*C), (B, C, H, W), (B, N) bool -> scalar.
     """
-    targets = patchify(in_full(pixel_values), patch_size)
+    targets = patchify(in_full(pixel_values), patch_size)  # (B, N, p*p*C)
     if norm_pixels:
-        mean, variance = targets.mean(-1, keepdim=True), targets.var(-1, keepdim=True)
+        mean = targets.mean(-1, keepdim=True)  # (B, N, 1)
+        variance = targets.var(-1, keepdim=True)  # (B, N, 1), unbiased
         targets = (targets - mean) / (variance + 1e-6).sqrt()
     error = (in_full(predictions) - targets).square().mean(-1)  # (B, N)
-    masked = bool_masked_pos.to(error.dtype)
+    masked = bool_masked_pos.to(error.dtype)  # (B, N)
     return (error * masked).sum() / (masked.sum().clamp_min(1) if count is None else count)

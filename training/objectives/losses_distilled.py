@@ -1,6 +1,6 @@
 """Losses with soft targets: (1 - a) times the hard loss and a times the cross-entropy with a teacher (ALBEF, SIMLA).
 
-B queries, K keys, P embedding width, M masked things, V words or codes. In fp32 (fp64 stays fp64).
+B queries, K keys, P embedding width, M masked things, V tokens or codes. In fp32 (fp64 stays fp64).
 """
 
 import torch
@@ -31,12 +31,12 @@ def distilled_contrast(
         logs = F.log_softmax(queries @ keys.T / temperature, dim=1)  # (B, K)
         with torch.no_grad():
             if positives is None:
-                targets = torch.eye(*logs.shape, dtype=logs.dtype, device=logs.device)
+                targets = torch.eye(*logs.shape, dtype=logs.dtype, device=logs.device)  # (B, K)
             else:
                 targets = positives.to(logs.dtype)
-                targets = targets / targets.sum(1, keepdim=True)
+                targets = targets / targets.sum(1, keepdim=True)  # (B, K), rows of sum 1
             if alpha:
-                soft = F.softmax(teacher @ keys.T / temperature, dim=1)
+                soft = F.softmax(teacher @ keys.T / temperature, dim=1)  # (B, K)
                 targets = alpha * soft + (1 - alpha) * targets
         return -(targets * logs).sum(1).mean()
 
@@ -55,11 +55,11 @@ def distilled_cross_entropy(
     """
     if len(labels) == 0:
         return in_full(logits).sum() * 0.0
-    logs = F.log_softmax(in_full(logits), dim=-1)
+    logs = F.log_softmax(in_full(logits), dim=-1)  # (M, V)
     loss = F.nll_loss(logs, labels, reduction="none")  # (M,)
     if alpha:
-        soft = F.softmax(in_full(teacher_logits), dim=-1)
-        distilled = -(soft * (logs if soft_logs is None else soft_logs)).sum(-1)
+        soft = F.softmax(in_full(teacher_logits), dim=-1)  # (M, V)
+        distilled = -(soft * (logs if soft_logs is None else soft_logs)).sum(-1)  # (M,)
         loss = (1 - alpha) * loss + alpha * distilled
     return loss.sum() / (len(labels) if count is None else count)
 
@@ -67,9 +67,9 @@ def distilled_cross_entropy(
 def distilled_presence(
     logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None, alpha: float
 ) -> torch.Tensor:
-    """Equations 8 and 9: which of V words a picture calls for, binary each. (B, V) -> (B,), means over words."""
+    """Equations 8 and 9: which of V tokens a picture calls for, binary each. (B, V) -> (B,), means over tokens."""
     logits = in_full(logits)
-    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+    loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")  # (B, V)
     if alpha:
         soft = F.binary_cross_entropy_with_logits(logits, in_full(teacher_logits).sigmoid(), reduction="none")
         loss = (1 - alpha) * loss + alpha * soft
@@ -81,7 +81,7 @@ def keyword_targets(
 ) -> torch.Tensor:
     """
     PSL's labels (supplement, section 3; the vote is the code's): each head votes for the `per_head` places that [CLS]
-    attends most, and the words at the `keywords` places of most votes are the picture's, but for [CLS] itself. Of
+    attends most, and the tokens at the `keywords` places of most votes are the picture's, but for [CLS] itself. Of
     fewer places than that, all. Ties are torch.topk's.
 
     (B, H, T), (B, T) -> (B, V), 1 for a keyword.
@@ -89,9 +89,9 @@ def keyword_targets(
     batch, heads, places = attention.shape
     chosen = attention.topk(min(per_head, places), dim=-1).indices.flatten(1)  # (B, H * per_head)
     votes = torch.zeros(batch, places, dtype=torch.long, device=attention.device)
-    votes = votes.scatter_add(1, chosen, torch.ones_like(chosen))
-    words = input_ids.gather(1, votes.topk(min(keywords, places), dim=-1).indices)
-    targets = torch.zeros(batch, vocab_size, device=attention.device).scatter(1, words, 1.0)
+    votes = votes.scatter_add(1, chosen, torch.ones_like(chosen))  # (B, T)
+    tokens = input_ids.gather(1, votes.topk(min(keywords, places), dim=-1).indices)  # (B, keywords)
+    targets = torch.zeros(batch, vocab_size, device=attention.device).scatter(1, tokens, 1.0)  # (B, V)
     targets[:, cls_token_id] = 0.0
     return targets
 
@@ -104,9 +104,9 @@ def draw_negatives(weights: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.
     one to draw (B,).
     """
     weights = in_full(weights).masked_fill(~allowed, 0.0)
-    vanished = weights.sum(1, keepdim=True) <= 0
+    vanished = weights.sum(1, keepdim=True) <= 0  # (B, 1)
     weights = torch.where(vanished, allowed.to(weights.dtype), weights)
-    possible = allowed.any(1)
+    possible = allowed.any(1)  # (B,)
     # a row that has none draws any: whoever asked leaves it out
     weights = torch.where(possible[:, None], weights, torch.ones_like(weights))
     # torch.multinomial's own draw, the first of exponential arrivals, without its look at the values: that waits

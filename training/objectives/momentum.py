@@ -65,14 +65,20 @@ class MomentumDistillation(SinglePortion):
     """
 
     def __init__(self, student: nn.Module, arguments: Any, known: Sequence[str], unused: tuple[str, ...] = ()):
-        self.arguments, self.config, self.student = arguments, student.config, student
+        self.arguments = arguments
+        self.config = student.config
+        self.student = student
         self.weights = checked_weights(arguments, known)
         check_choices(arguments)
         for name in ("distillation", "distillation_ramp"):
             if not 0 <= getattr(arguments, name) <= 1:
                 raise ValueError(f"{name} is {getattr(arguments, name)}; expected a share in [0, 1]")
+
+        # the teacher copies the student once it is known what of it is trained
         self.freeze_unused(student)
         self.teacher = EMATeacher(student, arguments.ema_momentum, unused=unused)
+
+        # keys of past steps, for the contrast alone
         self.queue = None
         if "itc" in self.weights:
             self.queue = FeatureQueue(("image", "text"), arguments.queue_size, self.config.projection_dim)
@@ -102,33 +108,37 @@ class MomentumDistillation(SinglePortion):
         A hard negative image of each text, then a text of each image, never of the own id: columns (B,) each.
 
         Args:
-            keys: The teacher's, made before the student's pass, in the middle of which this is asked.
+            keys: The teacher's, made before the student's pass, which asks for negatives in its middle.
             images, texts (`(B, P)`): The student's features.
         """
         if recorded(batch):
             return batch["negative_images"], batch["negative_texts"]
-        allowed = strangers(batch["ids"])
+        allowed = strangers(batch["ids"])  # (B, B)
+
+        # drawn by the student's features and the teacher's keys, images first
         drawn = []
         for queries, key in ((texts, "key of image"), (images, "key of text")):
             weights = (in_full(queries) @ keys[key].T / temperature).softmax(1)  # (B, B)
-            drawn.append(draw_negatives(weights, allowed)[0])
+            drawn.append(draw_negatives(weights, allowed)[0])  # (B,)
         return tuple(drawn)
 
     @staticmethod
     def match_labels(batch: Batch) -> torch.Tensor:
         """Yes for the pairs, no for each text's and each image's negative, -100 where a pair has none. -> (3B,)."""
         ids = batch["ids"]
-        possible = torch.ones_like(ids, dtype=torch.bool) if recorded(batch) else strangers(ids).any(1)
-        negatives = torch.where(possible, 0, -100)
-        return torch.cat([torch.ones_like(ids), negatives, negatives])
+        possible = torch.ones_like(ids, dtype=torch.bool) if recorded(batch) else strangers(ids).any(1)  # (B,)
+        negatives = torch.where(possible, 0, -100)  # (B,)
+        return torch.cat([torch.ones_like(ids), negatives, negatives])  # (3B,)
 
     def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
         """ITC against this process's keys and the queues (equations 2 to 4); the newest keys are for the queues."""
         if "itc" not in self.weights:
             return Comparison()
+
         # who is right for whom
         own = {name: targets[f"key of {name}"] for name in ("image", "text")}
-        ids, positives = targets["ids"], None
+        ids = targets["ids"]  # (B,)
+        positives = None
         if self.arguments.match_ids:
             positives = ids[:, None] == torch.cat([ids, self.queue.ids])[None, :]  # (B, B + M)
 
@@ -141,8 +151,8 @@ class MomentumDistillation(SinglePortion):
             )
 
         # the code that forgets them leaves the ids of an empty place
-        kept_ids = ids if self.arguments.enqueue_ids else torch.full_like(ids, NO_ID)
-        newest = {name: gather_without_gradient(value) for name, value in {**own, "ids": kept_ids}.items()}
+        own["ids"] = ids if self.arguments.enqueue_ids else torch.full_like(ids, NO_ID)
+        newest = {name: gather_without_gradient(value) for name, value in own.items()}  # (G, P) and (G,), all rows
         return Comparison({"itc": torch.stack(losses).mean()}, newest)
 
     def weigh(self, parts: Batch) -> torch.Tensor:

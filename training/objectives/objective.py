@@ -23,6 +23,7 @@ OBJECTIVES = {
     "oner": ("oner.training.objectives.oner", "OneRObjective", "OneRObjectiveArguments"),
     "simla": ("oner.training.objectives.simla", "SimlaObjective", "SimlaObjectiveArguments"),
 }
+# tensors by name: what a collator makes of rows, and whatever else goes by name between the passes of a step
 Batch = dict[str, torch.Tensor]
 
 
@@ -89,9 +90,14 @@ class Portion(ABC):
 
     def take(self, student: nn.Module, batch: Batch, progress: float) -> Taken:
         """One pass over a batch. `student` may be wrapped by an engine."""
-        targets = self.targets(student, batch, progress)
-        online = self.represent(student, batch, targets, progress, mean_counts(self.count(batch)))
+        # what the batch is held against comes first: the student may need it in the middle of its pass
+        targets = self.targets(student, batch, progress)  # rows (B, ...)
+
+        # the student's one pass, and what of it meets other rows
+        online = self.represent(student, batch, targets, progress, mean_counts(self.count(batch)))  # rows (B, ...)
         compared = self.compare(online.rows, online.common, targets.rows, progress)
+
+        # all parts of the loss, 0-dim each
         parts = {**compared.parts, **online.parts}
         return Taken(self.weigh(parts), {name: part.detach() for name, part in parts.items()}, compared.kept)
 
@@ -119,6 +125,7 @@ class Portion(ABC):
 
     def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
         """The parts of the loss that see the whole batch; processes gather here, with or without gradient."""
+        # of most fine-tuning tasks: no row meets another
         return Comparison()
 
     @abstractmethod
@@ -151,7 +158,7 @@ class Objective(ABC):
         return arguments
 
     @classmethod
-    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], told: Example) -> dict[str, Batch]:
+    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], example: Example) -> dict[str, Batch]:
         """
         A step's batches with random tokens and grey images, as the collators make them of texts of these lengths.
 
@@ -199,6 +206,7 @@ class SinglePortion(Objective, Portion):
 
     def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Taken:
         """All of a step but the optimiser and `after_step`, for who has no engine."""
+        # the optimiser's step and `after_step` are the caller's
         self.before_step()
         return self.take(student, batch, progress)
 
@@ -207,14 +215,17 @@ def objective_classes(family: str) -> tuple[type, type]:
     """The objective of a family and its arguments' dataclass. Raises `ValueError` that lists the known families."""
     if family not in OBJECTIVES:
         raise ValueError(f"unknown family {family!r}; expected one of {', '.join(OBJECTIVES)}")
+
+    # imported only now: a family's objective may import much, and `--help` needs none
     module_name, objective, arguments = OBJECTIVES[family]
     module = import_module(module_name)
     return getattr(module, objective), getattr(module, arguments)
 
 
 def check_choices(arguments: Any) -> None:
-    """Raises `ValueError` for a field of a dataclass that is none of the words which its `Literal` lists."""
+    """Raises `ValueError` for a field of a dataclass that is none of the values that its `Literal` lists."""
     for name, hint in get_type_hints(type(arguments)).items():
+        # a dataclass does not check what its type hints say
         if get_origin(hint) is Literal and getattr(arguments, name) not in get_args(hint):
             raise ValueError(f"{name} is {getattr(arguments, name)!r}; expected one of {list(get_args(hint))}")
 

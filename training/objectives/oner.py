@@ -90,7 +90,10 @@ class OneRObjective(SinglePortion):
     """
 
     def __init__(self, student: nn.Module, arguments: OneRObjectiveArguments):
-        self.arguments, self.config = arguments, student.config
+        self.arguments = arguments
+        self.config = student.config
+
+        # the losses: known ones, each once, that this model's heads serve
         unknown = [name for name in arguments.losses if name not in LOSSES]
         if unknown or not arguments.losses:
             raise ValueError(f"losses are {arguments.losses}; expected a non-empty subset of {list(LOSSES)}")
@@ -106,6 +109,8 @@ class OneRObjective(SinglePortion):
         if arguments.gather_gradient and arguments.teacher:
             raise ValueError("gather_gradient needs teacher: false, since a teacher's keys carry no gradient")
         self._check_masked_streams()
+
+        # the representations that the contrasts ask of the student, and of whoever makes the keys
         pairs = [pair for name in self.contrasts for pair in CONTRASTS[name]]
         self.queries = tuple(sorted({query for query, _ in pairs}))
         self.keys = tuple(sorted({key for _, key in pairs}))
@@ -115,6 +120,8 @@ class OneRObjective(SinglePortion):
                 "F(I|T) = F(T). Set context_states to co_attention or last_layer, context_cls to false, or pooling "
                 "to mean."
             )
+
+        # the teacher copies the student without the parts that make no keys
         self._freeze_unused(student)
         self.teacher = None
         if arguments.teacher and self.contrasts:
@@ -126,16 +133,18 @@ class OneRObjective(SinglePortion):
         return config.pooling == "cls" and config.context_states == "own" and config.context_cls
 
     def _check_masked_streams(self) -> None:
-        given = self.arguments.masked_streams
+        streams_asked = self.arguments.masked_streams
         known = sorted({stream for streams in READS.values() for stream in streams})
-        if unknown := [stream for stream in given if stream not in known]:
+        if unknown := [stream for stream in streams_asked if stream not in known]:
             raise ValueError(f"unknown masked_streams {unknown}; expected any of {known}")
         for name, streams in READS.items():
-            if name in self.weights and not set(streams) & set(given):
-                raise ValueError(f"{name} needs one of {list(streams)}, but masked_streams are {given}")
+            if name in self.weights and not set(streams) & set(streams_asked):
+                raise ValueError(f"{name} needs one of {list(streams)}, but masked_streams are {streams_asked}")
 
     def _freeze_unused(self, student: nn.Module) -> None:
         # a parameter that no loss reaches would make a data-parallel engine wait for its gradient for ever
+
+        # without contrast, what leads to its embeddings
         if not self.contrasts:
             for head in (
                 student.predictor,
@@ -149,17 +158,21 @@ class OneRObjective(SinglePortion):
                 student.logit_scale.requires_grad_(False)
             if self._masked_streams() == ("text",):
                 student.oner.embeddings.stem.requires_grad_(False)
+
+        # without masked tokens, the head, less the matrix that also embeds tokens
         if "mlm" not in self.weights:
-            words = student.oner.embeddings.word_embeddings.weight
+            token_embeddings = student.oner.embeddings.word_embeddings.weight
             for parameter in student.lm_head.parameters():
-                parameter.requires_grad_(parameter is words)
+                parameter.requires_grad_(parameter is token_embeddings)
+
+        # without masked patches, their head and the embedding that stands in for them
         if "mim" not in self.weights:
             student.pixel_head.requires_grad_(False)
             student.oner.embeddings.patch_mask_token.requires_grad_(False)
 
     @classmethod
-    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], told: Example) -> dict[str, Batch]:
-        return {cls.portion: example_pairs(config, lengths, told)}
+    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], example: Example) -> dict[str, Batch]:
+        return {cls.portion: example_pairs(config, lengths, example)}
 
     def split(self, batch: Batch, chunks: int) -> list[Batch]:
         return split_pairs(batch, chunks)
@@ -185,15 +198,21 @@ class OneRObjective(SinglePortion):
             masked_streams=self._masked_streams() if masks_alone else (),
             contrast_masked=self.arguments.contrast_masked,
         )
-        rows = dict(online.embeddings)
+
+        # queries, with keys of the student itself where those carry gradient
+        rows = dict(online.embeddings)  # (B, P) each
         if self.arguments.gather_gradient and self.contrasts:
             keys = student(**_clean(batch), representations=self.keys, masked_streams=(), predict=False)
             rows.update({f"key of {name}": value for name, value in keys.embeddings.items()})
-        common = {"logit_scale": online.logit_scale} if self.contrasts and online.logit_scale is not None else {}
+        common = {}
+        if self.contrasts and online.logit_scale is not None:
+            common["logit_scale"] = online.logit_scale  # (1,)
         return Representations(rows, common, {} if counts is None else self._masked_parts(online, batch, counts))
 
     def _masked_parts(self, online, batch: Batch, counts: Batch) -> Batch:
         parts = {}
+
+        # the mean over streams; each reads the same masked tokens or patches
         if "mlm" in self.weights:
             losses = [
                 masked_language_loss(logits, batch["mlm_labels"], counts["mlm"])
@@ -225,22 +244,30 @@ class OneRObjective(SinglePortion):
         """Keys (B, P) by name, from clean inputs, without predictor; ids (B,)."""
         targets = {"ids": batch["ids"]}
         if self.contrasts and not self.arguments.gather_gradient:
+            # the teacher, or the student itself
             network = student if self.teacher is None else self.teacher
             options = {"representations": self.keys, "masked_streams": (), "predict": False, "checked": True}
-            keys = network(**_clean(batch), **options)
+            keys = network(**_clean(batch), **options)  # (B, P) each
             targets.update({f"key of {name}": in_full(value) for name, value in keys.embeddings.items()})
         return Targets(targets)
 
     def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
         if not self.contrasts:
             return Comparison()
+
+        # keys of all processes, with or without gradient
         gather = gather_with_gradient if self.arguments.gather_gradient else gather_without_gradient
         side = rows if self.arguments.gather_gradient else targets
-        keys = {name: gather(in_full(side[f"key of {name}"])) for name in self.keys}
+        keys = {name: gather(in_full(side[f"key of {name}"])) for name in self.keys}  # (G, P) each
         ids = targets["ids"]
         offset = len(ids) * rank()
-        query_ids, key_ids = (ids, gather_without_gradient(ids)) if self.arguments.match_ids else (None, None)
+        query_ids, key_ids = None, None
+        if self.arguments.match_ids:
+            query_ids = ids  # (B,)
+            key_ids = gather_without_gradient(ids)  # (G,)
         temperature = (-common["logit_scale"]).exp() if common else self.config.temperature
+
+        # each contrast is the mean of its directions
         parts = {}
         for name in self.contrasts:
             losses = [

@@ -1,4 +1,4 @@
-"""SIMLA's objective: contrast with queues, matching, masked words and patches, pseudo-labels (Khan et al., 2022).
+"""SIMLA's objective: contrast with queues, matching, masked tokens and patches, pseudo-labels (Khan et al., 2022).
 
 A step: the temperature is held in its range; the teacher moves towards the student and embeds images and texts; the
 student makes its one pass, in whose middle negatives are drawn by a pure function of its features and the teacher's
@@ -74,9 +74,13 @@ class SimlaObjective(MomentumDistillation):
 
     def __init__(self, student: nn.Module, arguments: SimlaObjectiveArguments):
         super().__init__(student, arguments, LOSSES, unused=("itm_head", "temperature"))
+
+        # the vote of the keywords
         for name in ("keywords_per_head", "keywords"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"{name} is {getattr(arguments, name)}; expected at least 1")
+
+        # the image tokenizer, whose codes the model's head must know
         self.tokenizer = None
         if "mim" in self.weights and arguments.image_tokenizer is not None:
             self.tokenizer = load_model(AutoModel, arguments.image_tokenizer, dtype=torch.float32)
@@ -89,9 +93,11 @@ class SimlaObjective(MomentumDistillation):
                 )
 
     def freeze_unused(self, student: nn.Module) -> None:
-        losses, tower = set(self.weights), student.simla
+        # module -> whether no loss of this run reaches it
+        losses = set(self.weights)
+        tower = student.simla
         projected = student.config.concept_input == "projected" and "psl" in losses
-        words = tower.text.embeddings.word_embeddings.weight
+        token_embeddings = tower.text.embeddings.word_embeddings.weight
         unused = {
             tower.vision_projection: "itc" not in losses and not projected,
             tower.text_projection: "itc" not in losses,
@@ -103,9 +109,11 @@ class SimlaObjective(MomentumDistillation):
         }
         for layer in tower.text.layers:
             unused[layer.cross_attention] = unused[layer.cross_norm] = not losses & {"itm", "mlm", "mim"}
+
+        # the head of masked tokens shares the token embeddings, which the tower still trains
         for module in (module for module, idle in unused.items() if idle):
             for parameter in module.parameters():
-                if parameter is not words or module is tower.text:
+                if parameter is not token_embeddings or module is tower.text:
                     parameter.requires_grad_(False)
         student.temperature.requires_grad_("itc" in losses)
         tower.vision.embeddings.mask_token.requires_grad_("mim" in losses)
@@ -115,14 +123,15 @@ class SimlaObjective(MomentumDistillation):
         return replace(arguments, image_tokenizer=None)
 
     @classmethod
-    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], told: Example) -> dict[str, Batch]:
+    def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], example: Example) -> dict[str, Batch]:
         """With random visual codes (B, N): no image tokenizer is rehearsed."""
-        batch = example_pairs(config, lengths, told, joint=False)
-        generator = torch.Generator().manual_seed(told.seed)
-        codes = torch.randint(config.num_visual_codes, batch["bool_masked_pos"].shape, generator=generator)
+        batch = example_pairs(config, lengths, example, joint=False)
+        generator = torch.Generator().manual_seed(example.seed)
+        codes = torch.randint(config.num_visual_codes, batch["bool_masked_pos"].shape, generator=generator)  # (B, N)
         return {cls.portion: {**batch, "visual_codes": codes}}
 
     def count(self, batch: Batch) -> Batch:
+        # what each part of the loss is a mean of
         masked = batch["bool_masked_pos"].sum()
         pairs = torch.full_like(masked, len(batch["input_ids"]))
         counts = {"itm": 3 * pairs, "mlm": torch.full_like(masked, len(batch["mlm_labels"])), "mim": masked}
@@ -132,18 +141,23 @@ class SimlaObjective(MomentumDistillation):
     @torch.no_grad()
     def targets(self, student: nn.Module, batch: Batch, progress: float) -> Targets:
         """The teacher's keys (B, P) and ids (B,); its image states (B, 1 + N, D), concepts (B, V), codes (B, N)."""
-        rows, own = {"ids": batch["ids"]}, {}
+        rows = {"ids": batch["ids"]}  # (B,)
+        own = {}
+
+        # codes are the image tokenizer's, whether or not the teacher is asked
         if "mim" in self.weights:
             own["codes"] = self._codes(batch)
+
+        # the teacher's one pass over clean inputs, where any loss reads it
         speaks = {"itc", "itm", "psl"} & set(self.weights) or self._teacher_passes(progress)
         if not speaks:
             return Targets(rows, own)
         passes = ("contrast", "concepts") if "psl" in self.weights else ("contrast",)
-        made = self.teacher(**_clean(batch), passes=passes)
-        own["image states"] = made.image_states
-        if made.concept_logits is not None:
-            own["concepts"] = made.concept_logits
-        keys = {"key of image": in_full(made.image_embeds), "key of text": in_full(made.text_embeds)}
+        clean = self.teacher(**_clean(batch), passes=passes)
+        own["image states"] = clean.image_states  # (B, 1 + N, D)
+        if clean.concept_logits is not None:
+            own["concepts"] = clean.concept_logits  # (B, V)
+        keys = {"key of image": in_full(clean.image_embeds), "key of text": in_full(clean.text_embeds)}
         return Targets({**rows, **keys}, own)
 
     def represent(
@@ -191,14 +205,19 @@ class SimlaObjective(MomentumDistillation):
         """Masked tokens in the flat (B, T), [CLS] counted. -> (M,)."""
         slots = batch["input_ids"].shape[1] - 1
         flat = batch["text_index"][batch["mlm_index"]]  # (M,) in the flat (B, T - 1)
-        return flat + flat // slots + 1
+        return flat + flat // slots + 1  # (M,) in the flat (B, T)
 
     def _parts(self, online, batch: Batch, own: Batch, progress: float, counts: Batch) -> Batch:
         """What each pair pays by itself: sums over the whole batch's counts."""
-        parts, alpha = {}, self.alpha(progress)
+        parts = {}
+        alpha = self.alpha(progress)
+
+        # does this image belong to that text
         if "itm" in self.weights:
             labels = self.match_labels(batch)  # (3B,)
             parts["itm"] = F.cross_entropy(in_full(online.itm_logits), labels, reduction="sum") / counts["itm"]
+
+        # what the teacher makes of the masked inputs
         soft = self._soft_targets(online, batch, own, progress)
         if "mlm" in self.weights:
             parts["mlm"] = self._masked_tokens(online, soft, batch, alpha, counts["mlm"])
@@ -207,6 +226,8 @@ class SimlaObjective(MomentumDistillation):
             parts["mim"] = distilled_cross_entropy(
                 online.mim_logits, codes, soft.get("mim_logits"), alpha, counts["mim"]
             )
+
+        # which tokens does the image call for
         if "psl" in self.weights:
             keywords = self._keywords(online, batch, own)  # (B, V)
             losses = distilled_presence(online.concept_logits, keywords, own["concepts"], alpha)  # (B,)
@@ -214,13 +235,15 @@ class SimlaObjective(MomentumDistillation):
         return parts
 
     def _masked_tokens(self, online, soft: dict, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
-        logits, teacher, logs = online.mlm_logits, soft.get("mlm_logits"), None
+        logits = online.mlm_logits  # (M, V), or (B, T, V) where the soft term normalises over places
+        teacher = soft.get("mlm_logits")
+        logs = None
         if self.arguments.mlm_soft_axis == "sequence":
             places = self._token_places(batch)
             if alpha:
-                logs = F.log_softmax(in_full(logits), dim=1).flatten(0, 1)[places]
-                teacher = teacher.flatten(0, 1)[places]
-            logits = logits.flatten(0, 1)[places]
+                logs = F.log_softmax(in_full(logits), dim=1).flatten(0, 1)[places]  # (M, V)
+                teacher = teacher.flatten(0, 1)[places]  # (M, V)
+            logits = logits.flatten(0, 1)[places]  # (M, V)
         return distilled_cross_entropy(logits, batch["mlm_labels"], teacher, alpha, count, logs)
 
     def _teacher_passes(self, progress: float) -> tuple[str, ...]:
@@ -230,10 +253,11 @@ class SimlaObjective(MomentumDistillation):
         return tuple(name for loss, name in TEACHER_PASSES.items() if loss in self.weights)
 
     def _soft_targets(self, online, batch: Batch, own: Batch, progress: float) -> Batch:
-        """The teacher's logits of what is masked, from the same masked inputs; it may read the student's words."""
+        """The teacher's logits of what is masked, from the same masked inputs, maybe with the student's text."""
         passes = self._teacher_passes(progress)
         if not passes:
             return {}
+        # the teacher's masked image may read the student's text states
         own_context = self.arguments.mim_text_context == "own" or online.text_context is None
         return self.teacher(
             **_clean(batch),
@@ -249,9 +273,10 @@ class SimlaObjective(MomentumDistillation):
         if "keyword_targets" in batch:
             return batch["keyword_targets"]
         states = own["image states"] if self.arguments.psl_image_states == "own" else online.image_states.detach()
-        made = self.teacher(**_clean(batch), passes=("keywords",), image_states=states, checked=True)
+        output = self.teacher(**_clean(batch), passes=("keywords",), image_states=states, checked=True)
+        attention = output.keyword_attention  # (B, heads, T)
         return keyword_targets(
-            in_full(made.keyword_attention),
+            in_full(attention),
             batch["input_ids"],
             self.config.vocab_size,
             self.config.cls_token_id,
@@ -261,7 +286,7 @@ class SimlaObjective(MomentumDistillation):
 
     @torch.no_grad()
     def _codes(self, batch: Batch) -> torch.Tensor:
-        """The image tokenizer's words of each patch, (B, N)."""
+        """The image tokenizer's codes of each patch, (B, N)."""
         if "visual_codes" in batch:
             return batch["visual_codes"]
         if self.tokenizer is None or "code_pixel_values" not in batch:

@@ -40,7 +40,10 @@ class TaskObjective(SinglePortion):
         for name in ("distillation", "distillation_ramp"):
             if not 0 <= getattr(arguments, name) <= 1:
                 raise ValueError(f"{name} is {getattr(arguments, name)}; expected a share in [0, 1]")
-        self.arguments, self.config = arguments, student.config
+
+        # what no loss reaches is frozen before the teacher copies it
+        self.arguments = arguments
+        self.config = student.config
         if hasattr(student, "freeze_unused"):
             student.freeze_unused()
         self.teacher = EMATeacher(student, arguments.ema_momentum) if self.distils() else None
@@ -52,6 +55,7 @@ class TaskObjective(SinglePortion):
     def alpha(self, progress: float) -> float:
         """The weight of soft targets at this share of the run."""
         ramp = self.arguments.distillation_ramp
+        # no teacher, no soft targets
         if self.teacher is None:
             return 0.0
         return self.arguments.distillation * (min(1.0, progress / ramp) if ramp else 1.0)
@@ -70,6 +74,7 @@ class TaskObjective(SinglePortion):
     def represent(
         self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
     ) -> Representations:
+        # no row meets another: without counts nothing is asked
         if counts is None:
             return Representations()
         return Representations(parts={self.part: self.loss(student, batch, self.alpha(progress), counts[self.part])})

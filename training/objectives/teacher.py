@@ -27,6 +27,7 @@ class EMATeacher:
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"expected an EMA momentum in [0, 1], got {momentum}")
         self.momentum = momentum
+        # in training mode, so that batch norm keeps statistics of its own
         self.model = copy.deepcopy(student).float().requires_grad_(False).train()
         for name in unused:
             setattr(self.model, name, None)
@@ -44,16 +45,19 @@ class EMATeacher:
         Raises:
             ValueError: a parameter that is not laid out as the teacher's own, which would then not be averaged.
         """
+        # the student's parameters by name, as they stand now
         theirs = dict(student.named_parameters())
         self._release = release
-        self._student, self._names = student, [name for name, _ in self.model.named_parameters()]
+        self._student = student
+        self._names = [name for name, _ in self.model.named_parameters()]
         self._mine = list(self.model.parameters())
         self._theirs = [theirs[name] for name in self._names]
         self._check()
 
     def _check(self) -> None:
         for name, mine, theirs in zip(self._names, self._mine, self._theirs, strict=True):
-            one, other = own_part(mine), own_part(theirs)
+            one = own_part(mine)
+            other = own_part(theirs)
             if one.shape != other.shape:
                 raise ValueError(
                     f"the teacher's {name} holds {tuple(one.shape)} here and the student's {tuple(other.shape)}; "
@@ -68,17 +72,22 @@ class EMATeacher:
         Raises:
             RuntimeError: an engine has replaced the parameters since `follow`, and the teacher would stand still.
         """
+        # the student must hold the very parameters that are followed
         if self._names and self._student.get_parameter(self._names[-1]) is not self._theirs[-1]:
             raise RuntimeError(
                 f"the student's {self._names[-1]} is not the one that the teacher follows: an engine replaced it; "
                 f"expected the objective to name this teacher in `teachers()`, or a call of `follow`"
             )
+
+        # on a CPU reading the flag costs nothing
         if applied is not None and applied.device.type == "cpu":
             if not applied:
                 return
             applied = None
         if self._release is not None:
             self._release()
+
+        # the parts that this process holds, in the teacher's precision
         mine = [own_part(parameter).detach() for parameter in self._mine]
         current = [own_part(p).detach().to(own.dtype) for p, own in zip(self._theirs, mine, strict=True)]
         if applied is None:

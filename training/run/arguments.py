@@ -53,11 +53,14 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class ModelArguments:
+    # what is trained
     family: str | None = field(
         default=None, metadata=_help("Which system: its model and its objective; that of initial_model if none.")
     )
     size: str = field(default="base", metadata=_help("Named size of the family, when training from scratch."))
     model_config: dict | str | None = field(default=None, metadata=_help("Fields of the model's configuration."))
+
+    # what it starts from; from scratch where all of these are none
     initial_model: str | None = field(
         default=None, metadata=_help("Directory or Hub id to start from (weights, processor), as the 384 stage does.")
     )
@@ -72,6 +75,8 @@ class ModelArguments:
         metadata=_help("A BERT vocabulary (vocab.txt) or saved tokenizer; trained on the captions if none."),
     )
     vocab_size: int = field(default=30522, metadata=_help("Upper bound of a trained vocabulary."))
+
+    # how its layers compute
     attn_implementation: str | None = field(
         default=None, metadata=_help("eager, sdpa, flash_attention_2, flex_attention; transformers chooses if none.")
     )
@@ -82,6 +87,7 @@ class ModelArguments:
 class SourceArguments:
     """What a run reads, beside how images are cropped and what is masked."""
 
+    # what is read, and from where
     kind: Literal["pairs", "images", "texts"] = field(
         default="pairs", metadata=_help("What a row is: an image with captions, an image, or a text.")
     )
@@ -97,12 +103,16 @@ class SourceArguments:
     attribution: str | None = field(
         default=None, metadata=_help("File that names the pairs' makers; copied into the model directory.")
     )
+
+    # which rows and columns of it
     split: str | None = field(default=None, metadata=_help("Split of a data set that has several."))
     image_column: str | None = field(default=None, metadata=_help("Column of pictures; found by its usual names."))
     text_column: str | None = field(default=None, metadata=_help("Column of captions, one or a list a row."))
     id_column: str | None = field(default=None, metadata=_help("Rows that share an id are positives of each other."))
     streaming: bool = field(default=False, metadata=_help("Read once in order; resuming can then not be exact."))
     one_row_per_id: bool = field(default=False, metadata=_help("Never two rows of one id in a batch."))
+
+    # what becomes of an image
     eval_crop: float = field(
         default=1.0,
         metadata=_help(
@@ -124,6 +134,8 @@ class SourceArguments:
             "independent (SIMLA's code)."
         ),
     )
+
+    # what becomes of a text
     max_text_length: int | None = field(
         default=None,
         metadata=_help("Longest text in tokens, the model's own if none; a row of texts is read in windows of it."),
@@ -131,6 +143,8 @@ class SourceArguments:
     caption_rules: Literal["albef"] | None = field(
         default=None, metadata=_help("albef: captions in lower case, without marks, of 30 words; as written if none.")
     )
+
+    # what becomes of rows that cannot be used
     max_pixels: int | None = field(default=None, metadata=_help("Largest picture to decode, in pixels."))
     max_bad_rows: float = field(
         default=0.01,
@@ -149,8 +163,11 @@ class DataArguments(SourceArguments):
 
 @dataclass
 class RunArguments:
+    # where the run writes, and what decides every draw
     output_dir: str = field(default="runs/oner", metadata=_help("Checkpoints, log.jsonl, and the final `model/`."))
     seed: int = field(default=0, metadata=_help("Decides weights, order, captions, crops and masks."))
+
+    # what a step takes
     portions: dict | str | None = field(
         default=None,
         metadata=_help(
@@ -162,6 +179,8 @@ class RunArguments:
         default=None, metadata=_help("The portion that an epoch is of; the first if none.")
     )
     repeat: int = field(default=1, metadata=_help("How often an epoch reads its rows."))
+
+    # how long the run is, and how large a step
     epochs: float = field(default=1, metadata=_help("Length of the run."))
     max_steps: int | None = field(default=None, metadata=_help("Length in steps instead of epochs."))
     batch_size: int = field(default=256, metadata=_help("Rows a step over all processes."))
@@ -172,6 +191,8 @@ class RunArguments:
             "(GradCache). More chunks, less memory, for one more forward."
         ),
     )
+
+    # the learning rate over the run: peak, end, shape, warm-up
     base_learning_rate: float = field(
         default=1e-4,
         metadata=_help("The rate is this times batch_size / 256; of several portions, the batch that an epoch is of."),
@@ -194,6 +215,8 @@ class RunArguments:
     warmup_learning_rate: float = field(
         default=0.0, metadata=_help("Where the warm-up begins; ALBEF's and SIMLA's at 1e-5.")
     )
+
+    # AdamW
     weight_decay: float = field(default=0.05, metadata=_help("AdamW's."))
     decay_norm_and_bias: bool = field(
         default=False, metadata=_help("Decay 1-D parameters too, literally as MoCo-v3's code does.")
@@ -201,14 +224,20 @@ class RunArguments:
     adam_beta1: float = field(default=0.9, metadata=_help("AdamW's first moment."))
     adam_beta2: float = field(default=0.999, metadata=_help("AdamW's second moment."))
     max_grad_norm: float | None = field(default=None, metadata=_help("Clip the gradient's norm; the paper does not."))
+
+    # how it computes
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = field(
         default="auto", metadata=_help("no, bf16, fp16, or auto: bf16 where the hardware multiplies it, else no.")
     )
     compile: bool = field(default=False, metadata=_help("torch.compile of the layers."))
+
+    # what it writes while it runs
     log_every: int = field(default=10, metadata=_help("Steps between lines of log.jsonl."))
     report_to: list[str] = field(default_factory=list, metadata=_help("Trackers of Accelerate: tensorboard, wandb..."))
     save_every_epochs: float = field(default=1, metadata=_help("Epochs between checkpoints."))
     keep_checkpoints: int = field(default=2, metadata=_help("How many of the last checkpoints to keep."))
+
+    # what happens after a stop, or after numbers that are not finite
     resume: str | None = field(
         default=None,
         metadata={
@@ -221,6 +250,8 @@ class RunArguments:
         default=3, metadata=_help("Updates in a row that may be skipped, for NaN or infinity, before the run stops.")
     )
     allow_changes: bool = field(default=False, metadata=_help("Resume although the configuration differs."))
+
+    # what it measures while it runs, and the weights it leaves
     eval_data: list[str] = field(default_factory=list, metadata=_help("Files for retrieval while training."))
     eval_captions: Literal["all", "first"] = field(
         default="all", metadata=_help("Which captions of a row are texts of the evaluation.")
@@ -252,17 +283,22 @@ class Arguments:
         """
         if self.run.portions is None:
             return {self.data.kind: self}
-        return {name: self._portion(name, told) for name, told in self.run.portions.items()}
+        return {name: self._portion(name, options) for name, options in self.run.portions.items()}
 
-    def _portion(self, name: str, told: dict[str, Any]) -> "Arguments":
+    def _portion(self, name: str, options: dict[str, Any]) -> "Arguments":
+        # what a portion may have for itself: all of its data, and a few fields of the run
         hints = {**hints_of(*DATA), **{known: hints_of(RunArguments)[known] for known in PORTION_FIELDS}}
-        if foreign := sorted(set(told) - set(hints)):
+        if foreign := sorted(set(options) - set(hints)):
             raise ValueError(
                 f"portion {name!r} is told {foreign}; expected arguments of the data, or {PORTION_FIELDS}"
             )
-        values = {key: fit(key, value, hints[key], f"portion {name!r}") for key, value in told.items()}
+        values = {key: fit(key, value, hints[key], f"portion {name!r}") for key, value in options.items()}
+
+        # the first portion keeps the run's seed, the others draw from seeds of their own, stable in their name
         first = name == next(iter(self.run.portions))
         seed = self.run.seed if first else concept_id(f"{self.run.seed}/{name}")
+
+        # a portion's arguments hold no portions again
         own = {key: value for key, value in values.items() if key in PORTION_FIELDS}
         return dataclasses.replace(
             self,
@@ -302,6 +338,7 @@ def data_arguments(values: Mapping[str, Any]) -> DataArguments:
 
 def flat(part: Any) -> dict[str, Any]:
     """A dataclass as a mapping in which those that it holds are laid out beside its own fields."""
+    # one level: no two fields of nested dataclasses share a name
     values: dict[str, Any] = {}
     for one in dataclasses.fields(part):
         value = getattr(part, one.name)
@@ -324,16 +361,21 @@ def check(arguments: Arguments) -> None:
 
 
 def _check_data(data: DataArguments) -> None:
+    # the sources and their shares
     if not data.train_data:
         raise ValueError("train_data is empty; expected files, a folder, or the name of a data set")
     if data.data_weights is not None and len(data.data_weights) != len(data.train_data):
         raise ValueError(
             f"data_weights is {data.data_weights}; expected one for each of the {len(data.train_data)} in train_data"
         )
+
+    # shares
     if not 0 <= data.max_bad_rows <= 1:
         raise ValueError(f"max_bad_rows is {data.max_bad_rows}; expected a share in [0, 1]")
     if not 0 < data.eval_crop <= 1:
         raise ValueError(f"eval_crop is {data.eval_crop}; expected a share in (0, 1]")
+
+    # options that exclude each other
     if data.one_row_per_id and data.id_column is None:
         raise ValueError("one_row_per_id needs id_column, got none")
     if data.one_row_per_id and data.streaming:
@@ -352,11 +394,14 @@ def _check_batches(run: RunArguments) -> None:
 
 
 def _check_run(run: RunArguments) -> None:
+    # lengths and intervals
     if run.max_steps is not None and run.max_steps < 1:
         raise ValueError(f"max_steps is {run.max_steps}; expected at least 1, or none for a run of `epochs`")
     for name in ("log_every", "keep_checkpoints", "max_nonfinite_steps"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} is {getattr(run, name)}; expected at least 1")
+
+    # the warm-up
     if run.warmup_learning_rate < 0:
         raise ValueError(f"warmup_learning_rate is {run.warmup_learning_rate}; expected 0 or more")
     if run.warmup_steps is not None and run.warmup_steps < 0:

@@ -32,8 +32,11 @@ def build_processor_and_config(
     Raises:
         ValueError: a family or size that does not exist, a stream without a tokenizer.
     """
-    model, overrides = arguments.model, dict(arguments.model.model_config or {})
-    colours = NORMALIZATIONS[arguments.data.image_normalization or "imagenet"]
+    model = arguments.model
+    overrides = dict(model.model_config or {})
+    colours = NORMALIZATIONS[arguments.data.image_normalization or "imagenet"]  # mean and deviation, (3,) each
+
+    # tokenizer and configuration: those of a trained model, or new ones that fit each other
     if model.initial_model is not None:
         processor = AutoProcessor.from_pretrained(model.initial_model)
         tokenizer = processor.tokenizer
@@ -50,6 +53,8 @@ def build_processor_and_config(
         }
         config_class = CONFIG_MAPPING[model.family]
         config = config_class.from_size(model.size, **{"vocab_size": len(tokenizer), **ids, **overrides})
+
+    # the processor: its images fit the configuration
     image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop, *colours)
     joint = config.pair_layout == "joint"
     options = {"max_text_length": config.max_text_length, "joint_layout": joint}
@@ -59,6 +64,7 @@ def build_processor_and_config(
 def _image_processor(
     image_size: int, patch_size: int, eval_crop: float, mean: Sequence[float], std: Sequence[float]
 ) -> VisionLanguageImageProcessor:
+    # images are resized to `side`, then the middle is cropped
     side = round(image_size / eval_crop)
     options = {"size": {"height": side, "width": side}, "patch_size": patch_size}
     options |= {"image_mean": list(mean), "image_std": list(std)}
@@ -70,6 +76,8 @@ def _image_processor(
 def _tokenizer(arguments: Arguments, rows: Mapping[str, PairRows | PairStream], max_text_length: int):
     if arguments.model.tokenizer is not None:
         return tokenizer_from_vocab(arguments.model.tokenizer, max_text_length=max_text_length)
+
+    # reading the captions for a vocabulary comes before reading them to train
     if any(isinstance(portion, PairStream) for portion in rows.values()):
         raise ValueError("a stream is read once, so no vocabulary can be trained on it first; expected `tokenizer`")
     captions = chain.from_iterable(portion.captions() for portion in rows.values())
@@ -85,6 +93,7 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
         ModelDirectoryError: `initial_model` is damaged, or lacks weights of its tower or a part of a head.
         ValueError: `initial_vision` or `initial_text` cannot be read or does not fit; names the keys.
     """
+    # the seed decides what is drawn: all weights from scratch, else only heads that the checkpoint lacks
     torch.manual_seed(arguments.run.seed)
     options = {}
     if arguments.model.attn_implementation is not None:
@@ -100,6 +109,8 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
         )
     else:
         model = AutoModelForPreTraining.from_config(config, dtype=torch.float32, **options)
+
+    # towers of other models over the drawn ones
     if arguments.model.initial_vision is not None or arguments.model.initial_text is not None:
         report = initialise(model, arguments.model.initial_vision, arguments.model.initial_text)
         if rank() == 0:

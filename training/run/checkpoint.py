@@ -54,6 +54,8 @@ def save_checkpoint(
     directory = Path(directory)
     final = directory / f"{PREFIX}{step:08d}"
     partial = directory / f".{final.name}.partial"
+
+    # written beside and renamed: at any moment the directory holds whole checkpoints only
     try:
         sweep(directory)
         _write(partial, tensors, state)
@@ -83,6 +85,7 @@ def _discard(path: Path) -> None:
 
 
 def _write(directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
+    # a safetensors file for each stem
     directory.mkdir(parents=True)
     for stem, content in tensors.items():
         # a clone of its own for each: safetensors refuses tied tensors, and a checkpoint has no use for ties
@@ -90,6 +93,8 @@ def _write(directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], s
                   directory / f"{stem}.safetensors")  # fmt: skip
     text = json.dumps({**state, FILES: sorted(tensors)}, indent=1)
     (directory / STATE).write_text(text, encoding="utf-8")
+
+    # digests of all that, and then all of it onto the disk before the rename
     manifest = {file.name: sha256_of(file) for file in sorted(directory.iterdir())}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for file in directory.iterdir():
@@ -99,8 +104,8 @@ def _write(directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], s
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
     """Checkpoints by step, the last one last, whole or not."""
-    found = [path for path in Path(directory).glob(f"{PREFIX}*") if path.is_dir() and step_of(path) is not None]
-    return sorted(found, key=step_of)
+    paths = [path for path in Path(directory).glob(f"{PREFIX}*") if path.is_dir() and step_of(path) is not None]
+    return sorted(paths, key=step_of)
 
 
 def step_of(path: str | Path) -> int | None:
@@ -116,6 +121,7 @@ def find_checkpoint(directory: str | Path) -> Path | None:
     Raises:
         CheckpointError: there are some, but not one is whole: to begin anew in silence would be to lose the run.
     """
+    # the newest first
     damage = []
     for path in reversed(list_checkpoints(directory)):
         try:
@@ -147,12 +153,16 @@ def set_aside(directory: str | Path, step: int) -> list[Path]:
 def verify(path: str | Path) -> None:
     """Raises `CheckpointError` that names the first file that is missing or whose bytes are not those written."""
     path = Path(path)
+
+    # the manifest
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST}: cannot be read: {error}") from error
     if not isinstance(manifest, dict) or STATE not in manifest:
         raise CheckpointError(f"{path / MANIFEST}: expected the digests of {STATE} and others, got {manifest!r:.80}")
+
+    # what it names is there, byte for byte, and nothing else is
     for name, digest in manifest.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name}: missing")
@@ -183,6 +193,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
 
 def load_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """All weights and buffers of the model, or a `CheckpointError` that lists the keys that do not fit."""
+    # as if nothing were spread over processes; tied weights under each of their names
     shapes = full_shapes(model)
     wrong = {
         name: f"{tuple(value.shape)}, expected {tuple(shapes[name])}"
@@ -191,6 +202,8 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], pa
     }
     if wrong:
         raise CheckpointError(f"{path}: wrong shapes {dict(list(wrong.items())[:10])}")
+
+    # names last: a wrong shape says more than a missing name
     missing, unexpected = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     if missing or unexpected:
         raise CheckpointError(f"{path}: missing keys {missing[:10]}, unexpected keys {unexpected[:10]}")
@@ -209,6 +222,7 @@ def restore_optimizer(
     Raises:
         CheckpointError: the parameters are grouped in another way, or keys or shapes are not theirs.
     """
+    # names of the state, `INDEX.NAME`, gathered by the parameter's index
     parameters = sum(len(group["params"]) for group in groups)
     names: dict[str, set[str]] = {}
     for key in tensors:
@@ -217,7 +231,9 @@ def restore_optimizer(
             raise CheckpointError(f"{path}: the optimiser's state holds {key!r}; expected a number below {parameters} "
                                   f"and a name")  # fmt: skip
         names.setdefault(index, set()).add(name)
-    if len(kinds := {frozenset(held) for held in names.values()}) > 1:
+
+    # every parameter has the same kinds of moments
+    if len(kinds := {frozenset(moments) for moments in names.values()}) > 1:
         different = sorted(map(sorted, kinds))
         raise CheckpointError(f"{path}: the optimiser's state is not the same for all parameters: {different}")
     try:
@@ -231,6 +247,8 @@ def random_state() -> dict[str, torch.Tensor]:
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
+
+    # Mersenne Twister: 624 keys, its position, and the half of a pair of normal draws that is not yet given
     _, keys, position, has_gauss, cached = np.random.get_state()
     tensors["numpy"] = torch.from_numpy(np.array([*keys, position, has_gauss, _bits(cached)], dtype=np.int64))
     version, internal, gauss = random.getstate()
@@ -251,6 +269,7 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _bits(number: float) -> int:
+    # a float's bits as an integer, so that one integer tensor holds all
     return int(np.float64(number).view(np.int64))
 
 

@@ -44,6 +44,8 @@ def pair_collator(
         clean_caption=CAPTION_RULES.get(data.caption_rules),
         max_pixels=data.max_pixels,
     )
+
+    # what is hidden, and how the two lie in a batch
     corruption = _corruption(data.masking if masking is None else masking, special)
     return _collator(arguments, reader, _pair_layout(config, special), corruption)
 
@@ -58,6 +60,7 @@ def text_collator(
     Of texts without images. One of more than `max_text_length` tokens is read in windows of so many; the
     configuration's number if none is given. Rules for captions do not hold for them.
     """
+    # long texts become windows; no image transform, for there is no image
     data = arguments.data
     special = SpecialTokens.of(config, processor.tokenizer)
     reader = Reader(
@@ -96,6 +99,8 @@ def task_collator(
 ) -> Collator:
     """Of a task's rows: a text that their source has cleaned, one image or several, and what is right."""
     data = arguments.data
+
+    # texts come cleaned, so no caption rules; nothing is hidden
     special = SpecialTokens.of(config, processor.tokenizer)
     reader = Reader(
         processor.tokenizer,
@@ -105,8 +110,8 @@ def task_collator(
         max_text_length=config.max_text_length,
         max_pixels=data.max_pixels,
     )
-    right = Labels() if targets is None else targets(processor, config)
-    return _collator(arguments, reader, _pair_layout(config, special), targets=right)
+    answers = Labels() if targets is None else targets(processor, config)
+    return _collator(arguments, reader, _pair_layout(config, special), targets=answers)
 
 
 # kind of rows -> what makes batches of them
@@ -125,6 +130,7 @@ def _collator(
 
 
 def _pair_layout(config: PreTrainedConfig, special: SpecialTokens) -> Layout:
+    # a family that cuts images and texts apart says so in its configuration class
     return LAYOUTS[getattr(type(config), "pair_layout", "joint")](special, config.patch_size)
 
 
@@ -136,6 +142,7 @@ def _transform(
     data: DataArguments, processor: VisionLanguageProcessor, config: PreTrainedConfig
 ) -> TrainingImageTransform:
     """What the processor does to an image, behind a random crop; and a second view if one is asked for."""
+    # one code for each patch, so the second view is as many strides a side as there are patches
     second_view = None
     if data.code_crop is not None:
         second_view = CodeView(config.image_size // config.patch_size * CODE_STRIDE, data.code_crop)

@@ -70,16 +70,25 @@ class Engine:
         evaluate: Evaluate | None = None,
     ):
         run = arguments.run
-        self.accelerator, self.arguments, self.run = accelerator, arguments, run
-        self.loader, self.total_steps, self.epoch_steps, self.evaluate = loader, total_steps, epoch_steps, evaluate
+        self.accelerator = accelerator
+        self.arguments = arguments
+        self.run = run
+        self.loader = loader
+        self.total_steps = total_steps
+        self.epoch_steps = epoch_steps
+        self.evaluate = evaluate
         self.output_dir = Path(run.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.model = model
+
+        # each portion has its own batch size and chunks
         portions = arguments.portions()
         if portions.keys() != objective.portions.keys():
             raise ValueError(f"the run has the portions {list(portions)}; expected {list(objective.portions)}")
-        self.batch_sizes = {name: told.run.batch_size for name, told in portions.items()}
-        self.chunks = {name: told.run.gradient_cache_chunks for name, told in portions.items()}
+        self.batch_sizes = {name: options.run.batch_size for name, options in portions.items()}
+        self.chunks = {name: options.run.gradient_cache_chunks for name, options in portions.items()}
+
+        # the optimiser goes over the unwrapped model; `prepare` wraps both for the engine
         optimizer = build_optimizer(self.model, run, arguments.epoch_of().run.batch_size)
         self.schedule = build_schedule(optimizer, run, total_steps, epoch_steps)
         if run.compile:
@@ -87,7 +96,8 @@ class Engine:
         self.whole_model = WholeModel(accelerator, model)
         self.student, self.optimizer = prepare(accelerator, model, optimizer, objective)
         self.objective = objective
-        self.step, self.stopped = 0, False
+        self.step = 0
+        self.stopped = False
         self.metrics: dict[str, float] = {}
         self.log = RunLog(self.output_dir / "log.jsonl")
         self.guard = NonFiniteGuard(self.output_dir, run.max_nonfinite_steps, self.model, self.objective)
@@ -111,23 +121,32 @@ class Engine:
         return self.metrics
 
     def _loop(self) -> None:
-        clock, logged = time.perf_counter(), self.step
+        clock = time.perf_counter()
+        logged = self.step
         with tqdm(
             total=self.total_steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process
         ) as bar:
             for batches in self.loader(self.step):
                 taken = self._train_step(batches)
                 bar.update()
+
+                # a line of the log, with the speed since the last one
                 if self.step % self.run.log_every == 0 or self.step == self.total_steps:
-                    seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                    speed, logged = (self.step - logged) / seconds, self.step
-                    bar.set_postfix(
-                        loss=f"{self._log(taken, speed):.3f}", rows_s=f"{speed * sum(self.batch_sizes.values()):.0f}"
-                    )
+                    now = time.perf_counter()
+                    speed = (self.step - logged) / (now - clock)
+                    clock = now
+                    logged = self.step
+                    loss = self._log(taken, speed)
+                    bar.set_postfix(loss=f"{loss:.3f}", rows_s=f"{speed * sum(self.batch_sizes.values()):.0f}")
+
+                # asked before the evaluation: a signal that comes meanwhile stops the run a step later
                 stopping = self._stopping()
                 if self._due(self.run.eval_every_epochs) or self.step == self.total_steps:
                     self._evaluate()
-                    clock, logged = time.perf_counter(), self.step
+                    clock = time.perf_counter()
+                    logged = self.step
+
+                # the state after this step; no checkpoint before the verdicts on all its updates are read
                 if stopping or self._due(self.run.save_every_epochs) or self.step == self.total_steps:
                     self.guard.settle()
                     self._save()
@@ -141,6 +160,8 @@ class Engine:
         self.student.train()
         self.schedule.step_update(self.step)
         taken = loss_and_gradients(self.accelerator, self.objective, self.student, batches, progress, self.chunks)
+
+        # the update, and what follows it: teachers and queues, which obey `applied` too
         applied = self._update(taken.loss)
         self.optimizer.zero_grad()
         self.objective.after_step(applied, taken.kept)
@@ -154,6 +175,8 @@ class Engine:
             # it stepped in its backward, or did not, for a gradient that was not finite
             norm = math.nan if self.optimizer.step_was_skipped else 0.0
             return self.guard.judge(loss, torch.tensor(norm, device=loss.device))
+
+        # the gradient's norm, after the scale of fp16 is taken off and across all shards
         if self.run.max_grad_norm is not None:
             norm = whole(accelerator.clip_grad_norm_(self.student.parameters(), self.run.max_grad_norm))
         else:
@@ -192,9 +215,9 @@ class Engine:
     def _log(self, taken: Taken, speed: float) -> float:
         """A line of the loss and its parts, means over processes; `speed` in steps a second."""
         self.guard.settle()
-        named = {"loss": taken.loss, **taken.parts}
-        means = self.accelerator.reduce(torch.stack([part.float() for part in named.values()]), reduction="mean")
-        values = dict(zip(named, means.tolist(), strict=True))
+        parts = {"loss": taken.loss, **taken.parts}
+        means = self.accelerator.reduce(torch.stack([part.float() for part in parts.values()]), reduction="mean")
+        values = dict(zip(parts, means.tolist(), strict=True))
         shown = values["loss"]
         # JSON has no NaN
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -225,6 +248,8 @@ class Engine:
         generators = {
             name: gather_without_gradient(value[None].to(device)).cpu() for name, value in random_state().items()
         }
+
+        # collective: a sharded state is gathered on all, and only the first process writes it
         moments, groups = full_optimizer_state(self.optimizer)
         tensors = {
             "model": full_state(self.model),
@@ -243,6 +268,7 @@ class Engine:
             raise error or CheckpointError(f"the first process could not save step {self.step}")
 
     def _write_checkpoint(self, tensors: dict[str, dict[str, torch.Tensor]], groups: list[dict[str, Any]]) -> None:
+        # a run that goes on from NaN stays NaN
         for stem in ("model", "objective"):
             spoiled = [n for n, v in tensors[stem].items() if v.is_floating_point() and not v.isfinite().all()]
             if spoiled:
@@ -271,6 +297,8 @@ class Engine:
                 self._restore(path, tensors, state)
             except KeyError as error:
                 raise CheckpointError(f"{path}: lacks {error}") from error
+
+        # what the run left after that step is no part of it any more
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             sweep(self.output_dir)
@@ -290,7 +318,8 @@ class Engine:
         except RuntimeError as error:
             raise CheckpointError(f"{path}: the objective's state is not the one expected: {error}") from error
         restore_optimizer(self.optimizer, tensors["optimizer"], state["optimizer_groups"], path)
-        self.step, self.metrics = state["step"], state["metrics"]
+        self.step = state["step"]
+        self.metrics = state["metrics"]
         self.guard.load_state_dict(state["nonfinite"])
         self._restore_randomness(tensors["random"])
         if self.accelerator.scaler is not None and state["scaler"]:
@@ -298,7 +327,8 @@ class Engine:
 
     def _restore_randomness(self, generators: dict[str, torch.Tensor]) -> None:
         """Each process's own; of another number of processes, or of other devices, seeds of this place in the run."""
-        processes, seed = len(generators["cpu"]), self.run.seed + rank() + self.step
+        processes = len(generators["cpu"])
+        seed = self.run.seed + rank() + self.step
         if processes != world_size() or (torch.cuda.is_available() and "cuda" not in generators):
             set_seed(seed)
         if processes == world_size():

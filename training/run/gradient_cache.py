@@ -53,12 +53,18 @@ def loss_and_gradients(
     """
     if batches.keys() != objective.portions.keys():
         raise ValueError(f"got batches of {sorted(batches)}; expected one of each of {sorted(objective.portions)}")
+
+    # what moves before a step, and gradients that an engine may have kept of the last one
     objective.before_step()
     several = len(objective.portions) > 1
     if several:
         forget_gradients(accelerator, student)
     networks = [student, *(teacher.model for teacher in objective.teachers())]
-    parts, kept, losses = {}, {}, []
+    parts: Batch = {}
+    kept: Batch = {}
+    losses = []
+
+    # one backward a portion; only the last exchanges gradients
     for number, (name, portion) in enumerate(objective.portions.items()):
         last = number == len(batches) - 1
         step = PortionStep(accelerator, portion, student, networks, progress, last, several)
@@ -134,7 +140,7 @@ class PortionStep:
                 rng_state = RngState(self.accelerator.device)
                 online = self.portion.represent(self.student, chunk, targets, self.progress)
                 statistics.back()  # the second pass counts
-            rows = {name: in_full(value) for name, value in online.rows.items()}
+            rows = {name: in_full(value) for name, value in online.rows.items()}  # (b, P) each
             passes.append(ChunkPass(targets, rows, online.common, rng_state))
         statistics.settle()
         return passes
@@ -142,9 +148,10 @@ class PortionStep:
     def compare(self, passes: list["ChunkPass"]) -> tuple[Comparison, "Slopes"]:
         """The parts of the loss that see the whole batch, detached, and their slopes at rows and at what is common."""
         # the whole batch, as leaves
-        rows = {name: value.requires_grad_() for name, value in _laid_end_to_end([one.rows for one in passes]).items()}
+        whole = _laid_end_to_end([one.rows for one in passes])
+        rows = {name: value.requires_grad_() for name, value in whole.items()}  # (B, P) each
         common = {name: value.clone().requires_grad_() for name, value in passes[-1].common.items()}
-        targets = _laid_end_to_end([one.targets.rows for one in passes])
+        targets = _laid_end_to_end([one.targets.rows for one in passes])  # (B, ...)
         with self.accelerator.autocast():
             compared = self.portion.compare(rows, common, targets, self.progress)
         if not compared.parts:
@@ -152,10 +159,11 @@ class PortionStep:
 
         # its slopes, those of rows cut as the chunks are
         leaves = {**rows, **common}
-        found = torch.autograd.grad(self.portion.weigh(compared.parts), list(leaves.values()), allow_unused=True)
-        slopes = {name: slope for name, slope in zip(leaves, found, strict=True) if slope is not None}
+        loss = self.portion.weigh(compared.parts)  # 0-dim
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)  # as the leaves
+        slopes = {name: slope for name, slope in zip(leaves, gradients, strict=True) if slope is not None}
         sizes = {name: [len(one.rows[name]) for one in passes] for name in rows}
-        of_rows = {name: slopes[name].split(sizes[name]) for name in rows if name in slopes}
+        of_rows = {name: slopes[name].split(sizes[name]) for name in rows if name in slopes}  # chunks of (b, P)
         of_common = {name: slopes[name] for name in common if name in slopes}
         parts = {name: part.detach() for name, part in compared.parts.items()}
         return Comparison(parts, compared.kept), Slopes(of_rows, of_common, len(passes))
@@ -167,11 +175,12 @@ class PortionStep:
         # a first pass that gave nothing drew nothing either
         rng_state = before.rng_state.replayed() if before.rows else nullcontext()
         with exchanging_gradients(self.accelerator, self.student, last), rng_state:
+            # the same forward as the first, now with its graph
             chunk = _moved(chunk, self.accelerator.device)
             with self.accelerator.autocast():
                 online = self.portion.represent(self.student, chunk, before.targets, self.progress, counts)
             reached = {**{name: in_full(value) for name, value in online.rows.items()}, **online.common}
-            pulls = [(reached[name] * slope).sum() for name, slope in slopes.items()]
+            pulls = [(reached[name] * slope).sum() for name, slope in slopes.items()]  # 0-dim each
             self.backward(self.portion.weigh(online.parts) + sum(pulls), last)
         return {name: part.detach() for name, part in online.parts.items()}
 
@@ -204,6 +213,7 @@ class Slopes:
         """What goes back through a chunk: the slopes of its rows, and an even share of the common ones."""
         # a share with every chunk: ZeRO-3 adds to the gradient of the step before where the first chunk gives none
         shares = {name: slope / self.chunks for name, slope in self.common.items()}
+        # each slope meets the representation it is the slope of
         return {**{name: slopes[number] for name, slopes in self.rows.items()}, **shares}
 
 
@@ -231,8 +241,8 @@ class RunningStatistics:
     """
 
     def __init__(self, networks: Iterable[nn.Module]):
-        found = [layer for network in networks for layer in network.modules() if isinstance(layer, BatchNorm)]
-        self.layers = [layer for layer in found if layer.training]
+        norms = [layer for network in networks for layer in network.modules() if isinstance(layer, BatchNorm)]
+        self.layers = [layer for layer in norms if layer.training]
         tracked = [layer for layer in self.layers if layer.running_mean is not None]
         self.buffers = [buffer for layer in tracked for buffer in (layer.running_mean, layer.running_var)]
         self.counters = [layer.num_batches_tracked for layer in tracked]
@@ -249,9 +259,11 @@ class RunningStatistics:
 
     @torch.no_grad()
     def begin(self) -> None:
-        self.start, self.start_counts = ([b.clone() for b in side] for side in (self.buffers, self.counters))
+        self.start = [buffer.clone() for buffer in self.buffers]
+        self.start_counts = [counter.clone() for counter in self.counters]
         self.moved = [torch.zeros_like(buffer) for buffer in self.buffers]
-        self.end_counts, self.chunks = self.start_counts, 0
+        self.end_counts = self.start_counts
+        self.chunks = 0
 
     @torch.no_grad()
     def back(self) -> None:
@@ -278,8 +290,9 @@ class RunningStatistics:
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
+    # from pinned memory the copy runs beside the computation
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def _laid_end_to_end(chunks: list[Batch]) -> Batch:
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}  # (B, ...) of (b, ...)

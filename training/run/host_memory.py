@@ -23,5 +23,6 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
+    # never map by itself, never give back, and take 64 MiB from the system at a time
     wanted = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 2**26}
     return all([mallopt(name, value) == 1 for name, value in wanted.items()])

@@ -50,7 +50,10 @@ def make_accelerator(run: RunArguments) -> Accelerator:
     if absent := [name for name in run.report_to if name not in {*installed, "all"}]:
         # Accelerate would only warn, and the numbers be lost
         raise ValueError(f"report_to names {absent}, which is not installed; there are {sorted(installed)}")
-    launch, precision = read_launch(), choose_precision(run.mixed_precision)
+
+    # engine and precision; what cannot go together is refused here
+    launch = read_launch()
+    precision = choose_precision(run.mixed_precision)
     _check_launch(launch, precision)
     sharded = launch.fsdp or launch.deepspeed
     options: dict[str, Any] = {}
@@ -65,11 +68,13 @@ def make_accelerator(run: RunArguments) -> Accelerator:
         step_scheduler_with_optimizer=False,
         **options,
     )
+
+    # what the configuration of `accelerate launch` may hold besides
     if accelerator.gradient_accumulation_steps != 1:
         raise ParallelError(
             f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}: accumulating a contrastive "
             f"loss leaves only a micro-batch's negatives, which is another loss; gradient_cache_chunks passes the "
-            f"batch in pieces and keeps all its negatives, or lower batch_size, or add processes"
+            f"batch in chunks and keeps all its negatives, or lower batch_size, or add processes"
         )
     if launch.fsdp:
         _take_fsdp(accelerator)
@@ -91,6 +96,7 @@ def choose_precision(asked: str) -> str:
 
 
 def _check_launch(launch: Launch, precision: str) -> None:
+    # each engine with what it cannot train as one process does
     engine = "FSDP" if launch.fsdp else "DeepSpeed"
     if (launch.fsdp or launch.deepspeed) and precision == "fp16":
         raise ParallelError(
@@ -122,6 +128,8 @@ def _take_fsdp(accelerator: Accelerator) -> None:
             f"FSDP was asked for and Accelerate took {accelerator.distributed_type.value}: nothing would be sharded; "
             f"leave FSDP out, or start it on devices that it knows"
         )
+
+    # options that leave the teacher nothing to follow
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ParallelError(
@@ -151,12 +159,16 @@ def _take_fsdp(accelerator: Accelerator) -> None:
 def _take_deepspeed(accelerator: Accelerator, run: RunArguments) -> None:
     plugin = accelerator.state.deepspeed_plugin
     config = plugin.deepspeed_config
+
+    # weights stay fp32
     for half in ("bf16", "fp16"):
         if config.get(half, {}).get("enabled") is True:
             raise ParallelError(
                 f"the DeepSpeed configuration enables {half}, which casts the weights, so that one process trains "
                 f"another run: leave it out; the run's mixed_precision: bf16 computes in bf16 over fp32 weights"
             )
+
+    # and on the device, unrounded
     zero = config.setdefault("zero_optimization", {})
     for part in ("optimizer", "param"):
         if (zero.get(f"offload_{part}") or {}).get("device", "none") not in ("none", None):
@@ -193,20 +205,22 @@ def prepare(
             f"{len(half)} weights are in half precision, {half[:3]}, where small updates and the teacher's are lost; "
             f"expected float32, over which mixed_precision computes in bf16"
         )
+
+    # the engine wraps the student, then each teacher is spread as the student now is
     student, wrapped = accelerator.prepare(model, optimizer)
     objective.to(accelerator.device)
-    kept = []
+    engines = []
     for teacher in objective.teachers():
         release = None
         if accelerator.distributed_type == DistributedType.FSDP:
             fsdp_shard_alike(teacher.model, model)
         elif any(is_zero_3(parameter) for parameter in model.parameters()):
-            kept.append(_spread_by_zero_3(teacher.model))
+            engines.append(_spread_by_zero_3(teacher.model))
             # a parameter that a forward returns stays gathered, and the next forward would take it for new
-            release = kept[-1].optimizer.partition_all_parameters
+            release = engines[-1].optimizer.partition_all_parameters
         teacher.follow(model, release)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.deepspeed_engine_wrapped = GuardedEngine(student, kept)
+        accelerator.deepspeed_engine_wrapped = GuardedEngine(student, engines)
     return student, wrapped
 
 
@@ -293,7 +307,8 @@ class WholeModel:
     """
 
     def __init__(self, accelerator: Accelerator, model: PreTrainedModel):
-        self.accelerator, self.model = accelerator, model
+        self.accelerator = accelerator
+        self.model = model
         plugin = accelerator.state.deepspeed_plugin
         stage_3 = plugin is not None and plugin.zero_stage == 3
         self.spread = stage_3 or accelerator.distributed_type == DistributedType.FSDP
@@ -305,6 +320,7 @@ class WholeModel:
         Collective. On the device inside the block, to be run by the first process only; on the CPU afterwards. The
         other processes get the spread student, which they cannot run alone.
         """
+        # every process takes part in gathering, though only the first has a copy to fill
         state = full_state(self.model) if self.spread else {}
         if self.copy is None:
             yield self.model

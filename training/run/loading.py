@@ -51,12 +51,16 @@ class RunLoader:
             raise ValueError(
                 f"got rows of {sorted(rows)} and collators of {sorted(collators)}; expected {sorted(portions)}"
             )
+
+        # bad rows that are known before the first step count already
         self.quarantine = quarantine_of(arguments, rows)
         self.quarantine.check_opening()
         self.portions = {
-            name: PortionLoader(name, told, rows[name], collators[name], self.quarantine)
-            for name, told in portions.items()
+            name: PortionLoader(name, options, rows[name], collators[name], self.quarantine)
+            for name, options in portions.items()
         }
+
+        # an epoch is one portion's; the run's length follows from it
         epoch = self.portions[arguments.run.epoch_portion or next(iter(portions))]
         self.epoch_steps = epoch.epoch_steps
         self.total_steps = arguments.run.max_steps or round(arguments.run.epochs * self.epoch_steps)
@@ -90,13 +94,21 @@ class PortionLoader:
     """
 
     def __init__(self, name: str, arguments: Arguments, rows: Rows, collator: Collator, quarantine: Quarantine):
-        self.name, self.arguments, self.rows = name, arguments, rows
-        self.collator, self.quarantine = collator, quarantine
-        data, run = arguments.data, arguments.run
+        self.name = name
+        self.arguments = arguments
+        self.rows = rows
+        self.collator = collator
+        self.quarantine = quarantine
+        data = arguments.data
+        run = arguments.run
+
+        # a stream has no length: its epoch is the run
         if isinstance(rows, PairStream):
             _check_stream(arguments)
             self.epoch_steps = run.max_steps
             return
+
+        # the order of rows: how a mixture is drawn, and which rows may not meet in a batch
         self.mixture = {"groups": rows.ids() if data.one_row_per_id else None}
         if data.data_weights is not None:
             self.mixture |= {"sizes": rows.sizes, "weights": data.data_weights}
@@ -105,14 +117,20 @@ class PortionLoader:
 
     def batches(self, start_step: int, total_steps: int) -> Iterator[Batch]:
         """From a step to the end, while what the batches tell of bad rows goes into the quarantine."""
-        run, watch = self.arguments.run, self.quarantine.watches[self.name]
-        device, path = PartialState().device, self.quarantine.path
+        run = self.arguments.run
+        watch = self.quarantine.watches[self.name]
+        device = PartialState().device
+        path = self.quarantine.path
+
+        # rows that were found bad at the opening, said once
         if watch.opened and self.quarantine.is_main:
             count = len(watch.opened)
             warnings.warn(
                 f"{count} of {watch.total} rows cannot be used and will be replaced; see {path}", stacklevel=4
             )
         earlier = sum_over_processes(watch.before if self.quarantine.is_main else (0, 0), device)
+
+        # each batch, less the list of rows that it replaced
         for step, batch in enumerate(self._loader(start_step, total_steps), start_step):
             failed = batch.pop("quarantine", [])
             if failed and watch.new == (0, 0):
@@ -129,6 +147,7 @@ class PortionLoader:
         return line_of(*place, **what)
 
     def _loader(self, start_step: int, total_steps: int) -> Iterable[dict[str, Any]]:
+        # this process's share of each batch, from `start_step` on
         run = self.arguments.run
         place = {"rank": rank(), "world_size": world_size(), "seed": run.seed, "start_step": start_step}
         if isinstance(self.rows, PairStream):
@@ -158,6 +177,7 @@ def _check_stream(arguments: Arguments) -> None:
         raise ValueError("a stream has no length, so the run needs max_steps, got none")
     if run.schedule == "albef":
         raise ValueError("schedule albef falls with each epoch, and a stream has none; expected cosine")
+    # a warm-up in epochs is a share of the run for a stream
     if run.warmup_steps is None and run.warmup_epochs >= 1:
         raise ValueError(
             f"warmup_epochs is {run.warmup_epochs}, which would warm up to the end of {run.max_steps} steps; "

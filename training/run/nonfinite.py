@@ -61,13 +61,18 @@ class NonFiniteGuard:
     """
 
     def __init__(self, output_dir: str | Path, limit: int, model: nn.Module, objective: Objective):
-        self.output_dir, self.limit = Path(output_dir), limit
-        self.model, self.objective = model, objective
-        self.total, self.in_a_row = 0, 0
+        self.output_dir = Path(output_dir)
+        self.limit = limit
+        self.model = model
+        self.objective = objective
+        self.total = 0
+        self.in_a_row = 0
+
+        # steps without a verdict yet, what batch norms held before the last one, and the sentences for the error
         self._steps: list[_Step] = []
         self._statistics: list[torch.Tensor] | None = None
         self._kept: list[torch.Tensor] = []
-        self._told: list[str] = []
+        self._reports: list[str] = []
 
     def before(self, number: int, batches: Mapping[str, Batch], progress: float) -> None:
         """Remembers what step `number` (the first is 1) begins with. The batches still lie on the host."""
@@ -94,13 +99,17 @@ class NonFiniteGuard:
             scale (0-dim, *optional*): Factor of a GradScaler. Gradients that overflow under a factor above 1 are the
                 scaler's own search: the update is not applied, but it is no fault and not counted.
         """
-        loss, norm = loss.detach().float(), norm.detach().float().to(loss.device)
-        applied = minimum_over_processes((loss.isfinite() & norm.isfinite()).float())
+        loss = loss.detach().float()  # ()
+        norm = norm.detach().float().to(loss.device)  # ()
+        finite = (loss.isfinite() & norm.isfinite()).float()  # ()
+        applied = minimum_over_processes(finite)  # (), 0 as soon as one process has 0
         fault = 1 - applied
         if scale is not None:
             fault = fault * (1 - minimum_over_processes((loss.isfinite() & (scale > 1)).float()))
         self._restore(applied)
-        self._steps[-1] = self._steps[-1]._replace(verdict=torch.stack([fault, loss, norm]))
+
+        # the verdict stays on the device until `settle` reads it
+        self._steps[-1] = self._steps[-1]._replace(verdict=torch.stack([fault, loss, norm]))  # verdict (3,)
         return applied
 
     def _restore(self, applied: torch.Tensor) -> None:
@@ -116,39 +125,42 @@ class NonFiniteGuard:
         Raises:
             FloatingPointError: `limit` steps in a row; names their numbers, losses, rows and directories.
         """
-        steps, self._steps = [step for step in self._steps if step.verdict is not None], []
+        steps = [step for step in self._steps if step.verdict is not None]
+        self._steps = []
         if not steps:
             return
-        for step, (fault, loss, norm) in zip(
-            steps, torch.stack([step.verdict for step in steps]).tolist(), strict=True
-        ):
+        verdicts = torch.stack([step.verdict for step in steps]).tolist()  # (steps, 3), one wait for all
+        for step, (fault, loss, norm) in zip(steps, verdicts, strict=True):
             if not fault:
-                self.in_a_row, self._told = 0, []
+                self.in_a_row = 0
+                self._reports = []
                 continue
-            self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+            self.total += 1
+            self.in_a_row += 1
             path = self.output_dir / f"nonfinite-{step.number:08d}"
             try:
                 self._keep(path, step, loss, norm)
             except (OSError, SafetensorError) as error:
                 logger.warning(f"{path}: cannot be written: {error}")
             rows = {name: value.tolist()[:8] for name, value in step.rows.items() if name.endswith(".rows")}
-            self._told.append(f"step {step.number}: loss {loss}, gradient norm {norm}, first {rows}, see {path}")
-            logger.warning(f"the update was not applied, for it is not finite; {self._told[-1]}")
+            self._reports.append(f"step {step.number}: loss {loss}, gradient norm {norm}, first {rows}, see {path}")
+            logger.warning(f"the update was not applied, for it is not finite; {self._reports[-1]}")
             if self.in_a_row >= self.limit:
                 raise FloatingPointError(
                     f"{self.in_a_row} steps in a row were not finite (max_nonfinite_steps is {self.limit}); "
-                    + "; ".join(self._told)
+                    + "; ".join(self._reports)
                 )
 
     def _keep(self, path: Path, step: _Step, loss: float, norm: float) -> None:
         path.mkdir(parents=True, exist_ok=True)
         # renamed file by file, since each process writes its own
-        stem, content = f"process-{rank()}", {**step.rows, **step.random}
+        stem = f"process-{rank()}"
+        content = {**step.rows, **step.random}
         save_file({name: value.contiguous() for name, value in content.items()}, path / f".{stem}.partial")
         os.replace(path / f".{stem}.partial", path / f"{stem}.safetensors")
         # as text, for JSON has no NaN
-        told = {"step": step.number, "progress": step.progress, "loss": str(loss), "gradient_norm": str(norm)}
-        (path / f".{stem}.partial").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        verdict = {"step": step.number, "progress": step.progress, "loss": str(loss), "gradient_norm": str(norm)}
+        (path / f".{stem}.partial").write_text(json.dumps(verdict, indent=1) + "\n", encoding="utf-8")
         os.replace(path / f".{stem}.partial", path / f"{stem}.json")
 
     def forget(self, step: int) -> None:
@@ -161,4 +173,5 @@ class NonFiniteGuard:
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.total, self.in_a_row = int(state["total"]), int(state["in_a_row"])
+        self.total = int(state["total"])
+        self.in_a_row = int(state["in_a_row"])

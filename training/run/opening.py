@@ -18,6 +18,7 @@ def open_training_rows(data: DataArguments) -> PairRows | PairStream:
     Raises:
         PairDataError: data that cannot be read as rows of the kind; names the file and what is wrong.
     """
+    # columns that the kind does not have are not looked for
     roles = ROLES[data.kind]
     return open_mixture(
         data.train_data,
@@ -40,7 +41,8 @@ def open_portions(arguments: Arguments) -> dict[str, PairRows | PairStream]:
         PairDataError: data that cannot be read as rows; names the file and what is wrong.
         BadRowsError: too many rows are bad. quarantine.jsonl in the output directory lists them.
     """
-    rows = {name: open_training_rows(told.data) for name, told in arguments.portions().items()}
+    # the check lists what is bad before anything is built
+    rows = {name: open_training_rows(options.data) for name, options in arguments.portions().items()}
     quarantine_of(arguments, rows).check_opening()
     return rows
 
@@ -55,5 +57,7 @@ def quarantine_of(arguments: Arguments, rows: Mapping[str, PairRows | PairStream
 def _watch(rows: PairRows | PairStream, max_bad_rows: float) -> Watch:
     if isinstance(rows, PairStream):
         return Watch(max_bad_rows)
+
+    # rows of an open data set are known by their file and place
     opened = [(*rows.where(row), reason) for row, reason in sorted(rows.bad.items())]
     return Watch(max_bad_rows, opened, len(rows))

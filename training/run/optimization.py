@@ -37,6 +37,8 @@ def build_schedule(
         return AlbefScheduler(
             optimizer, total_steps / epoch_steps, epoch_steps, steps, run.warmup_learning_rate, run.min_learning_rate
         )
+
+    # the warm-up leaves at least one step to fall in
     warmup = round(run.warmup_epochs * epoch_steps) if run.warmup_steps is None else run.warmup_steps
     warmup = min(warmup, total_steps - 1)
     return CosineLRScheduler(
@@ -76,10 +78,14 @@ class AlbefScheduler(Scheduler):
         lowest: float,
     ):
         super().__init__(optimizer, param_group_field="lr", t_in_epochs=False)
-        self.epochs, self.epoch_steps = epochs, epoch_steps
-        self.stairs, self.warmup_rate, self.lowest = warmup_steps // self.STAIR, warmup_rate, lowest
+        self.epochs = epochs
+        self.epoch_steps = epoch_steps
+        self.stairs = warmup_steps // self.STAIR
+        self.warmup_rate = warmup_rate
+        self.lowest = lowest
 
     def _get_lr(self, t: int) -> list[float]:
+        # after the first epoch, level within each
         epoch = t // self.epoch_steps
         if epoch > 0:
             share = (1 + math.cos(math.pi * min(epoch / self.epochs, 1))) / 2

@@ -18,12 +18,16 @@ from .values import fit, read_json
 def read_config(path: str | Path) -> dict[str, Any]:
     """A flat YAML file; `base: other.yaml` (relative to it) is read first and overridden. Raises `ValueError`."""
     path = Path(path)
+
+    # this file's own values
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of argument names, got {type(values).__name__}")
     base = values.pop("base", None)
     if base is None:
         return values
+
+    # over those of its base; of model_config field by field
     merged = read_config(path.parent / base)
     if isinstance(merged.get("model_config"), dict) and isinstance(values.get("model_config"), dict):
         values["model_config"] = {**merged["model_config"], **values["model_config"]}
@@ -44,11 +48,15 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
         SystemExit: what argparse itself refuses, and `--help`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+
+    # a first look, for what decides which dataclasses there are
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--family")
     first.add_argument("--initial_model")
     known, rest = first.parse_known_args(argv)
+
+    # the family says which objective's dataclass is the last
     values = read_config(known.config) if known.config else {}
     family = known.family or values.get("family") or defaults.get("family")
     if objective is None:
@@ -57,11 +65,15 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     kinds = [ModelArguments, *DATA, RunArguments, objective]
     parser = HfArgumentParser(kinds, allow_abbrev=False)
     hints = hints_of(*kinds)
+
+    # the file's values become defaults, below the command line's
     if foreign := sorted(set(values) - set(hints)):
         raise ValueError(f"{known.config}: unknown arguments {foreign}; `--help` lists those there are")
     values = {name: fit(name, value, hints[name], known.config) for name, value in values.items()}
     initial = {} if known.initial_model is None else {"initial_model": known.initial_model}
     parser.set_defaults(**{**defaults, **values, **initial, "family": family})
+
+    # the dataclasses, and JSON that a command line gives as text
     model, *data, run, own = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
     values = {name: value for part in data for name, value in flat(part).items()}
     arguments = Arguments(model, data_arguments(values), run, own)

@@ -34,16 +34,20 @@ def choose_checkpoint(output_dir: Path, resume: str | None, device: torch.device
         CheckpointError: the one named is damaged; of several not one is whole; or nothing is to be resumed, but
             `output_dir` holds checkpoints, among which those of a new run would be lost.
     """
-    found = list_checkpoints(output_dir)
+    checkpoints = list_checkpoints(output_dir)
+
+    # a new run must not write among the checkpoints of another
     if resume is None:
-        if found:
+        if checkpoints:
             raise CheckpointError(
-                f"{output_dir} holds {found[-1].name} of an earlier run: go on from it with --resume, name another "
-                f"output_dir, or remove it"
+                f"{output_dir} holds {checkpoints[-1].name} of an earlier run: go on from it with --resume, "
+                f"name another output_dir, or remove it"
             )
         return None
-    nothing, failed = -1, -2
-    choice, error = nothing, None
+    nothing = -1
+    failed = -2
+    choice = nothing
+    error = None
     if rank() == 0:
         try:
             path = find_checkpoint(output_dir) if resume == "auto" else Path(resume)
@@ -51,7 +55,10 @@ def choose_checkpoint(output_dir: Path, resume: str | None, device: torch.device
                 verify(path)
             choice = nothing if path is None else (step_of(path) if resume == "auto" else 0)
         except CheckpointError as caught:
-            choice, error = failed, caught
+            choice = failed
+            error = caught
+
+    # all processes end alike, or take the same checkpoint
     choice = int(gather_without_gradient(torch.tensor([choice], device=device))[0])
     if choice == failed:
         raise error or CheckpointError(f"the first process found no whole checkpoint by --resume {resume}")
@@ -104,10 +111,12 @@ class RunLog:
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if self._is_whole(line) and json.loads(line)["step"] <= step]
-        if kept != lines:
+
+        # beside and renamed: a kill meanwhile leaves the old log
+        whole = [line for line in lines if self._is_whole(line) and json.loads(line)["step"] <= step]
+        if whole != lines:
             beside = self.path.with_name(f".{self.path.name}.partial")
-            beside.write_text("".join(kept), encoding="utf-8")
+            beside.write_text("".join(whole), encoding="utf-8")
             os.replace(beside, self.path)
 
     @staticmethod

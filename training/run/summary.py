@@ -20,9 +20,10 @@ STOPPED = 75
 
 def describe(arguments: Arguments, model: PreTrainedModel, loader: RunLoader, accelerator: Accelerator) -> str:
     """What is about to happen, in a line or two."""
+    # what, from where, how long, on what
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    given = arguments.model
-    origin = f"-{given.size}" if given.initial_model is None else f" from {given.initial_model}"
+    start = arguments.model
+    origin = f"-{start.size}" if start.initial_model is None else f" from {start.initial_model}"
     line = (
         f"{model.config.model_type}{origin}, {millions:.1f} M parameters, "
         f"{loader.total_steps} steps of {_rows(arguments)} on {accelerator.num_processes} x "
@@ -32,7 +33,7 @@ def describe(arguments: Arguments, model: PreTrainedModel, loader: RunLoader, ac
 
 
 def _rows(arguments: Arguments) -> str:
-    return " and ".join(f"{told.run.batch_size} {name}" for name, told in arguments.portions().items())
+    return " and ".join(f"{options.run.batch_size} {name}" for name, options in arguments.portions().items())
 
 
 def export(
@@ -43,6 +44,7 @@ def export(
     evaluators: list,
 ) -> Path:
     """The model directory, with its card, from the student's weights; evaluators tell their `name` and `protocol`."""
+    # under what the numbers were measured, for the card
     protocol = {
         "seed": arguments.run.seed,
         "weights": "student",
@@ -69,6 +71,6 @@ def _training_sets(arguments: Arguments) -> list[dict[str, str]]:
     sets = []
     for portion in arguments.portions().values():
         data = portion.data
-        told = {"licence": data.data_licence, "attribution": data.attribution and Path(data.attribution).name}
-        sets += [{"name": name, **{key: value for key, value in told.items() if value}} for name in data.train_data]
+        terms = {"licence": data.data_licence, "attribution": data.attribution and Path(data.attribution).name}
+        sets += [{"name": name, **{key: value for key, value in terms.items() if value}} for name in data.train_data]
     return sets

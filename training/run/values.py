@@ -18,6 +18,8 @@ def fit(name: str, value: Any, hint: Any, file: str) -> Any:
     kind = alternatives[0]  # of `str | None`; a dict may also be given as JSON
     if get_origin(kind) is Literal:
         return _one_of(name, "no" if value is False else value, get_args(kind), file)
+
+    # a list takes its items' type; one value stands for a list of one
     is_list = get_origin(kind) is list
     item = get_args(kind)[0] if is_list else kind
     try:
@@ -29,13 +31,14 @@ def fit(name: str, value: Any, hint: Any, file: str) -> Any:
         raise ValueError(f"{file}: {name} is {value!r}; expected {expected}") from error
 
 
-def _one_of(name: str, value: Any, words: tuple, file: str) -> Any:
-    if value not in words:
-        raise ValueError(f"{file}: {name} is {value!r}; expected {' or '.join(map(repr, words))}")
+def _one_of(name: str, value: Any, choices: tuple, file: str) -> Any:
+    if value not in choices:
+        raise ValueError(f"{file}: {name} is {value!r}; expected {' or '.join(map(repr, choices))}")
     return value
 
 
 def _scalar(value: Any, kind: type) -> Any:
+    # True is an int to Python, and means no number here
     if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
