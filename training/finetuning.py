@@ -20,6 +20,7 @@ from .arguments import Arguments, DataArguments
 from .evaluation_embedding import spaced
 from .model_loading import load_model
 from .objective import Objective, build_objective, objective_classes
+from .optimization import checkpoint_activations
 from .pair_loading import Collator, quarantine_of
 
 # task -> module and name of its `Task`; a new task adds its line here
@@ -159,5 +160,5 @@ def load_task_model(task: Task, arguments: Arguments, config: PreTrainedConfig) 
     if hasattr(tower, "resize_positions") and config.position_image_size != config.image_size:
         tower.resize_positions(config.image_size)
     if model.gradient_checkpointing:
-        student.activation_checkpointing_enable()
+        checkpoint_activations(student)
     return student

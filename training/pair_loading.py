@@ -27,6 +27,7 @@ from .arguments import Arguments, DataArguments
 from .data_workers import outlive_signals_to_the_group
 from .distributed import rank, sum_over_processes, world_size
 from .model_loading import load_model
+from .optimization import checkpoint_activations
 
 logger = logging.get_logger(__name__)
 
@@ -147,7 +148,7 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
         if rank() == 0:
             logger.warning(report.describe())
     if arguments.model.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     return model
 
 
