@@ -16,6 +16,7 @@ from transformers.utils import logging
 import oner
 from oner.modeling.vl_outputs import PADDING_TOKEN
 from oner.training.objectives.objective import OBJECTIVES
+from oner.training.run.optimization import checkpoint_activations
 
 # whose every weight a pretraining checkpoint holds
 SERVED = (MODELS, PRETRAINING, RETRIEVAL, MASKED_LM)
@@ -200,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing(family):
     plain, batch = family.build(**family.tiny.APART).train(), joint_batch([5, 0, 3])
     saving = copy.deepcopy(plain)
     # renamed in transformers 5.23; the old name warns there
-    (getattr(saving, "activation_checkpointing_enable", None) or saving.gradient_checkpointing_enable)()
+    checkpoint_activations(saving)
     layers = [module for module in saving.modules() if hasattr(module, "gradient_checkpointing")]
     assert len(layers) >= 2 and all(layer.gradient_checkpointing for layer in layers)
     for model in (plain, saving):

@@ -16,6 +16,7 @@ from tiny_oner import joint_batch, randomised, tiny_config
 from oner import OneRForMaskedLM, OneRForPreTraining
 from oner.modeling import modeling_oner_pretraining, vl_layers
 from oner.modeling.vl_layers import split_streams
+from oner.training.run.optimization import checkpoint_activations
 
 LENGTHS = [5, 0, 3, 1]
 STEP = (
@@ -175,7 +176,7 @@ def test_outputs_and_gradients_of_the_whole_step(contrast_masked, checkpointing)
     packed, batch = build(), joint_batch(LENGTHS, slots=6)
     alone = copy.deepcopy(packed)
     if checkpointing:
-        (getattr(packed, "activation_checkpointing_enable", None) or packed.gradient_checkpointing_enable)()
+        checkpoint_activations(packed)
     output = packed(**step_inputs(batch), representations=ALL, contrast_masked=contrast_masked)
     states = separate_states(alone, batch, masked=True)
     slots = batch["text_index"][batch["mlm_index"]]

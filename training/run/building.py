@@ -18,6 +18,7 @@ from oner.training.parallel.distributed import rank
 from oner.training.publishing.model_loading import load_model
 
 from .arguments import Arguments
+from .optimization import checkpoint_activations
 
 logger = logging.get_logger(__name__)
 
@@ -116,5 +117,5 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
         if rank() == 0:
             logger.warning(report.describe())
     if arguments.model.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     return model

@@ -117,3 +117,10 @@ def compile_regions(models: Iterable[PreTrainedModel], backend: str = "inductor"
     for layer in layers:
         layer.compile(backend=backend)
     return len(layers)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Layers keep their inputs alone and are computed again in the backward pass: memory for one more forward."""
+    # the newer name of transformers, which warns of the older
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()

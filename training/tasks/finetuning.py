@@ -21,6 +21,7 @@ from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import Arguments, DataArguments
 from oner.training.run.collators import Collator
 from oner.training.run.opening import quarantine_of
+from oner.training.run.optimization import checkpoint_activations
 
 # task -> module and name of its `Task`; a new task adds its line here
 TASKS = {
@@ -170,5 +171,5 @@ def load_task_model(task: Task, arguments: Arguments, config: PreTrainedConfig) 
         tower.resize_positions(config.image_size)
 
     if model.gradient_checkpointing:
-        student.activation_checkpointing_enable()
+        checkpoint_activations(student)
     return student
