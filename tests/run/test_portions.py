@@ -1,13 +1,14 @@
 """Steps of several portions, shown on a family of two: their gradients against a naive fp64 step, in any chunks."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import toy_family
 from accelerate import Accelerator
 from tiny_pretraining import forget_accelerator
-from toy_family.configuration_toy import ToyConfig
-from toy_family.modeling_toy import ToyForPreTraining
+from toy_family.modeling_toy import ToyConfig, ToyForPreTraining
 from toy_family.objective_toy import ToyObjective, ToyObjectiveArguments
 
 from oner.training.run.gradient_cache import loss_and_gradients
@@ -143,3 +144,10 @@ def test_a_step_needs_a_batch_of_each_portion(accelerator):
     student, objective = build()
     with pytest.raises(ValueError, match=r"got batches of \['texts'\]; expected one of each of \['pairs', 'texts'\]"):
         loss_and_gradients(accelerator, objective, student, {"texts": texts(4)}, 0.0)
+
+
+def test_the_family_is_short():
+    """`docs/adding_a_family.md` promises it: what is new in a family, and nothing else, is its author's work."""
+    files = ("__init__", "modeling_toy", "objective_toy")
+    text = "\n".join((Path(toy_family.__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in files)
+    assert len([line for line in text.splitlines() if line.strip()]) < 150

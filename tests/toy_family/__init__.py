@@ -4,10 +4,9 @@ from oner import VisionLanguageImageProcessor, VisionLanguageProcessor
 from oner.registration import register_family
 from oner.training.objectives.objective import OBJECTIVES
 
-from .configuration_toy import ToyConfig
-from .modeling_toy import ToyForPreTraining, ToyModel
+from .modeling_toy import ToyConfig, ToyForPreTraining, ToyModel
 
-# the entry of oner/__init__.py
+# the entry of oner/__init__.py, and the line of training/objectives/objective.py
 register_family(
     "toy",
     {
@@ -18,5 +17,4 @@ register_family(
         "AutoProcessor": VisionLanguageProcessor,
     },
 )
-# the line of training/objectives/objective.py
 OBJECTIVES["toy"] = ("toy_family.objective_toy", "ToyObjective", "ToyObjectiveArguments")

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from oner.processing.data.chunks import split_pairs
-
 from .losses import in_full
 from .objective import Batch
 from .task import DistillationArguments, TaskObjective
@@ -47,9 +45,6 @@ class AnswerObjective(TaskObjective):
 
     def distils(self) -> bool:
         return super().distils() and self.arguments.pass_alpha
-
-    def split(self, batch: Batch, chunks: int) -> list[Batch]:
-        return split_pairs(batch, chunks)
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         inputs = {name: batch[name] for name in INPUTS}

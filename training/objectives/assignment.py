@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from oner.processing.data.chunks import split_pairs
-
 from .losses import in_full
 from .objective import Batch
 from .task import DistillationArguments, TaskObjective
@@ -73,9 +71,6 @@ class AssignmentObjective(TaskObjective):
                 "a share in [0, 1] and a positive number"
             )
         super().__init__(student, arguments)
-
-    def split(self, batch: Batch, chunks: int) -> list[Batch]:
-        return split_pairs(batch, chunks)
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         """Taken in chunks, a chunk draws its images from itself, as each of so many processes would."""

@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-from oner.processing.data.chunks import split_pairs
-
 from .losses_distilled import distilled_cross_entropy
 from .objective import Batch
 from .task import TaskObjective
@@ -16,9 +14,6 @@ class ClassificationObjective(TaskObjective):
     """For models whose `logits` (B, classes) answer `labels` (B,): entailment, sentences about two pictures."""
 
     part = "classes"
-
-    def split(self, batch: Batch, chunks: int) -> list[Batch]:
-        return split_pairs(batch, chunks)
 
     def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
         inputs = {name: batch[name] for name in INPUTS}

@@ -4,21 +4,20 @@ What SIMLA and every family descended from ALBEF share. B pairs, P embedding wid
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from oner.processing.data.chunks import split_pairs
 from oner.training.parallel.distributed import gather_without_gradient
 from oner.training.parallel.sharding import own_part
 
 from .feature_queue import NO_ID, FeatureQueue
 from .losses import in_full
 from .losses_distilled import distilled_contrast, draw_negatives
-from .objective import Batch, Comparison, SinglePortion, check_choices
+from .objective import Batch, Comparison, SinglePortion, check_choices, under
 from .teacher import EMATeacher
 
 
@@ -97,9 +96,6 @@ class MomentumDistillation(SinglePortion):
         own_part(self.student.temperature).clamp_(*self.config.temperature_range)
         self.teacher.update()
 
-    def split(self, batch: Batch, chunks: int) -> list[Batch]:
-        return split_pairs(batch, chunks)
-
     @torch.no_grad()
     def negatives(
         self, batch: Batch, keys: Batch, images: torch.Tensor, texts: torch.Tensor, temperature: torch.Tensor
@@ -158,29 +154,23 @@ class MomentumDistillation(SinglePortion):
     def weigh(self, parts: Batch) -> torch.Tensor:
         return sum(self.weights[name] * part for name, part in parts.items())
 
-    def teachers(self) -> tuple[EMATeacher, ...]:
-        return (self.teacher,)
-
     def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
         if self.queue is not None and kept:
             self.queue.push({name: kept[name] for name in ("image", "text")}, kept["ids"], applied)
 
     def to(self, device: torch.device) -> "MomentumDistillation":
-        self.teacher.to(device)
         if self.queue is not None:
             self.queue.to(device)
-        return self
+        return super().to(device)
 
     def state_dict(self) -> Batch:
-        state = {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
-        if self.queue is not None:
-            state |= {f"queue.{name}": value for name, value in self.queue.state_dict().items()}
-        return state
+        queue = {} if self.queue is None else self.queue.state_dict()
+        return {**super().state_dict(), **{f"queue.{name}": value for name, value in queue.items()}}
 
     def load_state_dict(self, state: Batch) -> None:
-        self.teacher.load_state_dict(_under("teacher.", state))
+        super().load_state_dict(state)
         if self.queue is not None:
-            self.queue.load_state_dict(_under("queue.", state))
+            self.queue.load_state_dict(under("queue.", state))
 
 
 def checked_weights(arguments: Any, known: Sequence[str]) -> dict[str, float]:
@@ -204,7 +194,3 @@ def recorded(batch: Batch) -> bool:
 def strangers(ids: torch.Tensor) -> torch.Tensor:
     """Which columns are of another id, (B, B) bool; a row is never a stranger to itself."""
     return (ids[:, None] != ids[None, :]).fill_diagonal_(False)
-
-
-def _under(prefix: str, state: Mapping[str, torch.Tensor]) -> Batch:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from oner.processing.data.chunks import split_pairs
 from oner.training.parallel.distributed import mean_counts
 
 from .teacher import EMATeacher
@@ -101,13 +102,13 @@ class Portion(ABC):
         parts = {**compared.parts, **online.parts}
         return Taken(self.weigh(parts), {name: part.detach() for name, part in parts.items()}, compared.kept)
 
-    @abstractmethod
     def split(self, batch: Batch, chunks: int) -> list[Batch]:
         """A batch on the CPU in `chunks` of consecutive rows, as even as can be."""
+        return split_pairs(batch, chunks)
 
-    @abstractmethod
     def count(self, batch: Batch) -> Batch:
         """How many things each of `Representations.parts` is a mean of, 0-dim on the batch's device."""
+        return {}
 
     def targets(self, student: nn.Module, batch: Batch, progress: float) -> Targets:
         """What this batch is held against, of these rows only, without gradient. A teacher speaks here, first."""
@@ -148,9 +149,11 @@ class Objective(ABC):
 
     Attributes:
         portions: By name, in the order in which a step takes them. No two name a part, or what they keep, alike.
+        teacher: The only one of most families; what an objective has besides, it moves, saves and loads itself.
     """
 
     portions: Mapping[str, Portion]
+    teacher: EMATeacher | None = None
 
     @classmethod
     def without_files(cls, arguments: Any) -> Any:
@@ -172,10 +175,9 @@ class Objective(ABC):
 
     def teachers(self) -> Iterable[EMATeacher]:
         """Teachers that follow the student: an engine that spreads the student over processes spreads them alike."""
-        return ()
+        return () if self.teacher is None else (self.teacher,)
 
-    @abstractmethod
-    def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
+    def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:  # noqa: B027
         """
         Called once after each step of the optimiser: teachers and queues move here.
 
@@ -185,14 +187,18 @@ class Objective(ABC):
             kept: `Comparison.kept` of all portions.
         """
 
-    @abstractmethod
-    def to(self, device: torch.device) -> "Objective": ...
+    def to(self, device: torch.device) -> "Objective":
+        if self.teacher is not None:
+            self.teacher.to(device)
+        return self
 
-    @abstractmethod
-    def state_dict(self) -> Batch: ...
+    def state_dict(self) -> Batch:
+        """What a checkpoint holds besides the student, by name."""
+        return {} if self.teacher is None else {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
 
-    @abstractmethod
-    def load_state_dict(self, state: Batch) -> None: ...
+    def load_state_dict(self, state: Batch) -> None:
+        if self.teacher is not None:
+            self.teacher.load_state_dict(under("teacher.", state))
 
 
 class SinglePortion(Objective, Portion):
@@ -209,6 +215,11 @@ class SinglePortion(Objective, Portion):
         # the optimiser's step and `after_step` are the caller's
         self.before_step()
         return self.take(student, batch, progress)
+
+
+def under(prefix: str, state: Batch) -> Batch:
+    """The entries of a state whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def objective_classes(family: str) -> tuple[type, type]:

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from oner.processing.data.chunks import split_pairs
 from oner.training.parallel.distributed import gather_with_gradient, gather_without_gradient, rank
 
 from .examples import example_pairs
@@ -174,9 +173,6 @@ class OneRObjective(SinglePortion):
     def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], example: Example) -> dict[str, Batch]:
         return {cls.portion: example_pairs(config, lengths, example)}
 
-    def split(self, batch: Batch, chunks: int) -> list[Batch]:
-        return split_pairs(batch, chunks)
-
     def count(self, batch: Batch) -> Batch:
         masked = batch["bool_masked_pos"].sum()
         counts = {"mlm": torch.full_like(masked, len(batch["mlm_labels"])), "mim": masked}
@@ -282,24 +278,9 @@ class OneRObjective(SinglePortion):
     def weigh(self, parts: Batch) -> torch.Tensor:
         return sum(self.weights[name] * part for name, part in parts.items())
 
-    def teachers(self) -> tuple[EMATeacher, ...]:
-        return () if self.teacher is None else (self.teacher,)
-
     def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
         if self.teacher is not None:
             self.teacher.update(applied)
-
-    def to(self, device: torch.device) -> "OneRObjective":
-        if self.teacher is not None:
-            self.teacher.to(device)
-        return self
-
-    def state_dict(self) -> Batch:
-        return {} if self.teacher is None else {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
-
-    def load_state_dict(self, state: Batch) -> None:
-        if self.teacher is not None:
-            self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})
 
 
 def _clean(batch: Batch) -> Batch:

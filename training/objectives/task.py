@@ -65,6 +65,7 @@ class TaskObjective(SinglePortion):
         """The sum over the batch's rows, divided by `count`, 0-dim."""
 
     def before_step(self) -> None:
+        # towards whatever the student now is: here the teacher moves before a step instead of after it
         if self.teacher is not None:
             self.teacher.update()
 
@@ -81,21 +82,3 @@ class TaskObjective(SinglePortion):
 
     def weigh(self, parts: Batch) -> torch.Tensor:
         return sum(parts.values())
-
-    def teachers(self) -> tuple[EMATeacher, ...]:
-        return () if self.teacher is None else (self.teacher,)
-
-    def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
-        """Nothing: the teacher moves before the next step, towards whatever the student then is."""
-
-    def to(self, device: torch.device) -> "TaskObjective":
-        if self.teacher is not None:
-            self.teacher.to(device)
-        return self
-
-    def state_dict(self) -> Batch:
-        return {} if self.teacher is None else {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
-
-    def load_state_dict(self, state: Batch) -> None:
-        if self.teacher is not None:
-            self.teacher.load_state_dict({name.removeprefix("teacher."): value for name, value in state.items()})
