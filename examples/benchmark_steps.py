@@ -87,6 +87,7 @@ class ObjectiveStep(Step):
         super().__init__(model, arguments, device, half, compiled)
         self.objective.to(device)
         self.arguments, self.config = arguments, config
+        self.kept: Batch = {}  # of the newest pass, for what follows the optimiser's step
 
     def compile(self) -> None:
         compile_regions([self.model, *(teacher.model for teacher in self.objective.teachers())])
@@ -103,12 +104,14 @@ class ObjectiveStep(Step):
         objective = self.objective
         with self.autocast():
             with phase("teacher forward"):
+                objective.before_step()
                 targets = objective.targets(self.model, batch, 0.5)
             with phase("forward"):
                 online = objective.represent(self.model, batch, targets, 0.5, mean_counts(objective.count(batch)))
             with phase("loss"):
                 compared = objective.compare(online.rows, online.common, targets.rows, 0.5)
                 loss = objective.weigh({**compared.parts, **online.parts})
+        self.kept = compared.kept
         self._rest(loss, phase)
 
     def tokens(self, batch: Batch) -> int:

@@ -35,6 +35,8 @@ from tiny_pretraining import load_example
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import oner
+from oner.processing.data.augmentation import Crop
+from oner.processing.data.masking import Masking
 from oner.training.evaluation.localization import similarity_maps
 from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.evaluation.zero_shot import ZeroShotClassificationEvaluator
@@ -357,7 +359,7 @@ def test_ambiguities_name_real_fields():
     known = {
         "model": names_of(oner.OneRConfig),
         "objective": names_of(OneRObjectiveArguments),
-        "data": names_of(DataArguments),
+        "data": names_of(DataArguments) | names_of(Crop) | names_of(Masking),
         "run": names_of(RunArguments) | names_of(ModelArguments),
         "evaluator": options_of(
             ZeroShotClassificationEvaluator, RetrievalEvaluator, MultimodalRetrievalEvaluator, similarity_maps

@@ -20,7 +20,6 @@ LENGTHS = [3, 7, 1, 5]
 
 def inputs_of(batch: dict) -> list[torch.Tensor]:
     """The model's first four."""
-    batch = batch
     return [batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "masked_input_ids")]
 
 

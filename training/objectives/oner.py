@@ -193,12 +193,14 @@ class OneRObjective(SinglePortion):
             representations=self.queries,
             masked_streams=self._masked_streams() if masks_alone else (),
             contrast_masked=self.arguments.contrast_masked,
+            checked=bool(targets.rows.keys() - {"ids"}),  # by whoever made the keys, who read the same
         )
 
         # queries, with keys of the student itself where those carry gradient
         rows = dict(online.embeddings)  # (B, P) each
         if self.arguments.gather_gradient and self.contrasts:
-            keys = student(**_clean(batch), representations=self.keys, masked_streams=(), predict=False)
+            options = {"representations": self.keys, "masked_streams": (), "predict": False}
+            keys = student(**_clean(batch), **options, checked=True)  # (B, P) each
             rows.update({f"key of {name}": value for name, value in keys.embeddings.items()})
         common = {}
         if self.contrasts and online.logit_scale is not None:
@@ -242,7 +244,7 @@ class OneRObjective(SinglePortion):
         if self.contrasts and not self.arguments.gather_gradient:
             # the teacher, or the student itself
             network = student if self.teacher is None else self.teacher
-            options = {"representations": self.keys, "masked_streams": (), "predict": False, "checked": True}
+            options = {"representations": self.keys, "masked_streams": (), "predict": False}
             keys = network(**_clean(batch), **options)  # (B, P) each
             targets.update({f"key of {name}": in_full(value) for name, value in keys.embeddings.items()})
         return Targets(targets)
