@@ -22,10 +22,10 @@ ONER_SIZES = {
 class OneRConfig(VisionLanguageConfig):
     r"""
     Configuration of a [`OneRModel`]. The defaults are the paper's base model: MAE's ViT-B/16, a convolutional stem,
-    BERT's words, MoCo-v3's heads (appendix C).
+    BERT's tokens, MoCo-v3's heads (appendix C).
 
     Args:
-        vocab_size (`int`): Words, BERT's uncased vocabulary by default.
+        vocab_size (`int`): Tokens, BERT's uncased vocabulary by default.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps:
             The pre-norm trunk (MAE). `intermediate_size=None` means `4 * hidden_size`.
         image_size, patch_size, num_channels (`int`): Pictures are square, `image_size` pixels a side.
@@ -36,12 +36,12 @@ class OneRConfig(VisionLanguageConfig):
         position_image_size (`int`, *optional*): Picture size at which the 2-D table is defined; the table is
             interpolated from there to `image_size` (appendix C, the 384 stage). Defaults to `image_size`.
         position_interpolation (`"bicubic"` or `"recompute"`): Bicubic as MAE does, or sines at scaled coordinates.
-        max_text_length (`int`): Longest text in words, without [CLS]. The paper is silent.
-        scale_word_embeddings (`bool`): Multiply words by sqrt(D) before the fixed sines are added (Vaswani et al.,
+        max_text_length (`int`): Longest text in tokens, without [CLS]. The paper is silent.
+        scale_word_embeddings (`bool`): Multiply tokens by sqrt(D) before the fixed sines are added (Vaswani et al.,
             2017, section 3.4). The paper is silent; default off.
         initializer_range (`float`): Standard deviation of word and mask embeddings (MAE, BERT: 0.02).
         pooling (`"cls"` or `"mean"`): F(X): the final [CLS] state ("[CLS] prepended", Fig. 1) or the mean over patches
-            and words (appendix A, equation 16).
+            and tokens (appendix A, equation 16).
         projection_dim, projection_hidden_size, projector_layers, predictor_layers (`int`): MoCo-v3's heads, 3 and 2
             layers. `projector_layers=1` is a plain linear map, `predictor_layers=0` no predictor.
         head_norm (`"batch"`, `"layer"` or `"none"`): Normalisation inside the heads. Not in the paper; MoCo-v3: batch.

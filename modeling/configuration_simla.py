@@ -32,7 +32,7 @@ class SimlaConfig(VisionLanguageConfig):
         max_position_embeddings (`int`): Learned positions of the text encoder. The tokens of a picture pass them too
             when the picture is to be completed (SIMLA's code), so of larger pictures none can be (512 suffice for 256
             pixels, not for the 384 of fine-tuning, which completes none).
-        max_text_length (`int`): Longest text in words, without [CLS] (ALBEF's code: 25 with it).
+        max_text_length (`int`): Longest text in tokens, without [CLS] (ALBEF's code: 25 with it).
         image_size, patch_size, num_channels (`int`): Pictures are square, `image_size` pixels a side.
         stem (`"linear"` or `"conv"`): ViT's patch projection, or early convolutions, which learn faster from few pairs
             (Xiao et al., 2021; not SIMLA's).
@@ -42,16 +42,16 @@ class SimlaConfig(VisionLanguageConfig):
         projection_dim (`int`): Width of the contrastive space (equation 1).
         temperature (`float`): The learnable divisor of cosines at the start (equation 1; code: 0.07).
         temperature_range (`tuple[float, float]`): It is held within, before each step (code: 0.001, 0.5).
-        num_visual_codes (`int`): Words of the image tokenizer (section 2.3: 8192).
+        num_visual_codes (`int`): Codes of the image tokenizer (section 2.3: 8192).
         concept_input (`"projected"` or `"cls"`): What the concept head reads: the unit vector of the contrastive
             space (code, and the count of 238.26 M weights), or the picture's [CLS] state (section 2.4).
-        mim_context (`"embeddings"` or `"states"`): What a masked picture attends: the words' embeddings, the same at
+        mim_context (`"embeddings"` or `"states"`): What a masked picture attends: the text's embeddings, the same at
             every layer (code), or their states after the text encoder. The paper says "the caption as context".
         grounding_layer (`int`): Cross-attention layer of Grad-CAM, from 0 (section 3.5: 8). Deeper than the model
             has layers means its last.
         answer_decoder_layers (`int`): Layers of the decoder that answers questions (code: 6).
         pad_token_id, image_token_id, cls_token_id, sep_token_id, mask_token_id (`int`): Ids in BERT's vocabulary; the
-            image placeholder is `[unused0]`. [SEP] ends answers only: a text is [CLS] and its words (ALBEF's code).
+            image placeholder is `[unused0]`. [SEP] ends answers only: a text is [CLS] and its tokens (ALBEF's code).
             A vocabulary without [SEP] says None.
     """
 
@@ -138,7 +138,7 @@ class SimlaConfig(VisionLanguageConfig):
         if self.max_position_embeddings < 1 + self.max_text_length:
             raise ValueError(
                 f"max_position_embeddings is {self.max_position_embeddings}; expected at least "
-                f"{1 + self.max_text_length}: [CLS] and {self.max_text_length} words (max_text_length)"
+                f"{1 + self.max_text_length}: [CLS] and {self.max_text_length} tokens (max_text_length)"
             )
         low, high = self.temperature_range
         if not 0 < low <= self.temperature <= high:

@@ -16,7 +16,7 @@ from transformers.utils import is_tracing
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dvae import DiscreteVAEConfig
-from .vl_inputs import check_finite, check_picture_size
+from .vl_inputs import check_finite, check_image_size
 
 AUTO_MAP = {"AutoConfig": "configuration_dvae.DiscreteVAEConfig", "AutoModel": "modeling_dvae.DiscreteVAE"}
 ENCODER_KERNELS, DECODER_KERNELS = (3, 3, 3, 1), (1, 3, 3, 3)
@@ -179,7 +179,7 @@ class DiscreteVAE(PreTrainedModel):
         """Raises `ValueError` for another shape, or values outside [0, 1]; values only where looking costs nothing."""
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values are {pixel_values.dtype}; expected floats in [0, 1]")
-        check_picture_size(pixel_values, self.config.num_channels, self.config.factor, None)
+        check_image_size(pixel_values, self.config.num_channels, self.config.factor, None)
         if not pixel_values.numel():
             raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}; expected one picture at least")
         if pixel_values.device.type != "cpu" or is_tracing(pixel_values):

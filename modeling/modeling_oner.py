@@ -1,7 +1,7 @@
 """OneR: one transformer, one representation space for images, text and the two mixed (Jang et al., 2022).
 
-B pairs, L positions, N = h*w patches, T words, D width, P embedding width, V words of the vocabulary.
-A sequence is [CLS], N patches, T words; either part may be missing. The same weights read all three kinds.
+B pairs, L positions, N = h*w patches, T tokens of a text, D width, P embedding width, V vocabulary. A sequence is
+[CLS], N patches, T tokens; either part may be missing. The same weights read all three kinds.
 """
 
 import math
@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_oner import OneRConfig
 from .vl_embeddings import ConvStem, LinearStem, PatchProjection, interpolate_positions, sincos_1d, sincos_2d
-from .vl_features import CosineRetrieval, MaskedWords, RetrievalFeatures
+from .vl_features import CosineRetrieval, MaskedTokens, RetrievalFeatures
 from .vl_heads import ContrastiveHead, HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs
 from .vl_layers import PreNormLayer, SelfAttention
@@ -27,7 +27,7 @@ from .vl_outputs import (
     CLS_TOKEN,
     PADDING_TOKEN,
     PATCH_TOKEN,
-    WORD_TOKEN,
+    TEXT_TOKEN,
     VisionLanguageModelOutput,
 )
 
@@ -41,7 +41,7 @@ AUTO_MAP = {
 
 
 class OneREmbeddings(nn.Module):
-    """Words and patches, with fixed sines added: the only part of OneR that knows one modality from the other."""
+    """Tokens and patches, with fixed sines added: the only part of OneR that knows one modality from the other."""
 
     def __init__(self, config: OneRConfig):
         super().__init__()
@@ -50,7 +50,7 @@ class OneREmbeddings(nn.Module):
         self.stem = stem(config.patch_size, config.num_channels, config.hidden_size)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.patch_mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.word_scale = math.sqrt(config.hidden_size) if config.scale_word_embeddings else 1.0
+        self.token_scale = math.sqrt(config.hidden_size) if config.scale_word_embeddings else 1.0
         side = config.image_size // config.patch_size
         self.register_buffer("image_positions", self.make_image_positions((side, side)), persistent=False)
         self.register_buffer("text_positions", self.make_text_positions(), persistent=False)
@@ -76,7 +76,7 @@ class OneREmbeddings(nn.Module):
         if bool_masked_pos is not None and self.config.mask_before_stem:
             hidden = bool_masked_pos.view(-1, 1, h, w).repeat_interleave(p, 2).repeat_interleave(p, 3)
             pixel_values = pixel_values.masked_fill(hidden, 0.0)
-        patches = self.stem(pixel_values.to(self.patch_mask_token.dtype))
+        patches = self.stem(pixel_values.to(self.patch_mask_token.dtype))  # (B, N, D)
         if bool_masked_pos is not None:
             patches = torch.where(bool_masked_pos[..., None], self.patch_mask_token.to(patches.dtype), patches)
         if h * p == w * p == self.config.image_size:
@@ -85,15 +85,15 @@ class OneREmbeddings(nn.Module):
             positions = self.make_image_positions((h, w), pixel_values.device)
         return patches + positions.to(patches.dtype)
 
-    def embed_words(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def embed_tokens(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Ids and their places in the text, any equal shape. (...) -> (..., D)."""
-        words = self.word_embeddings(input_ids) * self.word_scale
-        return words + self.text_positions[positions].to(words.dtype)
+        tokens = self.word_embeddings(input_ids) * self.token_scale
+        return tokens + self.text_positions[positions].to(tokens.dtype)
 
     def embed_cls(self, batch_size: int) -> torch.Tensor:
-        """The [CLS] word, at MAE's zero position. -> (B, 1, D)."""
+        """The [CLS] token, at MAE's zero position. -> (B, 1, D)."""
         ids = torch.full((batch_size, 1), self.config.cls_token_id, device=self.patch_mask_token.device)
-        return self.word_embeddings(ids) * self.word_scale
+        return self.word_embeddings(ids) * self.token_scale
 
     def forward(
         self,
@@ -103,22 +103,26 @@ class OneREmbeddings(nn.Module):
         bool_masked_pos: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sequence (B, L, D) and what each position is (B, L)."""
+        # an image alone
         if input_ids is None:
-            patches = self.embed_patches(pixel_values, bool_masked_pos)
-            hidden_states = torch.cat([self.embed_cls(len(patches)), patches], dim=1)
+            patches = self.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
+            hidden_states = torch.cat([self.embed_cls(len(patches)), patches], dim=1)  # (B, 1 + N, D)
             token_types = torch.full(hidden_states.shape[:2], PATCH_TOKEN, device=hidden_states.device)
             token_types[:, 0] = CLS_TOKEN
             return hidden_states, token_types
-        token_types = torch.full_like(input_ids, WORD_TOKEN)
+        # what each place is, (B, L)
+        token_types = torch.full_like(input_ids, TEXT_TOKEN)
         token_types = token_types.masked_fill(input_ids == self.config.image_token_id, PATCH_TOKEN)
         if attention_mask is not None:
             token_types = token_types.masked_fill(attention_mask == 0, PADDING_TOKEN)
         token_types[:, 0] = CLS_TOKEN
-        place = (token_types == WORD_TOKEN).cumsum(1) - 1
-        words = self.embed_words(input_ids, place.clamp(0, self.config.max_text_length - 1))
-        hidden_states = torch.cat([self.embed_cls(len(words)).to(words.dtype), words[:, 1:]], dim=1)
+        # tokens, counted from the first of the text
+        place = (token_types == TEXT_TOKEN).cumsum(1) - 1
+        tokens = self.embed_tokens(input_ids, place.clamp(0, self.config.max_text_length - 1))  # (B, L, D)
+        hidden_states = torch.cat([self.embed_cls(len(tokens)).to(tokens.dtype), tokens[:, 1:]], dim=1)
+        # patches in place of their placeholders
         if pixel_values is not None:
-            patches = self.embed_patches(pixel_values, bool_masked_pos)
+            patches = self.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
             is_patch = token_types == PATCH_TOKEN
             source = (is_patch.cumsum(1) - 1).clamp(0, patches.shape[1] - 1)
             patches = patches.gather(1, source[..., None].expand(-1, -1, patches.shape[-1]))  # (B, L, D)
@@ -215,7 +219,7 @@ class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
     ) -> VisionLanguageModelOutput:
         r"""
         Args:
-            input_ids (`(B, L)`): [CLS], a placeholder per patch if there are pictures, words, padding on the right.
+            input_ids (`(B, L)`): [CLS], a placeholder per patch if there are pictures, tokens, padding on the right.
             attention_mask (`(B, L)`): 1 for real tokens, 0 for padding.
             pixel_values (`(B, C, H, W)`): Normalised pictures; alone they are laid out as [CLS] and patches.
             bool_masked_pos (`(B, N)`): Patches to replace by the mask token.
@@ -226,26 +230,28 @@ class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
                 placeholders that do not match the patches.
         """
         check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding, bool_masked_pos)
+        # one sequence of whatever there is
         hidden_states, token_types = self.embeddings(input_ids, attention_mask, pixel_values, bool_masked_pos)
+        # the trunk, (B, L, D)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask if input_ids is not None else None)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=mask, **kwargs)
         hidden_states = self.norm(hidden_states)
-        pooled = self.pool(hidden_states, token_types)
+        # F(X), in the contrastive space
+        pooled = None
         if self.projector is not None:
             text_only = pixel_values is None and self.text_projector is not None
-            pooled = (self.text_projector if text_only else self.projector)(pooled)
-        else:
-            pooled = None
+            projector = self.text_projector if text_only else self.projector
+            pooled = projector(self.pool(hidden_states, token_types))  # (B, P)
         return VisionLanguageModelOutput(
             last_hidden_state=hidden_states, pooler_output=pooled, token_types=token_types
         )
 
     def pool(self, hidden_states: torch.Tensor, token_types: torch.Tensor) -> torch.Tensor:
-        """F(X): the [CLS] state, or the mean over patches and words (equation 16). (B, L, D) -> (B, D)."""
+        """F(X): the [CLS] state, or the mean over patches and tokens (equation 16). (B, L, D) -> (B, D)."""
         if self.config.pooling == "cls":
             return hidden_states[:, 0]
-        content = ((token_types == PATCH_TOKEN) | (token_types == WORD_TOKEN)).to(hidden_states.dtype)[..., None]
+        content = ((token_types == PATCH_TOKEN) | (token_types == TEXT_TOKEN)).to(hidden_states.dtype)[..., None]
         return (hidden_states * content).sum(1) / content.sum(1).clamp_min(1)
 
 
@@ -263,7 +269,7 @@ class OneRForImageTextRetrieval(CosineRetrieval, OneRPreTrainedModel):
         return cosines * (self.logit_scale.exp() if self.config.learnable_temperature else 1 / self.config.temperature)
 
 
-class OneRForMaskedLM(MaskedWords, OneRPreTrainedModel):
+class OneRForMaskedLM(MaskedTokens, OneRPreTrainedModel):
     """BERT's language-model head on the tower, with a picture to look at if there is one."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "oner.embeddings.word_embeddings.weight"}
@@ -276,7 +282,7 @@ class OneRForMaskedLM(MaskedWords, OneRPreTrainedModel):
 
 
 class OneRForImageClassification(OneRPreTrainedModel):
-    """A linear classifier on F(I), or on F(I, T) when words come along to say where to look."""
+    """A linear classifier on F(I), or on F(I, T) when a text comes along to say where to look."""
 
     main_input_name = "pixel_values"
 
@@ -300,7 +306,7 @@ class OneRForImageClassification(OneRPreTrainedModel):
         if pixel_values is None:
             raise ValueError("OneRForImageClassification expects pixel_values, got None")
         outputs = self.oner(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
-        logits = self.classifier(self.oner.pool(outputs.last_hidden_state, outputs.token_types))
+        logits = self.classifier(self.oner.pool(outputs.last_hidden_state, outputs.token_types))  # (B, classes)
         loss = self.loss_function(labels, logits, self.config) if labels is not None else None
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -1,7 +1,7 @@
 """One pre-training step of OneR, all streams in one call: the figure's five inputs side by side in one batch.
 
-B pairs, N patches, W word slots, L = 1 + N + W, n tokens of the packed batch, D width, P embedding width,
-M masked words, V vocabulary. F(X|Y): X's tokens as queries, Y's as keys and values (equation 3); F(X) = F(X|X).
+B pairs, N patches, W slots of a text, L = 1 + N + W, n tokens of the packed batch, D width, P embedding width,
+M masked tokens, V vocabulary. F(X|Y): X's tokens as queries, Y's as keys and values (equation 3); F(X) = F(X|X).
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_oner import OneRConfig
 from .modeling_oner import OneRModel, OneRPreTrainedModel
-from .vl_features import RetrievalFeatures, WordPredictions
+from .vl_features import RetrievalFeatures, TokenPredictions
 from .vl_heads import ContrastiveHead, LanguageModelHead, PixelHead
 from .vl_inputs import check_inputs, check_masks, check_pairs, patch_count
 from .vl_layers import Stream, attends_unpadded, sequences_of, split_streams
@@ -30,10 +30,10 @@ SOURCES = {
 }
 
 
-class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel):
+class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedModel):
     """
     The tower with everything that is trained: projector and predictor (MoCo-v3), language-model head tied to the
-    words, pixel head. It computes representations and logits; losses, teacher and negatives are the objective's.
+    tokens, pixel head. It computes representations and logits; losses, teacher and negatives are the objective's.
     """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "oner.embeddings.word_embeddings.weight"}
@@ -75,9 +75,9 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
             pixel_values (`(B, C, H, W)`): Their pictures.
             masked_input_ids (`(B, L)`): The same ids after masking; None for clean inputs (the teacher's).
             bool_masked_pos (`(B, N)`): Masked patches; None for clean pictures.
-            text_index (`(n_words,)`): Slots of the real words in a flat (B, W). Found from the mask when None; given
+            text_index (`(n_text,)`): Slots of the real tokens in a flat (B, W). Found from the mask when None; given
                 by the collator so that neither a compiled graph nor an accelerator has to stop for it.
-            mlm_index (`(M,)`): Which of these words are to be predicted; no `mlm_logits` when None.
+            mlm_index (`(M,)`): Which of these tokens are to be predicted; no `mlm_logits` when None.
             representations: Contrastive embeddings to return, of `image`, `text`, `mix` (their mean), `image_text`
                 (the concatenated sequence), `context` (the mean of F(I|T) and F(T|I)).
             masked_streams: Streams with masked modelling, of `image`, `text`, `image_text`.
@@ -97,22 +97,26 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
         check_masks(input_ids, pixel_values, masked_input_ids, bool_masked_pos, self.config.patch_size)
         text_mask = attention_mask[:, 1 + n_patches :]  # (B, W)
         if text_index is None:
-            text_index = text_mask.flatten().nonzero().flatten()
+            text_index = text_mask.flatten().nonzero().flatten()  # (n_text,)
+
+        # what is asked for, and from which inputs
         masks_anything = masked_input_ids is not None or bool_masked_pos is not None
         ids = masked_input_ids if masked_input_ids is not None else input_ids
         masked = self._embed(ids[:, 1 + n_patches :], pixel_values, bool_masked_pos, text_index)
         contrast_names = {source for name in representations for source in SOURCES[name]}
         modelled = set(masked_streams) if masks_anything else set()
-
         if contrast_masked or not masks_anything:
             wanted = [(name, name, masked) for name in sorted(contrast_names | modelled)]
         else:
             clean = self._embed(input_ids[:, 1 + n_patches :], pixel_values, None, text_index)
             wanted = [(name, name, clean) for name in sorted(contrast_names)]
             wanted += [("masked " + name, name, masked) for name in sorted(modelled)]
-        packed, streams = self._pack(wanted, text_index, text_mask)
+
+        # all streams in one pass
+        packed, streams = self._pack(wanted, text_index, text_mask)  # (n, D)
         states = split_streams(self._encode(packed, streams, text_mask), list(streams.values()))
 
+        # contrastive embeddings, masked tokens, masked patches
         prefix = "" if contrast_masked or not masks_anything else "masked "
         output = VisionLanguagePreTrainingOutput(
             logit_scale=self.logit_scale if self.config.learnable_temperature else None,
@@ -121,8 +125,8 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
             pixel_predictions={},
         )
         if masked_input_ids is not None and mlm_index is not None:
-            words = {name: states[prefix + name][1] for name in masked_streams if name != "image"}
-            output.mlm_logits = self._predict_words(words, mlm_index)
+            texts = {name: states[prefix + name][1] for name in masked_streams if name != "image"}
+            output.mlm_logits = self._predict_tokens(texts, mlm_index)
         if bool_masked_pos is not None:
             patches = {name: states[prefix + name][0][:, 1:] for name in masked_streams if name != "text"}
             output.pixel_predictions = {name: self.pixel_head(rows) for name, rows in patches.items()}
@@ -145,12 +149,12 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
         bool_masked_pos: torch.Tensor | None,
         text_index: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Stem and words once for every stream: [CLS] (B, 1, D), patches (B, N, D), real words (n_words, D)."""
+        """Stem and tokens once for every stream: [CLS] (B, 1, D), patches (B, N, D), real tokens (n_text, D)."""
         embeddings = self.oner.embeddings
         patches = embeddings.embed_patches(pixel_values, bool_masked_pos)
-        words = embeddings.embed_words(text_ids.flatten()[text_index], text_index % text_ids.shape[1])
-        dtype = torch.promote_types(patches.dtype, words.dtype)
-        return embeddings.embed_cls(len(patches)).to(dtype), patches.to(dtype), words.to(dtype)
+        text = embeddings.embed_tokens(text_ids.flatten()[text_index], text_index % text_ids.shape[1])
+        dtype = torch.promote_types(patches.dtype, text.dtype)
+        return embeddings.embed_cls(len(patches)).to(dtype), patches.to(dtype), text.to(dtype)
 
     def _pack(
         self,
@@ -158,9 +162,9 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
         text_index: torch.Tensor,
         text_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, Stream]]:
-        """Streams end to end in (n, D): each its [CLS] (and patches) as a rectangle, then its words, if any."""
+        """Streams end to end in (n, D): each its [CLS] (and patches) as a rectangle, then its text, if any."""
         tokens, streams = [], {}
-        for name, kind, (cls, patches, words) in wanted:
+        for name, kind, (cls, patches, text) in wanted:
             queries = kind.split("|")[0]
             prefix = torch.cat([cls, patches], dim=1) if "image" in queries else cls  # (B, S, D)
             reads = "text" in queries
@@ -168,12 +172,12 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
                 name=name,
                 batch_size=prefix.shape[0],
                 prefix=prefix.shape[1],
-                words=text_mask.shape[1] if reads else 0,
+                text_slots=text_mask.shape[1] if reads else 0,
                 text_index=text_index if reads else None,
             )
             tokens.append(prefix.flatten(0, 1))
             if reads:
-                tokens.append(words)
+                tokens.append(text)
         return torch.cat(tokens), streams
 
     def _encode(self, packed: torch.Tensor, streams: dict[str, Stream], text_mask: torch.Tensor) -> torch.Tensor:
@@ -210,15 +214,15 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
         crossed.set_mask(self.config, context.key_mask(text_mask, skip_cls=not self.config.context_cls), like=packed)
         return crossed
 
-    def _pool(self, prefix: torch.Tensor, words: torch.Tensor | None, stream: Stream) -> torch.Tensor:
-        """F(X) of a stream: its [CLS] state, or the mean over its patches and words (equation 16). -> (B, D)."""
+    def _pool(self, prefix: torch.Tensor, text: torch.Tensor | None, stream: Stream) -> torch.Tensor:
+        """F(X) of a stream: its [CLS] state, or the mean over its patches and tokens (equation 16). -> (B, D)."""
         if self.config.pooling == "cls":
             return prefix[:, 0]
         total, count = prefix[:, 1:].sum(1), prefix.new_full((stream.batch_size, 1), prefix.shape[1] - 1)
-        if words is not None:
-            row = stream.text_index // stream.words
-            total = total.index_add(0, row, words)
-            count = count.index_add(0, row, words.new_ones(len(words), 1))
+        if text is not None:
+            row = stream.text_index // stream.text_slots
+            total = total.index_add(0, row, text)
+            count = count.index_add(0, row, text.new_ones(len(text), 1))
         return total / count.clamp_min(1)
 
     def _represent(
@@ -258,12 +262,12 @@ class OneRForPreTraining(WordPredictions, RetrievalFeatures, OneRPreTrainedModel
         chunks = head(torch.cat(list(states.values()))).chunk(len(states))
         return dict(zip(states, chunks, strict=True))
 
-    def _predict_words(self, words: dict[str, torch.Tensor], mlm_index: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Logits of the masked words only, all streams in one product with the vocabulary. -> (M, V) each."""
-        if not words:
+    def _predict_tokens(self, texts: dict[str, torch.Tensor], mlm_index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits of the masked tokens only, all streams in one product with the vocabulary. -> (M, V) each."""
+        if not texts:
             return {}
-        masked = torch.cat([states.index_select(0, mlm_index) for states in words.values()])
-        return dict(zip(words, self.lm_head(masked).chunk(len(words)), strict=True))
+        masked = torch.cat([states.index_select(0, mlm_index) for states in texts.values()])
+        return dict(zip(texts, self.lm_head(masked).chunk(len(texts)), strict=True))
 
 
 __all__ = ["OneRForPreTraining"]

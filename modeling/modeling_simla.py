@@ -12,7 +12,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_simla import SimlaConfig
 from .vl_dual_encoder import DualEncoder, DualEncoderPreTrainedModel, ImageTextMatching
-from .vl_features import CosineRetrieval, MaskedWords
+from .vl_features import CosineRetrieval, MaskedTokens
 from .vl_gradcam import GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs
@@ -132,7 +132,7 @@ class SimlaForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetr
         return cosines / self.temperature
 
 
-class SimlaForMaskedLM(MaskedWords, SimlaPreTrainedModel):
+class SimlaForMaskedLM(MaskedTokens, SimlaPreTrainedModel):
     """BERT's language-model head on the multimodal encoder, or on the text encoder when there is no picture."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "simla.text.embeddings.word_embeddings.weight"}

@@ -1,7 +1,7 @@
-"""One pre-training step of SIMLA, in one call: contrast, matching, masked words, masked patches, concepts.
+"""One pre-training step of SIMLA, in one call: contrast, matching, masked tokens, masked patches, concepts.
 
-B pairs, N patches, S = 1 + N, T positions of a text with its [CLS], D width, P embedding width, M masked words,
-K masked patches, V words and Z codes of the two vocabularies, H heads.
+B pairs, N patches, S = 1 + N, T positions of a text with its [CLS], D width, P embedding width, M masked tokens,
+K masked patches, V tokens and Z codes of the two vocabularies, H heads.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_simla import SimlaConfig
 from .modeling_simla import SimlaModel, SimlaPreTrainedModel
 from .vl_dual_encoder import ImageTextMatching
-from .vl_features import RetrievalFeatures, WordPredictions
+from .vl_features import RetrievalFeatures, TokenPredictions
 from .vl_fusion import self_mask
 from .vl_gradcam import GroundedConcepts, GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs, check_masks
 
-# which picture each text is held against, and which text each picture: image_embeds, text_embeds (B, P), temperature
+# which image each text is held against, and which text each image: image_embeds, text_embeds (B, P), temperature
 # (1,) -> two index tensors (B,)
 ChooseNegatives = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-PASSES = ("contrast", "match", "words", "patches", "concepts", "keywords")
+PASSES = ("contrast", "match", "tokens", "patches", "concepts", "keywords")
 
 
 @dataclass
@@ -33,13 +33,13 @@ class SimlaPreTrainingOutput(ModelOutput):
     Args:
         temperature (`(1,)`): The learnable divisor of cosines; None for a teacher, which has none.
         image_embeds, text_embeds (`(B, P)`): Unit vectors (equation 1).
-        image_states (`(B, S, D)`): Of the visual encoder, clean pictures.
-        itm_logits (`(3B, 2)`): Of the pairs, of each text with its negative picture, of each picture with its negative
+        image_states (`(B, S, D)`): Of the visual encoder, clean images.
+        itm_logits (`(3B, 2)`): Of the pairs, of each text with its negative image, of each image with its negative
             text (equation 5).
-        mlm_logits (`(M, V)`, or `(B, T, V)` without places): Of masked words beside clean pictures (equation 6).
-        mim_logits (`(K, Z)`, or `(B, N, Z)` without places): Of masked pictures beside clean words (equation 6).
-        text_context (`(B, T, D)`): What the masked pictures attended.
-        concept_logits (`(B, V)`): Which words a picture calls for (equation 8).
+        mlm_logits (`(M, V)`, or `(B, T, V)` without places): Of masked tokens beside clean images (equation 6).
+        mim_logits (`(K, Z)`, or `(B, N, Z)` without places): Of masked images beside clean texts (equation 6).
+        text_context (`(B, T, D)`): What the masked images attended.
+        concept_logits (`(B, V)`): Which tokens an image calls for (equation 8).
         keyword_attention (`(B, H, T)`): What [CLS] attends in the last layer (supplement, section 3).
     """
 
@@ -56,7 +56,7 @@ class SimlaPreTrainingOutput(ModelOutput):
 
 
 class SimlaForPreTraining(
-    GroundedConcepts, WordPredictions, ImageTextMatching, GroundedMatching, RetrievalFeatures, SimlaPreTrainedModel
+    GroundedConcepts, TokenPredictions, ImageTextMatching, GroundedMatching, RetrievalFeatures, SimlaPreTrainedModel
 ):
     """
     Both encoders with everything that is trained: temperature, matching, language-model, code and concept heads. It
@@ -86,7 +86,7 @@ class SimlaForPreTraining(
         bool_masked_pos: torch.BoolTensor | None = None,
         mlm_places: torch.LongTensor | None = None,
         mim_places: torch.LongTensor | None = None,
-        passes: tuple[str, ...] = ("contrast", "words", "patches", "concepts"),
+        passes: tuple[str, ...] = ("contrast", "tokens", "patches", "concepts"),
         choose_negatives: ChooseNegatives | None = None,
         image_states: torch.FloatTensor | None = None,
         text_context: torch.FloatTensor | None = None,
@@ -97,11 +97,11 @@ class SimlaForPreTraining(
         Args:
             input_ids, attention_mask (`(B, T)`): Texts, padded on the right.
             pixel_values (`(B, C, H, W)`): Their images.
-            masked_input_ids (`(B, T)`): The same ids after masking, for "words".
+            masked_input_ids (`(B, T)`): The same ids after masking, for "tokens".
             bool_masked_pos (`(B, N)`): Masked patches, for "patches".
             mlm_places (`(M,)`), mim_places (`(K,)`): Places of what is to be predicted in the flat (B, T) and (B, N);
                 logits of every place where None.
-            passes: What to compute, of `contrast`, `match`, `words`, `patches`, `concepts`, `keywords`.
+            passes: What to compute, of `contrast`, `match`, `tokens`, `patches`, `concepts`, `keywords`.
             choose_negatives: For "match"; called once the embeddings of "contrast" are there. A function of tensors:
                 what else it compares with was made before.
             image_states (`(B, S, D)`), text_context (`(B, T, D)`): Taken instead of the own, as the teacher takes the
@@ -133,7 +133,7 @@ class SimlaForPreTraining(
         negatives = None
         if "match" in passes:
             negatives = choose_negatives(output.image_embeds, output.text_embeds, self.temperature)  # (B,), (B,)
-        masked_ids = masked_input_ids if "words" in passes else None
+        masked_ids = masked_input_ids if "tokens" in passes else None
         self._fuse(output, input_ids, attention_mask, negatives, masked_ids, mlm_places)
 
         # masked images that read a clean text
@@ -156,7 +156,7 @@ class SimlaForPreTraining(
         if unknown := [name for name in passes if name not in PASSES]:
             raise ValueError(f"unknown passes {unknown}; expected any of {list(PASSES)}")
         for name, given, what in (
-            ("words", masked_input_ids, "masked_input_ids"),
+            ("tokens", masked_input_ids, "masked_input_ids"),
             ("patches", bool_masked_pos, "bool_masked_pos"),
             ("match", choose_negatives, "choose_negatives"),
         ):
@@ -206,7 +206,7 @@ class SimlaForPreTraining(
     def _keyword_attention(
         self, text_ids: torch.Tensor, text_mask: torch.Tensor, image_states: torch.Tensor
     ) -> torch.Tensor:
-        """What the multimodal [CLS] attends among the words in the last layer (supplement 3). -> (B, H, T)."""
+        """What the multimodal [CLS] attends among the tokens in the last layer (supplement 3). -> (B, H, T)."""
         text = self.simla.text
         hidden_states = text.embeddings(text_ids)  # (B, T, D)
         mask = self_mask(self.config, hidden_states, text_mask)
@@ -217,7 +217,7 @@ class SimlaForPreTraining(
     def _text_context(
         self, text_ids: torch.Tensor, text_mask: torch.Tensor, text_states: torch.Tensor | None
     ) -> torch.Tensor:
-        """The words that a masked picture attends, (B, T, D)."""
+        """The text that a masked image attends, (B, T, D)."""
         if self.config.mim_context == "embeddings":
             return self.simla.text.embeddings(text_ids)
         return self.simla.encode_texts(text_ids, text_mask) if text_states is None else text_states
@@ -231,13 +231,13 @@ class SimlaForPreTraining(
         text_mask: torch.Tensor,
     ) -> torch.Tensor:
         """
-        The masked picture's tokens through the text encoder, with the words as its context: (B, N, Z) or (K, Z). They
+        The masked image's tokens through the text encoder, with the text as its context: (B, N, Z) or (K, Z). They
         pass BERT's positions, norm and dropout as embeddings do.
         """
         text, positions = self.simla.text, self.config.max_position_embeddings
         if bool_masked_pos.shape[1] >= positions:
             raise ValueError(
-                f"the pass 'patches' gives each token of a picture a position, and got {bool_masked_pos.shape[1]} "
+                f"the pass 'patches' gives each token of an image a position, and got {bool_masked_pos.shape[1]} "
                 f"patches and [CLS]; expected {positions} at most (max_position_embeddings)"
             )
         tokens = text.embeddings(inputs_embeds=self.simla.vision(pixel_values, bool_masked_pos))  # (B, S, D)

@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .vl_fusion import FusionLayer, self_mask
 from .vl_inputs import check_inputs
-from .vl_task_heads import AnswerGeneration, check_two_pictures
+from .vl_task_heads import AnswerGeneration, check_two_images
 
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
 REASONING_LABELS = ("False", "True")
@@ -141,7 +141,7 @@ class TwoImageReasoning(TwoImageReading):
         `logits` (B, 2), the second for true, of texts (B, T) and the two images of each, `pixel_values`
         (B, 2, C, H, W). `labels` (B,). Raises `ValueError` as the tower.
         """
-        check_two_pictures(type(self).__name__, input_ids, pixel_values)
+        check_two_images(type(self).__name__, input_ids, pixel_values)
         first_images, second_images = pixel_values.unbind(1)  # (B, C, H, W) each
         check_inputs(self.base_model, input_ids, attention_mask, first_images)
         check_inputs(self.base_model, None, None, second_images)

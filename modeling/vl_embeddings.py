@@ -1,6 +1,6 @@
 """Where sequences begin: fixed sine tables and the two ways from pixels to patches.
 
-B pictures, C channels, (h, w) patch grid, N = h*w patches, L words, D width, p patch side.
+B pictures, C channels, (h, w) patch grid, N = h*w patches, L tokens, D width, p patch side.
 """
 
 import math

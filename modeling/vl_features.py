@@ -1,6 +1,6 @@
-"""What a class over any family's tower is asked for: embeddings by name, retrieval by cosine, masked words.
+"""What a class over any family's tower is asked for: embeddings by name, retrieval by cosine, masked tokens.
 
-B rows, L positions of `input_ids`, P embedding width, D width, V words of the vocabulary.
+B rows, L positions of `input_ids`, P embedding width, D width, V tokens of the vocabulary.
 """
 
 import torch
@@ -35,10 +35,10 @@ class RetrievalFeatures:
         """
         check_text_alone(pixel_values)
         if self.config.pair_layout == "joint":
-            is_word = input_ids != self.config.image_token_id  # (B, L)
-            attention_mask = is_word.long() if attention_mask is None else attention_mask * is_word
+            is_text = input_ids != self.config.image_token_id  # (B, L)
+            attention_mask = is_text.long() if attention_mask is None else attention_mask * is_text
             # a hidden placeholder must not be an id that the checks take for a patch
-            input_ids = torch.where(is_word, input_ids, self.config.pad_token_id or 0)
+            input_ids = torch.where(is_text, input_ids, self.config.pad_token_id or 0)
         return self._features(self.tower(input_ids, attention_mask, return_dict=True, **kwargs))
 
     @can_return_tuple
@@ -47,7 +47,7 @@ class RetrievalFeatures:
     ) -> BaseModelOutputWithPooling:
         """
         Pictures alone: (B, C, H, W) -> `pooler_output` (B, P). `input_ids` may hold [CLS] and the placeholders of the
-        joint layout. Raises `ValueError` when words come along.
+        joint layout. Raises `ValueError` when a text comes along.
         """
         check_images_alone(input_ids, pixel_values, self.config)
         return self._features(self.tower(input_ids=input_ids, pixel_values=pixel_values, return_dict=True, **kwargs))
@@ -102,7 +102,7 @@ class CosineRetrieval(RetrievalFeatures):
         Each modality is embedded alone, so the numbers of texts and pictures may differ.
 
         Args:
-            input_ids, attention_mask (`(texts, L)`): [CLS] and words; placeholders are passed over.
+            input_ids, attention_mask (`(texts, L)`): [CLS] and tokens; placeholders are passed over.
             pixel_values (`(pictures, C, H, W)`): Normalised pictures.
             return_loss: Also the symmetric InfoNCE of the pairs; expects as many texts as pictures.
 
@@ -112,14 +112,16 @@ class CosineRetrieval(RetrievalFeatures):
         if input_ids is None and pixel_values is None:
             raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
         image_embeds = text_embeds = logits = None
+        # each modality alone
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, return_dict=True, **kwargs)
-            image_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
+            image_embeds = nn.functional.normalize(features.pooler_output, dim=-1)  # (pictures, P)
         if input_ids is not None:
             features = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
-            text_embeds = nn.functional.normalize(features.pooler_output, dim=-1)
+            text_embeds = nn.functional.normalize(features.pooler_output, dim=-1)  # (texts, P)
+        # all against all
         if image_embeds is not None and text_embeds is not None:
-            logits = self.scaled(image_embeds @ text_embeds.T)
+            logits = self.scaled(image_embeds @ text_embeds.T)  # (pictures, texts)
         return ImageTextRetrievalOutput(
             loss=pair_loss(logits) if return_loss else None,
             logits_per_image=logits,
@@ -140,8 +142,8 @@ def pair_loss(logits: torch.Tensor | None) -> torch.Tensor:
     return (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
 
 
-class WordPredictions:
-    """Beside `PreTrainedModel`: `lm_head` is a `LanguageModelHead`, whose decoder may be the words themselves."""
+class TokenPredictions:
+    """Beside `PreTrainedModel`: `lm_head` is a `LanguageModelHead`, whose decoder may be the embeddings themselves."""
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
@@ -150,7 +152,7 @@ class WordPredictions:
         self.lm_head.decoder = new_embeddings
 
 
-class MaskedWords(WordPredictions):
+class MaskedTokens(TokenPredictions):
     """The language-model head on every state of the tower, which the attribute of `base_model_prefix` is."""
 
     @can_return_tuple
@@ -167,6 +169,7 @@ class MaskedWords(WordPredictions):
             raise ValueError(f"{type(self).__name__} expects input_ids, got None")
         tower = getattr(self, self.base_model_prefix)
         outputs = tower(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
+        # the places that ids speak of
         states = without_patches(outputs.last_hidden_state, input_ids.shape[1])  # (B, L, D)
         logits = self.lm_head(states)  # (B, L, V)
         loss = None
@@ -177,4 +180,4 @@ class MaskedWords(WordPredictions):
         )
 
 
-__all__ = ["CosineRetrieval", "MaskedWords", "RetrievalFeatures", "WordPredictions"]
+__all__ = ["CosineRetrieval", "MaskedTokens", "RetrievalFeatures", "TokenPredictions"]

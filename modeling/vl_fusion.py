@@ -16,7 +16,7 @@ from .vl_layers import FeedForward, eager_attention_forward
 
 
 class TextEmbeddings(nn.Module):
-    """Words, learned positions, norm, dropout; no token types (SIMLA's code). Ids (R, L) or vectors (R, L, D)."""
+    """Tokens, learned positions, norm, dropout; no token types (SIMLA's code). Ids (R, L) or vectors (R, L, D)."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -28,11 +28,11 @@ class TextEmbeddings(nn.Module):
     def forward(
         self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (R, L, D)
         # beyond the table there is padding only: texts and pictures that need more are refused before
         last = self.position_embeddings.num_embeddings - 1
-        positions = torch.arange(words.shape[1], device=words.device).clamp(max=last)  # (L,)
-        return self.dropout(self.norm(words + self.position_embeddings(positions)))
+        positions = torch.arange(tokens.shape[1], device=tokens.device).clamp(max=last)  # (L,)
+        return self.dropout(self.norm(tokens + self.position_embeddings(positions)))
 
 
 class FusionAttention(nn.Module):
@@ -128,8 +128,10 @@ class FusionLayer(GradientCheckpointingLayer):
         """With `first_row`, what the first position attends of 1 for real keys (R, L): (R, H, L) instead of states."""
         if first_row:  # by a call of the layer, at which an engine that shards brings its weights together
             return self.attention.first_row(hidden_states, key_mask)
+        # the text itself
         attended, _ = self.attention(hidden_states, None, attention_mask, **kwargs)
         hidden_states = self.attention_norm(self.dropout(attended) + hidden_states)
+        # what it reads
         if context is not None:
             attended, _ = self.cross_attention(hidden_states, context, context_mask, context_index, **kwargs)
             hidden_states = self.cross_norm(self.dropout(attended) + hidden_states)

@@ -15,7 +15,7 @@ from torch import nn
 from .vl_inputs import check_inputs
 
 MODES = ("itm", "itc")
-POOLS = ("padded", "real", "words", "none")
+POOLS = ("padded", "real", "tokens", "none")
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def pool_positions(maps: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.T
     Maps of each text position (B, T, h, w), zero at padding by `mask` (B, T) -> (B, h, w), or as they are for "none".
 
     "padded": the mean over all T, [CLS] and padding included (official code: a text's own scale then depends on the
-    longest of its batch, its ranking of boxes does not); "real": over [CLS] and words; "words": over words.
+    longest of its batch, its ranking of boxes does not); "real": over [CLS] and tokens; "tokens": over tokens.
     """
     maps = maps * mask[..., None, None].to(maps.dtype)
     if pool == "none":
@@ -97,7 +97,7 @@ def pool_positions(maps: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.T
     if pool == "padded":
         return maps.mean(1)
     kept = mask.clone()
-    if pool == "words":
+    if pool == "tokens":
         kept[:, 0] = 0
     kept = kept.to(maps.dtype)
     return torch.einsum("bthw,bt->bhw", maps, kept) / kept.sum(1).clamp_min(1)[:, None, None]
@@ -134,7 +134,7 @@ class GroundedMatching:
             mode: "itm": cross-attention of `layer`, by the logit that the pair matches. "itc": self-attention of the
                 visual encoder's [CLS] in its `layer`, by the contrastive similarity of the pair.
             pool: How the maps of the text's positions become one ("itm" only), see `pool_positions`; "none" gives
-                each position's, (B, T, h, w), in the order [CLS], words.
+                each position's, (B, T, h, w), in the order [CLS], tokens.
 
         Raises:
             ValueError: a model in training mode, no pictures, an unknown mode or pool, or a layer it does not have.
@@ -181,7 +181,7 @@ class GroundedConcepts:
     """Beside `RetrievalFeatures`, for a model with a `concept_head` that reads the picture's [CLS]."""
 
     def concepts(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
-        """The concept head's logits (B, V) of pictures alone (section 2.4): which words are seen in them."""
+        """The concept head's logits (B, V) of pictures alone (section 2.4): which tokens are seen in them."""
         check_inputs(self.tower, None, None, pixel_values)
         return self.concept_logits(pixel_values)
 
@@ -195,15 +195,15 @@ class GroundedConcepts:
         self, pixel_values: torch.FloatTensor, token_ids: torch.LongTensor, layer: int | None = None
     ) -> torch.Tensor:
         """
-        Where in a picture the concept head sees a word (supplement, Figure 2): Grad-CAM (B, h, w) of what the visual
+        Where in a picture the concept head sees a token (supplement, Figure 2): Grad-CAM (B, h, w) of what the visual
         encoder's [CLS] attends. The paper does not name the layer: `config.grounding_layer`, as for the other maps.
 
         Args:
             pixel_values (`(B, C, H, W)`): The pictures.
-            token_ids (`(B,)`): One word of the vocabulary for each.
+            token_ids (`(B,)`): One of the vocabulary for each.
 
         Raises:
-            ValueError: a model in training mode, another number of words than of pictures, or no such layer.
+            ValueError: a model in training mode, another number of tokens than of pictures, or no such layer.
         """
         if self.training:
             raise ValueError("ground_concepts() expects a model in eval mode; call eval() first")

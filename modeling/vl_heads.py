@@ -54,7 +54,7 @@ class ContrastiveHead(nn.Sequential):
 
 
 class LanguageModelHead(nn.Module):
-    """BERT's: dense, GELU, norm, then the words themselves with a bias. (..., D) -> (..., V)."""
+    """BERT's: dense, GELU, norm, then the embeddings themselves with a bias. (..., D) -> (..., V)."""
 
     def __init__(self, config: PreTrainedConfig, layer_norm_eps: float | None = None):
         super().__init__()

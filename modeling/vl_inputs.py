@@ -29,7 +29,7 @@ def check_inputs(
     n_patches = None
     if pixel_values is not None:
         size = None if interpolate_pos_encoding else config.image_size
-        n_patches = check_picture_size(pixel_values, config.num_channels, config.patch_size, size)
+        n_patches = check_image_size(pixel_values, config.num_channels, config.patch_size, size)
     if bool_masked_pos is not None:
         check_patch_mask(bool_masked_pos, len(pixel_values), n_patches)
     # reading values breaks compiled graphs and makes an accelerator wait: there only outside of training
@@ -69,7 +69,7 @@ def check_shapes(
         raise ValueError(f"got {len(input_ids)} texts and {len(pixel_values)} pictures; expected as many of each")
 
 
-def check_picture_size(pixel_values: torch.Tensor, num_channels: int, patch_size: int, image_size: int | None) -> int:
+def check_image_size(pixel_values: torch.Tensor, num_channels: int, patch_size: int, image_size: int | None) -> int:
     """(B, C, H, W) with H = W = `image_size`, or any multiples of p when that is None. Returns N."""
     got = tuple(pixel_values.shape)
     if len(got) != 4 or got[1] != num_channels:
@@ -139,7 +139,7 @@ def check_layout(
     n_patches: int | None,
     max_text_length: int,
 ) -> None:
-    """One placeholder a patch (none without pictures: `n_patches=None`), and not too many words. Ids are (B, L)."""
+    """One placeholder a patch (none without pictures: `n_patches=None`), and not too many tokens. Ids are (B, L)."""
     real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
     placeholders = ((input_ids == image_token_id) * real).sum(1)  # (B,)
     if n_patches is None and placeholders.any():
@@ -152,9 +152,9 @@ def check_layout(
             f"(id {image_token_id}) in a row; the pictures have {n_patches} patches each: "
             f"lay both out together with VisionLanguageProcessor(images=..., text=...)"
         )
-    words = (real.sum(1) - 1 - placeholders).max().item()
-    if words > max_text_length:
-        raise ValueError(f"a text has {words} words; expected at most {max_text_length} (config.max_text_length)")
+    tokens = (real.sum(1) - 1 - placeholders).max().item()
+    if tokens > max_text_length:
+        raise ValueError(f"a text has {tokens} tokens; expected at most {max_text_length} (config.max_text_length)")
 
 
 def check_text(
@@ -171,7 +171,7 @@ def check_text(
     check_padding(real)
     tokens = (real.sum(1) - 1).max().item()
     if tokens > max_text_length:
-        raise ValueError(f"a text has {tokens} words; expected at most {max_text_length} (config.max_text_length)")
+        raise ValueError(f"a text has {tokens} tokens; expected at most {max_text_length} (config.max_text_length)")
 
 
 def check_masks(
@@ -204,8 +204,8 @@ def check_padding(attention_mask: torch.Tensor) -> None:
 
 def check_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, image_token_id: int, n_patches: int) -> None:
     """
-    A training step cuts its streams from the joint layout: [CLS], N placeholders, then the words. (B, L) each.
-    There a word's slot is its place in the text, so padding may only stand behind the words.
+    A training step cuts its streams from the joint layout: [CLS], N placeholders, then the text. (B, L) each.
+    There a token's slot is its place in the text, so padding may only stand behind the text.
     """
     if input_ids.device.type != "cpu" or is_tracing(input_ids):
         return
@@ -213,6 +213,6 @@ def check_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, image_tok
     if strays.any():
         raise ValueError(
             f"in rows {strays.nonzero().flatten().tolist()} the {n_patches} image placeholders must follow [CLS], "
-            f"and the words come behind them; lay pairs out with VisionLanguageProcessor(images=..., text=...)"
+            f"and the text comes behind them; lay pairs out with VisionLanguageProcessor(images=..., text=...)"
         )
     check_padding(attention_mask)

@@ -1,6 +1,6 @@
 """The transformer every family stacks, and the packing of several streams into one batch of tokens.
 
-B pairs, L = S + W positions of a stream, S prefix positions ([CLS], or [CLS] and patches), W word slots, D width,
+B pairs, L = S + W positions of a stream, S prefix positions ([CLS], or [CLS] and patches), W slots of a text, D width,
 X any width, H heads, d = D / H, n tokens of the packed batch.
 """
 
@@ -20,13 +20,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 @dataclass
 class Stream:
     """
-    One stream of a packed batch: a rectangle of B x S prefix tokens, then the real words of B texts, end to end.
+    One stream of a packed batch: a rectangle of B x S prefix tokens, then the real tokens of B texts, end to end.
 
     Attributes:
         name (`str`): What other streams call it.
         batch_size, prefix (`int`): B and S.
-        words (`int`): W, slots a text has when padded; 0 for a stream without text.
-        text_index (`torch.LongTensor` of shape `(n_words,)`, *optional*): Slot of each real word in the flat (B, W).
+        text_slots (`int`): W, slots a text has when padded; 0 for a stream without text.
+        text_index (`torch.LongTensor` of shape `(n_text,)`, *optional*): Slot of each real token in the flat (B, W).
         context (`str`, *optional*): Whose keys and values this stream attends; its own when None. F(X|Y).
         attention_mask: What the attention implementation in use wants for (this stream, its context).
     """
@@ -34,36 +34,36 @@ class Stream:
     name: str
     batch_size: int
     prefix: int
-    words: int = 0
+    text_slots: int = 0
     text_index: torch.Tensor | None = None
     context: str | None = None
     attention_mask: object = None
 
     @property
     def length(self) -> int:
-        return self.prefix + self.words
+        return self.prefix + self.text_slots
 
-    def pad(self, prefix: torch.Tensor, words: torch.Tensor | None) -> torch.Tensor:
-        """(B, S, X) and (n_words, X) -> (B, L, X), zeros where there is no word."""
-        if words is None:
+    def pad(self, prefix: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+        """(B, S, X) and (n_text, X) -> (B, L, X), zeros where there is no token."""
+        if text is None:
             return prefix
-        slots = words.new_zeros(self.batch_size * self.words, words.shape[-1])
-        slots = slots.index_copy(0, self.text_index, words)
-        return torch.cat([prefix, slots.view(self.batch_size, self.words, -1)], dim=1)
+        slots = text.new_zeros(self.batch_size * self.text_slots, text.shape[-1])
+        slots = slots.index_copy(0, self.text_index, text)
+        return torch.cat([prefix, slots.view(self.batch_size, self.text_slots, -1)], dim=1)
 
     def unpad(self, padded: torch.Tensor) -> list[torch.Tensor]:
-        """(B, L, X) -> the stream's rows: (B * S, X) and, if it has words, (n_words, X)."""
+        """(B, L, X) -> the stream's rows: (B * S, X) and, if it has a text, (n_text, X)."""
         if self.text_index is None:
             return [padded.flatten(0, 1)]
-        prefix, slots = padded.split([self.prefix, self.words], dim=1)
+        prefix, slots = padded.split([self.prefix, self.text_slots], dim=1)
         return [prefix.flatten(0, 1), slots.flatten(0, 1).index_select(0, self.text_index)]
 
     def key_mask(self, text_mask: torch.Tensor, skip_cls: bool = False) -> torch.Tensor | None:
-        """Which of the L positions may be attended. Real words (B, W) -> (B, L), or None for all."""
-        if not self.words and not skip_cls:
+        """Which of the L positions may be attended. Real tokens (B, W) -> (B, L), or None for all."""
+        if not self.text_slots and not skip_cls:
             return None
         mask = text_mask.new_ones(self.batch_size, self.length)
-        if self.words:
+        if self.text_slots:
             mask[:, self.prefix :] = text_mask
         if skip_cls:
             mask[:, 0] = 0
@@ -143,7 +143,7 @@ def attends_unpadded(config: PreTrainedConfig, streams: list[Stream], like: torc
 
 def split_streams(packed: torch.Tensor, streams: list[Stream]) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """
-    (n, X) -> by stream, its prefix (B, S, X) and its words (n_words, X) or None. One split, so that the backward is
+    (n, X) -> by stream, its prefix (B, S, X) and its text (n_text, X) or None. One split, so that the backward is
     one concatenation: a slice for each part would fill and add a tensor of n rows for each.
     """
     sizes = []

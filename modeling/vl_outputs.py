@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_outputs import ModelOutput
 
-CLS_TOKEN, PATCH_TOKEN, WORD_TOKEN, PADDING_TOKEN = range(4)
+CLS_TOKEN, PATCH_TOKEN, TEXT_TOKEN, PADDING_TOKEN = range(4)
 
 
 @dataclass
@@ -19,8 +19,8 @@ class VisionLanguageModelOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(B, L, D)`): States after the final norm.
         pooler_output (`torch.FloatTensor` of shape `(B, P)`): The retrieval embedding, not normalised.
         hidden_states, attentions: As everywhere in transformers, when asked for.
-        token_types (`torch.LongTensor` of shape `(B, L)`): 0 [CLS], 1 patch, 2 word, 3 padding.
-        cross_attentions: Of words to a picture, where a family has layers for it, when attentions are asked for.
+        token_types (`torch.LongTensor` of shape `(B, L)`): 0 [CLS], 1 patch, 2 token of a text, 3 padding.
+        cross_attentions: Of a text to an image, where a family has layers for it, when attentions are asked for.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -43,7 +43,7 @@ def token_types_of(image_states: torch.Tensor | None, text_mask: torch.Tensor | 
     if image_states is not None:
         parts.append(torch.full_like(image_states[:, 1:, 0], PATCH_TOKEN, dtype=torch.long))  # (B, N)
     if text_mask is not None:
-        parts.append(torch.where(text_mask[:, 1:] != 0, WORD_TOKEN, PADDING_TOKEN))  # (B, W)
+        parts.append(torch.where(text_mask[:, 1:] != 0, TEXT_TOKEN, PADDING_TOKEN))  # (B, W)
     cls = parts[0].new_full((len(parts[0]), 1), CLS_TOKEN)  # (B, 1)
     return torch.cat([cls, *parts], dim=1)
 
@@ -63,7 +63,7 @@ class VisionLanguagePreTrainingOutput(ModelOutput):
     Args:
         logit_scale (`torch.FloatTensor` of shape `(1,)`, *optional*): The learnable inverse temperature, if any.
         embeddings (`dict[str, torch.FloatTensor]`): Contrastive embedding (B, P) of each representation asked for.
-        mlm_logits (`dict[str, torch.FloatTensor]`): (M, V) of the masked words, for each stream that holds them.
+        mlm_logits (`dict[str, torch.FloatTensor]`): (M, V) of the masked tokens, for each stream that holds them.
         pixel_predictions (`dict[str, torch.FloatTensor]`): (B, N, p*p*C), for each stream that holds patches.
     """
 

@@ -2,7 +2,7 @@
 
 A family's tower reads pairs, in the joint layout or each part as it is, and gives states of [CLS], patches and text in
 this order: that is all that is known of it here. B pairs, L positions of the ids, N patches, T positions of the text
-([CLS] and words), D width, V words of the vocabulary, R answers (several a question), A tokens of an answer with its
+([CLS] and tokens), D width, V tokens of the vocabulary, R answers (several a question), A tokens of an answer with its
 start and its end, K candidates.
 """
 
@@ -102,12 +102,12 @@ class AnswerDecoder(nn.Module):
         """
         if question_index is not None:
             question_mask = question_mask.index_select(0, question_index)
-        hidden_states = self.embeddings(answer_ids)
+        hidden_states = self.embeddings(answer_ids)  # (R, A, D)
         mask = self_mask(self.config, hidden_states, None, causal=True)
         across = context_mask_of(self.config, hidden_states, question_states, question_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, question_states, across, question_index)
-        return self.lm_head(hidden_states)
+        return self.lm_head(hidden_states)  # (R, A, V)
 
 
 def text_stack_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -167,7 +167,7 @@ class PairClassification:
         if input_ids is None or pixel_values is None:
             raise ValueError(f"{type(self).__name__} reads pairs: it expects both input_ids and pixel_values")
         outputs = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        logits = self.classifier(outputs.last_hidden_state[:, 0])  # (B, labels)
         return SequenceClassifierOutput(
             loss=None if labels is None else F.cross_entropy(logits.float(), labels),
             logits=logits,
@@ -176,7 +176,7 @@ class PairClassification:
         )
 
 
-class TwoPictureClassification:
+class TwoImageClassification:
     """
     Likewise of two pictures and a text, by a tower that reads one: the text with each, then both [CLS] side by side,
     (B, 2D), in `classifier` (UNITER's "pair"; families with cross-attention alternate instead, see SIMLA's).
@@ -192,15 +192,18 @@ class TwoPictureClassification:
         **kwargs,
     ) -> SequenceClassifierOutput:
         """`logits` (B, labels) of texts in the layout for one picture and `pixel_values` (B, 2, C, H, W)."""
-        check_two_pictures(type(self).__name__, input_ids, pixel_values)
+        check_two_images(type(self).__name__, input_ids, pixel_values)
+        # the text with each of its two pictures
         twice = [None if part is None else part.repeat_interleave(2, 0) for part in (input_ids, attention_mask)]
         outputs = self.base_model(*twice, pixel_values.flatten(0, 1), return_dict=True, **kwargs)
-        logits = self.classifier(outputs.last_hidden_state[:, 0].unflatten(0, (-1, 2)).flatten(1))
+        # both [CLS] side by side
+        cls = outputs.last_hidden_state[:, 0].unflatten(0, (-1, 2)).flatten(1)  # (2B, D) -> (B, 2D)
+        logits = self.classifier(cls)  # (B, labels)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def check_two_pictures(name: str, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None) -> None:
+def check_two_images(name: str, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None) -> None:
     """A text for every two pictures (B, 2, C, H, W). Raises `ValueError`."""
     if input_ids is None or pixel_values is None:
         raise ValueError(f"{name} reads texts about two pictures: it expects both input_ids and pixel_values")
@@ -216,7 +219,7 @@ class AnswerGeneration:
     def read_questions(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states of [CLS] and the question's words (B, T, D), and which of them are real (B, T)."""
+        """The states of [CLS] and the question's tokens (B, T, D), and which of them are real (B, T)."""
         if input_ids is None or pixel_values is None:
             raise ValueError(f"{type(self).__name__} answers about pictures: it expects input_ids and pixel_values")
         states = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs).last_hidden_state
@@ -241,7 +244,7 @@ class AnswerGeneration:
         r"""
         Args:
             input_ids, attention_mask, pixel_values: Questions (B, L) and pictures, as the tower reads pairs.
-            answer_ids, answer_mask (`(R, A)`): Start, words, end, padding; those of a question one after the other.
+            answer_ids, answer_mask (`(R, A)`): Start, tokens, end, padding; those of a question one after the other.
             answer_weights (`(R,)`): What an answer counts: the share of people who gave it. 1 when None.
             answers_per_question (`(B,)`): Of sum R; one each when None.
             soft_labels, alpha: As in `answer_losses`.
@@ -249,9 +252,10 @@ class AnswerGeneration:
         Raises:
             ValueError: no question or no picture, answers that belong to none; what the tower raises.
         """
-        states, mask = self.read_questions(input_ids, attention_mask, pixel_values, **kwargs)
+        states, mask = self.read_questions(input_ids, attention_mask, pixel_values, **kwargs)  # (B, T, D), (B, T)
         if answer_ids is None:
             return AnswerOutput(question_states=states)
+        # which question each answer is to
         index = None
         if answers_per_question is not None:
             if answers_per_question.device.type == "cpu" and answers_per_question.sum() != len(answer_ids):
@@ -262,9 +266,10 @@ class AnswerGeneration:
             index = questions.repeat_interleave(answers_per_question, output_size=len(answer_ids))
         elif len(answer_ids) != len(states):
             raise ValueError(f"got {len(answer_ids)} answers to {len(states)} questions, and no answers_per_question")
-        logits = self.decoder(answer_ids[:, :-1], states, mask, index)
+        # the token behind each of an answer's
+        logits = self.decoder(answer_ids[:, :-1], states, mask, index)  # (R, A - 1, V)
         real = torch.ones_like(answer_ids) if answer_mask is None else answer_mask
-        losses = answer_losses(logits, answer_ids, real, soft_labels, alpha)
+        losses = answer_losses(logits, answer_ids, real, soft_labels, alpha)  # (R,)
         losses = losses if answer_weights is None else losses * answer_weights
         return AnswerOutput(loss=losses.sum() / len(states), logits=logits, question_states=states)
 
@@ -283,7 +288,7 @@ class AnswerGeneration:
         The k candidates whose first token is likeliest, ranked by their log-likelihood.
 
         Args:
-            candidate_ids, candidate_mask (`(K, A)`): Start, words, end, padding.
+            candidate_ids, candidate_mask (`(K, A)`): Start, tokens, end, padding.
             count_first_token_twice: As ALBEF's and SIMLA's code has it, which adds the whole answer's log-likelihood
                 to that of its first token; false: the chain rule.
         """
@@ -352,10 +357,10 @@ __all__ = [
     "AnswerRanking",
     "PairClassification",
     "PairClassificationHead",
-    "TwoPictureClassification",
+    "TwoImageClassification",
     "WrittenAnswers",
     "answer_end",
     "answer_losses",
-    "check_two_pictures",
+    "check_two_images",
     "text_stack_config",
 ]

@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from oner.modeling.vl_dual_encoder import DualEncoder, DualEncoderPreTrainedModel, ImageTextMatching
 from oner.modeling.vl_dual_tasks import FusedAnswerGeneration, TextAssignment, TwoImageReasoning
-from oner.modeling.vl_features import CosineRetrieval, MaskedWords, RetrievalFeatures, WordPredictions
+from oner.modeling.vl_features import CosineRetrieval, MaskedTokens, RetrievalFeatures, TokenPredictions
 from oner.modeling.vl_gradcam import GroundedMatching
 from oner.modeling.vl_heads import HeadLinear, LanguageModelHead
 from oner.modeling.vl_inputs import check_inputs
@@ -110,7 +110,7 @@ class TinyAlbefForImageTextRetrieval(ImageTextMatching, GroundedMatching, Cosine
         return cosines / self.temperature
 
 
-class TinyAlbefForMaskedLM(MaskedWords, TinyAlbefPreTrainedModel):
+class TinyAlbefForMaskedLM(MaskedTokens, TinyAlbefPreTrainedModel):
     _tied_weights_keys = {"lm_head.decoder.weight": "albef.text.embeddings.word_embeddings.weight"}
 
     def __init__(self, config):
@@ -129,7 +129,7 @@ class TinyAlbefPreTrainingOutput(ModelOutput):
     mlm_logits: torch.FloatTensor | None = None
 
 
-class TinyAlbefForPreTraining(WordPredictions, ImageTextMatching, RetrievalFeatures, TinyAlbefPreTrainedModel):
+class TinyAlbefForPreTraining(TokenPredictions, ImageTextMatching, RetrievalFeatures, TinyAlbefPreTrainedModel):
     """Contrast, matching and masked tokens, as ALBEF's step has them."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "albef.text.embeddings.word_embeddings.weight"}

@@ -1,9 +1,11 @@
 """Official state dicts to ours and back, by tensors that are all different."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from tiny_albef import TinyAlbefConfig, TinyAlbefForImageTextRetrieval, TinyAlbefForPreTraining
 from tiny_official import (
     P,
     Q,
@@ -25,6 +27,7 @@ from oner.modeling.modeling_simla_tasks import (
     SimlaForVisualReasoning,
 )
 from oner.training.conversion.checkpoints import from_official, infer_config, resize_position_table, to_official
+from oner.training.conversion.families import OFFICIAL
 from oner.training.conversion.names import Names, stacked_layer
 from oner.training.conversion.report import ConversionReport, MissingWeightsError
 from oner.training.objectives.simla import SimlaObjective, SimlaObjectiveArguments
@@ -44,7 +47,7 @@ def official() -> dict:
 
 
 def test_pretraining_there_and_back_is_the_same_for_every_name(official):
-    done = from_official(official, **HEADS)
+    done = from_official(official, "simla", **HEADS)
     assert done.model_class is SimlaForPreTraining
     assert set(done.report.used) | set(done.report.left_over) == set(official)
     assert set(done.report.left_over) == {
@@ -52,24 +55,24 @@ def test_pretraining_there_and_back_is_the_same_for_every_name(official):
         "text_encoder_m.bert.embeddings.position_ids",
     }
     assert not done.report.missing
-    state, report = to_official(done.weights, done.objective)
+    state, report = to_official(done.weights, "simla", done.objective)
     same(official, state)
     assert set(report.left_over) == {"queue.ids"} and not report.notes
 
 
 def test_the_model_takes_all_of_it_and_gives_it_back(official):
-    done = from_official(official, **HEADS)
+    done = from_official(official, "simla", **HEADS)
     model = SimlaForPreTraining(done.config)
     model.load_state_dict(done.weights)
     objective = SimlaObjective(model, SimlaObjectiveArguments(queue_size=Q))
     objective.load_state_dict(done.objective)
-    state, _ = to_official(model.state_dict(), objective.state_dict())
+    state, _ = to_official(model.state_dict(), "simla", objective.state_dict())
     same(official, state)
 
 
 def test_weights_stand_where_they_work(official):
     """A few by hand, of each kind of name; the whole of it is tests/parity's."""
-    weights = from_official(official, **HEADS).weights
+    weights = from_official(official, "simla", **HEADS).weights
     for ours, theirs in (
         ("simla.vision.layers.1.attention.qkv.weight", "visual_encoder.blocks.1.attn.qkv.weight"),
         ("simla.text.layers.2.attention.proj.bias", "text_encoder.bert.encoder.layer.2.attention.output.dense.bias"),
@@ -84,39 +87,42 @@ def test_weights_stand_where_they_work(official):
 
 
 def test_queues_are_rows(official):
-    objective = from_official(official, **HEADS).objective
+    objective = from_official(official, "simla", **HEADS).objective
     assert objective["queue.image"].shape == (Q, P)
     assert torch.equal(objective["queue.text"][3], official["text_queue"][:, 3])
     assert objective["queue.pointer"].tolist() == [4] and (objective["queue.ids"] == -100).all()
 
 
 def test_the_configuration_is_read_from_the_shapes(official):
-    config = infer_config(official, num_attention_heads=4, hidden_dropout=0.0)
+    config = infer_config(official, "simla", num_attention_heads=4, hidden_dropout=0.0)
     told = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_text_layers)
     assert told == (16, 24, 2, 3)
     assert (config.text_intermediate_size, config.vocab_size, config.max_position_embeddings) == (24, 120, 40)
     assert (config.image_size, config.patch_size, config.projection_dim, config.num_visual_codes) == (16, 4, 6, 11)
     assert config.concept_input == "projected" and config.tie_word_embeddings and config.hidden_dropout == 0.0
     wide = {**official, "concept_head.weight": torch.zeros(V, 16)}
-    assert infer_config(wide, **HEADS).concept_input == "cls"
+    assert infer_config(wide, "simla", **HEADS).concept_input == "cls"
 
 
 def test_what_shapes_cannot_tell_must_be_given(official):
     with pytest.raises(ValueError, match="width is 16.*num_attention_heads"):
-        infer_config(official)
+        infer_config(official, "simla")
     with pytest.raises(ValueError, match="no fields .'head_count'"):
-        infer_config(official, **HEADS, head_count=3)
+        infer_config(official, "simla", **HEADS, head_count=3)
     small = {name: t[:90] if t.shape[:1] == (V,) else t for name, t in official.items()}
     with pytest.raises(ValueError, match="cls_token_id.*101.*give"):
-        infer_config(small, **HEADS)
+        infer_config(small, "simla", **HEADS)
     with pytest.raises(MissingWeightsError, match="no text_encoder.embeddings.word_embeddings.weight.*official SIMLA"):
-        infer_config({"blocks.0.norm1.weight": torch.zeros(3)})
+        infer_config({"blocks.0.norm1.weight": torch.zeros(3)}, "simla")
 
 
 @pytest.mark.parametrize("side", [2, 6])
 def test_positions_of_another_resolution(official, side):
     """Student and teacher, [CLS] row kept; what the model itself computes on the fly for such a picture."""
-    before, after = from_official(official, **HEADS), from_official(official, image_size=4 * side, **HEADS)
+    before, after = (
+        from_official(official, "simla", **HEADS),
+        from_official(official, "simla", image_size=4 * side, **HEADS),
+    )
     assert after.config.image_size == after.config.position_image_size == 4 * side
     name = "simla.vision.embeddings.position_embeddings"
     for table, old in (
@@ -167,13 +173,13 @@ def test_positions_are_resized_as_bicubic_is_defined(own, side):
 
 def test_retrieval_has_other_prefixes():
     official = filled(retrieval_shapes())
-    done = from_official(official, **HEADS)
+    done = from_official(official, "simla", **HEADS)
     assert done.model_class is SimlaForImageTextRetrieval and not done.report.missing
     assert done.config.max_text_length == 29
     model = SimlaForImageTextRetrieval(done.config)
     model.load_state_dict(done.weights)
     assert torch.equal(done.objective["queue.ids"], official["idx_queue"][0])
-    state, report = to_official(model.state_dict(), done.objective)
+    state, report = to_official(model.state_dict(), "simla", done.objective)
     same(official, state)
     assert not report.left_over
 
@@ -188,7 +194,7 @@ def test_retrieval_has_other_prefixes():
 )
 def test_tasks_there_and_back(shapes, model_class):
     official = filled(shapes())
-    done = from_official(official, **HEADS)
+    done = from_official(official, "simla", **HEADS)
     assert done.model_class is model_class and not done.report.missing
     assert set(done.report.used) | set(done.report.left_over) == set(official)
     assert all(name.endswith("position_ids") for name in done.report.left_over)
@@ -197,7 +203,7 @@ def test_tasks_there_and_back(shapes, model_class):
     teacher = model_class(done.config)
     teacher.load_state_dict({name.removeprefix("teacher."): tensor for name, tensor in done.objective.items()})
     state, report = to_official(
-        model.state_dict(), {f"teacher.{name}": tensor for name, tensor in teacher.state_dict().items()}
+        model.state_dict(), "simla", {f"teacher.{name}": tensor for name, tensor in teacher.state_dict().items()}
     )
     assert not report.left_over
     if model_class is SimlaForVisualReasoning:
@@ -209,32 +215,67 @@ def test_tasks_there_and_back(shapes, model_class):
 
 def test_two_pictures_in_their_order():
     """Of the official eighteen layers: 0 to 5, then each of 6 to 11 and its second."""
-    ours = [stacked_layer(layer, 18) for layer in range(18)]
+    ours = [stacked_layer(layer, 18, "simla") for layer in range(18)]
     assert ours[:8] == [f"simla.text.layers.{layer}" for layer in range(7)] + ["second_layers.0"]
     assert ours[16:] == ["simla.text.layers.11", "second_layers.5"]
-    assert from_official(filled(two_pictures_shapes()), **HEADS).config.num_text_layers == 4
+    assert from_official(filled(two_pictures_shapes()), "simla", **HEADS).config.num_text_layers == 4
 
 
 def test_keys_that_two_pictures_do_not_share_are_refused():
     official = filled(two_pictures_shapes())
     official["text_encoder.encoder.layer.5.crossattention.self.key.bias"] = torch.ones(16)
     with pytest.raises(MissingWeightsError, match="second_layers.1.cross_attention.key.bias.*differ"):
-        from_official(official, **HEADS)
+        from_official(official, "simla", **HEADS)
 
 
 def test_pictures_of_384_pixels_fit_a_bert_of_512_positions():
     """The official fine-tuning has 577 places for 512 positions of words, which no picture passes there."""
-    config = from_official(filled(retrieval_shapes(side=7)), **HEADS).config
+    config = from_official(filled(retrieval_shapes(side=7)), "simla", **HEADS).config
     assert config.num_patches + 1 > config.max_position_embeddings
+
+
+def test_a_family_costs_a_line(monkeypatch):
+    """One such as ALBEF takes ALBEF's files whole, token types folded, and gives them back."""
+
+    def meet(layers: int, first_fusion: int) -> dict[str, int]:
+        return {"num_text_layers": first_fusion, "num_fusion_layers": layers - first_fusion}
+
+    line = dataclasses.replace(
+        OFFICIAL["simla"],
+        config=TinyAlbefConfig,
+        retrieval=TinyAlbefForImageTextRetrieval,
+        pretraining=TinyAlbefForPreTraining,
+        heads=(
+            ("vision_proj", "albef.vision_projection"),
+            ("text_proj", "albef.text_projection"),
+            ("temp", "temperature"),
+            ("itm_head", "itm_head"),
+        ),
+        depth=meet,
+    )
+    monkeypatch.setitem(OFFICIAL, "tiny_albef", line)
+    official = filled(albef_shapes())
+    done = from_official(official, "tiny_albef", fold_token_types=True, **HEADS, text_attention_heads=4)
+    assert (done.config.num_text_layers, done.config.num_fusion_layers) == (2, 1)
+    assert done.model_class is TinyAlbefForPreTraining and not done.report.missing and not done.report.notes
+    assert all(name.endswith("position_ids") for name in done.report.left_over)
+    assert done.report.used.keys() | done.report.left_over.keys() == official.keys()
+    model = TinyAlbefForPreTraining(done.config)
+    model.load_state_dict(done.weights)
+    state, report = to_official(model.state_dict(), "tiny_albef", done.objective)
+    for name in [name for name in official if name.endswith("token_type_embeddings.weight")]:
+        positions = name.replace("token_type", "position")
+        official[positions] = official[positions] + official.pop(name)[0]
+    same(official, state)
 
 
 def test_albef_lacks_what_simla_added_and_that_is_named():
     official = filled(albef_shapes())
     with pytest.raises(MissingWeightsError) as caught:
-        from_official(official, **HEADS)
+        from_official(official, "simla", **HEADS)
     assert "text_encoder.bert.encoder.layer.0.crossattention.self.query.weight" in str(caught.value)
     assert "layer.2.crossattention" not in str(caught.value) and "draw_missing" in str(caught.value)
-    done = from_official(official, draw_missing=True, **HEADS)
+    done = from_official(official, "simla", draw_missing=True, **HEADS)
     assert "text_encoder.bert.embeddings.token_type_embeddings.weight" in done.report.left_over
     drawn = {name for name, what in done.report.missing.items() if what == "drawn at random"}
     assert {name for name in drawn if ".layers." in name} == {
@@ -249,7 +290,7 @@ def test_albef_lacks_what_simla_added_and_that_is_named():
 
 def test_token_types_can_be_folded_into_positions():
     official = filled(albef_shapes())
-    done = from_official(official, draw_missing=True, fold_token_types=True, **HEADS)
+    done = from_official(official, "simla", draw_missing=True, fold_token_types=True, **HEADS)
     for weights, m in ((done.weights, ""), ({k.removeprefix("teacher."): v for k, v in done.objective.items()}, "_m")):
         bert = f"text_encoder{m}.bert.embeddings"
         expected = official[f"{bert}.position_embeddings.weight"] + official[f"{bert}.token_type_embeddings.weight"][0]
@@ -264,11 +305,13 @@ def test_token_types_can_be_folded_into_positions():
 )  # fmt: skip
 def test_what_is_missing_is_named(official, name):
     with pytest.raises(MissingWeightsError, match=f"1 weights.*{name}"):
-        from_official({key: tensor for key, tensor in official.items() if key != name}, **HEADS)
+        from_official({key: tensor for key, tensor in official.items() if key != name}, "simla", **HEADS)
 
 
 def test_what_is_foreign_is_named(official):
-    done = from_official({**official, "ta_head.weight": torch.zeros(3), "visual_encoder.fc": torch.zeros(2)}, **HEADS)
+    done = from_official(
+        {**official, "ta_head.weight": torch.zeros(3), "visual_encoder.fc": torch.zeros(2)}, "simla", **HEADS
+    )
     assert {"ta_head.weight", "visual_encoder.fc"} < set(done.report.left_over)
     assert "ta_head.weight: no module of that name here" in done.report.describe()
 
@@ -276,12 +319,12 @@ def test_what_is_foreign_is_named(official):
 def test_wrong_shapes_are_named(official):
     wrong = {**official, "itm_head.weight": torch.zeros(3, 16)}
     with pytest.raises(MissingWeightsError, match=r"itm_head.weight.*\(3, 16\), expected \(2, 16\)"):
-        from_official(wrong, **HEADS)
+        from_official(wrong, "simla", **HEADS)
 
 
 def test_an_untied_head_of_words_is_kept(official):
     name = "text_encoder.cls.predictions.decoder.weight"
-    done = from_official({**official, name: official[name] + 1}, **HEADS)
+    done = from_official({**official, name: official[name] + 1}, "simla", **HEADS)
     assert not done.config.tie_word_embeddings
     model = SimlaForPreTraining(done.config)
     model.load_state_dict(done.weights)
@@ -291,14 +334,14 @@ def test_an_untied_head_of_words_is_kept(official):
 
 def test_two_biases_of_words_that_differ_are_no_silent_choice(official):
     name = "text_encoder.cls.predictions.decoder.bias"
-    done = from_official({**official, name: official[name] + 1}, **HEADS)
+    done = from_official({**official, name: official[name] + 1}, "simla", **HEADS)
     differing = {key: why for key, why in done.report.left_over.items() if "differs" in why}
     assert list(differing) in ([name], [name.replace("decoder.", "")])
 
 
 def test_without_a_teacher_the_twins_are_copies(official):
-    done = from_official(official, **HEADS)
-    state, report = to_official(done.weights)
+    done = from_official(official, "simla", **HEADS)
+    state, report = to_official(done.weights, "simla")
     assert torch.equal(state["mim_head_m.weight"], official["mim_head.weight"]) and "copies" in report.notes[0]
     assert {name for name in official if name not in state} == {"image_queue", "text_queue", "queue_ptr"}
 
@@ -321,7 +364,7 @@ def test_reports_are_merged():
 
 def test_a_converted_model_runs_a_step(official):
     batch = simla_batch([3, 5])
-    done = from_official(official, **HEADS, cls_token_id=3, image_token_id=1, mask_token_id=4, sep_token_id=2)
+    done = from_official(official, "simla", **HEADS, cls_token_id=3, image_token_id=1, mask_token_id=4, sep_token_id=2)
     model = SimlaForPreTraining(done.config)
     model.load_state_dict(done.weights)
     objective = SimlaObjective(model, SimlaObjectiveArguments(queue_size=Q))

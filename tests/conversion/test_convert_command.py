@@ -131,7 +131,7 @@ def test_albef_is_drawn_where_it_must_be(tmp_path, capsys):
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         assert main([*command, str(tmp_path / name), *TINY, "--draw_missing", "--seed", str(seed)]) == 0
     told = capsys.readouterr().out
-    assert "token_type_embeddings.weight: SIMLA has no token types" in told
+    assert "token_type_embeddings.weight: there are no token types here" in told
     assert "simla.text.layers.0.cross_attention.query.weight: drawn at random" in told
     one, alike, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "same", "other"))
     drawn = "simla.text.layers.0.cross_attention.query.weight"

@@ -1,10 +1,15 @@
-"""Published towers into SIMLA's: what timm and transformers compute with their weights is what ours compute."""
+"""Published towers into ours: what timm and transformers compute with their weights is what ours compute."""
+
+import math
+import re
+from itertools import product
 
 import pytest
 import timm
 import tiny_oner
 import torch
 from safetensors.torch import save_file
+from tiny_albef import TinyAlbefConfig, TinyAlbefModel
 from tiny_simla import tiny_config
 from transformers import (
     BertConfig,
@@ -14,10 +19,14 @@ from transformers import (
     DeiTModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
     ViTModel,
 )
 
 from oner import OneRForPreTraining, SimlaForImageTextRetrieval, SimlaForPreTraining
+from oner.training.conversion.families import TOWERS, dual_towers
+from oner.training.conversion.reading import read_weights
 from oner.training.conversion.report import MissingWeightsError
 from oner.training.conversion.towers import initialise
 from oner.training.run.building import build_model
@@ -253,9 +262,163 @@ def test_keys_without_queries_are_refused():
         initialise(simla(), vision=broken(state, **{"layers.1.attention.k_proj.bias": None}))
 
 
-def test_one_tower_is_not_two():
-    with pytest.raises(ValueError, match="OneRForPreTraining has no encoder for pictures"):
-        initialise(OneRForPreTraining(tiny_oner.tiny_config()), vision={})
+def test_a_family_without_a_line_is_told():
+    with pytest.raises(
+        ValueError, match="family 'tiny_albef' has no towers to be filled; expected one of oner, simla"
+    ):
+        initialise(TinyAlbefModel(TinyAlbefConfig()), vision={})
+
+
+@torch.no_grad()
+def test_a_family_costs_a_line(monkeypatch):
+    """Of one such as ALBEF, BERT's lower layers read texts and its upper ones images, by attention that is drawn."""
+    monkeypatch.setitem(TOWERS, "tiny_albef", dual_towers())
+    model = TinyAlbefModel(TinyAlbefConfig(intermediate_size=64, text_intermediate_size=48)).eval()
+    vit, bert = jittered(ViTModel(ViTConfig(**HF_VIT))), jittered(BertModel(BertConfig(**HF_BERT, num_labels=2)))
+    deeper = jittered(BertModel(BertConfig(**{**HF_BERT, "num_hidden_layers": 4})))
+    with pytest.raises(MissingWeightsError, match="text.layers.3"):
+        initialise(model, text=bert.state_dict())
+    report = initialise(model, vit.state_dict(), deeper.state_dict(), fold_token_types=True)
+    assert {name.split(".")[3] for name in report.missing} == {"cross_attention", "cross_norm"}
+    ids, mask = texts()
+    picture = torch.randn(3, 3, 16, 16)
+    close(model.vision(picture), vit(picture).last_hidden_state)
+    states = deeper(ids, mask, output_hidden_states=True).hidden_states[2]
+    close(model.encode_texts(ids, mask)[mask.bool()], states[mask.bool()])
+
+
+# MAE, into a tower with learned positions and into one with fixed sines
+
+MAE = {**HF_VIT, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+       "decoder_intermediate_size": 32, "mask_ratio": 0.0}  # fmt: skip
+
+
+def mae_positions(side: int, width: int) -> torch.Tensor:
+    """MAE's fixed table, [CLS] first: the column's sines and cosines, then the row's. (1, 1 + side², D)."""
+    rows = [[0.0] * width]
+    for row, column in product(range(side), range(side)):
+        angles = [[place / 10000 ** (4 * i / width) for i in range(width // 4)] for place in (column, row)]
+        rows.append([turn(angle) for axis in angles for turn in (math.sin, math.cos) for angle in axis])
+    return torch.tensor([rows])
+
+
+def mae_model() -> ViTMAEForPreTraining:
+    """Random, but for its positions, which MAE never trains."""
+    model = jittered(ViTMAEForPreTraining(ViTMAEConfig(**MAE)))
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings.copy_(mae_positions(4, 32))
+    return model
+
+
+def encoded(mae: ViTMAEForPreTraining, pixels: torch.Tensor) -> torch.Tensor:
+    """The encoder's states of all patches, in their order: (B, 1 + N, D)."""
+    return mae.vit(pixels, noise=torch.arange(16.0).expand(len(pixels), -1)).last_hidden_state
+
+
+def by_facebook(mae: ViTMAEForPreTraining) -> dict[str, torch.Tensor]:
+    """The names of facebook's mae_pretrain_*.pth, queries, keys and values as one matrix."""
+    state, made = mae.state_dict(), {}
+    for name, tensor in state.items():
+        name = re.sub(r"^vit\.embeddings\.patch_embeddings\.projection", "patch_embed.proj", name)
+        name = name.replace("vit.embeddings.cls_token", "cls_token")
+        name = name.replace("vit.embeddings.position_embeddings", "pos_embed")
+        name = re.sub(r"^vit\.layers", "blocks", name).replace("vit.layernorm", "norm")
+        name = name.replace("decoder.mask_token", "mask_token")
+        name = name.replace("decoder.decoder_layers", "decoder_blocks").replace("decoder.decoder_", "decoder_")
+        name = name.replace("attention.o_proj", "attn.proj").replace("layernorm_before", "norm1")
+        made[name.replace("layernorm_after", "norm2")] = tensor
+    for name in [name for name in made if ".attention.q_proj." in name]:
+        parts = [made.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        made[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    return made
+
+
+def mae_sources(folder) -> dict:
+    """MAE in facebook's layout, transformers' in memory, as saved, and the encoder alone as timm has it."""
+    mae = mae_model()
+    mae.save_pretrained(folder)
+    facebook = by_facebook(mae)
+    alone = {name: tensor for name, tensor in facebook.items() if "decoder" not in name and name != "mask_token"}
+    return {"mae": mae, "facebook": facebook, "transformers": mae.state_dict(), "saved": str(folder), "timm": alone}
+
+
+def oner_model(**fields) -> OneRForPreTraining:
+    return OneRForPreTraining(tiny_oner.tiny_config(**{"intermediate_size": 64, "stem": "linear", **fields})).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["facebook", "transformers", "saved", "timm"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_mae_is_oners_trunk(tmp_path, layout, scaled):
+    sources = mae_sources(tmp_path)
+    model = oner_model(scale_word_embeddings=scaled)
+    before = snapshot(model)
+    report = initialise(model, vision=sources[layout])
+    picture = torch.randn(2, 3, 16, 16)
+    close(model.oner(pixel_values=picture).last_hidden_state, encoded(sources["mae"], picture))
+    # every name has a place in the report
+    state = read_weights(sources[layout]) if layout == "saved" else sources[layout]
+    assert report.used.keys() | report.left_over.keys() == state.keys()
+    assert not report.used.keys() & report.left_over.keys()
+    ours = {name for name in before if name.startswith("oner.")}
+    assert set(report.used.values()) | report.missing.keys() == ours
+    (positions,) = (why for name, why in report.left_over.items() if "pos" in name and "decoder" not in name)
+    assert positions == "positions are fixed sines here, and so are the file's, of 4 x 4 places"
+    decoder = {name for name in report.left_over if "decoder" in report.left_over[name]}
+    assert all("decoder" in name or name == "mask_token" for name in decoder) and bool(decoder) == (layout != "timm")
+    # of the words only [CLS] is MAE's
+    words, drawn = model.oner.embeddings.word_embeddings.weight, before["oner.embeddings.word_embeddings.weight"]
+    changed = (words != drawn).any(1).nonzero().flatten().tolist()
+    assert changed == [tiny_oner.CLS] and model.lm_head.decoder.weight is words
+    assert torch.equal(model.oner.embeddings.patch_mask_token, before["oner.embeddings.patch_mask_token"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["facebook", "transformers", "saved", "timm"])
+def test_mae_is_simlas_visual_encoder(tmp_path, layout):
+    sources, model = mae_sources(tmp_path), simla()
+    report = initialise(model, vision=sources[layout])
+    picture = torch.randn(2, 3, 16, 16)
+    close(model.simla.vision(picture), encoded(sources["mae"], picture))
+    assert set(report.missing) == {"simla.vision.embeddings.mask_token"}
+    assert not model.simla.vision.embeddings.mask_token.any()  # MAE's is of its decoder
+    assert all("decoder" in why for why in report.left_over.values())
+
+
+@torch.no_grad()
+def test_a_trunk_with_words_of_bert_and_layers_of_mae(tmp_path):
+    mae, bert, model = mae_model(), jittered(BertForPreTraining(BertConfig(**HF_BERT))), oner_model()
+    report = initialise(model, mae.state_dict(), bert.state_dict())
+    words, theirs = model.oner.embeddings.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight
+    rest = [row for row in range(WORDS) if row != tiny_oner.CLS]
+    assert torch.equal(words[rest], theirs[rest])
+    assert torch.equal(words[tiny_oner.CLS], mae.vit.embeddings.cls_token[0, 0])
+    assert torch.equal(model.lm_head.dense.weight, bert.cls.predictions.transform.dense.weight)
+    picture = torch.randn(2, 3, 16, 16)
+    close(model.oner(pixel_values=picture).last_hidden_state, encoded(mae, picture))
+    assert report.left_over["bert.encoder.layer.0.output.dense.bias"] == "the one tower is a ViT's"
+    assert report.left_over["bert.embeddings.position_embeddings.weight"] == "positions of words are fixed sines here"
+    assert report.used.keys() | report.left_over.keys() == mae.state_dict().keys() | bert.state_dict().keys()
+
+
+@torch.no_grad()
+def test_what_a_trunk_cannot_take_is_said():
+    """Learned positions, and a projection of patches where convolutions stand."""
+    vit, model = jittered(ViTModel(ViTConfig(**HF_VIT))), oner_model(stem="conv")
+    report = initialise(model, vision=vit.state_dict())
+    assert report.left_over["embeddings.position_embeddings"].startswith("positions are fixed sines here; the file's")
+    stem = "a stem of convolutions stands here"
+    assert report.left_over["embeddings.patch_embeddings.projection.weight"] == stem
+    assert {name for name in report.missing if ".stem." in name} == {
+        name for name in model.state_dict() if ".stem." in name
+    }
+    hidden = torch.randn(2, 5, 32)
+    mine, theirs = model.oner.layers[1](hidden), vit.layers[1](hidden)
+    close(mine, theirs[0] if isinstance(theirs, tuple) else theirs)
+    before = snapshot(model)
+    with pytest.raises(MissingWeightsError, match="oner.layers.1.norm1.bias"):
+        initialise(model, vision=broken(vit.state_dict(), **{"layers.1.layernorm_before.bias": None}))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_run_begins_with_both(tmp_path):

@@ -154,7 +154,7 @@ def test_positions_are_pooled_as_named(model, pairs):
         assert torch.equal(tokens[row, 1 + length :], torch.zeros_like(tokens[row, 1 + length :]))
         torch.testing.assert_close(model.ground(**pairs)[row], tokens[row].sum(0) / (1 + max(LENGTHS)))
         torch.testing.assert_close(model.ground(**pairs, pool="real")[row], tokens[row, : 1 + length].mean(0))
-        torch.testing.assert_close(model.ground(**pairs, pool="words")[row], tokens[row, 1 : 1 + length].mean(0))
+        torch.testing.assert_close(model.ground(**pairs, pool="tokens")[row], tokens[row, 1 : 1 + length].mean(0))
 
 
 def test_a_row_keeps_to_itself(model, pairs, texts):

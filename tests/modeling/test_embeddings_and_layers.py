@@ -159,7 +159,7 @@ def test_attention_to_both_splits_into_two_attentions():
 
 def two_streams() -> tuple[torch.Tensor, Stream, Stream]:
     """A text stream of lengths 2, 0, 3 in four slots, and a picture stream of 5 positions, packed behind it."""
-    text = Stream("text", batch_size=3, prefix=1, words=4, text_index=torch.tensor([0, 1, 8, 9, 10]))
+    text = Stream("text", batch_size=3, prefix=1, text_slots=4, text_index=torch.tensor([0, 1, 8, 9, 10]))
     picture = Stream("image", batch_size=3, prefix=5)
     return torch.randn(3 + 5 + 15, 32), text, picture
 
@@ -200,7 +200,7 @@ def test_an_accelerator_is_not_asked_for_the_values_of_a_mask(implementation):
     """A tensor without values stands for one whose values would have to be waited for."""
     module = attention_module()
     module.config._attn_implementation = implementation
-    stream = Stream("text", batch_size=2, prefix=1, words=3)
+    stream = Stream("text", batch_size=2, prefix=1, text_slots=3)
     stream.set_mask(module.config, torch.ones(2, 4, device="meta"), like=torch.empty(2, 4, 32, device="meta"))
     assert stream.attention_mask.shape == (2, 1, 4, 4)
 

@@ -51,11 +51,11 @@ CASES = {
     ),
     "too long a text": (
         {"input_ids": ids([CLS] + [9] * 13)},
-        "a text has 13 words; expected at most 12 (config.max_text_length)",
+        "a text has 13 tokens; expected at most 12 (config.max_text_length)",
     ),
     "too long a text beside a picture": (
         {"input_ids": ids([CLS] + PLACEHOLDERS + [9] * 14), "pixel_values": pixels(1)},
-        "a text has 14 words; expected at most 12 (config.max_text_length)",
+        "a text has 14 tokens; expected at most 12 (config.max_text_length)",
     ),
     "id beyond the vocabulary": (
         {"input_ids": ids([CLS, 9, VOCAB])},
@@ -133,7 +133,7 @@ APART = "and this family reads text and image apart; expected the text alone, as
 OF_ANOTHER_LAYOUT = {
     "too long a text beside a picture": (
         {"input_ids": ids([CLS] + [9] * 14), "pixel_values": pixels(1)},
-        "a text has 14 words; expected at most 12 (config.max_text_length)",
+        "a text has 14 tokens; expected at most 12 (config.max_text_length)",
     ),
     "placeholders without pictures": (
         CASES["placeholders without pictures"][0],

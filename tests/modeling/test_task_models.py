@@ -25,7 +25,7 @@ from oner.modeling.vl_task_heads import (
     AnswerGeneration,
     PairClassification,
     PairClassificationHead,
-    TwoPictureClassification,
+    TwoImageClassification,
     answer_end,
 )
 
@@ -383,7 +383,7 @@ class OneREntailment(PairClassification, OneRPreTrainedModel):
         self.post_init()
 
 
-class OneRReasoning(TwoPictureClassification, OneRPreTrainedModel):
+class OneRReasoning(TwoImageClassification, OneRPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.oner = OneRModel(config, add_pooling_layer=False)

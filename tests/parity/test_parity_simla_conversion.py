@@ -42,7 +42,7 @@ def test_a_converted_file_takes_the_official_step(tmp_path, alpha, record):
     objective.load_state_dict(load_file(directory / "objective.safetensors"))
     step = check_step(student, objective, official(weights), batch, alpha, record)
 
-    state, _ = to_official(student.state_dict(), objective.state_dict())
+    state, _ = to_official(student.state_dict(), "simla", objective.state_dict())
     for name, after in step.after.items():
         torch.testing.assert_close(state[name].to(after.dtype), after, atol=1e-5, rtol=0, msg=name)
 
@@ -51,7 +51,7 @@ def test_two_tables_of_names_agree():
     """That of the converter and that of these tests, which were written apart."""
     config, weights, _ = problem([3])
     told = {name: getattr(config, name) for name in TOLD}
-    done = from_official(weights, **told)
+    done = from_official(weights, "simla", **told)
     teacher = {f"teacher.{name}": tensor for name, tensor in our_state(weights, teacher=True).items()}
     for mine, theirs in ((done.weights, our_state(weights)), (done.objective, teacher)):
         mine = {name: tensor for name, tensor in mine.items() if not name.startswith("queue.")}

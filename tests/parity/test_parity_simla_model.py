@@ -37,7 +37,7 @@ def test_every_pass(config, implementation, dtype):
         output = model(
             *inputs_of(batch),
             batch["bool_masked_pos"],
-            passes=("contrast", "match", "words", "patches", "concepts", "keywords"),
+            passes=("contrast", "match", "tokens", "patches", "concepts", "keywords"),
             choose_negatives=lambda *_: (batch["negative_images"], batch["negative_texts"]),
         )
         official = official_batch(batch)
@@ -75,8 +75,8 @@ def test_places_choose_among_the_logits():
     inputs = inputs_of(batch)
     words, patches = torch.tensor([1, 9, 17]), batch["bool_masked_pos"].flatten().nonzero().flatten()
     with torch.no_grad():
-        few = model(*inputs, batch["bool_masked_pos"], words, patches, passes=("words", "patches"))
-        all_of_them = model(*inputs, batch["bool_masked_pos"], passes=("words", "patches"))
+        few = model(*inputs, batch["bool_masked_pos"], words, patches, passes=("tokens", "patches"))
+        all_of_them = model(*inputs, batch["bool_masked_pos"], passes=("tokens", "patches"))
     torch.testing.assert_close(few.mlm_logits, all_of_them.mlm_logits.flatten(0, 1)[words], atol=1e-5, rtol=1e-5)
     assert few.mim_logits.shape == (len(patches), CODES)
     torch.testing.assert_close(few.mim_logits, all_of_them.mim_logits.flatten(0, 1)[patches], atol=1e-5, rtol=1e-5)

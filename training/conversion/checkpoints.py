@@ -1,7 +1,7 @@
-"""Official SIMLA and ALBEF state dicts to ours and back: names, and the few tensors that are laid out otherwise.
+"""State dicts of SIMLA's and ALBEF's form to ours and back: names, and the few tensors that are laid out otherwise.
 
 D width, N patches, P width of the contrastive space, Q rows of a queue, V words. Official names are those of the
-modules in the repositories codezakh/SIMLA and salesforce/ALBEF.
+modules in the repositories codezakh/SIMLA and salesforce/ALBEF; what they are in a family is its line in `OFFICIAL`.
 """
 
 import math
@@ -12,19 +12,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from oner.modeling.configuration_simla import SimlaConfig
-from oner.modeling.modeling_simla import SimlaForImageTextRetrieval
-from oner.modeling.modeling_simla_pretraining import SimlaForPreTraining
-from oner.modeling.modeling_simla_tasks import (
-    SimlaForVisualEntailment,
-    SimlaForVisualQuestionAnswering,
-    SimlaForVisualReasoning,
-)
 from oner.modeling.vl_embeddings import interpolate_positions
 
-from .names import Names, official_names, ties
+from .families import OFFICIAL, OfficialFamily, family_of
+from .names import Names, ties
 from .report import ConversionReport, MissingWeightsError
 
 # (P, Q) in a file, (Q, P) here
@@ -71,20 +64,20 @@ def _layers(state: Mapping[str, torch.Tensor]) -> int:
     return _count(state, f"text_encoder.{_bert_prefix(state)}encoder.layer.")
 
 
-def _model_class(state: Mapping[str, torch.Tensor]) -> type[PreTrainedModel]:
+def _model_class(state: Mapping[str, torch.Tensor], line: OfficialFamily) -> type[PreTrainedModel]:
     """The smallest class that has a place for all heads of the file."""
     if any(name.startswith("text_decoder.") for name in state):
-        return SimlaForVisualQuestionAnswering
+        return line.answers
     if "cls_head.2.weight" in state:
-        return SimlaForVisualReasoning if len(state["cls_head.2.weight"]) == 2 else SimlaForVisualEntailment
-    if any(name.startswith(("text_encoder.cls.", "mim_head.", "concept_head.")) for name in state):
-        return SimlaForPreTraining
-    return SimlaForImageTextRetrieval
+        return line.reasoning if len(state["cls_head.2.weight"]) == 2 else line.entailment
+    if any(name.startswith(line.pretraining_heads) for name in state):
+        return line.pretraining
+    return line.retrieval
 
 
-def _stack(state: Mapping[str, torch.Tensor]) -> int:
+def _stack(state: Mapping[str, torch.Tensor], line: OfficialFamily) -> int:
     """Layers of the model of two pictures, 0 for others. Raises `ValueError` for a number that none has."""
-    if _model_class(state) is not SimlaForVisualReasoning:
+    if _model_class(state, line) is not line.reasoning:
         return 0
     if _layers(state) % 3:
         raise ValueError(
@@ -112,12 +105,21 @@ def _head_fields(state: Mapping[str, torch.Tensor], words: torch.Tensor) -> dict
     return fields
 
 
-def infer_config(state: Mapping[str, torch.Tensor], image_size: int | None = None, **given: Any) -> SimlaConfig:
+def _first_fusion(state: Mapping[str, torch.Tensor], bert: str) -> int:
+    """The first layer of text with cross-attention; 0 of a file that has none."""
+    pattern = re.compile(rf"text_encoder\.{re.escape(bert)}encoder\.layer\.(\d+)\.crossattention\.")
+    return min((int(match[1]) for name in state if (match := pattern.match(name))), default=0)
+
+
+def infer_config(
+    state: Mapping[str, torch.Tensor], family: str, image_size: int | None = None, **given: Any
+) -> PreTrainedConfig:
     """
     The configuration that the shapes of an official state dict tell.
 
     Args:
         state: Names and tensors of the student at least.
+        family: Whose configuration, a key of `OFFICIAL`.
         image_size: Picture size to read from now on; the position table's own if None.
         given: Fields that no shape tells, or that are to differ: heads, ids of special tokens, dropout.
 
@@ -125,8 +127,9 @@ def infer_config(state: Mapping[str, torch.Tensor], image_size: int | None = Non
         MissingWeightsError: a name is not there whose shape is needed.
         ValueError: fields that do not fit; a number of heads or special ids that must be given.
     """
-    if unknown := sorted(set(given) - set(SimlaConfig.__dataclass_fields__)):
-        raise ValueError(f"SimlaConfig has no fields {unknown}")
+    line = family_of(family, OFFICIAL, "official checkpoints")
+    if unknown := sorted(set(given) - set(line.config.__dataclass_fields__)):
+        raise ValueError(f"{line.config.__name__} has no fields {unknown}")
     bert = _bert_prefix(state)
 
     def tensor(name: str) -> torch.Tensor:
@@ -138,14 +141,14 @@ def infer_config(state: Mapping[str, torch.Tensor], image_size: int | None = Non
     patch = tensor("visual_encoder.patch_embed.proj.weight")
     positions = len(tensor(f"text_encoder.{bert}embeddings.position_embeddings.weight"))
     side = math.isqrt(tensor("visual_encoder.pos_embed").shape[1] - 1)
-    stack = _stack(state)
+    layers = _stack(state, line) * 2 // 3 or _layers(state)
     fields: dict[str, Any] = {
         "vocab_size": words.shape[0],
         "hidden_size": words.shape[1],
         "num_hidden_layers": _count(state, "visual_encoder.blocks."),
         "num_attention_heads": _head_count(words.shape[1], given.pop("num_attention_heads", None)),
         "intermediate_size": len(tensor("visual_encoder.blocks.0.mlp.fc1.weight")),
-        "num_text_layers": stack * 2 // 3 or _layers(state),
+        **line.depth(layers, _first_fusion(state, bert)),
         "text_intermediate_size": len(tensor(f"text_encoder.{bert}encoder.layer.0.intermediate.dense.weight")),
         "max_position_embeddings": positions,
         # [CLS] included, pretraining reads 25 words and the downstream tasks 30
@@ -156,7 +159,7 @@ def infer_config(state: Mapping[str, torch.Tensor], image_size: int | None = Non
         **_head_fields(state, words),
     }
     try:
-        return SimlaConfig(**{**fields, **given})
+        return line.config(**{**fields, **given})
     except (ValueError, TypeError, StrictDataclassError) as error:
         told = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
         raise ValueError(f"the shapes alone make no configuration: {told}; give what they cannot tell") from error
@@ -174,7 +177,7 @@ class Conversion:
     """
 
     model_class: type[PreTrainedModel]
-    config: SimlaConfig
+    config: PreTrainedConfig
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     objective: dict[str, torch.Tensor] = field(default_factory=dict)
     absent_heads: set[str] = field(default_factory=set)
@@ -183,6 +186,7 @@ class Conversion:
 
 def from_official(
     state: Mapping[str, torch.Tensor],
+    family: str,
     image_size: int | None = None,
     draw_missing: bool = False,
     fold_token_types: bool | None = None,
@@ -193,6 +197,7 @@ def from_official(
 
     Args:
         state: By official name; `read_weights` gives it.
+        family: Whose model it becomes, a key of `OFFICIAL`.
         image_size: Picture size to read from now on, student and teacher; their tables are then resized.
         draw_missing: Accept weights of the towers that the file has not; they begin as the model draws them.
         fold_token_types: Add the first token type to every position, which is what a BERT with token types computes
@@ -204,10 +209,11 @@ def from_official(
         MissingWeightsError: names the weights of a tower, or of a part of a head, that are not there.
         ValueError: what `infer_config` raises; tensors of another shape than the configuration has.
     """
-    config = infer_config(state, image_size, **fields)
-    done = Conversion(_model_class(state), config)
-    bert, stack = _bert_prefix(state), _stack(state)
-    names = official_names(bert, stack)
+    config = infer_config(state, family, image_size, **fields)
+    line = OFFICIAL[family]
+    done = Conversion(_model_class(state, line), config)
+    stack = _stack(state, line)
+    names = line.names(_bert_prefix(state), stack)
     for name, tensor in state.items():
         _place(done, name, tensor, names)
     if fold_token_types or (fold_token_types is None and stack):
@@ -261,7 +267,7 @@ def _why(name: str) -> str:
     if name.endswith("position_ids"):
         return "a buffer that counts; nothing here needs it"
     if name.endswith("token_type_embeddings.weight"):
-        return "SIMLA has no token types (SIMLA's code drops them; fold_token_types keeps what they did)"
+        return "there are no token types here (SIMLA's code drops them; fold_token_types keeps what they did)"
     return "no module of that name here"
 
 
@@ -285,7 +291,7 @@ def _resize(done: Conversion, image_size: int | None) -> None:
         ("visual_encoder", done.weights, ""),
         ("visual_encoder_m", done.objective, TEACHER),
     ):
-        ours = f"{prefix}simla.vision.embeddings.position_embeddings"
+        ours = f"{prefix}{done.model_class.base_model_prefix}.vision.embeddings.position_embeddings"
         if ours in target and target[ours].shape[1] != 1 + side**2:
             before = math.isqrt(target[ours].shape[1] - 1)
             target[ours] = resize_position_table(target[ours], side)
@@ -296,9 +302,10 @@ def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
     """Fills `report.missing`, and raises where the file lacks what it must have."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in done.model_class(done.config).state_dict().items()}
+    tower = done.model_class.base_model_prefix
     if done.config.tie_word_embeddings:
-        _tie(done.weights, "")
-        _tie(done.objective, TEACHER)
+        _tie(done.weights, "", tower)
+        _tie(done.objective, TEACHER, tower)
     wrong = {
         name: f"{tuple(value.shape)}, expected {tuple(shapes[name.removeprefix(TEACHER)])}"
         for name, value in (done.weights | done.objective).items()
@@ -306,7 +313,7 @@ def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
     }
     if wrong:
         raise MissingWeightsError(f"wrong shapes {dict(list(wrong.items())[:10])}")
-    there = {_module(name) for name in done.weights} | {"simla"}
+    there = {_module(name) for name in done.weights} | {tower}
     refused = []
     for name in sorted(shapes.keys() - done.weights.keys()):
         done.report.missing[name] = BEGINNINGS.get(name.rpartition(".")[2], "drawn at random")
@@ -322,9 +329,9 @@ def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
         )
 
 
-def _tie(weights: dict[str, torch.Tensor], prefix: str) -> None:
+def _tie(weights: dict[str, torch.Tensor], prefix: str, tower: str) -> None:
     """Fills what is another weight too. Raises `MissingWeightsError` where the file has two that differ."""
-    for name, source in ties(name.removeprefix(prefix) for name in weights).items():
+    for name, source in ties((name.removeprefix(prefix) for name in weights), tower).items():
         kept = weights.setdefault(prefix + name, weights[prefix + source])
         if not torch.equal(kept, weights[prefix + source]):
             raise MissingWeightsError(f"{name} and {source} differ in the checkpoint; expected them to be one weight")
@@ -338,7 +345,7 @@ def _module(name: str) -> str:
 
 
 def to_official(
-    weights: Mapping[str, torch.Tensor], objective: Mapping[str, torch.Tensor] | None = None
+    weights: Mapping[str, torch.Tensor], family: str, objective: Mapping[str, torch.Tensor] | None = None
 ) -> tuple[dict[str, torch.Tensor], ConversionReport]:
     """
     The way back: what the official scripts' `load_state_dict` expects, as far as it is there. A model with a head of
@@ -346,12 +353,14 @@ def to_official(
 
     Args:
         weights: A model's state dict.
+        family: Whose, a key of `OFFICIAL`.
         objective: Teacher and queues, named as in `Conversion.objective`. Without a teacher the momentum twins become
             copies of the student, as the official constructor makes them.
     """
     bert = "bert." if any(name.startswith("lm_head.") for name in weights) else ""
     second = {name.split(".")[1] for name in weights if name.startswith("second_layers.")}
-    names, report, state = official_names(bert, 3 * len(second)).reverse, ConversionReport(), {}
+    line = family_of(family, OFFICIAL, "official layout")
+    names, report, state = line.names(bert, 3 * len(second)).reverse, ConversionReport(), {}
     objective = dict(objective or {})
     teacher = {name.removeprefix(TEACHER): t for name, t in objective.items() if name.startswith(TEACHER)}
     if not teacher:
@@ -360,12 +369,12 @@ def to_official(
         report.notes.append("no teacher was given: the momentum twins are copies of the student")
     for content, suffix, prefix in ((weights, "", ""), (teacher, "_m", TEACHER)):
         content = dict(content)
-        for name, source in ties(content).items():
+        for name, source in ties(content, line.prefix).items():
             content.setdefault(name, content[source])
         for name, tensor in content.items():
             official = names(name)
             if official is None:
-                report.left_over[prefix + name] = "official SIMLA has no such module"
+                report.left_over[prefix + name] = "the official layout has no such module"
                 continue
             first, dot, rest = official.partition(".")
             state[first + suffix + dot + rest] = tensor.reshape(()) if official == "temp" else tensor
@@ -379,7 +388,7 @@ def to_official(
         state[IDS[0]] = objective[IDS[1]][None]
         report.used[IDS[1]] = IDS[0]
     report.left_over |= {
-        name: "official SIMLA has no such state"
+        name: "the official layout has no such state"
         for name in objective
         if name not in report.used and not name.startswith(TEACHER)
     }

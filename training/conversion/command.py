@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from oner.processing.vl_tokenizer import tokenizer_from_vocab
 
 from .checkpoints import Conversion, from_official, to_official
 from .dalle import convert_dalle
+from .families import OFFICIAL
 from .reading import read_weights
 from .report import ConversionReport
 
@@ -52,7 +54,7 @@ def _fields(options: argparse.Namespace) -> dict[str, Any]:
     return fields
 
 
-def _from_simla(options: argparse.Namespace) -> ConversionReport:
+def _from_official(options: argparse.Namespace, family: str) -> ConversionReport:
     fields, tokenizer = _fields(options), None
     if options.tokenizer is not None:
         tokenizer = tokenizer_from_vocab(options.tokenizer)
@@ -62,6 +64,7 @@ def _from_simla(options: argparse.Namespace) -> ConversionReport:
     state = read_weights(options.source)
     done = from_official(
         state,
+        family,
         image_size=options.image_size,
         draw_missing=options.draw_missing,
         fold_token_types=options.fold_token_types,
@@ -139,18 +142,19 @@ def _into_place(destination: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _model_weights(directory: Path) -> dict[str, torch.Tensor]:
+def _model_weights(directory: Path, family: str) -> dict[str, torch.Tensor]:
     """As the file holds them, in fp32: a model made from it would draw the heads that it lacks."""
     path = directory / "config.json"
     try:
-        family = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: expected a model's configuration: {error}") from error
-    if family != "simla":
-        raise ValueError(f"{directory} holds a model of the family {family!r}; expected 'simla'")
+    if found != family:
+        raise ValueError(f"{directory} holds a model of the family {found!r}; expected {family!r}")
     weights = {name: tensor.float() for name, tensor in read_weights(directory / "model.safetensors").items()}
-    if not any(name.startswith("simla.") for name in weights):  # of a bare tower
-        weights = {f"simla.{name}": tensor for name, tensor in weights.items()}
+    prefix = OFFICIAL[family].prefix
+    if not any(name.startswith(f"{prefix}.") for name in weights):  # of a bare tower
+        weights = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
     return weights
 
 
@@ -158,12 +162,12 @@ def _write_official(options: argparse.Namespace) -> ConversionReport:
     destination = Path(options.destination).absolute()
     if destination.exists():
         raise FileExistsError(f"{destination} is there already; expected a new file")
-    weights = _model_weights(Path(options.source))
+    weights = _model_weights(Path(options.source), options.target)
     path = Path(options.objective) if options.objective else Path(options.source) / OBJECTIVE
     objective = None
     if options.objective or path.is_file():
         objective = read_weights(path)
-    state, report = to_official(weights, objective)
+    state, report = to_official(weights, options.target, objective)
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_name(f".{destination.name}.partial")
     try:
@@ -174,8 +178,9 @@ def _write_official(options: argparse.Namespace) -> ConversionReport:
     return report
 
 
+# layout of a file -> what reads it; ALBEF's files become models of SIMLA's family, which begins with them
 SOURCES: dict[str, Callable[[argparse.Namespace], ConversionReport]] = {
-    "simla": _from_simla,
-    "albef": _from_simla,
+    "simla": partial(_from_official, family="simla"),
+    "albef": partial(_from_official, family="simla"),
     "dalle": _from_dalle,
 }

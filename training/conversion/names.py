@@ -42,16 +42,6 @@ LANGUAGE_HEAD = (
     ("predictions.transform.LayerNorm", "norm"),
     ("predictions.decoder", "decoder"),
 )
-HEADS = (
-    ("vision_proj", "simla.vision_projection"),
-    ("text_proj", "simla.text_projection"),
-    ("temp", "temperature"),
-    ("itm_head", "itm_head"),
-    ("mim_head", "mim_head"),
-    ("concept_head", "concept_head"),
-    ("cls_head.0", "classifier.0"),
-    ("cls_head.2", "classifier.2"),
-)
 
 
 class Names:
@@ -79,20 +69,22 @@ class Names:
         return Names((right, left) for left, right in self.pairs)
 
 
-def official_names(bert: str = "bert.", stack: int = 0) -> Names:
+def official_names(prefix: str, heads: Iterable[tuple[str, str]], bert: str = "bert.", stack: int = 0) -> Names:
     """
-    Of the student in an official state dict.
+    Of the student in an official state dict of SIMLA's and ALBEF's form.
 
     Args:
+        prefix: What our tower is called.
+        heads: Official name -> ours, of what stands on the towers.
         bert: What stands before the names of the text encoder's parts: "bert." in pretraining, "" in downstream
             checkpoints, whose models hold the encoder without a head of words.
         stack: Layers of the model of two pictures, which are one and a half times the encoder's; 0 for other models.
     """
-    text = [(left, f"simla.text.{right}") for left, right in BERT]
+    text = [(left, f"{prefix}.text.{right}") for left, right in BERT]
     if stack:
         text = [pair for pair in text if "#" not in pair[0]]
         for layer in range(stack):
-            ours = f"{stacked_layer(layer, stack)}."
+            ours = f"{stacked_layer(layer, stack, prefix)}."
             text += [
                 (left.replace("#", str(layer)), right.replace("layers.#.", ours))
                 for left, right in BERT
@@ -100,39 +92,39 @@ def official_names(bert: str = "bert.", stack: int = 0) -> Names:
             ]
     return Names(
         [
-            *((f"visual_encoder.{left}", f"simla.vision.{right}") for left, right in VISION),
+            *((f"visual_encoder.{left}", f"{prefix}.vision.{right}") for left, right in VISION),
             *((f"text_encoder.{bert}{left}", right) for left, right in text),
             *((f"text_encoder.cls.{left}", f"lm_head.{right}") for left, right in LANGUAGE_HEAD),
             *((f"text_decoder.bert.{left}", f"decoder.{right}") for left, right in BERT),
             *((f"text_decoder.cls.{left}", f"decoder.lm_head.{right}") for left, right in LANGUAGE_HEAD),
-            *HEADS,
+            *heads,
         ]
     )
 
 
-def stacked_layer(layer: int, stack: int) -> str:
+def stacked_layer(layer: int, stack: int, prefix: str) -> str:
     """Which of ours is a layer of the official model of two pictures, whose upper layers stand twice in a row."""
     lower = stack // 3
     if layer < lower:
-        return f"simla.text.layers.{layer}"
+        return f"{prefix}.text.layers.{layer}"
     place, second = divmod(layer - lower, 2)
-    return f"second_layers.{place}" if second else f"simla.text.layers.{lower + place}"
+    return f"second_layers.{place}" if second else f"{prefix}.text.layers.{lower + place}"
 
 
-def ties(weights: Iterable[str]) -> dict[str, str]:
+def ties(weights: Iterable[str], prefix: str) -> dict[str, str]:
     """Of weights by our names, those that are another weight too: which one. A safetensors file holds them once."""
     weights = set(weights)
     found = {}
-    for head, words in (("lm_head", "simla.text"), ("decoder.lm_head", "decoder")):
+    for head, words in (("lm_head", f"{prefix}.text"), ("decoder.lm_head", "decoder")):
         if f"{head}.decoder.bias" in weights:
             found[f"{head}.decoder.weight"] = f"{words}.embeddings.word_embeddings.weight"
     # a pair of layers reads its two pictures with the same keys and values
     second = {int(name.split(".")[1]) for name in weights if name.startswith("second_layers.")}
     for place in second:
         for part in ("key.weight", "key.bias", "value.weight", "value.bias"):
-            first = f"simla.text.layers.{len(second) + place}.cross_attention.{part}"
+            first = f"{prefix}.text.layers.{len(second) + place}.cross_attention.{part}"
             found[f"second_layers.{place}.cross_attention.{part}"] = first
     return found
 
 
-__all__ = ["BERT", "HEADS", "LANGUAGE_HEAD", "VISION", "Names", "official_names", "stacked_layer", "ties"]
+__all__ = ["BERT", "LANGUAGE_HEAD", "VISION", "Names", "official_names", "stacked_layer", "ties"]

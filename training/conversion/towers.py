@@ -1,53 +1,25 @@
-"""A model that begins with a published ViT or DeiT below and a published BERT above, as the paper's does.
+"""A model that begins with published weights: a ViT, DeiT or MAE for images, a BERT for texts.
 
-D width, N patches. Names are those of timm's and DeiT's files, or of transformers', before and since its version 5.
+Which names of a file are which of a family's is its line in `families.TOWERS`. D width, N patches.
 """
 
 import math
 import os
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoints import resize_position_table
-from .names import BERT, LANGUAGE_HEAD, VISION, Names
+from .families import TOWERS, TowerNames, family_of
+from .layouts import Found, is_decoder, text_names, vision_names
+from .names import LANGUAGE_HEAD, Names
 from .reading import read_weights
 from .report import ConversionReport, MissingWeightsError
 
-# transformers' ViT and DeiT -> timm's; queries, keys and values are joined before
-TRANSFORMERS_VIT = Names(
-    [
-        ("embeddings.cls_token", "cls_token"),
-        ("embeddings.position_embeddings", "pos_embed"),
-        ("embeddings.mask_token", "mask_token"),
-        ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
-        ("layernorm", "norm"),
-        *(
-            (f"{layers}.#.{left}", f"blocks.#.{right}")
-            for layers in ("encoder.layer", "layers")
-            for left, right in (
-                ("layernorm_before", "norm1"),
-                ("layernorm_after", "norm2"),
-                ("attention.qkv", "attn.qkv"),
-                ("attention.output.dense", "attn.proj"),
-                ("attention.o_proj", "attn.proj"),
-                ("intermediate.dense", "mlp.fc1"),
-                ("output.dense", "mlp.fc2"),
-                ("mlp.fc1", "mlp.fc1"),
-                ("mlp.fc2", "mlp.fc2"),
-            )
-        ),
-    ]
-)
-QUERIES = re.compile(r"((?:encoder\.layer|layers)\.\d+\.attention\.)(?:attention\.query|q_proj)\.(weight|bias)")
-SPELLINGS = (("attention.query", "attention.key", "attention.value"), ("q_proj", "k_proj", "v_proj"))
-# BERT's first checkpoints call a norm's weight and bias so
-OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 DRAWN = "as the model drew it"
-VISION_TOWER, TEXT_TOWER = "simla.vision.", "simla.text."
-WHOLE_TOWER = re.compile(r"^(blocks|encoder\.layer|layers)\.\d+\.")
+JOINED = "queries, keys and values as one matrix"
 
 Source = str | os.PathLike | Mapping[str, torch.Tensor]
 
@@ -59,198 +31,241 @@ def initialise(
     fold_token_types: bool = False,
 ) -> ConversionReport:
     """
-    Fills the towers of a SIMLA model in place, and says what it used and what it left.
+    Fills the towers of a model of any family in place, and says what it used and what it left.
 
-    The visual encoder takes a ViT or DeiT whose position table may be of another picture size. The text encoder takes
-    a BERT of the same vocabulary; its cross-attention stays as the model drew it, and so do the heads but for that of
-    words, if the file has one.
+    For images a ViT, DeiT or MAE, whose position table may be of another image size; of MAE its encoder. For texts a
+    BERT of the same vocabulary, of which a family of one tower takes the words alone. Cross-attention stays as the
+    model drew it, and so do the heads but for that of words, if the file has one.
 
     Args:
-        model: With `simla` in it, on the CPU.
+        model: On the CPU.
         vision, text: A path or a name on the Hub for `read_weights`, or a state dict.
         fold_token_types: Add BERT's first token type to every position, which makes texts come out as BERT has them;
             SIMLA's code drops it.
 
     Raises:
-        ValueError: a model without two towers.
+        ValueError: a model of a family without a line in `TOWERS`.
         MissingWeightsError: names weights of a tower that are missing, of another shape, or that a plain ViT or BERT
             does not have (layer scale, say), without which the tower would compute something else.
         CheckpointFileError: what cannot be read.
     """
-    if not hasattr(model, "simla"):
-        raise ValueError(
-            f"{type(model).__name__} has no encoder for pictures and another for texts; expected a SIMLA model, for "
-            f"which a ViT and a BERT are made"
-        )
-    report = ConversionReport()
-    if vision is not None:
-        report.merge(_fill_vision(model, _weights(vision)))
+    towers = family_of(model.config.model_type, TOWERS, "towers to be filled")
+    of_text = of_vision = ConversionReport()
+    # words first: an image's [CLS] may be one of them
     if text is not None:
-        report.merge(_fill_text(model, _weights(text), fold_token_types))
-    return report
+        of_text = _fill_text(model, towers, text_names(_weights(text)), fold_token_types)
+    if vision is not None:
+        of_vision = _fill_vision(model, towers, vision_names(_weights(vision)))
+    return ConversionReport().merge(of_vision).merge(of_text)
 
 
 def _weights(source: Source) -> dict[str, torch.Tensor]:
     return dict(source) if isinstance(source, Mapping) else read_weights(source)
 
 
-def _without_prefix(state: Mapping[str, torch.Tensor], prefixes: tuple[str, ...], of: tuple[str, ...]) -> dict:
-    """Names shorn of what transformers' task models put before their tower's. -> shorn name: (name, tensor)."""
-    for prefix in prefixes:
-        if any(name.startswith(prefix + first) for name in state for first in of):
-            return {name.removeprefix(prefix): (name, tensor) for name, tensor in state.items()}
-    return {name: (name, tensor) for name, tensor in state.items()}
+@dataclass
+class Filling:
+    """
+    What goes where, before anything is copied.
 
+    Attributes:
+        model, towers: The model, and its family's names.
+        found: Name in the model -> tensor.
+        strays: Names in the file of which nothing says why they have no place.
+    """
 
-def _fill_vision(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> ConversionReport:
-    report = ConversionReport()
-    shorn = _without_prefix(state, ("vit.", "deit."), ("embeddings.", "layers.", "encoder."))
-    timm = _timm_names(shorn) if any(name.startswith("embeddings.") for name in shorn) else shorn
-    names, found = Names(VISION), {}
-    for name, (official, tensor) in timm.items():
-        ours = names(name)
-        if name == "pos_embed":
-            tensor, what = _position_table(tensor, model.config.position_image_size // model.config.patch_size)
-            if what:
-                report.changed[official] = what
-        if ours is None:
-            report.left_over[official] = "no part of a visual encoder's tokens and layers"
-            continue
+    model: PreTrainedModel
+    towers: TowerNames
+    found: dict[str, torch.Tensor] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)
+    report: ConversionReport = field(default_factory=ConversionReport)
+
+    @property
+    def tower(self) -> str:
+        """What begins a weight of the tower."""
+        prefix = self.model.base_model_prefix
+        return f"{prefix}." if hasattr(self.model, prefix) else ""
+
+    def take(self, official: str, ours: str, tensor: torch.Tensor, change: str | None = None) -> None:
+        """`official` may be the names of several that make one, with " + "."""
+        parts = official.split(" + ")
+        self.found[ours] = tensor
+        self.report.used |= dict.fromkeys(parts, ours)
+        change = change or (JOINED if len(parts) > 1 else None)
+        if change:
+            self.report.changed |= dict.fromkeys(parts, change)
+
+    def leave(self, official: str, name: str, why: str) -> None:
+        """As the family says, or else for `why`."""
+        said = next((reason for left, reason in self.towers.left.items() if name.startswith(left)), None)
         for part in official.split(" + "):
-            report.used[part] = VISION_TOWER + ours
-        if " + " in official:
-            report.changed |= dict.fromkeys(official.split(" + "), "queries, keys and values as one matrix")
-        found[VISION_TOWER + ours] = tensor
-    _fill(model, found, report, VISION_TOWER, ("embeddings.mask_token",))
-    return report
+            self.report.left_over[part] = said or why
+        if said is None:
+            self.strays.append(name)
+
+    @torch.no_grad()
+    def copy(self, names: Names, begins: str) -> ConversionReport:
+        """Into the model, after a look at all of it, so that an error leaves the model as it was."""
+        mine, back = self.model.state_dict(), names.reverse
+        layers = [name for name in self.strays if name.startswith(("blocks.", "encoder.layer.", "layers."))]
+        layers += [name for name in self.found if name not in mine]
+        if layers:
+            raise MissingWeightsError(
+                f"{len(layers)} weights of layers have no place in the model: {layers[:10]}; expected a plain ViT or "
+                f"BERT of {_depths(self.model.config)} layers"
+            )
+        inside = [name for name in mine if name.startswith(self.tower + begins)]
+        missing = [name for name in inside if name not in self.found]
+        lacking = [
+            name
+            for name in missing
+            if back(name.removeprefix(self.tower)) and not any(part in name for part in self.towers.begins_anew)
+        ]
+        if lacking:
+            raise MissingWeightsError(
+                f"{len(lacking)} weights are not in the checkpoint: {lacking[:10]}; expected all"
+            )
+        wrong = {
+            name: f"{tuple(tensor.shape)}, expected {tuple(mine[name].shape)}"
+            for name, tensor in self.found.items()
+            if tensor.shape != mine[name].shape
+        }
+        if wrong:
+            shapes = dict(list(wrong.items())[:10])
+            raise MissingWeightsError(f"wrong shapes {shapes}: the checkpoint is of another model")
+        for name, tensor in self.found.items():
+            mine[name].copy_(tensor)
+        self.report.missing |= dict.fromkeys(missing, DRAWN)
+        return self.report
 
 
-def _timm_names(shorn: dict[str, tuple[str, torch.Tensor]]) -> dict[str, tuple[str, torch.Tensor]]:
-    """transformers' names as timm's, with queries, keys and values as one matrix, whose name here is their sum."""
-    shorn = dict(shorn)
-    for name in list(shorn):
-        match = QUERIES.fullmatch(name)
-        if match is None:
-            continue
-        spelling = next(spelling for spelling in SPELLINGS if f"{spelling[0]}." in name)
-        parts = [shorn.get(f"{match[1]}{part}.{match[2]}") for part in spelling]
-        if any(part is None for part in parts):
-            raise MissingWeightsError(f"beside {name} there are no keys and values; expected all three")
-        for part in spelling:
-            shorn.pop(f"{match[1]}{part}.{match[2]}")
-        joined = " + ".join(official for official, _ in parts)
-        shorn[f"{match[1]}qkv.{match[2]}"] = (joined, torch.cat([tensor for _, tensor in parts]))
-    return {TRANSFORMERS_VIT(name) or name: value for name, value in shorn.items()}
+def _depths(config: PreTrainedConfig) -> str:
+    depths = [config.num_hidden_layers, *([config.num_text_layers] if hasattr(config, "num_text_layers") else [])]
+    return " and ".join(map(str, depths))
+
+
+def _fill_vision(model: PreTrainedModel, towers: TowerNames, state: Found) -> ConversionReport:
+    filling, names = Filling(model, towers), Names(towers.vision)
+    for name, (official, tensor) in state.items():
+        ours = names(name)
+        if is_decoder(name, state):
+            filling.leave(official, name, "of MAE's decoder, which is left behind")
+        elif name == "cls_token" and towers.cls_word is not None:
+            _take_cls_word(filling, official, tensor)
+        elif name == "pos_embed" and towers.fixed_positions is not None:
+            filling.report.left_over[official] = _beside_sines(towers, model.config, tensor)
+        elif name == "pos_embed":
+            table, change = _position_table(tensor, model.config.position_image_size // model.config.patch_size)
+            filling.take(official, filling.tower + ours, table, change)
+        elif name.startswith("patch_embed.") and model.config.stem == "conv":
+            filling.report.left_over[official] = "a stem of convolutions stands here"
+        elif ours is None:
+            filling.leave(official, name, "no part of a visual encoder's tokens and layers")
+        else:
+            filling.take(official, filling.tower + ours, tensor)
+    return filling.copy(names, towers.vision_in)
+
+
+def _take_cls_word(filling: Filling, official: str, cls_token: torch.Tensor) -> None:
+    config = filling.model.config
+    ours = f"{filling.tower}embeddings.word_embeddings.weight"
+    words = filling.model.state_dict()[ours].clone()  # (V, D)
+    row = filling.towers.cls_word(config, cls_token)  # (D,)
+    if row.shape == words[0].shape:
+        words[config.cls_token_id] = row
+        filling.take(official, ours, words, f"row {config.cls_token_id} of the words, [CLS]; the others stay")
+    else:
+        filling.take(official, ours, cls_token)  # of another width, as `copy` will say
+
+
+def _beside_sines(towers: TowerNames, config: PreTrainedConfig, table: torch.Tensor) -> str:
+    """Why a table (1, k + n*n, D) has no place where positions are not learned, and what that changes."""
+    extra, own = _split_table(table)
+    sines = towers.fixed_positions(config, own)  # (n*n, D)
+    patches = table[0, extra:].to(sines.dtype)
+    if patches.shape != sines.shape:
+        return "positions are fixed sines here"
+    rest = 0.0 if extra == 0 else table[0, :extra].abs().max().item()
+    apart = max((patches - sines).abs().max().item(), rest)
+    if apart < 1e-5:
+        return f"positions are fixed sines here, and so are the file's, of {own} x {own} places"
+    return f"positions are fixed sines here; the file's were learned, and lie up to {apart:.2g} from sines"
+
+
+def _split_table(table: torch.Tensor) -> tuple[int, int]:
+    """
+    (1, k + n*n, D) -> k and n. k is 1 for [CLS], 2 with a token of distillation after it, 0 if all rows are patches'.
+    """
+    own = math.isqrt(table.shape[1])
+    extra = table.shape[1] - own**2
+    if extra > 2:
+        raise MissingWeightsError(f"a table of {table.shape[1]} positions is not [CLS] and a square of patches")
+    return extra, own
 
 
 def _position_table(table: torch.Tensor, side: int) -> tuple[torch.Tensor, str | None]:
-    """
-    (1, k + n*n, D) -> (1, 1 + side², D), and what was done to it. k is 1 for [CLS], 2 with a token of distillation
-    after it, which has no place here, 0 in tables of patches alone.
-    """
-    places, done = table.shape[1], []
-    own = math.isqrt(places)
-    extra = places - own**2
+    """(1, k + n*n, D) -> (1, 1 + side², D), and what was done to it; a distillation token has no place here."""
+    extra, own = _split_table(table)
+    done = []
     if extra == 0:
-        table, extra = torch.cat([table.new_zeros(1, 1, table.shape[2]), table], dim=1), 1
+        table = torch.cat([table.new_zeros(1, 1, table.shape[2]), table], dim=1)
         done.append("zeros for [CLS], of which the table says nothing")
     elif extra == 2:
         table = torch.cat([table[:, :1], table[:, 2:]], dim=1)
         done.append("the distillation token's row was dropped")
-    elif extra != 1:
-        raise MissingWeightsError(f"a table of {places} positions is not [CLS] and a square of patches")
     if own != side:
         table = resize_position_table(table, side)
         done.append(f"{own} x {own} places to {side} x {side}, bicubic")
     return table, "; ".join(done) or None
 
 
-def _fill_text(model: PreTrainedModel, state: Mapping[str, torch.Tensor], fold_token_types: bool) -> ConversionReport:
-    report = ConversionReport()
-    shorn = _without_prefix(state, ("bert.",), ("embeddings.", "encoder."))
-    names, head, found = Names(BERT), Names((f"cls.{left}", right) for left, right in LANGUAGE_HEAD), {}
+def _fill_text(model: PreTrainedModel, towers: TowerNames, state: Found, fold_token_types: bool) -> ConversionReport:
+    filling, names = Filling(model, towers), Names(towers.text)
+    head = Names((f"cls.{left}", right) for left, right in LANGUAGE_HEAD)
     mine = model.state_dict()
-    for name, (official, tensor) in shorn.items():
-        for old, new in OLD_NORM.items():
-            name = name.replace(old, new)
+    for name, (official, tensor) in state.items():
         if name == "cls.predictions.bias":
             ours = "lm_head.decoder.bias"
         elif (tower := names(name)) is not None:
-            ours = TEXT_TOWER + tower
+            ours = filling.tower + tower
         else:
             ours = None if (part := head(name)) is None else f"lm_head.{part}"
         if ours is None or (ours.startswith("lm_head.") and ours not in mine):
-            report.left_over[official] = _why_not_text(name)
-            continue
-        found[ours] = tensor
-        report.used[official] = ours
-    _fit_positions(model, shorn, found, report, fold_token_types)
-    _fill(model, found, report, TEXT_TOWER, ("cross_attention.", "cross_norm."))
-    head_names = (name for name in mine if name.startswith("lm_head.") and name != "lm_head.decoder.weight")
-    report.missing |= {name: DRAWN for name in head_names if name not in found}
+            filling.leave(official, name, _why_not_text(name))
+        else:
+            filling.take(official, ours, tensor)
+    _fit_positions(filling, state, fold_token_types)
+    report = filling.copy(names, towers.text_in)
+    heads = (name for name in mine if name.startswith("lm_head.") and name != "lm_head.decoder.weight")
+    report.missing |= {name: DRAWN for name in heads if name not in filling.found}
     return report
 
 
 def _why_not_text(name: str) -> str:
     if name.endswith("token_type_embeddings.weight"):
-        return "SIMLA has no token types (SIMLA's code drops them; fold_token_types keeps what they did)"
+        return "there are no token types here (SIMLA's code drops them; fold_token_types keeps what they did)"
     if name.endswith("position_ids"):
         return "a buffer that counts; nothing here needs it"
     return "this model has no such part"
 
 
-def _fit_positions(
-    model: PreTrainedModel, shorn: dict, found: dict, report: ConversionReport, fold_token_types: bool
-) -> None:
+def _fit_positions(filling: Filling, state: Found, fold_token_types: bool) -> None:
     """Token types into the table of positions if asked for, and its first rows only where the model has fewer."""
-    ours = f"{TEXT_TOWER}embeddings.position_embeddings.weight"
+    found, report = filling.found, filling.report
+    ours = f"{filling.tower}{Names(filling.towers.text)('embeddings.position_embeddings.weight')}"
     if ours not in found:
         return
-    types = shorn.get("embeddings.token_type_embeddings.weight")
+    types = state.get("embeddings.token_type_embeddings.weight")
     if fold_token_types and types is not None:
         found[ours] = found[ours] + types[1][0]
         report.left_over.pop(types[0])
         report.used[types[0]] = ours
         report.changed[types[0]] = "its first row was added to every position"
-    rows = model.config.max_position_embeddings
+    rows = filling.model.config.max_position_embeddings
     if len(found[ours]) > rows:
-        report.changed[shorn["embeddings.position_embeddings.weight"][0]] = (
-            f"the first {rows} of {len(found[ours])} rows"
-        )
+        official = state["embeddings.position_embeddings.weight"][0]
+        report.changed[official] = f"the first {rows} of {len(found[ours])} rows"
         found[ours] = found[ours][:rows]
-
-
-@torch.no_grad()
-def _fill(
-    model: PreTrainedModel,
-    found: dict[str, torch.Tensor],
-    report: ConversionReport,
-    tower: str,
-    begins_anew: tuple[str, ...],
-) -> None:
-    """Copies into the model, after a look at all of it, so that an error leaves the model as it was."""
-    mine = model.state_dict()
-    foreign = [name for name in report.left_over if WHOLE_TOWER.match(re.sub(r"^(vit|deit|bert)\.", "", name))]
-    foreign += [name for name in found if name.startswith(tower) and name not in mine]
-    if foreign:
-        raise MissingWeightsError(
-            f"{len(foreign)} weights of layers have no place in the model: {foreign[:10]}; expected a plain ViT or "
-            f"BERT of {model.config.num_hidden_layers} and {model.config.num_text_layers} layers"
-        )
-    missing = [name for name in mine if name.startswith(tower) and name not in found]
-    lacking = [name for name in missing if not any(part in name for part in begins_anew)]
-    if lacking:
-        raise MissingWeightsError(f"{len(lacking)} weights are not in the checkpoint: {lacking[:10]}; expected all")
-    wrong = {
-        name: f"{tuple(tensor.shape)}, expected {tuple(mine[name].shape)}"
-        for name, tensor in found.items()
-        if tensor.shape != mine[name].shape
-    }
-    if wrong:
-        raise MissingWeightsError(f"wrong shapes {dict(list(wrong.items())[:10])}: the checkpoint is of another model")
-    for name, tensor in found.items():
-        mine[name].copy_(tensor)
-    report.missing |= dict.fromkeys(missing, DRAWN)
 
 
 __all__ = ["initialise"]

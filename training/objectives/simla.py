@@ -30,8 +30,8 @@ from .objective import Batch, Example, Representations, Targets
 
 LOSSES = ("itc", "itm", "mlm", "mim", "psl")
 # the pass of the student that each loss is made of; contrast is made for all, since negatives are drawn by it
-STUDENT_PASSES = {"itm": "match", "mlm": "words", "mim": "patches", "psl": "concepts"}
-TEACHER_PASSES = {"mlm": "words", "mim": "patches"}
+STUDENT_PASSES = {"itm": "match", "mlm": "tokens", "mim": "patches", "psl": "concepts"}
+TEACHER_PASSES = {"mlm": "tokens", "mim": "patches"}
 
 
 @dataclass
@@ -191,7 +191,7 @@ class SimlaObjective(MomentumDistillation):
     def _masked(self, batch: Batch, passes: Sequence[str]) -> dict[str, torch.Tensor | None]:
         """Masks and the places of what they hide, for the passes that have any."""
         masked: dict[str, torch.Tensor | None] = {}
-        if "words" in passes:
+        if "tokens" in passes:
             masked["masked_input_ids"] = batch["masked_input_ids"]
             everywhere = self.arguments.mlm_soft_axis == "sequence"
             masked["mlm_places"] = None if everywhere else self._token_places(batch)

@@ -65,10 +65,11 @@ class ModelArguments:
         default=None, metadata=_help("Directory or Hub id to start from (weights, processor), as the 384 stage does.")
     )
     initial_vision: str | None = field(
-        default=None, metadata=_help("A ViT or DeiT for the visual encoder: file, directory or Hub id (two encoders).")
+        default=None, metadata=_help("A ViT, DeiT or MAE for the tower that reads images: file, directory or Hub id.")
     )
     initial_text: str | None = field(
-        default=None, metadata=_help("A BERT for the text encoder likewise; its vocabulary is `tokenizer`.")
+        default=None,
+        metadata=_help("A BERT for texts likewise, of one tower its words; its vocabulary is `tokenizer`."),
     )
     tokenizer: str | None = field(
         default=None,

@@ -1,0 +1,164 @@
+"""What every family's towers, and its authors' checkpoints, are called. A new family adds its line to each table.
+
+D width, N patches.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from oner.modeling.configuration_simla import SimlaConfig
+from oner.modeling.modeling_simla import SimlaForImageTextRetrieval
+from oner.modeling.modeling_simla_pretraining import SimlaForPreTraining
+from oner.modeling.modeling_simla_tasks import (
+    SimlaForVisualEntailment,
+    SimlaForVisualQuestionAnswering,
+    SimlaForVisualReasoning,
+)
+from oner.modeling.vl_embeddings import sincos_2d
+
+from .names import BERT, VISION, Names, official_names
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class TowerNames:
+    """
+    Where a published ViT and a published BERT go in a family's tower, names beneath its `base_model_prefix`.
+
+    Attributes:
+        vision: timm's name of a ViT's part -> ours.
+        text: transformers' name of a BERT's part -> ours.
+        vision_in, text_in: What ours begin with: of these, what a file does not fill is reported.
+        begins_anew: Parts of ours among these that no such file has.
+        left: What begins a foreign name -> why the family has no place for it.
+        cls_word: Where an image's [CLS] is a word: configuration and cls_token (1, 1, D) -> its row (D,).
+        fixed_positions: Where positions are not learned: configuration and side of the grid -> (N, D).
+    """
+
+    vision: Pairs
+    text: Pairs
+    vision_in: str
+    text_in: str
+    begins_anew: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    cls_word: Callable[[PreTrainedConfig, torch.Tensor], torch.Tensor] | None = None
+    fixed_positions: Callable[[PreTrainedConfig, int], torch.Tensor] | None = None
+
+
+def dual_towers() -> TowerNames:
+    """Of every family with a ViT below and a BERT above it."""
+    return TowerNames(
+        vision=tuple((left, f"vision.{right}") for left, right in VISION),
+        text=tuple((left, f"text.{right}") for left, right in BERT),
+        vision_in="vision.",
+        text_in="text.",
+        begins_anew=("embeddings.mask_token", "cross_attention.", "cross_norm."),
+    )
+
+
+def sines(config: PreTrainedConfig, side: int) -> torch.Tensor:
+    """MAE's 2-D table, (side², D)."""
+    ticks = torch.arange(side, dtype=torch.float64)
+    return sincos_2d(ticks, ticks, config.hidden_size).float()
+
+
+def oner_cls_word(config: PreTrainedConfig, cls_token: torch.Tensor) -> torch.Tensor:
+    return cls_token.flatten() / (math.sqrt(config.hidden_size) if config.scale_word_embeddings else 1.0)
+
+
+ONE_TOWER = "the one tower is a ViT's"
+TOWERS = {
+    "oner": TowerNames(
+        vision=tuple((left, right) for left, right in VISION if left not in ("cls_token", "pos_embed", "mask_token")),
+        text=(("embeddings.word_embeddings", "embeddings.word_embeddings"),),
+        vision_in="",
+        text_in="embeddings.word_embeddings",
+        left={
+            "encoder.layer.": ONE_TOWER,
+            "embeddings.position_embeddings": "positions of words are fixed sines here",
+            "embeddings.LayerNorm": "words are not normalised before the tower here",
+            "mask_token": "a masked patch is another token here",
+        },
+        cls_word=oner_cls_word,
+        fixed_positions=sines,
+    ),
+    "simla": dual_towers(),
+}
+
+
+@dataclass(frozen=True)
+class OfficialFamily:
+    """
+    How a family's authors' checkpoints are read and written: those of SIMLA's and ALBEF's form.
+
+    Attributes:
+        config: The family's configuration class.
+        retrieval, pretraining, answers, entailment, reasoning: Its classes.
+        pretraining_heads: What begins the names of heads that pretraining alone has.
+        heads: Official name -> ours, of what stands on the towers.
+        depth: Layers of the text encoder, and the first of them with cross-attention -> fields of the configuration.
+    """
+
+    config: type[PreTrainedConfig]
+    retrieval: type[PreTrainedModel]
+    pretraining: type[PreTrainedModel]
+    answers: type[PreTrainedModel]
+    entailment: type[PreTrainedModel]
+    reasoning: type[PreTrainedModel]
+    pretraining_heads: tuple[str, ...]
+    heads: Pairs
+    depth: Callable[[int, int], dict[str, Any]]
+
+    @property
+    def prefix(self) -> str:
+        """What the tower is called."""
+        return self.retrieval.base_model_prefix
+
+    def names(self, bert: str = "bert.", stack: int = 0) -> Names:
+        """Official names -> ours, see `official_names`."""
+        return official_names(self.prefix, self.heads, bert, stack)
+
+
+def all_fuse(layers: int, first_fusion: int) -> dict[str, Any]:
+    """Each layer reads a text alone or with an image."""
+    return {"num_text_layers": layers}
+
+
+OFFICIAL = {
+    "simla": OfficialFamily(
+        config=SimlaConfig,
+        retrieval=SimlaForImageTextRetrieval,
+        pretraining=SimlaForPreTraining,
+        answers=SimlaForVisualQuestionAnswering,
+        entailment=SimlaForVisualEntailment,
+        reasoning=SimlaForVisualReasoning,
+        pretraining_heads=("text_encoder.cls.", "mim_head.", "concept_head."),
+        heads=(
+            ("vision_proj", "simla.vision_projection"),
+            ("text_proj", "simla.text_projection"),
+            ("temp", "temperature"),
+            ("itm_head", "itm_head"),
+            ("mim_head", "mim_head"),
+            ("concept_head", "concept_head"),
+            ("cls_head.0", "classifier.0"),
+            ("cls_head.2", "classifier.2"),
+        ),
+        depth=all_fuse,
+    ),
+}
+
+
+def family_of(model_type: str, table: Mapping[str, Any], what: str) -> Any:
+    """A family's line of a table. Raises `ValueError` that names those there are."""
+    if model_type not in table:
+        raise ValueError(f"family {model_type!r} has no {what}; expected one of {', '.join(sorted(table))}")
+    return table[model_type]
+
+
+__all__ = ["OFFICIAL", "TOWERS", "OfficialFamily", "TowerNames", "dual_towers", "family_of"]
