@@ -9,6 +9,7 @@ the row number unless a column is named: a column that happens to be called `id`
 """
 
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +37,11 @@ __all__ = ["PairDataError", "PairRows", "PairStream", "PairTrainingSet", "PairTr
 
 IMAGE_COLUMNS = ("image", "file_name", "image_path")
 TEXT_COLUMNS = ("captions", "caption", "text")
-# StopIteration is what `datasets` says of a file without lines
-UNREADABLE = (datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException, StopIteration)
+# StopIteration is what `datasets` says of a file without lines; the second line is what its older releases say
+UNREADABLE = (
+    *(datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException, StopIteration),
+    *(TypeError, zipfile.BadZipFile),
+)
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
