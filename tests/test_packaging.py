@@ -79,14 +79,17 @@ def constraints(name: str) -> dict[str, Requirement]:
 
 
 def test_bounds_are_the_lowest_releases_that_are_tried(setup):
-    """And what `make test` installs lies within them; both name every direct dependency of the tests, and no other."""
+    """And what `make test` installs lies within them; both name every direct dependency of the tests, and no other.
+
+    But for pandas, which comes with `datasets`, whose oldest releases do not work beside its newest.
+    """
     texts = [
         setup["options"]["install_requires"],
         *(setup["options.extras_require"][name] for name in ("plots", "test")),
     ]
     bounds = {one.name: one for text in texts for one in map(Requirement, filter(None, text.split("\n")))}
     lowest, tested = constraints("lowest"), constraints("tested")
-    assert lowest.keys() == tested.keys() == bounds.keys()
+    assert lowest.keys() - {"pandas"} == tested.keys() == bounds.keys()
     for name, bound in bounds.items():
         (pin,) = tested[name].specifier
         assert pin.operator == "==" and bound.specifier.contains(pin.version), f"{tested[name]} for {bound}"

@@ -9,6 +9,7 @@ the row number unless a column is named: a column that happens to be called `id`
 """
 
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +40,11 @@ __all__ = ["PairDataError", "PairRows", "PairStream", "PairTrainingSet", "PairTr
 # the usual names of the column of a role
 USUAL = {"image": ("image", "file_name", "image_path"), "text": ("captions", "caption", "text"), "id": ()}
 NOUNS = {"image": "pictures", "text": "captions", "id": "ids"}
-# StopIteration is what `datasets` says of a file without lines
-UNREADABLE = (datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException, StopIteration)
+# StopIteration is what `datasets` says of a file without lines; the second line is what its older releases say
+UNREADABLE = (
+    *(datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException, StopIteration),
+    *(TypeError, zipfile.BadZipFile),
+)
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 

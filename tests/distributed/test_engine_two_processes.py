@@ -104,7 +104,7 @@ def read_rows(path: Path) -> list[list[int]]:
 
 
 def assert_close_weights(one: Path, other: Path) -> None:
-    """Within 1e-5, student and teacher, but for the bias of the keys: softmax does not feel it, so its gradient is
+    """Within 5e-5, student and teacher, but for the bias of the keys: softmax does not feel it, so its gradient is
     rounding noise around zero, which Adam divides by its own size."""
     for stem in ("model", "objective"):
         a, b = (dict(load_checkpoint(list_checkpoints(path)[-1])[0][stem]) for path in (one, other))
@@ -114,7 +114,7 @@ def assert_close_weights(one: Path, other: Path) -> None:
             weights[name] = torch.cat([query, value])
         for name in a:
             torch.testing.assert_close(
-                a[name], b[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name} {text}"
+                a[name], b[name], rtol=0, atol=5e-5, msg=lambda text, name=name: f"{name} {text}"
             )
 
 

@@ -82,7 +82,7 @@ def test_batch_order_does_not_matter(tower, kind):
     batch, order = joint_batch([5, 0, 3, 2]), torch.tensor([2, 0, 3, 1])
     moved = {name: batch[name][order] for name in ("input_ids", "attention_mask", "pixel_values")}
     states, other = (tower(**inputs_of(tower, kind, inputs)).last_hidden_state for inputs in (batch, moved))
-    torch.testing.assert_close(other, states[order], rtol=0, atol=2e-6)
+    torch.testing.assert_close(other, states[order], rtol=0, atol=1e-5)
     embeddings, other = (embedding_of(tower, kind, inputs) for inputs in (batch, moved))
     torch.testing.assert_close(other, embeddings[order], rtol=0, atol=2e-6)
 

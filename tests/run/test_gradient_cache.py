@@ -68,9 +68,10 @@ def test_in_single_precision_too(accelerator, options, pieces):
     step = loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": pieces})
     assert step[0].dtype == torch.float32
     found = gradients(student)
-    assert abs(step[0].item() - expected[0].item()) <= 1e-6 * expected[0].item()
+    assert abs(step[0].item() - expected[0].item()) <= 5e-6 * expected[0].item()
     off = torch.stack([(found[name].double() - slope).norm() for name, slope in expected[1].items()]).norm()
-    assert off <= 1e-6 * torch.stack([slope.norm() for slope in expected[1].values()]).norm()
+    # fp64 says above that they are equal; by the make of processor and its threads fp32 is off by 1.4e-6
+    assert off <= 1e-5 * torch.stack([slope.norm() for slope in expected[1].values()]).norm()
 
 
 def test_in_half_precision_pieces_make_the_step_of_one_go():
