@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny_pretraining import ROOT, load_example
 
 from oner.training.objectives.dvae import DiscreteVAEObjectiveArguments
-from oner.training.run.arguments import parse_arguments
+from oner.training.run.parsing import parse_arguments
 
 VALUES = {"1": {"loss": 0.1, "itc": 0.5}, "2": {"loss": 0.3, "itc": 0.25, "set/r@1": 1.0}}
 

@@ -371,5 +371,5 @@ def test_a_converted_model_runs_a_step(official):
     objective.load_state_dict(done.objective)
     batch["visual_codes"] %= done.config.num_visual_codes
     del batch["keyword_targets"]
-    loss, parts = objective(model, batch, 0.5)
+    loss, parts, _ = objective(model, batch, 0.5)
     assert torch.isfinite(loss) and set(parts) == {"itc", "itm", "mlm", "mim", "psl"}
