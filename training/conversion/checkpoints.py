@@ -39,7 +39,7 @@ def resize_position_table(table: torch.Tensor, side: int) -> torch.Tensor:
     if own * own != places:
         raise ValueError(f"a table of {table.shape[1]} positions is not [CLS] and a square of patches")
     patches = interpolate_positions(table[0, 1:], (own, own), (side, side))  # (side², D)
-    return torch.cat([table[:, :1], patches[None]], dim=1)  # (1, 1 + side², D)
+    return torch.cat([table[:, :1], patches[None]], dim=1)
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
@@ -90,8 +90,6 @@ def _stack(state: Mapping[str, torch.Tensor], line: OfficialFamily) -> int:
 def _head_fields(state: Mapping[str, torch.Tensor], words: torch.Tensor) -> dict[str, Any]:
     """What the heads say of a configuration."""
     fields: dict[str, Any] = {}
-
-    # rows of a projection or of a classifier are sizes
     for name, size in (("vision_proj.weight", "projection_dim"), ("mim_head.weight", "num_visual_codes")):
         if name in state:
             fields[size] = state[name].shape[0]
@@ -145,8 +143,7 @@ def infer_config(
             raise MissingWeightsError(f"the state dict has no {name}; expected an official SIMLA or ALBEF checkpoint")
         return state[name]
 
-    # the tensors whose shapes are read
-    words = tensor(f"text_encoder.{bert}embeddings.word_embeddings.weight")  # (V, D)
+    words = tensor(f"text_encoder.{bert}embeddings.word_embeddings.weight")
     patch = tensor("visual_encoder.patch_embed.proj.weight")  # (D, C, p, p)
     positions = len(tensor(f"text_encoder.{bert}embeddings.position_embeddings.weight"))
     side = math.isqrt(tensor("visual_encoder.pos_embed").shape[1] - 1)
@@ -222,7 +219,6 @@ def from_official(
         MissingWeightsError: names the weights of a tower, or of a part of a head, that are not there.
         ValueError: what `infer_config` raises; tensors of another shape than the configuration has.
     """
-    # what the file is of
     config = infer_config(state, family, image_size, **fields)
     line = OFFICIAL[family]
     done = Conversion(_model_class(state, line), config)
@@ -239,8 +235,6 @@ def from_official(
     if "queue.image" in done.objective:  # pretraining keeps no ids: -100 is an entry without one
         done.objective.setdefault("queue.ids", torch.full((len(done.objective["queue.image"]),), -100))
     _resize(done, image_size)
-
-    # nothing is handed on with a hole in it
     _check(done, names, draw_missing)
     if any(".cross_attention." in name for name in done.report.missing):
         done.report.notes.append(
@@ -301,7 +295,7 @@ def _fold_token_types(done: Conversion, state: Mapping[str, torch.Tensor], names
             of_teacher, own = _momentum(name.replace("token_type", "position"))
             target, ours = (done.objective, TEACHER) if of_teacher else (done.weights, "")
             ours += names(own)
-            target[ours] = target[ours] + tensor[0]  # (L, D) + (D,)
+            target[ours] = target[ours] + tensor[0]
             done.report.left_over.pop(name)
             done.report.used[name] = ours
             done.report.changed[name] = "its first row was added to every position"
@@ -320,7 +314,7 @@ def _resize(done: Conversion, image_size: int | None) -> None:
         ours = f"{prefix}{done.model_class.base_model_prefix}.vision.embeddings.position_embeddings"
         if ours in target and target[ours].shape[1] != 1 + side**2:
             before = math.isqrt(target[ours].shape[1] - 1)
-            target[ours] = resize_position_table(target[ours], side)  # (1, 1 + side², D)
+            target[ours] = resize_position_table(target[ours], side)
             done.report.changed[f"{official}.pos_embed"] = f"{before} x {before} places to {side} x {side}, bicubic"
 
 
@@ -419,8 +413,6 @@ def to_official(
             first, dot, rest = official.partition(".")
             state[first + suffix + dot + rest] = tensor.reshape(()) if official == "temp" else tensor
             report.used[prefix + name] = first + suffix + dot + rest
-
-    # what is no module's
     _twice(state)
     for official, ours in (*QUEUES.items(), POINTER):
         if ours in objective:

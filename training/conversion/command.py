@@ -65,8 +65,6 @@ def _from_official(options: argparse.Namespace, family: str) -> ConversionReport
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "mask", "image")}
         ids["sep_token_id"] = tokenizer.get_vocab().get("[SEP]")
         fields = {**ids, **fields}
-
-    # the conversion itself
     state = read_weights(options.source)
     done = from_official(
         state,
@@ -157,7 +155,6 @@ def _into_place(destination: Path, write: Callable[[Path], None]) -> None:
 
 def _model_weights(directory: Path, family: str) -> dict[str, torch.Tensor]:
     """As the file holds them, in fp32: a model made from it would draw the heads that it lacks."""
-    # the directory must hold the family that was asked for
     path = directory / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
@@ -166,8 +163,6 @@ def _model_weights(directory: Path, family: str) -> dict[str, torch.Tensor]:
     if found != family:
         raise ValueError(f"{directory} holds a model of the family {found!r}; expected {family!r}")
     weights = {name: tensor.float() for name, tensor in read_weights(directory / "model.safetensors").items()}
-
-    # official names begin at the whole model
     prefix = OFFICIAL[family].prefix
     if not any(name.startswith(f"{prefix}.") for name in weights):  # of a bare tower
         weights = {f"{prefix}.{name}": tensor for name, tensor in weights.items()}

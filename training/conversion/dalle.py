@@ -90,15 +90,11 @@ def convert_dalle(
         for name, tensor in state.items()
         if wanted.get(name) != tuple(tensor.shape)
     }
-
-    # all that does not fit in one message
     if missing or shapes:
         raise MissingWeightsError(
             f"{', '.join(map(str, files.values()))}: missing {missing[:SHOWN]}, of other shapes "
             f"{dict(list(shapes.items())[:SHOWN])} ({len(missing)} and {len(shapes)} in all)"
         )
-
-    # the file's own tensors become the weights
     model.load_state_dict(state, assign=True)
     if "decoder" not in files:
         report.notes.append("No decoder was given: the model turns pictures into codes, and cannot draw codes.")

@@ -65,8 +65,8 @@ def dual_towers() -> TowerNames:
 
 def sines(config: PreTrainedConfig, side: int) -> torch.Tensor:
     """MAE's 2-D table, (side², D)."""
-    ticks = torch.arange(side, dtype=torch.float64)  # (side,)
-    return sincos_2d(ticks, ticks, config.hidden_size).float()  # (side², D)
+    ticks = torch.arange(side, dtype=torch.float64)
+    return sincos_2d(ticks, ticks, config.hidden_size).float()
 
 
 def oner_cls_word(config: PreTrainedConfig, cls_token: torch.Tensor) -> torch.Tensor:

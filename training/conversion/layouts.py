@@ -98,7 +98,7 @@ def _timm_names(shorn: Found) -> Found:
         for part in spelling:
             shorn.pop(f"{match[1]}{part}.{match[2]}")
         joined = " + ".join(official for official, _ in parts)
-        shorn[f"{match[1]}qkv.{match[2]}"] = (joined, torch.cat([tensor for _, tensor in parts]))  # (3D, D) or (3D,)
+        shorn[f"{match[1]}qkv.{match[2]}"] = (joined, torch.cat([tensor for _, tensor in parts]))
     return {TRANSFORMERS_VIT(name) or name: value for name, value in shorn.items()}
 
 

@@ -180,8 +180,6 @@ def _take_cls_word(filling: Filling, official: str, cls_token: torch.Tensor) -> 
     ours = f"{filling.tower}embeddings.word_embeddings.weight"
     words = filling.model.state_dict()[ours].clone()  # (V, D)
     row = filling.towers.cls_word(config, cls_token)  # (D,)
-
-    # one row of the table; its other words stay the model's
     if row.shape == words[0].shape:
         words[config.cls_token_id] = row
         filling.take(official, ours, words, f"row {config.cls_token_id} of the words, [CLS]; the others stay")
@@ -223,18 +221,14 @@ def _position_table(table: torch.Tensor, side: int) -> tuple[torch.Tensor, str |
     """(1, k + n*n, D) -> (1, 1 + side², D), and what was done to it; a distillation token has no place here."""
     extra, own = _split_table(table)
     done = []
-
-    # exactly one row before the patches
     if extra == 0:
         table = torch.cat([table.new_zeros(1, 1, table.shape[2]), table], dim=1)  # (1, 1 + n*n, D)
         done.append("zeros for [CLS], of which the table says nothing")
     elif extra == 2:
         table = torch.cat([table[:, :1], table[:, 2:]], dim=1)  # (1, 1 + n*n, D)
         done.append("the distillation token's row was dropped")
-
-    # the model's grid
     if own != side:
-        table = resize_position_table(table, side)  # (1, 1 + side², D)
+        table = resize_position_table(table, side)
         done.append(f"{own} x {own} places to {side} x {side}, bicubic")
     return table, "; ".join(done) or None
 
@@ -243,8 +237,6 @@ def _fill_text(model: PreTrainedModel, towers: TowerNames, state: Found, fold_to
     filling, names = Filling(model, towers), Names(towers.text)
     head = Names((f"cls.{left}", right) for left, right in LANGUAGE_HEAD)
     mine = model.state_dict()
-
-    # tower and head of words, each tensor to its place
     for name, (official, tensor) in state.items():
         if name == "cls.predictions.bias":
             ours = "lm_head.decoder.bias"
@@ -285,7 +277,7 @@ def _fit_positions(filling: Filling, state: Found, fold_token_types: bool) -> No
     # a single text has type 0 throughout, so that its row can be added once and for all
     types = state.get("embeddings.token_type_embeddings.weight")
     if fold_token_types and types is not None:
-        found[ours] = found[ours] + types[1][0]  # (L, D) + (D,)
+        found[ours] = found[ours] + types[1][0]
         report.left_over.pop(types[0])
         report.used[types[0]] = ours
         report.changed[types[0]] = "its first row was added to every position"
