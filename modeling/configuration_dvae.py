@@ -56,6 +56,8 @@ class DiscreteVAEConfig(VisionLanguageConfig):
         for name in ("num_codes", "hidden_size", "blocks_per_group", "codebook_dim", "num_channels", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+        # the blocks' bottleneck, the poolings, and a range in which logits are finite
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size must be a multiple of 4 for the bottleneck, got {self.hidden_size}")
         if self.image_size % self.factor:

@@ -111,6 +111,7 @@ class OneRConfig(VisionLanguageConfig):
 
     def validate_architecture(self):
         """Raises `ValueError` naming the fields that do not fit together."""
+        # the tower
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of "
@@ -118,6 +119,8 @@ class OneRConfig(VisionLanguageConfig):
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size must be a multiple of 4 for 2-D sines, got {self.hidden_size}")
+
+        # images and their stem
         for name in ("image_size", "position_image_size"):
             if getattr(self, name) % self.patch_size:
                 raise ValueError(
@@ -134,6 +137,8 @@ class OneRConfig(VisionLanguageConfig):
                     f"a convolutional stem of {stages} stages needs hidden_size divisible by {2 ** (stages - 1)}, "
                     f"got {self.hidden_size}"
                 )
+
+        # heads, depth, lengths
         if self.projector_layers < 1 or self.predictor_layers < 0:
             raise ValueError(
                 f"expected projector_layers >= 1 and predictor_layers >= 0, "

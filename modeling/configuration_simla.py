@@ -107,6 +107,8 @@ class SimlaConfig(VisionLanguageConfig):
             self.text_attention_heads = self.num_attention_heads
         if self.position_image_size is None:
             self.position_image_size = self.image_size
+
+        # a tuple again: JSON has only lists
         self.temperature_range = tuple(self.temperature_range)
         super().__post_init__(**kwargs)
 
@@ -116,11 +118,14 @@ class SimlaConfig(VisionLanguageConfig):
 
     def validate_architecture(self):
         """Raises `ValueError` naming the fields that do not fit together."""
+        # both towers
         for name in ("num_attention_heads", "text_attention_heads"):
             if self.hidden_size % getattr(self, name):
                 raise ValueError(
                     f"hidden_size ({self.hidden_size}) must be a multiple of {name} ({getattr(self, name)})"
                 )
+
+        # images and their stem
         for name in ("image_size", "position_image_size"):
             if getattr(self, name) % self.patch_size:
                 raise ValueError(
@@ -132,6 +137,8 @@ class SimlaConfig(VisionLanguageConfig):
                 f"a convolutional stem needs a patch_size that is a power of two and a hidden_size divisible by half "
                 f"of it, got {self.patch_size} and {self.hidden_size}"
             )
+
+        # depth, lengths, the temperature's range
         for name in ("num_hidden_layers", "num_text_layers", "max_text_length", "num_visual_codes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

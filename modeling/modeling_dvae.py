@@ -19,6 +19,8 @@ from .configuration_dvae import DiscreteVAEConfig
 from .vl_inputs import check_finite, check_image_size
 
 AUTO_MAP = {"AutoConfig": "configuration_dvae.DiscreteVAEConfig", "AutoModel": "modeling_dvae.DiscreteVAE"}
+
+# sides of a block's four kernels: the 1 x 1 stands last in the encoder, first in the decoder
 ENCODER_KERNELS, DECODER_KERNELS = (3, 3, 3, 1), (1, 3, 3, 3)
 GROUPS = 4
 
@@ -55,6 +57,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, kernels: tuple[int, ...], gain: float):
         super().__init__()
+
+        # a bottleneck of a quarter of the channels
         widths = (channels_in, *[channels_out // 4] * 3, channels_out)
         self.gain = gain
         self.convs = nn.ModuleList(
@@ -95,7 +99,7 @@ class DiscreteVAEEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Mapped pixels (B, C, H, W) -> (B, K, h, w)."""
-        hidden = self.input(pixels)
+        hidden = self.input(pixels)  # (B, hidden_size, H, W)
         for place, group in enumerate(self.groups):
             hidden = group(F.max_pool2d(hidden, 2) if place else hidden)
         return self.output(F.relu(hidden).to(self.output.weight.dtype))
@@ -182,6 +186,8 @@ class DiscreteVAE(PreTrainedModel):
         check_image_size(pixel_values, self.config.num_channels, self.config.factor, None)
         if not pixel_values.numel():
             raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}; expected one picture at least")
+
+        # reading values makes an accelerator wait, and breaks a compiled graph
         if pixel_values.device.type != "cpu" or is_tracing(pixel_values):
             return
         check_finite(pixel_values)
@@ -229,10 +235,14 @@ class DiscreteVAE(PreTrainedModel):
                 f"got {codes.shape[1]} codes a picture, which do not make a grid of {height} x {width}; expected as "
                 f"many, or `grid`"
             )
+
+        # ids, where reading them costs nothing
         if codes.device.type == "cpu" and not is_tracing(codes):
             low, high = codes.min().item(), codes.max().item()
             if low < 0 or high >= self.config.num_codes:
                 raise ValueError(f"codes lie in [{low}, {high}]; expected [0, {self.config.num_codes - 1}]")
+
+        # the mean alone: a picture is its most likely values
         means, _ = self._draw(self._need_decoder().input.embed(codes.view(-1, height, width)))
         return self.unmap_pixels(means.sigmoid())
 
@@ -269,20 +279,26 @@ class DiscreteVAE(PreTrainedModel):
         """
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature is {temperature}; expected a number above 0, or none for the codes")
-        logits = self.encode(pixel_values)
-        log_probabilities = logits.log_softmax(1)
+
+        # codes, and how far they are from uniform ones
+        logits = self.encode(pixel_values)  # (B, K, h, w)
+        log_probabilities = logits.log_softmax(1)  # (B, K, h, w)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(1).mean()
         output = DiscreteVAEOutput(
             logits=logits, codes=logits.argmax(1).flatten(1), kl=math.log(self.config.num_codes) - entropy
         )
         if self.decoder is None:
             return output
+
+        # the codes themselves, or a relaxation that lets the gradient through
         if temperature is None:
-            embedded = self.decoder.input.embed(logits.argmax(1))
+            embedded = self.decoder.input.embed(logits.argmax(1))  # (B, E, h, w)
         else:
             chosen = F.gumbel_softmax(logits, tau=temperature, hard=hard, dim=1)
-            embedded = self.decoder.input(chosen.to(self.decoder.input.weight.dtype))
-        means, log_scales = self._draw(embedded)
+            embedded = self.decoder.input(chosen.to(self.decoder.input.weight.dtype))  # (B, E, h, w)
+
+        # the picture back, and what it costs
+        means, log_scales = self._draw(embedded)  # (B, C, H, W) each
         output.reconstruction = self.unmap_pixels(means.sigmoid())
         output.reconstruction_loss = self.reconstruction_loss(pixel_values, means, log_scales)
         weight = self.config.kl_weight if kl_weight is None else kl_weight
@@ -298,7 +314,9 @@ class DiscreteVAE(PreTrainedModel):
         logit_laplace: ln 2b + ln x(1 - x) + |logit x - mean| / b, with b the scale (Ramesh et al., appendix A.3);
         squared: of pixels in [0, 1], the scale has no part in it.
         """
-        mapped = self.map_pixels(pixel_values.float())
+        mapped = self.map_pixels(pixel_values.float())  # (B, C, H, W)
+
+        # the mapping narrows the range: divided by its square, the error is that of pixels
         if self.config.reconstruction == "squared":
             return (means.sigmoid() - mapped).square().mean() / (1 - 2 * self.config.pixel_margin) ** 2
         distance = (mapped.logit() - means).abs() * (-log_scales).exp()

@@ -73,12 +73,16 @@ class OneREmbeddings(nn.Module):
         """(B, C, H, W) -> (B, N, D); masked patches (B, N) become the mask token after the stem."""
         p = self.config.patch_size
         h, w = pixel_values.shape[-2] // p, pixel_values.shape[-1] // p
+
+        # masked patches, blank to the stem too if the configuration says so
         if bool_masked_pos is not None and self.config.mask_before_stem:
             hidden = bool_masked_pos.view(-1, 1, h, w).repeat_interleave(p, 2).repeat_interleave(p, 3)
             pixel_values = pixel_values.masked_fill(hidden, 0.0)
         patches = self.stem(pixel_values.to(self.patch_mask_token.dtype))  # (B, N, D)
         if bool_masked_pos is not None:
             patches = torch.where(bool_masked_pos[..., None], self.patch_mask_token.to(patches.dtype), patches)
+
+        # where they are, by the table at hand or one for another size
         if h * p == w * p == self.config.image_size:
             positions = self.image_positions
         else:
@@ -110,21 +114,24 @@ class OneREmbeddings(nn.Module):
             token_types = torch.full(hidden_states.shape[:2], PATCH_TOKEN, device=hidden_states.device)
             token_types[:, 0] = CLS_TOKEN
             return hidden_states, token_types
+
         # what each place is, (B, L)
         token_types = torch.full_like(input_ids, TEXT_TOKEN)
         token_types = token_types.masked_fill(input_ids == self.config.image_token_id, PATCH_TOKEN)
         if attention_mask is not None:
             token_types = token_types.masked_fill(attention_mask == 0, PADDING_TOKEN)
         token_types[:, 0] = CLS_TOKEN
+
         # tokens, counted from the first of the text
-        place = (token_types == TEXT_TOKEN).cumsum(1) - 1
+        place = (token_types == TEXT_TOKEN).cumsum(1) - 1  # (B, L)
         tokens = self.embed_tokens(input_ids, place.clamp(0, self.config.max_text_length - 1))  # (B, L, D)
         hidden_states = torch.cat([self.embed_cls(len(tokens)).to(tokens.dtype), tokens[:, 1:]], dim=1)
+
         # patches in place of their placeholders
         if pixel_values is not None:
             patches = self.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
             is_patch = token_types == PATCH_TOKEN
-            source = (is_patch.cumsum(1) - 1).clamp(0, patches.shape[1] - 1)
+            source = (is_patch.cumsum(1) - 1).clamp(0, patches.shape[1] - 1)  # (B, L)
             patches = patches.gather(1, source[..., None].expand(-1, -1, patches.shape[-1]))  # (B, L, D)
             hidden_states = torch.where(is_patch[..., None], patches.to(hidden_states.dtype), hidden_states)
         return hidden_states, token_types
@@ -230,13 +237,16 @@ class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
                 placeholders that do not match the patches.
         """
         check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding, bool_masked_pos)
+
         # one sequence of whatever there is
         hidden_states, token_types = self.embeddings(input_ids, attention_mask, pixel_values, bool_masked_pos)
+
         # the trunk, (B, L, D)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask if input_ids is not None else None)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=mask, **kwargs)
         hidden_states = self.norm(hidden_states)
+
         # F(X), in the contrastive space
         pooled = None
         if self.projector is not None:

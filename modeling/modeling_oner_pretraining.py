@@ -151,8 +151,12 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stem and tokens once for every stream: [CLS] (B, 1, D), patches (B, N, D), real tokens (n_text, D)."""
         embeddings = self.oner.embeddings
-        patches = embeddings.embed_patches(pixel_values, bool_masked_pos)
-        text = embeddings.embed_tokens(text_ids.flatten()[text_index], text_index % text_ids.shape[1])
+        patches = embeddings.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
+
+        # real tokens only: padding is never embedded
+        text = embeddings.embed_tokens(text_ids.flatten()[text_index], text_index % text_ids.shape[1])  # (n_text, D)
+
+        # under autocast the stem gives half precision and the table fp32
         dtype = torch.promote_types(patches.dtype, text.dtype)
         return embeddings.embed_cls(len(patches)).to(dtype), patches.to(dtype), text.to(dtype)
 
@@ -186,10 +190,12 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         if "|" not in "".join(streams) and attends_unpadded(self.config, listed, packed, self.training):
             # each row's tokens side by side, once for all layers
             places, sequences = sequences_of(listed, text_mask)
-            packed = torch.empty_like(packed).index_copy(0, places, packed)
+            packed = torch.empty_like(packed).index_copy(0, places, packed)  # (n, D)
             for layer in self.oner.layers:
                 packed = layer(packed, None, sequences)
             return self.oner.norm(packed.index_select(0, places))
+
+        # each stream padded for its own call, attending itself or its context
         own = []
         for stream in streams.values():
             stream.set_mask(self.config, stream.key_mask(text_mask), like=packed)
@@ -198,10 +204,12 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
             self._cross(name, stream, streams, text_mask, packed) if "|" in name else stream
             for name, stream in streams.items()
         ]
+
+        # with "last_layer" the context comes in at the end only
         last = len(self.oner.layers) - 1
         for number, layer in enumerate(self.oner.layers):
             early = self.config.context_states == "last_layer" and number < last
-            packed = layer(packed, None, own if early else crossed)
+            packed = layer(packed, None, own if early else crossed)  # (n, D)
         return self.oner.norm(packed)
 
     def _cross(
@@ -218,11 +226,13 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         """F(X) of a stream: its [CLS] state, or the mean over its patches and tokens (equation 16). -> (B, D)."""
         if self.config.pooling == "cls":
             return prefix[:, 0]
+
+        # patches from the rectangle, tokens by the row that each belongs to
         total, count = prefix[:, 1:].sum(1), prefix.new_full((stream.batch_size, 1), prefix.shape[1] - 1)
         if text is not None:
             row = stream.text_index // stream.text_slots
-            total = total.index_add(0, row, text)
-            count = count.index_add(0, row, text.new_ones(len(text), 1))
+            total = total.index_add(0, row, text)  # (B, D)
+            count = count.index_add(0, row, text.new_ones(len(text), 1))  # (B, 1)
         return total / count.clamp_min(1)
 
     def _represent(
@@ -233,9 +243,12 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         predict: bool,
     ) -> dict[str, torch.Tensor]:
         """Pooled states through the heads, mixed where `mixup_space` says (equations 2 to 4). -> (B, P) each."""
+        # F(X) of every stream that is needed, once
         sources = sorted({source for name in representations for source in SOURCES[name]})
         parts = {"mix": ("image", "text"), "context": ("image|text", "text|image")}
-        states = {name: self._pool(*tokens[name], streams[name]) for name in sources}
+        states = {name: self._pool(*tokens[name], streams[name]) for name in sources}  # (B, D) each
+
+        # mixed before the projector, or behind it with or without a norm
         space = self.config.mixup_space
         if space == "hidden":
             states = {name: self._mean(states, parts.get(name, (name,))) for name in representations}
@@ -255,6 +268,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         self, head: ContrastiveHead, text_head: ContrastiveHead | None, states: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """(B, ·) each -> (B, P) each, in one call of the head so that all streams share its batch statistics."""
+        # a head for each modality, a batch for each stream, or one batch for all
         if text_head is not None:
             return {name: (text_head if name == "text" else head)(state) for name, state in states.items()}
         if self.config.head_statistics == "separate":
@@ -266,7 +280,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         """Logits of the masked tokens only, all streams in one product with the vocabulary. -> (M, V) each."""
         if not texts:
             return {}
-        masked = torch.cat([states.index_select(0, mlm_index) for states in texts.values()])
+        masked = torch.cat([states.index_select(0, mlm_index) for states in texts.values()])  # (streams * M, D)
         return dict(zip(texts, self.lm_head(masked).chunk(len(texts)), strict=True))
 
 

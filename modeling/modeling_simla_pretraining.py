@@ -180,8 +180,11 @@ class SimlaForPreTraining(
         mlm_places: torch.Tensor | None,
     ) -> None:
         """Every text that reads a clean image, in one run: pairs, negatives, masked texts. Fills `output`."""
+        # rows of text, and the image that each reads
         own = torch.arange(len(text_ids), device=text_ids.device)
-        ids, masks, images = [], [], []
+        ids = []
+        masks = []
+        images = []
         if negatives is not None:
             other_images, other_texts = negatives
             ids += [text_ids, text_ids, text_ids[other_texts]]
@@ -193,7 +196,11 @@ class SimlaForPreTraining(
             images.append(own)
         if not ids:
             return
+
+        # one run, so that each image's keys and values are made once
         states = self.simla.fuse(torch.cat(ids), torch.cat(masks), output.image_states, torch.cat(images))
+
+        # apart again: pairs by their [CLS], then the masked texts
         matched = 0 if negatives is None else 3 * len(text_ids)
         if matched:
             output.itm_logits = self.itm_head(states[:matched, 0])  # (3B, 2)

@@ -84,7 +84,7 @@ class DualEncoder(RetrievalFeatures):
 
     def encode_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         """Texts without an image: (R, T) -> (R, T, D)."""
-        beginning = self.text.begin(input_ids, attention_mask, **kwargs)
+        beginning = self.text.begin(input_ids, attention_mask, **kwargs)  # (R, T, D)
         return self.text.alone(beginning, attention_mask, **kwargs)
 
     def fuse(
@@ -96,7 +96,7 @@ class DualEncoder(RetrievalFeatures):
         **kwargs,
     ) -> torch.Tensor:
         """Texts (R, T) that read images (C, S, D), each the one that `context_index` (R,) says. -> (R, T, D)."""
-        beginning = self.text.begin(input_ids, attention_mask, **kwargs)
+        beginning = self.text.begin(input_ids, attention_mask, **kwargs)  # (R, T, D)
         return self.text.fuse(beginning, attention_mask, image_states, context_index=context_index, **kwargs)
 
     def project_images(self, image_states: torch.Tensor) -> torch.Tensor | None:
@@ -119,6 +119,8 @@ class DualEncoder(RetrievalFeatures):
         """Reads images of another size from now on, with a table of positions of its own to learn. In place."""
         side = image_size // self.config.patch_size
         embeddings = self.vision.embeddings
+
+        # interpolated from the old table; what was frozen stays frozen
         table = embeddings.positions((side, side)).detach().clone()
         embeddings.position_embeddings = nn.Parameter(table, embeddings.position_embeddings.requires_grad)
         self.config.image_size = self.config.position_image_size = image_size
@@ -147,11 +149,14 @@ class ImageTextMatching:
         Raises:
             ValueError: neither images nor their states, or both; what the tower raises.
         """
+        # either images or what was made of them
         if (pixel_values is None) == (image_states is None):
             raise ValueError("match expects either pixel_values or image_states, and got both or neither")
         check_inputs(self.tower, input_ids, attention_mask, pixel_values)
         if image_states is None:
             image_states = self.tower.vision(pixel_values)  # (R, S, D)
+
+        # without an index text r is held against image r
         if context_index is None and len(image_states) != len(input_ids):
             raise ValueError(f"got {len(input_ids)} texts and {len(image_states)} pictures; expected as many of each")
         return self.matching_logits(input_ids, attention_mask, image_states, context_index)

@@ -186,6 +186,7 @@ class TextAssignment(TwoImageReading):
         tower = self.base_model
         check_inputs(tower, input_ids, attention_mask, pixel_values)
         states = tower.vision(pixel_values)  # (B, S, D)
+
         # images that look alike are hard to tell apart
         with torch.no_grad():
             unit = F.normalize(tower.vision_projection(states[:, 0]).float(), dim=-1)  # (B, P)

@@ -34,6 +34,8 @@ class RetrievalFeatures:
         it, and passes over the placeholders. Raises `ValueError` when pictures come along.
         """
         check_text_alone(pixel_values)
+
+        # a text in the joint layout, with its placeholders hidden
         if self.config.pair_layout == "joint":
             is_text = input_ids != self.config.image_token_id  # (B, L)
             attention_mask = is_text.long() if attention_mask is None else attention_mask * is_text
@@ -112,6 +114,7 @@ class CosineRetrieval(RetrievalFeatures):
         if input_ids is None and pixel_values is None:
             raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
         image_embeds = text_embeds = logits = None
+
         # each modality alone
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, return_dict=True, **kwargs)
@@ -119,6 +122,7 @@ class CosineRetrieval(RetrievalFeatures):
         if input_ids is not None:
             features = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
             text_embeds = nn.functional.normalize(features.pooler_output, dim=-1)  # (texts, P)
+
         # all against all
         if image_embeds is not None and text_embeds is not None:
             logits = self.scaled(image_embeds @ text_embeds.T)  # (pictures, texts)
@@ -138,7 +142,7 @@ def pair_loss(logits: torch.Tensor | None) -> torch.Tensor:
     if logits is None or logits.shape[0] != logits.shape[1]:
         got = "one modality" if logits is None else f"{logits.shape[0]} pictures and {logits.shape[1]} texts"
         raise ValueError(f"return_loss expects pairs, got {got}")
-    labels = torch.arange(len(logits), device=logits.device)
+    labels = torch.arange(len(logits), device=logits.device)  # (pairs,), the diagonal
     return (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
 
 
@@ -169,6 +173,7 @@ class MaskedTokens(TokenPredictions):
             raise ValueError(f"{type(self).__name__} expects input_ids, got None")
         tower = getattr(self, self.base_model_prefix)
         outputs = tower(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
+
         # the places that ids speak of
         states = without_patches(outputs.last_hidden_state, input_ids.shape[1])  # (B, L, D)
         logits = self.lm_head(states)  # (B, L, V)

@@ -69,9 +69,9 @@ class FusionAttention(nn.Module):
         contexts; `context_index` (R,) says which one a row attends.
         """
         source = hidden_states if context is None else context
-        key, value = self.heads(self.key(source)), self.heads(self.value(source))
+        key, value = self.heads(self.key(source)), self.heads(self.value(source))  # (C, H, S, d)
         if context_index is not None:
-            key, value = key.index_select(0, context_index), value.index_select(0, context_index)
+            key, value = key.index_select(0, context_index), value.index_select(0, context_index)  # (R, H, S, d)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             implementation or self.config._attn_implementation, eager_attention_forward
         )
@@ -90,7 +90,7 @@ class FusionAttention(nn.Module):
     def first_row(self, hidden_states: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
         """What the first position attends, before dropout: (R, L, D), 1 for real keys (R, L) -> (R, H, L)."""
         query = self.heads(self.query(hidden_states[:, :1]))  # (R, H, 1, d)
-        scores = (query * self.scaling) @ self.heads(self.key(hidden_states)).transpose(2, 3)
+        scores = (query * self.scaling) @ self.heads(self.key(hidden_states)).transpose(2, 3)  # (R, H, 1, L)
         if key_mask is not None:
             hidden = key_mask[:, None, None, :] == 0
             scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)

@@ -55,6 +55,8 @@ def attention_gradcam(attention: nn.Module, score: Callable[[], torch.Tensor]) -
         total = score().float().sum()
         if len(caught) != 1:
             raise RuntimeError(f"the score made {len(caught)} passes through the attention layer; expected 1")
+
+        # only back to A: nothing below it is differentiated
         (gradient,) = torch.autograd.grad(total, caught[0])
     return (caught[0] * gradient.clamp_min(0)).detach()
 
@@ -96,6 +98,8 @@ def pool_positions(maps: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.T
         return maps
     if pool == "padded":
         return maps.mean(1)
+
+    # the mean over a text's own positions, whatever its batch
     kept = mask.clone()
     if pool == "tokens":
         kept[:, 0] = 0
@@ -145,8 +149,12 @@ class GroundedMatching:
             check_inputs(self.tower, input_ids, attention_mask, pixel_values)
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, T)
             grid = _grid(pixel_values, self.config.patch_size)
+
+            # the visual encoder's own attention
             if mode == "itc":
                 return self._ground_by_contrast(input_ids, mask, pixel_values, layer).unflatten(1, grid)
+
+            # what the text's positions attend among the patches
             states = self.tower.vision(pixel_values)  # (B, 1 + N, D)
             attention = fusion_layer(self.tower.text, layer, self.config.grounding_layer).cross_attention
             cam = attention_gradcam(attention, lambda: self.matching_logits(input_ids, mask, states)[:, 1])
@@ -165,7 +173,7 @@ class GroundedMatching:
             return (image * text).sum(-1) / temperature  # (B,)
 
         attention = chosen_layer(tower.vision.layers, layer, self.config.grounding_layer).attention
-        return attention_gradcam(attention, score)[:, :, 0, 1:].mean(1)
+        return attention_gradcam(attention, score)[:, :, 0, 1:].mean(1)  # (B, H, N) -> (B, N)
 
 
 def _check_request(model: nn.Module, mode: str, pool: str, pixel_values: torch.Tensor | None) -> None:

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+# width and affine or not -> what normalises behind a linear map of a head
 HEAD_NORMS = {
     "batch": lambda width, affine: nn.BatchNorm1d(width, affine=affine),
     "layer": lambda width, affine: nn.LayerNorm(width, elementwise_affine=affine),
@@ -20,6 +21,7 @@ class HeadLinear(nn.Linear):
     """
 
     def reset(self) -> None:
+        # U(-1 / sqrt(fan-in), 1 / sqrt(fan-in))
         bound = self.in_features**-0.5
         init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -40,6 +42,8 @@ class ContrastiveHead(nn.Sequential):
                 break
             last = number == num_layers
             normalisation = None if num_layers == 1 else HEAD_NORMS[norm](wide, not last)
+
+            # no bias before a norm, as in MoCo-v3's code
             layers.append(HeadLinear(narrow, wide, bias=normalisation is None))
             if normalisation is not None:
                 layers.append(normalisation)
@@ -60,6 +64,8 @@ class LanguageModelHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
+
+        # a text tower may have an epsilon of its own
         eps = config.layer_norm_eps if layer_norm_eps is None else layer_norm_eps
         self.norm = nn.LayerNorm(config.hidden_size, eps=eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)

@@ -25,6 +25,8 @@ def check_inputs(
         raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
     if bool_masked_pos is not None and pixel_values is None:
         raise ValueError("got bool_masked_pos, which masks patches, but pixel_values is None")
+
+    # shapes, which cost nothing to look at
     check_shapes(input_ids, attention_mask, pixel_values)
     n_patches = None
     if pixel_values is not None:
@@ -32,6 +34,7 @@ def check_inputs(
         n_patches = check_image_size(pixel_values, config.num_channels, config.patch_size, size)
     if bool_masked_pos is not None:
         check_patch_mask(bool_masked_pos, len(pixel_values), n_patches)
+
     # reading values breaks compiled graphs and makes an accelerator wait: there only outside of training
     given = input_ids if input_ids is not None else pixel_values
     if is_tracing(given) or given.is_meta or (given.device.type != "cpu" and model.training):
@@ -75,6 +78,8 @@ def check_image_size(pixel_values: torch.Tensor, num_channels: int, patch_size: 
     if len(got) != 4 or got[1] != num_channels:
         side = image_size or "height, width"
         raise ValueError(f"pixel_values have shape {got}; expected (pictures, {num_channels}, {side}, {side})")
+
+    # the size that the positions are for
     if image_size is not None and got[2:] != (image_size, image_size):
         raise ValueError(
             f"pictures are {got[2]}x{got[3]}; expected {image_size}x{image_size} "
@@ -106,6 +111,8 @@ def check_images_alone(input_ids: torch.Tensor | None, pixel_values: torch.Tenso
     """No text for `get_image_features`: no ids (B, L) but [CLS] and, in the joint layout, placeholders."""
     if input_ids is None:
         return
+
+    # as many ids as there are without a text
     placed = 1 + patch_count(pixel_values, config.patch_size) if config.pair_layout == "joint" else 0
     if input_ids.shape[-1] > placed:
         raise ValueError("get_image_features reads pictures alone; drop input_ids or use get_multimodal_features")
@@ -124,7 +131,7 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int, cls_token_id: int) -> No
     low, high = input_ids.min().item(), input_ids.max().item()
     if low < 0 or high >= vocab_size:
         raise ValueError(f"input_ids lie in [{low}, {high}]; expected ids in [0, {vocab_size - 1}]")
-    first = input_ids[:, 0]
+    first = input_ids[:, 0]  # (B,)
     if (first != cls_token_id).any():
         raise ValueError(
             f"a row starts with id {first[first != cls_token_id][0].item()}; "
@@ -142,6 +149,8 @@ def check_layout(
     """One placeholder a patch (none without pictures: `n_patches=None`), and not too many tokens. Ids are (B, L)."""
     real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
     placeholders = ((input_ids == image_token_id) * real).sum(1)  # (B,)
+
+    # placeholders are for patches, one each
     if n_patches is None and placeholders.any():
         raise ValueError(
             f"input_ids hold {placeholders.max().item()} image placeholders in a row but pixel_values is None"
@@ -152,6 +161,8 @@ def check_layout(
             f"(id {image_token_id}) in a row; the pictures have {n_patches} patches each: "
             f"lay both out together with VisionLanguageProcessor(images=..., text=...)"
         )
+
+    # what is neither [CLS] nor placeholder is text
     tokens = (real.sum(1) - 1 - placeholders).max().item()
     if tokens > max_text_length:
         raise ValueError(f"a text has {tokens} tokens; expected at most {max_text_length} (config.max_text_length)")
@@ -194,7 +205,7 @@ def check_masks(
 def check_padding(attention_mask: torch.Tensor) -> None:
     """A token's place is counted from [CLS] on, so padding may only stand behind the text, (B, L)."""
     real = attention_mask != 0
-    gaps = (real[:, 1:] & ~real[:, :-1]).any(1)
+    gaps = (real[:, 1:] & ~real[:, :-1]).any(1)  # (B,)
     if gaps.any():
         raise ValueError(
             f"in rows {gaps.nonzero().flatten().tolist()} attention_mask has a 0 before a 1; expected padding on the "
@@ -207,9 +218,10 @@ def check_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, image_tok
     A training step cuts its streams from the joint layout: [CLS], N placeholders, then the text. (B, L) each.
     There a token's slot is its place in the text, so padding may only stand behind the text.
     """
+    # only where reading values costs nothing
     if input_ids.device.type != "cpu" or is_tracing(input_ids):
         return
-    strays = (input_ids[:, 1 : 1 + n_patches] != image_token_id).any(1)
+    strays = (input_ids[:, 1 : 1 + n_patches] != image_token_id).any(1)  # (B,)
     if strays.any():
         raise ValueError(
             f"in rows {strays.nonzero().flatten().tolist()} the {n_patches} image placeholders must follow [CLS], "

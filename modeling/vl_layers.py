@@ -47,7 +47,7 @@ class Stream:
         """(B, S, X) and (n_text, X) -> (B, L, X), zeros where there is no token."""
         if text is None:
             return prefix
-        slots = text.new_zeros(self.batch_size * self.text_slots, text.shape[-1])
+        slots = text.new_zeros(self.batch_size * self.text_slots, text.shape[-1])  # (B * W, X)
         slots = slots.index_copy(0, self.text_index, text)
         return torch.cat([prefix, slots.view(self.batch_size, self.text_slots, -1)], dim=1)
 
@@ -55,7 +55,7 @@ class Stream:
         """(B, L, X) -> the stream's rows: (B * S, X) and, if it has a text, (n_text, X)."""
         if self.text_index is None:
             return [padded.flatten(0, 1)]
-        prefix, slots = padded.split([self.prefix, self.text_slots], dim=1)
+        prefix, slots = padded.split([self.prefix, self.text_slots], dim=1)  # (B, S, X), (B, W, X)
         return [prefix.flatten(0, 1), slots.flatten(0, 1).index_select(0, self.text_index)]
 
     def key_mask(self, text_mask: torch.Tensor, skip_cls: bool = False) -> torch.Tensor | None:
@@ -79,9 +79,13 @@ class Stream:
         if key_mask is None:
             self.attention_mask = None
             return
+
+        # a boolean mask for sdpa, the same for every query
         if self.implementation(config) != config._attn_implementation:
             self.attention_mask = key_mask[:, None, None, :].bool().expand(-1, 1, self.length, -1)
             return
+
+        # only shapes, dtype and device of these are read
         queries = like.new_empty(self.batch_size, self.length, 1)
         keys = like.new_empty(self.batch_size, key_mask.shape[1], 1)
         self.attention_mask = create_bidirectional_mask(
@@ -114,8 +118,12 @@ def sequences_of(streams: list[Stream], text_mask: torch.Tensor) -> tuple[torch.
     Real words are (B, W). A word's place follows from how many words come before it, for `text_index` ascends.
     """
     counts = text_mask.sum(1)  # (B,)
-    before = counts.cumsum(0) - counts
-    places, starts, end = [], [], 0
+    before = counts.cumsum(0) - counts  # (B,), tokens of the texts before a row's
+    places = []
+    starts = []
+    end = 0
+
+    # prefixes of the stream, then its tokens, as they are packed
     for stream in streams:
         first = torch.arange(stream.batch_size, device=text_mask.device) * stream.prefix + end  # (B,)
         if stream.text_index is not None:
@@ -135,6 +143,8 @@ def attends_unpadded(config: PreTrainedConfig, streams: list[Stream], like: torc
     """Whether the kernel for unequal lengths serves: on CUDA, in half precision, each stream by itself."""
     if like.device.type != "cuda" or config._attn_implementation != "sdpa":
         return False
+
+    # the dtype that attention will see, not that of the weights
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else like.dtype
     width = config.hidden_size // config.num_attention_heads
     alone = all(stream.context is None for stream in streams) and not (training and config.attention_dropout)
@@ -146,6 +156,7 @@ def split_streams(packed: torch.Tensor, streams: list[Stream]) -> dict[str, tupl
     (n, X) -> by stream, its prefix (B, S, X) and its text (n_text, X) or None. One split, so that the backward is
     one concatenation: a slice for each part would fill and add a tensor of n rows for each.
     """
+    # the lengths in the order of packing: prefix, text, prefix, text ...
     sizes = []
     for stream in streams:
         sizes.append(stream.batch_size * stream.prefix)
@@ -173,7 +184,7 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(Q K^T / sqrt(d)) V, equation 8. (B, H, L, d) -> (B, L, H, d) and weights (B, H, L, L)."""
     # the scale on the smaller factor; softmax sums in fp32 whatever it is given, so its result needs no cast
-    scores = (query * scaling) @ key.transpose(2, 3)
+    scores = (query * scaling) @ key.transpose(2, 3)  # (B, H, L, L)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)
@@ -229,24 +240,30 @@ class SelfAttention(nn.Module):
         streams: list[Stream] | Sequences | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        qkv = self.qkv(hidden_states)
+        qkv = self.qkv(hidden_states)  # (B, L, 3D) or (n, 3D)
+
+        # unpadded sequences, by the kernel for unequal lengths
         if isinstance(streams, Sequences):
             query, key, value = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (n, H, d) each
             starts, longest = streams.starts, streams.longest
             output = varlen_attn(query, key, value, starts, starts, longest, longest, scale=self.scaling)
-            return self.proj(output.flatten(-2)), None
+            return self.proj(output.flatten(-2)), None  # (n, D)
+
+        # one padded sequence a row
         if streams is None:
             output, weights = self._attend(*self._heads(qkv), attention_mask, **kwargs)
             return self.proj(output), weights
+
+        # packed streams, each padded for its own call, with its own keys or its context's
         parts = split_streams(qkv, streams)
         heads = {stream.name: self._heads(stream.pad(*parts[stream.name])) for stream in streams}
         rows = []
         for stream in streams:
             query, (_, key, value) = heads[stream.name][0], heads[stream.context or stream.name]
             implementation = stream.implementation(self.config)
-            output, _ = self._attend(query, key, value, stream.attention_mask, implementation, **kwargs)
-            rows += stream.unpad(output)
-        return self.proj(torch.cat(rows)), None
+            output, _ = self._attend(query, key, value, stream.attention_mask, implementation, **kwargs)  # (B, L, D)
+            rows += stream.unpad(output)  # (B * S, D), (n_text, D)
+        return self.proj(torch.cat(rows)), None  # (n, D)
 
 
 class FeedForward(nn.Module):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_outputs import ModelOutput
 
+# what a place of a sequence is, in `token_types`
 CLS_TOKEN, PATCH_TOKEN, TEXT_TOKEN, PADDING_TOKEN = range(4)
 
 

@@ -255,6 +255,7 @@ class AnswerGeneration:
         states, mask = self.read_questions(input_ids, attention_mask, pixel_values, **kwargs)  # (B, T, D), (B, T)
         if answer_ids is None:
             return AnswerOutput(question_states=states)
+
         # which question each answer is to
         index = None
         if answers_per_question is not None:
@@ -266,6 +267,7 @@ class AnswerGeneration:
             index = questions.repeat_interleave(answers_per_question, output_size=len(answer_ids))
         elif len(answer_ids) != len(states):
             raise ValueError(f"got {len(answer_ids)} answers to {len(states)} questions, and no answers_per_question")
+
         # the token behind each of an answer's
         logits = self.decoder(answer_ids[:, :-1], states, mask, index)  # (R, A - 1, V)
         real = torch.ones_like(answer_ids) if answer_mask is None else answer_mask
@@ -324,10 +326,13 @@ class AnswerGeneration:
         if max_new_tokens < 1 or not 1 <= num_beams <= self.config.vocab_size:
             raise ValueError(f"got max_new_tokens {max_new_tokens} and num_beams {num_beams}; expected 1 at least")
         states, mask = self.read_questions(input_ids, attention_mask, pixel_values)
-        batch, end, pad = len(states), answer_end(self.config), self.config.pad_token_id or 0
+        batch = len(states)
+        end = answer_end(self.config)
+        pad = self.config.pad_token_id or 0
         rows = torch.arange(batch, device=states.device)
         index = rows.repeat_interleave(num_beams)
         sequences = torch.full((batch, num_beams, 1), self.config.cls_token_id, device=states.device)
+
         # beams start alike: all but one are out of the race until they differ
         scores = torch.full((batch, num_beams), -torch.inf, device=states.device)
         scores[:, 0] = 0.0

@@ -28,6 +28,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         depth = config.num_text_layers + config.num_fusion_layers
+
+        # without layers of fusion above them, all layers fuse
         self.first_fusion = config.num_text_layers if config.num_fusion_layers else 0
         self.embeddings = TextEmbeddings(config)
         self.layers = nn.ModuleList([FusionLayer(config, number >= self.first_fusion) for number in range(depth)])
@@ -47,7 +49,7 @@ class TextEncoder(nn.Module):
     ) -> torch.Tensor:
         mask = self_mask(self.config, hidden_states, key_mask)
         for layer in layers:
-            hidden_states = layer(hidden_states, mask, **kwargs)
+            hidden_states = layer(hidden_states, mask, **kwargs)  # (R, T, D)
         return hidden_states
 
     def fuse(
@@ -69,10 +71,11 @@ class TextEncoder(nn.Module):
             context_mask (`(R, S)`): Its real positions, by row; None for all.
             context_index (`(R,)`): Which context a row reads; row r reads context r when None.
         """
+        # what may be attended in the text, and in the context
         mask = self_mask(self.config, hidden_states, key_mask)
         across = context_mask_of(self.config, hidden_states, context, context_mask)
         for layer in self.layers[self.first_fusion :]:
-            hidden_states = layer(hidden_states, mask, context, across, context_index, **kwargs)
+            hidden_states = layer(hidden_states, mask, context, across, context_index, **kwargs)  # (R, T, D)
         return hidden_states
 
 

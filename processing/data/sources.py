@@ -238,7 +238,9 @@ def _read_checked(
     form: str, files: list[Path], name: str, streaming: bool, bad_rows: str
 ) -> tuple[Any, int | None, dict[int, str]]:
     """The data, how many rows it must have if that was counted, and what is wrong with some."""
-    count, reasons, read = None, {}, files
+    count = None
+    reasons = {}
+    read = files
     options: dict[str, Any] = {}
 
     # what is wrong with it, found by stricter readers than those of `datasets`

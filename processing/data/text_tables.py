@@ -59,7 +59,10 @@ def csv_header(file: Path) -> list[str]:
 
 def csv_faults(file: Path) -> tuple[int, list[Fault]]:
     """How many rows a csv has, and those that cannot be read; none is looked at beyond a quote that does not close."""
-    width, row, line, found = None, -1, 1, []
+    width = None
+    row = -1
+    line = 1
+    found = []
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines, _fields_of_any_size():
         reader = csv.reader(lines, delimiter=separator(file), strict=True)
         try:

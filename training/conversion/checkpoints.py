@@ -34,11 +34,11 @@ def resize_position_table(table: torch.Tensor, side: int) -> torch.Tensor:
     Learned positions for a grid of another side: bicubic, but for the first row, which is [CLS]'s (ALBEF's code).
     (1, 1 + N, D) -> (1, 1 + side², D). Raises `ValueError` for a table that is no square and one row.
     """
-    places = table.shape[1] - 1
+    places = table.shape[1] - 1  # N, [CLS] has no patch
     own = math.isqrt(places)
     if own * own != places:
         raise ValueError(f"a table of {table.shape[1]} positions is not [CLS] and a square of patches")
-    patches = interpolate_positions(table[0, 1:], (own, own), (side, side))
+    patches = interpolate_positions(table[0, 1:], (own, own), (side, side))  # (side², D)
     return torch.cat([table[:, :1], patches[None]], dim=1)
 
 
@@ -93,6 +93,8 @@ def _head_fields(state: Mapping[str, torch.Tensor], words: torch.Tensor) -> dict
     for name, size in (("vision_proj.weight", "projection_dim"), ("mim_head.weight", "num_visual_codes")):
         if name in state:
             fields[size] = state[name].shape[0]
+
+    # concepts are read off [CLS] or off its projection; the width tells which
     if "concept_head.weight" in state:
         reads = state["concept_head.weight"].shape[1]
         fields["concept_input"] = "projected" if reads == fields.get("projection_dim") else "cls"
@@ -100,6 +102,8 @@ def _head_fields(state: Mapping[str, torch.Tensor], words: torch.Tensor) -> dict
         fields["num_labels"] = state["cls_head.2.weight"].shape[0]
     if decoder_layers := _count(state, "text_decoder.bert.encoder.layer."):
         fields["answer_decoder_layers"] = decoder_layers
+
+    # a file holds tied words twice, so that only their values tell
     if (decoder := state.get("text_encoder.cls.predictions.decoder.weight")) is not None:
         fields["tie_word_embeddings"] = torch.equal(decoder, words)
     return fields
@@ -128,6 +132,8 @@ def infer_config(
         ValueError: fields that do not fit; a number of heads or special ids that must be given.
     """
     line = family_of(family, OFFICIAL, "official checkpoints")
+
+    # a misspelt field must not pass for one that the shapes overrule
     if unknown := sorted(set(given) - set(line.config.__dataclass_fields__)):
         raise ValueError(f"{line.config.__name__} has no fields {unknown}")
     bert = _bert_prefix(state)
@@ -138,9 +144,11 @@ def infer_config(
         return state[name]
 
     words = tensor(f"text_encoder.{bert}embeddings.word_embeddings.weight")
-    patch = tensor("visual_encoder.patch_embed.proj.weight")
+    patch = tensor("visual_encoder.patch_embed.proj.weight")  # (D, C, p, p)
     positions = len(tensor(f"text_encoder.{bert}embeddings.position_embeddings.weight"))
     side = math.isqrt(tensor("visual_encoder.pos_embed").shape[1] - 1)
+
+    # the upper half stands twice in the model of two pictures
     layers = _stack(state, line) * 2 // 3 or _layers(state)
     fields: dict[str, Any] = {
         "vocab_size": words.shape[0],
@@ -158,6 +166,8 @@ def infer_config(
         "num_channels": patch.shape[1],
         **_head_fields(state, words),
     }
+
+    # the configuration's own checks speak last
     try:
         return line.config(**{**fields, **given})
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -214,8 +224,12 @@ def from_official(
     done = Conversion(_model_class(state, line), config)
     stack = _stack(state, line)
     names = line.names(_bert_prefix(state), stack)
+
+    # every tensor to its place, or to what is left over
     for name, tensor in state.items():
         _place(done, name, tensor, names)
+
+    # what a renaming alone does not do
     if fold_token_types or (fold_token_types is None and stack):
         _fold_token_types(done, state, names)
     if "queue.image" in done.objective:  # pretraining keeps no ids: -100 is an entry without one
@@ -241,6 +255,8 @@ def _place(done: Conversion, name: str, tensor: torch.Tensor, names: Names) -> N
     of_teacher, own = _momentum(name)
     target = done.objective if of_teacher else done.weights
     prefix = TEACHER if of_teacher else ""
+
+    # queues and their counters have names of their own; the rest goes by the family's
     if name in QUEUES:
         done.objective[QUEUES[name]] = tensor.T.contiguous()
         report.used[name], report.changed[name] = QUEUES[name], "a row for each entry, (P, Q) to (Q, P)"
@@ -253,6 +269,8 @@ def _place(done: Conversion, name: str, tensor: torch.Tensor, names: Names) -> N
         if tensor.ndim == 0:
             tensor = tensor.reshape(1)
             report.changed[name] = "a vector of one: engines that spread parameters cannot split a scalar"
+
+        # a tensor that stands twice must be the same twice
         twin = target.get(prefix + ours)
         if twin is not None and not torch.equal(twin, tensor):
             report.left_over[name] = f"differs from the other tensor of the file that is {prefix}{ours} here"
@@ -287,6 +305,8 @@ def _resize(done: Conversion, image_size: int | None) -> None:
     if image_size is None:
         return
     side = image_size // done.config.patch_size
+
+    # student and teacher alike, where the grid differs
     for official, target, prefix in (
         ("visual_encoder", done.weights, ""),
         ("visual_encoder_m", done.objective, TEACHER),
@@ -300,12 +320,17 @@ def _resize(done: Conversion, image_size: int | None) -> None:
 
 def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
     """Fills `report.missing`, and raises where the file lacks what it must have."""
+    # what the class expects, without its memory
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in done.model_class(done.config).state_dict().items()}
+
+    # tied weights count as there
     tower = done.model_class.base_model_prefix
     if done.config.tie_word_embeddings:
         _tie(done.weights, "", tower)
         _tie(done.objective, TEACHER, tower)
+
+    # tensors of another shape than the class has
     wrong = {
         name: f"{tuple(value.shape)}, expected {tuple(shapes[name.removeprefix(TEACHER)])}"
         for name, value in (done.weights | done.objective).items()
@@ -313,6 +338,8 @@ def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
     }
     if wrong:
         raise MissingWeightsError(f"wrong shapes {dict(list(wrong.items())[:10])}")
+
+    # a module absent as a whole is the caller's choice, a part of one is a broken file
     there = {_module(name) for name in done.weights} | {tower}
     refused = []
     for name in sorted(shapes.keys() - done.weights.keys()):
@@ -357,16 +384,23 @@ def to_official(
         objective: Teacher and queues, named as in `Conversion.objective`. Without a teacher the momentum twins become
             copies of the student, as the official constructor makes them.
     """
+    # which of the official layouts it becomes
     bert = "bert." if any(name.startswith("lm_head.") for name in weights) else ""
     second = {name.split(".")[1] for name in weights if name.startswith("second_layers.")}
     line = family_of(family, OFFICIAL, "official layout")
-    names, report, state = line.names(bert, 3 * len(second)).reverse, ConversionReport(), {}
+    names = line.names(bert, 3 * len(second)).reverse
+    report = ConversionReport()
+    state = {}
+
+    # the teacher, or the student in its place
     objective = dict(objective or {})
     teacher = {name.removeprefix(TEACHER): t for name, t in objective.items() if name.startswith(TEACHER)}
     if not teacher:
         alone = ("temperature", "itm_head.")
         teacher = {name: tensor for name, tensor in weights.items() if not name.startswith(alone)}
         report.notes.append("no teacher was given: the momentum twins are copies of the student")
+
+    # student and teacher by official names; ties are written out, as those files have them
     for content, suffix, prefix in ((weights, "", ""), (teacher, "_m", TEACHER)):
         content = dict(content)
         for name, source in ties(content, line.prefix).items():
@@ -387,6 +421,8 @@ def to_official(
     if IDS[1] in objective and not bert:  # only the downstream models have such a buffer
         state[IDS[0]] = objective[IDS[1]][None]
         report.used[IDS[1]] = IDS[0]
+
+    # the rest is named rather than dropped in silence
     report.left_over |= {
         name: "the official layout has no such state"
         for name in objective

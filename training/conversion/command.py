@@ -45,6 +45,8 @@ def _fields(options: argparse.Namespace) -> dict[str, Any]:
         name, found, value = given.partition("=")
         if not found:
             raise ValueError(f"--set got {given!r}; expected NAME=VALUE")
+
+        # JSON where it reads as such, else the text itself
         try:
             fields[name] = json.loads(value)
         except ValueError:
@@ -56,6 +58,8 @@ def _fields(options: argparse.Namespace) -> dict[str, Any]:
 
 def _from_official(options: argparse.Namespace, family: str) -> ConversionReport:
     fields, tokenizer = _fields(options), None
+
+    # the vocabulary knows the special ids, which no shape tells
     if options.tokenizer is not None:
         tokenizer = tokenizer_from_vocab(options.tokenizer)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "mask", "image")}
@@ -70,6 +74,8 @@ def _from_official(options: argparse.Namespace, family: str) -> ConversionReport
         fold_token_types=options.fold_token_types,
         **fields,
     )
+
+    # a vocabulary of another size is another model's
     if tokenizer is not None and len(tokenizer) != done.config.vocab_size:
         raise ValueError(
             f"{options.tokenizer} has {len(tokenizer)} words; expected {done.config.vocab_size}, one for each row of "
@@ -95,6 +101,8 @@ def _save(done: Conversion, seed: int, tokenizer: Any, directory: Path) -> None:
             {name: tensor.clone().contiguous() for name, tensor in done.objective.items()}, directory / OBJECTIVE
         )
     _write_report(done.report, directory)
+
+    # the processor, so that the directory serves pictures and texts as they come
     if tokenizer is not None:
         size = {"height": done.config.image_size, "width": done.config.image_size}
         mean, std = (list(values) for values in NORMALIZATIONS["clip"])
@@ -127,10 +135,13 @@ def _write_report(report: ConversionReport, directory: Path) -> None:
 
 def _into_place(destination: Path, write: Callable[[Path], None]) -> None:
     """Writes beside and renames. Raises `FileExistsError` where there is something already."""
+    # somebody's files are not overwritten
     destination = destination.absolute()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} is there already; expected a new or empty directory")
     destination.parent.mkdir(parents=True, exist_ok=True)
+
+    # beside it, so that the renaming stays on one file system
     scratch = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}-"))
     try:
         scratch.chmod(0o755)
@@ -163,11 +174,15 @@ def _write_official(options: argparse.Namespace) -> ConversionReport:
     if destination.exists():
         raise FileExistsError(f"{destination} is there already; expected a new file")
     weights = _model_weights(Path(options.source), options.target)
+
+    # teacher and queues, if named or lying beside the weights
     path = Path(options.objective) if options.objective else Path(options.source) / OBJECTIVE
     objective = None
     if options.objective or path.is_file():
         objective = read_weights(path)
     state, report = to_official(weights, options.target, objective)
+
+    # under another name first: a file that is there is whole
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = destination.with_name(f".{destination.name}.partial")
     try:

@@ -20,6 +20,7 @@ from oner.modeling.modeling_dvae import GROUPS, DiscreteVAE
 from .reading import CheckpointFileError
 from .report import ConversionReport, MissingWeightsError
 
+# the classes that the two files name, each replaced by a stand-in
 NAMES = (
     *(f"dall_e.{part}.{part.title()}{suffix}" for part in ("encoder", "decoder") for suffix in ("", "Block")),
     "dall_e.utils.Conv2d",
@@ -62,7 +63,11 @@ def convert_dalle(
         MissingWeightsError: weights that are not there or have another shape than the rest asks for; names them.
     """
     files = {"encoder": Path(encoder_file)} | ({"decoder": Path(decoder_file)} if decoder_file is not None else {})
-    state, report, fields = {}, ConversionReport(), {"decoder": "decoder" in files}
+    state = {}
+    report = ConversionReport()
+    fields = {"decoder": "decoder" in files}
+
+    # names and sizes, file by file
     for part, path in files.items():
         weights = read_dalle(path)
         _check_part(path, part, weights)
@@ -73,6 +78,8 @@ def convert_dalle(
             else:
                 report.left_over[f"{part}.{name}"] = "no weight of DALL-E's layout has this name"
         fields |= _sizes(path, part, weights)
+
+    # what a model of these sizes expects, without its memory
     config = DiscreteVAEConfig(**fields)
     with torch.device("meta"):
         model = DiscreteVAE(config)
@@ -102,6 +109,7 @@ def read_dalle(source: str | os.PathLike) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointFileError: no such file, one that cannot be read, or one that names anything but DALL-E's modules.
     """
+    # safetensors holds no code to guard against
     path = Path(source)
     if not path.is_file():
         raise CheckpointFileError(f"{path}: no such file")
@@ -110,6 +118,8 @@ def read_dalle(source: str | os.PathLike) -> dict[str, torch.Tensor]:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointFileError(f"{path}: cannot be read as safetensors: {error}") from error
+
+    # the unpickler of weights alone, with stand-ins for the classes it would refuse
     try:
         with torch.serialization.safe_globals([(StandIn, name) for name in NAMES]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -118,6 +128,8 @@ def read_dalle(source: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise CheckpointFileError(
             f"{path}: holds something else than DALL-E's encoder or decoder, or cannot be read: {_reason(error)}"
         ) from error
+
+    # a module, a state dict, or a state dict one level down
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     weights = dict(_tensors(content)) if isinstance(content, StandIn) else content
@@ -155,6 +167,7 @@ def _tensors(module: object, prefix: str = "") -> Iterator[tuple[str, torch.Tens
 
 
 def _renamed(name: str) -> str | None:
+    # numbers begin at 1 there and at 0 here
     stem, _, leaf = name.rpartition(".")
     for pattern, here in RENAMED:
         if leaf in LEAVES and (match := pattern.fullmatch(stem)):
@@ -176,10 +189,13 @@ def _check_part(path: Path, part: str, weights: Mapping[str, torch.Tensor]) -> N
 
 def _sizes(path: Path, part: str, weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """What the tensors of a part say of the configuration."""
+    # the highest numbers in the names are the counts
     places = [re.match(r"blocks\.group_(\d+)\.block_(\d+)\.", name) for name in weights]
     groups, blocks = (max(int(place[number]) for place in places if place) for number in (1, 2))
     if groups != GROUPS:
         raise CheckpointFileError(f"{path}: has {groups} groups of blocks; expected DALL-E's {GROUPS}")
+
+    # kernels are (out, in, side, side)
     first, last = weights["blocks.input.w"].shape, weights["blocks.output.conv.w"].shape
     if part == "decoder":
         return {"codebook_dim": first[0]}

@@ -58,6 +58,7 @@ def dual_towers() -> TowerNames:
         text=tuple((left, f"text.{right}") for left, right in BERT),
         vision_in="vision.",
         text_in="text.",
+        # neither a ViT nor a BERT has these
         begins_anew=("embeddings.mask_token", "cross_attention.", "cross_norm."),
     )
 
@@ -69,13 +70,17 @@ def sines(config: PreTrainedConfig, side: int) -> torch.Tensor:
 
 
 def oner_cls_word(config: PreTrainedConfig, cls_token: torch.Tensor) -> torch.Tensor:
+    # (1, 1, D) -> (D,); divided, since the tower multiplies its words by the same root
     return cls_token.flatten() / (math.sqrt(config.hidden_size) if config.scale_word_embeddings else 1.0)
 
 
+# published towers -> ours, by family
 ONE_TOWER = "the one tower is a ViT's"
 TOWERS = {
     "oner": TowerNames(
+        # [CLS] is a word, positions are sines, and masked patches have a token of our own
         vision=tuple((left, right) for left, right in VISION if left not in ("cls_token", "pos_embed", "mask_token")),
+        # the one tower is filled from the ViT: of a BERT only the words fit
         text=(("embeddings.word_embeddings", "embeddings.word_embeddings"),),
         vision_in="",
         text_in="embeddings.word_embeddings",
@@ -130,6 +135,7 @@ def all_fuse(layers: int, first_fusion: int) -> dict[str, Any]:
     return {"num_text_layers": layers}
 
 
+# authors' checkpoints -> ours, by family
 OFFICIAL = {
     "simla": OfficialFamily(
         config=SimlaConfig,
@@ -138,6 +144,7 @@ OFFICIAL = {
         answers=SimlaForVisualQuestionAnswering,
         entailment=SimlaForVisualEntailment,
         reasoning=SimlaForVisualReasoning,
+        # a file with one of these is of pretraining
         pretraining_heads=("text_encoder.cls.", "mim_head.", "concept_head."),
         heads=(
             ("vision_proj", "simla.vision_projection"),
@@ -146,6 +153,7 @@ OFFICIAL = {
             ("itm_head", "itm_head"),
             ("mim_head", "mim_head"),
             ("concept_head", "concept_head"),
+            # two linear maps with an activation, which has no weights, between them
             ("cls_head.0", "classifier.0"),
             ("cls_head.2", "classifier.2"),
         ),

@@ -39,6 +39,8 @@ TRANSFORMERS_VIT = Names(
         ),
     ]
 )
+
+# the first of three matrices, before and since version 5, and how the three are spelled
 QUERIES = re.compile(r"((?:encoder\.layer|layers)\.\d+\.attention\.)(?:attention\.query|q_proj)\.(weight|bias)")
 SPELLINGS = (("attention.query", "attention.key", "attention.value"), ("q_proj", "k_proj", "v_proj"))
 # BERT's first checkpoints call a norm's weight and bias so
@@ -85,10 +87,14 @@ def _timm_names(shorn: Found) -> Found:
         match = QUERIES.fullmatch(name)
         if match is None:
             continue
+
+        # all three, in the spelling of the first
         spelling = next(spelling for spelling in SPELLINGS if f"{spelling[0]}." in name)
         parts = [shorn.get(f"{match[1]}{part}.{match[2]}") for part in spelling]
         if any(part is None for part in parts):
             raise MissingWeightsError(f"beside {name} there are no keys and values; expected all three")
+
+        # one matrix in their place, (3D, D), or a bias (3D,)
         for part in spelling:
             shorn.pop(f"{match[1]}{part}.{match[2]}")
         joined = " + ".join(official for official, _ in parts)

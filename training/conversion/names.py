@@ -58,6 +58,7 @@ class Names:
         """The name in the other layout, None if no pattern fits."""
         for pattern, right in self._rules:
             if match := pattern.fullmatch(name):
+                # layers keep their numbers, weight and bias their endings
                 *numbers, suffix = match.groups()
                 for number in numbers:
                     right = right.replace("#", number, 1)
@@ -80,6 +81,7 @@ def official_names(prefix: str, heads: Iterable[tuple[str, str]], bert: str = "b
             checkpoints, whose models hold the encoder without a head of words.
         stack: Layers of the model of two pictures, which are one and a half times the encoder's; 0 for other models.
     """
+    # the text encoder; in the model of two pictures each layer has a place of its own
     text = [(left, f"{prefix}.text.{right}") for left, right in BERT]
     if stack:
         text = [pair for pair in text if "#" not in pair[0]]
@@ -90,6 +92,8 @@ def official_names(prefix: str, heads: Iterable[tuple[str, str]], bert: str = "b
                 for left, right in BERT
                 if "#" in left
             ]
+
+    # towers, heads of words, the decoder of answers, and what the family adds
     return Names(
         [
             *((f"visual_encoder.{left}", f"{prefix}.vision.{right}") for left, right in VISION),
@@ -104,6 +108,7 @@ def official_names(prefix: str, heads: Iterable[tuple[str, str]], bert: str = "b
 
 def stacked_layer(layer: int, stack: int, prefix: str) -> str:
     """Which of ours is a layer of the official model of two pictures, whose upper layers stand twice in a row."""
+    # a third reads the text alone, two thirds are pairs: one layer for each picture
     lower = stack // 3
     if layer < lower:
         return f"{prefix}.text.layers.{layer}"
@@ -113,6 +118,7 @@ def stacked_layer(layer: int, stack: int, prefix: str) -> str:
 
 def ties(weights: Iterable[str], prefix: str) -> dict[str, str]:
     """Of weights by our names, those that are another weight too: which one. A safetensors file holds them once."""
+    # a head of words draws from the table that its tower reads
     weights = set(weights)
     found = {}
     for head, words in (("lm_head", f"{prefix}.text"), ("decoder.lm_head", "decoder")):

@@ -70,6 +70,8 @@ def _find(source: str | os.PathLike) -> Path:
         return path
     if not path.is_dir() and (path.suffix in (".safetensors", ".pth", ".pt", ".bin") or path.is_absolute()):
         raise CheckpointFileError(f"{path}: no such file")
+
+    # a directory or a name on the Hub, the safest format first
     for name in WEIGHT_FILES:
         try:
             found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
@@ -81,6 +83,7 @@ def _find(source: str | os.PathLike) -> Path:
 
 
 def _read_pickle(path: Path) -> object:
+    # refused by name, before anything is read
     names = _foreign_names(path)
     refused = sorted(name for name in names if name != "collections.defaultdict" and not SIDE_NOTES.fullmatch(name))
     if refused:
@@ -114,6 +117,7 @@ def _foreign_names(path: Path) -> set[str]:
 
 
 def _weights_in(path: Path, content: object) -> dict[str, torch.Tensor]:
+    # the weights may lie one level down
     for name in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]

@@ -28,13 +28,18 @@ class ConversionReport:
         self.changed |= other.changed
         self.left_over |= other.left_over
         self.notes += other.notes
+
+        # one file may fill what the other lacks
         filled = set(self.used.values())
         self.missing = {name: why for name, why in (self.missing | other.missing).items() if name not in filled}
         return self
 
     def describe(self) -> str:
         """All of it as lines of text; of what was used only the number."""
+        # what was used is the normal case: a number does
         lines = [f"{len(self.used)} tensors used"]
+
+        # what was not is listed by name
         for title, names in (
             ("changed", self.changed),
             ("left over in the file", self.left_over),

@@ -106,6 +106,7 @@ class Filling:
     @torch.no_grad()
     def copy(self, names: Names, begins: str) -> ConversionReport:
         """Into the model, after a look at all of it, so that an error leaves the model as it was."""
+        # layers that the model has not: it is shallower or of another kind
         mine, back = self.model.state_dict(), names.reverse
         layers = [name for name in self.strays if name.startswith(("blocks.", "encoder.layer.", "layers."))]
         layers += [name for name in self.found if name not in mine]
@@ -114,6 +115,8 @@ class Filling:
                 f"{len(layers)} weights of layers have no place in the model: {layers[:10]}; expected a plain ViT or "
                 f"BERT of {_depths(self.model.config)} layers"
             )
+
+        # weights that the tower has and the file has not
         inside = [name for name in mine if name.startswith(self.tower + begins)]
         missing = [name for name in inside if name not in self.found]
         lacking = [
@@ -125,6 +128,8 @@ class Filling:
             raise MissingWeightsError(
                 f"{len(lacking)} weights are not in the checkpoint: {lacking[:10]}; expected all"
             )
+
+        # tensors of another shape than the tower has
         wrong = {
             name: f"{tuple(tensor.shape)}, expected {tuple(mine[name].shape)}"
             for name, tensor in self.found.items()
@@ -133,6 +138,8 @@ class Filling:
         if wrong:
             shapes = dict(list(wrong.items())[:10])
             raise MissingWeightsError(f"wrong shapes {shapes}: the checkpoint is of another model")
+
+        # all fits: now the model changes
         for name, tensor in self.found.items():
             mine[name].copy_(tensor)
         self.report.missing |= dict.fromkeys(missing, DRAWN)
@@ -148,6 +155,8 @@ def _fill_vision(model: PreTrainedModel, towers: TowerNames, state: Found) -> Co
     filling, names = Filling(model, towers), Names(towers.vision)
     for name, (official, tensor) in state.items():
         ours = names(name)
+
+        # what has a place only after a change, or none for a known reason, comes before the rest
         if is_decoder(name, state):
             filling.leave(official, name, "of MAE's decoder, which is left behind")
         elif name == "cls_token" and towers.cls_word is not None:
@@ -182,9 +191,13 @@ def _beside_sines(towers: TowerNames, config: PreTrainedConfig, table: torch.Ten
     """Why a table (1, k + n*n, D) has no place where positions are not learned, and what that changes."""
     extra, own = _split_table(table)
     sines = towers.fixed_positions(config, own)  # (n*n, D)
-    patches = table[0, extra:].to(sines.dtype)
+
+    # only a table of the same size can be compared
+    patches = table[0, extra:].to(sines.dtype)  # (n*n, D)
     if patches.shape != sines.shape:
         return "positions are fixed sines here"
+
+    # MAE's own rows for [CLS] are zeros: what they hold beyond is a difference too
     rest = 0.0 if extra == 0 else table[0, :extra].abs().max().item()
     apart = max((patches - sines).abs().max().item(), rest)
     if apart < 1e-5:
@@ -196,6 +209,7 @@ def _split_table(table: torch.Tensor) -> tuple[int, int]:
     """
     (1, k + n*n, D) -> k and n. k is 1 for [CLS], 2 with a token of distillation after it, 0 if all rows are patches'.
     """
+    # rows beyond the largest square are extra tokens'
     own = math.isqrt(table.shape[1])
     extra = table.shape[1] - own**2
     if extra > 2:
@@ -208,10 +222,10 @@ def _position_table(table: torch.Tensor, side: int) -> tuple[torch.Tensor, str |
     extra, own = _split_table(table)
     done = []
     if extra == 0:
-        table = torch.cat([table.new_zeros(1, 1, table.shape[2]), table], dim=1)
+        table = torch.cat([table.new_zeros(1, 1, table.shape[2]), table], dim=1)  # (1, 1 + n*n, D)
         done.append("zeros for [CLS], of which the table says nothing")
     elif extra == 2:
-        table = torch.cat([table[:, :1], table[:, 2:]], dim=1)
+        table = torch.cat([table[:, :1], table[:, 2:]], dim=1)  # (1, 1 + n*n, D)
         done.append("the distillation token's row was dropped")
     if own != side:
         table = resize_position_table(table, side)
@@ -234,8 +248,12 @@ def _fill_text(model: PreTrainedModel, towers: TowerNames, state: Found, fold_to
             filling.leave(official, name, _why_not_text(name))
         else:
             filling.take(official, ours, tensor)
+
+    # the table of positions last, when token types are known too
     _fit_positions(filling, state, fold_token_types)
     report = filling.copy(names, towers.text_in)
+
+    # a head is no part of the tower, and may be missing
     heads = (name for name in mine if name.startswith("lm_head.") and name != "lm_head.decoder.weight")
     report.missing |= {name: DRAWN for name in heads if name not in filling.found}
     return report
@@ -255,12 +273,16 @@ def _fit_positions(filling: Filling, state: Found, fold_token_types: bool) -> No
     ours = f"{filling.tower}{Names(filling.towers.text)('embeddings.position_embeddings.weight')}"
     if ours not in found:
         return
+
+    # a single text has type 0 throughout, so that its row can be added once and for all
     types = state.get("embeddings.token_type_embeddings.weight")
     if fold_token_types and types is not None:
         found[ours] = found[ours] + types[1][0]
         report.left_over.pop(types[0])
         report.used[types[0]] = ours
         report.changed[types[0]] = "its first row was added to every position"
+
+    # shorter texts read the first positions, which mean the same in either table
     rows = filling.model.config.max_position_embeddings
     if len(found[ours]) > rows:
         official = state["embeddings.position_embeddings.weight"][0]
