@@ -115,7 +115,8 @@ class Sequences:
 def sequences_of(streams: list[Stream], text_mask: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
     """
     Where the tokens of packed streams go for each row's to lie side by side: place of each (n,), and the sequences.
-    Real words are (B, W). A word's place follows from how many words come before it, for `text_index` ascends.
+    `text_mask` (B, W) says which slots hold a token. A token's place follows from how many come before it, for
+    `text_index` ascends.
     """
     counts = text_mask.sum(1)  # (B,)
     before = counts.cumsum(0) - counts  # (B,), tokens of the texts before a row's
@@ -131,8 +132,9 @@ def sequences_of(streams: list[Stream], text_mask: torch.Tensor) -> tuple[torch.
         places.append((first[:, None] + torch.arange(stream.prefix, device=text_mask.device)).flatten())  # (B * S,)
         end += stream.batch_size * stream.prefix
         if stream.text_index is not None:
-            row, number = stream.text_index // stream.words, torch.arange(len(stream.text_index), device=first.device)
-            places.append((row + 1 - stream.batch_size) * stream.prefix + number + end)  # (n_words,)
+            row = stream.text_index // stream.text_slots  # (n_tokens,)
+            number = torch.arange(len(row), device=first.device)
+            places.append((row + 1 - stream.batch_size) * stream.prefix + number + end)  # (n_tokens,)
             end += len(stream.text_index)
         starts.append(first)
     starts.append(starts[0].new_full((1,), end))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny_simla import randomised, simla_batch, text_of, tiny_config
+from tiny_simla import randomised, simla_batch, tiny_config
 from tiny_simla_pictures import assert_not_blank, make_processor, make_simla, real_rows
 from torch.nn.functional import interpolate, normalize
 
@@ -54,7 +54,8 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def texts():
-    return text_of(simla_batch(LENGTHS))
+    batch = simla_batch(LENGTHS)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def attend(query, key, value, proj, mask, given=None):

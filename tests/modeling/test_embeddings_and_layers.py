@@ -14,7 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from oner import OneRModel
 from oner.modeling.vl_embeddings import ConvStem, LinearStem
 from oner.modeling.vl_heads import ContrastiveHead
-from oner.modeling.vl_layers import SelfAttention, Stream, split_streams
+from oner.modeling.vl_layers import SelfAttention, Stream, sequences_of, split_streams
 
 
 def tower(**overrides) -> OneRModel:
@@ -253,3 +253,26 @@ def test_crossed_streams_leave_flash_to_sdpa():
         query, (_, key, value) = module._heads(module.qkv(pictures))[0], module._heads(module.qkv(texts))
         results[implementation] = module._attend(query, key, value, crossed.attention_mask, "sdpa")[0]
     torch.testing.assert_close(results["flash_attention_2"], results["sdpa"])
+
+
+def test_rows_of_packed_streams_lie_side_by_side():
+    """What only an accelerator's kernel reads: each row's prefix, then its tokens, stream after stream."""
+    text_mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    lengths, index = [4, 0, 2], text_mask.flatten().nonzero().flatten()
+    streams = [Stream("text", 3, 1, 4, index), Stream("image", 3, 5), Stream("image_text", 3, 6, 4, index)]
+
+    # every token is stream, row and position as one number
+    rows = []
+    for number, stream in enumerate(streams):
+        sizes = [stream.prefix + (length if stream.text_slots else 0) for length in lengths]
+        rows.append([[100 * number + 10 * row + place for place in range(size)] for row, size in enumerate(sizes)])
+    packed = []
+    for stream, tokens in zip(streams, rows, strict=True):
+        packed += [token for row in tokens for token in row[: stream.prefix]]
+        packed += [token for row in tokens for token in row[stream.prefix :]]
+    places, sequences = sequences_of(streams, text_mask)
+    packed = torch.tensor(packed)
+    laid = torch.empty_like(packed).index_copy(0, places, packed)
+    assert laid.tolist() == [token for tokens in rows for row in tokens for token in row]
+    assert sequences.starts.diff().tolist() == [len(row) for tokens in rows for row in tokens]
+    assert sequences.longest == 10
