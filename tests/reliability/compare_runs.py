@@ -135,12 +135,21 @@ TASK = {
 }
 SOFT_TARGETS = {"distillation": 0.4, "distillation_ramp": 0.5, "ema_momentum": 0.9}
 CONTRAST = {**SOFT_TARGETS, "losses": ["itc", "itm"], "match_ids": True, "queue_size": 32}
+GROUNDING = {
+    **TASK,
+    **CONTRAST,
+    "task": "grounding",
+    "train_data": ["{data}/expressions_train.json"],
+    "eval_data": ["{data}/expressions_val.json"],
+    "refs": "{data}/refs(unc).json",
+    "instances": "{data}/instances.json",
+    "detections": "{data}/dets.json",
+}
 KARPATHY = {"train_data": ["{data}/karpathy.json"], "split": "train"}
 PRETRAIN, FINETUNE = "examples/pretrain.py", "examples/finetune.py"
-# name of a run -> script, options
 NO_DROPOUT = {"hidden_dropout": 0.0, "text_attention_dropout": 0.0, "attention_dropout": 0.0}
-# A change of the order in which student and teacher draw their dropout moves every run that has any; those that end in
-# "-still" have none.
+# name of a run -> script, options. A change of the order in which student and teacher draw their dropout moves every run
+# that has any; those that end in "-still" have none.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "oner": (PRETRAIN, ONER),
     "oner-chunks-still": (PRETRAIN, {**ONER, **OTHERWISE}),
@@ -154,6 +163,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         {**TASK, **CONTRAST, **KARPATHY, "task": "retrieval", "eval_data": ["{data}/karpathy.json"],
          "eval_split": "test", "rerank_k": 4, "model_config": {"image_size": 80, **NO_DROPOUT}},
     ),
+    "grounding-still": (FINETUNE, {**GROUNDING, "model_config": {"image_size": 80, **NO_DROPOUT}}),
     "oner-chunks": (
         PRETRAIN,
         {**ONER, **OTHERWISE, "model_config": {**ONER["model_config"], "attention_dropout": 0.1}},
@@ -183,12 +193,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         {**TASK, **SOFT_TARGETS, "task": "nlvr2", "train_data": ["{data}/nlvr2_train.jsonl"],
          "eval_data": ["{data}/nlvr2_dev.jsonl"], "image_folder": "{data}/nlvr2"},
     ),
-    "grounding": (
-        FINETUNE,
-        {**TASK, **CONTRAST, "task": "grounding", "train_data": ["{data}/expressions_train.json"],
-         "eval_data": ["{data}/expressions_val.json"], "refs": "{data}/refs(unc).json",
-         "instances": "{data}/instances.json", "detections": "{data}/dets.json"},
-    ),
+    "grounding": (FINETUNE, GROUNDING),
     "assignment": (
         FINETUNE,
         {**TASK, **KARPATHY, "task": "assignment", "eval_data": ["{data}/karpathy.json"], "eval_split": "test"},
