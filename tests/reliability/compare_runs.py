@@ -148,8 +148,8 @@ GROUNDING = {
 KARPATHY = {"train_data": ["{data}/karpathy.json"], "split": "train"}
 PRETRAIN, FINETUNE = "examples/pretrain.py", "examples/finetune.py"
 NO_DROPOUT = {"hidden_dropout": 0.0, "text_attention_dropout": 0.0, "attention_dropout": 0.0}
-# name of a run -> script, options. A change of the order in which student and teacher draw their dropout moves every run
-# that has any; those that end in "-still" have none.
+# Name of a run -> script, options. A change of the order in which student and teacher draw their dropout moves every
+# run that has any; those that end in "-still" have none.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "oner": (PRETRAIN, ONER),
     "oner-chunks-still": (PRETRAIN, {**ONER, **OTHERWISE}),

@@ -118,8 +118,8 @@ def test_the_rate_is_that_of_the_epochs_batch(example, sources, tmp_path):
 
 def test_bad_rows_of_each_portion_are_replaced_and_listed(example, sources, tmp_path):
     notes = tmp_path / "notes.txt"
-    good = Path(sources["texts"]).read_text(encoding="utf-8").splitlines()
-    notes.write_text("\n".join([*good[:5], "   ", *good[5:]]) + "\n", encoding="utf-8")
+    good = Path(sources["texts"]).read_bytes().splitlines()
+    notes.write_bytes(b"\n".join([*good[:5], "café".encode("latin-1"), *good[5:]]) + b"\n")
     table = pq.read_table(sources["pairs"])
     captions = table["captions"].to_pylist()
     captions[7] = []

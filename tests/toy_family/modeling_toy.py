@@ -35,7 +35,7 @@ class ToyModel(PreTrainedModel):
 
     def __init__(self, config: ToyConfig):
         super().__init__(config)
-        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.stem = nn.Linear(3 * config.patch_size**2, config.hidden_size)  # pairs alone touch it
         self.layer = nn.Sequential(nn.Linear(config.hidden_size, config.hidden_size), nn.GELU())
         self.drop = nn.Dropout(config.dropout)
@@ -43,7 +43,7 @@ class ToyModel(PreTrainedModel):
 
     def forward(self, input_ids=None, attention_mask=None, pixel_values=None) -> BaseModelOutputWithPooling:
         if pixel_values is None:
-            states = self.drop(self.layer(self.words(input_ids)))  # (B, 1 + W, D)
+            states = self.drop(self.layer(self.embed_tokens(input_ids)))  # (B, 1 + W, D)
             mask = attention_mask[..., None]
             return BaseModelOutputWithPooling(states, (states * mask).sum(1) / mask.sum(1))
         side = self.config.patch_size
