@@ -15,16 +15,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_simla import SimlaConfig
 from .vl_embeddings import ConvStem, LinearStem, interpolate_positions
 from .vl_features import CosineRetrieval, MaskedWords, RetrievalFeatures
-from .vl_fusion import FusionAttention, FusionLayer, TextEmbeddings, context_mask_of, self_mask
+from .vl_fusion import FusionLayer, TextEmbeddings, context_mask_of, self_mask
 from .vl_gradcam import GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs, check_one_modality, check_pairs, check_patch_mask
-from .vl_layers import PreNormLayer, SelfAttention
+from .vl_layers import PreNormLayer
 from .vl_outputs import (
     CLS_TOKEN,
     PADDING_TOKEN,
@@ -148,8 +148,9 @@ class SimlaPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": [PreNormLayer, FusionLayer],
-        "attentions": [SelfAttention, OutputRecorder(FusionAttention, index=1, layer_name="attention")],
-        "cross_attentions": OutputRecorder(FusionAttention, index=1, layer_name="cross_attention"),
+        # ends of names: of a list of two classes, transformers before 5.14 takes the second for the crossed
+        "attentions": ".attention",
+        "cross_attentions": ".cross_attention",
     }
     # one checkpoint serves every class: what a class has no use for is left behind in silence
     _keys_to_ignore_on_load_unexpected = [
