@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.output_capturing import OutputRecorder
 
 from .vl_features import RetrievalFeatures
-from .vl_fusion import FusionAttention, FusionLayer
+from .vl_fusion import FusionLayer
 from .vl_heads import HeadLinear
 from .vl_inputs import check_inputs
-from .vl_layers import PreNormLayer, SelfAttention
+from .vl_layers import PreNormLayer
 from .vl_text import TextEncoder
 from .vl_vision import VisionEmbeddings, VisionEncoder
 
@@ -34,8 +33,9 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": [PreNormLayer, FusionLayer],
-        "attentions": [SelfAttention, OutputRecorder(FusionAttention, index=1, layer_name="attention")],
-        "cross_attentions": OutputRecorder(FusionAttention, index=1, layer_name="cross_attention"),
+        # ends of names: of a list of two classes, transformers before 5.14 takes the second for the crossed
+        "attentions": ".attention",
+        "cross_attentions": ".cross_attention",
     }
 
     @torch.no_grad()
