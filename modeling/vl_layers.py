@@ -9,12 +9,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10, which pads instead
+    varlen_attn = None
 
 
 @dataclass
@@ -143,7 +147,7 @@ def sequences_of(streams: list[Stream], text_mask: torch.Tensor) -> tuple[torch.
 
 def attends_unpadded(config: PreTrainedConfig, streams: list[Stream], like: torch.Tensor, training: bool) -> bool:
     """Whether the kernel for unequal lengths serves: on CUDA, in half precision, each stream by itself."""
-    if like.device.type != "cuda" or config._attn_implementation != "sdpa":
+    if varlen_attn is None or like.device.type != "cuda" or config._attn_implementation != "sdpa":
         return False
 
     # the dtype that attention will see, not that of the weights
