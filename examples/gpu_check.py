@@ -49,7 +49,7 @@ def run_checks(output: Path, tiny: bool) -> Iterator[tuple[str, Any]]:
         "-p",
         "no:cacheprovider",
     ]
-    command += ["tests/test_gpu.py", "tests/test_nonfinite.py", f"--junitxml={report}"]
+    command += ["tests/run/test_gpu.py", "tests/run/test_nonfinite.py", f"--junitxml={report}"]
     if not tiny and find_spec("xdist"):
         command += ["-n", "8"]  # most of their time is start-up and compilation, on the host
     outcomes: dict[str, str] = {}

@@ -30,6 +30,8 @@ MODULE = ROOT / "training" / "private_names.py"
 ROOMS = ("oner", "modeling", "processing", "training", "examples")
 SOURCES = [ROOT / "oner_command_line.py", *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
 TRAVELS = [path for path in SOURCES if path.parent in (ROOT / "modeling", ROOT / "processing")]
+# older releases have no such name, and so nothing to extend
+NEWER = {name for name in ("_load_video_processor",) if not hasattr(Pipeline, name)}
 # documented in spite of their underscore: namedtuple, os, and torch's page "Foreach Operations"
 PUBLIC = {"_replace", "_exit"}
 PUBLIC_PREFIX = "_foreach_"
@@ -140,7 +142,7 @@ def test_other_files_reach_for_none(path):
 
 def test_what_travels_uses_what_is_listed():
     found = set().union(*(used(TREES[path]) - OWN | overridden(path) for path in TRAVELS if path.stem != "__init__"))
-    assert found == set().union(*TRAVELLING.values())
+    assert found == set().union(*TRAVELLING.values()) - NEWER
 
 
 @pytest.mark.parametrize("base", TRAVELLING, ids=lambda base: base.__name__)
@@ -148,7 +150,7 @@ def test_what_travels_finds_what_it_uses(base):
     """On the class, or set by its methods."""
     source = "".join(inspect.getsource(one) for one in base.__mro__ if one.__module__.startswith("transformers"))
     missing = {name for name in TRAVELLING[base] if not hasattr(base, name) and f"self.{name}" not in source}
-    assert not missing
+    assert not missing - NEWER
 
 
 def test_every_name_of_the_module_is_tried_here():
@@ -181,15 +183,14 @@ def test_bf16_matrix_units_are_those_that_linux_names():
 
 
 def test_raise_recompile_limit():
-    """What torch.compiler shows of it, where it has no way to know what is set already."""
-    was = torch.compiler.config.recompile_limit
+    was = torch._dynamo.config.recompile_limit
     try:
         private_names.raise_recompile_limit(was + 24)
-        assert torch.compiler.config.recompile_limit == was + 24
+        assert torch._dynamo.config.recompile_limit == was + 24
         private_names.raise_recompile_limit(1)
-        assert torch.compiler.config.recompile_limit == was + 24
+        assert torch._dynamo.config.recompile_limit == was + 24
     finally:
-        torch.compiler.config.recompile_limit = was
+        torch._dynamo.config.recompile_limit = was
 
 
 def test_fused_attention_of_the_cpu():

@@ -346,7 +346,8 @@ def test_rows_without_padding_attend_as_padded_ones_do(monkeypatch, contrast_mas
             torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
-def test_rows_are_unpadded_on_cuda_in_half_precision_only():
+def test_rows_are_unpadded_on_cuda_in_half_precision_only(monkeypatch):
+    monkeypatch.setattr(vl_layers, "varlen_attn", naive_varlen)  # whatever the installed torch has
     config, like = tiny_config(), torch.empty(2, 32)
     stream = vl_layers.Stream("image", 2, 17)
     assert not vl_layers.attends_unpadded(config, [stream], like, training=True)
@@ -357,6 +358,9 @@ def test_rows_are_unpadded_on_cuda_in_half_precision_only():
     assert not vl_layers.attends_unpadded(config, [replace(stream, context="text")], on_gpu, training=True)
     on_gpu.dtype = torch.float32
     assert not vl_layers.attends_unpadded(config, [stream], on_gpu, training=True)
-    config._attn_implementation = "eager"
     on_gpu.dtype = torch.bfloat16
+    monkeypatch.setattr(vl_layers, "varlen_attn", None)
+    assert not vl_layers.attends_unpadded(config, [stream], on_gpu, training=True)
+    monkeypatch.undo()
+    config._attn_implementation = "eager"
     assert not vl_layers.attends_unpadded(config, [stream], on_gpu, training=True)

@@ -94,6 +94,9 @@ class Portion(ABC):
         # what the batch is held against comes first: the student may need it in the middle of its pass
         targets = self.targets(student, batch, progress)  # rows (B, ...)
 
+        # older torch hands casts of weights that were made without gradient to the pass that needs one
+        torch.clear_autocast_cache()
+
         # the student's one pass, and what of it meets other rows
         online = self.represent(student, batch, targets, progress, mean_counts(self.count(batch)))  # rows (B, ...)
         compared = self.compare(online.rows, online.common, targets.rows, progress)
