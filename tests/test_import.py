@@ -52,13 +52,13 @@ def test_the_tables_of_transformers_are_only_added_to():
     """Its own tasks, and those that it refuses by name, are as they are without oner."""
     code = (
         "import json, transformers.pipelines as p\n"
-        "print(json.dumps([sorted(p.PIPELINE_REGISTRY.supported_tasks), p.REMOVED_TASKS]))"
+        "print(json.dumps([sorted(p.PIPELINE_REGISTRY.supported_tasks), getattr(p, 'REMOVED_TASKS', {})]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     tasks, removed = json.loads(done.stdout)
     ours = {pipeline.task_name for pipeline in PIPELINES}
     assert not ours & set(tasks) and set(PIPELINE_REGISTRY.supported_tasks) == ours | set(tasks)
-    assert transformers.pipelines.REMOVED_TASKS == removed
+    assert getattr(transformers.pipelines, "REMOVED_TASKS", {}) == removed  # older releases have no such table
 
 
 @pytest.mark.parametrize("module", [oner, oner.processing], ids=lambda module: module.__name__)
