@@ -28,8 +28,8 @@ from .sheets import (
     draw_scenes,
     evaluating,
     heat_sheet,
+    images_and_texts,
     on_device,
-    own_and_foreign_captions,
     wrapped,
 )
 
@@ -333,7 +333,7 @@ class SceneGroundingEvaluator:
         yield f"{self.name}/scene_chance", 0.25
 
         # pictures with several texts
-        pictures, asked_of = self._queries()
+        pictures, asked_of = images_and_texts(self.queries, self.rows, self.shown, self.seed)
         note = "First map: its own caption; the others: of other pictures" if self.queries is None else ""
         yield f"{self.name}/sheet", grounding_sheet(model, processor, pictures, asked_of, note, **self.options)
 
@@ -349,11 +349,6 @@ class SceneGroundingEvaluator:
         pictures = [scene.image for scene in shown]
         captions = [scene.words for scene in shown]
         yield f"{self.name}/scenes_sheet", grounding_sheet(model, processor, pictures, captions, note, **self.options)
-
-    def _queries(self) -> tuple[list[Any], list[list[str]]]:
-        if self.queries is not None:
-            return [image for image, _ in self.queries], [list(texts) for _, texts in self.queries]
-        return own_and_foreign_captions(self.rows, self.shown, self.seed)
 
 
 def _best_quarter(cells: Tensor) -> int:

@@ -21,8 +21,8 @@ from .sheets import (
     draw_scenes,
     evaluating,
     heat_sheet,
+    images_and_texts,
     on_device,
-    own_and_foreign_captions,
     patch_grid,
     pictures_as_seen,
     quarter,
@@ -190,7 +190,7 @@ class LocalizationEvaluator:
         yield f"{self.name}/cosine_lift", lift
 
         # pictures with several texts
-        images, asked_of = self._queries()
+        images, asked_of = images_and_texts(self.queries, self.rows, self.shown, self.seed)
         note = "First map: its own caption; the others: of other pictures" if self.queries is None else ""
         yield f"{self.name}/sheet", localization_sheet(model, processor, images, asked_of, note=note)
 
@@ -200,8 +200,3 @@ class LocalizationEvaluator:
         pictures = [scene.image for scene in shown]
         captions = [scene.words for scene in shown]
         yield f"{self.name}/scenes_sheet", localization_sheet(model, processor, pictures, captions, note=note)
-
-    def _queries(self) -> tuple[list[Any], list[list[str]]]:
-        if self.queries is not None:
-            return [image for image, _ in self.queries], [list(texts) for _, texts in self.queries]
-        return own_and_foreign_captions(self.rows, self.shown, self.seed)

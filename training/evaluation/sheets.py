@@ -222,6 +222,15 @@ def own_and_foreign_captions(rows: Sequence[Row], count: int, seed: int = 0) -> 
     return [row["image"] for row in chosen], texts
 
 
+def images_and_texts(
+    queries: Sequence[tuple[Any, Sequence[str]]] | None, rows: Sequence[Row], count: int, seed: int = 0
+) -> tuple[list[Any], list[list[str]]]:
+    """The images of a sheet and the texts to ask of each: those of `queries`, or else drawn from the rows."""
+    if queries is not None:
+        return [image for image, _ in queries], [list(texts) for _, texts in queries]
+    return own_and_foreign_captions(rows, count, seed)
+
+
 def _key(row: Row, index: int) -> Any:
     return ("row", index) if row.get("id") is None else row["id"]
 
