@@ -36,8 +36,7 @@ from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import save_checkpoint
 from oner.training.run.collators import build_collators
 from oner.training.run.host_memory import keep_freed_memory
-from oner.training.run.loading import RunLoader
-from oner.training.run.opening import open_portions
+from oner.training.run.loading import RunLoader, open_portions
 from oner.training.run.parsing import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,8 +22,7 @@ from oner.training.run.collators import CAPTION_RULES, build_collators
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
-from oner.training.run.loading import RunLoader
-from oner.training.run.opening import open_portions
+from oner.training.run.loading import RunLoader, open_portions
 from oner.training.run.parsing import parse_arguments
 from oner.training.run.summary import STOPPED, describe, export
 

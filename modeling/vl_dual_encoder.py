@@ -4,19 +4,150 @@ B pairs, R rows of text, C images, N patches, S = 1 + N, T positions of a text, 
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from .vl_embeddings import ConvStem, LinearStem, interpolate_positions
 from .vl_features import RetrievalFeatures
-from .vl_fusion import FusionLayer
+from .vl_fusion import FusionLayer, TextEmbeddings, context_mask_of, self_mask
 from .vl_heads import HeadLinear
 from .vl_inputs import check_inputs
 from .vl_layers import PreNormLayer
-from .vl_text import TextEncoder
-from .vl_vision import VisionEmbeddings, VisionEncoder
+
+
+class VisionEmbeddings(nn.Module):
+    """
+    Patches, [CLS] and learned positions. (B, C, H, W) -> (B, 1 + N, D).
+
+    Args:
+        config (`PreTrainedConfig`): Of a family.
+        mask_token (`bool`): Whether there is a token to stand for a masked patch.
+    """
+
+    def __init__(self, config: PreTrainedConfig, mask_token: bool = False):
+        super().__init__()
+        self.config = config
+        stem = ConvStem if config.stem == "conv" else LinearStem
+        self.stem = stem(config.patch_size, config.num_channels, config.hidden_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if mask_token else None
+        places = 1 + (config.position_image_size // config.patch_size) ** 2
+        self.position_embeddings = nn.Parameter(torch.zeros(1, places, config.hidden_size))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """[CLS] and positions N(0, `initializer_range`), the mask token zeros (ViT, BEiT)."""
+        init.normal_(self.cls_token, std=self.config.initializer_range)
+        init.normal_(self.position_embeddings, std=self.config.initializer_range)
+        if self.mask_token is not None:
+            init.zeros_(self.mask_token)
+
+    def positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The table for a grid (h, w), bicubic but for its first row, which is [CLS]'s. -> (1, 1 + h*w, D)."""
+        table = self.position_embeddings  # (1, 1 + side², D)
+        side = math.isqrt(table.shape[1] - 1)
+        patches = interpolate_positions(table[0, 1:], (side, side), grid)  # (h*w, D)
+        return torch.cat([table[:, :1], patches[None]], dim=1)
+
+    def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
+        """Masked patches (B, N) become the mask token, before positions are added (BEiT)."""
+        p = self.config.patch_size
+        grid = (pixel_values.shape[-2] // p, pixel_values.shape[-1] // p)
+        patches = self.stem(pixel_values.to(self.cls_token.dtype))  # (B, N, D)
+        # what is masked is not seen at all
+        if bool_masked_pos is not None:
+            patches = torch.where(bool_masked_pos[..., None], self.mask_token.to(patches.dtype), patches)  # (B, N, D)
+        cls = self.cls_token.to(patches.dtype).expand(len(patches), -1, -1)  # (B, 1, D)
+        return torch.cat([cls, patches], dim=1) + self.positions(grid).to(patches.dtype)  # (B, 1 + N, D)
+
+
+class VisionEncoder(nn.Module):
+    """A pre-norm ViT. (B, C, H, W) -> (B, 1 + N, D) after its final norm. Arguments as of `VisionEmbeddings`."""
+
+    def __init__(self, config: PreTrainedConfig, mask_token: bool = False):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(config, mask_token)
+        self.layers = nn.ModuleList([PreNormLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # (B, 1 + N, D)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return self.norm(hidden_states)
+
+
+class TextEncoder(nn.Module):
+    """
+    One stack of layers for a text alone and for a text that reads a context by cross-attention.
+
+    The first `num_text_layers` read a text alone. `num_fusion_layers` more stand above them, have cross-attention, and
+    take the text's states from below (ALBEF: 6 and 6). Where there are none, the text's own layers have
+    cross-attention, and begin at the text's embeddings when they fuse (SIMLA, section 2.5).
+
+    Attributes:
+        first_fusion (`int`): The first layer with cross-attention.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+        depth = config.num_text_layers + config.num_fusion_layers
+
+        # without layers of fusion above them, all layers fuse
+        self.first_fusion = config.num_text_layers if config.num_fusion_layers else 0
+        self.embeddings = TextEmbeddings(config)
+        self.layers = nn.ModuleList([FusionLayer(config, number >= self.first_fusion) for number in range(depth)])
+
+    def begin(self, input_ids: torch.Tensor, key_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        """A text below the first layer that could read a context, for `alone` and `fuse`. (R, T) -> (R, T, D)."""
+        embeddings = self.embeddings(input_ids)  # (R, T, D)
+        return self._through(self.layers[: self.first_fusion], embeddings, key_mask, **kwargs)
+
+    def alone(self, hidden_states: torch.Tensor, key_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        """The rest of the layers that read a text alone; none where others fuse. (R, T, D) -> (R, T, D)."""
+        layers = self.layers[self.first_fusion : self.config.num_text_layers]
+        return self._through(layers, hidden_states, key_mask, **kwargs)
+
+    def _through(
+        self, layers: Iterable[FusionLayer], hidden_states: torch.Tensor, key_mask: torch.Tensor | None, **kwargs
+    ) -> torch.Tensor:
+        mask = self_mask(self.config, hidden_states, key_mask)
+        for layer in layers:
+            hidden_states = layer(hidden_states, mask, **kwargs)  # (R, T, D)
+        return hidden_states
+
+    def fuse(
+        self,
+        hidden_states: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        context: torch.Tensor,
+        context_mask: torch.Tensor | None = None,
+        context_index: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        The layers with cross-attention: (R, T, D) -> (R, T, D).
+
+        Args:
+            hidden_states (`(R, T, D)`): From `begin`, or vectors that pass as embeddings.
+            key_mask (`(R, T)`): 1 for real positions; None for all.
+            context (`(C, S, D)`): What cross-attention reads.
+            context_mask (`(R, S)`): Its real positions, by row; None for all.
+            context_index (`(R,)`): Which context a row reads; row r reads context r when None.
+        """
+        # what may be attended in the text, and in the context
+        mask = self_mask(self.config, hidden_states, key_mask)
+        across = context_mask_of(self.config, hidden_states, context, context_mask)
+        for layer in self.layers[self.first_fusion :]:
+            hidden_states = layer(hidden_states, mask, context, across, context_index, **kwargs)  # (R, T, D)
+        return hidden_states
 
 
 class DualEncoderPreTrainedModel(PreTrainedModel):
@@ -173,4 +304,4 @@ class ImageTextMatching:
         return self.itm_head(fused[:, 0])
 
 
-__all__ = ["DualEncoder", "DualEncoderPreTrainedModel", "ImageTextMatching"]
+__all__ = ["DualEncoder", "DualEncoderPreTrainedModel", "ImageTextMatching", "TextEncoder", "VisionEncoder"]

@@ -7,11 +7,10 @@ import pyarrow.parquet as pq
 from torch.utils.data import DataLoader
 
 from oner.processing.data.augmentation import Crop, TrainingImageTransform
-from oner.processing.data.collation import Collator
+from oner.processing.data.collation import Collator, Reader
 from oner.processing.data.layouts import JointLayout, SpecialTokens
 from oner.processing.data.masking import Dropping, Masking, Replacement
 from oner.processing.data.quarantine import StandIns
-from oner.processing.data.readers import Reader
 from oner.processing.data.sampling import PairBatchSampler
 from oner.processing.data.sources import PairTrainingSet
 

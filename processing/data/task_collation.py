@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .collation import Example, token_ids
 from .layouts import SpecialTokens
-from .readers import Example, token_ids
 
 
 class Labels:

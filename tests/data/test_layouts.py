@@ -8,10 +8,9 @@ from tiny_loading import collator_of, special_of
 
 from oner.processing.data.augmentation import CodeView, TrainingImageTransform
 from oner.processing.data.chunks import split_pairs, text_slots
-from oner.processing.data.collation import Collator
+from oner.processing.data.collation import Collator, Reader
 from oner.processing.data.layouts import ImageLayout, JointLayout, SeparateLayout, SpecialTokens
 from oner.processing.data.masking import Dropping, Masking, Replacement
-from oner.processing.data.readers import Reader
 from oner.processing.data.sampling import RowKey
 from oner.processing.vl_tokenizer import train_tokenizer
 

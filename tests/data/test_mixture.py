@@ -16,7 +16,7 @@ from oner.processing.data.sampling import EXTRA_TURN, PairBatchSampler, PairOrde
 from oner.processing.data.sources import PairDataError, PairTrainingSet, PairTrainingStream, open_rows
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.run.arguments import DataArguments
-from oner.training.run.opening import open_training_rows
+from oner.training.run.loading import open_training_rows
 from oner.training.run.parsing import parse_arguments
 
 

@@ -17,12 +17,11 @@ from tiny_loading import loader_of, special_of
 from torch.utils.data import DataLoader
 
 from oner.processing.data.augmentation import TrainingImageTransform
-from oner.processing.data.collation import Collator
+from oner.processing.data.collation import Collator, Reader
 from oner.processing.data.layouts import ImageLayout, SeparateLayout
 from oner.processing.data.listed_rows import ListedRows
 from oner.processing.data.masking import Dropping, Masking
 from oner.processing.data.mixture import PairMixture, PairStreamMixture, open_mixture
-from oner.processing.data.readers import Reader
 from oner.processing.data.sampling import PairBatchSampler, RowKey, concept_id
 from oner.processing.data.sources import PairDataError, PairStream, PairTrainingSet, PairTrainingStream, open_rows
 from oner.processing.vl_captions import MAX_CAPTION_LENGTH, MAX_TEXT_LENGTH

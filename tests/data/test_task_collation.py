@@ -8,10 +8,9 @@ from tiny_task_data import COLOURS, said, write_entailment, write_merged_vqa, wr
 
 from oner.processing.data.augmentation import TrainingImageTransform
 from oner.processing.data.chunks import split_pairs
-from oner.processing.data.collation import Collator
+from oner.processing.data.collation import Collator, Reader
 from oner.processing.data.layouts import JointLayout
 from oner.processing.data.quarantine import BadRow, BadRowsError
-from oner.processing.data.readers import Reader
 from oner.processing.data.sampling import RowKey
 from oner.processing.data.task_collation import Answers, Labels, encode_answers, weigh_answers
 from oner.processing.data.task_rows import open_entailment, open_questions, open_reasoning

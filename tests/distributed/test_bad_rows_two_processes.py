@@ -20,7 +20,7 @@ from accelerate import PartialState
 from oner.processing.data.quarantine import BadRowsError
 from oner.training.run.parsing import parse_arguments
 from oner.training.run.building import build_processor_and_config
-from oner.training.run.opening import open_portions
+from oner.training.run.loading import open_portions
 from oner.training.run.collators import build_collators
 from oner.training.run.loading import RunLoader
 state = PartialState(cpu=True)

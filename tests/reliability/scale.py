@@ -95,8 +95,7 @@ def build(batch_size: int, directory: str):
     from oner.training.objectives.objective import build_objective
     from oner.training.run.building import build_model, build_processor_and_config
     from oner.training.run.collators import build_collators
-    from oner.training.run.loading import RunLoader
-    from oner.training.run.opening import open_portions
+    from oner.training.run.loading import RunLoader, open_portions
     from oner.training.run.parsing import parse_arguments
 
     pairs = ROOT / "examples" / "data" / "emoji" / "train.parquet"

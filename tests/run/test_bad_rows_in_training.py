@@ -23,8 +23,7 @@ from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import list_checkpoints, load_checkpoint
 from oner.training.run.collators import build_collators
 from oner.training.run.engine import Engine
-from oner.training.run.loading import RunLoader
-from oner.training.run.opening import open_portions
+from oner.training.run.loading import RunLoader, open_portions
 from oner.training.run.parsing import parse_arguments
 
 pytestmark = [

@@ -19,7 +19,7 @@ from oner.training.run.collators import (
     text_collator,
     tokenizer_collator,
 )
-from oner.training.run.opening import open_portions
+from oner.training.run.loading import open_portions
 from oner.training.run.parsing import parse_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

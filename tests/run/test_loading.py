@@ -9,8 +9,7 @@ from oner.processing.vl_captions import pre_caption
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_model, build_processor_and_config
 from oner.training.run.collators import build_collators
-from oner.training.run.loading import RunLoader
-from oner.training.run.opening import open_portions
+from oner.training.run.loading import RunLoader, open_portions
 from oner.training.run.parsing import parse_arguments
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")

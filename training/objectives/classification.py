@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .losses_distilled import distilled_cross_entropy
+from .losses import distilled_cross_entropy
 from .objective import Batch
 from .task import TaskObjective
 

@@ -15,8 +15,7 @@ from oner.training.parallel.distributed import gather_without_gradient
 from oner.training.parallel.sharding import own_part
 
 from .feature_queue import NO_ID, FeatureQueue
-from .losses import in_full
-from .losses_distilled import distilled_contrast, draw_negatives
+from .losses import distilled_contrast, draw_negatives, in_full
 from .objective import Batch, Comparison, SinglePortion, check_choices, under
 from .teacher import EMATeacher
 

@@ -23,8 +23,7 @@ from transformers import AutoModel, PreTrainedConfig
 from oner.training.publishing.model_loading import load_model
 
 from .examples import example_pairs
-from .losses import in_full
-from .losses_distilled import distilled_cross_entropy, distilled_presence, keyword_targets
+from .losses import distilled_cross_entropy, distilled_presence, in_full, keyword_targets
 from .momentum import MomentumArguments, MomentumDistillation
 from .objective import Batch, Example, Representations, Targets
 

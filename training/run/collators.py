@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedConfig
 
 from oner.processing.data.augmentation import CodeView, TrainingImageTransform
-from oner.processing.data.collation import Collator, Corruption, Targets
+from oner.processing.data.collation import Collator, Corruption, Reader, Targets
 from oner.processing.data.layouts import ImageLayout, JointLayout, Layout, SeparateLayout, SpecialTokens
 from oner.processing.data.masking import Dropping, Masking, Replacement
-from oner.processing.data.readers import Reader
 from oner.processing.data.task_collation import Labels
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_captions import pre_caption

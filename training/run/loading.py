@@ -1,4 +1,4 @@
-"""Batches of a run, from any step on: of each portion its own rows, order and batch size."""
+"""The rows that a run trains on, and its batches from any step on: each portion's own rows, order and batch size."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,19 +8,72 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 
-from oner.processing.data.quarantine import Quarantine, StandIns, line_of
+from oner.processing.data.mixture import open_mixture
+from oner.processing.data.quarantine import Quarantine, StandIns, Watch, line_of
+from oner.processing.data.row_checks import ROLES
 from oner.processing.data.rows import PairRows, PairStream
 from oner.processing.data.sampling import PairBatchSampler, PairOrder
 from oner.processing.data.training_sets import PairTrainingSet, PairTrainingStream
 from oner.training.objectives.objective import Batch
 from oner.training.parallel.distributed import rank, sum_over_processes, world_size
 
-from .arguments import Arguments
+from .arguments import Arguments, DataArguments
 from .collators import Collator
 from .data_workers import outlive_signals_to_the_group
-from .opening import quarantine_of
 
 Rows = PairRows | PairStream
+
+
+def open_training_rows(data: DataArguments) -> Rows:
+    """
+    The training rows of a portion, of its kind, columns checked; those found bad are left to the quarantine.
+
+    Raises:
+        PairDataError: data that cannot be read as rows of the kind; names the file and what is wrong.
+    """
+    # columns that the kind does not have are not looked for
+    roles = ROLES[data.kind]
+    return open_mixture(
+        data.train_data,
+        data.kind,
+        data.image_column if "image" in roles else None,
+        data.text_column if "text" in roles else None,
+        data.id_column,
+        split=data.split,
+        streaming=data.streaming,
+        bad_rows="skip",
+        weights=data.data_weights,
+    )
+
+
+def open_portions(arguments: Arguments) -> dict[str, Rows]:
+    """
+    The rows of each portion of a run, columns checked, and bad ones left to the quarantine.
+
+    Raises:
+        PairDataError: data that cannot be read as rows; names the file and what is wrong.
+        BadRowsError: too many rows are bad. quarantine.jsonl in the output directory lists them.
+    """
+    # the check lists what is bad before anything is built
+    rows = {name: open_training_rows(options.data) for name, options in arguments.portions().items()}
+    quarantine_of(arguments, rows).check_opening()
+    return rows
+
+
+def quarantine_of(arguments: Arguments, rows: Mapping[str, Rows]) -> Quarantine:
+    """The list of bad rows of a run over these portions, with those that are known already."""
+    portions = arguments.portions()
+    watches = {name: _watch(one, portions[name].data.max_bad_rows) for name, one in rows.items()}
+    return Quarantine(arguments.run.output_dir, watches, is_main=rank() == 0)
+
+
+def _watch(rows: Rows, max_bad_rows: float) -> Watch:
+    if isinstance(rows, PairStream):
+        return Watch(max_bad_rows)
+
+    # rows of an open data set are known by their file and place
+    opened = [(*rows.where(row), reason) for row, reason in sorted(rows.bad.items())]
+    return Watch(max_bad_rows, opened, len(rows))
 
 
 class RunLoader:

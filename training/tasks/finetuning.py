@@ -20,7 +20,7 @@ from oner.training.objectives.objective import Objective, build_objective, objec
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import Arguments, DataArguments
 from oner.training.run.collators import Collator
-from oner.training.run.opening import quarantine_of
+from oner.training.run.loading import quarantine_of
 from oner.training.run.optimization import checkpoint_activations
 
 # task -> module and name of its `Task`; a new task adds its line here
