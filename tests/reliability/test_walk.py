@@ -11,7 +11,7 @@ import walk
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 # family -> files today; lower a number when the walk has become shorter
-TODAY = {"oner": 31, "simla": 39}
+TODAY = {"oner": 24, "simla": 28}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,10 @@ def test_the_walk_leads_from_the_rows_to_the_losses(family, walked):
 
 
 def test_what_is_left_out_was_there(walked):
-    """A function that has been renamed must not count by its new name."""
+    """A function or a file that has been renamed must not count by its new name."""
     for name, one in walked.items():
-        assert one.left_out == walk.ASIDE, name
+        assert one.left_out - walk.ASIDE_FILES == walk.ASIDE, name
+    assert set().union(*(one.left_out for one in walked.values())) >= walk.ASIDE_FILES
 
 
 def test_only_calls_of_this_project_count():
