@@ -39,6 +39,9 @@ ZERO = ("zero1", "zero2", "zero3")
 # softmax does not feel the bias of the keys: its gradient is rounding noise, which Adam divides by its own size
 NOISE = (".attention.qkv.bias",)
 ALL_NOISE = ".key.bias"
+# gloo of torch 2.7 sums where FSDP2 asks it to average, so FSDP2 is refused there (tests/run/test_parallel.py)
+FSDP2 = not torch.__version__.startswith("2.7.")
+with_fsdp2 = pytest.mark.skipif(not FSDP2, reason="gloo of this torch cannot average")
 
 
 def arguments(directory: Path, name: str, **overrides) -> list[str]:
@@ -46,7 +49,8 @@ def arguments(directory: Path, name: str, **overrides) -> list[str]:
 
 
 def launch(directory: Path, jobs: list[dict], processes: int = 2) -> None:
-    """Runs the jobs one after another in the same processes."""
+    """Runs the jobs one after another in the same processes, less those of an engine that this torch lacks."""
+    jobs = [job for job in jobs if FSDP2 or job["engine"] != "fsdp2"]
     file = directory / "jobs.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -142,9 +146,8 @@ def assert_same_run(one: Path, other: Path, rtol: float = 1e-6, atol: float = 2e
 
 def engines(*names: str):
     """FSDP2 with every run of the suite; ZeRO, of which DeepSpeed builds parts, with the slow ones."""
-    return pytest.mark.parametrize(
-        "engine", [pytest.param(name, marks=pytest.mark.slow if name in ZERO else ()) for name in names]
-    )
+    marks = {"fsdp2": with_fsdp2, **dict.fromkeys(ZERO, pytest.mark.slow)}
+    return pytest.mark.parametrize("engine", [pytest.param(name, marks=marks.get(name, ())) for name in names])
 
 
 def folder_of(engine: str, request) -> Path:
@@ -235,9 +238,13 @@ def test_a_loss_that_is_nan_in_one_process_moves_nothing_in_any(engine, request)
     ("source", "engine"),
     [
         ("one", "ddp"),
-        ("ddp", "fsdp2"),
+        pytest.param("ddp", "fsdp2", marks=with_fsdp2),
         *[
-            pytest.param(source, engine, marks=pytest.mark.slow)
+            pytest.param(
+                source,
+                engine,
+                marks=[pytest.mark.slow, with_fsdp2] if "fsdp2" in (source, engine) else pytest.mark.slow,
+            )
             for source, engine in (
                 ("ddp", "zero1"),
                 ("fsdp2", "zero2"),

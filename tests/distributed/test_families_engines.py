@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from families import FAMILIES
 from safetensors.torch import load_file
-from test_engines_two_processes import assert_same_run, check_deepspeed, launch
+from test_engines_two_processes import assert_same_run, check_deepspeed, launch, with_fsdp2
 from tiny_pretraining import assert_same_checkpoint, read_log, tiny_arguments, write_pairs
 
 from oner.training.run.checkpoint import list_checkpoints, verify
@@ -45,6 +45,7 @@ def zero(runs) -> Path:
     return runs
 
 
+@with_fsdp2
 def test_engines_agree(family, runs):
     plain, sharded = (runs / f"{family.name}-{engine}" for engine in ("ddp", "fsdp2"))
     assert_same_run(plain, sharded)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from engine_runs import main
-from test_engines_two_processes import assert_same_run, check_deepspeed, launch
+from test_engines_two_processes import assert_same_run, check_deepspeed, launch, with_fsdp2
 from tiny_pretraining import forget_accelerator, read_log
 from toy_family.runs import command, write_sources
 
@@ -48,7 +48,7 @@ def zero(runs) -> Path:
     return runs
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=with_fsdp2)])
 @pytest.mark.parametrize("name", SHAPES)
 def test_two_processes_train_as_one(runs, name, engine):
     assert_same_run(runs / f"{name}-one", runs / f"{name}-{engine}")

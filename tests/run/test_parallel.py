@@ -13,6 +13,7 @@ from tiny_pretraining import forget_accelerator
 from oner import OneRForPreTraining
 from oner.training.objectives.oner import OneRObjective, OneRObjectiveArguments
 from oner.training.objectives.teacher import EMATeacher
+from oner.training.parallel import distributed
 from oner.training.parallel.sharding import (
     full_optimizer_state,
     full_state,
@@ -40,7 +41,8 @@ def run_of(tmp_path, **fields) -> RunArguments:
 def fake_fsdp(**plugin):
     fields = {"fsdp_version": 2, "activation_checkpointing": False, "cpu_offload": False, **plugin}
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**fields))
-    return SimpleNamespace(distributed_type=DistributedType.FSDP, state=state, parallelism_config=None)
+    kept = {"device": torch.device("cpu"), "parallelism_config": None}
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, state=state, **kept)
 
 
 def fake_deepspeed(stage: int = 2, **config):
@@ -141,6 +143,21 @@ def test_fsdp_that_accelerate_would_leave_out_is_refused():
     accelerator.distributed_type = DistributedType.NO
     with pytest.raises(ParallelError, match="Accelerate took NO: nothing would be sharded"):
         parallel._take_fsdp(accelerator)
+
+
+def test_fsdp_over_a_backend_that_sums_is_refused(monkeypatch):
+    """Adam hides a gradient that is twice too large, so no loss would tell."""
+
+    def add(output, rows, op):
+        output.copy_(rows.sum(0, keepdim=True))
+
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "reduce_scatter_tensor", add)
+    with pytest.raises(ParallelError, match=r"on cpu torch .* sums them: use DDP, a later torch, or a GPU"):
+        parallel._take_fsdp(fake_fsdp())
+    monkeypatch.setattr(distributed.dist, "reduce_scatter_tensor", lambda one, rows, op: one.copy_(rows[:1]))
+    parallel._take_fsdp(fake_fsdp())
 
 
 def test_tensor_parallelism_is_refused():

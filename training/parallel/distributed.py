@@ -107,6 +107,19 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
+def reduce_scatter_averages(device: torch.device) -> bool:
+    """
+    Whether processes average where FSDP2 asks them to. Collective.
+
+    gloo of torch 2.7 sums without a word, and gradients would be as many times too large as there are processes.
+    """
+    if not is_distributed():
+        return True
+    mine = torch.empty(1, device=device)
+    dist.reduce_scatter_tensor(mine, torch.ones(world_size(), device=device), op=dist.ReduceOp.AVG)
+    return mine.item() == 1.0
+
+
 def fsdp_part(tensor: torch.Tensor) -> torch.Tensor:
     """This process's rows of a tensor that FSDP2 spread over processes, sharing its memory; else the tensor."""
     return local_part(tensor) if isinstance(tensor, DTensor) else tensor
@@ -133,6 +146,6 @@ def fsdp_shard_alike(frozen: nn.Module, sharded: nn.Module) -> None:
         if type(module).__name__ in undivided_layers(sharded):
             fully_shard(module, mesh=mesh)
 
-    # torch's default keeps the root's parameters gathered until a backward that a frozen model never has: they would
+    # torch's default keeps the root's parameters gathered until a backward, which a frozen model never has: they would
     # stay those of the first step
     fully_shard(frozen, mesh=mesh, reshard_after_forward=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from oner.training.objectives.objective import Objective
-from oner.training.parallel.distributed import fsdp_shard_alike
+from oner.training.parallel.distributed import fsdp_shard_alike, reduce_scatter_averages
 from oner.training.parallel.sharding import full_state, is_zero_3
 from oner.training.private_names import drop_overflown_step, has_bf16_matrix_units, set_distributed_type
 
@@ -129,6 +129,12 @@ def _take_fsdp(accelerator: Accelerator) -> None:
             f"leave FSDP out, or start it on devices that it knows"
         )
 
+    if not reduce_scatter_averages(accelerator.device):
+        raise ParallelError(
+            f"FSDP2 needs gradients that are averaged, and on {accelerator.device} torch {torch.__version__} sums "
+            f"them: use DDP, a later torch, or a GPU"
+        )
+
     # options that leave the teacher nothing to follow
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
@@ -214,6 +220,8 @@ def prepare(
         release = None
         if accelerator.distributed_type == DistributedType.FSDP:
             fsdp_shard_alike(teacher.model, model)
+            # torch 2.7 keeps the root's parameters gathered until a backward, which a frozen model never has
+            release = teacher.model.reshard
         elif any(is_zero_3(parameter) for parameter in model.parameters()):
             engines.append(_spread_by_zero_3(teacher.model))
             # a parameter that a forward returns stays gathered, and the next forward would take it for new
