@@ -22,7 +22,7 @@ from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader
 from oner.training.run.parsing import parse_arguments, read_config
-from oner.training.run.summary import STOPPED, describe, export
+from oner.training.run.summary import STOPPED, describe, export, prepare_publication
 from oner.training.tasks.finetuning import (
     TASKS,
     Task,
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     task, arguments = parse(argv)
     accelerator = make_accelerator(arguments.run)
+    publication = prepare_publication(arguments)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     rows = {"pairs": open_task_rows(task, arguments)}
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
         return None
     if accelerator.is_main_process:
-        directory = export(arguments, engine.model, processor, metrics, evaluators)
+        directory = export(publication, arguments, engine.model, processor, metrics, evaluators)
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
     return metrics

@@ -24,13 +24,14 @@ from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader, open_portions
 from oner.training.run.parsing import parse_arguments
-from oner.training.run.summary import STOPPED, describe, export
+from oner.training.run.summary import STOPPED, describe, export, prepare_publication
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments.run)
+    publication = prepare_publication(arguments)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     rows = open_portions(arguments)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
         return None
     if accelerator.is_main_process:
-        directory = export(arguments, engine.model, processor, metrics, evaluators)
+        directory = export(publication, arguments, engine.model, processor, metrics, evaluators)
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
     return metrics

@@ -30,7 +30,7 @@ from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader, open_portions
 from oner.training.run.parsing import parse_arguments
-from oner.training.run.summary import STOPPED, describe
+from oner.training.run.summary import STOPPED, Publication, describe, prepare_publication
 
 SHOWN = 24
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments, kind="images", family="discrete_vae")
     data, run = arguments.data, arguments.run
     accelerator = make_accelerator(run)
+    publication = prepare_publication(arguments)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     rows = open_portions(arguments)
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
         return None
     if accelerator.is_main_process:
-        directory = export(arguments, engine.model, metrics, evaluators)
+        directory = export(publication, arguments, engine.model, metrics, evaluators)
         print(json.dumps({name: round(value, 5) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
     return metrics
@@ -86,26 +87,28 @@ def build_tokenizer(arguments: Arguments) -> DiscreteVAE:
 
 
 def export(
-    arguments: Arguments, model: DiscreteVAE, metrics: dict[str, float], evaluators: list[ReconstructionEvaluator]
+    publication: Publication,
+    arguments: Arguments,
+    model: DiscreteVAE,
+    metrics: dict[str, float],
+    evaluators: list[ReconstructionEvaluator],
 ) -> Path:
     """The model directory, with its card and a sheet of each evaluation set."""
-    data, run = arguments.data, arguments.run
     sheets = {
         f"{one.name}: pictures above what their codes draw": reconstruction_sheet(model, spaced(one.rows, SHOWN))
         for one in evaluators
     }
     return export_tokenizer(
         model,
-        Path(run.output_dir) / "model",
+        publication.directory,
         metrics=metrics,
         protocol={one.name: one.protocol for one in evaluators},
         training_config=arguments.to_dict(),
-        data=data.train_data,
         pictures=sheets,
-        licence=data.data_licence,
-        attribution=data.attribution,
-        dtype=getattr(torch, run.export_dtype),
-        name=Path(run.output_dir).name,
+        origins=publication.origins,
+        license=arguments.run.licence,
+        dtype=publication.dtype,
+        repo_id=arguments.run.repo_id,
     )
 
 

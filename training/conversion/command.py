@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from oner.processing.data.augmentation import NORMALIZATIONS
 from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import tokenizer_from_vocab
+from oner.training.publishing.placing import scratch_beside, set_modes
 
 from .checkpoints import Conversion, from_official, to_official
 from .dalle import convert_dalle
@@ -139,18 +138,10 @@ def _into_place(destination: Path, write: Callable[[Path], None]) -> None:
     destination = destination.absolute()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} is there already; expected a new or empty directory")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-
-    # beside it, so that the renaming stays on one file system
-    scratch = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}-"))
-    try:
-        scratch.chmod(0o755)
+    with scratch_beside(destination) as scratch:
         write(scratch)
-        for file in scratch.iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner's eyes only
-        os.replace(scratch, destination)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        set_modes(scratch)
+        os.replace(scratch, destination)  # which takes the place of an empty directory only
 
 
 def _model_weights(directory: Path, family: str) -> dict[str, torch.Tensor]:
@@ -182,14 +173,11 @@ def _write_official(options: argparse.Namespace) -> ConversionReport:
         objective = read_weights(path)
     state, report = to_official(weights, options.target, objective)
 
-    # under another name first: a file that is there is whole
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(f".{destination.name}.partial")
-    try:
-        torch.save({"model": {name: tensor.detach().clone() for name, tensor in state.items()}}, partial)
-        os.replace(partial, destination)
-    finally:
-        partial.unlink(missing_ok=True)
+    # in a directory beside it first: a file that is there is whole
+    with scratch_beside(destination) as scratch:
+        written = scratch / destination.name
+        torch.save({"model": {name: tensor.detach().clone() for name, tensor in state.items()}}, written)
+        os.replace(written, destination)
     return report
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from oner.training.publishing.digests import sha256_of
+from oner.training.publishing.public import plain
 
 LIBRARIES = ("oner", "torch", "torchvision", "transformers", "tokenizers", "datasets", "evaluate", "timm", "pillow")
 
@@ -106,13 +107,23 @@ def write_results(
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = plain(content)  # no path of this machine and no secret
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     return content
 
 
 def read_results(directory: str | Path) -> dict[str, dict[str, Any]]:
-    """name -> content of every `results/<name>.json` of a model directory that `write_results` wrote."""
+    """
+    name -> content of every `results/<name>.json` of a model directory that `write_results` wrote, of the weights that
+    are there: an export over an earlier one leaves what was measured of that where it is.
+    """
     # other files may lie there, such as the training's configuration
     files = sorted((Path(directory) / "results").glob("*.json"))
     contents = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
-    return {name: content for name, content in contents.items() if {"values", "protocol"} <= content.keys()}
+    contents = {name: content for name, content in contents.items() if {"values", "protocol"} <= content.keys()}
+    weights = {file.name: sha256_of(file) for file in Path(directory).glob("*.safetensors")}
+    return {
+        name: content
+        for name, content in contents.items()
+        if content.get("checkpoint", {}).get("sha256", weights) == weights
+    }

@@ -8,11 +8,10 @@ family needs no line here.
 
 import copy
 import json
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,11 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from oner.training.private_names import registered_models
 
-from .model_card import model_card, plain, slug
+from .model_card import keep_evaluation, model_card, rename_card, slug
 from .model_loading import write_digests
+from .origins import Origins, check_repo_id, files_of, repository_name, write_provenance
+from .placing import carry_over, check_replaceable, put_in_place, scratch_beside, set_modes
+from .public import plain
 
 MODEL_AUTO_CLASSES = (
     "AutoModel",
@@ -40,6 +42,10 @@ MODEL_AUTO_CLASSES = (
 )
 # a model of one of these may hold the heads of several tasks; any other is fine-tuned for its own
 GENERAL = ("AutoModel", "AutoModelForPreTraining")
+# precisions that weights can be stored in and loaded from; a cast to integers would leave zeros
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# JSON that holds words of a vocabulary, which may look like anything
+VOCABULARIES = ("tokenizer.json", "vocab.json")
 Picture = Image.Image | str | Path | Any  # Any: a matplotlib Figure, which this module does not import
 
 
@@ -146,26 +152,39 @@ def merge_json(path: Path, **entries: Any) -> None:
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | entries)
 
 
+def check_stored_dtype(dtype: Any) -> None:
+    """Raises ValueError for what is no precision that weights can be stored in; None is the model's own."""
+    if dtype is not None and dtype not in STORED_DTYPES:
+        expected = ", ".join(str(one).removeprefix("torch.") for one in STORED_DTYPES)
+        raise ValueError(f"weights cannot be stored as {dtype}; expected a floating-point type of torch: {expected}")
+
+
 def stored_weights(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor] | None:
     """The state with its parameters cast to `dtype`; None for as they are. Buffers keep their precision.
 
-    Raises OverflowError if a weight does not fit, since an infinite weight would only show at the next load.
+    Raises ValueError for a weight that is NaN or infinite, OverflowError if one does not fit, or if nothing of a
+    parameter is left above zero: either would only show at the next load.
     """
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has weights that are NaN or infinite; such a model is not published")
     if dtype is None:
         return None
+
     # tied weights are one storage under several names
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # one copy for tied weights, which save must recognise
-    state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if name in parameters and tensor.is_floating_point():
             key = (tensor.data_ptr(), tensor.shape)
             if key not in cast:
                 cast[key] = tensor.to(dtype)
-                if torch.isfinite(tensor).all() and not torch.isfinite(cast[key]).all():
+                if not torch.isfinite(cast[key]).all():
                     raise OverflowError(f"{name} has a weight of {tensor.abs().max():.3g}, too large for {dtype}")
-            tensor = cast[key]
-        state[name] = tensor
+                if tensor.any() and not cast[key].any():
+                    raise OverflowError(f"{name} has no weight above {tensor.abs().max():.3g}, all 0 in {dtype}")
+            state[name] = cast[key]
     return state
 
 
@@ -229,28 +248,33 @@ def write_pictures(pictures: Mapping[str, Picture], directory: Path) -> dict[str
     return written
 
 
-def check_replaceable(directory: Path) -> None:
-    """Raises FileExistsError unless `directory` is new, empty or an earlier export: it is going to be replaced."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file, expected a directory to export into")
-    names = {entry.name for entry in directory.iterdir()}
-    if names and not {"config.json", "README.md"} <= names:
-        raise FileExistsError(f"{directory} holds something else than an exported model ({sorted(names)[:5]})")
+def gate_configurations(directory: Path) -> None:
+    """Lets no configuration that transformers wrote name a place of this machine or a secret."""
+    for path in directory.glob("*.json"):
+        if path.name in VOCABULARIES or path.name.endswith(".index.json"):
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (published := plain(content)) != content:
+            write_json(path, published)
 
 
-def move_into_place(finished: Path, directory: Path) -> None:
-    """Renames `finished` to `directory`; a reader sees the old export or the new one, never a mixture."""
-    if not directory.exists():
-        os.replace(finished, directory)
-        return
+def finish_export(scratch: Path, directory: Path, name: str, licence: str | None, origins: Origins) -> None:
+    """All that an export ends with: makers, digests, record, modes, what users laid there; then into its place."""
+    for file, content in origins.makers.items():
+        (scratch / file).write_bytes(content)
+    gate_configurations(scratch)
 
-    # a directory cannot be renamed over another that is not empty: the old one is moved aside first
-    old = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-old-"))
-    os.replace(directory, old / directory.name)
-    os.replace(finished, directory)
-    shutil.rmtree(old)
+    # an evaluation of the very same weights stays on the card
+    if directory.is_dir():
+        keep_evaluation(directory, scratch)
+
+    # digests and record of files that no longer change
+    write_digests(scratch)
+    write_provenance(scratch, name, licence, origins)
+    set_modes(scratch)
+    if directory.is_dir():
+        carry_over(directory, scratch, files_of(directory))
+    put_in_place(scratch, directory)
 
 
 def export_model(
@@ -263,9 +287,10 @@ def export_model(
     training_config: Mapping[str, Any] | None = None,
     data: Sequence[Mapping[str, Any] | str] | None = None,
     pictures: Mapping[str, Picture] | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
     dtype: torch.dtype | None = None,
     repo_id: str | None = None,
+    origins: Origins | None = None,
 ) -> Path:
     """Writes `model` and `processor` as a complete Hub repository and returns its path.
 
@@ -273,61 +298,64 @@ def export_model(
     - protocol: what the metrics mean: split, checkpoint, resolution, templates, seed.
     - data: one entry per training set, a name or a mapping (name, rows, licence, ...).
     - pictures: caption → PIL image, matplotlib figure, or path; stored in `pictures/`.
+    - license: of the weights, as the Hub names it (`apache-2.0`, `cc-by-4.0`, `other`); if none, the card says so.
     - dtype: precision in the file, such as `torch.float16` for half its size. The configuration keeps the model's
       own precision, so a plain `from_pretrained` computes in that one.
-    - repo_id: the name that the card's snippets use; the directory's name by default.
+    - repo_id: the name of the repository, and of the card; the directory's if none, or that above one named `model`.
+    - origins: what `read_origins` read of the models that the training began with, and of the makers of the data.
 
-    Everything is written beside `directory` and renamed into place. Raises FileExistsError if `directory` holds
-    something that is no export, ValueError if the model's classes are not registered, OverflowError if a weight
-    does not fit into `dtype`.
+    Everything is written beside `directory` and put there at once; what others laid into an earlier export stays.
+    No text of it names an absolute path or a secret (`public.py`). Raises FileExistsError if `directory` holds
+    something that is no export, ValueError if the model's classes are not registered or `dtype` is no float,
+    OverflowError if a weight does not fit into `dtype`.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, expected a PreTrainedModel (unwrapped)")
-    directory = Path(directory).absolute()
+    check_stored_dtype(dtype)
+    directory = Path(directory).resolve()  # a link stays, and what it points to is replaced
     check_replaceable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # beside the target, so that renaming stays on one file system
-    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
-    try:
-        scratch.chmod(0o755)
+    name = plain(repo_id or repository_name(directory))
+    origins = origins or Origins()
+    origins = replace(origins, data=(*plain(list(data or ())), *origins.data))
+    with scratch_beside(directory) as scratch:
         model.save_pretrained(scratch, state_dict=stored_weights(model, dtype))
         processor.save_pretrained(scratch)
         tasks = write_code(model, processor, scratch)
         paths = write_pictures(pictures or {}, scratch)
-
-        # what was measured, and by what training
-        (scratch / "results").mkdir()
-        if metrics is not None:
-            write_json(scratch / "results" / "metrics.json", {"metrics": plain(metrics), "protocol": plain(protocol)})
-        if training_config is not None:
-            write_json(scratch / "results" / "training_config.json", plain(training_config))
+        write_facts(scratch, metrics, protocol, training_config)
 
         # the page that says all of it
-        computed = str(model.dtype).removeprefix("torch.")
         card = model_card(
             model,
-            repo_id or directory.name,
+            name,
             metrics=metrics,
             protocol=protocol,
             training_config=training_config,
-            data=data,
+            origins=origins,
             pictures=paths,
             tasks=tasks,
             license=license,
             stored_dtype=str(dtype or model.dtype).removeprefix("torch."),
-            compute_dtype=computed,
+            compute_dtype=str(model.dtype).removeprefix("torch."),
         )
         card.save(scratch / "README.md")
-
-        # digests last, of files that no longer change
-        write_digests(scratch)
-        for file in scratch.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors writes for the owner's eyes only
-        move_into_place(scratch, directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        finish_export(scratch, directory, name, license, origins)
     return directory
+
+
+def write_facts(
+    directory: Path,
+    metrics: Mapping[str, float] | None,
+    protocol: Mapping[str, Any] | str | None,
+    training_config: Mapping[str, Any] | None,
+) -> None:
+    """What was measured, and by what training, in `results/`."""
+    results = directory / "results"
+    results.mkdir()
+    if metrics is not None:
+        write_json(results / "metrics.json", {"metrics": plain(metrics), "protocol": plain(protocol)})
+    if training_config is not None:
+        write_json(results / "training_config.json", plain(training_config))
 
 
 def push_to_hub(
@@ -342,8 +370,9 @@ def push_to_hub(
 ) -> str:
     """Uploads an exported directory as the Hub repository `repo_id` (made if needed); returns the commit's address.
 
-    Raises FileNotFoundError if the directory is not a complete export.
+    The card takes the repository's name. Raises FileNotFoundError if the directory is not a complete export.
     """
+    check_repo_id(repo_id)
     # nothing is uploaded that would not load
     directory = Path(directory)
     missing = [
@@ -353,6 +382,8 @@ def push_to_hub(
         missing.append("*.safetensors")
     if missing:
         raise FileNotFoundError(f"{directory} is no exported model, it lacks {', '.join(missing)}; see export_model")
+
+    rename_card(directory, repo_id)
 
     # one commit for all files
     api = HfApi(token=token)

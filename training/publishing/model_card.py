@@ -4,8 +4,8 @@ The page is rendered from `model_card_template.md` beside this file. It says onl
 metrics says that there are none.
 """
 
+import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,10 @@ from transformers import AutoModel, PreTrainedModel
 
 from oner.training.private_names import registered_models
 
+from .digests import sha256_of
+from .origins import Origins, base_models, note_change
+from .public import plain
+
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 EVALUATION = re.compile(r"<!-- evaluation -->.*?<!-- /evaluation -->", re.DOTALL)
 PIPELINE_TAG = "zero-shot-image-classification"
@@ -26,28 +30,16 @@ PIPELINE_TAGS = {"image-text-retrieval": PIPELINE_TAG, "image-question-answering
 
 
 def slug(text: str) -> str:
-    """A lower-case file or tag name: letters, digits, `.`, `-` and `_`."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.")
-    if not name:
+    """
+    A lower-case file or tag name: letters, digits, `.`, `-` and `_`. What other letters said is told by a digest, so
+    that names in Chinese differ. Raises ValueError for a text without letter or digit.
+    """
+    if not re.search(r"\w", text):
         raise ValueError(f"a name needs at least one letter or digit, got {text!r}")
-    return name
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON and YAML can hold it: tensors and arrays of one number become numbers, NaN becomes None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
-
-    # scalars of numpy and torch; an array of several numbers raises here
-    if hasattr(value, "item") and getattr(value, "size", None) is not None and not isinstance(value, (int, float)):
-        value = value.item()
-
-    # JSON has no NaN
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.")
+    if text.isascii():
+        return name
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}".strip("-")
 
 
 def split_metric(name: str) -> tuple[str, str]:
@@ -56,13 +48,29 @@ def split_metric(name: str) -> tuple[str, str]:
     return dataset or "evaluation", metric
 
 
+def inline(text: Any) -> str:
+    """Text as Markdown shows it, on one line: no mark-up, table, link or heading begins in it."""
+    line = " ".join(str(text).split())
+    line = re.sub(r"[\\`|]", r"\\\g<0>", line).replace("<", "&lt;").replace(">", "&gt;")
+    # brackets do no harm unless they make a link, or end the one they stand in
+    if "](" in line or line.count("[") != line.count("]"):
+        line = re.sub(r"[\[\]]", r"\\\g<0>", line)
+    return f"\\{line}" if line.startswith("#") else line
+
+
+def fence_for(text: str) -> str:
+    """Backticks that no line of `text` can close."""
+    return "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; `|` and line breaks inside a cell are escaped."""
+    """A Markdown table, each cell on one line."""
 
     def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(map(inline, cells)) + " |"
 
-    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+    rule = "| " + " | ".join(["---"] * len(header)) + " |"
+    return "\n".join([line(header), rule, *map(line, rows)])
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
@@ -76,7 +84,7 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
 
 def data_table(data: Sequence[Mapping[str, Any] | str]) -> str:
     """One row per data set; the columns are the union of the keys that the entries have."""
-    entries = [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in data]
+    entries = [{"name": entry} if isinstance(entry, str) else dict(entry) for entry in plain(list(data))]
     # in the order in which keys first appear
     columns = list(dict.fromkeys(key for entry in entries for key in entry))
     return markdown_table(columns, [[entry.get(column, "") for column in columns] for entry in entries])
@@ -119,19 +127,20 @@ def model_card(
     metrics: Mapping[str, float] | None = None,
     protocol: Mapping[str, Any] | str | None = None,
     training_config: Mapping[str, Any] | None = None,
-    data: Sequence[Mapping[str, Any] | str] | None = None,
+    origins: Origins | None = None,
     pictures: Mapping[str, str] | None = None,
     tasks: Sequence[str] = (),
-    license: str = "apache-2.0",
+    license: str | None = None,
     stored_dtype: str = "float32",
     compute_dtype: str = "float32",
 ) -> ModelCard:
     """The card of `model`; `pictures` maps captions to paths inside the repository, `tasks` are its own pipelines."""
     # what the Hub indexes
-    config = model.config
+    config, origins = model.config, origins or Origins()
     name = model_id.rsplit("/", 1)[-1]
     metadata = ModelCardData(
         license=license,
+        base_model=base_models(origins) or None,
         library_name="transformers",
         pipeline_tag=next((tag for task, tag in PIPELINE_TAGS.items() if task in tasks), None),
         tags=["oner", config.model_type, "custom_code", *tasks],
@@ -142,11 +151,14 @@ def model_card(
     # what a reader sees
     if isinstance(protocol, Mapping):
         protocol = markdown_table(["", ""], [[key, json_cell(value)] for key, value in plain(protocol).items()])
+    elif protocol is not None:
+        protocol = inline(plain(protocol))
+    settings = yaml.safe_dump(plain(training_config or {}), sort_keys=False, width=110).strip()
     return ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
-        model_name=name,
-        model_id=model_id,
+        model_name=inline(name),
+        model_line=model_line(model_id),
         class_name=type(model).__name__,
         method=method_of(model),
         parameters=f"{model.num_parameters():,}",
@@ -156,14 +168,58 @@ def model_card(
         tasks=list(tasks),
         metrics_table=metrics_table(metrics) if metrics else None,
         protocol=protocol,
-        pictures=[{"caption": caption, "path": path} for caption, path in (pictures or {}).items()],
-        data_table=data_table(data) if data else None,
-        training_config=yaml.safe_dump(plain(training_config), sort_keys=False, width=110).strip()
-        if training_config
-        else None,
+        pictures=picture_lines(pictures or {}),
+        models=[inline(one) for one in origins.models],
+        data_table=data_table(origins.data) if origins.data else None,
+        makers=sorted(map(inline, origins.makers)),
+        licence=inline(license) if license else None,
+        training_config=settings if training_config else None,
+        fence=fence_for(settings),
         stored_dtype=stored_dtype,
         compute_dtype=compute_dtype,
     )
+
+
+def model_line(model_id: str) -> str:
+    """The line by which the snippets of a card know their model."""
+    return f"`MODEL = {json.dumps(model_id.replace('`', ''), ensure_ascii=False)}`"
+
+
+def picture_lines(pictures: Mapping[str, str]) -> str:
+    """Each picture with its caption beneath; `pictures` maps captions to paths inside the repository."""
+    shown = {inline(plain(caption)): path for caption, path in pictures.items()}
+    return "\n\n".join(f"![{caption}]({path})\n*{caption}*" for caption, path in shown.items())
+
+
+def rename_card(directory: str | Path, repo_id: str) -> None:
+    """Gives the card of an exported model the name of its repository, in title, metadata and snippets."""
+    path = Path(directory) / "README.md"
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    name = repo_id.rsplit("/", 1)[-1]
+    if card.data.get("model_name") or card.data.eval_results:
+        card.data.model_name = name
+    card.text = re.sub(r"^# .*$", lambda _: f"# {inline(name)}", card.text, count=1, flags=re.MULTILINE)
+    card.text = re.sub(r"`MODEL = \"[^`\n]*\"`", lambda _: model_line(repo_id), card.text, count=1)
+    card.save(path)
+    note_change(Path(directory), "README.md")
+
+
+def keep_evaluation(earlier: Path, new: Path) -> None:
+    """Brings what `add_evaluation` wrote on an earlier card to the new one, if both are of the very same weights."""
+    weights = [{one.name: sha256_of(one) for one in path.glob("*.safetensors")} for path in (earlier, new)]
+    cards = [path / "README.md" for path in (earlier, new)]
+    if weights[0] != weights[1] or not all(card.is_file() for card in cards):
+        return
+    old, card = (ModelCard.load(path, ignore_metadata_errors=True) for path in cards)
+    if (measured := EVALUATION.search(old.text)) is None or not EVALUATION.search(card.text):
+        return
+    card.text = EVALUATION.sub(lambda _: measured[0], card.text)
+
+    # the numbers of this export win over those of the same name before
+    known = {(result.dataset_name, result.metric_name) for result in card.data.eval_results or []}
+    others = [r for r in old.data.eval_results or [] if (r.dataset_name, r.metric_name) not in known]
+    card.data.eval_results = [*(card.data.eval_results or []), *others] or None
+    card.save(cards[1])
 
 
 def add_evaluation(
@@ -185,8 +241,8 @@ def add_evaluation(
     for name, content in results.items():
         stated = {key: value for key, value in plain(content["protocol"]).items() if value is not None}
         protocol = ", ".join(f"{key}: {json_cell(value)}" for key, value in stated.items())
-        parts += [f"`results/{name}.json` ({protocol})", metrics_table(content["values"])]
-    parts += [f"![{caption}]({path})\n*{caption}*" for caption, path in (pictures or {}).items()]
+        parts += [f"`results/{name}.json` ({inline(protocol)})", metrics_table(content["values"])]
+    parts += [picture_lines(pictures)] if pictures else []
     text = "\n\n".join(["<!-- evaluation -->", *parts, "<!-- /evaluation -->"])
     card.text = EVALUATION.sub(lambda _: text, card.text)
 
@@ -196,6 +252,7 @@ def add_evaluation(
     others = [r for r in card.data.eval_results or [] if (r.dataset_name, r.metric_name) not in known]
     card.data.eval_results = others + measured
     card.save(Path(directory) / "README.md")
+    note_change(Path(directory), "README.md")
 
 
 def json_cell(value: Any) -> str:

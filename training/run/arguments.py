@@ -258,7 +258,17 @@ class RunArguments:
         default="all", metadata=_help("Which captions of a row are texts of the evaluation.")
     )
     eval_every_epochs: float = field(default=1, metadata=_help("Epochs between evaluations; 0: only at the end."))
-    export_dtype: str = field(default="float32", metadata=_help("Precision of the published weights."))
+
+    # what is published at the end
+    export_dtype: Literal["float32", "bfloat16", "float16", "float64"] = field(
+        default="float32", metadata=_help("Precision of the published weights.")
+    )
+    licence: str | None = field(
+        default=None, metadata=_help("Licence of the published weights, as the Hub names it; the card says if none.")
+    )
+    repo_id: str | None = field(
+        default=None, metadata=_help("Name of the repository, `name` or `owner/name`; that of output_dir if none.")
+    )
 
 
 # what of a run a portion may have for itself

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from oner.training.parallel.sharding import full_shapes, load_full_optimizer_state, load_full_state
 from oner.training.publishing.digests import sha256_of
+from oner.training.publishing.placing import set_modes
 
 logger = logging.get_logger(__name__)
 
@@ -97,6 +98,7 @@ def _write(directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], s
     # digests of all that, and then all of it onto the disk before the rename
     manifest = {file.name: sha256_of(file) for file in sorted(directory.iterdir())}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    set_modes(directory)
     for file in directory.iterdir():
         _flush(file)
     _flush(directory)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from oner.training.objectives.objective import Batch, Objective, Taken
 from oner.training.parallel.distributed import any_process, gather_without_gradient, rank, world_size
 from oner.training.parallel.sharding import full_optimizer_state, full_state
+from oner.training.publishing.public import plain
 
 from .arguments import Arguments
 from .checkpoint import (
@@ -107,7 +108,7 @@ class Engine:
         """Runs to the end; returns the last evaluation. `self.stopped` tells whether a signal cut it short."""
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self.accelerator.init_trackers("oner", config={"run": json.dumps(self.arguments.to_dict())})
+            self.accelerator.init_trackers("oner", config={"run": json.dumps(plain(self.arguments.to_dict()))})
             self._resume()
             self._loop()
             with self.whole_model() as model:

@@ -1,6 +1,9 @@
-"""What a run says of itself: a line before the first step, a model directory after the last, an exit status."""
+"""What a run says of itself: a line before the first step, a model directory after the last, an exit status.
 
-import shutil
+What can be tried of the directory is tried before the first step: `prepare_publication`.
+"""
+
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,10 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from oner.training.publishing.hub import export_model
+from oner.training.parallel.distributed import rank
+from oner.training.publishing.hub import check_stored_dtype, export_model
+from oner.training.publishing.origins import Origins, check_repo_id, read_origins
+from oner.training.publishing.placing import check_replaceable, clear_leftovers
 
 from .arguments import Arguments
 from .launch import choose_precision
@@ -36,7 +42,59 @@ def _rows(arguments: Arguments) -> str:
     return " and ".join(f"{options.run.batch_size} {name}" for name, options in arguments.portions().items())
 
 
+@dataclasses.dataclass(frozen=True)
+class Publication:
+    """
+    What is settled of the model directory before the first step.
+
+    Attributes:
+        directory: Where it will lie.
+        dtype: Precision of its weights.
+        origins: Its data, their makers, and the models it begins with.
+    """
+
+    directory: Path
+    dtype: torch.dtype
+    origins: Origins
+
+
+def prepare_publication(arguments: Arguments) -> Publication:
+    """
+    Tries what would else fail after the last step, and clears away what a killed export left.
+
+    Raises:
+        ValueError: a precision, name or file of makers that cannot be published; evaluation sets of one name.
+        FileExistsError: something else than an exported model lies where the model is to go.
+    """
+    run, begin = arguments.run, arguments.model
+    dtype = getattr(torch, run.export_dtype, run.export_dtype)
+    check_stored_dtype(dtype)
+    check_repo_id(run.repo_id)
+
+    # the numbers of one of them would overwrite the other's
+    names = [Path(source).stem for source in run.eval_data]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"eval_data has several sets called {twice}; expected different names, by which cards tell them"
+        )
+
+    # the place
+    directory = (Path(run.output_dir) / "model").resolve()
+    check_replaceable(directory)
+    if rank() == 0:
+        clear_leftovers(directory)
+    starts = [begin.initial_model, begin.initial_vision, begin.initial_text]
+    attributions = [one.data.attribution for one in arguments.portions().values()]
+    origins = read_origins(
+        [source for source in starts if source is not None],
+        _training_sets(arguments),
+        dict.fromkeys(file for file in attributions if file is not None),
+    )
+    return Publication(directory, dtype, origins)
+
+
 def export(
+    publication: Publication,
     arguments: Arguments,
     model: PreTrainedModel,
     processor: Any,
@@ -51,19 +109,18 @@ def export(
         "resolution": model.config.image_size,
         **{evaluator.name: evaluator.protocol for evaluator in evaluators},
     }
-    directory = export_model(
+    return export_model(
         model,
         processor,
-        Path(arguments.run.output_dir) / "model",
+        publication.directory,
         metrics=metrics,
         protocol=protocol,
         training_config=arguments.to_dict(),
-        data=_training_sets(arguments),
-        dtype=getattr(torch, arguments.run.export_dtype),
+        origins=publication.origins,
+        license=arguments.run.licence,
+        dtype=publication.dtype,
+        repo_id=arguments.run.repo_id,
     )
-    if arguments.data.attribution is not None:
-        shutil.copy(arguments.data.attribution, directory)
-    return directory
 
 
 def _training_sets(arguments: Arguments) -> list[dict[str, str]]:
