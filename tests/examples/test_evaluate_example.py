@@ -65,7 +65,7 @@ def test_numbers_and_the_protocol_are_written(example, model_directory, tmp_path
     assert stored["values"]["test_concept/ir_r@5"] == values["test_concept/ir_r@5"]
     assert stored["protocol"]["split"] == "test_concept" and stored["protocol"]["pictures"] == 120
     digest = hashlib.sha256((model_directory / "model.safetensors").read_bytes()).hexdigest()
-    assert stored["checkpoint"] == {"path": str(model_directory), "sha256": {"model.safetensors": digest}}
+    assert stored["checkpoint"] == {"path": model_directory.name, "sha256": {"model.safetensors": digest}}
     assert stored["model"]["image_size"] == 32 and torch.__version__.startswith(stored["versions"]["torch"])
     assert results["test_concept.bootstrap"]["protocol"]["templates"] == ["{}"]
     assert set().union(*(result["values"] for result in results.values())) == set(values)
@@ -127,7 +127,7 @@ def test_class_names_need_no_captions(example, model_directory, tmp_path, capsys
     values = example.main([*common, "--data", str(folder), "--class_names", str(names)])
     assert values["three/zero_shot_chance1"] == pytest.approx(1 / 3) and "three/bootstrap_top1" in values
     protocol = read_results(tmp_path)["three.bootstrap"]["protocol"]
-    assert (protocol["rows"], protocol["classes"], protocol["class_names"]) == (9, 3, str(names))
+    assert (protocol["rows"], protocol["classes"], protocol["class_names"]) == (9, 3, names.name)
     assert (tmp_path / "pictures" / "three-bootstrap_sheet.png").is_file()
     rows = open_labelled(str(folder), ["blue", ["green", "leafy"], "red"])
     assert [row["id"] for row in rows] == [0, 0, 1, 1, 1, 2, 2, 2, 2] and rows[2]["captions"] == ["green"]

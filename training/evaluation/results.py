@@ -115,7 +115,7 @@ def write_results(
 def read_results(directory: str | Path) -> dict[str, dict[str, Any]]:
     """
     name -> content of every `results/<name>.json` of a model directory that `write_results` wrote, of the weights that
-    are there: an export over an earlier one leaves what was measured of that where it is.
+    are there, if any: an export over an earlier one leaves what was measured of that where it is.
     """
     # other files may lie there, such as the training's configuration
     files = sorted((Path(directory) / "results").glob("*.json"))
@@ -125,5 +125,5 @@ def read_results(directory: str | Path) -> dict[str, dict[str, Any]]:
     return {
         name: content
         for name, content in contents.items()
-        if content.get("checkpoint", {}).get("sha256", weights) == weights
+        if not weights or content.get("checkpoint", {}).get("sha256", weights) == weights
     }

@@ -111,10 +111,10 @@ def set_modes(directory: Path) -> None:
     and an empty umask would let everybody write.
     """
     # what an ordinary file gets; the umask itself can only be read by changing it
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
-        probe = Path(folder) / "probe"
-        probe.touch()
-        mode = probe.stat().st_mode & 0o644
+    probe = directory / ".probe"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o644
+    probe.unlink()
     for path in [directory, *directory.rglob("*")]:
         if not path.is_symlink():
             # who may read a directory may enter it

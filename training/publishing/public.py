@@ -68,7 +68,7 @@ def public_text(text: str) -> str:
     text = TOKEN.sub(LEFT_OUT, text)
     text = ADDRESS.sub(lambda found: _address(found[1].lower(), found[2]), text)
     text = REMOTE.sub(lambda found: _last_parts(found[0].partition(":")[2]), text)
-    for place in {str(Path.home()), os.getcwd()} - {"/"}:
+    for place in sorted({str(Path.home()), os.getcwd()} - {"/"}, key=len, reverse=True):
         text = re.sub(rf"(?<![\w/]){re.escape(place)}(?=/)", "~", text)
     text = WINDOWS.sub(lambda found: _last_parts(found[0]), text)
     return POSIX.sub(lambda found: _last_parts(found[0]), text)
