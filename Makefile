@@ -33,7 +33,7 @@ help:
 	@echo 'make test-newest        the tests on the newest ones, likewise; what our code calls of the deprecated fails it'
 	@echo 'make test-slow          the tests marked slow'
 	@echo 'make test-transformers  the model tests of the installed transformers, from its source archive'
-	@echo 'make kill-test          200 SIGKILLs, a full disk and other losses, each followed by a resume (slow)'
+	@echo 'make kill-test          SIGKILLs of runs, exports, indexing, oner convert; a full disk and other losses (slow)'
 	@echo 'make resume-matrix      120 ways to stop and resume, to the bit (slow)'
 	@echo 'make lint | format      ruff, checking or mending'
 	@echo 'make evidence           the ablation table, with the CLIP baseline (slow)'

@@ -1,6 +1,6 @@
 """Kills a run again and again, and takes its disk, its workers and its other process away. What is left must go on.
 
-python tests/reliability/kill.py [--kills 200] [--seed 0] [--faults disk,read-only,...] [--report FILE.json]
+python tests/reliability/kill.py [--kills 200] [--seed 0] [--faults disk,export,...] [--writings 40] [--report FILE]
 
 One process imports everything and forks each run, so that a restart costs a second; the runs are examples/pretrain.py
 with a checkpoint after each step. Half of the kills come at random moments, half while a checkpoint is being written.
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 import torch
+from kill_writers import WRITERS, kill_writer
 from tiny_pretraining import assert_same_checkpoint, load_example, read_log, tiny_arguments, write_pairs
+from tqdm import tqdm
 
 from oner.training.run.checkpoint import PREFIX, find_checkpoint, list_checkpoints, step_of, verify
 from oner.training.run.summary import STOPPED
@@ -344,10 +347,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", default=",".join(FAULTS), help="any of " + ", ".join(FAULTS))
+    faults = (*FAULTS, *WRITERS)
+    parser.add_argument("--faults", default=",".join(faults), help="any of " + ", ".join(faults))
+    parser.add_argument("--writings", type=int, default=40, help="kills of each that writes beside training")
     parser.add_argument("--report", type=Path, help="where to write what was counted, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a process with threads cannot be forked safely
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one killed in it would stop the others
     scratch = Path(tempfile.mkdtemp(prefix="oner-kill-"))
     try:
         runs = Runs(scratch)
@@ -359,7 +365,10 @@ def main() -> None:
         if options.kills:
             report |= kills(runs, reference, options.kills, options.seed, seconds)
         for name in filter(None, options.faults.split(",")):
-            report[name] = ACTIONS[name](runs, reference)
+            if name in WRITERS:
+                report[name] = kill_writer(name, scratch, options.writings, options.seed)
+            else:
+                report[name] = ACTIONS[name](runs, reference)
             print(f"{name}: {report[name]}", flush=True)
         report["seconds"] = round(time.monotonic() - start)
     finally:
