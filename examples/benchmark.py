@@ -31,6 +31,7 @@ from performance_table import write_tables
 from oner.training.cost.flops import counted_flops, gemm_peak, wait_for
 from oner.training.parallel.sharding import full_optimizer_state
 from oner.training.private_names import has_bf16_matrix_units
+from oner.training.publishing.public import plain
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import save_checkpoint
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         command = [sys.executable, __file__, "--config", options.config, "--case", name]
         figures["cases"][name] = in_process([*command, "--repeats", str(options.repeats), *rest], options.limit)
-        output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(plain(figures), indent=1) + "\n", encoding="utf-8")
         write_tables(figures, Path(options.tables))
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 

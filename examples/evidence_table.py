@@ -14,6 +14,7 @@ import torch
 
 from oner.training.evaluation.results import library_versions
 from oner.training.publishing.model_card import markdown_table
+from oner.training.publishing.public import plain
 
 BEGIN, END = "<!-- begin: written by examples/evidence.py -->", "<!-- end: written by examples/evidence.py -->"
 # The paper's Table 6, MS-COCO zero-shot after CC3M (per cent): TR@1, TR@5, IR@1, IR@5; its CLIP is SLIP's, a ViT-B
@@ -194,7 +195,9 @@ def write_evidence(directory: Path, contents: Sequence[Content], facts: Mapping[
         ValueError: the page exists and has not both marks.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    content = {"facts": dict(facts), "rows": [dict(content) for content in contents]}
+    # documents name no place of this machine
+    facts, contents = plain(facts), plain(list(contents))
+    content = {"facts": facts, "rows": contents}
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     (directory / f"{table.stem}.json").write_text(text, encoding="utf-8")
     path = directory / f"{table.stem}.md"

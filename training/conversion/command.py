@@ -18,6 +18,7 @@ from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import tokenizer_from_vocab
 from oner.training.publishing.placing import scratch_beside, set_modes
+from oner.training.publishing.public import plain
 
 from .checkpoints import Conversion, from_official, to_official
 from .dalle import convert_dalle
@@ -129,7 +130,7 @@ def _from_dalle(options: argparse.Namespace) -> ConversionReport:
 
 
 def _write_report(report: ConversionReport, directory: Path) -> None:
-    (directory / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
+    (directory / REPORT).write_text(json.dumps(plain(dataclasses.asdict(report)), indent=1) + "\n", encoding="utf-8")
 
 
 def _into_place(destination: Path, write: Callable[[Path], None]) -> None:
