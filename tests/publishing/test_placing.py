@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def test_an_error_leaves_nothing(tmp_path):
         write(scratch, a="1")
         raise OSError("full")
     assert not any((tmp_path / "deep").iterdir())
+
+
+def test_sigterm_leaves_nothing_and_the_handler_as_it_was(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit, match="143"), scratch_beside(tmp_path / "model") as scratch:
+            write(scratch, a="1")
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two-renames"])

@@ -10,7 +10,10 @@ import fcntl
 import os
 import re
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -45,10 +48,25 @@ def scratch_beside(place: Path) -> Iterator[Path]:
     held = os.open(scratch, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX)  # the kernel lets go of it, however this process ends
-        yield scratch
+        with _sigterm_as_exit():
+            yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(held)
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM ends the process by an exception meanwhile, so that it cleans up; handlers of others are left alone."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def clear_leftovers(place: Path) -> None:
