@@ -23,6 +23,7 @@ class Launch:
         ranked: It numbered this process among others.
         cpu: It was told to take the CPU.
         fsdp, deepspeed, megatron: Engines it was asked for.
+        processes: How many it started, on all machines; 1 if it is not there.
     """
 
     ranked: bool
@@ -30,6 +31,11 @@ class Launch:
     fsdp: bool
     deepspeed: bool
     megatron: bool
+    processes: int
+
+
+# where torchrun and the launchers of MPI say how many processes there are
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def read_launch() -> Launch:
@@ -44,6 +50,7 @@ def read_launch() -> Launch:
         fsdp=flag("USE_FSDP"),
         deepspeed=flag("USE_DEEPSPEED"),
         megatron=flag("USE_MEGATRON_LM"),
+        processes=max(int(os.environ.get(name, "1")) for name in SIZES),
     )
 
 
@@ -235,7 +242,13 @@ class RunArguments:
     # what it writes while it runs
     log_every: int = field(default=10, metadata=_help("Steps between lines of log.jsonl."))
     report_to: list[str] = field(default_factory=list, metadata=_help("Trackers of Accelerate: tensorboard, wandb..."))
-    save_every_epochs: float = field(default=1, metadata=_help("Epochs between checkpoints."))
+    tracker_project: str = field(default="oner", metadata=_help("The project that the trackers file the run under."))
+    run_name: str | None = field(
+        default=None, metadata=_help("What the trackers that name runs call this one; their own choice if none.")
+    )
+    save_every_epochs: float = field(
+        default=1, metadata=_help("Epochs between checkpoints, a step at the least; 0: only at the end.")
+    )
     keep_checkpoints: int = field(default=2, metadata=_help("How many of the last checkpoints to keep."))
 
     # what happens after a stop, or after numbers that are not finite
@@ -250,7 +263,12 @@ class RunArguments:
     max_nonfinite_steps: int = field(
         default=3, metadata=_help("Updates in a row that may be skipped, for NaN or infinity, before the run stops.")
     )
-    allow_changes: bool = field(default=False, metadata=_help("Resume although the configuration differs."))
+    data_timeout: float | None = field(
+        default=1800, metadata=_help("Seconds to wait for a batch before the run saves and stops; for ever if none.")
+    )
+    allow_changes: bool = field(
+        default=False, metadata=_help("Resume although the configuration or what the run reads differs.")
+    )
 
     # what it measures while it runs, and the weights it leaves
     eval_data: list[str] = field(default_factory=list, metadata=_help("Files for retrieval while training."))

@@ -1,16 +1,35 @@
-"""Signals to a whole process group, and the data workers in it."""
+"""Data workers: what they do about signals to the whole process group, and the wait for one that gives nothing."""
 
+import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader
+
+# what a scheduler or a terminal sends to a run, or to all processes of it, for it to save and stop
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+# seconds between looks at whether the run was told to stop
+LOOK = 1
+
+
+class Waiting(NamedTuple):
+    """What a loader yields while no batch comes: for what it waits, and the processes that should bring it."""
+
+    source: str
+    workers: tuple[int, ...]
 
 
 def outlive_signals_to_the_group(worker: int) -> None:
     """
-    A `worker_init_fn`. Ctrl-C and a scheduler's SIGTERM reach every process of a run; a worker that obeyed them would
+    A `worker_init_fn`. Ctrl-C and a scheduler's signals reach every process of a run; a worker that obeyed them would
     be gone before the run could finish its step and save. Only the main process may end a worker.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOPPING:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_at_sigterm, args=(os.getppid(),), daemon=True).start()
@@ -21,3 +40,38 @@ def _end_at_sigterm(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def patiently(loader: DataLoader, source: str) -> Iterator[Any]:
+    """
+    The batches of a loader, and a `Waiting` each second in which its workers bring none, so that whoever waits can
+    stop waiting. The loader was made with `timeout=LOOK` if it has workers, else it is read as it is.
+    """
+    if not loader.num_workers:
+        yield from loader
+        return
+    before = multiprocessing.active_children()
+    batches = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    waiting = False
+    try:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                # torch has no type for it; a loader may be asked again after it
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                waiting = True
+                yield Waiting(source, tuple(worker.pid for worker in workers))
+                continue
+            waiting = False
+            yield batch
+    finally:
+        del batches  # ends the workers that can be ended
+        if waiting:
+            # one that hangs obeys no other signal, and this process would wait for it for ever at its own end
+            for worker in workers:
+                worker.kill()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from oner.training.publishing.hub import export_model
 
 from .arguments import Arguments
-from .launch import choose_precision
+from .launch import choose_precision, engine_of
 from .loading import RunLoader
 
 # exit status of a run that a signal stopped: EX_TEMPFAIL of sysexits.h, "try again later"
@@ -27,7 +27,8 @@ def describe(arguments: Arguments, model: PreTrainedModel, loader: RunLoader, ac
     line = (
         f"{model.config.model_type}{origin}, {millions:.1f} M parameters, "
         f"{loader.total_steps} steps of {_rows(arguments)} on {accelerator.num_processes} x "
-        f"{accelerator.device.type}, precision {choose_precision(arguments.run.mixed_precision)}"
+        f"{accelerator.device.type} by {engine_of(accelerator)}, "
+        f"precision {choose_precision(arguments.run.mixed_precision)}"
     )
     return line if loader.resume_note is None else f"{line}\n{loader.resume_note}"
 
