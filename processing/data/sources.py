@@ -12,6 +12,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -278,9 +279,12 @@ def _read_checked(
 
 
 def _read(form: str, files: list[Path], streaming: bool, options: dict[str, Any]) -> Any:
-    return datasets.load_dataset(
-        form, data_files=[str(file) for file in files], split="train", streaming=streaming, **options
-    )
+    # `datasets` keeps what it read by path and time of change; a file that was replaced may have kept both, but not
+    # the time at which the system changed its entry
+    known = [(status.st_size, status.st_ino, status.st_ctime_ns) for status in map(os.stat, files)]
+    name = blake2b(repr(known).encode(), digest_size=8).hexdigest()
+    paths = [str(file) for file in files]
+    return datasets.load_dataset(form, name, data_files=paths, split="train", streaming=streaming, **options)
 
 
 def _faults(
