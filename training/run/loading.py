@@ -118,6 +118,11 @@ class RunLoader:
         epoch = self.portions[arguments.run.epoch_portion or next(iter(portions))]
         self.epoch_steps = epoch.epoch_steps
         self.total_steps = arguments.run.max_steps or round(arguments.run.epochs * self.epoch_steps)
+        if self.total_steps < 1:
+            raise ValueError(
+                f"epochs is {arguments.run.epochs}, less than one of the {self.epoch_steps} steps that an epoch has; "
+                f"expected more, or max_steps"
+            )
         notes = [
             portion.rows.resume_note for portion in self.portions.values() if isinstance(portion.rows, PairStream)
         ]
