@@ -113,6 +113,9 @@ class Replacement:
         # BEiT's blocks fall short of the share by a few patches, random ones never
         n_patches = grid[0] * grid[1]
         if self.masking.mim_masking == "blocks":
+            if self.masking.mim_min_block > n_patches:
+                least = self.masking.mim_min_block
+                raise ValueError(f"mim_min_block is {least}; expected at most the {n_patches} patches of an image")
             return mask_blocks(grid, int(n_patches * ratio), rng, min_block=self.masking.mim_min_block)
         return mask_patches(n_patches, ratio, rng)
 

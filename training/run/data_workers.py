@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
@@ -45,7 +46,7 @@ def _end_at_sigterm(parent: int) -> None:
 def patiently(loader: DataLoader, source: str) -> Iterator[Any]:
     """
     The batches of a loader, and a `Waiting` each second in which its workers bring none, so that whoever waits can
-    stop waiting. The loader was made with `timeout=LOOK` if it has workers, else it is read as it is.
+    stop waiting. Without workers the loader is read as it is.
     """
     if not loader.num_workers:
         yield from loader
@@ -53,25 +54,31 @@ def patiently(loader: DataLoader, source: str) -> Iterator[Any]:
     before = multiprocessing.active_children()
     batches = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in before]
-    waiting = False
+
+    # in a thread: a loader's own timeout does not reach the handing over of memory, where a stopped worker hangs too
+    reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    coming = None
     try:
         while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                # torch has no type for it; a loader may be asked again after it
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-                waiting = True
+            coming = reader.submit(next, batches, None)
+            while not wait([coming], timeout=LOOK).done:
                 yield Waiting(source, tuple(worker.pid for worker in workers))
-                continue
-            waiting = False
+            batch = coming.result()
+            if batch is None:
+                return
             yield batch
     finally:
-        del batches  # ends the workers that can be ended
-        if waiting:
-            # one that hangs obeys no other signal, and this process would wait for it for ever at its own end
-            for worker in workers:
-                worker.kill()
+        if coming is not None and not coming.done():
+            _kill(workers)
+        reader.shutdown()
+
+
+def _kill(workers: list[Any]) -> None:
+    """Ends workers that hang: they obey no other signal, and this process would wait for them at its own end."""
+    # torch takes the death of a worker for an error
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(10)
+    signal.signal(signal.SIGCHLD, previous)

@@ -338,6 +338,7 @@ class Engine:
             "epoch_steps": self.epoch_steps,
             "arguments": self.arguments.to_dict(),
             "inputs": {} if self.inputs is None else self.inputs.digests,
+            "threads": torch.get_num_threads(),
             "optimizer_groups": groups,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "nonfinite": self.guard.state_dict(),
@@ -373,6 +374,12 @@ class Engine:
         check_same_run(path, then, {**self.arguments.to_dict(), **lengths}, self.run.allow_changes)
         if self.inputs is not None:
             self.inputs.check(path, state.get("inputs"), self.run.allow_changes)
+        threads = torch.get_num_threads()
+        if self.accelerator.device.type == "cpu" and state.get("threads", threads) != threads:
+            logger.warning(
+                f"{path} was computed by {state['threads']} threads a process, now there are {threads}, which add in "
+                f"another order: the run goes on within rounding errors, not to the bit"
+            )
         load_weights(self.model, tensors["model"], path)
         try:
             self.objective.load_state_dict(tensors["objective"])

@@ -19,7 +19,7 @@ from oner.training.parallel.distributed import rank, sum_over_processes, world_s
 
 from .arguments import Arguments, DataArguments
 from .collators import Collator
-from .data_workers import LOOK, Waiting, outlive_signals_to_the_group, patiently
+from .data_workers import Waiting, outlive_signals_to_the_group, patiently
 
 Rows = PairRows | PairStream
 
@@ -218,7 +218,6 @@ class PortionLoader:
     def _loader(self, start_step: int, total_steps: int) -> DataLoader:
         # this process's share of each batch, from `start_step` on
         run = self.arguments.run
-        workers = self.arguments.data.num_workers
         place = {"rank": rank(), "world_size": world_size(), "seed": run.seed, "start_step": start_step}
         if isinstance(self.rows, PairStream):
             dataset = PairTrainingStream(self.rows, run.batch_size, total_steps, **place)
@@ -232,8 +231,7 @@ class PortionLoader:
         return DataLoader(
             dataset,
             collate_fn=self.collator,
-            num_workers=workers,
-            timeout=LOOK if workers else 0,
+            num_workers=self.arguments.data.num_workers,
             worker_init_fn=outlive_signals_to_the_group,
             pin_memory=torch.cuda.is_available(),
             # its own, or opening a loader would draw from the generator that a resumed run has just restored
