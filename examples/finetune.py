@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
@@ -19,8 +20,10 @@ from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
+from oner.training.run.inputs import Inputs
 from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader
+from oner.training.run.output_lock import alone_in
 from oner.training.run.parsing import parse_arguments, read_config
 from oner.training.run.summary import STOPPED, describe, export, prepare_publication
 from oner.training.tasks.finetuning import (
@@ -39,9 +42,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     task, arguments = parse(argv)
     accelerator = make_accelerator(arguments.run)
-    publication = prepare_publication(arguments)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    with alone_in(arguments.run.output_dir, accelerator.device):
+        return train(task, arguments, accelerator)
+
+
+def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | None:
+    """`main` with everything told and started."""
+    publication = prepare_publication(arguments)
     rows = {"pairs": open_task_rows(task, arguments)}
     processor, config = build_processor_and_config(arguments, rows)
     model = synchronise_batch_norm(load_task_model(task, arguments, config), accelerator.device)
@@ -64,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
         total_steps=loader.total_steps,
         epoch_steps=loader.epoch_steps,
         evaluate=evaluate if evaluators else None,
+        inputs=Inputs(arguments, rows, processor.tokenizer, evaluators),
     )
     metrics = engine.fit()
     if engine.stopped:

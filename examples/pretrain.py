@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
@@ -21,8 +22,10 @@ from oner.training.run.building import build_model, build_processor_and_config
 from oner.training.run.collators import CAPTION_RULES, build_collators
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
+from oner.training.run.inputs import Inputs
 from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader, open_portions
+from oner.training.run.output_lock import alone_in
 from oner.training.run.parsing import parse_arguments
 from oner.training.run.summary import STOPPED, describe, export, prepare_publication
 
@@ -31,9 +34,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     arguments = parse_arguments(argv)
     accelerator = make_accelerator(arguments.run)
-    publication = prepare_publication(arguments)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    with alone_in(arguments.run.output_dir, accelerator.device):
+        return train(arguments, accelerator)
+
+
+def train(arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | None:
+    """`main` with everything told and started."""
+    publication = prepare_publication(arguments)
     rows = open_portions(arguments)
     processor, config = build_processor_and_config(arguments, rows)
     model = synchronise_batch_norm(build_model(arguments, config), accelerator.device)
@@ -55,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
         total_steps=loader.total_steps,
         epoch_steps=loader.epoch_steps,
         evaluate=evaluate if evaluators else None,
+        inputs=Inputs(arguments, rows, processor.tokenizer, evaluators),
     )
     metrics = engine.fit()
     if engine.stopped:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoModel
 
 import oner  # noqa: F401  registers the models with transformers' auto classes
@@ -27,8 +28,10 @@ from oner.training.run.arguments import Arguments
 from oner.training.run.collators import tokenizer_collator
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
+from oner.training.run.inputs import Inputs
 from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader, open_portions
+from oner.training.run.output_lock import alone_in
 from oner.training.run.parsing import parse_arguments
 from oner.training.run.summary import STOPPED, Publication, describe, prepare_publication
 
@@ -38,11 +41,17 @@ SHOWN = 24
 def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
     arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments, kind="images", family="discrete_vae")
-    data, run = arguments.data, arguments.run
-    accelerator = make_accelerator(run)
-    publication = prepare_publication(arguments)
+    accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    with alone_in(arguments.run.output_dir, accelerator.device):
+        return train(arguments, accelerator)
+
+
+def train(arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | None:
+    """`main` with everything told and started."""
+    publication = prepare_publication(arguments)
+    data, run = arguments.data, arguments.run
     rows = open_portions(arguments)
     model = build_tokenizer(arguments)
     loader = RunLoader(arguments, rows, {"images": tokenizer_collator(arguments, model.config.image_size)})
@@ -65,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
         total_steps=loader.total_steps,
         epoch_steps=loader.epoch_steps,
         evaluate=evaluate if evaluators else None,
+        inputs=Inputs(arguments, rows, None, evaluators),
     )
     metrics = engine.fit()
     if engine.stopped:

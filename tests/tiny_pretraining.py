@@ -1,7 +1,9 @@
 """examples/pretrain.py in this process, on forty real pairs and a model of some thousand weights."""
 
 import importlib.util
+import io
 import json
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +34,18 @@ def write_pairs(path: Path, rows: int = PAIRS) -> Path:
     """Every 150th row of the embedded pairs: few of them show the same concept."""
     table = pq.read_table(ROOT / "examples" / "data" / "emoji" / "train.parquet")
     pq.write_table(table.take(list(range(0, 150 * rows, 150))), path)
+    return path
+
+
+def write_shard(path: Path, rows: list[dict]) -> Path:
+    """A shard of pairs in the layout of webdataset: KEY.png beside KEY.json."""
+    with tarfile.open(path, "w") as shard:
+        for row in rows:
+            told = json.dumps({"captions": row["captions"], "hexcode": row["hexcode"]}).encode()
+            for suffix, content in (("png", row["image"]["bytes"]), ("json", told)):
+                member = tarfile.TarInfo(f"{row['key']}.{suffix}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
     return path
 
 

@@ -5,10 +5,11 @@ Shapes: 3 channels, H = W = image_size, S side of the second view.
 
 import copy
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from timm.data.auto_augment import RandAugment, rand_augment_ops, rand_augment_t
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.v2 import functional as tvf
+
+from .bounds import check_bounds
 
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratios of a crop
 # a crop of the whole area can only have the image's own ratio: timm then takes all of it if that is within
@@ -31,6 +34,7 @@ NORMALIZATIONS = {
 CodeCrop = Literal["common", "independent"]
 # RandAugment as ALBEF, TCL and SIMLA run it: two of these and of doing nothing, each done half of the time
 ALBEF = "albef-n2-m7"
+MOST_OPERATIONS = 100  # of RandAugment on one image; timm's are 2 or 3
 ALBEF_OPS = (
     "AutoContrast",
     "Equalize",
@@ -56,6 +60,14 @@ class Crop:
         ValueError: a value out of its range, which is named.
     """
 
+    BOUNDS: ClassVar[dict[str, str]] = {
+        "crop_scale": "(0, 1]",
+        "crop_margin": "[0, 1]",
+        "horizontal_flip": "[0, 1]",
+        "color_jitter": "[0, 1]",
+        "grayscale": "[0, 1]",
+    }
+
     crop_scale: list[float] = field(
         default_factory=lambda: [0.5, 1.0],
         metadata=_help("Share of the image's area that a random crop covers, from, to; 1 1 squeezes all of it."),
@@ -78,14 +90,12 @@ class Crop:
     )
 
     def __post_init__(self) -> None:
-        scale = self.crop_scale
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"crop_scale is {scale}; expected two rising numbers in (0, 1]")
-        if self.crop_margin < 0:
-            raise ValueError(f"crop_margin is {self.crop_margin}; expected 0 or more")
-        for name in ("horizontal_flip", "color_jitter", "grayscale"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a number in [0, 1]")
+        check_bounds(self)
+        if len(self.crop_scale) != 2 or self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale is {self.crop_scale}; expected two rising numbers in (0, 1]")
+        counts = re.findall(r"-n(\d+)", self.rand_augment or "")
+        if any(int(count) > MOST_OPERATIONS for count in counts):
+            raise ValueError(f"rand_augment is {self.rand_augment!r}; expected at most {MOST_OPERATIONS} operations")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Rows held in memory: what the annotations of a task become, once read and checked."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
 
 from .row_checks import SHOWN, PairDataError, image_reason, report
+from .row_digest import Digest, feed_listed
 from .rows import PairRows, concept_ids
 
 
@@ -40,6 +42,7 @@ class ListedRows(PairRows):
         self.rows = rows
         self.name = name
         self.kind = "pairs" if images else "texts"
+        self.pictures = tuple(images)
 
         # its images, and what else its task checks
         find = _finder(images)
@@ -65,6 +68,9 @@ class ListedRows(PairRows):
             if number not in self.bad:
                 yield from row.get("captions", ())
 
+    def feed(self, digest: Digest) -> None:
+        feed_listed(digest, self.rows)
+
 
 def _finder(keys: Sequence[str]) -> Callable[[Mapping[str, Any]], str | None]:
     """What is wrong with the pictures of a row; each path is looked for once, however many rows share it."""
@@ -78,3 +84,12 @@ def _finder(keys: Sequence[str]) -> Callable[[Mapping[str, Any]], str | None]:
         return known[image]
 
     return lambda row: "; ".join(filter(None, (wrong(row[key]) for key in keys))) or None
+
+
+def rows_digest(rows: PairRows | Sequence[Mapping[str, Any]]) -> str:
+    """`PairRows.digest`, also of a list of rows, as an evaluation may hold them."""
+    if isinstance(rows, PairRows):
+        return rows.digest()
+    digest = blake2b(digest_size=16)
+    feed_listed(digest, (rows[number] for number in range(len(rows))))
+    return digest.hexdigest()

@@ -6,10 +6,11 @@ Shapes: T tokens of a text, m of them chosen, N patches of an image, row by row,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from .bounds import check_bounds
 from .layouts import SpecialTokens
 
 BLOCK_ATTEMPTS = 10  # BEiT's code
@@ -27,6 +28,12 @@ class Masking:
     Raises:
         ValueError: a value out of its range, which is named.
     """
+
+    BOUNDS: ClassVar[dict[str, str]] = {
+        "mlm_probability": "[0, 1]",
+        "mim_ratio": "[0, 1]",
+        "mim_min_block": "[1, inf)",
+    }
 
     mlm_probability: float = field(default=0.15, metadata=_help("Share of tokens to predict."))
     mim_ratio: list[float] = field(
@@ -48,13 +55,9 @@ class Masking:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mlm_probability <= 1:
-            raise ValueError(f"mlm_probability is {self.mlm_probability}; expected a number in [0, 1]")
-        if len(self.mim_ratio) != 2 or not all(0 <= ratio <= 1 for ratio in self.mim_ratio):
+        check_bounds(self)
+        if len(self.mim_ratio) != 2:
             raise ValueError(f"mim_ratio is {self.mim_ratio}; expected two numbers in [0, 1]")
-        if self.mim_min_block < 1:
-            raise ValueError(f"mim_min_block is {self.mim_min_block}; expected at least 1")
-
         for name in ("mim_masking", "corruption"):
             choices = get_args(type(self).__annotations__[name])
             if getattr(self, name) not in choices:
@@ -110,6 +113,9 @@ class Replacement:
         # BEiT's blocks fall short of the share by a few patches, random ones never
         n_patches = grid[0] * grid[1]
         if self.masking.mim_masking == "blocks":
+            if self.masking.mim_min_block > n_patches:
+                least = self.masking.mim_min_block
+                raise ValueError(f"mim_min_block is {least}; expected at most the {n_patches} patches of an image")
             return mask_blocks(grid, int(n_patches * ratio), rng, min_block=self.masking.mim_min_block)
         return mask_patches(n_patches, ratio, rng)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .row_checks import Kind, PairDataError
+from .row_digest import Digest
 from .rows import PairRows, PairStream
 from .sampling import checked_shares
 from .shards import is_shard
@@ -122,6 +123,10 @@ class PairMixture(PairRows):
     def captions(self) -> Iterator[str]:
         for source in self.sources:
             yield from source.captions()
+
+    def feed(self, digest: Digest) -> None:
+        for source in self.sources:
+            source.feed(digest)
 
     def where(self, index: int) -> tuple[str, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1

@@ -9,13 +9,15 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-from .row_checks import CHUNK, SHOWN, Kind, PairDataError, find_bad_rows, kind_of, report, row_reason
+from .row_checks import CHUNK, ROLES, SHOWN, Kind, PairDataError, find_bad_rows, kind_of, report, row_reason
+from .row_digest import Digest, feed_cells, feed_pictures
 from .sampling import concept_id
 
 
@@ -25,6 +27,7 @@ class PairRows(ABC):
     Attributes:
         name: what messages call the source.
         kind: "pairs", "images" or "texts".
+        pictures: the keys under which a row holds images.
         exact_resume: whether a run that reads these rows resumes at the very row where it stopped.
         bad: {row number: reason} of the rows that the check found unusable; they keep their numbers. Empty unless the
             source was opened with `bad_rows="skip"`, since otherwise a bad row is an error.
@@ -33,6 +36,7 @@ class PairRows(ABC):
 
     exact_resume = True
     kind: Kind = "pairs"
+    pictures: tuple[str, ...] = ("image",)
     name: str
     bad: Mapping[int, str]
     has_ids: bool
@@ -51,6 +55,18 @@ class PairRows(ABC):
     @abstractmethod
     def captions(self) -> Iterator[str]:
         """Every text of every good row in order, for instance to train a tokenizer; images are not read."""
+
+    @abstractmethod
+    def feed(self, digest: Digest) -> None:
+        """Texts, ids, and where images lie or how long they are, of every row in order."""
+
+    def digest(self) -> str:
+        """By what the rows are known again; see `row_digest.py` for what it covers."""
+        digest = blake2b(digest_size=16)
+        self.feed(digest)
+        if "image" in ROLES[self.kind]:
+            feed_pictures(digest, self, self.pictures)
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = int(index)
@@ -126,6 +142,11 @@ class PairTable(PairRows):
         for table in texts.iter(CHUNK):
             for text in table[self.columns["text"]]:
                 yield from [text] if isinstance(text, str) else text
+
+    def feed(self, digest: Digest) -> None:
+        for table in self.data.with_format("arrow").iter(CHUNK):
+            for role in sorted(self.columns):
+                feed_cells(digest, table[self.columns[role]].combine_chunks())
 
 
 class PairStream:

@@ -82,9 +82,10 @@ class ShardColumns(NamedTuple):
 def shard_index(shard: Path, columns: ShardColumns) -> pa.Table:
     """The index of a shard (`SCHEMA`, one row a sample), from the file beside it if that fits the shard, else made.
 
-    The file is called `<shard>.<digest of the columns>.index.parquet` and is keyed by the shard's size and time of
-    change. It is written beside its place and renamed into it; of several processes on a machine one makes it. Where
-    it cannot be written, a warning says so and every process makes its own.
+    The file is called `<shard>.<digest of the columns>.index.parquet` and is keyed by the shard's size and times of
+    change, of which one cannot be set: a shard that was replaced by one of the same size and date is indexed anew. It
+    is written beside its place and renamed into it; of several processes on a machine one makes it. Where it cannot be
+    written, a warning says so and every process makes its own.
 
     Raises:
         PairDataError: the shard is missing or is not an uncompressed tar archive.
@@ -96,7 +97,7 @@ def shard_index(shard: Path, columns: ShardColumns) -> pa.Table:
         raise PairDataError(f"{shard}: cannot be read: {error.strerror}") from error
     digest = blake2b(json.dumps([FORMAT, *columns]).encode(), digest_size=4).hexdigest()
     place = Path(f"{shard}.{digest}.index.parquet")
-    made_of = {b"size": str(status.st_size).encode(), b"mtime_ns": str(status.st_mtime_ns).encode()}
+    made_of = {name.encode(): str(getattr(status, f"st_{name}")).encode() for name in ("size", "mtime_ns", "ctime_ns")}
 
     table = _read(place, made_of)
     if table is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from .row_checks import CHUNK, SHOWN, PairDataError, report
+from .row_digest import Digest, feed_cells
 from .rows import PairRows, concept_ids
 from .shard_index import ShardColumns, shard_index
 
@@ -124,6 +125,12 @@ class PairShards(PairRows):
             for row, captions in enumerate(self.table["captions"].slice(start, CHUNK).to_pylist(), start):
                 if row not in self.bad:
                     yield from captions or ()
+
+    def feed(self, digest: Digest) -> None:
+        # not where they lie in the archive: the same samples may be packed again
+        for column in ("key", "image_size", "captions", "id"):
+            for cells in self.table[column].chunks:
+                feed_cells(digest, cells)
 
     def where(self, index: int) -> tuple[str, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1

@@ -12,6 +12,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,10 +88,11 @@ def open_rows(
             their numbers (from 0), and how many there are.
     """
     named = {"image": image_column, "text": text_column, "id": id_column}
-    _check(kind, named, bad_rows)
+    _check(kind, named, bad_rows, split)
 
     # shards bring their own index
     if not _has_metadata(source, split) and (shards := find_shards(source)):
+        _whole(str(shards[0]), split)
         if streaming:
             raise PairDataError(f"{shards[0]}: shards are read at random places; open them without streaming")
         return PairShards(shards, ShardColumns(image_column, text_column, id_column, kind), bad_rows)
@@ -118,14 +120,22 @@ def open_rows(
     return rows(data, columns, name, loaded.folder, bad_rows, loaded.reasons)
 
 
-def _check(kind: str, named: dict[str, str | None], bad_rows: str) -> None:
+def _check(kind: str, named: dict[str, str | None], bad_rows: str, split: str | None) -> None:
     if bad_rows not in ("raise", "skip"):
         raise ValueError(f'bad_rows must be "raise" or "skip", got {bad_rows!r}')
+    if split is not None and (split in ("", ".", "..") or "/" in split or "\\" in split):
+        raise PairDataError(f"a split is a name, got {split!r}")
     if kind not in ROLES:
         raise ValueError(f"kind must be one of {', '.join(ROLES)}, got {kind!r}")
     for role in ("image", "text"):
         if named[role] is not None and role not in ROLES[kind]:
             raise ValueError(f"rows of {kind} have no {role}, got {role}_column {named[role]!r}")
+
+
+def _whole(name: str, split: str | None) -> None:
+    """Refuses a split of what has none, and would be read whole under any name; under "train" it may be."""
+    if split not in (None, "train"):
+        raise PairDataError(f"{name} has no split {split!r}: it is one set of rows; leave split out")
 
 
 @dataclass
@@ -149,8 +159,11 @@ class Loaded:
 
 def _load(source: Any, kind: Kind, split: str | None, streaming: bool, bad_rows: str) -> Loaded:
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset, dict)):  # a DatasetDict is a dict
+        if not isinstance(source, dict) and str(source.split) != split:
+            _whole(f"the given {type(source).__name__}", split)
         return Loaded(source, f"the given {type(source).__name__}")
     if isinstance(source, (list, tuple)):
+        _whole(f"a list of {len(source)} files", split)
         return _load_files([Path(file) for file in source], kind, streaming, bad_rows)
     if not isinstance(source, (str, os.PathLike)):
         raise PairDataError(f"a source is a path, a list of paths, a name or a data set, got {type(source).__name__}")
@@ -159,19 +172,27 @@ def _load(source: Any, kind: Kind, split: str | None, streaming: bool, bad_rows:
     path = Path(source)
     if path.is_dir():
         if table := _metadata(path, split):
+            if table.parent == path and table.stem != split:
+                _whole(str(table), split)
             return _load_files([table], kind, streaming, bad_rows)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return Loaded(datasets.load_from_disk(str(path)), str(path))
+            saved = datasets.load_from_disk(str(path))
+            if not isinstance(saved, dict):
+                _whole(str(path), split)
+            return Loaded(saved, str(path))
         inside = path / split if split is not None and (path / split).is_dir() else path
         if kind == "images" and (images := _bare_images(inside)):
+            _whole(str(path), None if inside != path else split)
             data = datasets.Dataset.from_dict({"image": images})
             data = data.to_iterable_dataset() if streaming else data
             return Loaded(data, str(inside), columns={"image": "image"})
         if kind == "texts" and (texts := _bare_texts(inside)):
+            _whole(str(path), None if inside != path else split)
             return _load_files(texts, kind, streaming, bad_rows)
 
     # a file, or what `datasets` knows by this name
     elif path.suffix in READERS or path.is_file():
+        _whole(str(path), split)
         return _load_files([path], kind, streaming, bad_rows)
     try:
         return Loaded(datasets.load_dataset(str(source), split=split, streaming=streaming), str(source))
@@ -278,9 +299,12 @@ def _read_checked(
 
 
 def _read(form: str, files: list[Path], streaming: bool, options: dict[str, Any]) -> Any:
-    return datasets.load_dataset(
-        form, data_files=[str(file) for file in files], split="train", streaming=streaming, **options
-    )
+    # `datasets` keeps what it read by path and time of change; a file that was replaced may have kept both, but not
+    # the time at which the system changed its entry
+    known = [(status.st_size, status.st_ino, status.st_ctime_ns) for status in map(os.stat, files)]
+    name = blake2b(repr(known).encode(), digest_size=8).hexdigest()
+    paths = [str(file) for file in files]
+    return datasets.load_dataset(form, name, data_files=paths, split="train", streaming=streaming, **options)
 
 
 def _faults(

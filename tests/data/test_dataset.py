@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from packaging.version import Version
 from PIL import Image
+from tiny_pretraining import write_shard
 from torch.utils.data import DataLoader
 
 from oner.processing.data.sampling import RowKey, concept_id
@@ -152,6 +153,32 @@ def test_saved_data_sets_and_folders_of_splits(folder, tmp_path, emoji_folder):
     write_csv(folder / "train" / "metadata.csv", ["file_name", "text"], [["0.png", "zero"]])
     assert open_rows(folder, split="train")[0]["image"] == str(folder / "train" / "0.png")
     assert len(open_rows(emoji_folder, split="test_style")) == 1259  # not joined with test_concept
+
+
+@pytest.mark.parametrize("form", ["file", "list", "folder", "shard", "shards", "images", "texts", "data set", "saved"])
+def test_a_split_of_what_has_none_is_refused(tmp_path, form):
+    (tmp_path / "0.png").write_bytes(png())
+    kind = form if form in ("images", "texts") else "pairs"
+    if form in ("file", "list", "folder"):
+        write_csv(tmp_path / "metadata.csv", ["file_name", "text"], [["0.png", "x"]])
+    elif form in ("shard", "shards"):
+        row = {"key": "0", "image": {"bytes": png()}, "captions": ["x"], "hexcode": "0"}
+        write_shard(tmp_path / "0.tar", [row])
+    elif form == "texts":
+        (tmp_path / "notes.txt").write_text("x\n")
+    sources = {
+        "file": tmp_path / "metadata.csv",
+        "list": [tmp_path / "metadata.csv"],
+        "shard": tmp_path / "0.tar",
+        "data set": datasets.Dataset.from_dict({"image": [png()], "text": ["x"]}),
+    }
+    if form == "saved":
+        sources["data set"].save_to_disk(tmp_path / "saved")
+        sources["saved"] = tmp_path / "saved"
+    source = sources.get(form, tmp_path)
+    assert len(open_rows(source, kind)) == len(open_rows(source, kind, split="train")) == 1
+    assert "has no split 'test'" in message(source, kind=kind, split="test")
+    assert "a split is a name, got '../x'" in message(source, kind=kind, split="../x")
 
 
 def test_a_column_of_strings_and_lists(folder):

@@ -109,7 +109,7 @@ def test_rand_augment_distorts_on_white_ground():
         (lambda: TrainingImageTransform(0), "image_size must be positive"),
         (lambda: Crop([0.8, 0.5]), r"crop_scale is \[0.8, 0.5\]; expected two rising numbers in \(0, 1\]"),
         (lambda: Crop([0.8]), r"crop_scale is \[0.8\]; expected two rising"),
-        (lambda: Crop(crop_margin=-0.1), "crop_margin is -0.1; expected 0 or more"),
+        (lambda: Crop(crop_margin=-0.1), r"crop_margin is -0.1; expected a number in \[0, 1\]"),
         (lambda: Crop(horizontal_flip=2), r"horizontal_flip is 2; expected a number in \[0, 1\]"),
         (lambda: Crop(color_jitter=-1), "color_jitter is -1; expected"),
         (

@@ -183,7 +183,7 @@ def test_the_shipped_zero_2_configuration_in_its_own_precision(pairs, tmp_path):
     arguments = tiny_arguments(pairs, tmp_path, **{**OPTIONS, "mixed_precision": "bf16"})
     result = deepspeed(arguments, "--config_file", str(config), "--num_processes", "1")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "on 1 x cpu, precision bf16" in result.stdout
+    assert "on 1 x cpu by one process, precision bf16" in result.stdout
     assert len(read_log(tmp_path)) == 10
     tensors = load_checkpoint(list_checkpoints(tmp_path)[-1])[0]
     assert {value.dtype for value in tensors["objective"].values()} == {torch.float32}

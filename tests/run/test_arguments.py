@@ -1,16 +1,24 @@
 """What a run may be told: YAML files, their bases, the command line, and what is refused."""
 
+import copy
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from oner import SimlaConfig
+from oner.processing.data.bounds import bounds_of, check_bounds
+from oner.training.objectives.dvae import DiscreteVAEObjectiveArguments
+from oner.training.objectives.objective import OBJECTIVES, objective_classes
 from oner.training.objectives.oner import OneRObjectiveArguments
 from oner.training.objectives.simla import SimlaObjectiveArguments
-from oner.training.run.arguments import Arguments
+from oner.training.run.arguments import DATA, Arguments, ModelArguments, RunArguments, hints_of
+from oner.training.run.launch import tracker_options
 from oner.training.run.parsing import parse_arguments, read_config
+from oner.training.tasks.finetuning import TASKS, find_task, task_arguments
 
 ROOT = Path(__file__).parents[2]
 # those of other examples are tried where these are: test_finetune_example.py and the tests of image tokenizers
@@ -114,7 +122,7 @@ def test_json_on_the_command_line(parse):
     ("text", "message"),
     [
         ("train_data: []", "train_data is empty"),
-        ("batch_size: 1", "batch_size is 1; contrast needs at least 2"),
+        ("batch_size: 1", "batch_size is 1; expected at least 2"),
         ("crop_scale: [0.5]", r"crop_scale is \[0\.5\]; expected two rising numbers"),
         ("crop_scale: [0.5, 1.5]", r"crop_scale is \[0\.5, 1\.5\]"),
         ("mim_ratio: [-0.1, 0.5]", r"mim_ratio is \[-0\.1, 0\.5\]"),
@@ -148,6 +156,78 @@ def test_values_out_of_range_are_refused(tmp_path, text, message):
     file.write_text("\n".join([*lines, text]) + "\n")
     with pytest.raises(ValueError, match=message):
         parse_arguments(["--config", str(file)])
+
+
+# every dataclass that a command fills
+KINDS = [
+    *(ModelArguments, *DATA, RunArguments, DiscreteVAEObjectiveArguments),
+    *(objective_classes(family)[1] for family in OBJECTIVES),
+    *(task_arguments(find_task(task), "simla") for task in TASKS),
+]
+# read into a configuration, or into arguments again, which say what they take
+FREE = {"model_config", "portions"}
+
+
+def has_numbers(hint: object) -> bool:
+    return hint in (int, float, dict) or any(map(has_numbers, get_args(hint)))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_number_has_its_bounds(kind):
+    hints, bounds = hints_of(kind), bounds_of(kind)
+    numbers = {name for name, hint in hints.items() if has_numbers(hint)}
+    assert numbers - FREE == bounds.keys() & hints.keys() and bounds.keys() <= hints.keys()
+    part = kind()
+    check_bounds(part)
+    for name, interval in bounds.items():
+        low, high = map(float, interval[1:-1].split(","))
+        outside = [math.nan, math.inf, -math.inf, low if interval[0] == "(" else low - 1]
+        outside += [high + 1] if interval[-1] == "]" else []
+        for value in outside:
+            spoiled = copy.copy(part)
+            nested = {"list": [value, 1], "dict": {"itc": value}}
+            one = next((nested[form] for form in nested if form in str(hints[name])), value)
+            object.__setattr__(spoiled, name, one)  # some are frozen
+            with pytest.raises(ValueError, match=rf"{name} is .*; expected"):
+                check_bounds(spoiled)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_within_json_are_finite(parse, value):
+    for name in ("model_config", "loss_weights"):
+        with pytest.raises(ValueError, match=f"{name} is .*; expected"):
+            parse("", f"--{name}", f'{{"itc":{value}}}')
+
+
+@pytest.mark.parametrize("name", ["output_dir", "text_column", "split", "train_data", "size", "tracker_project"])
+def test_an_empty_text_is_no_value(parse, name):
+    for empty in ("", " "):
+        with pytest.raises(ValueError, match=f"{name} is .*; expected a text, or leave it out"):
+            parse("", f"--{name}", empty)
+
+
+def test_an_output_directory_that_is_a_file_is_refused(parse):
+    with pytest.raises(ValueError, match="output_dir is '/dev/null', which is no directory"):
+        parse("", "--output_dir", "/dev/null")
+
+
+def test_a_list_can_be_emptied_on_the_command_line(parse):
+    arguments = parse("eval_data: [a.parquet]\nreport_to: tensorboard\ndata_weights: [2]\n",
+                      "--eval_data", "--report_to", "--data_weights")  # fmt: skip
+    assert (arguments.run.eval_data, arguments.run.report_to, arguments.data.data_weights) == ([], [], None)
+    with pytest.raises(ValueError, match="train_data is empty"):
+        parse("", "--train_data")
+
+
+def test_trackers_get_a_flat_configuration_a_project_and_a_name(parse):
+    named = ("--run_name", "first", "--tracker_project", "shapes")
+    arguments = parse("seed: 3\nmodel_config: {image_size: 32}\n", *named)
+    told = tracker_options(arguments)
+    assert told["project_name"] == "shapes" and told["init_kwargs"]["wandb"] == {"name": "first"}
+    assert told["config"].keys() == arguments.to_dict().keys() and told["config"]["seed"] == 3
+    assert told["config"]["model_config"] == '{"image_size": 32}' and told["config"]["max_steps"] == "null"
+    assert all(isinstance(value, bool | int | float | str) for value in told["config"].values())
+    assert tracker_options(parse(""))["init_kwargs"] == {}
 
 
 def test_the_family_brings_its_own_fields(parse):

@@ -175,7 +175,7 @@ def test_a_bad_picture_of_an_evaluation_is_named_before_the_run(example, spoilt,
 
 def test_a_share_out_of_range_is_refused(spoilt, tmp_path):
     for share in (-0.1, 1.5):
-        with pytest.raises(ValueError, match=r"max_bad_rows is .*; expected a share in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"max_bad_rows is .*; expected a number in \[0, 1\]"):
             parse_arguments(tiny_arguments(spoilt, tmp_path, max_bad_rows=share))
 
 

@@ -299,6 +299,117 @@ def test_none_whole_is_not_none_at_all(tmp_path):
         find_checkpoint(tmp_path)
 
 
+def spoil_reading(path: Path) -> None:
+    """Reading it gives EIO, as on a bad sector."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+UNREADABLE = {
+    "a file gives EIO": lambda path: spoil_reading(path / "model.safetensors"),
+    "the manifest gives EIO": lambda path: spoil_reading(path / "manifest.json"),
+    "a file is a directory": lambda path: ((path / "state.json").unlink(), (path / "state.json").mkdir()),
+    "a file is a dead link": lambda path: ((path / "state.json").unlink(), (path / "state.json").symlink_to("gone")),
+    "a file is a link to itself": lambda path: (
+        (path / "state.json").unlink(),
+        (path / "state.json").symlink_to("state.json"),
+    ),
+    "the manifest is nested too deep": lambda path: (path / "manifest.json").write_text("[" * 100_000),
+    "the manifest is no text": lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe\x00"),
+    "the manifest holds numbers": lambda path: (path / "manifest.json").write_text('{"state.json": 7}'),
+}
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_one_that_cannot_be_read_is_passed_over_and_named(tmp_path, how, caplog):
+    save(tmp_path, 1)
+    spoiled = save(tmp_path, 2)
+    UNREADABLE[how](spoiled)
+    assert find_checkpoint(tmp_path).name == "checkpoint-00000001"
+    assert f"{spoiled} is damaged and passed over: {spoiled}" in caplog.text
+    with pytest.raises(CheckpointError, match=str(spoiled)):
+        load_checkpoint(spoiled)
+    set_aside(tmp_path, 1)
+    assert list_checkpoints(save(tmp_path, 2).parent)[-1] == spoiled and verify(spoiled) is None
+
+
+@pytest.mark.parametrize("what", ["open", "iterdir"])
+def test_a_permission_that_is_missing_is_named(tmp_path, monkeypatch, caplog, what):
+    save(tmp_path, 1)
+    spoiled = save(tmp_path, 2)
+    opened, listed = open, Path.iterdir
+
+    def refuse_open(file, *arguments, **options):
+        if str(file) == str(spoiled / "model.safetensors"):
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *arguments, **options)
+
+    def refuse_iterdir(self):
+        if self == spoiled:
+            raise PermissionError(13, "Permission denied", str(self))
+        return listed(self)
+
+    with monkeypatch.context() as patch:
+        if what == "open":
+            patch.setattr("builtins.open", refuse_open)
+        else:
+            patch.setattr(Path, "iterdir", refuse_iterdir)
+        assert find_checkpoint(tmp_path).name == "checkpoint-00000001"
+    assert "cannot be read: Permission denied" in caplog.text
+
+
+def test_what_the_system_puts_into_a_checkpoint_is_no_damage(tmp_path):
+    path = save(tmp_path, 1)
+    for name in (".DS_Store", ".nfs0001", ".model.safetensors.a8Xk2p"):
+        (path / name).write_text("x")
+    verify(path)
+    (path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"holds \['notes.txt'\], which its manifest.json does not name"):
+        verify(path)
+
+
+@pytest.mark.parametrize("where", ["rename", "rmtree"])
+def test_an_old_one_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, caplog, where):
+    """As of another owner, or with a file that another program holds open; root may remove all, so it is acted."""
+    old = save(tmp_path, 1)
+    rename, rmtree = Path.rename, checkpoint.shutil.rmtree
+
+    def refuse_rename(self, target):
+        if self == old:
+            raise PermissionError(13, "Permission denied", str(self))
+        return rename(self, target)
+
+    def refuse_rmtree(path, **options):
+        if "00000001" in str(path):
+            raise OSError(16, "Device or resource busy", str(path))
+        rmtree(path, **options)
+
+    with monkeypatch.context() as patch:
+        if where == "rename":
+            patch.setattr(Path, "rename", refuse_rename)
+        else:
+            patch.setattr(checkpoint.shutil, "rmtree", refuse_rmtree)
+        for step in (2, 3, 4):
+            verify(save(tmp_path, step, keep=1))
+        checkpoint.sweep(tmp_path)
+    assert "cannot be removed: [Errno" in caplog.text and "00000001" in caplog.text
+    assert find_checkpoint(tmp_path).name == "checkpoint-00000004"
+    # and once it can be
+    save(tmp_path, 5, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000005"]
+
+
+def test_a_link_to_a_checkpoint_is_removed_and_what_it_leads_to_is_not(tmp_path):
+    store = tmp_path / "store"
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run", 1).rename(store)
+    (tmp_path / "run" / "checkpoint-00000001").symlink_to(store)
+    for step in (2, 3):
+        save(tmp_path / "run", step, keep=1)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-00000003"]
+    verify(store)
+
+
 def test_the_course_that_was_left_is_set_aside(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, keep=9)

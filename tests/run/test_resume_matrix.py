@@ -6,12 +6,9 @@ and masks). A stop is a SIGTERM, which saves, or a crash within the step, after 
 """
 
 import hashlib
-import io
 import itertools
-import json
 import os
 import signal
-import tarfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -24,6 +21,7 @@ from tiny_pretraining import (
     read_log,
     tiny_arguments,
     write_pairs,
+    write_shard,
 )
 
 from oner.training.objectives import oner as objective_oner
@@ -90,18 +88,6 @@ def queued(monkeypatch):
     forget_accelerator()
     yield
     forget_accelerator()
-
-
-def write_shard(path: Path, rows: list[dict]) -> Path:
-    """A shard of pairs in the layout of webdataset: KEY.png beside KEY.json."""
-    with tarfile.open(path, "w") as shard:
-        for row in rows:
-            told = json.dumps({"captions": row["captions"], "hexcode": row["hexcode"]}).encode()
-            for suffix, content in (("png", row["image"]["bytes"]), ("json", told)):
-                member = tarfile.TarInfo(f"{row['key']}.{suffix}")
-                member.size = len(content)
-                shard.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ third reads two like its own. Alike are pictures of high cosine. B pairs.
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ FIRST, SECOND, NEITHER = range(3)
 @dataclass
 class AssignmentObjectiveArguments(DistillationArguments):
     """No teacher in ALBEF's code."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {"own_picture": "[0, 1]", "draw_temperature": "(0, inf)"}
 
     distillation: float = field(default=0.0, metadata={"help": "Must be 0: pictures are drawn once, for the student."})
     own_picture: float = field(default=2 / 3, metadata={"help": "Share of texts that read their own picture."})

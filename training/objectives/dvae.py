@@ -6,6 +6,7 @@ B pictures, K codes.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +22,12 @@ from .objective import Batch, Comparison, Example, Representations, SinglePortio
 @dataclass
 class DiscreteVAEObjectiveArguments:
     """What DALL-E's appendix A.2 leaves to choose for other pictures than its own."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {
+        "temperatures": "(0, inf)",
+        "temperature_share": "(0, 1]",
+        "usage_weight": "[0, inf)",
+    }
 
     temperatures: list[float] = field(
         default_factory=lambda: [1.0, 0.0625],

@@ -6,7 +6,7 @@ What SIMLA and every family descended from ALBEF share. B pairs, P embedding wid
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,14 @@ from .teacher import EMATeacher
 @dataclass
 class MomentumArguments:
     """Teacher, queues, and what counts as a positive."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {
+        "loss_weights": "[0, inf)",
+        "ema_momentum": "[0, 1]",
+        "distillation": "[0, 1]",
+        "distillation_ramp": "[0, 1]",
+        "queue_size": "[1, inf)",
+    }
 
     loss_weights: dict | str | None = field(
         default=None, metadata={"help": "Weight of each loss by name; 1 where not given (equation 10)."}

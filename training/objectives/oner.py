@@ -10,6 +10,7 @@ With q the online network (projector, predictor), k the EMA teacher (projector),
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -40,6 +41,8 @@ LOSSES = (*CONTRASTS, *READS)
 @dataclass
 class OneRObjectiveArguments:
     """What the paper's section "One Representation" and appendix C leave to choose."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {"loss_weights": "[0, inf)", "ema_momentum": "[0, 1]"}
 
     losses: list[str] = field(
         default_factory=lambda: ["itc", "cmc", "mlm", "mim"],

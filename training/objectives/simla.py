@@ -13,7 +13,7 @@ K masked patches.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ TEACHER_PASSES = {"mlm": "tokens", "mim": "patches"}
 @dataclass
 class SimlaObjectiveArguments(MomentumArguments):
     """The paper's section 2, and where its code does something else."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {"keywords_per_head": "[1, inf)", "keywords": "[1, inf)"}
 
     losses: list[str] = field(
         default_factory=lambda: list(LOSSES), metadata={"help": "Any subset of itc, itm, mlm, mim, psl (Table 1)."}

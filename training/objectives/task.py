@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,6 +14,12 @@ from .teacher import EMATeacher
 @dataclass
 class DistillationArguments:
     """Momentum distillation when fine-tuning (section 3.1; ALBEF's code)."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {
+        "ema_momentum": "[0, 1]",
+        "distillation": "[0, 1]",
+        "distillation_ramp": "[0, 1]",
+    }
 
     ema_momentum: float = field(default=0.995, metadata={"help": "Momentum of the teacher (section 2.5)."})
     distillation: float = field(default=0.4, metadata={"help": "alpha, the weight of soft targets; 0: no teacher."})

@@ -24,6 +24,11 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def backend() -> str:
+    """What carries messages between the processes: nccl, gloo..."""
+    return dist.get_backend() if is_distributed() else "none"
+
+
 @torch.no_grad()
 def gather_without_gradient(tensor: torch.Tensor) -> torch.Tensor:
     """Rows of all processes in the order of their ranks, as negatives: (B, ...) -> (B * world, ...). B must agree."""

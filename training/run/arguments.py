@@ -5,9 +5,10 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from oner.processing.data.augmentation import Crop
+from oner.processing.data.bounds import check_bounds
 from oner.processing.data.masking import Masking
 from oner.processing.data.sampling import concept_id
 
@@ -23,6 +24,7 @@ class Launch:
         ranked: It numbered this process among others.
         cpu: It was told to take the CPU.
         fsdp, deepspeed, megatron: Engines it was asked for.
+        processes: How many it started, on all machines; 1 if it is not there.
     """
 
     ranked: bool
@@ -30,6 +32,11 @@ class Launch:
     fsdp: bool
     deepspeed: bool
     megatron: bool
+    processes: int
+
+
+# where torchrun and the launchers of MPI say how many processes there are
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def read_launch() -> Launch:
@@ -44,6 +51,7 @@ def read_launch() -> Launch:
         fsdp=flag("USE_FSDP"),
         deepspeed=flag("USE_DEEPSPEED"),
         megatron=flag("USE_MEGATRON_LM"),
+        processes=max(int(os.environ.get(name, "1")) for name in SIZES),
     )
 
 
@@ -53,6 +61,9 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class ModelArguments:
+    # the tokens that a text cannot do without, and two letters
+    BOUNDS: ClassVar[dict[str, str]] = {"vocab_size": "[7, inf)"}
+
     # what is trained
     family: str | None = field(
         default=None, metadata=_help("Which system: its model and its objective; that of initial_model if none.")
@@ -87,6 +98,15 @@ class ModelArguments:
 @dataclass
 class SourceArguments:
     """What a run reads, beside how images are cropped and what is masked."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {
+        "data_weights": "(0, inf)",
+        "eval_crop": "(0, 1]",
+        "max_text_length": "[1, inf)",
+        "max_pixels": "[1, inf)",
+        "max_bad_rows": "[0, 1]",
+        "num_workers": "[0, inf)",
+    }
 
     # what is read, and from where
     kind: Literal["pairs", "images", "texts"] = field(
@@ -164,6 +184,33 @@ class DataArguments(SourceArguments):
 
 @dataclass
 class RunArguments:
+    BOUNDS: ClassVar[dict[str, str]] = {
+        # generators take 32 bits, and the process and the step are added
+        "seed": "[0, 2147483647]",
+        "repeat": "[1, inf)",
+        "epochs": "(0, inf)",
+        "max_steps": "[1, inf)",
+        "batch_size": "[2, inf)",
+        "gradient_cache_chunks": "[1, inf)",
+        # rates and AdamW
+        "base_learning_rate": "[0, inf)",
+        "min_learning_rate": "[0, inf)",
+        "warmup_epochs": "[0, inf)",
+        "warmup_steps": "[0, inf)",
+        "warmup_learning_rate": "[0, inf)",
+        "weight_decay": "[0, inf)",
+        "adam_beta1": "[0, 1)",
+        "adam_beta2": "[0, 1)",
+        "max_grad_norm": "(0, inf)",
+        # how often, and how long
+        "log_every": "[1, inf)",
+        "save_every_epochs": "[0, inf)",
+        "keep_checkpoints": "[1, inf)",
+        "max_nonfinite_steps": "[1, inf)",
+        "data_timeout": "(0, inf)",
+        "eval_every_epochs": "[0, inf)",
+    }
+
     # where the run writes, and what decides every draw
     output_dir: str = field(default="runs/oner", metadata=_help("Checkpoints, log.jsonl, and the final `model/`."))
     seed: int = field(default=0, metadata=_help("Decides weights, order, captions, crops and masks."))
@@ -235,7 +282,13 @@ class RunArguments:
     # what it writes while it runs
     log_every: int = field(default=10, metadata=_help("Steps between lines of log.jsonl."))
     report_to: list[str] = field(default_factory=list, metadata=_help("Trackers of Accelerate: tensorboard, wandb..."))
-    save_every_epochs: float = field(default=1, metadata=_help("Epochs between checkpoints."))
+    tracker_project: str = field(default="oner", metadata=_help("The project that the trackers file the run under."))
+    run_name: str | None = field(
+        default=None, metadata=_help("What the trackers that name runs call this one; their own choice if none.")
+    )
+    save_every_epochs: float = field(
+        default=1, metadata=_help("Epochs between checkpoints, a step at the least; 0: only at the end.")
+    )
     keep_checkpoints: int = field(default=2, metadata=_help("How many of the last checkpoints to keep."))
 
     # what happens after a stop, or after numbers that are not finite
@@ -250,7 +303,12 @@ class RunArguments:
     max_nonfinite_steps: int = field(
         default=3, metadata=_help("Updates in a row that may be skipped, for NaN or infinity, before the run stops.")
     )
-    allow_changes: bool = field(default=False, metadata=_help("Resume although the configuration differs."))
+    data_timeout: float | None = field(
+        default=1800, metadata=_help("Seconds to wait for a batch before the run saves and stops; for ever if none.")
+    )
+    allow_changes: bool = field(
+        default=False, metadata=_help("Resume although the configuration or what the run reads differs.")
+    )
 
     # what it measures while it runs, and the weights it leaves
     eval_data: list[str] = field(default_factory=list, metadata=_help("Files for retrieval while training."))
@@ -363,12 +421,26 @@ def hints_of(*kinds: type) -> dict[str, Any]:
 
 
 def check(arguments: Arguments) -> None:
-    """Raises `ValueError` for values out of range, and for values that exclude each other."""
+    """Raises `ValueError` for values out of range (`BOUNDS`), empty texts, and values that exclude each other."""
+    for part in (arguments.model, arguments.run, arguments.objective):
+        _check_values(part)
     for portion in arguments.portions().values():
+        _check_values(portion.data)
+        # the seed of a portion is drawn, and longer
+        _check_values(dataclasses.replace(portion.run, seed=arguments.run.seed))
         _check_data(portion.data)
         _check_batches(portion.run)
     arguments.epoch_of()
     _check_run(arguments.run)
+
+
+def _check_values(part: Any) -> None:
+    check_bounds(part)
+    for one in dataclasses.fields(part):
+        value = getattr(part, one.name)
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise ValueError(f"{one.name} is {value!r}; expected a text, or leave it out")
 
 
 def _check_data(data: DataArguments) -> None:
@@ -380,12 +452,6 @@ def _check_data(data: DataArguments) -> None:
             f"data_weights is {data.data_weights}; expected one for each of the {len(data.train_data)} in train_data"
         )
 
-    # shares
-    if not 0 <= data.max_bad_rows <= 1:
-        raise ValueError(f"max_bad_rows is {data.max_bad_rows}; expected a share in [0, 1]")
-    if not 0 < data.eval_crop <= 1:
-        raise ValueError(f"eval_crop is {data.eval_crop}; expected a share in (0, 1]")
-
     # options that exclude each other
     if data.one_row_per_id and data.id_column is None:
         raise ValueError("one_row_per_id needs id_column, got none")
@@ -394,28 +460,14 @@ def _check_data(data: DataArguments) -> None:
 
 
 def _check_batches(run: RunArguments) -> None:
-    if run.batch_size < 2:
-        raise ValueError(f"batch_size is {run.batch_size}; contrast needs at least 2 pairs a step")
-    if run.repeat < 1:
-        raise ValueError(f"repeat is {run.repeat}; expected at least 1")
-    if not 1 <= run.gradient_cache_chunks <= run.batch_size:
+    if run.gradient_cache_chunks > run.batch_size:
         raise ValueError(
             f"gradient_cache_chunks is {run.gradient_cache_chunks}; expected 1 to the batch_size of {run.batch_size}"
         )
 
 
 def _check_run(run: RunArguments) -> None:
-    # lengths and intervals
-    if run.max_steps is not None and run.max_steps < 1:
-        raise ValueError(f"max_steps is {run.max_steps}; expected at least 1, or none for a run of `epochs`")
-    for name in ("log_every", "keep_checkpoints", "max_nonfinite_steps"):
-        if getattr(run, name) < 1:
-            raise ValueError(f"{name} is {getattr(run, name)}; expected at least 1")
-
-    # the warm-up
-    if run.warmup_learning_rate < 0:
-        raise ValueError(f"warmup_learning_rate is {run.warmup_learning_rate}; expected 0 or more")
-    if run.warmup_steps is not None and run.warmup_steps < 0:
-        raise ValueError(f"warmup_steps is {run.warmup_steps}; expected 0 or more, or none for `warmup_epochs`")
+    if os.path.exists(run.output_dir) and not os.path.isdir(run.output_dir):
+        raise ValueError(f"output_dir is {run.output_dir!r}, which is no directory")
     if run.schedule == "albef" and (run.warmup_steps or 0) % 100:
         raise ValueError(f"warmup_steps is {run.warmup_steps}; expected stairs of 100 steps under schedule albef")

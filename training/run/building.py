@@ -18,6 +18,7 @@ from oner.training.parallel.distributed import rank
 from oner.training.publishing.model_loading import load_model
 
 from .arguments import Arguments
+from .inputs import digest_of_tokenizer, kept_tokenizer
 from .optimization import checkpoint_activations
 
 logger = logging.get_logger(__name__)
@@ -27,8 +28,8 @@ def build_processor_and_config(
     arguments: Arguments, rows: Mapping[str, PairRows | PairStream]
 ) -> tuple[VisionLanguageProcessor, PreTrainedConfig]:
     """
-    The tokenizer (given, or trained on the captions: the same on every process), the configuration that fits it, and
-    the processor that fits both.
+    The tokenizer (given, or trained on the captions: the same on every process; of a run that is resumed its own), the
+    configuration that fits it, and the processor that fits both.
 
     Raises:
         ValueError: a family or size that does not exist, a stream without a tokenizer.
@@ -37,15 +38,21 @@ def build_processor_and_config(
     overrides = dict(model.model_config or {})
     colours = NORMALIZATIONS[arguments.data.image_normalization or "imagenet"]  # mean and deviation, (3,) each
 
+    # a run that goes on reads by the tokenizer that it began with, whatever became of the captions
+    length = overrides.get("max_text_length", 64)
+    kept = kept_tokenizer(arguments.run, length)
+
     # tokenizer and configuration: those of a trained model, or new ones that fit each other
     if model.initial_model is not None:
         processor = AutoProcessor.from_pretrained(model.initial_model)
         tokenizer = processor.tokenizer
+        if kept is not None and digest_of_tokenizer(kept) != digest_of_tokenizer(tokenizer):
+            tokenizer = kept
         if arguments.data.image_normalization is None:
             colours = processor.image_processor.image_mean, processor.image_processor.image_std
         config = AutoConfig.from_pretrained(model.initial_model, **overrides)
     else:
-        tokenizer = _tokenizer(arguments, rows, overrides.get("max_text_length", 64))
+        tokenizer = kept or _tokenizer(arguments, rows, length)
         ids = {
             "pad_token_id": tokenizer.pad_token_id,
             "cls_token_id": tokenizer.cls_token_id,

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -49,40 +50,65 @@ def save_checkpoint(
         tensors: File stem -> tensors by name; one safetensors file each.
         state: What else there is to keep, JSON-serialisable.
 
+    An old one that cannot be removed stays, and a warning names it.
+
     Raises:
         CheckpointError: it cannot be written (no space, no permission); earlier ones are whole, nothing is left over.
     """
     directory = Path(directory)
     final = directory / f"{PREFIX}{step:08d}"
-    partial = directory / f".{final.name}.partial"
 
     # written beside and renamed: at any moment the directory holds whole checkpoints only
+    sweep(directory)
+    partial = _unused(directory / f".{final.name}.partial")
     try:
-        sweep(directory)
         _write(partial, tensors, state)
         if final.exists():
             _discard(final)
         partial.rename(final)
         _flush(directory)
-        for old in list_checkpoints(directory)[:-keep]:
-            _discard(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{final}: cannot be written, checkpoints before it are as they were: {error}"
         ) from error
+
+    # the new one stands, whatever becomes of the old ones
+    for old in list_checkpoints(directory)[:-keep]:
+        try:
+            _discard(old)
+        except OSError as error:
+            logger.warning_once(f"{old} is no longer needed, but cannot be removed: {error}")
     return final
 
 
 def sweep(directory: str | Path) -> None:
     """Removes what runs left that were killed while they wrote or removed a checkpoint."""
-    for left in Path(directory).glob(f".{PREFIX}*.partial"):
-        shutil.rmtree(left)
+    for left in Path(directory).glob(f".{PREFIX}*.partial*"):
+        _remove(left)
 
 
 def _discard(path: Path) -> None:
+    """Raises OSError if it stays in its place."""
     # renamed first: a kill in the midst of the removal would leave a damaged checkpoint
-    shutil.rmtree(path.rename(path.with_name(f".{path.name}.discarded.partial")))
+    _remove(path.rename(_unused(path.with_name(f".{path.name}.discarded.partial"))))
+
+
+def _remove(path: Path) -> None:
+    """A directory, or a link to one, which stays; a warning names what cannot be removed, such as a file in use."""
+    try:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    except OSError as error:
+        logger.warning_once(f"{path} is left over, and cannot be removed: {error}")
+
+
+def _unused(path: Path) -> Path:
+    """The path, or where something stands there that could not be removed, the same with a number behind it."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in count(1))
+    return path if not os.path.lexists(path) else next(one for one in numbered if not os.path.lexists(one))
 
 
 def _write(directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
@@ -106,7 +132,8 @@ def _write(directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], s
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
     """Checkpoints by step, the last one last, whole or not."""
-    paths = [path for path in Path(directory).glob(f"{PREFIX}*") if path.is_dir() and step_of(path) is not None]
+    # by names first: what else lies there is not looked at
+    paths = [path for path in Path(directory).glob(f"{PREFIX}*") if step_of(path) is not None and path.is_dir()]
     return sorted(paths, key=step_of)
 
 
@@ -148,18 +175,27 @@ def set_aside(directory: str | Path, step: int) -> list[Path]:
         if step_of(path) > step:
             target = path.with_name(f"passed-over-{path.name}")
             shutil.rmtree(target, ignore_errors=True)
-            moved.append(path.rename(target))
+            moved.append(path.rename(_unused(target)))
     return moved
 
 
 def verify(path: str | Path) -> None:
-    """Raises `CheckpointError` that names the first file that is missing or whose bytes are not those written."""
+    """
+    Raises `CheckpointError` that names the first file that is missing, cannot be read, or whose bytes are not those
+    written. Hidden files are not looked at: file systems and desktops put their own there.
+    """
     path = Path(path)
+    try:
+        _verify(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
 
+
+def _verify(path: Path) -> None:
     # the manifest
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / MANIFEST}: cannot be read: {error}") from error
     if not isinstance(manifest, dict) or STATE not in manifest:
         raise CheckpointError(f"{path / MANIFEST}: expected the digests of {STATE} and others, got {manifest!r:.80}")
@@ -168,9 +204,14 @@ def verify(path: str | Path) -> None:
     for name, digest in manifest.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name}: missing")
-        if sha256_of(path / name) != digest:
+        try:
+            written = sha256_of(path / name)
+        except OSError as error:  # an error of reading, unlike one of opening, does not say which file it was
+            raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}") from error
+        if written != digest:
             raise CheckpointError(f"{path / name}: its bytes are not those that were written")
-    if foreign := sorted({file.name for file in path.iterdir()} - {*manifest, MANIFEST}):
+    names = {file.name for file in path.iterdir() if not file.name.startswith(".")}
+    if foreign := sorted(names - {*manifest, MANIFEST}):
         raise CheckpointError(f"{path}: holds {foreign}, which its {MANIFEST} does not name")
 
 
@@ -189,7 +230,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
         if stems is None:
             raise CheckpointError(f"{path / STATE}: lacks {FILES!r}; it was written by an earlier version of oner")
         return {stem: load_file(path / f"{stem}.safetensors") for stem in stems}, state
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 

@@ -1,16 +1,36 @@
-"""Signals to a whole process group, and the data workers in it."""
+"""Data workers: what they do about signals to the whole process group, and the wait for one that gives nothing."""
 
+import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader
+
+# what a scheduler or a terminal sends to a run, or to all processes of it, for it to save and stop
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+# seconds between looks at whether the run was told to stop
+LOOK = 1
+
+
+class Waiting(NamedTuple):
+    """What a loader yields while no batch comes: for what it waits, and the processes that should bring it."""
+
+    source: str
+    workers: tuple[int, ...]
 
 
 def outlive_signals_to_the_group(worker: int) -> None:
     """
-    A `worker_init_fn`. Ctrl-C and a scheduler's SIGTERM reach every process of a run; a worker that obeyed them would
+    A `worker_init_fn`. Ctrl-C and a scheduler's signals reach every process of a run; a worker that obeyed them would
     be gone before the run could finish its step and save. Only the main process may end a worker.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOPPING:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_at_sigterm, args=(os.getppid(),), daemon=True).start()
@@ -21,3 +41,44 @@ def _end_at_sigterm(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def patiently(loader: DataLoader, source: str) -> Iterator[Any]:
+    """
+    The batches of a loader, and a `Waiting` each second in which its workers bring none, so that whoever waits can
+    stop waiting. Without workers the loader is read as it is.
+    """
+    if not loader.num_workers:
+        yield from loader
+        return
+    before = multiprocessing.active_children()
+    batches = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+
+    # in a thread: a loader's own timeout does not reach the handing over of memory, where a stopped worker hangs too
+    reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    coming = None
+    try:
+        while True:
+            coming = reader.submit(next, batches, None)
+            while not wait([coming], timeout=LOOK).done:
+                yield Waiting(source, tuple(worker.pid for worker in workers))
+            batch = coming.result()
+            if batch is None:
+                return
+            yield batch
+    finally:
+        if coming is not None and not coming.done():
+            _kill(workers)
+        reader.shutdown()
+
+
+def _kill(workers: list[Any]) -> None:
+    """Ends workers that hang: they obey no other signal, and this process would wait for them at its own end."""
+    # torch takes the death of a worker for an error
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(10)
+    signal.signal(signal.SIGCHLD, previous)

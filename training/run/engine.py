@@ -3,7 +3,6 @@
 for each step: learning rate, loss and backward of each portion, clip, step, teachers, log, evaluate, save
 """
 
-import json
 import math
 import signal
 import time
@@ -16,11 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from oner.training.objectives.objective import Batch, Objective, Taken
 from oner.training.parallel.distributed import any_process, gather_without_gradient, rank, world_size
 from oner.training.parallel.sharding import full_optimizer_state, full_state
-from oner.training.publishing.public import plain
 
 from .arguments import Arguments
 from .checkpoint import (
@@ -34,20 +33,32 @@ from .checkpoint import (
     set_aside,
     sweep,
 )
+from .data_workers import STOPPING, Waiting
 from .gradient_cache import loss_and_gradients
-from .launch import WholeModel, prepare
+from .inputs import Inputs
+from .launch import WholeModel, prepare, tracker_options
 from .nonfinite import NonFiniteGuard, gradient_norm, whole
 from .optimization import build_optimizer, build_schedule, compile_regions
 from .resumption import RunLog, check_same_run, choose_checkpoint
 
+logger = logging.get_logger(__name__)
+
 # loader(start_step) -> batches of this process, by portion, from that step to the end of the run
-LoaderFactory = Callable[[int], Iterable[dict[str, Batch]]]
+LoaderFactory = Callable[[int], Iterable[dict[str, Batch] | Waiting]]
 Evaluate = Callable[[PreTrainedModel], Iterator[tuple[str, float]]]
+# seconds between messages that a batch does not come
+REMIND = 60
+HANGUP = getattr(signal, "SIGHUP", None)
+
+
+class DataStalledError(RuntimeError):
+    """No batch came in `data_timeout` seconds; the message names the source and the data workers."""
 
 
 class Engine:
     """
-    Trains `model` to the end of the run, or to a SIGTERM or Ctrl-C, which ends it cleanly with a checkpoint.
+    Trains `model` to the end of the run, or to a SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, which end it cleanly with a
+    checkpoint.
 
     Args:
         accelerator (`Accelerator`): From `make_accelerator`.
@@ -57,6 +68,7 @@ class Engine:
         loader: Batches of this process from a given step on.
         total_steps, epoch_steps (`int`): Length of the run and of an epoch.
         evaluate (*optional*): model -> (name, value) pairs, called on the first process.
+        inputs (`Inputs`, *optional*): What the run reads, to be kept in its directory and its checkpoints.
     """
 
     def __init__(
@@ -69,6 +81,7 @@ class Engine:
         total_steps: int,
         epoch_steps: int,
         evaluate: Evaluate | None = None,
+        inputs: Inputs | None = None,
     ):
         run = arguments.run
         self.accelerator = accelerator
@@ -78,6 +91,7 @@ class Engine:
         self.total_steps = total_steps
         self.epoch_steps = epoch_steps
         self.evaluate = evaluate
+        self.inputs = inputs
         self.output_dir = Path(run.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.model = model
@@ -99,6 +113,8 @@ class Engine:
         self.objective = objective
         self.step = 0
         self.stopped = False
+        self._waits_since: float | None = None
+        self._reminded = 0.0
         self.metrics: dict[str, float] = {}
         self.log = RunLog(self.output_dir / "log.jsonl")
         self.guard = NonFiniteGuard(self.output_dir, run.max_nonfinite_steps, self.model, self.objective)
@@ -106,9 +122,11 @@ class Engine:
 
     def fit(self) -> dict[str, float]:
         """Runs to the end; returns the last evaluation. `self.stopped` tells whether a signal cut it short."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        # but what nohup has told it to ignore
+        heard = [number for number in STOPPING if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
-            self.accelerator.init_trackers("oner", config={"run": json.dumps(plain(self.arguments.to_dict()))})
+            self.accelerator.init_trackers(**tracker_options(self.arguments))
             self._resume()
             self._loop()
             with self.whole_model() as model:
@@ -128,6 +146,11 @@ class Engine:
             total=self.total_steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process
         ) as bar:
             for batches in self.loader(self.step):
+                if isinstance(batches, Waiting):
+                    if self._gives_up(batches):
+                        break
+                    continue
+                self._waits_since = None
                 taken = self._train_step(batches)
                 bar.update()
 
@@ -198,8 +221,40 @@ class Engine:
         del optimizer.found_inf
         return applied
 
+    def _gives_up(self, waiting: Waiting) -> bool:
+        """
+        Whether to stop, with a checkpoint, instead of waiting longer for a batch: the run was told to. Says once a
+        minute for what it waits. Raises `DataStalledError` after `data_timeout` seconds.
+        """
+        now = time.monotonic()
+        if self._waits_since is None:
+            self._waits_since = self._reminded = now
+        seconds = now - self._waits_since
+        late = self.run.data_timeout is not None and seconds >= self.run.data_timeout
+        what = (
+            f"step {self.step + 1} waits for a batch of {waiting.source}, for {seconds:.0f} s now; its data workers "
+            f"are the processes {list(waiting.workers)}"
+        )
+        if now - self._reminded >= REMIND:
+            self._reminded = now
+            logger.warning(what)
+        if not (late or self.stopped):
+            return False
+
+        # the other processes are within the step, or wait likewise: no state can be gathered from them
+        alone = self.accelerator.num_processes == 1
+        if alone and self.step:
+            self.guard.settle()
+            self._save()
+        if late or not alone:
+            kept = f"saved at step {self.step}" if alone and self.step else "the last checkpoint stands"
+            raise DataStalledError(f"{what}; {kept}")
+        logger.warning(f"stopped by a signal while {what}")
+        return True
+
     def _due(self, epochs: float) -> bool:
-        every = round(epochs * self.epoch_steps)
+        # a fraction of a step is a step; 0 is never
+        every = max(1, round(epochs * self.epoch_steps)) if epochs else 0
         return every > 0 and self.step % every == 0
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -282,6 +337,8 @@ class Engine:
             "total_steps": self.total_steps,
             "epoch_steps": self.epoch_steps,
             "arguments": self.arguments.to_dict(),
+            "inputs": {} if self.inputs is None else self.inputs.digests,
+            "threads": torch.get_num_threads(),
             "optimizer_groups": groups,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "nonfinite": self.guard.state_dict(),
@@ -303,6 +360,8 @@ class Engine:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             sweep(self.output_dir)
+            if self.inputs is not None:
+                self.inputs.keep(self.output_dir)
             self.log.trim(self.step)
             self.guard.forget(self.step)
             for moved in set_aside(self.output_dir, self.step):
@@ -313,6 +372,14 @@ class Engine:
         # a checkpoint that is older than an argument did what its default does
         then = {**self.arguments.defaults(), **state["arguments"], **{name: state[name] for name in lengths}}
         check_same_run(path, then, {**self.arguments.to_dict(), **lengths}, self.run.allow_changes)
+        if self.inputs is not None:
+            self.inputs.check(path, state.get("inputs"), self.run.allow_changes)
+        threads = torch.get_num_threads()
+        if self.accelerator.device.type == "cpu" and state.get("threads", threads) != threads:
+            logger.warning(
+                f"{path} was computed by {state['threads']} threads a process, now there are {threads}, which add in "
+                f"another order: the run goes on within rounding errors, not to the bit"
+            )
         load_weights(self.model, tensors["model"], path)
         try:
             self.objective.load_state_dict(tensors["objective"])

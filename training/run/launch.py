@@ -6,6 +6,7 @@ engine cannot do so is refused here, before anything is read or built.
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,11 +20,12 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from oner.training.objectives.objective import Objective
-from oner.training.parallel.distributed import fsdp_shard_alike, reduce_scatter_averages
+from oner.training.parallel.distributed import backend, fsdp_shard_alike, reduce_scatter_averages, world_size
 from oner.training.parallel.sharding import full_state, is_zero_3
 from oner.training.private_names import drop_overflown_step, has_bf16_matrix_units, set_distributed_type
+from oner.training.publishing.public import plain
 
-from .arguments import Launch, RunArguments, read_launch
+from .arguments import Arguments, Launch, RunArguments, read_launch
 
 # options of ZeRO that the teacher cannot follow, and what they are when off
 LOSSY = {
@@ -60,6 +62,9 @@ def make_accelerator(run: RunArguments) -> Accelerator:
     if launch.deepspeed and launch.ranked and not torch.accelerator.is_available():
         # else Accelerate counts one process under DeepSpeed on CPUs, however many there are
         options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+    elif launch.processes > 1 and not torch.accelerator.is_available():
+        # else Accelerate counts one process where no accelerator is seen, and each would train the whole run alone
+        options["cpu"] = True
     accelerator = Accelerator(
         # both would cast the weights, and drop what an update changes below a half's precision
         mixed_precision="no" if sharded else precision,
@@ -68,6 +73,14 @@ def make_accelerator(run: RunArguments) -> Accelerator:
         step_scheduler_with_optimizer=False,
         **options,
     )
+
+    # all processes that were started are in it: else each would train a run of its own on a share of each batch
+    counts = {"started": launch.processes, "Accelerate's": accelerator.num_processes, "torch's": world_size()}
+    if len(set(counts.values())) > 1:
+        raise ParallelError(
+            f"the launcher, Accelerate and torch.distributed count different processes, {counts}: nothing would be "
+            f"exchanged between them; start the run by `accelerate launch` or torchrun, on devices that are visible"
+        )
 
     # what the configuration of `accelerate launch` may hold besides
     if accelerator.gradient_accumulation_steps != 1:
@@ -83,6 +96,37 @@ def make_accelerator(run: RunArguments) -> Accelerator:
     if sharded and precision == "bf16":
         accelerator.autocast = lambda *_: torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
     return accelerator
+
+
+# trackers that give a run a name of its own, and what they call it
+NAMES_OF_RUNS = {
+    "wandb": "name",
+    "trackio": "name",
+    "mlflow": "run_name",
+    "clearml": "task_name",
+    "swanlab": "experiment_name",
+}
+
+
+def tracker_options(arguments: Arguments) -> dict[str, Any]:
+    """What `Accelerator.init_trackers` takes: project, names, and the configuration flat, as they compare it."""
+    flat = {
+        name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for name, value in plain(arguments.to_dict()).items()
+    }
+    name = arguments.run.run_name
+    names = {} if name is None else {tracker: {called: name} for tracker, called in NAMES_OF_RUNS.items()}
+    return {"project_name": arguments.run.tracker_project, "config": flat, "init_kwargs": names}
+
+
+def engine_of(accelerator: Accelerator) -> str:
+    """How the processes of a run share it, in a word or two."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    if kind == DistributedType.FSDP:
+        return "FSDP2"
+    return "one process" if kind == DistributedType.NO else f"DDP over {backend()}"
 
 
 def choose_precision(asked: str) -> str:

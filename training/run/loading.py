@@ -1,7 +1,7 @@
 """The rows that a run trains on, and its batches from any step on: each portion's own rows, order and batch size."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from oner.training.parallel.distributed import rank, sum_over_processes, world_s
 
 from .arguments import Arguments, DataArguments
 from .collators import Collator
-from .data_workers import outlive_signals_to_the_group
+from .data_workers import Waiting, outlive_signals_to_the_group, patiently
 
 Rows = PairRows | PairStream
 
@@ -79,7 +79,8 @@ def _watch(rows: Rows, max_bad_rows: float) -> Watch:
 class RunLoader:
     """
     `loader(start_step)` yields this process's batches by portion from that step to the end of the run, the same
-    whether the run was ever stopped. A stream is the exception, and says so: `resume_note`.
+    whether the run was ever stopped, and a `Waiting` now and then while its data workers bring none. A stream is the
+    exception, and says so: `resume_note`.
 
     A row that cannot be used is replaced and listed in `quarantine.jsonl` in the output directory.
 
@@ -117,16 +118,26 @@ class RunLoader:
         epoch = self.portions[arguments.run.epoch_portion or next(iter(portions))]
         self.epoch_steps = epoch.epoch_steps
         self.total_steps = arguments.run.max_steps or round(arguments.run.epochs * self.epoch_steps)
+        if self.total_steps < 1:
+            raise ValueError(
+                f"epochs is {arguments.run.epochs}, less than one of the {self.epoch_steps} steps that an epoch has; "
+                f"expected more, or max_steps"
+            )
         notes = [
             portion.rows.resume_note for portion in self.portions.values() if isinstance(portion.rows, PairStream)
         ]
         self.resume_note = "\n".join(notes) or None
 
-    def __call__(self, start_step: int) -> Iterator[dict[str, Batch]]:
+    def __call__(self, start_step: int) -> Iterator[dict[str, Batch] | Waiting]:
         self.quarantine.begin(start_step)
-        batches = [portion.batches(start_step, self.total_steps) for portion in self.portions.values()]
-        for step in zip(*batches, strict=True):
-            yield dict(zip(self.portions, step, strict=True))
+        batches = {name: portion.batches(start_step, self.total_steps) for name, portion in self.portions.items()}
+        for _ in range(start_step, self.total_steps):
+            step: dict[str, Batch] = {}
+            for name, portion in batches.items():
+                while isinstance(batch := next(portion), Waiting):
+                    yield batch
+                step[name] = batch
+            yield step
 
 
 class PortionLoader:
@@ -168,7 +179,7 @@ class PortionLoader:
         order = PairOrder(len(rows), run.batch_size, **self.mixture)
         self.epoch_steps = run.repeat * order.steps_per_epoch
 
-    def batches(self, start_step: int, total_steps: int) -> Iterator[Batch]:
+    def batches(self, start_step: int, total_steps: int) -> Iterator[Batch | Waiting]:
         """From a step to the end, while what the batches tell of bad rows goes into the quarantine."""
         run = self.arguments.run
         watch = self.quarantine.watches[self.name]
@@ -184,7 +195,11 @@ class PortionLoader:
         earlier = sum_over_processes(watch.before if self.quarantine.is_main else (0, 0), device)
 
         # each batch, less the list of rows that it replaced
-        for step, batch in enumerate(self._loader(start_step, total_steps), start_step):
+        step = start_step
+        for batch in patiently(self._loader(start_step, total_steps), self.rows.name):
+            if isinstance(batch, Waiting):
+                yield batch
+                continue
             failed = batch.pop("quarantine", [])
             if failed and watch.new == (0, 0):
                 warnings.warn(f"a row cannot be used: {failed[0]['reason']}; see {path}", stacklevel=4)
@@ -194,12 +209,13 @@ class PortionLoader:
                 failures, stand_ins = map(sum, zip(earlier, sum_over_processes(watch.new, device), strict=True))
                 self.quarantine.check(self.name, failures, (step + 1) * run.batch_size + stand_ins)
             yield batch
+            step += 1
 
     def _line(self, row: int, **what: Any) -> dict[str, Any]:
         place = (self.rows.name, row) if isinstance(self.rows, PairStream) else self.rows.where(row)
         return line_of(*place, **what)
 
-    def _loader(self, start_step: int, total_steps: int) -> Iterable[dict[str, Any]]:
+    def _loader(self, start_step: int, total_steps: int) -> DataLoader:
         # this process's share of each batch, from `start_step` on
         run = self.arguments.run
         place = {"rank": rank(), "world_size": world_size(), "seed": run.seed, "start_step": start_step}

@@ -34,6 +34,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return {**merged, **values}
 
 
+class ListParser(HfArgumentParser):
+    """Of a list none of whose values is given, `--eval_data` alone, it makes an empty one."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        if options.get("nargs") == "+":
+            options["nargs"] = "*"
+        return super().add_argument(*names, **options)
+
+
 def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = None, **defaults: Any) -> Arguments:
     """
     `--config FILE.yaml`, then `--name value` for anything to override.
@@ -63,7 +72,7 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
         family = family or _family_of(known.initial_model or values.get("initial_model"))
         objective = objective_classes(family)[1]
     kinds = [ModelArguments, *DATA, RunArguments, objective]
-    parser = HfArgumentParser(kinds, allow_abbrev=False)
+    parser = ListParser(kinds, allow_abbrev=False)
     hints = hints_of(*kinds)
 
     # the file's values become defaults, below the command line's
@@ -76,6 +85,8 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     # the dataclasses, and JSON that a command line gives as text
     model, *data, run, own = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
     values = {name: value for part in data for name, value in flat(part).items()}
+    if not values["data_weights"]:
+        values["data_weights"] = None
     arguments = Arguments(model, data_arguments(values), run, own)
     for part in (arguments.model, arguments.run, arguments.objective):
         for name in ("model_config", "portions", "loss_weights"):

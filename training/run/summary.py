@@ -17,7 +17,7 @@ from oner.training.publishing.origins import Origins, check_repo_id, read_origin
 from oner.training.publishing.placing import check_replaceable, clear_leftovers
 
 from .arguments import Arguments
-from .launch import choose_precision
+from .launch import choose_precision, engine_of
 from .loading import RunLoader
 
 # exit status of a run that a signal stopped: EX_TEMPFAIL of sysexits.h, "try again later"
@@ -33,7 +33,8 @@ def describe(arguments: Arguments, model: PreTrainedModel, loader: RunLoader, ac
     line = (
         f"{model.config.model_type}{origin}, {millions:.1f} M parameters, "
         f"{loader.total_steps} steps of {_rows(arguments)} on {accelerator.num_processes} x "
-        f"{accelerator.device.type}, precision {choose_precision(arguments.run.mixed_precision)}"
+        f"{accelerator.device.type} by {engine_of(accelerator)}, "
+        f"precision {choose_precision(arguments.run.mixed_precision)}"
     )
     return line if loader.resume_note is None else f"{line}\n{loader.resume_note}"
 

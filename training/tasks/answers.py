@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import (
     AutoConfig,
@@ -34,6 +34,8 @@ TEST_WORDS = 50  # of a question; in training 30 (ALBEF's code)
 @dataclass
 class AnswerArguments(AnswerObjectiveArguments, TaskArguments):
     """Of the data, and of how answers are chosen."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {"answers_in_full": "[1, inf)", "answer_beams": "[1, inf)"}
 
     genome_folder: str | None = field(
         default=None, metadata={"help": "What Visual Genome's picture paths are relative to; image_folder if none."}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,6 +37,8 @@ TASKS = {
 @dataclass
 class TaskArguments:
     """The options that every task has; a task's own arguments derive from it, all fields with defaults."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {"eval_limit": "[1, inf)", "eval_batch_size": "[1, inf)"}
 
     task: str = field(default="retrieval", metadata={"help": "What to fine-tune for; `--task` decides."})
     image_folder: str | None = field(

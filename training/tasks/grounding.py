@@ -7,7 +7,7 @@ picture are right. Boxes are read to evaluate only.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoModelForPreTraining
 
@@ -26,6 +26,8 @@ from .finetuning import Task, TaskArguments
 @dataclass
 class GroundingArguments(TaskArguments):
     """Options beside those of the family's objective."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {"cam_layer": "[0, inf)"}
 
     losses: list[str] = field(
         default_factory=lambda: ["itc", "itm"], metadata={"help": "Any subset of those of the family's objective."}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoModelForPreTraining
 
@@ -29,6 +29,8 @@ from .finetuning import Task, TaskArguments
 @dataclass
 class RetrievalArguments(TaskArguments):
     """Options beside those of the family's objective."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {"rerank_k": "[0, inf)"}
 
     losses: list[str] = field(
         default_factory=lambda: ["itc", "itm"], metadata={"help": "Any subset of those of the family's objective."}
