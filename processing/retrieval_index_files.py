@@ -129,6 +129,8 @@ def read_header(directory: Path) -> dict[str, Any]:
     # a document of ours, of a version that is known
     try:
         header = json.loads(path.read_bytes())
+    except OSError as error:
+        raise IndexFileError(path, f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of thousands of digits
         raise IndexFileError(path, f"damaged, not readable as JSON ({error})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -175,7 +177,10 @@ def read_embeddings(directory: Path, header: dict[str, Any]) -> torch.Tensor:
     path = directory / header["embeddings_file"]
     if not path.is_file():
         raise IndexFileError(path, f"no such file, but {INDEX_FILE} names it", key="embeddings_file")
-    payload = path.read_bytes()
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise IndexFileError(path, f"cannot be read ({error.strerror})") from None
     if hashlib.sha256(payload).hexdigest() != header["embeddings_sha256"]:
         raise IndexFileError(path, "damaged: not the bytes that were saved", key="embeddings_sha256")
 
