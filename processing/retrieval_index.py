@@ -209,6 +209,16 @@ class RetrievalIndex:
             self.items.extend(items)
             self._snapshot = self._snapshot.grown(rows)
 
+    def extend(self, other: "RetrievalIndex") -> "RetrievalIndex":
+        """Appends all of another index of this space and dtype, what it skipped too, at once. Returns itself."""
+        self.check_space(other.projection_dim, other.fingerprint, other.model)
+        rows, items = other.embeddings.to(DTYPES[self.dtype]), list(other.items)  # (m, P)
+        with _growing:
+            self.items.extend(items)
+            self.skipped = [*self.skipped, *other.skipped]
+            self._snapshot = self._snapshot.grown(rows)
+        return self
+
     def note_skipped(self, entries: Iterable[dict[str, str]]) -> None:
         """Lists more entries {"item", "reason"} that could not be read."""
         with _growing:
