@@ -233,6 +233,7 @@ def _decode(image: Image.Image) -> Image.Image:
         flat = _narrow_to_rgb(image)
     if turn is not None:
         flat = flat.transpose(turn)
+    flat.info = {}  # or whoever opens it next, ourselves among them, would turn it again
     return flat
 
 

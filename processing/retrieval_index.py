@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,28 @@ def space_fingerprint(model: torch.nn.Module, samples: int = 64) -> str:
     A retrained model differs, also when it was saved over the old one; a moved directory does not.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not tensor.is_floating_point():
-            continue
+    weights = ((name, tensor) for name, value in sorted(model.state_dict().items()) for tensor in floats_of(value))
+    for name, tensor in weights:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if tensor.numel() and not tensor.is_meta:
             flat = tensor.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // samples)][:samples]
             digest.update(picked.to("cpu", torch.float16).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def floats_of(value: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors of an entry of a state dict; of quantised ones, packed in tuples or not, what they
+    stand for."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from floats_of(part)
+    elif isinstance(value, torch.Tensor):
+        # torchao's tensors say that they are floats
+        quantised = value.is_quantized or type(value).dequantize is not torch.Tensor.dequantize
+        tensor = value.dequantize() if quantised else value
+        if tensor.is_floating_point():
+            yield tensor
 
 
 def pack_keys(scores: torch.Tensor, start: int) -> torch.Tensor:

@@ -136,6 +136,15 @@ def test_exif_rotation_matches_pillow(orientation):
     assert open_image(data).size == ((6, 4) if orientation < 5 else (4, 6))
 
 
+def test_what_is_upright_stays_upright_when_it_is_opened_again():
+    """By ourselves, and by Pillow: the tag that says how to turn it does not travel with the picture."""
+    turned = Image.new("RGB", (4, 2), RED)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    upright = open_image(encode(turned, "JPEG", exif=exif.tobytes()))
+    assert upright.size == (2, 4) == open_image(upright).size == ImageOps.exif_transpose(upright).size
+
+
 def test_unreadable_exif_is_ignored():
     data = encode(Image.new("RGB", (4, 4), RED), "JPEG", exif=b"Exif\0\0garbage")
     assert open_image(data).size == (4, 4)
