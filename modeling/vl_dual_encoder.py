@@ -298,9 +298,10 @@ class ImageTextMatching:
         attention_mask: torch.Tensor | None,
         image_states: torch.Tensor,
         context_index: torch.Tensor | None = None,
+        **kwargs,
     ) -> torch.Tensor:
         """`match` of what was checked before. (R, T), (C, S, D) -> (R, 2)."""
-        fused = self.tower.fuse(input_ids, attention_mask, image_states, context_index)  # (R, T, D)
+        fused = self.tower.fuse(input_ids, attention_mask, image_states, context_index, **kwargs)  # (R, T, D)
         return self.itm_head(fused[:, 0])
 
 

@@ -12,7 +12,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .vl_layers import FeedForward, eager_attention_forward
+from .vl_layers import FeedForward, Watch, attend, eager_attention_forward
 
 
 class TextEmbeddings(nn.Module):
@@ -123,17 +123,20 @@ class FusionLayer(GradientCheckpointingLayer):
         context_index: torch.Tensor | None = None,
         first_row: bool = False,
         key_mask: torch.Tensor | None = None,
+        watch: Watch | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """With `first_row`, what the first position attends of 1 for real keys (R, L): (R, H, L) instead of states."""
         if first_row:  # by a call of the layer, at which an engine that shards brings its weights together
             return self.attention.first_row(hidden_states, key_mask)
         # the text itself
-        attended, _ = self.attention(hidden_states, None, attention_mask, **kwargs)
+        attended, _ = attend(self.attention, watch, hidden_states, None, attention_mask, **kwargs)
         hidden_states = self.attention_norm(self.dropout(attended) + hidden_states)
         # what it reads
         if context is not None:
-            attended, _ = self.cross_attention(hidden_states, context, context_mask, context_index, **kwargs)
+            attended, _ = attend(
+                self.cross_attention, watch, hidden_states, context, context_mask, context_index, **kwargs
+            )
             hidden_states = self.cross_norm(self.dropout(attended) + hidden_states)
         return self.output_norm(self.dropout(self.feed_forward(hidden_states)) + hidden_states)
 

@@ -6,59 +6,34 @@ score, the map is A * max(d score / d A, 0): what was attended and, attended mor
 B pairs, H heads, T positions of a text ([CLS] first), N = h*w patches, L queries, S keys, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from .vl_inputs import check_inputs
+from .vl_layers import Watch
 
 MODES = ("itm", "itc")
 POOLS = ("padded", "real", "tokens", "none")
 
 
-@contextmanager
-def caught_attention(attention: nn.Module) -> Iterator[list[torch.Tensor]]:
+def attention_gradcam(attention: nn.Module, score: Callable[[Watch], torch.Tensor]) -> torch.Tensor:
     """
-    While open, every call of `attention` leaves its probabilities (B, H, L, S) in the list, differentiable whatever
-    kernel the model is set to and whether or not its weights are frozen.
+    A * max(d score / d A, 0) of the one pass through `attention` that `score(watch)` makes, which hands `watch` to its
+    layers; its value is summed, so that rows of a batch keep to themselves. -> (B, H, L, S), without a graph, also
+    under `no_grad`.
     """
-    caught: list[torch.Tensor] = []
-
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        # A leaf: the score's gradient with respect to A needs nothing of what lies below.
-        leaf = args[0].detach().requires_grad_()
-        return (leaf, *args[1:]), {**kwargs, "implementation": "eager"}
-
-    def after(module: nn.Module, args: tuple, output: tuple) -> None:
-        caught.append(output[1])
-
-    handles = [
-        attention.register_forward_pre_hook(before, with_kwargs=True),
-        # before other hooks: transformers' recorder of attentions may replace what it sees
-        attention.register_forward_hook(after, prepend=True),
-    ]
-    try:
-        yield caught
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def attention_gradcam(attention: nn.Module, score: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """
-    A * max(d score / d A, 0) of the one pass through `attention` that `score()` makes; its value is summed, so that
-    rows of a batch keep to themselves. -> (B, H, L, S), without a graph, also under `no_grad`.
-    """
-    with torch.enable_grad(), caught_attention(attention) as caught:
-        total = score().float().sum()
-        if len(caught) != 1:
-            raise RuntimeError(f"the score made {len(caught)} passes through the attention layer; expected 1")
+    watch = Watch(attention)
+    with torch.enable_grad():
+        total = score(watch).float().sum()
+        if len(watch.weights) != 1:
+            raise RuntimeError(f"the score made {len(watch.weights)} passes through the attention layer; expected 1")
 
         # only back to A: nothing below it is differentiated
-        (gradient,) = torch.autograd.grad(total, caught[0])
-    return (caught[0] * gradient.clamp_min(0)).detach()
+        (weights,) = watch.weights
+        (gradient,) = torch.autograd.grad(total, weights)
+    return (weights * gradient.clamp_min(0)).detach()
 
 
 def chosen_layer(layers: nn.ModuleList, layer: int | None, default: int) -> nn.Module:
@@ -157,7 +132,9 @@ class GroundedMatching:
             # what the text's positions attend among the patches
             states = self.tower.vision(pixel_values)  # (B, 1 + N, D)
             attention = fusion_layer(self.tower.text, layer, self.config.grounding_layer).cross_attention
-            cam = attention_gradcam(attention, lambda: self.matching_logits(input_ids, mask, states)[:, 1])
+            cam = attention_gradcam(
+                attention, lambda watch: self.matching_logits(input_ids, mask, states, watch=watch)[:, 1]
+            )
             maps = cam[..., 1:].mean(1).unflatten(2, grid)  # (B, H, T, 1 + N) -> (B, T, h, w)
             return pool_positions(maps, mask, pool)
 
@@ -168,8 +145,8 @@ class GroundedMatching:
         tower, temperature = self.tower, self.temperature.detach()
         text = tower.embed_texts(tower.encode_texts(text_ids, text_mask))  # (B, P)
 
-        def score() -> torch.Tensor:
-            image = tower.embed_images(tower.vision(pixel_values))  # (B, P)
+        def score(watch: Watch) -> torch.Tensor:
+            image = tower.embed_images(tower.vision(pixel_values, watch=watch))  # (B, P)
             return (image * text).sum(-1) / temperature  # (B,)
 
         attention = chosen_layer(tower.vision.layers, layer, self.config.grounding_layer).attention
@@ -193,9 +170,9 @@ class GroundedConcepts:
         check_inputs(self.tower, None, None, pixel_values)
         return self.concept_logits(pixel_values)
 
-    def concept_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def concept_logits(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """`concepts` of what was checked before. (B, C, H, W) -> (B, V)."""
-        states = self.tower.vision(pixel_values)  # (B, 1 + N, D)
+        states = self.tower.vision(pixel_values, **kwargs)  # (B, 1 + N, D)
         projected = self.config.concept_input == "projected"
         return self.concept_head(self.tower.embed_images(states) if projected else states[:, 0])
 
@@ -221,9 +198,11 @@ class GroundedConcepts:
         attention = chosen_layer(self.tower.vision.layers, layer, self.config.grounding_layer).attention
         with torch.inference_mode(False):
             pixel_values, token_ids = _plain(pixel_values), _plain(token_ids)
-            cam = attention_gradcam(attention, lambda: self.concept_logits(pixel_values).gather(1, token_ids[:, None]))
+            cam = attention_gradcam(
+                attention, lambda watch: self.concept_logits(pixel_values, watch=watch).gather(1, token_ids[:, None])
+            )
         maps = cam[:, :, 0, 1:].mean(1)  # (B, H, 1 + N, 1 + N) -> (B, N)
         return maps.unflatten(1, _grid(pixel_values, self.config.patch_size))
 
 
-__all__ = ["GroundedConcepts", "GroundedMatching", "attention_gradcam", "caught_attention"]
+__all__ = ["GroundedConcepts", "GroundedMatching", "attention_gradcam"]

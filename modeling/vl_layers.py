@@ -5,7 +5,7 @@ X any width, H heads, d = D / H, n tokens of the packed batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -272,6 +272,35 @@ class SelfAttention(nn.Module):
         return self.proj(torch.cat(rows)), None  # (n, D)
 
 
+@dataclass
+class Watch:
+    """
+    One pass's request for the probabilities of an attention layer. It travels with the pass, so that the module, which
+    other threads may be running, is left as it is.
+
+    Attributes:
+        attention (`nn.Module`): The layer.
+        weights (`list[torch.Tensor]`): Its probabilities (B, H, L, S), one entry for each time the pass comes through;
+            differentiable, whatever kernel the model is set to and whether or not its weights are frozen.
+    """
+
+    attention: nn.Module
+    weights: list[torch.Tensor] = field(default_factory=list)
+
+
+def attend(
+    attention: nn.Module, watch: Watch | None, hidden_states: torch.Tensor, *args, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attention(hidden_states, ...)`, noted in `watch` if that asks for this layer."""
+    if watch is None or watch.attention is not attention:
+        return attention(hidden_states, *args, **kwargs)
+    # a leaf: the gradient with respect to the weights needs nothing of what lies below
+    leaf = hidden_states.detach().requires_grad_()
+    output, weights = attention(leaf, *args, implementation="eager", **kwargs)
+    watch.weights.append(weights)
+    return output, weights
+
+
 class FeedForward(nn.Module):
     def __init__(self, config: PreTrainedConfig, intermediate_size: int | None = None):
         super().__init__()
@@ -299,8 +328,9 @@ class PreNormLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: object = None,
         streams: list[Stream] | Sequences | None = None,
+        watch: Watch | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        attended, _ = self.attention(self.norm1(hidden_states), attention_mask, streams, **kwargs)
+        attended, _ = attend(self.attention, watch, self.norm1(hidden_states), attention_mask, streams, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.feed_forward(self.norm2(hidden_states))

@@ -10,6 +10,7 @@ from .processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline
 from .processing.pipeline_visual_entailment import VisualEntailmentPipeline
 from .processing.pipeline_visual_grounding import VisualGroundingPipeline
 from .processing.pipeline_visual_question_answering import VisualQuestionAnsweringPipeline
+from .processing.pipelines_built_in import BUILT_IN
 
 # name of an auto class -> the family's class
 Family = Mapping[str, type]
@@ -48,8 +49,10 @@ def register_family(model_type: str, classes: Family) -> None:
 
 
 def register_pipelines() -> None:
-    """The tasks that transformers does not have."""
+    """The tasks that transformers does not have, and those of its own that would read pictures another way."""
     for pipeline, models in PIPELINES.items():
         PIPELINE_REGISTRY.register_pipeline(
             pipeline.task_name, pipeline_class=pipeline, pt_model=models, type="multimodal"
         )
+    for task, pipeline in BUILT_IN.items():
+        PIPELINE_REGISTRY.supported_tasks[task] |= {"impl": pipeline}

@@ -4,10 +4,11 @@ Shapes: B pictures, H height, W width in pixels, P patch size; N = (H / P) * (W 
 ``open_image`` is the only place that decodes; everything it accepts, ``VisionLanguageImageProcessor`` accepts.
 """
 
+import errno
 import io
 import os
 import stat
-import urllib.request
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +17,15 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_processing_utils import BatchFeature
+from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from .image_fetching import BYTES_PER_PIXEL, decoding, fetch_bytes, from_base64, named
+from .vl_sources import is_many
+
 MAX_PIXELS = 89_478_485  # PIL's own warning threshold: a quarter of a GiB at 3 bytes a pixel
-MAX_URL_BYTES = 64 * 2**20
-URL_TIMEOUT_SECONDS = 20.0
+_FLOATS = (np.float16, np.float32, np.float64)
 
 # Raster formats decoded by code inside Pillow. Left out on purpose: EPS (runs Ghostscript), WMF, and the
 # scientific containers whose pixel ranges have no agreed meaning.
@@ -47,16 +50,23 @@ class ImageDecodeError(ValueError):
     """
 
 
-def open_image(source: Any, max_pixels: int | None = MAX_PIXELS, allow_urls: bool = False) -> Image.Image:
+def open_image(
+    source: Any,
+    max_pixels: int | None = MAX_PIXELS,
+    allow_urls: bool = False,
+    finish: Callable[[Image.Image], Any] | None = None,
+) -> Any:
     """Reads one picture from ``source`` as 8-bit RGB, upright, in memory.
 
     Args:
         source: a PIL image; a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with C in 1..4, of
-            booleans, 8-bit or 16-bit integers, or floats in 0..1; a path; encoded bytes;
-            ``{"bytes": ..., "path": ...}``; an http(s) URL if ``allow_urls``.
+            booleans, 8-bit or 16-bit integers, or floats in 0..1; a path; encoded bytes, also as base64 text or a
+            ``data:`` address; ``{"bytes": ..., "path": ...}``; an http(s) URL if ``allow_urls``.
         max_pixels: pictures with more pixels are refused, from the header, before anything is decoded;
             ``None`` switches the cap off.
         allow_urls: whether a URL may be fetched.
+        finish: what is made of the picture and returned instead, say a smaller one. All threads together decode and
+            finish within one budget of memory, so that many large pictures at once wait for each other.
 
     Grey and palette pictures are expanded, transparency is laid on white, CMYK is converted, 16 bits are scaled to
     8, EXIF rotation is applied, an animation gives its first frame.
@@ -66,27 +76,33 @@ def open_image(source: Any, max_pixels: int | None = MAX_PIXELS, allow_urls: boo
             range or shape of an array, unsupported type.
     """
     # each kind of source by its own way, all of them to `_decode` or `_narrow_to_rgb`
+    finish = finish or (lambda image: image)
     if isinstance(source, dict):
         source = _from_mapping(source)
     if isinstance(source, Image.Image):
         name = f"{type(source).__name__} of mode {source.mode}"
         name += f" from {source.filename!r}" if getattr(source, "filename", None) else ""
         _check_pixels(source.size, max_pixels, name)
-        return _guarded(_decode, source, name)
+        with decoding.hold(source.size[0] * source.size[1] * BYTES_PER_PIXEL):
+            return finish(_guarded(_decode, source, name))
     if isinstance(source, torch.Tensor | np.ndarray | np.generic):
-        return _from_array(source, max_pixels)
+        return finish(_from_array(source, max_pixels))
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         if not allow_urls:
-            raise ImageDecodeError(f"cannot read {source!r}: fetching URLs is off; pass allow_urls=True to allow it")
-        return _from_stream(io.BytesIO(_fetch(source)), repr(source), max_pixels)
+            raise ImageDecodeError(
+                f"cannot read {named(source)}: fetching URLs is off; pass allow_urls=True to allow it"
+            )
+        return _from_stream(io.BytesIO(_fetch(source)), named(source), max_pixels, finish)
 
-    # a path or encoded bytes
+    # encoded bytes, as text or as they are, or a path
+    if isinstance(source, str) and (data := from_base64(source, _is_picture)) is not None:
+        return _from_stream(io.BytesIO(data), named(source), max_pixels, finish)
     if isinstance(source, str | os.PathLike):
-        return _from_path(os.fspath(source), max_pixels)
+        return _from_path(os.fspath(source), max_pixels, finish)
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
         name = f"{len(data)} bytes starting with {data[:16]!r}" if data else "0 bytes"
-        return _from_stream(io.BytesIO(data), name, max_pixels)
+        return _from_stream(io.BytesIO(data), name, max_pixels, finish)
     raise ImageDecodeError(
         f"cannot read a picture from {type(source).__name__}: expected a PIL image, an array or tensor, a path, "
         "bytes or {'bytes', 'path'}"
@@ -95,11 +111,18 @@ def open_image(source: Any, max_pixels: int | None = MAX_PIXELS, allow_urls: boo
 
 def flatten_images(images: Any) -> list[Any]:
     """One source, a batch (B, ...) or a (nested) list of sources to a flat list of sources, nothing decoded."""
-    if isinstance(images, list | tuple):
-        return [source for item in images for source in flatten_images(item)]
     if isinstance(images, torch.Tensor | np.ndarray) and images.ndim == 4:
         return list(images)
+    if is_many(images):
+        return [source for item in images for source in flatten_images(item)]
     return [images]
+
+
+def _is_float(source: Any) -> bool:
+    """Whether a picture comes as floats, and so in 0..1: as of torchvision's ``ToTensor``."""
+    if isinstance(source, Image.Image):
+        return source.mode == "F"
+    return torch.is_floating_point(source) if torch.is_tensor(source) else getattr(source, "dtype", None) in _FLOATS
 
 
 def _from_mapping(source: dict) -> Any:
@@ -113,31 +136,38 @@ def _from_mapping(source: dict) -> Any:
     )
 
 
-def _from_path(path: str, max_pixels: int | None) -> Image.Image:
+def _is_picture(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()):
+            return True
+    except Exception:  # whatever Pillow's parsers raise
+        return False
+
+
+def _from_path(path: str, max_pixels: int | None, finish: Callable[[Image.Image], Any]) -> Any:
     try:
         # before opening: a pipe that nobody writes to would be waited for without end
         kind = os.stat(path).st_mode
         if not stat.S_ISREG(kind):
             what = "directory" if stat.S_ISDIR(kind) else "pipe, socket or device"
-            raise ImageDecodeError(f"cannot read {path!r}: a {what}, not a file")
+            raise ImageDecodeError(f"cannot read {named(path)}: a {what}, not a file")
         stream = open(path, "rb")
     except ImageDecodeError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise ImageDecodeError(f"cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            reason = f"{reason}, and it is no picture in base64"
+        raise ImageDecodeError(f"cannot read {named(path)}: {reason}") from error
     with stream:
-        return _from_stream(stream, repr(path), max_pixels)
+        return _from_stream(stream, named(path), max_pixels, finish)
 
 
 def _fetch(url: str) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=URL_TIMEOUT_SECONDS) as response:
-            data = response.read(MAX_URL_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ImageDecodeError(f"cannot fetch {url!r}: {error}") from error
-    if len(data) > MAX_URL_BYTES:
-        raise ImageDecodeError(f"cannot fetch {url!r}: more than {MAX_URL_BYTES} bytes")
-    return data
+        return fetch_bytes(url)
+    except OSError as error:
+        raise ImageDecodeError(f"cannot fetch {named(url)}: {error}") from error
 
 
 @lru_cache(maxsize=1)
@@ -147,10 +177,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _from_stream(stream: Any, name: str, max_pixels: int | None) -> Image.Image:
+def _from_stream(stream: Any, name: str, max_pixels: int | None, finish: Callable[[Image.Image], Any]) -> Any:
     # an empty file would be called unknown to every format
-    head = stream.read(16)
-    stream.seek(0)
+    try:
+        head = stream.read(16)
+        stream.seek(0)
+    except OSError as error:  # a disk that fails
+        raise ImageDecodeError(f"cannot read {name}: {error.strerror or error}") from error
     if not head:
         raise ImageDecodeError(f"cannot read {name}: empty")
 
@@ -163,9 +196,10 @@ def _from_stream(stream: Any, name: str, max_pixels: int | None) -> Image.Image:
         raise ImageDecodeError(f"cannot read {name}: {_reason(error)}") from error
     with image:
         _check_pixels(image.size, max_pixels, name)
-        decoded = _guarded(_decode, image, name)
-    _check_pixels(decoded.size, max_pixels, name)  # a container's header may say less than what it holds
-    return decoded
+        with decoding.hold(image.size[0] * image.size[1] * BYTES_PER_PIXEL):
+            decoded = _guarded(_decode, image, name)
+            _check_pixels(decoded.size, max_pixels, name)  # a container's header may say less than what it holds
+            return finish(decoded)
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int | None, name: str) -> None:
@@ -199,6 +233,7 @@ def _decode(image: Image.Image) -> Image.Image:
         flat = _narrow_to_rgb(image)
     if turn is not None:
         flat = flat.transpose(turn)
+    flat.info = {}  # or whoever opens it next, ourselves among them, would turn it again
     return flat
 
 
@@ -305,9 +340,13 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
     ``do_center_crop=True`` keeps the aspect ratio instead: the shorter side is resized to S, then the middle S x S
     is kept (zero-shot evaluation as in SLIP; pass ``resample`` there for the paper's bilinear filter).
 
+    Pictures that come as floats in 0..1 have the same pixels with ``do_rescale=False``, as in transformers, and
+    without it. One at a time is decoded and resized, so that a batch of large ones costs the memory of one.
+
     Raises:
         ImageDecodeError: a picture could not be read; the message holds its place in the batch.
-        ValueError: H or W is not a multiple of ``patch_size``, or pictures of one batch differ in size.
+        ValueError: H or W is not a multiple of ``patch_size``, pictures of one batch differ in size, or 8-bit pictures
+            are to be normalised without being scaled to the 0..1 that mean and deviation speak of.
     """
 
     valid_kwargs = OneRImageKwargs
@@ -343,18 +382,48 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
         sources = flatten_images(images)
         if not sources:
             raise ValueError("images is an empty list; pass at least one picture")
-        max_pixels = kwargs.pop("max_pixels")
-        allow_urls = bool(kwargs.pop("allow_urls"))
         tensors = []
         for index, source in enumerate(sources):
             try:
-                image = open_image(source, max_pixels=max_pixels, allow_urls=allow_urls)
+                tensors.append(self._scaled(self.shrink(source, **kwargs), source, **kwargs))  # (3, h, w)
             except ImageDecodeError as error:
                 if len(sources) == 1:
                     raise
                 raise ImageDecodeError(f"image {index} of {len(sources)}: {error}") from error
-            tensors.append(tvF.pil_to_tensor(image).to(kwargs.get("device") or "cpu"))  # (3, h, w) uint8
         return tensors
+
+    def shrink(self, source: Any, **kwargs: Any) -> torch.Tensor:
+        """One picture, decoded and resized: uint8 (3, h, w), of which the processor makes what it makes of ``source``.
+
+        Args:
+            source: anything that ``open_image`` reads.
+            kwargs: options of this call; the processor's own by default.
+
+        Raises:
+            ImageDecodeError: it could not be read.
+        """
+        names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "max_pixels")
+        options = {**{name: getattr(self, name) for name in names}, **kwargs}
+        size = _resized(options)
+
+        def finish(image: Image.Image) -> torch.Tensor:
+            pixels = tvF.pil_to_tensor(image).to(options.get("device") or "cpu")  # (3, h, w) uint8
+            return self.resize(pixels, size, options["resample"]) if options["do_resize"] else pixels
+
+        return open_image(source, options["max_pixels"], bool(options.get("allow_urls")), finish)
+
+    def _scaled(self, pixels: torch.Tensor, source: Any, **kwargs: Any) -> torch.Tensor:
+        """With ``do_rescale=False``: what came as floats is floats in 0..1 again; 8 bits are refused if normalised."""
+        if kwargs["do_rescale"]:
+            return pixels
+        if _is_float(source):
+            return pixels.float() / 255
+        if kwargs["do_normalize"] and max(kwargs["image_mean"]) <= 1:
+            raise ValueError(
+                f"do_rescale=False is for pictures that are floats in 0..1, got {type(source).__name__} with pixels "
+                "in 0..255: normalised, they would reach far out of any model's range; leave do_rescale as it is"
+            )
+        return pixels
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         if kwargs.get("do_center_crop") and kwargs.get("crop_size") is None:
@@ -370,18 +439,26 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
         return tvF.center_crop(image, [size.height, size.width])
 
     def _preprocess(self, images: list[torch.Tensor], *args: Any, **kwargs: Any) -> BatchFeature:
-        size = kwargs["size"]
         return_tensors = kwargs.pop("return_tensors", None)
         patch_size = kwargs.pop("patch_size")
 
         # the shorter side becomes the window's, then the middle is cut out
         if kwargs.get("do_center_crop"):
-            kwargs["crop_size"] = kwargs.get("crop_size") or size
-            if size.height and size.width:
-                kwargs["size"] = SizeDict(shortest_edge=max(size.height, size.width))
+            kwargs["crop_size"] = kwargs.get("crop_size") or kwargs["size"]
+        kwargs["size"] = _resized(kwargs)
         batch = super()._preprocess(images, *args, return_tensors=None, **kwargs)
         _check_grid(batch["pixel_values"], patch_size)
         return BatchFeature({"pixel_values": batch["pixel_values"]}, tensor_type=return_tensors)
+
+
+def _resized(options: dict[str, Any]) -> SizeDict:
+    """What a picture is resized to: its shorter side alone where the middle will be cut out."""
+    size = options["size"]
+    if not isinstance(size, SizeDict):
+        size = SizeDict(**get_size_dict(size))
+    if options.get("do_center_crop") and size.height and size.width:
+        return SizeDict(shortest_edge=max(size.height, size.width))
+    return size
 
 
 def _check_grid(pixel_values: list[torch.Tensor], patch_size: int) -> None:

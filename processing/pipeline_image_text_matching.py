@@ -20,16 +20,18 @@ class ImageTextMatchingPipeline(PairPipeline):
     task_name = "image-text-matching"
     model_methods = ("match", "get_image_features")
 
-    def _sanitize_parameters(self, allow_urls: bool | None = None, **unknown: Any) -> tuple[dict, dict, dict]:
-        return known_options(self.task_name, {"allow_urls": allow_urls}, unknown), {}, {}
+    def _sanitize_parameters(
+        self, allow_urls: bool | None = None, num_workers: int | None = None, **unknown: Any
+    ) -> tuple[dict, dict, dict]:
+        return known_options(self.task_name, {"allow_urls": allow_urls, "num_workers": num_workers}, unknown), {}, {}
 
-    def preprocess(self, pairs: list[Pair], allow_urls: bool = False) -> dict[str, Any]:
+    def preprocess(self, pairs: list[Pair], allow_urls: bool = False, num_workers: int = 0) -> dict[str, Any]:
         """n pairs → texts (n, T), the different pictures (c, 3, H, W), and which of them each text is held against."""
         # each picture once, however many texts are held against it
         places: dict[int, int] = {}
         index = [places.setdefault(id(pair["image"]), len(places)) for pair in pairs]
         first = [index.index(place) for place in range(len(places))]
-        pictures = [self._open(pairs[row]["image"], allow_urls) for row in first]
+        pictures = self.read_all([pairs[row]["image"] for row in first], allow_urls, num_workers)
         texts = [pair["text"] for pair in pairs]
         return {
             **self.processor(text=texts, return_tensors="pt", padding=True),

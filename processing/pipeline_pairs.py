@@ -9,19 +9,29 @@ A picture is anything `open_image` reads. This module defines no task; see its n
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice, repeat
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from transformers import Pipeline
 
-from .image_processing_vl import MAX_PIXELS, open_image
 from .vl_captions import caption_reason
+from .vl_sources import is_many, iterate, undecoded, warn_caller
 
 BATCH_SIZE = 32
 
 Pair = dict[str, Any]
+
+
+class Unknown(NamedTuple):
+    """A text of `total` tokens of which `lost` stand for words that the vocabulary lacks."""
+
+    text: str
+    lost: int
+    total: int
 
 
 class VisionLanguagePipeline(Pipeline):
@@ -71,9 +81,41 @@ class VisionLanguagePipeline(Pipeline):
             raise ValueError(f"batch_size must be a positive integer, got {size!r}")
         return size
 
-    def _open(self, picture: Any, allow_urls: bool) -> Image.Image:
-        max_pixels = getattr(self.processor.image_processor, "max_pixels", MAX_PIXELS)
-        return open_image(picture, max_pixels=max_pixels, allow_urls=allow_urls)
+    def read(self, picture: Any, allow_urls: bool = False, **options: Any) -> torch.Tensor:
+        """A picture as it goes into the processor, already of the size it will have: uint8 (3, h, w)."""
+        return self.processor.image_processor.shrink(picture, allow_urls=allow_urls, **options)
+
+    def read_all(self, pictures: list[Any], allow_urls: bool, num_workers: int, **options: Any) -> list[torch.Tensor]:
+        """Likewise of several, by so many threads."""
+        read = partial(self.read, allow_urls=allow_urls, **options)
+        if num_workers < 1 or len(pictures) < 2:
+            return [read(picture) for picture in pictures]
+        with ThreadPoolExecutor(num_workers) as pool:
+            return list(pool.map(read, pictures))
+
+    def unknown_words(self, texts: list[str | None], inputs: Mapping[str, Any]) -> list[Unknown]:
+        """Of a batch's texts, with their ids and mask (B, L): those that the vocabulary does not hold all of."""
+        if "input_ids" not in inputs:
+            return []
+        ids, real = inputs["input_ids"], inputs["attention_mask"]
+        real = real * (ids != self.processor.image_token_id)
+        unknown = ((ids == self.processor.tokenizer.unk_token_id) & (real == 1)).sum(1).tolist()  # (B,)
+        tokens = (real.sum(1) - 1).tolist()  # (B,), [CLS] not counted
+        counts = zip(texts, unknown, tokens, strict=True)
+        return [Unknown(text, lost, total) for text, lost, total in counts if text is not None and (lost or not total)]
+
+    def tell_unknown(self, unknown: list[Unknown], asked: int) -> None:
+        """Warns once of texts that the model cannot read, or not whole."""
+        if not unknown:
+            return
+        blind = [one for one in unknown if one.lost == one.total]
+        shown = (blind or unknown)[0]
+        nothing = f"; of {len(blind)} it reads nothing else, and answers to these mean nothing" if blind else ""
+        warn_caller(
+            f"{len(unknown)} of {asked} texts hold words that the vocabulary lacks, which the model reads as "
+            f"{self.processor.tokenizer.unk_token}, such as {shown.text!r:.80} ({shown.lost} of {shown.total} tokens)"
+            f"{nothing}"
+        )
 
 
 class PairPipeline(VisionLanguagePipeline):
@@ -87,9 +129,9 @@ class PairPipeline(VisionLanguagePipeline):
 
     text_name = "text"
 
-    def preprocess(self, pairs: list[Pair], allow_urls: bool = False) -> dict[str, Any]:
+    def preprocess(self, pairs: list[Pair], allow_urls: bool = False, num_workers: int = 0) -> dict[str, Any]:
         """n pairs → the processor's batch, ids (n, L) and pixels (n, 3, H, W)."""
-        pictures = [self._open(pair["image"], allow_urls) for pair in pairs]
+        pictures = self.read_all([pair["image"] for pair in pairs], allow_urls, num_workers)
         texts = [pair[self.text_name] for pair in pairs]
         return dict(self.processor(images=pictures, text=texts, return_tensors="pt", padding=True).to(self.dtype))
 
@@ -97,8 +139,8 @@ class PairPipeline(VisionLanguagePipeline):
     def postprocess(self, model_outputs: Any, **options: Any) -> list[Any]:
         """The model's outputs of a batch → one answer for each of its pairs."""
 
-    def answer(self, pairs: list[Pair], batch_size: int | None, **options: Any) -> list[Any]:
-        """One answer for each pair, in order."""
+    def answer(self, pairs: Iterable[Pair], batch_size: int | None, **options: Any) -> Iterator[Any]:
+        """One answer for each pair, in order, batch by batch."""
         size = self._read_batch_size(batch_size)
         by_call = self._sanitize_parameters(**options)
 
@@ -106,15 +148,17 @@ class PairPipeline(VisionLanguagePipeline):
         stages = (self._preprocess_params, self._forward_params, self._postprocess_params)
         before, during, after = ({**own, **new} for own, new in zip(stages, by_call, strict=True))
 
-        # batch by batch
-        answers = []
-        for start in range(0, len(pairs), size):
-            batch = self.preprocess(pairs[start : start + size], **before)
-            answers += self.postprocess(self.forward(batch, **during), **after)
-        return answers
+        # each is read when its batch is
+        pairs = iter(pairs)
+        while some := list(islice(pairs, size)):
+            batch = self.preprocess(some, **before)
+            self.tell_unknown(self.unknown_words([pair[self.text_name] for pair in some], batch), len(some))
+            yield from self.postprocess(self.forward(batch, **during), **after)
 
     def __call__(self, inputs: Any = None, *, image: Any = None, batch_size: int | None = None, **options: Any) -> Any:
         """One answer for one pair, else a list of them; see the head of the module for what a pair can be.
+
+        An iterator of pictures or pairs is answered by an iterator, a batch ahead of what was asked for.
 
         Raises:
             ValueError: nothing was asked, a text that is none, or lists that do not go together.
@@ -122,11 +166,14 @@ class PairPipeline(VisionLanguagePipeline):
         """
         pairs, single = gather_pairs(inputs, image, options.pop(self.text_name, None), self.text_name)
         answers = self.answer(pairs, batch_size, **options)
-        return answers[0] if single else answers
+        if isinstance(inputs, Iterator):
+            return answers
+        found = list(answers)
+        return found[0] if single else found
 
 
-def gather_pairs(inputs: Any, image: Any, text: Any, text_name: str = "text") -> tuple[list[Pair], bool]:
-    """All ways to ask → [{"image": picture, text_name: str}], and whether it was a single pair."""
+def gather_pairs(inputs: Any, image: Any, text: Any, text_name: str = "text") -> tuple[Iterable[Pair], bool]:
+    """All ways to ask → {"image": picture, text_name: str} for each pair, and whether it was a single one."""
     if inputs is not None and image is not None:
         raise ValueError("the picture was given twice; give it first or as image=, not both")
     source = inputs if image is None else image
@@ -134,22 +181,20 @@ def gather_pairs(inputs: Any, image: Any, text: Any, text_name: str = "text") ->
         keys = f'{{"image": ..., "{text_name}": ...}}'
         raise ValueError(f"nothing was asked: give a picture and {text_name}=, or {keys}")
 
-    # one picture or several
-    many = isinstance(source, (list, tuple, Iterator))
-    sources = list(source) if many else [source]
+    # pairs, one or several
+    many, many_texts = is_many(source), is_many(text)
     if text is None:
-        return [_read_pair(pair, text_name, place) for place, pair in enumerate(sources)], not many
+        pairs = iterate(undecoded(source)) if many else [source]
+        return (_read_pair(pair, text_name, place) for place, pair in enumerate(pairs)), not many
 
-    # with one text or several: lists of one length, or one of either for all
-    texts = list(text) if isinstance(text, (list, tuple)) else [text]
-    single = not many and not isinstance(text, (list, tuple))
-    if many and isinstance(text, (list, tuple)) and len(sources) != len(texts):
-        raise ValueError(f"got {len(sources)} pictures and {len(texts)} texts; expected as many, or one of either")
-    count = max(len(sources), len(texts)) if sources and texts else 0
-    sources = sources if many else sources * count
-    texts = texts if isinstance(text, (list, tuple)) else texts * count
-    rows = [{"image": one, text_name: words} for one, words in zip(sources, texts, strict=True)]
-    return [_read_pair(row, text_name, place) for place, row in enumerate(rows)], single
+    # pictures with texts: as many of both, or one of either for all
+    lengths = [len(value) for value in (source, text) if is_many(value) and isinstance(value, Sized)]
+    if many and many_texts and len(set(lengths)) > 1:
+        raise ValueError(f"got {lengths[0]} pictures and {lengths[1]} texts; expected as many, or one of either")
+    sources = iterate(undecoded(source)) if many else repeat(source) if many_texts else [source]
+    texts = iterate(text) if many_texts else repeat(text)
+    rows = ({"image": one, text_name: words} for one, words in zip(sources, texts, strict=many and many_texts))
+    return (_read_pair(row, text_name, place) for place, row in enumerate(rows)), not many and not many_texts
 
 
 def _read_pair(pair: Any, text_name: str, place: int) -> Pair:

@@ -22,12 +22,17 @@ class VisualEntailmentPipeline(PairPipeline):
     model_methods = ("classifier",)
 
     def _sanitize_parameters(
-        self, top_k: int | None = None, allow_urls: bool | None = None, **unknown: Any
+        self,
+        top_k: int | None = None,
+        allow_urls: bool | None = None,
+        num_workers: int | None = None,
+        **unknown: Any,
     ) -> tuple[dict, dict, dict]:
-        options = known_options(self.task_name, {"top_k": checked_top_k(top_k), "allow_urls": allow_urls}, unknown)
+        known = {"top_k": checked_top_k(top_k), "allow_urls": allow_urls, "num_workers": num_workers}
+        options = known_options(self.task_name, known, unknown)
 
         # the options of preprocess, forward and postprocess
-        stages = (("allow_urls",), (), ("top_k",))
+        stages = (("allow_urls", "num_workers"), (), ("top_k",))
         return tuple({name: options[name] for name in names if name in options} for names in stages)
 
     def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

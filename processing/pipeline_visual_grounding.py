@@ -10,14 +10,28 @@ root of the area. Without, it is the rectangle of patches that scores highest. A
 picture was found to speak for the text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import torch
+from PIL import Image
+
 from .grounding_boxes import overlay_map, rectangle_box, resize_map, score_boxes
+from .image_processing_vl import open_image
 from .pipeline_pairs import Pair, PairPipeline, gather_pairs, known_options
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass
+class Seen:
+    """What is kept of a picture: its pixels (3, h, w), its own width and height, and itself if it is drawn on."""
+
+    pixels: torch.Tensor
+    size: tuple[int, int]
+    picture: Image.Image | None
 
 
 class VisualGroundingPipeline(PairPipeline):
@@ -36,16 +50,18 @@ class VisualGroundingPipeline(PairPipeline):
     def _sanitize_parameters(
         self,
         allow_urls: bool | None = None,
+        num_workers: int | None = None,
         overlay: bool | None = None,
         mode: str | None = None,
         layer: int | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
-        known = {"allow_urls": allow_urls, "overlay": overlay, "mode": mode, "layer": layer}
+        known = {"allow_urls": allow_urls, "num_workers": num_workers}
+        known |= {"overlay": overlay, "mode": mode, "layer": layer}
         options = known_options(f"{self.task_name} (with boxes=)", known, unknown)
 
         # the options of preprocess, forward and postprocess
-        stages = (("allow_urls",), ("mode", "layer"), ("overlay",))
+        stages = (("allow_urls", "num_workers", "overlay"), ("mode", "layer"), ())
         return tuple({name: options[name] for name in names if name in options} for names in stages)
 
     def __call__(self, inputs: Any = None, *, image: Any = None, boxes: Any = None, **options: Any) -> Any:
@@ -57,42 +73,46 @@ class VisualGroundingPipeline(PairPipeline):
         # candidates go with their pairs
         pairs, single = gather_pairs(inputs, image, options.pop("text", None))
         if boxes is not None:
-            boxes = [boxes] if single else list(boxes)
+            boxes, pairs = [boxes] if single else list(boxes), list(pairs)
             if len(boxes) != len(pairs):
                 raise ValueError(f"got {len(boxes)} lists of boxes for {len(pairs)} pairs; expected one for each")
             pairs = [{**pair, "boxes": read_boxes(own)} for pair, own in zip(pairs, boxes, strict=True)]
         answers = self.answer(pairs, options.pop("batch_size", None), **options)
-        return answers[0] if single else answers
+        if isinstance(inputs, Iterator):
+            return answers
+        found = list(answers)
+        return found[0] if single else found
 
-    def preprocess(self, pairs: list[Pair], allow_urls: bool = False) -> dict[str, Any]:
+    def preprocess(
+        self, pairs: list[Pair], allow_urls: bool = False, num_workers: int = 0, overlay: bool = False
+    ) -> dict[str, Any]:
         """n pairs → the processor's batch; pictures are seen whole, also where the processor would crop them."""
-        pictures = [self._open(pair["image"], allow_urls) for pair in pairs]
-
         # one size without a crop, so that the map covers the picture
         side = self.model.config.image_size
-        batch = self.processor(
-            images=pictures,
-            text=[pair["text"] for pair in pairs],
-            size={"height": side, "width": side},
-            do_center_crop=False,
-            return_tensors="pt",
-            padding=True,
-        )
-        return {**batch.to(self.dtype), "pictures": pictures, "boxes": [pair.get("boxes") for pair in pairs]}
+        whole = {"size": {"height": side, "width": side}, "do_center_crop": False}
+        seen = self.read_all([pair["image"] for pair in pairs], allow_urls, num_workers, keep=overlay, **whole)
+        pixels, texts = [one.pixels for one in seen], [pair["text"] for pair in pairs]
+        batch = self.processor(images=pixels, text=texts, return_tensors="pt", padding=True, **whole)
+        return {**batch.to(self.dtype), "seen": seen, "boxes": [pair.get("boxes") for pair in pairs]}
+
+    def read(self, picture: Any, allow_urls: bool = False, keep: bool = False, **options: Any) -> Seen:
+        """As every pipeline's; with the picture's own size, and itself if it is to be drawn on."""
+        image = open_image(picture, self.processor.image_processor.max_pixels, allow_urls)
+        return Seen(super().read(image, **options), image.size, image if keep else None)
 
     def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
-        pictures = model_inputs.pop("pictures")
+        seen = model_inputs.pop("seen")
         boxes = model_inputs.pop("boxes")
-        return {"maps": self.model.ground(**model_inputs, **options), "pictures": pictures, "boxes": boxes}
+        return {"maps": self.model.ground(**model_inputs, **options), "seen": seen, "boxes": boxes}
 
-    def postprocess(self, model_outputs: dict[str, Any], overlay: bool = False) -> list[dict[str, Any]]:
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
         """Maps (n, h, w) → for each pair the best box, its score, and the map."""
         answers = []
-        triples = zip(model_outputs["maps"].float(), model_outputs["pictures"], model_outputs["boxes"], strict=True)
+        triples = zip(model_outputs["maps"].float(), model_outputs["seen"], model_outputs["boxes"], strict=True)
 
         # each map at the size of its own picture
-        for cells, picture, boxes in triples:
-            width, height = picture.size
+        for cells, seen, boxes in triples:
+            width, height = seen.size
 
             # the candidate that scores highest
             candidates = boxes or [rectangle_box(cells, height, width)]
@@ -107,7 +127,7 @@ class VisualGroundingPipeline(PairPipeline):
                 "map": cells,
             }
             answer |= {"index": best} if boxes else {}
-            answer |= {"overlay": overlay_map(picture, cells, candidates[best])} if overlay else {}
+            answer |= {"overlay": overlay_map(seen.picture, cells, candidates[best])} if seen.picture else {}
             answers.append(answer)
         return answers
 

@@ -42,6 +42,7 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         max_new_tokens: int | None = None,
         num_beams: int | None = None,
         allow_urls: bool | None = None,
+        num_workers: int | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         known = {
@@ -50,18 +51,27 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
             "allow_urls": allow_urls,
+            "num_workers": num_workers,
         }
         options = known_options(self.task_name, known, unknown)
 
         # the options of preprocess, forward and postprocess
-        stages = (("allow_urls", "candidates"), ("max_new_tokens", "num_beams"), ("candidates", "top_k"))
+        stages = (
+            ("allow_urls", "num_workers", "candidates"),
+            ("max_new_tokens", "num_beams"),
+            ("candidates", "top_k"),
+        )
         return tuple({name: options[name] for name in names if name in options} for names in stages)
 
     def preprocess(
-        self, pairs: list[Pair], allow_urls: bool = False, candidates: list[str] | None = None
+        self,
+        pairs: list[Pair],
+        allow_urls: bool = False,
+        num_workers: int = 0,
+        candidates: list[str] | None = None,
     ) -> dict[str, Any]:
         """n pairs → the processor's batch, and the candidates' ids and mask (K, A)."""
-        batch = super().preprocess(pairs, allow_urls)
+        batch = super().preprocess(pairs, allow_urls, num_workers)
         return batch if candidates is None else batch | self.lay_out_answers(candidates)
 
     def lay_out_answers(self, answers: list[str]) -> dict[str, torch.Tensor]:

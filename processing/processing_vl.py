@@ -13,6 +13,8 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 
+from .vl_sources import is_many, iterate
+
 _IMAGE_TOKENS = ("[IMG]", "[unused0]")  # our own vocabularies; bert-base-uncased's
 _TEXT_OPTIONS = frozenset(
     ("padding", "truncation", "max_length", "return_tensors", "is_split_into_words", "pad_to_multiple_of")
@@ -81,7 +83,8 @@ class VisionLanguageProcessor(ProcessorMixin):
 
         Args:
             images: one source or a list of them, anything ``open_image`` reads; or a batch (B, C, H, W).
-            text: a str or a list of str; with ``is_split_into_words=True`` a list of words or a list of such lists.
+            text: a str or a list of str, or a data set's column of them; with ``is_split_into_words=True`` a list of
+                words or a list of such lists.
             return_tensors: "pt" (default), "np", or None for lists.
             padding: True or "longest" (default), "max_length" (texts to max_length), or False.
             truncation: whether tokens beyond ``max_length`` are cut (default True); placeholders never are.
@@ -93,11 +96,11 @@ class VisionLanguageProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids`` and ``attention_mask`` (B, L) int64, and with pictures ``pixel_values`` (B, 3, H, W) float.
-            Without ``joint_layout`` pictures alone have no ids, and there may be more or fewer texts than pictures.
+            Without ``joint_layout`` pictures alone have no ids. There may be more or fewer texts than pictures, to be
+            held against each other by a model for retrieval; the ids are then of the texts alone, whatever the layout.
 
         Raises:
-            ValueError: neither given, numbers of pictures and texts of one sequence differ, a text is not a str, empty
-                lists.
+            ValueError: neither given, a text is not a str, empty lists.
             TypeError: an option that nothing here understands.
             ImageDecodeError: see ``open_image``.
         """
@@ -119,13 +122,10 @@ class VisionLanguageProcessor(ProcessorMixin):
             pixel_values = self.image_processor(images, **{**image_options, "return_tensors": "pt"})["pixel_values"]
             data["pixel_values"] = pixel_values  # (B, 3, H, W)
         if images is not None and self.joint_layout:
-            if tokens is not None and len(tokens) != len(pixel_values):
-                raise ValueError(
-                    f"got {len(pixel_values)} pictures and {len(tokens)} texts: in one sequence each picture needs "
-                    "its own text; call the processor twice to encode them apart"
-                )
+            # as many of both are pairs; other numbers are held against each other, as in CLIP, and laid out apart
+            pairs = tokens is None or len(tokens) == len(pixel_values)
             tokens = [[] for _ in pixel_values] if tokens is None else tokens
-            n_patches = self.num_image_tokens(*pixel_values.shape[-2:])
+            n_patches = self.num_image_tokens(*pixel_values.shape[-2:]) if pairs else 0
 
         # texts, or both in one sequence
         sequences = {} if tokens is None else self._lay_out(tokens, n_patches, options)  # (B, L) each
@@ -259,6 +259,8 @@ def _token_id(tokenizer: Any, token: str | None, name: str) -> int:
 
 def _as_texts(text: Any, split: bool) -> list[Any]:
     """Checks the nesting and returns a batch: a list of str, or of lists of str if ``split``."""
+    if is_many(text):  # also a column of a data set
+        text = list(iterate(text))
     # one text becomes a batch of one
     if split and isinstance(text, list | tuple) and text and all(isinstance(word, str) for word in text):
         text = [text]

@@ -2,51 +2,58 @@
 
 Shapes: n indexed items, P projection_dim, q queries, k answers per query (k = min(top_k, n)).
 
-On disk an index is a directory of two files:
-
-    retrieval_index.json               format, version, model, fingerprint, counts, items (JSON values), skipped
-    embeddings-<digest>.safetensors    "embeddings" (n, P), fp16 or fp32, unit rows; named in the JSON file
-
-The embeddings are written first, under a name made of their digest, and the JSON file is renamed into place last:
-whoever reads the directory, also after a crash, sees the old index or the new one, never half of each.
+Threads may add, search, save and load at once. What is searched or saved is a snapshot: a tuple of blocks that nobody
+changes, swapped for a longer one under a lock; the list of items only grows, and before the snapshot that counts them.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as dump_safetensors
 
-FORMAT = "oner-retrieval-index"
-FORMAT_VERSION = 1
-INDEX_FILE = "retrieval_index.json"
-TENSOR_NAME = "embeddings"
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+from .retrieval_index_files import (
+    DTYPES,
+    INDEX_FILE,
+    IndexFileError,
+    IndexMismatchError,
+    RetrievalIndexError,
+    read_index,
+    write_index,
+)
+
 QUERY_BLOCK = 1024
 LOW_32_BITS = 0xFFFFFFFF
 
-
-class RetrievalIndexError(ValueError):
-    """Anything that is wrong with a retrieval index."""
-
-
-class IndexFileError(RetrievalIndexError):
-    """A file of the index is missing, damaged or not ours. `file` and, where there is one, `key` say which."""
-
-    def __init__(self, file: str | os.PathLike, reason: str, key: str | None = None):
-        self.file = str(file)
-        self.key = key
-        super().__init__(f"{file}{'' if key is None else f', key {key!r}'}: {reason}")
+# of all indexes: it is held for the moment in which one grows, and an index that holds none can be copied
+_growing = threading.Lock()
 
 
-class IndexMismatchError(RetrievalIndexError):
-    """Embeddings of another model or of another width than the index holds."""
+@dataclass(frozen=True)
+class Snapshot:
+    """
+    An index at one moment.
+
+    Attributes:
+        blocks (`tuple[torch.Tensor, ...]`): (m, P) each, unit rows; n rows together, in the order of the items.
+        count (`int`): n.
+    """
+
+    blocks: tuple[torch.Tensor, ...]
+    count: int
+
+    def grown(self, rows: torch.Tensor) -> "Snapshot":
+        """With rows (m, P) behind: each block stays at least twice as long as the next, so they remain few."""
+        blocks = [*self.blocks, rows]
+        while len(blocks) > 1 and len(blocks[-2]) < 2 * len(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] = torch.cat([blocks[-1], last])
+        return Snapshot(tuple(blocks), self.count + len(rows))
 
 
 def space_fingerprint(model: torch.nn.Module, samples: int = 64) -> str:
@@ -57,15 +64,28 @@ def space_fingerprint(model: torch.nn.Module, samples: int = 64) -> str:
     A retrained model differs, also when it was saved over the old one; a moved directory does not.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not tensor.is_floating_point():
-            continue
+    weights = ((name, tensor) for name, value in sorted(model.state_dict().items()) for tensor in floats_of(value))
+    for name, tensor in weights:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if tensor.numel() and not tensor.is_meta:
             flat = tensor.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // samples)][:samples]
             digest.update(picked.to("cpu", torch.float16).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def floats_of(value: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors of an entry of a state dict; of quantised ones, packed in tuples or not, what they
+    stand for."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from floats_of(part)
+    elif isinstance(value, torch.Tensor):
+        # torchao's tensors say that they are floats
+        quantised = value.is_quantized or type(value).dequantize is not torch.Tensor.dequantize
+        tensor = value.dequantize() if quantised else value
+        if tensor.is_floating_point():
+            yield tensor
 
 
 def pack_keys(scores: torch.Tensor, start: int) -> torch.Tensor:
@@ -85,6 +105,19 @@ def unpack_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ordered = (keys >> 32).to(torch.int32)  # (q, k)
     scores = torch.where(ordered >= 0, ordered, ordered ^ 0x7FFFFFFF).view(torch.float32)
     return scores, LOW_32_BITS - (keys & LOW_32_BITS)
+
+
+def best_keys(queries: torch.Tensor, blocks: Iterable[torch.Tensor], k: int, chunk: int) -> torch.Tensor:
+    """fp64 queries (q, P), blocks of items (m, P) → the k greatest keys (q, k), falling; see `pack_keys`."""
+    best = torch.empty(len(queries), 0, dtype=torch.int64)  # (q, 0)
+    start = 0
+    for rows in (rows for block in blocks for rows in block.split(chunk)):
+        products = queries @ rows.to(torch.float64).T  # (q, c)
+        keys = pack_keys(products.to(torch.float32), start)  # (q, c)
+        best = torch.cat([best, keys], dim=1)  # (q, up to k + c)
+        best = best.topk(min(k, best.shape[1]), dim=1).values  # (q, up to k)
+        start += len(rows)
+    return best
 
 
 class RetrievalIndex:
@@ -114,13 +147,13 @@ class RetrievalIndex:
         self.fingerprint = fingerprint
         self.dtype = dtype
 
-        # items, and their embeddings in blocks, as they were added
+        # items, which only grow, and their embeddings
         self.items: list[Any] = []
         self.skipped: list[dict[str, str]] = []
-        self._blocks: list[torch.Tensor] = [torch.empty(0, projection_dim, dtype=DTYPES[dtype])]
+        self._snapshot = Snapshot((torch.empty(0, projection_dim, dtype=DTYPES[dtype]),), 0)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return self._snapshot.count
 
     def __repr__(self) -> str:
         return f"RetrievalIndex({len(self)} items, {self.projection_dim} wide, {self.dtype}, model {self.model!r})"
@@ -128,10 +161,16 @@ class RetrievalIndex:
     @property
     def embeddings(self) -> torch.Tensor:
         """(n, P), unit rows, on the CPU."""
-        # joined when they are first read: many small additions cost one copy
-        if len(self._blocks) > 1:
-            self._blocks = [torch.cat(self._blocks)]
-        return self._blocks[0]
+        snapshot = self._snapshot
+        if len(snapshot.blocks) == 1:
+            return snapshot.blocks[0]
+        joined = torch.cat(snapshot.blocks)
+
+        # kept, unless rows were added meanwhile
+        with _growing:
+            if self._snapshot is snapshot:
+                self._snapshot = Snapshot((joined,), snapshot.count)
+        return joined
 
     def check_space(self, projection_dim: int, fingerprint: str | None = None, model: str | None = None) -> None:
         """Raises IndexMismatchError unless embeddings of this width and fingerprint belong into this index."""
@@ -176,8 +215,27 @@ class RetrievalIndex:
                 raise TypeError(
                     f"an item must be a path or a JSON value, got {type(item).__name__}: {error}"
                 ) from None
-        self._blocks.append(unit_rows(embeddings).to(DTYPES[self.dtype]))  # (m, P)
-        self.items.extend(items)
+        rows = unit_rows(embeddings).to(DTYPES[self.dtype])  # (m, P)
+
+        # the items first: whatever a search finds has one
+        with _growing:
+            self.items.extend(items)
+            self._snapshot = self._snapshot.grown(rows)
+
+    def extend(self, other: "RetrievalIndex") -> "RetrievalIndex":
+        """Appends all of another index of this space and dtype, what it skipped too, at once. Returns itself."""
+        self.check_space(other.projection_dim, other.fingerprint, other.model)
+        rows, items = other.embeddings.to(DTYPES[self.dtype]), list(other.items)  # (m, P)
+        with _growing:
+            self.items.extend(items)
+            self.skipped = [*self.skipped, *other.skipped]
+            self._snapshot = self._snapshot.grown(rows)
+        return self
+
+    def note_skipped(self, entries: Iterable[dict[str, str]]) -> None:
+        """Lists more entries {"item", "reason"} that could not be read."""
+        with _growing:
+            self.skipped = [*self.skipped, *entries]
 
     def search(self, queries: torch.Tensor, top_k: int = 10, chunk: int = 16384) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine of every query with every item: exact, `chunk` items at a time.
@@ -201,65 +259,38 @@ class RetrievalIndex:
         self.check_space(queries.shape[1])
 
         # blocks of queries, so that scores of all items are never held at once
-        k = min(top_k, len(self))
+        snapshot = self._snapshot
+        k = min(top_k, snapshot.count)
         rows = unit_rows(queries)  # (q, P) fp64
-        blocks = [self._best_keys(block, k, chunk) for block in rows.split(QUERY_BLOCK)]
+        blocks = [best_keys(block, snapshot.blocks, k, chunk) for block in rows.split(QUERY_BLOCK)]
         return unpack_keys(torch.cat(blocks) if blocks else torch.empty(0, k, dtype=torch.int64))
-
-    def _best_keys(self, queries: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
-        """fp64 queries (q, P) → the k greatest keys (q, k), falling; see `pack_keys`."""
-        best = torch.empty(len(queries), 0, dtype=torch.int64)  # (q, 0)
-        for start in range(0, len(self), chunk):
-            rows = self.embeddings[start : start + chunk].to(torch.float64)  # (c, P)
-            keys = pack_keys((queries @ rows.T).to(torch.float32), start)  # (q, c)
-            best = torch.cat([best, keys], dim=1)  # (q, up to k + c)
-            best = best.topk(min(k, best.shape[1]), dim=1).values  # (q, up to k)
-        return best
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes the index into `directory` (made if missing); replaces an index that stands there.
 
         Raises IndexFileError if `directory` holds a `retrieval_index.json` that is not ours, or is a file.
         """
-        # what may be replaced: nothing, or an index
-        directory = Path(directory)
-        if directory.exists() and not directory.is_dir():
-            raise IndexFileError(directory, "is a file; an index is saved into a directory")
-        previous = read_header(directory) if (directory / INDEX_FILE).exists() else None
-        directory.mkdir(parents=True, exist_ok=True)
-
-        # the embeddings, under a name made of their digest
-        payload = dump_safetensors({TENSOR_NAME: self.embeddings.contiguous()}, metadata={"format": "pt"})
-        digest = hashlib.sha256(payload).hexdigest()
+        with _growing:
+            snapshot = self._snapshot
+            skipped = list(self.skipped)
         header = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
             "model": self.model,
             "fingerprint": self.fingerprint,
             "projection_dim": self.projection_dim,
             "dtype": self.dtype,
-            "count": len(self),
-            "embeddings_file": f"embeddings-{digest[:16]}.safetensors",
-            "embeddings_sha256": digest,
-            "skipped": self.skipped,
-            "items": self.items,
+            "count": snapshot.count,
+            "skipped": skipped,
+            "items": self.items[: snapshot.count],
         }
-
-        # the header last: who reads meanwhile sees one index whole
-        write_in_place(directory / header["embeddings_file"], payload)
-        write_in_place(directory / INDEX_FILE, json.dumps(header, indent=1, allow_nan=False).encode())
-        # nobody names the old embeddings any more
-        if previous is not None and previous["embeddings_file"] != header["embeddings_file"]:
-            (directory / previous["embeddings_file"]).unlink(missing_ok=True)
-        return directory
+        write_index(Path(directory), header, torch.cat(snapshot.blocks))
+        return Path(directory)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "RetrievalIndex":
         """Reads a saved index. Raises IndexFileError, which names the file and the key, if anything is not right."""
-        directory = Path(directory)
-        header = read_header(directory)
+        header, embeddings = read_index(Path(directory))
         index = cls(header["projection_dim"], header["model"], header["fingerprint"], header["dtype"])
-        index._blocks = [read_embeddings(directory, header)]
+        index._snapshot = Snapshot((embeddings,), len(embeddings))
         index.items = header["items"]
         index.skipped = header["skipped"]
         return index
@@ -278,94 +309,11 @@ def unit_rows(embeddings: torch.Tensor) -> torch.Tensor:
     return rows / norms
 
 
-def write_in_place(path: Path, payload: bytes) -> None:
-    """Writes beside `path`, flushes to the disk, then renames: `path` is never half written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def read_header(directory: Path) -> dict[str, Any]:
-    """The checked content of `retrieval_index.json`."""
-    path = directory / INDEX_FILE
-    if not path.is_file():
-        raise IndexFileError(path, "no such file; expected a directory that RetrievalIndex.save wrote")
-
-    # a document of ours, of a version that is known
-    try:
-        header = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise IndexFileError(path, f"damaged, not readable as JSON ({error})") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        got = header.get("format") if isinstance(header, dict) else type(header).__name__
-        raise IndexFileError(path, f"not a retrieval index: expected {FORMAT!r}, got {got!r}", key="format")
-    if header.get("version") != FORMAT_VERSION:
-        got = header.get("version")
-        raise IndexFileError(path, f"this oner reads version {FORMAT_VERSION}, got {got!r}", key="version")
-    check_header(path, header)
-    return header
-
-
-def check_header(path: Path, header: dict[str, Any]) -> None:
-    """Raises IndexFileError for the first key that is missing or not what `save` writes."""
-    optional_text: tuple[type, ...] = (str, type(None))
-    types: dict[str, tuple[type, ...]] = {
-        "model": optional_text, "fingerprint": optional_text, "projection_dim": (int,), "dtype": (str,),
-        "count": (int,), "embeddings_file": (str,), "embeddings_sha256": (str,), "skipped": (list,), "items": (list,),
-    }  # fmt: skip
-
-    # the types of all keys
-    for key, expected in types.items():
-        if key not in header:
-            raise IndexFileError(path, "missing", key=key)
-        if not isinstance(header[key], expected) or isinstance(header[key], bool):
-            wanted = " or ".join(kind.__name__ for kind in expected)
-            raise IndexFileError(path, f"expected {wanted}, got {type(header[key]).__name__}", key=key)
-
-    # values that make an index
-    if header["projection_dim"] < 1:
-        raise IndexFileError(path, f"expected a positive width, got {header['projection_dim']}", key="projection_dim")
-    if header["dtype"] not in DTYPES:
-        raise IndexFileError(path, f"expected one of {sorted(DTYPES)}, got {header['dtype']!r}", key="dtype")
-    name = header["embeddings_file"]
-    if (
-        Path(name).name != name
-        or "\\" in name
-        or not (name.startswith("embeddings-") and name.endswith("safetensors"))
-    ):
-        raise IndexFileError(path, f"expected embeddings-….safetensors beside it, got {name!r}", key="embeddings_file")
-    if header["count"] != len(header["items"]):
-        raise IndexFileError(path, f"says {header['count']}, but there are {len(header['items'])} items", key="count")
-
-
-def read_embeddings(directory: Path, header: dict[str, Any]) -> torch.Tensor:
-    """The checked embeddings (n, P) that the header names."""
-    # the very bytes that were saved
-    path = directory / header["embeddings_file"]
-    if not path.is_file():
-        raise IndexFileError(path, f"no such file, but {INDEX_FILE} names it", key="embeddings_file")
-    payload = path.read_bytes()
-    if hashlib.sha256(payload).hexdigest() != header["embeddings_sha256"]:
-        raise IndexFileError(path, "damaged: not the bytes that were saved", key="embeddings_sha256")
-
-    # as the header describes them
-    try:
-        tensors = load_safetensors(payload)
-    except (SafetensorError, ValueError) as error:
-        raise IndexFileError(path, f"not readable as safetensors ({error})") from None
-    if TENSOR_NAME not in tensors:
-        raise IndexFileError(path, f"missing; the file holds {sorted(tensors)}", key=TENSOR_NAME)
-    rows = tensors[TENSOR_NAME]
-    expected = (header["count"], header["projection_dim"])
-    if tuple(rows.shape) != expected or rows.dtype != DTYPES[header["dtype"]]:
-        got = f"{tuple(rows.shape)} {rows.dtype}"
-        raise IndexFileError(path, f"expected {expected} {header['dtype']}, got {got}", key=TENSOR_NAME)
-    if not torch.isfinite(rows).all():
-        raise IndexFileError(path, "holds numbers that are not finite", key=TENSOR_NAME)
-    return rows
+__all__ = [
+    "INDEX_FILE",
+    "IndexFileError",
+    "IndexMismatchError",
+    "RetrievalIndex",
+    "RetrievalIndexError",
+    "space_fingerprint",
+]

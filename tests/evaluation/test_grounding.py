@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +116,24 @@ def test_maps_are_the_official_formula(model, pairs, texts, layer):
         torch.testing.assert_close(tokens[row], expected.mean(0), rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(maps[row], expected.mean(0).mean(0), rtol=1e-9, atol=1e-15)
         assert maps[row].max() > 1e-9 and maps[row].std() > 0
+
+
+def test_eight_threads_ground_with_one_model(model, pairs):
+    """Beside passes that ask for nothing: each gets the map of its own pass, to the bit; the model keeps no hook."""
+    ways = [(mode, layer) for mode in ("itm", "itc") for layer in (0, 1)]
+    alone = [model.ground(**pairs, mode=mode, layer=layer) for mode, layer in ways]
+    logits = model.match(**pairs)
+
+    def ask(thread: int) -> bool:
+        mode, layer = ways[thread % 4]
+        maps = [model.ground(**pairs, mode=mode, layer=layer) for _ in range(6)]
+        with torch.no_grad():
+            matches = [model.match(**pairs) for _ in range(3)]
+        return all(torch.equal(map_, alone[thread % 4]) for map_ in maps) and all(map(logits.equal, matches))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(8)))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def visual_score(model, pixels, layer, head, tables=None):

@@ -1,9 +1,12 @@
 """The guarded decoder and the image processor, on emoji pictures and on files made to be odd."""
 
+import base64
 import io
 import pickle
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,8 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from transformers import AutoImageProcessor, PreTrainedConfig
 
+from oner.processing import image_processing_vl
+from oner.processing.image_fetching import BYTES_PER_PIXEL, ByteBudget
 from oner.processing.image_processing_vl import (
     ImageDecodeError,
     VisionLanguageImageProcessor,
@@ -131,6 +136,15 @@ def test_exif_rotation_matches_pillow(orientation):
     assert open_image(data).size == ((6, 4) if orientation < 5 else (4, 6))
 
 
+def test_what_is_upright_stays_upright_when_it_is_opened_again():
+    """By ourselves, and by Pillow: the tag that says how to turn it does not travel with the picture."""
+    turned = Image.new("RGB", (4, 2), RED)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    upright = open_image(encode(turned, "JPEG", exif=exif.tobytes()))
+    assert upright.size == (2, 4) == open_image(upright).size == ImageOps.exif_transpose(upright).size
+
+
 def test_unreadable_exif_is_ignored():
     data = encode(Image.new("RGB", (4, 4), RED), "JPEG", exif=b"Exif\0\0garbage")
     assert open_image(data).size == (4, 4)
@@ -227,11 +241,11 @@ def test_urls_only_when_allowed(monkeypatch):
     data = encode(Image.new("RGB", (3, 2), RED), "PNG")
     asked = []
 
-    def urlopen(url, timeout):
+    def fetch(url):
         asked.append(url)
-        return io.BytesIO(data)
+        return data
 
-    monkeypatch.setattr("oner.processing.image_processing_vl.urllib.request.urlopen", urlopen)
+    monkeypatch.setattr("oner.processing.image_processing_vl.fetch_bytes", fetch)
     url = "https://example.org/a.png"
     with pytest.raises(ImageDecodeError, match="allow_urls=True"):
         open_image(url)
@@ -242,6 +256,103 @@ def test_urls_only_when_allowed(monkeypatch):
         processor(url)
     assert processor(url, allow_urls=True, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
     assert "allow_urls" not in processor.to_dict()
+
+
+def test_base64_text_and_data_addresses_are_pictures(emoji, tmp_path, monkeypatch):
+    text = base64.b64encode(emoji[0]).decode()
+    wrapped = "\n".join(text[start : start + 76] for start in range(0, len(text), 76)) + "\n"
+    for source in (text, wrapped, f"data:image/png;base64,{text}", {"path": text}):
+        assert open_image(source).tobytes() == open_image(emoji[0]).tobytes()
+
+    # a file of such a name is a file, and no message holds a payload
+    monkeypatch.chdir(tmp_path)
+    short = base64.b64encode(encode(Image.new("RGB", (1, 1)), "GIF")).decode().replace("/", "+")
+    Path(short[:200]).write_bytes(emoji[1])
+    assert open_image(short[:200]).tobytes() == open_image(emoji[1]).tobytes()
+    for broken in (
+        text[:-4] + "!!!!",
+        f"data:image/png;base64,{text[:-1000]}",
+        base64.b64encode(bytes(9000)).decode(),
+    ):
+        with pytest.raises(ImageDecodeError) as caught:
+            open_image(broken)
+        assert len(str(caught.value)) < 400 and text[:100] not in str(caught.value)
+
+
+UNITS = {
+    "tensor": lambda array: torch.from_numpy(array).permute(2, 0, 1),
+    "half a tensor": lambda array: torch.from_numpy(array).permute(2, 0, 1).bfloat16(),
+    "array": lambda array: array,
+    "double array": lambda array: array.astype(np.float64),
+    "batch": lambda array: torch.from_numpy(array).permute(2, 0, 1)[None],
+    "list": lambda array: [array, torch.from_numpy(array).permute(2, 0, 1)],
+}
+
+
+@pytest.mark.parametrize("kind", UNITS)
+@pytest.mark.parametrize("options", [{}, {"do_center_crop": True}, {"do_normalize": False}], ids=str)
+def test_floats_have_the_pixels_of_their_file_rescaled_or_not(emoji, kind, options):
+    """transformers' rule: who gives 0..1 says do_rescale=False."""
+    processor = VisionLanguageImageProcessor(size=32)
+    picture = open_image(emoji[0]).resize((45, 40))
+    unit = np.asarray(picture).astype(np.float32) / 255
+    wanted = processor(picture, **options, return_tensors="pt")["pixel_values"]
+    tolerance = 0.02 if kind == "half a tensor" else 1e-5
+    for do_rescale in (True, False):
+        got = processor(UNITS[kind](unit), do_rescale=do_rescale, **options, return_tensors="pt")["pixel_values"]
+        assert (got - wanted).abs().max() < tolerance
+
+
+def test_bytes_are_not_normalised_as_if_they_were_floats(emoji):
+    processor = VisionLanguageImageProcessor(size=32)
+    unit = torch.rand(3, 32, 32)
+    for source in (emoji[0], open_image(emoji[0]), np.zeros((32, 32, 3), np.uint8), [unit, emoji[0]]):
+        with pytest.raises(ValueError, match="do_rescale=False is for pictures that are floats in 0..1, got"):
+            processor(source, do_rescale=False)
+    # raw pixels, and a mean that speaks of them, mean what they say
+    raw = processor(emoji[0], do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+    assert raw.dtype == torch.uint8 and raw.max() > 1
+    caffe = processor(emoji[0], do_rescale=False, image_mean=[124.0, 116.0, 104.0], image_std=[1.0, 1.0, 1.0])
+    assert min(map(torch.min, caffe["pixel_values"])) >= -124
+
+
+def test_a_shrunk_picture_is_the_picture_to_the_processor(emoji):
+    processor = VisionLanguageImageProcessor(size=32)
+    sources = [open_image(emoji[0]).resize(size) for size in ((100, 41), (41, 100), (32, 32), (7, 300))]
+    for options in ({}, {"do_center_crop": True}, {"size": {"height": 16, "width": 48}}, {"do_resize": False}):
+        chosen = sources[2:3] if "do_resize" in options else sources
+        whole = processor(chosen, **options, return_tensors="pt")["pixel_values"]
+        small = [processor.shrink(source, **options) for source in chosen]
+        assert all(pixels.dtype == torch.uint8 for pixels in small)
+        assert torch.equal(processor(small, **options, return_tensors="pt")["pixel_values"], whole)
+
+
+def test_large_pictures_are_decoded_one_at_a_time(monkeypatch):
+    """By all threads together, within the budget; small ones beside each other."""
+    processor = VisionLanguageImageProcessor(size=32)
+    data, small = encode(Image.new("RGB", (400, 300)), "PNG"), encode(Image.new("RGB", (4, 3)), "PNG")
+    held, most = [], []
+    decode = image_processing_vl._decode
+    budget = ByteBudget(400 * 300 * BYTES_PER_PIXEL + 1000)
+
+    def slowly(image):
+        held.append(image.size)
+        time.sleep(0.02)
+        most.append(list(held))
+        held.remove(image.size)
+        return decode(image)
+
+    monkeypatch.setattr(image_processing_vl, "decoding", budget)
+    monkeypatch.setattr(image_processing_vl, "_decode", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(processor.shrink, [data, small] * 8))) == 16
+    assert max(sizes.count((400, 300)) for sizes in most) == 1
+    with ThreadPoolExecutor(1) as pool:
+        with budget.hold(10**12):  # more than there is: all of it
+            waiting = pool.submit(processor.shrink, small)
+            time.sleep(0.05)
+            assert not waiting.done()
+        assert waiting.result().shape == (3, 32, 32)
 
 
 def test_pixels_match_a_plain_computation(emoji):

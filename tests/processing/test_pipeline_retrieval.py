@@ -131,8 +131,9 @@ def test_a_text_that_is_no_text_is_named(pipe: ImageTextRetrievalPipeline) -> No
     for text, words in (("caf\ud800", "lone surrogate"), ("a\0b", "NUL"), ("a" * 70_000, "70000 characters")):
         with pytest.raises(ValueError, match=f"the text of a query cannot be read: .*{words}"):
             pipe(text)
-        with pytest.raises(ValueError, match=f"row 1: the text of a query cannot be read: .*{words}"):
-            pipe.index_texts(["apple", text], show_progress=False)
+        with pytest.warns(UserWarning, match="1 of 2 entries"):
+            index = pipe.index_texts(["apple", text], show_progress=False)
+        assert index.items == ["apple"] and words in index.skipped[0]["reason"]
 
 
 def test_answers_are_the_exact_cosines_of_the_models_own_features(
@@ -180,7 +181,8 @@ def test_every_form_of_a_picture_gives_the_same_answer(
     for picture in (stored["bytes"], path, {"image": stored}, {"image": str(path)}):
         assert pipe(picture) == expected
     assert pipe(image=str(path)) == expected and pipe(image=[str(path)]) == [expected]
-    assert pipe(str(path)) == pipe(text=str(path)) != expected  # a plain str is text
+    with pytest.warns(UserWarning, match="words that the vocabulary lacks"):  # a plain str is text
+        assert pipe(str(path)) == pipe(text=str(path)) != expected
 
 
 def test_a_list_of_mixed_queries_gives_a_list_of_answers_in_order(
@@ -194,7 +196,7 @@ def test_a_list_of_mixed_queries_gives_a_list_of_answers_in_order(
         single = pipe(query, top_k=3)
         assert [one["index"] for one in answer] == [one["index"] for one in single]
         assert [one["score"] for one in answer] == pytest.approx([one["score"] for one in single], abs=1e-5)
-    assert pipe(query for query in queries[:1]) == [pipe("sun")]
+    assert list(pipe(query for query in queries[:1])) == [pipe("sun")]
     assert pipe([]) == []
     by_name = pipe(text=["sun", "moon"], image=[picture, picture], top_k=3)
     assert [one["index"] for one in by_name[1]] == [one["index"] for one in answers[2]]
@@ -256,7 +258,7 @@ def test_wrong_questions_are_refused(pipe: ImageTextRetrievalPipeline, pairs: li
         ({"inputs": {}}, ValueError, '"text", "image" or both, got \\[\\]'),
         ({"inputs": {"txt": "sun"}}, ValueError, r"got \['txt'\]"),
         ({"inputs": {"text": 3}}, TypeError, "must be a str, got int"),
-        ({"inputs": "  "}, ValueError, "text of a query is empty"),
+        ({"inputs": "  "}, ValueError, "the text of a query cannot be read: the text is empty"),
         ({"inputs": 3}, ImageDecodeError, "from int"),
         ({"inputs": ["sun"], "image": picture}, ValueError, r"give text=\[\.\.\], image=\[\.\.\]"),
         ({"inputs": "sun", "text": "moon"}, ValueError, "go with each other"),
@@ -283,14 +285,44 @@ def test_wrong_sources_are_refused_and_leave_the_old_index(
         (open_image(pairs[0]["image"]), TypeError, "got Image"),
         ([b"no picture", tmp_path / "no.png"], ValueError, "not one of 2 entries could be read.*picture 0"),
         ([{"image": pairs[0]["image"], "caption": "sun"}], ValueError, "row 0: expected the keys text, image, item"),
-        ([{"text": "sun"}, {"text": ""}], ValueError, "row 1: the text of a query is empty"),
+        ([{"text": " "}, {"text": ""}, 3], ValueError, "not one of 3 entries.*row 0: the text of a query cannot be"),
+        (["one.png", {"image": "two.png", "item": {1}}], ValueError, "not one of 2 entries.*No such file"),
     ]
     for source, kind, words in cases:
         with pytest.raises(kind, match=words):
             pipe.index(source, show_progress=False)
-    with pytest.raises(TypeError, match="takes str, got int at position 1"):
-        pipe.index_texts(["a", 1])
     assert pipe.retrieval_index is old
+
+
+def test_rows_that_cannot_be_read_are_each_named_and_cost_no_other(
+    pipe: ImageTextRetrievalPipeline, pairs: list[dict], tmp_path: Path
+) -> None:
+    picture = pairs[0]["image"]["bytes"]
+    bad: dict[str, Any] = {
+        "No such file": tmp_path / "gone.png",
+        "pipe, socket or device|Input/output error": "/proc/self/mem",
+        "the text is empty": {"image": picture, "text": " "},
+        "NUL": {"text": "a\0b"},
+        "must be a str, got int": {"text": 3},
+        "from list": {"image": [picture]},
+        "meta": torch.zeros(3, 9, 9, device="meta"),
+        "from int": 3,
+        "from NoneType": None,
+        "expected the keys": {"picture": picture},
+        "not JSON serializable": {"image": picture, "item": {1}},
+        "fetching URLs is off": "https://example.org/a.png",
+    }
+    with pytest.warns(UserWarning, match=f"{len(bad)} of {len(bad) + 2} entries"):
+        index = pipe.index([picture, *bad.values(), {"text": "moon"}], show_progress=False)
+    assert index.items == ["picture 0", "moon"]
+    for skipped, words in zip(index.skipped, bad, strict=True):
+        assert re.search(words, skipped["reason"]), (words, skipped)
+    assert index.skipped[2]["item"] == "picture 3" and index.skipped[0]["item"].endswith("gone.png")
+
+    # appended, all or nothing is seen
+    with pytest.raises(ZeroDivisionError):
+        pipe.index((1 / (30 - number) and picture for number in range(60)), append=True, batch_size=8)
+    assert pipe.retrieval_index is index and len(index) == 2
 
 
 def test_construction_is_checked(model: Any, processor: VisionLanguageProcessor) -> None:

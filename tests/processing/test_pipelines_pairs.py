@@ -115,9 +115,10 @@ class TestAsking:
                 match(**arguments)
 
     def test_texts_have_the_name_of_the_task(self):
-        assert gather_pairs("a.png", None, "why", "question") == ([{"image": "a.png", "question": "why"}], True)
+        pairs, single = gather_pairs("a.png", None, "why", "question")
+        assert list(pairs) == [{"image": "a.png", "question": "why"}] and single
         with pytest.raises(ValueError, match='keys "image" and "question"'):
-            gather_pairs({"image": "a.png", "text": "why"}, None, None, "question")
+            list(gather_pairs({"image": "a.png", "text": "why"}, None, None, "question")[0])
 
 
 class TestMatching:

@@ -1,6 +1,8 @@
 """The retrieval index: exact scores, stable order, and a directory that is read back whole or refused by name."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,12 @@ from oner.processing.retrieval_index import (
     IndexFileError,
     IndexMismatchError,
     RetrievalIndex,
+    Snapshot,
     pack_keys,
     space_fingerprint,
     unpack_keys,
 )
+from oner.processing.retrieval_index_files import LOCK_FILE
 
 
 def make_index(n: int = 500, width: int = 24, dtype: str = "float16", seed: int = 0) -> RetrievalIndex:
@@ -101,7 +105,88 @@ def test_saving_again_replaces_the_old_index_and_leaves_nothing_beside(tmp_path:
     make_index(5).save(tmp_path)
     make_index(6, seed=3).save(tmp_path)
     assert len(RetrievalIndex.load(tmp_path)) == 6
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len([file for file in tmp_path.iterdir() if file.name != LOCK_FILE]) == 2
+
+
+def test_what_a_killed_writer_left_goes_and_what_is_not_ours_stays(tmp_path: Path) -> None:
+    make_index(5).save(tmp_path)
+    left = [
+        "embeddings-0123456789abcdef.safetensors",
+        ".embeddings-01.safetensors.7.tmp",
+        ".retrieval_index.json.7.tmp",
+    ]
+    mine = ["embeddings-mine.safetensors", "notes.txt", ".env.tmp"]
+    for name in left + mine:
+        (tmp_path / name).write_text("x")
+    make_index(6, seed=3).save(tmp_path)
+    assert not {file.name for file in tmp_path.iterdir()} & set(left)
+    assert {file.name for file in tmp_path.iterdir()} >= set(mine)
+
+
+def test_an_index_that_grows_in_threads_names_what_it_finds(tmp_path: Path) -> None:
+    """Four threads add, three search, one saves and loads: every answer is the item whose embedding was asked."""
+    vectors = torch.nn.functional.normalize(torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    index = RetrievalIndex(16)
+    index.add(vectors[:100], range(100))
+    done = threading.Event()
+
+    def add(part: int) -> None:
+        for start in range(100 + part * 25, 4000, 100):
+            index.add(vectors[start : start + 25], range(start, min(start + 25, 4000)))
+
+    def search(asked: int) -> None:
+        while not done.is_set():
+            scores, indices = index.search(vectors[[asked, asked + 50]], top_k=3)
+            assert [index.items[place] for place in indices[:, 0]] == [asked, asked + 50]
+            assert scores[:, 0].min() > 0.999
+
+    def keep() -> None:
+        while not done.is_set():
+            index.save(tmp_path)
+            assert_whole(RetrievalIndex.load(tmp_path), vectors)
+
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(search, asked) for asked in range(3)] + [pool.submit(keep)]
+        adding = [pool.submit(add, part) for part in range(4)]
+        for future in adding:
+            future.result()
+        done.set()
+        for future in others:
+            future.result()
+    assert sorted(index.items) == list(range(4000))
+    assert_whole(index, vectors)
+    assert len(index._snapshot.blocks) == 1
+
+
+def assert_whole(index: RetrievalIndex, vectors: torch.Tensor) -> None:
+    """Each item stands beside its own embedding."""
+    assert len(index.embeddings) == len(index.items) >= 100
+    assert ((index.embeddings.float() * vectors[index.items]).sum(1) > 0.999).all()
+
+
+def test_a_reader_beside_writers_sees_one_index_whole(tmp_path: Path) -> None:
+    """Two writers replace each other's index; whoever reads meanwhile gets one of them, never an error."""
+    indexes = [make_index(30, seed=seed) for seed in (1, 2)]
+    indexes[0].save(tmp_path)
+    done = threading.Event()
+
+    def write(index: RetrievalIndex) -> None:
+        for _ in range(40):
+            index.save(tmp_path)
+
+    def read() -> int:
+        count = 0
+        while not done.is_set() or not count:
+            loaded = RetrievalIndex.load(tmp_path).embeddings
+            count += any(torch.equal(loaded, index.embeddings) for index in indexes)
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        for future in [pool.submit(write, index) for index in indexes]:
+            future.result()
+        done.set()
+        assert all(future.result() > 0 for future in readers)
 
 
 def test_a_crash_before_the_last_rename_leaves_the_old_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +230,9 @@ def edit_header(directory: Path, **changes: object) -> None:
         ({"dtype": "float8"}, "dtype", "expected one of"),
         ({"embeddings_file": "../embeddings-x.safetensors"}, "embeddings_file", "beside it"),
         ({"embeddings_file": "embeddings-x.safetensors"}, "embeddings_file", "no such file"),
+        ({"embeddings_file": "embeddings-\0.safetensors"}, "embeddings_file", "beside it"),
+        ({"version": True}, "version", "got True"),
+        ({"items": [f"other {i}" for i in range(8)]}, "header_sha256", "not what was saved"),
     ],
 )
 def test_a_wrong_header_is_refused_with_file_and_key(tmp_path: Path, changes: dict, key: str, words: str) -> None:
@@ -177,6 +265,20 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     (directory / "retrieval_index.json").write_text('{"format": "oner-retr')
     with pytest.raises(IndexFileError, match="not readable as JSON"):
         RetrievalIndex.load(directory)
+
+
+def test_embeddings_that_are_no_unit_rows_are_refused(tmp_path: Path) -> None:
+    """Their scores would be no cosines."""
+    index = make_index(8)
+    index._snapshot = Snapshot((index.embeddings * 3,), 8)
+    with pytest.raises(IndexFileError, match="row .* is not of length one"):
+        RetrievalIndex.load(index.save(tmp_path))
+
+
+def test_a_number_of_thousands_of_digits_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "retrieval_index.json").write_text('{"version": 1' + "0" * 5000 + "}")
+    with pytest.raises(IndexFileError, match="not readable as JSON"):
+        RetrievalIndex.load(tmp_path)
 
 
 def test_save_does_not_replace_a_foreign_file(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def serves(model: PreTrainedModel, wanted: PreTrainedModel, implementation: type
     # another class of the family: every weight must be there, under the same name and of the same shape
     general = [cls for name, cls in model_classes(model.config).items() if name in GENERAL]
     tower_only = not getattr(implementation, "reads_heads", True)
-    return type(model) in general and weights_of(wanted, tower_only) <= weights_of(model)
+    return not {type(model), type(wanted)}.isdisjoint(general) and weights_of(wanted, tower_only) <= weights_of(model)
 
 
 def weights_of(model: PreTrainedModel, tower_only: bool = False) -> set[tuple[str, torch.Size]]:
@@ -189,7 +189,7 @@ def stored_weights(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[st
 
 
 def write_code(model: PreTrainedModel, processor: ProcessorMixin, directory: Path) -> list[str]:
-    """Code files, the full `auto_map` and `custom_pipelines` beside saved weights; returns the pipeline tasks.
+    """Code files, the full `auto_map` and `custom_pipelines` beside saved weights; returns the tasks of our own.
 
     `save_pretrained` alone lists only the class that was saved.
     """
@@ -216,7 +216,7 @@ def write_code(model: PreTrainedModel, processor: ProcessorMixin, directory: Pat
     path = directory / "processor_config.json"
     nested = json.loads(path.read_text(encoding="utf-8")).get("image_processor", {})
     merge_json(path, auto_map=processor_map, image_processor=nested | {"auto_map": processor_map})
-    return list(pipelines)
+    return [task for task, (cls, _) in pipelines.items() if hasattr(cls, "task_name")]
 
 
 def write_pictures(pictures: Mapping[str, Picture], directory: Path) -> dict[str, str]:

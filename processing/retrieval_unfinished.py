@@ -1,0 +1,151 @@
+"""What of an index is embedded before it is whole: parts in its directory, from which a killed call goes on.
+
+    unfinished/<digest>.safetensors    "embeddings" (m, P) fp32, and the keys of their m rows in the metadata
+
+A row's key is a digest of what was embedded and by what: the same file at another place in the list is found again, a
+file that changed since is not.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as dump_safetensors
+
+from .retrieval_index_files import TENSOR_NAME, IndexFileError, write_in_place
+from .retrieval_sources import Query
+
+PARTS = "unfinished"
+BUSY_FILE = ".indexing.lock"
+PART_ROWS = 4096
+PART_SECONDS = 5.0
+
+
+class UnfinishedIndex:
+    """
+    Args:
+        directory: of the index; None keeps nothing.
+        space: names model and processor.
+    """
+
+    def __init__(self, directory: Path | None, space: str):
+        self.folder = None if directory is None else directory / PARTS
+        self.space = space
+        self.rows: dict[str, torch.Tensor] = {}
+        self._fresh: dict[str, torch.Tensor] = {}
+        self._written = time.monotonic()
+        for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
+            self.rows.update(read_part(file))
+
+    def key(self, query: Query) -> str | None:
+        """Of a row {"text", "image"}; None if nothing is kept, or if what it is of cannot be told."""
+        if self.folder is None:
+            return None
+        digest = hashlib.sha256(self.space.encode())
+        try:
+            for name in sorted(query):
+                digest.update(f"\0{name}\0".encode())
+                for piece in content_of(query[name], name):
+                    digest.update(piece)
+        except Exception:  # a file that is gone, a picture that cannot be decoded: named where it is opened
+            return None
+        return digest.hexdigest()[:32]
+
+    def add(self, rows: Mapping[str | None, torch.Tensor]) -> None:
+        """Keeps embeddings (P,) by their keys; writes them when there are many, or after a while."""
+        self._fresh.update((key, row) for key, row in rows.items() if key is not None)
+        if len(self._fresh) >= PART_ROWS or time.monotonic() - self._written > PART_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """What was added since the last part becomes the next."""
+        if not self._fresh:
+            return
+        metadata = {"keys": json.dumps(list(self._fresh))}
+        payload = dump_safetensors({TENSOR_NAME: torch.stack(list(self._fresh.values()))}, metadata=metadata)
+        self.folder.mkdir(exist_ok=True)
+        write_in_place(self.folder / f"{hashlib.sha256(payload).hexdigest()[:16]}.safetensors", payload)
+        self.rows.update(self._fresh)
+        self._fresh = {}
+        self._written = time.monotonic()
+
+    def finish(self) -> None:
+        """The index is whole, and saved."""
+        self._fresh = {}
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def unfinished_index(directory: str | os.PathLike | None, space: str) -> Iterator[UnfinishedIndex]:
+    """While open, `directory` is this process's to index into; an error leaves what was embedded before it.
+
+    Raises IndexFileError if another process is at it, or `directory` is a file.
+    """
+    if directory is None:
+        yield UnfinishedIndex(None, space)
+        return
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise IndexFileError(directory, "is a file; an index is saved into a directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(directory / BUSY_FILE, timeout=0):
+            unfinished = UnfinishedIndex(directory, space)
+            try:
+                yield unfinished
+            finally:
+                unfinished.write()
+    except Timeout:
+        raise IndexFileError(directory, "another process is indexing into it") from None
+
+
+def read_part(file: Path) -> dict[str, torch.Tensor]:
+    """Embeddings (P,) by key; none of a part that is damaged, whose rows are then embedded again."""
+    try:
+        with safe_open(file, framework="pt") as part:
+            keys = json.loads((part.metadata() or {}).get("keys", "[]"))
+            rows = part.get_tensor(TENSOR_NAME)  # (m, P)
+    except (SafetensorError, OSError, ValueError):
+        return {}
+    whole = len(keys) == len(rows) and bool(torch.isfinite(rows).all())
+    return dict(zip(keys, rows, strict=True)) if whole else {}
+
+
+def content_of(value: Any, name: str) -> Iterator[bytes]:
+    """The bytes that tell a text or a picture from any other; of a file its place, size and time of change."""
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, (str, os.PathLike)):
+        text = os.fspath(value)
+        yield text.encode()
+        if name == "image" and not text.startswith(("http://", "https://")) and os.path.exists(text):
+            status = os.stat(text)
+            yield f"\0{status.st_size} {status.st_mtime_ns}".encode()
+        return
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        yield bytes(value)
+        return
+
+    # pictures in memory
+    if isinstance(value, Image.Image):
+        yield f"{value.mode}{value.size}".encode()
+        yield value.tobytes()
+        return
+    array = value.detach().cpu().float().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    yield f"{array.shape}{array.dtype}".encode()
+    yield np.ascontiguousarray(array).tobytes()
+
+
+__all__ = ["UnfinishedIndex", "unfinished_index"]
