@@ -76,6 +76,23 @@ class ModelArguments:
         metadata=_help("A BERT vocabulary (vocab.txt) or saved tokenizer; trained on the captions if none."),
     )
     vocab_size: int = field(default=30522, metadata=_help("Upper bound of a trained vocabulary."))
+    lower_case: bool | None = field(
+        default=None,
+        metadata=_help("Fold case in a vocab.txt or trained vocabulary; as the file says, or yes, if none."),
+    )
+    strip_accents: bool | None = field(
+        default=None,
+        metadata=_help(
+            "Drop the marks of Latin, Greek and Cyrillic letters (a vocab.txt: of all scripts); if none, as the file "
+            "says, or with lower_case unless the captions are Vietnamese."
+        ),
+    )
+    limit_alphabet: int | None = field(
+        default=None,
+        metadata=_help(
+            "Most characters of a trained vocabulary; 1,000 or what covers 99.9 % of the captions if none."
+        ),
+    )
 
     # how its layers compute
     attn_implementation: str | None = field(
