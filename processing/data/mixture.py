@@ -27,6 +27,8 @@ def open_mixture(
     streaming: bool = False,
     bad_rows: Literal["raise", "skip"] = "raise",
     weights: Sequence[float] | None = None,
+    config: str | None = None,
+    revision: str | None = None,
 ) -> PairRows | PairStream:
     """`open_rows` of each entry; a `PairMixture` or `PairStreamMixture` unless the entries are one source.
 
@@ -43,7 +45,7 @@ def open_mixture(
     """
     if weights is not None:
         checked_shares(weights, len(entries))
-    options = (kind, image_column, text_column, id_column, split, streaming, bad_rows)
+    options = (kind, image_column, text_column, id_column, split, streaming, bad_rows, config, revision)
 
     # one source, if the entries can be that
     if len(entries) == 1 and weights is None:

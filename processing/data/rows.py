@@ -15,7 +15,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .row_checks import CHUNK, SHOWN, Kind, PairDataError, find_bad_rows, kind_of, report, row_reason
+from .places import located
+from .row_checks import CHUNK, SHOWN, Kind, PairDataError, find_bad_rows, kind_of, plain_texts, report, row_reason
 from .sampling import concept_id
 
 
@@ -88,10 +89,9 @@ class PairTable(PairRows):
             raise PairDataError(f"{name}: no rows")
 
         # what the cells say, and what was found while the file was read
-        self.bad, total = find_bad_rows(self.data, columns, folder, SHOWN if bad_rows == "raise" else None)
+        self.bad, total = find_bad_rows(self.data, columns, folder, SHOWN if bad_rows == "raise" else None, reasons)
         if total and bad_rows == "raise":
             raise PairDataError(report(name, list(self.bad.items()), total, len(self.data)))
-        self.bad = dict(sorted({**self.bad, **(reasons or {})}.items()))
         self._ids: np.ndarray | None = None
 
     @property
@@ -124,7 +124,7 @@ class PairTable(PairRows):
         if self.bad:
             texts = texts.select([row for row in range(len(self)) if row not in self.bad])
         for table in texts.iter(CHUNK):
-            for text in table[self.columns["text"]]:
+            for text in map(plain_texts, table[self.columns["text"]]):
                 yield from [text] if isinstance(text, str) else text
 
 
@@ -191,12 +191,12 @@ def undecoded(data: Any, image_column: str | None) -> Any:
 def row_of(cells: Mapping[str, Any], number: int, folder: str | None) -> dict[str, Any]:
     """A row of its cells by role, an image's path joined to `folder`; without a cell for it, `number` is the id."""
     image = cells.get("image")
-    text = cells.get("text")
+    text = plain_texts(cells.get("text"))
     if folder is not None:
         if isinstance(image, str):
-            image = os.path.join(folder, image)
+            image = located(os.path.join(folder, image))
         elif isinstance(image, dict) and image.get("bytes") is None and image.get("path") is not None:
-            image = {**image, "path": os.path.join(folder, image["path"])}
+            image = {**image, "path": located(os.path.join(folder, image["path"]))}
     captions = [text] if isinstance(text, str) else list(text or ())
     return {"image": image, "captions": captions, "id": cells.get("id", number)}
 

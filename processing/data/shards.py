@@ -44,7 +44,7 @@ def find_shards(source: Any) -> list[Path]:
         return []
     if str(source).lower().endswith(COMPRESSED):
         raise PairDataError(f"{source}: no place in a compressed archive can be read directly; unpack it to a .tar")
-    if found := RANGE.search(str(source)):
+    if not path.exists() and (found := RANGE.search(str(source))):
         first, last = found.groups()
         names = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
         return [shard for name in names for shard in find_shards(RANGE.sub(name, str(source), count=1))]

@@ -111,7 +111,10 @@ class SourceArguments:
     )
     train_data: list[str] = field(
         default_factory=list,
-        metadata=_help("Files, shards (cc-{00..15}.tar), folders, names known to `datasets`; several are a mixture."),
+        metadata=_help(
+            "Files, patterns of them, shards (cc-{00..15}.tar), folders, names known to `datasets`, "
+            "hf://datasets/NAME/FILE; several are a mixture."
+        ),
     )
     data_weights: list[float] | None = field(
         default=None,
@@ -124,6 +127,8 @@ class SourceArguments:
 
     # which rows and columns of it
     split: str | None = field(default=None, metadata=_help("Split of a data set that has several."))
+    data_config: str | None = field(default=None, metadata=_help("Configuration of a data set on the Hub, likewise."))
+    data_revision: str | None = field(default=None, metadata=_help("Branch, tag or commit of a data set on the Hub."))
     image_column: str | None = field(default=None, metadata=_help("Column of pictures; found by its usual names."))
     text_column: str | None = field(default=None, metadata=_help("Column of captions, one or a list a row."))
     id_column: str | None = field(default=None, metadata=_help("Rows that share an id are positives of each other."))
