@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from .places import regular
 from .row_checks import ROLES, Kind, PairDataError, id_reason, rule_of, text_reason
+from .same_pictures import PICTURE, content_digest
 from .text_tables import parsed
 from .waiting_lock import waiting_lock
 
@@ -42,6 +43,7 @@ SCHEMA = pa.schema(
         "key": pa.large_string(),
         "image_offset": pa.int64(),
         "image_size": pa.int64(),
+        PICTURE: pa.int64(),
         "captions": pa.large_list(pa.large_string()),
         "id": pa.large_string(),  # as JSON, which tells 7 from "7"
         "reason": pa.large_string(),  # what is wrong with the sample; null if nothing
@@ -316,7 +318,8 @@ def _row_of(sample: _Sample, columns: ShardColumns, file: BinaryIO) -> dict[str,
             captions, identity = _text_of(sample, columns, file, has)
         except ValueError as error:
             reasons.append(str(error))
-    return _index_row(sample.key, offset, size, captions, identity, "; ".join(reasons) or None)
+    picture = content_digest(file, offset, size) if columns.kind == "pairs" and not reasons else None
+    return _index_row(sample.key, offset, size, captions, identity, "; ".join(reasons) or None, picture)
 
 
 def _index_row(
@@ -326,6 +329,7 @@ def _index_row(
     captions: list[str] | None = None,
     identity: str = "null",
     reason: str | None = None,
+    picture: int | None = None,
 ) -> dict[str, Any]:
     # names in archives and the reasons that quote them need not be UTF-8, which the index is
     key, reason = (text and text.encode("utf-8", "backslashreplace").decode() for text in (key, reason))
@@ -333,6 +337,7 @@ def _index_row(
         "key": key,
         "image_offset": offset,
         "image_size": size,
+        PICTURE: picture,
         "captions": captions,
         "id": identity,
         "reason": reason,

@@ -4,8 +4,10 @@ A row is {"image": bytes | path | {"bytes", "path"}, "captions": list of str, "i
 are not decoded here. Rows that share an id show the same concept: they are true positives of each other.
 
 Which columns are taken when none are named: for the image the first of `image`, `file_name`, `image_path`; for the
-text the first of `captions`, `caption`, `text`. A text column holds a string or a list of strings a row. The id is
-the row number unless a column is named: a column that happens to be called `id` often numbers images, not concepts.
+text the first of `captions`, `caption`, `text`. A text column holds a string or a list of strings a row.
+
+Unless a column of ids is named, pairs of the same picture (by path or bytes) share an id, and a warning says how many;
+a row of another kind has its number. A column that is called `id` often numbers captions or images, not concepts.
 """
 
 import glob
@@ -20,6 +22,7 @@ import datasets
 from .places import expand, regular
 from .row_checks import ROLES, SHOWN, Kind, PairDataError, rule_of
 from .rows import PairRows, PairStream, PairTable
+from .same_pictures import ROW
 from .shard_index import ShardColumns
 from .shards import PairShards, find_shards
 from .table_files import read_tables
@@ -65,7 +68,7 @@ def open_rows(
             lines left out.
         kind: "pairs", "images" or "texts". Columns that rows of the kind do not have are not read.
         image_column, text_column, id_column: names of the columns; see the top of this file for what None means, and
-            `ShardColumns` for what they are of shards.
+            `ShardColumns` for what they are of shards. The id_column "__row__" makes each row a concept of its own.
         split: which split, where the source has several.
         streaming: read in sequence without an index; gives a `PairStream`.
         bad_rows: "raise", or "skip": rows that cannot be used keep their numbers and are listed in `PairRows.bad`
@@ -77,6 +80,8 @@ def open_rows(
         PairDataError: a missing source or column, an ambiguous split, or rows that cannot be used: the first ten with
             their numbers (from 0), and how many there are.
     """
+    rows_apart = id_column == ROW
+    id_column = None if rows_apart else id_column
     named = {"image": image_column, "text": text_column, "id": id_column}
     _check(kind, named, bad_rows)
 
@@ -85,7 +90,7 @@ def open_rows(
     if not _has_metadata(source, split) and (shards := find_shards(source)):
         if streaming:
             raise PairDataError(f"{shards[0]}: shards are read at random places; open them without streaming")
-        return PairShards(shards, ShardColumns(image_column, text_column, id_column, kind), bad_rows)
+        return PairShards(shards, ShardColumns(image_column, text_column, id_column, kind), bad_rows, rows_apart)
 
     # anything else is a table: files, or what `datasets` reads
     loaded = _load(source, kind, named, split, streaming, {"name": config, "revision": revision})
@@ -107,7 +112,7 @@ def open_rows(
                 "write all ids as strings or all as integers"
             )
     rows = PairStream if isinstance(data, datasets.IterableDataset) else PairTable
-    return rows(data, columns, name, loaded.folder, bad_rows, loaded.reasons)
+    return rows(data, columns, name, loaded.folder, bad_rows, loaded.reasons, rows_apart)
 
 
 def _check(kind: str, named: dict[str, str | None], bad_rows: str) -> None:

@@ -33,10 +33,11 @@ from .row_checks import (
     report,
     text_reason,
 )
+from .same_pictures import PICTURE, picture_digest
 from .text_tables import READERS, csv_names, is_utf8
 from .waiting_lock import waiting_lock
 
-FORMAT = 1  # of the file in the cache; another number makes all anew
+FORMAT = 2  # of the file in the cache; another number makes all anew
 PEEK = 1000  # rows whose keys are the columns of JSON lines
 WRITTEN = 32 << 20  # bytes of a batch in the cache at the least, so that it has few
 UNPACKED = 1 << 30  # bytes that the rows read at a time may have, as far as a parquet file tells
@@ -166,7 +167,8 @@ def _texts(form: str, files: Sequence[Path], columns: dict[str, str], rule: Text
     """Tables of image (string), captions (list of string), id (int64 or string) and reason (string), by role."""
     kind = _type_of_ids(form, files, columns["id"]) if "id" in columns else None
     types = {"image": pa.string(), "text": pa.large_list(pa.large_string()), "id": kind}
-    schema = pa.schema([*((COLUMNS[role], types[role]) for role in columns), ("reason", pa.string())])
+    digest = [(PICTURE, pa.int64())] if columns.keys() >= {"image", "text"} else []
+    schema = pa.schema([*((COLUMNS[role], types[role]) for role in columns), *digest, ("reason", pa.string())])
     rows = chain.from_iterable(map(READERS[form], files))
     while chunk := list(islice(rows, CHUNK)):
         table: dict[str, list[Any]] = {column: [] for column in schema.names}
@@ -176,6 +178,8 @@ def _texts(form: str, files: Sequence[Path], columns: dict[str, str], rule: Text
                 _check_type(values.get("id"), kind, files, columns["id"])
             for role in columns:
                 table[COLUMNS[role]].append(values.get(role))
+            if digest:
+                table[PICTURE].append(picture_digest(values.get("image")))
             table["reason"].append(reason and reason.encode("utf-8", "backslashreplace").decode())
         yield pa.table({one.name: pa.array(table[one.name], one.type) for one in schema}, schema)
 
@@ -244,7 +248,11 @@ def _parquet(files: Sequence[Path], columns: dict[str, str]) -> Iterator[pa.Tabl
                 room -= batch.nbytes
                 if room < 0:
                     raise PairDataError(f"{file}: becomes more than {MOST_TIMES} times as long where it is unpacked")
-                yield pa.Table.from_batches([batch]).select(wanted).cast(schema)
+                table = pa.Table.from_batches([batch]).select(wanted).cast(schema)
+                if columns.keys() >= {"image", "text"}:
+                    images = (image.as_py() for image in table.column(columns["image"]))
+                    table = table.append_column(PICTURE, pa.array(map(picture_digest, images), pa.int64()))
+                yield table
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

@@ -128,7 +128,7 @@ def test_a_folder_that_is_there_is_no_pattern(tmp_path, home, name):
 
 def test_a_pattern_stands_for_the_files_that_fit(home):
     for number in (2, 0, 1):
-        written(home / f"part-{number}.jsonl", [f"text {number}"], ["0.png"])
+        written(home / f"part-{number}.jsonl", [f"text {number}"], [f"{number}.png"])
     (home / "deep" / "er").mkdir(parents=True)
     written(home / "deep" / "er" / "p.parquet", ["below"], ["../../0.png"])
     assert captions(home / "part-*.jsonl") == [["text 0"], ["text 1"], ["text 2"]]
