@@ -79,7 +79,7 @@ def regular(path: str | os.PathLike) -> Path:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise PairDataError(f"no such file: {os.fspath(path)} ({reason})") from error
+        raise PairDataError(f"{os.fspath(path)}: cannot be read: {reason}") from error
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         raise PairDataError(f"{os.fspath(path)}: is {kinds.get(stat.S_IFMT(mode), 'a device')}; expected a file")

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, AnyStr, BinaryIO
 
+import numpy as np
+
 from .row_checks import SHOWN, PairDataError, report
 
 LONGEST_LINE = 64 << 20  # bytes: a text of the greatest length, every character escaped
@@ -22,7 +24,8 @@ LONGEST_DOCUMENT = 1 << 30  # bytes of a .json that is one document
 
 Cells = dict[str, Any]
 Reader = Callable[[Path], Iterator[Cells | str]]  # of each row its cells, or what is wrong with it
-_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)  # to the end where it never closes
+_NO_BRACKETS = bytes(set(range(256)).difference(b"[]{}"))
 
 
 def separator(file: Path) -> str:
@@ -133,8 +136,8 @@ def _object(line: bytes | None) -> Cells | str:
     return value[0] if isinstance(value[0], dict) else f"is not a JSON object, but {type(value[0]).__name__}"
 
 
-def parsed(content: bytes) -> tuple[Any] | str:
-    """The value of a JSON document, alone in a tuple, or what is wrong with it. No key stands twice in an object."""
+def parsed(content: bytes, unique: bool = True) -> tuple[Any] | str:
+    """The value of a JSON document, alone in a tuple, or what is wrong with it; if `unique`, also a key come twice."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -142,22 +145,18 @@ def parsed(content: bytes) -> tuple[Any] | str:
     if (depth := _depth(content)) > DEEPEST:
         return f"is not JSON that can be read: its brackets are {depth} deep, at most {DEEPEST} are read"
     try:
-        return (json.loads(text, object_pairs_hook=_unique),)
+        return (json.loads(text, object_pairs_hook=_unique if unique else None),)
     except (ValueError, RecursionError) as error:
         return f"is not JSON ({error})"
 
 
 def _depth(content: bytes) -> int:
-    """How deep brackets stand within each other, outside of strings; exact above `DEEPEST`."""
+    """How deep brackets stand within each other, outside of strings; 0 where they are too few to be too deep."""
     if content.count(b"[") + content.count(b"{") <= DEEPEST:
         return 0
-    depth = deepest = 0
-    for found in _BRACKETS.finditer(content):
-        kind = found[0][:1]
-        if kind != b'"':
-            depth += 1 if kind in b"[{" else -1
-            deepest = max(deepest, depth)
-    return deepest
+    brackets = np.frombuffer(_STRING.sub(b"", content).translate(None, _NO_BRACKETS), dtype=np.uint8)
+    opening = np.isin(brackets, np.frombuffer(b"[{", dtype=np.uint8))
+    return int(np.cumsum(np.where(opening, 1, -1).astype(np.int8), dtype=np.int32).max(initial=0))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Cells:

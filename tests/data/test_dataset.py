@@ -169,7 +169,7 @@ def test_ids_of_integers_and_strings_are_refused(folder):
 
 
 def test_missing_sources(tmp_path, folder):
-    assert "no such file" in message(tmp_path / "none.parquet")
+    assert "none.parquet: cannot be read: No such file" in message(tmp_path / "none.parquet")
     assert "cannot open it as a folder or a name on the Hub" in message("nobody/has-this-data-set")
     (tmp_path / "bare").mkdir()
     assert "bare: not a file, not a folder with metadata.csv" in message(tmp_path / "bare")
