@@ -36,7 +36,7 @@ from oner.processing.data.sources import open_rows
 from oner.training.evaluation.attention import AttentionEvaluator
 from oner.training.evaluation.composed import ComposedEvaluator
 from oner.training.evaluation.concepts import ConceptEvaluator
-from oner.training.evaluation.embedding import Gallery, spaced
+from oner.training.evaluation.embedding import Gallery, picture_key, spaced
 from oner.training.evaluation.gap import GapEvaluator
 from oner.training.evaluation.grounding import SceneGroundingEvaluator
 from oner.training.evaluation.labels import open_labelled
@@ -165,7 +165,8 @@ def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Seq
     if a.tasks:
         return a.tasks
     lacking = {}
-    if gallery is None and len({row["id"] for row in rows}) == len(rows):
+    pictures = {(row["id"], picture_key(row["image"])) for row in rows} if gallery is None else ()
+    if gallery is None and len({concept for concept, _ in pictures}) == len(pictures):
         why = "no concept has two pictures; name others with --gallery and --id_column"
         lacking |= {"multimodal": why, "composed": why}
     if not hasattr(model, "match"):

@@ -131,6 +131,15 @@ class VisionLanguageProcessor(ProcessorMixin):
         sequences = {} if tokens is None else self._lay_out(tokens, n_patches, options)  # (B, L) each
         return BatchFeature({**sequences, **data}, tensor_type=options.get("return_tensors"))
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of every processor; what calls left inside the tokenizer is not saved."""
+        # a call with truncation or padding stays in tokenizer.json, where another program would obey it
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def num_image_tokens(self, height: int, width: int) -> int:
         """N, the placeholders of a picture of ``height`` x ``width`` pixels."""
         patch_size = self.image_processor.patch_size

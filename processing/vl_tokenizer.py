@@ -5,39 +5,98 @@ Both end the same way: ``[CLS] $A`` without [SEP] (one tower reads one sequence,
 
 Called directly, the tokenizer reads "[MASK]" or "[IMG]" spelled out in a text as the special token (fill-mask needs
 it); with ``split_special_tokens=True``, as ``VisionLanguageProcessor`` calls it, they are letters and brackets.
+
+Marks. bert-base-uncased drops every nonspacing mark: the voicing of kana (glass, ガラス, becomes カラス, crow), the
+vowels of Indic scripts and the tones of Thai. A trained tokenizer drops only those of Latin, Greek and Cyrillic
+letters (é = e, й = и), and in captions that are in part Vietnamese, whose tones are such marks, none at all. What was
+decided stands in ``tokenizer.json``.
+
+Words. Scripts that put no spaces between words are cut where the script changes and before a vowel that Thai and Lao
+write ahead of its syllable, Han into characters. A word of any length is read in pieces of 100 letters, not as [UNK].
 """
 
 import json
 import os
+import re
+import unicodedata
+import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 PAD, IMAGE, UNK, CLS, MASK = "[PAD]", "[IMG]", "[UNK]", "[CLS]", "[MASK]"
 SPECIAL_TOKENS = (PAD, IMAGE, UNK, CLS, MASK)  # ids 0..4 of a trained vocabulary
 BERT_IMAGE_TOKEN = "[unused0]"  # id 1 of bert-base-uncased: a row of the embedding table that no text ever uses
+LONGEST_WORD = 100  # letters; WordPiece takes the square of a word's length, and BERT gives longer ones up
+ALPHABET = 1000  # characters kept in any case
+COVERAGE = 0.999  # of the captions' characters, kept beyond them where the vocabulary has room
+
+# combining marks of Latin, Greek and Cyrillic letters, of symbols, and variation selectors; not those of other scripts
+_MARKS = (
+    r"[\x{300}-\x{36f}\x{483}-\x{487}\x{1ab0}-\x{1aff}\x{1dc0}-\x{1dff}\x{20d0}-\x{20f0}\x{fe00}-\x{fe0f}"
+    r"\x{fe20}-\x{fe2f}\x{e0100}-\x{e01ef}]"
+)
+# Thai and Lao write these vowels before the consonant that they follow, so a syllable begins here
+_AHEAD = r"\x{e40}-\x{e44}\x{ec0}-\x{ec4}"
+_UNSPACED = (
+    rf"[\p{{Katakana}}\x{{30fc}}]{{1,{LONGEST_WORD}}}|\p{{Hiragana}}{{1,{LONGEST_WORD}}}"
+    rf"|[{_AHEAD}]?[\p{{Thai}}\p{{Lao}}&&[^{_AHEAD}]]{{1,{LONGEST_WORD - 1}}}"
+    rf"|[\p{{Khmer}}\p{{Myanmar}}\p{{Javanese}}\p{{Balinese}}]{{1,{LONGEST_WORD}}}"
+)
+# letters with a horn, a hook above or a dot below, and d with a stroke: hardly written but in Vietnamese
+_VIETNAMESE = re.compile("[\u0323\u0309\u031b\u0111\u0110]")
+_VIETNAMESE_SHARE = 0.02  # of the words; in Vietnamese it is about a half
+
+
+class _Reading(NamedTuple):
+    """How a text becomes words: BERT's way for its vocabularies, or as the top of this file says."""
+
+    lower_case: bool = True
+    strip_accents: bool = True
+    split_han: bool = True
+    of_bert: bool = False
 
 
 def train_tokenizer(
     captions: Iterable[str],
     vocab_size: int = 8192,
     min_frequency: int = 2,
-    limit_alphabet: int = 1000,
+    limit_alphabet: int | None = None,
     lower_case: bool = True,
     max_text_length: int = 64,
+    strip_accents: bool | None = None,
 ) -> PreTrainedTokenizerFast:
     """Trains WordPiece on ``captions``. The same captions, in any order, give the same vocabulary.
+
+    A word of more than 100 letters (an address, base64) is not learned from. Where words of the captions would be
+    [UNK], a warning says how many.
 
     Args:
         captions: read once.
         vocab_size: upper bound on the number of tokens, specials included.
         min_frequency: a merge must occur this often.
-        limit_alphabet: keep only so many of the commonest characters; words with others become [UNK].
-        lower_case: fold case and strip accents, as in bert-base-uncased.
+        limit_alphabet: keep only so many of the commonest characters; words with others become [UNK]. By default
+            1,000, and as many more as it takes to cover 99.9 % of the text and the vocabulary has room for: Chinese
+            takes 3,000 and more.
+        lower_case: fold case.
         max_text_length: tokens a text may have, without [CLS].
+        strip_accents: drop the marks of Latin, Greek and Cyrillic letters; those of other scripts stay. None: if
+            ``lower_case``, and the captions are not Vietnamese (2 % of their words have a letter of it). In a
+            language whose marks tell words apart (Yoruba, pinyin, año and ano), say False.
 
     Raises:
         ValueError: no words in ``captions``, an entry is not a str, or ``vocab_size`` leaves no room.
@@ -46,21 +105,25 @@ def train_tokenizer(
     room = vocab_size - len(SPECIAL_TOKENS)
     if room < 2:
         raise ValueError(f"vocab_size must be at least {len(SPECIAL_TOKENS) + 2}, got {vocab_size}")
-    words = _count_words(captions, _backend({UNK: 0}, lower_case))
+    raw = _count_words(captions, _normalizer(_Reading(lower_case=False, strip_accents=False)))
+    if strip_accents is None:
+        strip_accents = lower_case and not _is_vietnamese(raw)
+    reading = _Reading(lower_case, strip_accents)
+    words = _folded(raw, _normalizer(reading))
     if not words:
-        raise ValueError("captions hold no words: cannot train a tokenizer")
+        raise ValueError("captions hold no words of at most 100 letters: cannot train a tokenizer")
 
-    # the alphabet: the commonest characters
-    characters: Counter[str] = Counter()
-    for word, count in words.items():
-        for character in word:
-            characters[character] += count
-    # Every character may take two entries, alone and as a continuation; ties are broken by code point.
-    ranked = sorted(characters, key=lambda character: (-characters[character], character))
-    alphabet = sorted(ranked[: max(1, min(limit_alphabet, room // 2))])
-    return _wrap(
-        _backend(_train_vocab(words, alphabet, vocab_size, min_frequency), lower_case), IMAGE, max_text_length
-    )
+    # the alphabet, and the words that it spells
+    known = set(_alphabet(words, room, limit_alphabet))
+    usable = {word: count for word, count in words.items() if known.issuperset(word)}
+    if len(usable) < len(words):
+        lost, of = sum(words.values()) - sum(usable.values()), sum(words.values())
+        warnings.warn(
+            f"{lost} of {of} words of the captions ({lost / of:.2%}) will be {UNK}: they have characters beyond the "
+            f"commonest {len(known)}; vocab_size ({vocab_size}) or limit_alphabet ({limit_alphabet}) can be raised",
+            stacklevel=2,
+        )
+    return _wrap(_backend(_train_vocab(usable, vocab_size, min_frequency), reading), IMAGE, max_text_length)
 
 
 def tokenizer_from_vocab(
@@ -68,6 +131,7 @@ def tokenizer_from_vocab(
     image_token: str | None = None,
     lower_case: bool | None = None,
     max_text_length: int = 64,
+    strip_accents: bool | None = None,
 ) -> PreTrainedTokenizerFast:
     """Makes the tokenizer from an existing BERT vocabulary: ids are kept, ``[CLS] $A`` replaces ``[CLS] $A [SEP]``.
 
@@ -78,6 +142,8 @@ def tokenizer_from_vocab(
         lower_case: for ``vocab.txt``; by default what ``tokenizer_config.json`` beside it says, else True.
             A ``tokenizer.json`` brings its own normaliser, which is kept.
         max_text_length: tokens a text may have, without [CLS].
+        strip_accents: for ``vocab.txt`` likewise; else as ``lower_case``, by BERT's rule: the marks of every script,
+            since the vocabulary was made so.
 
     Raises:
         FileNotFoundError: no vocabulary at ``source``.
@@ -103,7 +169,7 @@ def tokenizer_from_vocab(
         vocab = _read_vocab(path)
         if UNK not in vocab:
             raise ValueError(f"vocabulary {str(path)!r} lacks {UNK!r}")
-        backend = _backend(vocab, _lower_case_beside(path) if lower_case is None else lower_case)
+        backend = _backend(vocab, _reading_beside(path, lower_case, strip_accents))
 
     # the placeholder, and every other token that is needed
     if image_token is None:
@@ -128,41 +194,103 @@ def _read_vocab(path: Path) -> dict[str, int]:
     return vocab
 
 
-def _lower_case_beside(path: Path) -> bool:
-    config = path.with_name("tokenizer_config.json")
-    if not config.is_file():
-        return True
-    return bool(json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True))
+def _reading_beside(path: Path, lower_case: bool | None, strip_accents: bool | None) -> _Reading:
+    """BERT's reading, as given, else as the ``tokenizer_config.json`` beside a vocabulary says, else its defaults."""
+    file = path.with_name("tokenizer_config.json")
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if lower_case is None:
+        lower_case = bool(config.get("do_lower_case", True))
+    if strip_accents is None:
+        strip_accents = config.get("strip_accents")
+    strip_accents = lower_case if strip_accents is None else bool(strip_accents)
+    return _Reading(lower_case, strip_accents, bool(config.get("tokenize_chinese_chars", True)), of_bert=True)
 
 
-def _backend(vocab: dict[str, int], lower_case: bool) -> Tokenizer:
-    """BERT's normaliser, pre-tokenizer and model around ``vocab``."""
-    backend = Tokenizer(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=100))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+def _backend(vocab: dict[str, int], reading: _Reading) -> Tokenizer:
+    """A normaliser, a pre-tokenizer and WordPiece around ``vocab``."""
+    backend = Tokenizer(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=LONGEST_WORD))
+    backend.normalizer = _normalizer(reading)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer() if reading.of_bert else _words(f".{{{LONGEST_WORD}}}")
     backend.decoder = decoders.WordPiece(prefix="##")
     return backend
 
 
-def _count_words(captions: Iterable[str], backend: Tokenizer) -> Counter[str]:
+def _normalizer(reading: _Reading) -> normalizers.Normalizer:
+    if reading.of_bert:
+        options = {"strip_accents": reading.strip_accents, "handle_chinese_chars": reading.split_han}
+        return normalizers.BertNormalizer(lowercase=reading.lower_case, **options)
+
+    # marks are taken off while they stand apart, those that stay are put back on
+    steps = [normalizers.BertNormalizer(strip_accents=False, lowercase=False)]
+    steps += [normalizers.NFD(), normalizers.Replace(Regex(_MARKS), "")] if reading.strip_accents else []
+    steps += [normalizers.Lowercase()] if reading.lower_case else []
+    return normalizers.Sequence([*steps, normalizers.NFC()])
+
+
+def _words(*cuts: str) -> pre_tokenizers.PreTokenizer:
+    """Words between spaces and punctuation, in them runs of a script that puts no spaces; then further cuts."""
+    pieces = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_UNSPACED, *cuts)]
+    return pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), *pieces])
+
+
+def _count_words(captions: Iterable[str], normalizer: normalizers.Normalizer) -> Counter[str]:
+    """How often each word occurs, but for those that are too long to be words of a language."""
     words: Counter[str] = Counter()
+    divide = _words()
     for index, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise ValueError(f"caption {index} is a {type(caption).__name__}, expected str")
-        normalised = backend.normalizer.normalize_str(caption)
-        words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalised))
+        found = divide.pre_tokenize_str(normalizer.normalize_str(caption))
+        words.update(word for word, _ in found if len(word) <= LONGEST_WORD)
     return words
 
 
-def _train_vocab(words: Counter[str], alphabet: list[str], vocab_size: int, min_frequency: int) -> dict[str, int]:
+def _folded(words: Counter[str], normalizer: normalizers.Normalizer) -> Counter[str]:
+    """Words as the tokenizer reads them, counted anew."""
+    folded: Counter[str] = Counter()
+    for word, count in words.items():
+        folded.update(dict.fromkeys(normalizer.normalize_str(word).split(), count))
+    return folded
+
+
+def _is_vietnamese(words: Counter[str]) -> bool:
+    marked = sum(count for word, count in words.items() if _VIETNAMESE.search(unicodedata.normalize("NFD", word)))
+    return marked >= _VIETNAMESE_SHARE * words.total()
+
+
+def _alphabet(words: Counter[str], room: int, limit: int | None) -> Sequence[str]:
+    """The commonest characters, ties broken by code point."""
+    characters: Counter[str] = Counter()
+    entries: Counter[str] = Counter()  # a character may take two, alone and as a continuation
+    for word, count in words.items():
+        for character in word:
+            characters[character] += count
+    for places in ({word[0] for word in words}, {character for word in words for character in word[1:]}):
+        entries.update(places)
+
+    # as many as were asked for
+    ranked = sorted(characters, key=lambda character: (-characters[character], character))
+    kept = max(1, min(ALPHABET if limit is None else limit, room // 2))
+    if limit is not None:
+        return ranked[:kept]
+
+    # or as many as it takes
+    covered = sum(characters[character] for character in ranked[:kept])
+    taken = sum(entries[character] for character in ranked[:kept])
+    while kept < len(ranked) and covered < COVERAGE * characters.total() and taken + entries[ranked[kept]] <= room:
+        covered += characters[ranked[kept]]
+        taken += entries[ranked[kept]]
+        kept += 1
+    return ranked[:kept]
+
+
+def _train_vocab(words: dict[str, int], vocab_size: int, min_frequency: int) -> dict[str, int]:
     """The vocabulary, token to id.
 
     tokenizers' trainer numbers continuation characters in the order of a hash map and breaks ties between merges by
     these numbers, so its vocabulary differs from run to run. Declaring every character beforehand fixes the numbers.
     """
-    # a word with a character outside the alphabet becomes [UNK] as a whole
-    known = set(alphabet)
-    usable = sorted(word for word in words if known.issuperset(word))
+    usable = sorted(words)
     inside = {character for word in usable for character in word[1:]}
     starts = {word[0] for word in usable}
     declared = [*SPECIAL_TOKENS, *sorted(starts), *(f"##{character}" for character in sorted(inside))]
@@ -177,6 +305,23 @@ def _train_vocab(words: Counter[str], alphabet: list[str], vocab_size: int, min_
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     learner.train_from_iterator((" ".join([word] * words[word]) for word in usable), trainer)
     return learner.get_vocab()
+
+
+def unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> tuple[int, int, Counter[str]]:
+    """Of texts: how many tokens are [UNK], how many tokens there are, and the words that became [UNK]."""
+    unknown = total = 0
+    words: Counter[str] = Counter()
+    texts = list(texts)
+    # what is spelled like a special token is letters, as the processor reads it
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    for text, ids, places in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        lost = [
+            text[start:end] for token, (start, end) in zip(ids, places, strict=True) if token == tokenizer.unk_token_id
+        ]
+        total += len(ids)
+        unknown += len(lost)
+        words.update(lost)
+    return unknown, total, words
 
 
 def _wrap(backend: Tokenizer, image_token: str, max_text_length: int) -> PreTrainedTokenizerFast:
@@ -200,4 +345,4 @@ def _wrap(backend: Tokenizer, image_token: str, max_text_length: int) -> PreTrai
     )
 
 
-__all__ = ["BERT_IMAGE_TOKEN", "SPECIAL_TOKENS", "tokenizer_from_vocab", "train_tokenizer"]
+__all__ = ["BERT_IMAGE_TOKEN", "SPECIAL_TOKENS", "tokenizer_from_vocab", "train_tokenizer", "unknown_words"]

@@ -8,7 +8,6 @@ ALBEF's JSON: a list of {"image", "caption", "image_id"}; to train on, one capti
 captions of a picture in a list and no id. A file holds one split.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import datasets
 
 from .row_checks import SHOWN, PairDataError, report, text_reason
 from .rows import PairTable
+from .task_files import read_json
 
 COLUMNS = {"image": "image", "text": "captions", "id": "id"}
 
@@ -77,13 +77,7 @@ def open_karpathy(
 
 def _entries(file: Path, split: str | None) -> Iterator[Entry]:
     """The pictures of a file, those of `split` where it has several."""
-    # an error of the file
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PairDataError(f"{file}: cannot be read: {error}") from error
-    except ValueError as error:
-        raise PairDataError(f"{file}: no JSON document: {error}") from error
+    content = read_json(str(file))
 
     # the two formats are told apart by what stands at the top
     if isinstance(content, list):

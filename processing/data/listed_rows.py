@@ -13,8 +13,8 @@ from .rows import PairRows, concept_ids
 
 class ListedRows(PairRows):
     """
-    `rows` by number, each a mapping with "image" (a path or bytes), "id", and whatever else its task needs; "captions"
-    where it has texts that a tokenizer may be trained on.
+    `rows` by number, each a mapping with "image" (a path or bytes), "id", and whatever else its task needs; its texts
+    are "captions" or "text".
 
     Args:
         rows: at least one.
@@ -66,7 +66,7 @@ class ListedRows(PairRows):
     def captions(self) -> Iterator[str]:
         for number, row in enumerate(self.rows):
             if number not in self.bad:
-                yield from row.get("captions", ())
+                yield from row.get("captions", [row["text"]] if "text" in row else ())
 
     def feed(self, digest: Digest) -> None:
         feed_listed(digest, self.rows)

@@ -28,6 +28,8 @@ def open_mixture(
     streaming: bool = False,
     bad_rows: Literal["raise", "skip"] = "raise",
     weights: Sequence[float] | None = None,
+    config: str | None = None,
+    revision: str | None = None,
 ) -> PairRows | PairStream:
     """`open_rows` of each entry; a `PairMixture` or `PairStreamMixture` unless the entries are one source.
 
@@ -44,7 +46,7 @@ def open_mixture(
     """
     if weights is not None:
         checked_shares(weights, len(entries))
-    options = (kind, image_column, text_column, id_column, split, streaming, bad_rows)
+    options = (kind, image_column, text_column, id_column, split, streaming, bad_rows, config, revision)
 
     # one source, if the entries can be that
     if len(entries) == 1 and weights is None:
@@ -67,8 +69,8 @@ def _format(entry: Any) -> str | None:
 class PairMixture(PairRows):
     """The rows of several sources, numbered one source after the other.
 
-    Without a column of ids each row is a concept of its own, under its number in the mixture; with one, equal ids are
-    one concept wherever they stand.
+    Without a column of ids each picture of a source is a concept of its own; with one, equal ids are one concept
+    wherever they stand.
 
     Attributes:
         sources: the sources.
@@ -112,12 +114,13 @@ class PairMixture(PairRows):
             mine = np.flatnonzero(of == number)
             rows = self.sources[number].take((places[mine] - self.starts[number]).tolist())
             for place, row in zip(mine, rows, strict=True):
-                found[place] = row if self.has_ids else {**row, "id": int(places[place])}
+                # the number of a row of the source becomes one of the mixture
+                found[place] = row if self.has_ids else {**row, "id": int(self.starts[number]) + row["id"]}
         return found
 
     def ids(self) -> np.ndarray:
         if not self.has_ids:
-            return np.arange(len(self), dtype=np.int64)
+            return np.concatenate([start + one.ids() for start, one in zip(self.starts, self.sources, strict=False)])
         return np.concatenate([source.ids() for source in self.sources])
 
     def captions(self) -> Iterator[str]:
@@ -157,7 +160,7 @@ class PairStreamMixture(PairStream):
 
     def checked(self) -> Iterator[tuple[int, dict[str, Any], str | None]]:
         for number, (source, row, reason) in enumerate(self._rows()):
-            if reason is None and "id" not in source.columns:
+            if reason is None and "id" not in source.columns and not source.ids_by_picture:
                 row = {**row, "id": number}
             yield number, row, reason
 

@@ -12,15 +12,14 @@ import pyarrow.compute as pc
 
 from oner.processing.vl_captions import MAX_CAPTION_LENGTH, MAX_TEXT_LENGTH, caption_reason
 
+from .places import PairDataError as PairDataError  # where others take it from
+from .places import located
+
 Kind = Literal["pairs", "images", "texts"]
 # what rows of a kind have, beside an id
 ROLES: dict[Kind, tuple[str, ...]] = {"pairs": ("image", "text"), "images": ("image",), "texts": ("text",)}
 SHOWN = 10  # rows named in an error
 CHUNK = 1024  # rows checked at a time: small enough for rows that are copied because of a selection
-
-
-class PairDataError(ValueError):
-    """The data cannot be used; the message names the source, the rows and what is wrong with them."""
 
 
 class TextRule(NamedTuple):
@@ -48,8 +47,21 @@ def rule_of(roles: Iterable[str]) -> TextRule:
     return CAPTION if "image" in roles else TEXT
 
 
+def plain_texts(cell: Any) -> Any:
+    """A cell of texts, where they are objects that hold a text, as COCO's `sentences` do: the texts."""
+    if isinstance(cell, Mapping) and "raw" in cell:
+        return cell["raw"]  # a text, or in data sets written by columns a list of them
+    if isinstance(cell, (list, tuple)) and any(isinstance(one, Mapping) for one in cell):
+        return [plain_texts(one) for one in cell]
+    return cell
+
+
 def find_bad_rows(
-    data: datasets.Dataset, columns: dict[str, str], folder: str | None, most: int | None = None
+    data: datasets.Dataset,
+    columns: dict[str, str],
+    folder: str | None,
+    most: int | None = None,
+    known: Mapping[int, str] | None = None,
 ) -> tuple[dict[int, str], int]:
     """One pass over the columns: {row number: what is wrong with it}, and how many rows are bad.
 
@@ -58,20 +70,25 @@ def find_bad_rows(
         columns: the name of the column of each role: "image", "text", "id", as far as rows of this kind have it.
         folder: what image paths are relative to.
         most: reasons are given for so many rows only, the first; all of them if None.
+        known: what is known to be wrong with rows already.
     """
     problems: dict[int, str] = {}
     total = start = 0
     rule = rule_of(columns)
+    known = known or {}
+    faulty = np.array(sorted(known), dtype=np.int64)
     for table in data.with_format("arrow").iter(CHUNK):
         # quickly, by column: which rows are bad
         bad = np.zeros(len(table), dtype=bool)  # (CHUNK,)
+        bad[faulty[np.searchsorted(faulty, start) : np.searchsorted(faulty, start + len(table))] - start] = True
         for role, column in columns.items():
             bad |= _bad_cells(role, table[column].combine_chunks(), folder, rule)
 
         # slowly, by row: why
         for place in np.flatnonzero(bad)[: None if most is None else most - len(problems)]:
+            row = start + int(place)
             cells = {role: _value(table[column][int(place)]) for role, column in columns.items()}
-            problems[start + int(place)] = row_reason(cells, folder)
+            problems[row] = known.get(row) or row_reason(cells, folder)
         total += int(bad.sum())
         start += len(table)
     return problems, total
@@ -81,7 +98,7 @@ def row_reason(cells: Mapping[str, Any], folder: str | None) -> str | None:
     """All that is wrong with the cells of a row, by role; None if nothing."""
     reasons = []
     if "text" in cells:
-        reasons.append(text_reason(cells["text"], rule_of(cells)))
+        reasons.append(text_reason(plain_texts(cells["text"]), rule_of(cells)))
     if "image" in cells:
         reasons.append(image_reason(cells["image"], folder))
     if "id" in cells:
@@ -129,7 +146,7 @@ def _bad_texts(array: pa.Array, rule: TextRule) -> np.ndarray:
     if _is_text(array.type):
         return _bad_strings(array, rule)
     if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)) or not _is_text(array.type.value_type):
-        return _by_reason(array, lambda text: text_reason(text, rule))
+        return _by_reason(array, lambda text: text_reason(plain_texts(text), rule))
     bad = pc.fill_null(pc.equal(pc.list_value_length(array), 0), True).to_numpy(zero_copy_only=False).copy()
     bad[pc.list_parent_indices(array).to_numpy()[_bad_strings(pc.list_flatten(array), rule)]] = True
     return bad
@@ -172,7 +189,9 @@ def image_reason(image: Any, folder: str | None) -> str | None:
     if not isinstance(image, str):
         return f"the picture must be bytes, a path or {{bytes, path}}, got {type(image).__name__}"
     path = os.path.join(folder or "", image)
-    return None if os.path.isfile(path) else f"no picture file {path}"
+    if os.path.isfile(located(path)):
+        return None
+    return f"no picture file {path}" + (" (nor with / for its \\)" if "\\" in image else "")
 
 
 def _bad_ids(array: pa.Array) -> np.ndarray:

@@ -16,8 +16,21 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .row_checks import CHUNK, ROLES, SHOWN, Kind, PairDataError, find_bad_rows, kind_of, report, row_reason
+from .places import located
+from .row_checks import (
+    CHUNK,
+    ROLES,
+    SHOWN,
+    Kind,
+    PairDataError,
+    find_bad_rows,
+    kind_of,
+    plain_texts,
+    report,
+    row_reason,
+)
 from .row_digest import Digest, feed_cells, feed_pictures
+from .same_pictures import digests_of, first_rows, picture_digest, warn_of_shared_pictures
 from .sampling import concept_id
 
 
@@ -31,7 +44,7 @@ class PairRows(ABC):
         exact_resume: whether a run that reads these rows resumes at the very row where it stopped.
         bad: {row number: reason} of the rows that the check found unusable; they keep their numbers. Empty unless the
             source was opened with `bad_rows="skip"`, since otherwise a bad row is an error.
-        has_ids: whether a column of ids was named; without one each row is a concept of its own.
+        has_ids: whether a column of ids was named; without one each picture is a concept, see `same_pictures.py`.
     """
 
     exact_resume = True
@@ -94,21 +107,29 @@ class PairTable(PairRows):
         folder: str | None = None,
         bad_rows: str = "raise",
         reasons: Mapping[int, str] | None = None,
+        rows_apart: bool = False,
     ) -> None:
         self.columns = columns
         self.name = name
         self.folder = folder
         self.kind = kind_of(columns)
+        whole = undecoded(data, columns.get("image"))
         self.data = undecoded(data.select_columns(list(dict.fromkeys(columns.values()))), columns.get("image"))
         if not len(self.data):
             raise PairDataError(f"{name}: no rows")
 
         # what the cells say, and what was found while the file was read
-        self.bad, total = find_bad_rows(self.data, columns, folder, SHOWN if bad_rows == "raise" else None)
+        self.bad, total = find_bad_rows(self.data, columns, folder, SHOWN if bad_rows == "raise" else None, reasons)
         if total and bad_rows == "raise":
             raise PairDataError(report(name, list(self.bad.items()), total, len(self.data)))
-        self.bad = dict(sorted({**self.bad, **(reasons or {})}.items()))
+
+        # without ids, rows of one picture are one concept
         self._ids: np.ndarray | None = None
+        if not self.has_ids:
+            self._ids = np.arange(len(self.data), dtype=np.int64)
+            if self.kind == "pairs" and not rows_apart:
+                self._ids = first_rows(digests_of(whole, columns["image"]))
+                warn_of_shared_pictures(name, self._ids, self.bad)
 
     @property
     def has_ids(self) -> bool:
@@ -121,15 +142,13 @@ class PairTable(PairRows):
         table = self.data[list(indices)]
         cells = {role: table[column] for role, column in self.columns.items()}  # a list of n each
         rows = [dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True)]
-        return [row_of(row, number, self.folder) for row, number in zip(rows, indices, strict=True)]
+        numbers = indices if self.has_ids else [int(self._ids[index]) for index in indices]
+        return [row_of(row, number, self.folder) for row, number in zip(rows, numbers, strict=True)]
 
     def ids(self) -> np.ndarray:
         if self._ids is None:
-            if not self.has_ids:
-                self._ids = np.arange(len(self), dtype=np.int64)
-            else:
-                column = self.data.select_columns([self.columns["id"]]).with_format("arrow")[:].column(0)
-                self._ids = concept_ids(column.combine_chunks(), self.bad)
+            column = self.data.select_columns([self.columns["id"]]).with_format("arrow")[:].column(0)
+            self._ids = concept_ids(column.combine_chunks(), self.bad)
         return self._ids
 
     def captions(self) -> Iterator[str]:
@@ -140,7 +159,7 @@ class PairTable(PairRows):
         if self.bad:
             texts = texts.select([row for row in range(len(self)) if row not in self.bad])
         for table in texts.iter(CHUNK):
-            for text in table[self.columns["text"]]:
+            for text in map(plain_texts, table[self.columns["text"]]):
                 yield from [text] if isinstance(text, str) else text
 
     def feed(self, digest: Digest) -> None:
@@ -162,11 +181,13 @@ class PairStream:
         folder: str | None = None,
         bad_rows: str = "raise",
         reasons: Mapping[int, str] | None = None,
+        rows_apart: bool = False,
     ) -> None:
         self.columns = columns
         self.name = name
         self.folder = folder
         self.bad_rows = bad_rows
+        self.rows_apart = rows_apart
         self.kind = kind_of(columns)
         self.reasons = reasons or {}
         self.data = undecoded(data, columns.get("image"))
@@ -191,7 +212,15 @@ class PairStream:
         for number, raw in enumerate(self._cells()):
             cells = {role: raw[column] for role, column in self.columns.items()}
             reason = self.reasons.get(number) or row_reason(cells, self.folder)
-            yield number, ({} if reason else row_of(cells, number, self.folder)), reason
+            row = {} if reason else row_of(cells, number, self.folder)
+            if row and self.ids_by_picture:
+                row["id"] = picture_digest(row["image"])  # what will come is not known, so no row's number
+            yield number, row, reason
+
+    @property
+    def ids_by_picture(self) -> bool:
+        """Whether a row's id says which picture it shows, and no column of ids."""
+        return self.kind == "pairs" and "id" not in self.columns and not self.rows_apart
 
     def _cells(self) -> Iterator[dict[str, Any]]:
         # Not iter(self.data): inside a data worker `datasets` would silently give only that worker's shards.
@@ -210,14 +239,14 @@ def undecoded(data: Any, image_column: str | None) -> Any:
 
 
 def row_of(cells: Mapping[str, Any], number: int, folder: str | None) -> dict[str, Any]:
-    """A row of its cells by role, an image's path joined to `folder`; without a cell for it, `number` is the id."""
+    """A row of its cells by role, an image's path joined to `folder`; without a cell for it, the id is `number`."""
     image = cells.get("image")
-    text = cells.get("text")
+    text = plain_texts(cells.get("text"))
     if folder is not None:
         if isinstance(image, str):
-            image = os.path.join(folder, image)
+            image = located(os.path.join(folder, image))
         elif isinstance(image, dict) and image.get("bytes") is None and image.get("path") is not None:
-            image = {**image, "path": os.path.join(folder, image["path"])}
+            image = {**image, "path": located(os.path.join(folder, image["path"]))}
     captions = [text] if isinstance(text, str) else list(text or ())
     return {"image": image, "captions": captions, "id": cells.get("id", number)}
 

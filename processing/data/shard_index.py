@@ -1,16 +1,16 @@
 """Where the samples of a tar shard lie: an index, made once and kept in a file beside the shard.
 
 Layout (webdataset's): members `key.jpg` and `key.txt` or `key.json` with one key are a sample; the key is the member's
-name up to the first dot after the last slash. Samples are numbered by their first member. What follows the key may be
-jpg, jpeg, png, webp, gif, bmp, tif or tiff for the image, txt or json for the text. Other members are passed over, and
-so are those that rows of this kind do not have: the images of texts, the texts of images.
+name up to the first dot after the last slash; up to the last dot (`photo.v1.jpg`) where nothing that is read has the
+shorter key, or both a picture and a text have the longer one. Samples are numbered by their first member. What follows
+the key may be jpg, jpeg, png, webp, gif, bmp, tif or tiff for the image, txt or json for the text. Other members are
+passed over, and so are those that rows of this kind do not have: the images of texts, the texts of images.
 """
 
 import json
 import os
 import re
 import tarfile
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,22 +21,29 @@ from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 
+from .places import regular
 from .row_checks import ROLES, Kind, PairDataError, id_reason, rule_of, text_reason
+from .same_pictures import PICTURE, content_digest
+from .text_tables import parsed
+from .waiting_lock import waiting_lock
 
-FORMAT = 2  # of the index; another number makes every index anew
+FORMAT = 3  # of the index; another number makes every index anew
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTIONS = ("captions", "caption", "text")  # fields of a .json that hold the text if none is named
 KEY = "__key__"  # webdataset's name for a sample's key, as an id column
 LONGEST_TEXT = 4 << 20  # bytes of a .txt or .json
 BLOCK = tarfile.BLOCKSIZE
+LONGEST_HEADER = 1 << 20  # bytes of a name or of other fields that stand before a member's own header
+MOST_HEADERS = 16  # such headers before one member; `tarfile` calls itself for each
+EXTENDED = (b"L", b"K", b"x", b"X", b"g", b"S")  # long names and links, pax fields, holes
 NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 SCHEMA = pa.schema(
     {
         "key": pa.large_string(),
         "image_offset": pa.int64(),
         "image_size": pa.int64(),
+        PICTURE: pa.int64(),
         "captions": pa.large_list(pa.large_string()),
         "id": pa.large_string(),  # as JSON, which tells 7 from "7"
         "reason": pa.large_string(),  # what is wrong with the sample; null if nothing
@@ -91,30 +98,22 @@ def shard_index(shard: Path, columns: ShardColumns) -> pa.Table:
         PairDataError: the shard is missing or is not an uncompressed tar archive.
     """
     # the file beside the shard, called after what is read and keyed by what the shard is
-    try:
-        status = os.stat(shard)
-    except OSError as error:
-        raise PairDataError(f"{shard}: cannot be read: {error.strerror}") from error
+    status = os.stat(regular(shard))
     digest = blake2b(json.dumps([FORMAT, *columns]).encode(), digest_size=4).hexdigest()
     place = Path(f"{shard}.{digest}.index.parquet")
-    made_of = {name.encode(): str(getattr(status, f"st_{name}")).encode() for name in ("size", "mtime_ns", "ctime_ns")}
-
+    # a time of change can be set, that of the inode cannot
+    state = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+    made_of = {name.encode(): str(value).encode() for name, value in state.items()}
     table = _read(place, made_of)
     if table is not None:
         return table
-    # not beside the shard, where locks would stay behind and some file systems have none
-    digest = blake2b(os.fsencode(os.path.abspath(place)), digest_size=16).hexdigest()
-    lock = Path(tempfile.gettempdir()) / f"oner-{digest}.lock"
 
     # or a new one, made by one process while the others wait
-    try:
-        with FileLock(lock):
-            table = _read(place, made_of)  # another process may have made it meanwhile
-            if table is None:
-                table = pa.Table.from_pylist(list(_samples(shard, columns)), SCHEMA).replace_schema_metadata(made_of)
-                _write(table, place)
-    finally:
-        lock.unlink(missing_ok=True)  # who still waits for it finds the index, or at worst makes the same one again
+    with waiting_lock(place):
+        table = _read(place, made_of)  # another process may have made it meanwhile
+        if table is None:
+            table = pa.Table.from_pylist(list(_samples(shard, columns)), SCHEMA).replace_schema_metadata(made_of)
+            _write(table, place)
     return table
 
 
@@ -145,6 +144,7 @@ def _write(table: pa.Table, place: Path) -> None:
 @dataclass
 class _Sample:
     key: str
+    place: int  # of its first member
     members: dict[str, tuple[int, int]] = field(default_factory=dict)  # ending: (offset, size)
     reasons: list[str] = field(default_factory=list)
 
@@ -157,9 +157,11 @@ def _samples(shard: Path, columns: ShardColumns) -> Iterator[dict[str, Any]]:
     """The rows of the index. Damage that no sample can be blamed for is a row of its own, the last."""
     wanted = columns.wanted
 
-    # samples in the order of their first members
+    # samples in the order of their first members, and those whose base names have dots
     samples: list[_Sample] = []
     latest: dict[str, _Sample] = {}
+    dotted: list[_Sample] = []
+    latest_dotted: dict[str, _Sample] = {}
     damage = None
 
     # every member once, in their order
@@ -168,30 +170,83 @@ def _samples(shard: Path, columns: ShardColumns) -> Iterator[dict[str, Any]]:
         try:
             for member in _members(file, shard, length):
                 match = NAME.fullmatch(member.name)
-                if match is None or member.isdir() or match[2].lower() not in wanted:
+                if match is None or member.isdir():
                     continue
                 key, ending = match[1], match[2].lower()
-                # a key that comes again is another sample, and an error
-                sample = latest.get(key)
-                if sample is None or ending in sample.members:
-                    latest[key] = _Sample(key)
-                    if sample is not None:
-                        latest[key].reasons.append("duplicate key: the shard has a sample of this key already")
-                    sample = latest[key]
-                    samples.append(sample)
-                sample.members[ending] = (member.offset_data, member.size)
-                if not member.isreg() or member.issparse():
-                    sample.reasons.append(f"member .{ending} is a link or a hole, not a file")
-                elif member.offset_data + member.size > length:
-                    sample.reasons.append(f"the archive is cut short at byte {length}, within member .{ending}")
+                version, _, last = ending.rpartition(".")
+                if ending in wanted:
+                    _add(member, key, ending, samples, latest, length)
+                elif version and last in wanted:
+                    _add(member, f"{key}.{match[2][: len(version)]}", last, dotted, latest_dotted, length)
         except _DamageError as error:
             damage = str(error)
 
         # their rows, and one for damage behind the last of them
-        for sample in samples:
+        own = [one for one in dotted if _shorter(one.key) not in latest or _is_pair(one, columns)]
+        for sample in sorted([*samples, *own], key=lambda one: one.place):
             yield _row_of(sample, columns, file)
     if damage is not None:
         yield _index_row("", reason=damage)
+
+
+def _add(
+    member: tarfile.TarInfo,
+    key: str,
+    ending: str,
+    samples: list[_Sample],
+    latest: dict[str, _Sample],
+    length: int,
+) -> None:
+    """A member to the sample of its key. A key that comes again is another sample, and an error."""
+    sample = latest.get(key)
+    if sample is None or ending in sample.members:
+        latest[key] = _Sample(key, member.offset)
+        if sample is not None:
+            latest[key].reasons.append("duplicate key: the shard has a sample of this key already")
+        sample = latest[key]
+        samples.append(sample)
+    sample.members[ending] = (member.offset_data, member.size)
+    if not member.isreg() or member.issparse():
+        sample.reasons.append(f"member .{ending} is a link or a hole, not a file")
+    elif member.offset_data + member.size > length:
+        sample.reasons.append(f"the archive is cut short at byte {length}, within member .{ending}")
+
+
+def _shorter(key: str) -> str:
+    folder, slash, base = key.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _is_pair(sample: _Sample, columns: ShardColumns) -> bool:
+    texts = columns.wanted.difference(columns.images)
+    return any(map(sample.members.__contains__, columns.images)) and any(map(sample.members.__contains__, texts))
+
+
+def _check_headers(file: BinaryIO, place: int) -> None:
+    """
+    Looks at what stands before a member's own header, which `tarfile` reads whole and one within the other.
+
+    Raises:
+        _DamageError: too much of it.
+    """
+    for _ in range(MOST_HEADERS):
+        file.seek(place)
+        header = file.read(BLOCK)
+        if header[156:157] not in EXTENDED:
+            return
+        try:
+            size = tarfile.nti(header[124:136])
+        except tarfile.HeaderError:
+            return  # which `tarfile` names
+        # of a member with holes, where more of them are told of than fit into its header
+        if header[156:157] == b"S":
+            if header[482]:
+                raise _DamageError(f"the member at byte {place} has more holes than are read")
+            return
+        if not 0 <= size <= LONGEST_HEADER:
+            raise _DamageError(f"the header at byte {place} has {size} bytes; at most {LONGEST_HEADER} are read")
+        place += BLOCK + -(-size // BLOCK) * BLOCK
+    raise _DamageError(f"more than {MOST_HEADERS} headers stand before the member at byte {place}")
 
 
 def _members(file: BinaryIO, shard: Path, length: int) -> Iterator[tarfile.TarInfo]:
@@ -201,10 +256,12 @@ def _members(file: BinaryIO, shard: Path, length: int) -> Iterator[tarfile.TarIn
         PairDataError: not an archive at all.
         _DamageError: after the last member that could be found.
     """
+    _check_headers(file, 0)
+    file.seek(0)
     try:
         # opened without compression: places in a compressed archive mean nothing
         archive = tarfile.open(fileobj=file, mode="r:")
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise PairDataError(
             f"{shard}: not a tar archive, or a compressed one, of which no place can be read directly; expected an "
             f"uncompressed .tar ({error})"
@@ -213,9 +270,10 @@ def _members(file: BinaryIO, shard: Path, length: int) -> Iterator[tarfile.TarIn
     # member after member, each farther than the one before
     place = -1
     while True:
+        _check_headers(file, archive.offset)
         try:
             member = archive.next()
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             raise _DamageError(f"the archive is cut short or damaged behind byte {max(place, 0)}: {error}") from error
         if member is None:
             break
@@ -261,7 +319,8 @@ def _row_of(sample: _Sample, columns: ShardColumns, file: BinaryIO) -> dict[str,
             captions, identity = _text_of(sample, columns, file, has)
         except ValueError as error:
             reasons.append(str(error))
-    return _index_row(sample.key, offset, size, captions, identity, "; ".join(reasons) or None)
+    picture = content_digest(file, offset, size) if columns.kind == "pairs" and not reasons else None
+    return _index_row(sample.key, offset, size, captions, identity, "; ".join(reasons) or None, picture)
 
 
 def _index_row(
@@ -271,6 +330,7 @@ def _index_row(
     captions: list[str] | None = None,
     identity: str = "null",
     reason: str | None = None,
+    picture: int | None = None,
 ) -> dict[str, Any]:
     # names in archives and the reasons that quote them need not be UTF-8, which the index is
     key, reason = (text and text.encode("utf-8", "backslashreplace").decode() for text in (key, reason))
@@ -278,6 +338,7 @@ def _index_row(
         "key": key,
         "image_offset": offset,
         "image_size": size,
+        PICTURE: picture,
         "captions": captions,
         "id": identity,
         "reason": reason,
@@ -316,13 +377,12 @@ def _text_of(sample: _Sample, columns: ShardColumns, file: BinaryIO, has: str) -
 def _fields(sample: _Sample, file: BinaryIO) -> dict[str, Any] | None:
     if "json" not in sample.members:
         return None
-    try:
-        fields = json.loads(_decoded(sample, "json", file))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its .json cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"its .json is a {type(fields).__name__}; expected an object with fields")
-    return fields
+    fields = parsed(_decoded(sample, "json", file).encode())
+    if isinstance(fields, str):
+        raise ValueError(f"its .json {fields}")
+    if not isinstance(fields[0], dict):
+        raise ValueError(f"its .json is a {type(fields[0]).__name__}; expected an object with fields")
+    return fields[0]
 
 
 def _decoded(sample: _Sample, ending: str, file: BinaryIO) -> str:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from .row_checks import CHUNK, SHOWN, PairDataError, report
 from .row_digest import Digest, feed_cells
 from .rows import PairRows, concept_ids
+from .same_pictures import PICTURE, first_rows, warn_of_shared_pictures
 from .shard_index import ShardColumns, shard_index
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -45,7 +46,7 @@ def find_shards(source: Any) -> list[Path]:
         return []
     if str(source).lower().endswith(COMPRESSED):
         raise PairDataError(f"{source}: no place in a compressed archive can be read directly; unpack it to a .tar")
-    if found := RANGE.search(str(source)):
+    if not path.exists() and (found := RANGE.search(str(source))):
         first, last = found.groups()
         names = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
         return [shard for name in names for shard in find_shards(RANGE.sub(name, str(source), count=1))]
@@ -64,7 +65,9 @@ class PairShards(PairRows):
         PairDataError: a missing or foreign file, no samples, or bad ones, which are named by shard and key.
     """
 
-    def __init__(self, shards: Sequence[Path], columns: ShardColumns, bad_rows: str = "raise") -> None:
+    def __init__(
+        self, shards: Sequence[Path], columns: ShardColumns, bad_rows: str = "raise", rows_apart: bool = False
+    ) -> None:
         self.shards = [str(shard) for shard in shards]
         self.has_ids = columns.id is not None
         self.kind = columns.kind
@@ -86,7 +89,14 @@ class PairShards(PairRows):
         }
         if self.bad and bad_rows == "raise":
             raise PairDataError(report(self.name, list(islice(self.bad.items(), SHOWN)), len(self.bad), len(self)))
+
+        # without ids, samples of one picture are one concept
         self._ids: np.ndarray | None = None
+        if not self.has_ids:
+            self._ids = np.arange(len(self), dtype=np.int64)
+            if self.kind == "pairs" and not rows_apart:
+                self._ids = first_rows(self.table[PICTURE])
+                warn_of_shared_pictures(self.name, self._ids, self.bad)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -97,7 +107,7 @@ class PairShards(PairRows):
         cells = self.table.select(columns).take(places).to_pylist()
         if self.kind != "texts":  # texts stand in the index
             self._read_images(cells, places)
-        ids = [json.loads(cell["id"]) for cell in cells] if self.has_ids else places.tolist()
+        ids = [json.loads(cell["id"]) for cell in cells] if self.has_ids else self._ids[places].tolist()
         return [
             {"image": cell.get("image"), "captions": cell["captions"] or [], "id": identity}
             for cell, identity in zip(cells, ids, strict=True)
@@ -117,7 +127,7 @@ class PairShards(PairRows):
     def ids(self) -> np.ndarray:
         if self._ids is None:
             cells = map(json.loads, self.table["id"].to_pylist())
-            self._ids = concept_ids(list(cells), self.bad) if self.has_ids else np.arange(len(self), dtype=np.int64)
+            self._ids = concept_ids(list(cells), self.bad)
         return self._ids
 
     def captions(self) -> Iterator[str]:

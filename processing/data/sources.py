@@ -4,36 +4,28 @@ A row is {"image": bytes | path | {"bytes", "path"}, "captions": list of str, "i
 are not decoded here. Rows that share an id show the same concept: they are true positives of each other.
 
 Which columns are taken when none are named: for the image the first of `image`, `file_name`, `image_path`; for the
-text the first of `captions`, `caption`, `text`. A text column holds a string or a list of strings a row. The id is
-the row number unless a column is named: a column that happens to be called `id` often numbers images, not concepts.
+text the first of `captions`, `caption`, `text`. A text column holds a string or a list of strings a row.
+
+Unless a column of ids is named, pairs of the same picture (by path or bytes) share an id, and a warning says how many;
+a row of another kind has its number. A column that is called `id` often numbers captions or images, not concepts.
 """
 
+import glob
 import os
-import zipfile
-from collections.abc import Callable
+import re
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import pyarrow as pa
 
-from .row_checks import ROLES, SHOWN, Kind, PairDataError, report
+from .places import expand, regular
+from .row_checks import ROLES, SHOWN, Kind, PairDataError, rule_of
 from .rows import PairRows, PairStream, PairTable
+from .same_pictures import ROW
 from .shard_index import ShardColumns
 from .shards import PairShards, find_shards
-from .text_tables import (
-    Fault,
-    csv_faults,
-    csv_header,
-    has_lone_surrogates,
-    json_faults,
-    line_faults,
-    separator,
-    without_blank_lines,
-    without_lines,
-)
+from .table_files import read_tables
 from .training_sets import PairTrainingSet, PairTrainingStream
 
 __all__ = ["PairDataError", "PairRows", "PairStream", "PairTrainingSet", "PairTrainingStream", "open_rows"]
@@ -41,11 +33,8 @@ __all__ = ["PairDataError", "PairRows", "PairStream", "PairTrainingSet", "PairTr
 # the usual names of the column of a role
 USUAL = {"image": ("image", "file_name", "image_path"), "text": ("captions", "caption", "text"), "id": ()}
 NOUNS = {"image": "pictures", "text": "captions", "id": "ids"}
-# StopIteration is what `datasets` says of a file without lines; the second line is what its older releases say
-UNREADABLE = (
-    *(datasets.exceptions.DatasetGenerationError, ValueError, OSError, pa.ArrowException, StopIteration),
-    *(TypeError, zipfile.BadZipFile),
-)
+# of COCO: the texts in a list of objects, which `plain_texts` finds
+INSIDE = re.compile(r"(.+?)(?:\[\])?\.raw")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -59,6 +48,8 @@ def open_rows(
     split: str | None = None,
     streaming: bool = False,
     bad_rows: Literal["raise", "skip"] = "raise",
+    config: str | None = None,
+    revision: str | None = None,
 ) -> PairRows | PairStream:
     """Opens and checks a source of rows.
 
@@ -70,54 +61,59 @@ def open_rows(
             paths are relative to the file);
             tar shards in webdataset's layout (`shard_index.py`): a `.tar`, a pattern of them (`cc-{000..127}.tar`,
             `cc-*.tar`), a list of them, or a folder that holds them and no metadata;
+            a pattern of files (`data/*.parquet`), where no file is called so; `hf://datasets/NAME/FILE`, or a pattern;
             a folder that `datasets` can read; a `datasets` object; a name on the Hub;
             of images, a folder of image files, at any depth, in itself or in a folder named as the split;
             of texts, a `.txt` file, a list of them, or a folder of them without tables: a line a text, UTF-8, blank
             lines left out.
         kind: "pairs", "images" or "texts". Columns that rows of the kind do not have are not read.
         image_column, text_column, id_column: names of the columns; see the top of this file for what None means, and
-            `ShardColumns` for what they are of shards.
+            `ShardColumns` for what they are of shards. The id_column "__row__" makes each row a concept of its own.
         split: which split, where the source has several.
         streaming: read in sequence without an index; gives a `PairStream`.
         bad_rows: "raise", or "skip": rows that cannot be used keep their numbers and are listed in `PairRows.bad`
             (a stream tells them apart in `PairStream.checked`). A file that cannot be read as a table always raises.
+        config, revision: which configuration of a data set on the Hub, and its branch, tag or commit.
 
     Raises:
         ValueError: another kind, or a column of what rows of the kind do not have.
         PairDataError: a missing source or column, an ambiguous split, or rows that cannot be used: the first ten with
             their numbers (from 0), and how many there are.
     """
+    rows_apart = id_column == ROW
+    id_column = None if rows_apart else id_column
     named = {"image": image_column, "text": text_column, "id": id_column}
     _check(kind, named, bad_rows, split)
 
-    # shards bring their own index
+    # patterns become the files that fit; shards bring their own index
+    source = expand(source)
     if not _has_metadata(source, split) and (shards := find_shards(source)):
         _whole(str(shards[0]), split)
         if streaming:
             raise PairDataError(f"{shards[0]}: shards are read at random places; open them without streaming")
-        return PairShards(shards, ShardColumns(image_column, text_column, id_column, kind), bad_rows)
+        return PairShards(shards, ShardColumns(image_column, text_column, id_column, kind), bad_rows, rows_apart)
 
-    # anything else is a table that `datasets` reads
-    loaded = _load(source, kind, split, streaming, bad_rows)
+    # anything else is a table: files, or what `datasets` reads
+    loaded = _load(source, kind, named, split, streaming, {"name": config, "revision": revision})
     data = loaded.data
     name = loaded.name
     if isinstance(data, dict):
         data = _one_split(data, split, name)
 
     # its columns by role
-    found = data.column_names
-    if found is None:  # a stream that does not know its columns
-        found = list(next(iter(data), {}))
-    columns = {role: loaded.columns.get(role) or _pick(found, named[role], role, name) for role in ROLES[kind]}
-    if id_column is not None:
-        columns["id"] = _pick(found, id_column, "id", name)
+    columns = loaded.columns
+    if not columns:
+        found = data.column_names
+        if found is None:  # a stream that does not know its columns
+            found = list(next(iter(data), {}))
+        columns = _columns(found, kind, named, name)
         if type((data.features or {}).get(id_column)).__name__ == "Json":
             raise PairDataError(
                 f"{name}: the id column {id_column!r} mixes types, and `datasets` does not keep 7 and '7' apart; "
                 "write all ids as strings or all as integers"
             )
     rows = PairStream if isinstance(data, datasets.IterableDataset) else PairTable
-    return rows(data, columns, name, loaded.folder, bad_rows, loaded.reasons)
+    return rows(data, columns, name, loaded.folder, bad_rows, loaded.reasons, rows_apart)
 
 
 def _check(kind: str, named: dict[str, str | None], bad_rows: str, split: str | None) -> None:
@@ -157,14 +153,21 @@ class Loaded:
     columns: dict[str, str] = field(default_factory=dict)
 
 
-def _load(source: Any, kind: Kind, split: str | None, streaming: bool, bad_rows: str) -> Loaded:
+def _load(
+    source: Any,
+    kind: Kind,
+    named: dict[str, str | None],
+    split: str | None,
+    streaming: bool,
+    options: dict[str, str | None],
+) -> Loaded:
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset, dict)):  # a DatasetDict is a dict
         if not isinstance(source, dict) and str(source.split) != split:
             _whole(f"the given {type(source).__name__}", split)
         return Loaded(source, f"the given {type(source).__name__}")
     if isinstance(source, (list, tuple)):
         _whole(f"a list of {len(source)} files", split)
-        return _load_files([Path(file) for file in source], kind, streaming, bad_rows)
+        return _load_files([Path(file) for file in source], kind, named, streaming)
     if not isinstance(source, (str, os.PathLike)):
         raise PairDataError(f"a source is a path, a list of paths, a name or a data set, got {type(source).__name__}")
 
@@ -174,7 +177,7 @@ def _load(source: Any, kind: Kind, split: str | None, streaming: bool, bad_rows:
         if table := _metadata(path, split):
             if table.parent == path and table.stem != split:
                 _whole(str(table), split)
-            return _load_files([table], kind, streaming, bad_rows)
+            return _load_files([table], kind, named, streaming)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
             if not isinstance(saved, dict):
@@ -188,18 +191,29 @@ def _load(source: Any, kind: Kind, split: str | None, streaming: bool, bad_rows:
             return Loaded(data, str(inside), columns={"image": "image"})
         if kind == "texts" and (texts := _bare_texts(inside)):
             _whole(str(path), None if inside != path else split)
-            return _load_files(texts, kind, streaming, bad_rows)
+            return _load_files(texts, kind, named, streaming)
+        if glob.has_magic(str(path)):
+            raise PairDataError(
+                f"{path}: no metadata.csv, metadata.jsonl or metadata.parquet in it, and `datasets` takes its name "
+                "for a pattern; name the files in it, or call it without [ ] * ?"
+            )
 
     # a file, or what `datasets` knows by this name
-    elif path.suffix in READERS or path.is_file():
+    elif path.suffix.lower() in READERS or path.exists():
         _whole(str(path), split)
-        return _load_files([path], kind, streaming, bad_rows)
+        return _load_files([path], kind, named, streaming)
+    return _load_by_name(str(source), split, streaming, {key: one for key, one in options.items() if one is not None})
+
+
+def _load_by_name(source: str, split: str | None, streaming: bool, options: dict[str, str]) -> Loaded:
     try:
-        return Loaded(datasets.load_dataset(str(source), split=split, streaming=streaming), str(source))
-    except (OSError, ValueError) as error:  # not found, offline, an unknown split, an empty folder
+        return Loaded(datasets.load_dataset(source, split=split, streaming=streaming, **options), source)
+    except Exception as error:  # its readers have each their own
+        reason = str(error) or type(error).__name__
+        hint = "; data_config names one" if "onfig name is missing" in reason else ""
         raise PairDataError(
             f"{source}: not a file, not a folder with metadata.csv, metadata.jsonl or metadata.parquet, and "
-            f"`datasets` cannot open it as a folder or a name on the Hub: {error}"
+            f"`datasets` cannot open it as a folder or a name on the Hub: {reason}{hint}"
         ) from error
 
 
@@ -224,19 +238,18 @@ def _bare_images(folder: Path) -> list[str]:
 
 def _bare_texts(folder: Path) -> list[Path]:
     """The `.txt` files of a folder that has no tables."""
-    formats = {READERS[file.suffix] for file in folder.iterdir() if file.suffix in READERS}
+    formats = {READERS[file.suffix.lower()] for file in folder.iterdir() if file.suffix.lower() in READERS}
     return sorted(folder.glob("*.txt")) if formats == {"text"} else []
 
 
-def _load_files(files: list[Path], kind: Kind, streaming: bool, bad_rows: str) -> Loaded:
-    """Table files of one format, read by `datasets`."""
+def _load_files(files: list[Path], kind: Kind, named: dict[str, str | None], streaming: bool) -> Loaded:
+    """Table files of one format."""
     known = [ending for ending in READERS if ending != ".txt" or kind == "texts"]
-    formats = {READERS[file.suffix] if file.suffix in known else None for file in files}
+    formats = {READERS[file.suffix.lower()] if file.suffix.lower() in known else None for file in files}
     if len(formats) != 1 or None in formats:
         raise PairDataError(f"expected files of one kind out of {sorted(known)}, got {[file.name for file in files]}")
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise PairDataError(f"no such file: {', '.join(missing[:SHOWN])}")
+    for file in files:
+        regular(file)
     (form,) = formats
 
     # image paths are relative to the one folder of all files
@@ -245,87 +258,17 @@ def _load_files(files: list[Path], kind: Kind, streaming: bool, bad_rows: str) -
         raise PairDataError(f"files with picture paths must lie in one folder, got {sorted(folders)[:SHOWN]}")
     name = str(files[0]) + (f" (+{len(files) - 1})" if files[1:] else "")
 
-    # rows, counted where their format lets rows be swallowed
-    data, count, reasons = _read_checked(form, files, name, streaming, bad_rows)
-    if form == "text":
-        data = without_blank_lines(data)
-    if count is not None and not streaming and len(data) != count:
-        raise PairDataError(f"{name}: was read as {len(data)} rows, but has {count}")
-    columns = {"text": "text"} if form == "text" else {}
-    return Loaded(data, name, str(files[0].parent), reasons, columns)
+    # the only column of plain lines goes by any name
+    chosen = named if form != "text" else {**named, "text": None}
+    table = read_tables(form, files, lambda found: _columns(found, kind, chosen, name), rule_of(ROLES[kind]), name)
+    data = table.data.to_iterable_dataset() if streaming else table.data
+    return Loaded(data, name, str(files[0].parent), table.reasons, table.columns)
 
 
-def _read_checked(
-    form: str, files: list[Path], name: str, streaming: bool, bad_rows: str
-) -> tuple[Any, int | None, dict[int, str]]:
-    """The data, how many rows it must have if that was counted, and what is wrong with some."""
-    count = None
-    reasons = {}
-    read = files
-    options: dict[str, Any] = {}
-
-    # what is wrong with it, found by stricter readers than those of `datasets`
-    if form == "csv":
-        # every column as text: "NA", "null" and "007" are captions, not missing values or numbers
-        header = csv_header(files[0])
-        options = {"features": datasets.Features({column: datasets.Value("string") for column in header})}
-        count, reasons, _ = _faults(name, files, csv_faults, bad_rows)
-        options |= {"sep": separator(files[0]), "keep_default_na": False}
-    elif form == "text":
-        count, reasons, _ = _faults(name, files, line_faults, bad_rows)
-        options = {"encoding": "utf-8-sig"}
-    elif form == "json" and any(map(has_lone_surrogates, files)):
-        count, reasons, read = _faults(name, files, json_faults, bad_rows)
-    if form != "json" and reasons:
-        options |= {"encoding_errors": "replace"}
-
-    # lines of JSON are looked at only if they cannot be read
-    try:
-        try:
-            data = _read(form, read, streaming, options)
-        except UNREADABLE:
-            if form != "json" or reasons:
-                raise
-            count, reasons, read = _faults(name, files, json_faults, bad_rows)
-            if not reasons:
-                raise
-            data = _read(form, read, streaming, options)
-    except PairDataError:
-        raise
-    except UNREADABLE as error:
-        wrong = str(error.__cause__ or error) or "no rows"
-        raise PairDataError(f"{name}: cannot be read as {form}: {wrong}") from error
-    return data, count, reasons
-
-
-def _read(form: str, files: list[Path], streaming: bool, options: dict[str, Any]) -> Any:
-    # `datasets` keeps what it read by path and time of change; a file that was replaced may have kept both, but not
-    # the time at which the system changed its entry
-    known = [(status.st_size, status.st_ino, status.st_ctime_ns) for status in map(os.stat, files)]
-    name = blake2b(repr(known).encode(), digest_size=8).hexdigest()
-    paths = [str(file) for file in files]
-    return datasets.load_dataset(form, name, data_files=paths, split="train", streaming=streaming, **options)
-
-
-def _faults(
-    name: str, files: list[Path], find: Callable[[Path], tuple[int, list[Fault]]], bad_rows: str
-) -> tuple[int, dict[int, str], list[Path]]:
-    """How many rows there are, what is wrong with some, and the files to read instead.
-
-    Raises:
-        PairDataError: if a fault reaches beyond its row, every row has one, or rows are not to be skipped.
-    """
-    start = 0  # rows of the files before
-    faults, read = [], []
-    for file in files:
-        count, found = find(file)
-        faults += [fault._replace(row=start + fault.row) for fault in found]
-        read.append(without_lines(file, found) if found and find is json_faults else file)
-        start += count
-    if faults and (bad_rows == "raise" or len(faults) == start or not all(fault.alone for fault in faults)):
-        faults.sort(key=lambda fault: fault.alone)  # what makes the file unreadable first
-        raise PairDataError(report(name, [fault[:2] for fault in faults[:SHOWN]], len(faults), None))
-    return start, {fault.row: fault.reason for fault in faults}, read
+def _columns(found: list[str], kind: Kind, named: dict[str, str | None], name: str) -> dict[str, str]:
+    """The column of each role that rows of the kind have, and of the id if it is named."""
+    roles = [*ROLES[kind], *(("id",) if named["id"] is not None else ())]
+    return {role: _pick(found, named[role], role, name) for role in roles}
 
 
 def _one_split(data: dict, split: str | None, name: str) -> Any:
@@ -342,5 +285,7 @@ def _pick(found: list[str], given: str | None, role: str, name: str) -> str:
     for column in USUAL[role] if given is None else (given,):
         if column in found:
             return column
+    if role == "text" and given is not None and (inside := INSIDE.fullmatch(given)) and inside[1] in found:
+        return inside[1]
     wanted = f"no column {given!r}" if given is not None else f"none of the columns {', '.join(USUAL[role])}"
     raise PairDataError(f"{name}: {wanted} for the {NOUNS[role]}; columns found: {', '.join(found)}")

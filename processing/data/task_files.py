@@ -1,13 +1,14 @@
 """Annotation files and the records in them: reading, fields of the right type, and the pictures they name."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .places import regular
 from .row_checks import PairDataError
+from .text_tables import parsed
 
 MISSING = object()
 
@@ -28,31 +29,24 @@ def read_json(path: str) -> Any:
     Raises:
         PairDataError: no such file, not UTF-8, or no JSON.
     """
-    # bytes first: what is no UTF-8 must not come as another error
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        content = regular(path).read_bytes()
     except OSError as error:
         raise PairDataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise PairDataError(f"{path}: cannot be read as JSON: {error}") from error
 
     # one document, or a document a line
-    lines = Path(path).suffix == ".jsonl"
-    if not lines:
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            lines = isinstance(_line(text.lstrip().partition("\n")[0]), dict)
-            if not lines:
-                raise PairDataError(f"{path}: cannot be read as JSON: {error}") from error
-    return [_line(line) for line in text.split("\n") if line.strip()]
+    if Path(path).suffix != ".jsonl":
+        value = parsed(content, unique=False)
+        if not isinstance(value, str):
+            return value[0]
+        if not isinstance(_line(content.lstrip().partition(b"\n")[0]), dict):
+            raise PairDataError(f"{path}: cannot be read as JSON: it {value}")
+    return [_line(line) for line in content.split(b"\n") if line.strip()]
 
 
-def _line(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        return Broken(f"no JSON: {error}")
+def _line(content: bytes) -> Any:
+    value = parsed(content, unique=False)
+    return Broken(value) if isinstance(value, str) else value[0]
 
 
 def field(record: Mapping[str, Any], name: str, kinds: tuple[type, ...], default: Any = MISSING) -> Any:

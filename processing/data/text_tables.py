@@ -1,129 +1,195 @@
-"""Tables kept as text, csv, lines of JSON and plain lines: what is wrong with their rows, whatever `datasets` does.
+"""Tables kept as text, csv, JSON and plain lines, read strictly and row by row.
 
-Read leniently, a quote that is never closed swallows the rows up to the next one and a lone surrogate is dropped, both
-without a word. So a csv is first read strictly, by python's own reader, and lines of JSON are searched for surrogates.
+Cells are what is written: "NA", "007" and "2020-01-01" are captions. What is wrong with a row, a line that is no JSON
+say, is its reason, and its neighbours are read; what reaches beyond a row, such as a quote that never closes, is an
+error of the file. Lines and nesting are bounded, so that no file takes all memory.
 """
 
 import codecs
 import csv
-import hashlib
 import json
-import mmap
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, AnyStr, BinaryIO
 
-import datasets
 import numpy as np
 
-from .row_checks import CHUNK, PairDataError
+from .row_checks import SHOWN, PairDataError, report
 
-# \ud800 without \udc00 behind it, or the other way round; a backslash that is itself escaped is sorted out later
-LONE_SURROGATE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-)
+LONGEST_LINE = 64 << 20  # bytes: a text of the greatest length, every character escaped
+DEEPEST = 200  # brackets within each other in a line of JSON; python's reader gives up at its recursion limit
+LONGEST_DOCUMENT = 1 << 30  # bytes of a .json that is one document
 
-
-class Fault(NamedTuple):
-    """What is wrong with a row of a file; `alone` if its neighbours can be read all the same."""
-
-    row: int
-    reason: str
-    alone: bool
+Cells = dict[str, Any]
+Reader = Callable[[Path], Iterator[Cells | str]]  # of each row its cells, or what is wrong with it
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)  # to the end where it never closes
+_NO_BRACKETS = bytes(set(range(256)).difference(b"[]{}"))
 
 
 def separator(file: Path) -> str:
     """What stands between the fields of a csv or tsv."""
-    return "\t" if file.suffix == ".tsv" else ","
+    return "\t" if file.suffix.lower() == ".tsv" else ","
 
 
-def csv_header(file: Path) -> list[str]:
-    """The names of the columns.
+def csv_rows(file: Path) -> Iterator[Cells | str]:
+    """
+    Every cell a text; a short row has empty ones. A column without a name, as pandas writes its index, is passed over.
 
     Raises:
-        PairDataError: no line, a name that occurs twice, or another encoding than UTF-8.
+        PairDataError: no line of names, a name that stands there twice, UTF-16; rows that cannot be told apart, all
+            that have more fields than the first line among them.
     """
     _refuse_utf16(file)
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines, _fields_of_any_size():
-        try:
-            header = next(csv.reader(lines, delimiter=separator(file)), [])
-        except csv.Error as error:
-            raise PairDataError(f"{file}: the first line cannot be read: {error}") from error
-    if not header or len(set(header)) != len(header):
-        raise PairDataError(f"{file}: the first line must name the columns, each once; got {header}")
-    return header
-
-
-def csv_faults(file: Path) -> tuple[int, list[Fault]]:
-    """How many rows a csv has, and those that cannot be read; none is looked at beyond a quote that does not close."""
-    width = None
+    header: list[str] = []
+    wide = []
+    count = 0
     row = -1
     line = 1
-    found = []
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines, _fields_of_any_size():
-        reader = csv.reader(lines, delimiter=separator(file), strict=True)
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text, _long_fields():
+        reader = csv.reader(_short_lines(text, file), delimiter=separator(file), strict=True)
         try:
             for fields in reader:
                 first = line  # of this row
                 line = reader.line_num + 1
+                if not header:
+                    header = _header(file, fields)
+                    continue
                 if not fields or (len(fields) == 1 and fields[0].isspace()):
                     continue
-                if width is None:
-                    width = len(fields)
-                    continue
                 row += 1
-                if len(fields) > width:
-                    wrong = f"has {len(fields)} fields where the header has {width} (a comma outside quotes?)"
-                    found.append(Fault(row, wrong, alone=False))
-                elif not _is_utf8("".join(fields)):
-                    found.append(Fault(row, f"is not UTF-8 (line {first})", alone=True))
+                if len(fields) > len(header):
+                    count += 1
+                    wrong = f"has {len(fields)} fields where the header has {len(header)} (a comma outside quotes?)"
+                    wide += [(row, wrong)][: SHOWN - len(wide)]
+                elif not is_utf8("".join(fields)):
+                    yield f"is not UTF-8 (line {first})"
+                else:
+                    yield dict(zip(header, fields + [""] * (len(header) - len(fields)), strict=True))
         except csv.Error as error:
-            found.append(Fault(row + 1, f"has wrong quoting, from line {line} on: {error}", alone=False))
-    return row + 1, found
+            wrong = (row + 1, f"has wrong quoting, from line {line} on: {error}")
+            raise PairDataError(report(str(file), [wrong, *wide][:SHOWN], 1 + count, None)) from error
+    if wide:
+        raise PairDataError(report(str(file), wide, count, row + 1))
 
 
-def json_faults(file: Path) -> tuple[int, list[Fault]]:
-    """How many lines a file of JSON lines has, and those that are not an object each, in Unicode."""
-    row, found = -1, []
-    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for line in lines:
-            if line.isspace():
-                continue
-            row += 1
-            reason = _json_reason(line)
-            if reason is not None:
-                found.append(Fault(row, reason, alone=True))
-    return row + 1, found
-
-
-def line_faults(file: Path) -> tuple[int, list[Fault]]:
-    """How many lines a text has, blank ones left out, and those that are not UTF-8."""
+def csv_names(file: Path) -> list[str]:
+    """The columns of a csv. Raises `PairDataError` as `csv_rows`."""
     _refuse_utf16(file)
-    row, found = -1, []
-    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.isspace():
-                continue
-            row += 1
-            if not _is_utf8(line):
-                found.append(Fault(row, f"is not UTF-8 (line {number})", alone=True))
-    return row + 1, found
+    with open(file, encoding="utf-8-sig", errors="replace", newline="") as text, _long_fields():
+        try:
+            return _header(file, next(csv.reader(_short_lines(text, file), delimiter=separator(file)), []))
+        except csv.Error as error:
+            raise PairDataError(f"{file}: the first line cannot be read: {error}") from error
 
 
-def without_blank_lines(data: Any) -> Any:
-    """The rows of a data set of lines that are a text."""
-    if isinstance(data, datasets.IterableDataset):
-        return data.filter(_has_text, input_columns="text")
-    kept = [np.array([_has_text(line) for line in table["text"]], dtype=bool) for table in data.iter(CHUNK)]
-    filled = np.flatnonzero(np.concatenate(kept)) if kept else []
-    return data if len(filled) == len(data) else data.select(filled)
+def _header(file: Path, fields: list[str]) -> list[str]:
+    if not fields or len(set(fields)) != len(fields):
+        raise PairDataError(f"{file}: the first line must name the columns, each once; got {fields}")
+    return fields
 
 
-def _has_text(line: str) -> bool:
-    return bool(line) and not line.isspace()
+def json_rows(file: Path) -> Iterator[Cells | str]:
+    """
+    An object a line, or a `.json` that is one list of objects.
+
+    Raises:
+        PairDataError: UTF-16; a document that is neither.
+    """
+    _refuse_utf16(file)
+    with open(file, "rb") as content:
+        lines = (line for line in _bounded(content) if line is None or not line.isspace())
+        first = next(lines, b"")
+        if first == b"":
+            return
+        if file.suffix.lower() == ".json" and isinstance(_object(first), str):
+            content.seek(0)
+            yield from _document(content, file)
+            return
+        yield _object(first)
+        yield from map(_object, lines)
+
+
+def _document(content: BinaryIO, file: Path) -> Iterator[Cells | str]:
+    data = content.read(LONGEST_DOCUMENT + 1)
+    if len(data) > LONGEST_DOCUMENT:
+        raise PairDataError(
+            f"{file}: is no JSON lines, and has more than {LONGEST_DOCUMENT} bytes; write a line a row"
+        )
+    rows = parsed(data)
+    if isinstance(rows, str):
+        raise PairDataError(f"{file}: cannot be read as json: it {rows}")
+    rows = rows[0]
+    if not isinstance(rows, list):
+        raise PairDataError(f"{file}: expected a JSON object a line or a list of them, got {type(rows).__name__}")
+    for row in rows:
+        yield row if isinstance(row, dict) else f"is not a JSON object, but {type(row).__name__}"
+
+
+def _object(line: bytes | None) -> Cells | str:
+    if line is None:
+        return f"has more than {LONGEST_LINE} bytes"
+    value = parsed(line)
+    if isinstance(value, str):
+        return value
+    return value[0] if isinstance(value[0], dict) else f"is not a JSON object, but {type(value[0]).__name__}"
+
+
+def parsed(content: bytes, unique: bool = True) -> tuple[Any] | str:
+    """The value of a JSON document, alone in a tuple, or what is wrong with it; if `unique`, also a key come twice."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return "is not UTF-8"
+    if (depth := _depth(content)) > DEEPEST:
+        return f"is not JSON that can be read: its brackets are {depth} deep, at most {DEEPEST} are read"
+    try:
+        return (json.loads(text, object_pairs_hook=_unique if unique else None),)
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON ({error})"
+
+
+def _depth(content: bytes) -> int:
+    """How deep brackets stand within each other, outside of strings; 0 where they are too few to be too deep."""
+    if content.count(b"[") + content.count(b"{") <= DEEPEST:
+        return 0
+    brackets = np.frombuffer(_STRING.sub(b"", content).translate(None, _NO_BRACKETS), dtype=np.uint8)
+    opening = np.isin(brackets, np.frombuffer(b"[{", dtype=np.uint8))
+    return int(np.cumsum(np.where(opening, 1, -1).astype(np.int8), dtype=np.int32).max(initial=0))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Cells:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key stands twice among {[key for key, _ in pairs][:8]}")
+    return dict(pairs)
+
+
+def line_rows(file: Path) -> Iterator[Cells | str]:
+    """Every line that is not blank, as "text"."""
+    _refuse_utf16(file)
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as content:
+        for number, line in enumerate(_bounded(content), 1):
+            if line is None:
+                yield f"has more than {LONGEST_LINE} characters (line {number})"
+            elif not line.isspace():
+                yield {"text": line.rstrip("\n")} if is_utf8(line) else f"is not UTF-8 (line {number})"
+
+
+def _bounded(content: IO[AnyStr]) -> Iterator[AnyStr | None]:
+    """Lines; None for one that is longer than `LONGEST_LINE`."""
+    while line := content.readline(LONGEST_LINE + 1):
+        whole = len(line) <= LONGEST_LINE
+        yield line if whole else None
+        while not whole and line and line[-1:] not in (b"\n", "\n"):
+            line = content.readline(1 << 20)
+
+
+def _short_lines(content: IO[str], file: Path) -> Iterator[str]:
+    for line in _bounded(content):
+        if line is None:
+            raise PairDataError(f"{file}: a line has more than {LONGEST_LINE} characters; expected a csv of rows")
+        yield line
 
 
 def _refuse_utf16(file: Path) -> None:
@@ -132,60 +198,22 @@ def _refuse_utf16(file: Path) -> None:
             raise PairDataError(f"{file}: is UTF-16; expected UTF-8")
 
 
-def _json_reason(line: str) -> str | None:
-    if not _is_utf8(line):
-        return "is not UTF-8"
-    try:
-        value = json.loads(line, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        return f"is not JSON ({error})"
-    if not isinstance(value, dict):
-        return f"is not a JSON object, but {type(value).__name__}"
-    return None if _is_utf8(json.dumps(value, ensure_ascii=False)) else "holds a lone surrogate, which is no text"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a key stands twice among {[key for key, _ in pairs][:8]}")
-    return dict(pairs)
-
-
-def has_lone_surrogates(file: Path) -> bool:
-    """Whether a file of JSON lines seems to hold one; a quick look that may be wrong when it says so."""
-    if not file.stat().st_size:
-        return False
-    with open(file, "rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return LONE_SURROGATE.search(view) is not None
-
-
-def without_lines(file: Path, faults: list[Fault]) -> Path:
-    """A copy of a file of JSON lines, in the cache of `datasets`, with an empty object in place of each bad line."""
-    bad = {fault.row for fault in faults}
-    state = file.stat()
-    name = hashlib.sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:24]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "oner-cleaned" / name
-    copy = folder / file.name
-    beside = folder / f".{file.name}.{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(file, "rb") as lines, open(beside, "wb") as kept:
-        filled = (line for line in lines if not line.isspace())
-        kept.writelines(b"{}\n" if row in bad else line for row, line in enumerate(filled))
-    os.replace(beside, copy)
-    return copy
-
-
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether a text has no lone surrogates, as which bytes that are no UTF-8 were read."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # bytes that were no UTF-8 were read as lone surrogates
+    except UnicodeEncodeError:
         return False
     return True
 
 
 @contextmanager
-def _fields_of_any_size() -> Iterator[None]:
-    before = csv.field_size_limit(2**31 - 1)
+def _long_fields() -> Iterator[None]:
+    before = csv.field_size_limit(LONGEST_LINE)
     try:
         yield
     finally:
         csv.field_size_limit(before)
+
+
+READERS: dict[str, Reader] = {"csv": csv_rows, "json": json_rows, "text": line_rows}

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from packaging.version import Version
 from PIL import Image
 from tiny_pretraining import write_shard
 from torch.utils.data import DataLoader
@@ -24,9 +23,6 @@ from oner.processing.data.sources import (
     PairTrainingStream,
     open_rows,
 )
-
-# before 4.8, `datasets` reads JSON lines whose columns hold one type each, and refuses others
-ONE_TYPE = Version(datasets.__version__) < Version("4.8")
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +122,8 @@ def test_every_kind_of_source_gives_the_same_rows(folder, kind, streaming):
     rows = list(rows) if streaming else [rows[i] for i in range(len(rows))]
     assert [row["captions"] for row in rows] == [[text] for text in TEXTS]
     assert [row["image"] for row in rows] == [str(folder / name) for name in NAMES]
-    assert [row["id"] for row in rows] == [0, 1, 2, 3]
+    # a stream does not know yet which rows show the same picture, and tells pictures apart
+    assert [row["id"] for row in rows] == [0, 1, 2, 3] if not streaming else len({row["id"] for row in rows}) == 4
 
 
 def test_decoded_pictures_of_a_data_set_stay_encoded():
@@ -186,9 +183,6 @@ def test_a_column_of_strings_and_lists(folder):
         folder / "mixed.jsonl",
         [{"image": NAMES[0], "captions": "alone"}, {"image": NAMES[1], "captions": ["one", "two"]}],
     )
-    if ONE_TYPE:
-        assert "cannot be read as json: JSON parse error: Column(/captions) changed" in message(source)
-        return
     rows = open_rows(source)
     assert [rows[i]["captions"] for i in (0, 1)] == [["alone"], ["one", "two"]]
 
@@ -198,12 +192,11 @@ def test_ids_of_integers_and_strings_are_refused(folder):
         folder / "mixed.jsonl",
         [{"image": n, "text": "x", "k": k} for n, k in zip(NAMES, [7, "b", "7", 7], strict=True)],
     )
-    refused = "cannot be read as json" if ONE_TYPE else "the id column 'k' mixes types"
-    assert refused in message(source, id_column="k")
+    assert "the id column 'k' mixes types" in message(source, id_column="k")
 
 
 def test_missing_sources(tmp_path, folder):
-    assert "no such file" in message(tmp_path / "none.parquet")
+    assert "none.parquet: cannot be read: No such file" in message(tmp_path / "none.parquet")
     assert "cannot open it as a folder or a name on the Hub" in message("nobody/has-this-data-set")
     (tmp_path / "bare").mkdir()
     assert "bare: not a file, not a folder with metadata.csv" in message(tmp_path / "bare")
@@ -273,9 +266,6 @@ def test_captions_of_a_wrong_type(folder):
     assert "2 of 2 rows" in message(data) and "row 0: the caption is null" in message(data)
     rows = [{"image": NAMES[0], "text": "x"}, {"image": NAMES[1], "text": {"a": 5}}]
     text = message(write_jsonl(folder / "mixed.jsonl", rows))
-    if ONE_TYPE:
-        assert "cannot be read as json" in text
-        return
     assert "1 of 2 rows" in text and "row 1: the caption must be a string or a list of strings, got dict" in text
 
 

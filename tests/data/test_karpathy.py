@@ -124,7 +124,7 @@ def test_what_is_no_such_file(tmp_path, content, split, message):
 def test_a_file_that_is_cut_short_or_gone(tmp_path):
     path = coco(tmp_path)
     path.write_text(path.read_text()[:-9])
-    with pytest.raises(PairDataError, match="no JSON document"):
+    with pytest.raises(PairDataError, match="cannot be read as JSON: it is not JSON"):
         open_karpathy(path, split="test")
     with pytest.raises(PairDataError, match="cannot be read"):
         open_karpathy(tmp_path / "gone.json")

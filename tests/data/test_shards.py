@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+import tempfile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from oner.processing.data import shard_index as vl_shard_index
+from oner.processing.data import waiting_lock
 from oner.processing.data.mixture import PairMixture, open_mixture
 from oner.processing.data.sampling import PairBatchSampler, concept_id
 from oner.processing.data.shards import find_shards
@@ -185,8 +187,11 @@ FAULTS = {
     "empty picture": (sample("b", image=b""), "key 'b': the picture has 0 bytes"),
     "empty caption": (sample("b", " \n"), "key 'b': the caption is empty"),
     "no UTF-8": ([("b.png", PIXELS), ("b.txt", b"caf\xe9")], "key 'b': its .txt is not UTF-8"),
-    "no JSON": ([("b.png", PIXELS), ("b.json", b"{")], "key 'b': its .json cannot be read: Expecting property name"),
-    "deep JSON": ([("b.png", PIXELS), ("b.json", b"[" * 100_000)], "key 'b': its .json cannot be read"),
+    "no JSON": ([("b.png", PIXELS), ("b.json", b"{")], "key 'b': its .json is not JSON (Expecting property name"),
+    "deep JSON": (
+        [("b.png", PIXELS), ("b.json", b"[" * 100_000)],
+        "key 'b': its .json is not JSON that can be read: its brackets",
+    ),
     "JSON list": ([("b.png", PIXELS), ("b.json", b"[]")], "key 'b': its .json is a list; expected an object"),
     "no field": ([("b.png", PIXELS), ("b.json", b'{"a": 1}')], "key 'b': the caption is null"),
     "number": ([("b.png", PIXELS), ("b.json", b'{"text": 1}')], "key 'b': the caption must be a string or a list"),
@@ -385,3 +390,78 @@ def test_a_mixture_of_shards_and_a_table(emoji, emoji_folder):
     assert (rows.ids()[:90] == rows.ids()[90:180]).all()  # the same concepts, in shards and in the table
     as_one = open_mixture(entries[:2], id_column="hexcode")
     assert not isinstance(as_one, PairMixture) and len(as_one) == 90
+
+
+def test_dots_in_base_names(tmp_path):
+    names = ["one", "photo.v1", "photo.v2", "in/a.b/c.D.e"]
+    rows = open_rows(write_tar(tmp_path / "a.tar", [part for name in names for part in sample(name, name)]))
+    assert [rows[number]["captions"] for number in range(4)] == [[name] for name in names]
+    # a whole pair beside the sample of the shorter key, in the order of first members
+    rows = open_rows(write_tar(tmp_path / "b.tar", sample("photo.v1", "new") + sample("photo", "old")))
+    assert [rows[number]["captions"] for number in range(2)] == [["new"], ["old"]]
+    # webdataset's further members of a sample: a mask, a caption in another language
+    further = [*sample("a"), ("a.mask.png", PIXELS), *sample("b"), ("b.de.txt", b"ein b")]
+    assert len(open_rows(write_tar(tmp_path / "c.tar", further))) == 2
+    # half a pair is named
+    rows = open_rows(write_tar(tmp_path / "d.tar", [*sample("a"), ("b.v1.png", PIXELS)]), bad_rows="skip")
+    assert len(rows) == 2 and "key 'b.v1': missing pair" in rows.bad[1]
+    assert len(open_rows(write_tar(tmp_path / "e.tar", [("p.v1.png", PIXELS), ("p.v2.png", PIXELS)]), "images")) == 2
+
+
+def header(kind, size, name=b"././@LongLink"):
+    info = tarfile.TarInfo(name.decode())
+    info.type = kind
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g"])
+@pytest.mark.parametrize("place", ["first", "second"])
+def test_headers_before_a_member_are_bounded(tmp_path, kind, place):
+    whole = write_tar(tmp_path / "s.tar", sample("a")).read_bytes().rstrip(b"\0")
+    whole += b"\0" * (-len(whole) % 512)
+    content = b"b.png" if kind in (b"L", b"K") else b"13 path=b.png\n"
+    chained = (header(kind, len(content)) + content.ljust(512, b"\0")) * 5000
+    long = header(kind, 5 << 30) + content
+    for extra, words in ((chained, "more than 16 headers"), (long, f"has {5 << 30} bytes; at most")):
+        path = tmp_path / "bad.tar"
+        path.write_bytes((whole if place == "second" else b"") + extra)
+        with open(path, "ab") as file:
+            file.truncate(len(whole) + (6 << 30))  # a hole, which takes no room
+        if place == "second":
+            rows = open_rows(path, bad_rows="skip")
+            assert len(rows) == 2 and words in rows.bad[1] and rows[0]["captions"] == ["a caption"]
+        else:
+            assert words in message(path)
+
+
+def test_a_replaced_shard_is_read_anew(tmp_path):
+    path = write_tar(tmp_path / "s.tar", sample("a", "one"))
+    assert open_rows(path)[0]["captions"] == ["one"]
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    write_tar(path, sample("a", "two"))
+    os.utime(path, ns=times)
+    assert open_rows(path)[0]["captions"] == ["two"]
+
+
+@pytest.mark.parametrize("state", ["absent", "readable by others", "a link", "a file", "of another user"])
+def test_locks_lie_where_nobody_else_can_reach(tmp_path, monkeypatch, state):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"oner-{os.geteuid()}"
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o777)
+    if state == "a link":
+        folder.symlink_to(victim)
+    elif state == "a file":
+        folder.write_text("precious")
+    elif state != "absent":
+        folder.mkdir(mode=0o700)
+        folder.chmod(0o777 if state == "readable by others" else 0o700)
+    if state == "of another user":
+        monkeypatch.setattr(waiting_lock.os, "geteuid", lambda: 12345)
+        folder.rename(tmp_path / "oner-12345")
+    assert (waiting_lock.private_folder() is None) == (state != "absent")
+    assert len(open_rows(write_tar(tmp_path / "s.tar", sample("a")))) == 1
+    assert not list(victim.iterdir()) and (state != "a file" or folder.read_text() == "precious")
+    if state == "absent":
+        assert folder.stat().st_mode & 0o777 == 0o700 and not list(folder.iterdir())

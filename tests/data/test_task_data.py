@@ -163,10 +163,10 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(PairDataError, match="missing.json: cannot be read: No such file"):
         open_questions([str(tmp_path / "missing.json")])
     (tmp_path / "cut.json").write_text('{"questions": [')
-    with pytest.raises(PairDataError, match="cut.json: cannot be read as JSON: Expecting value"):
+    with pytest.raises(PairDataError, match="cut.json: cannot be read as JSON: it is not JSON .Expecting value"):
         open_questions([str(tmp_path / "cut.json")])
     (tmp_path / "latin.json").write_bytes(b'["\xe9"]')
-    with pytest.raises(PairDataError, match="latin.json: cannot be read as JSON: 'utf-8' codec"):
+    with pytest.raises(PairDataError, match="latin.json: cannot be read as JSON: it is not UTF-8"):
         open_questions([str(tmp_path / "latin.json")])
 
 
@@ -232,7 +232,7 @@ def test_what_is_wrong_with_a_sentence_is_said(tmp_path):
         open_reasoning([str(official)])
     for line in (
         "4 of 16 rows cannot be used",
-        "row 1: no JSON:",
+        "row 1: is not JSON (",
         "row 2: 'identifier' must read like 'train-10171-0-0', got 'nothing'",
         "row 3: the label must be one of False, True, got 'Maybe'",
         f"row 4: no picture file {tmp_path}/train-77-0-img0.png; no picture file {tmp_path}/train-77-0-img1.png",

@@ -272,3 +272,13 @@ print(type(alone).__name__, alone.patch_size)
     total = round(batch["pixel_values"].double().sum().item(), 3)
     expected = [f"VisionLanguageProcessor {batch['input_ids'].tolist()} {total}", "VisionLanguageImageProcessor 16"]
     assert out.stdout.splitlines() == expected
+
+
+def test_what_is_saved_does_not_depend_on_earlier_calls(processor, texts, tmp_path):
+    processor.save_pretrained(tmp_path / "fresh")
+    processor.tokenizer(texts, truncation=True, max_length=5, padding="max_length")
+    processor(text=texts)
+    processor.tokenizer(texts, truncation=True, max_length=7, padding=True)
+    processor.save_pretrained(tmp_path / "used")
+    for file in sorted((tmp_path / "fresh").iterdir()):
+        assert (tmp_path / "used" / file.name).read_bytes() == file.read_bytes(), file.name

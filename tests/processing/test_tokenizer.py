@@ -1,15 +1,19 @@
 """Trained and borrowed WordPiece tokenizers."""
 
 import json
+import random
+import string
 import subprocess
 import sys
+import time
+import unicodedata
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
-from oner.processing.vl_tokenizer import SPECIAL_TOKENS, tokenizer_from_vocab, train_tokenizer
+from oner.processing.vl_tokenizer import SPECIAL_TOKENS, tokenizer_from_vocab, train_tokenizer, unknown_words
 
 EMOJI = Path(__file__).parents[2] / "examples" / "data" / "emoji" / "test_concept.parquet"
 
@@ -82,10 +86,12 @@ def test_same_captions_same_vocabulary_in_any_order_and_process(tokenizer, capti
 
 
 def test_limits_of_training(captions):
-    tiny = train_tokenizer(captions, vocab_size=20)
+    with pytest.warns(UserWarning, match="11324 of 12203 words .* beyond the commonest 7; vocab_size"):
+        tiny = train_tokenizer(captions, vocab_size=20)
     assert len(tiny) <= 20
     assert len(train_tokenizer(captions, vocab_size=100_000, min_frequency=10**9)) < 200  # characters alone
-    few = train_tokenizer(["aaa bbb", "aaa ccc"], vocab_size=100, limit_alphabet=2)
+    with pytest.warns(UserWarning, match=r"1 of 4 words of the captions \(25.00%\) will be \[UNK\]"):
+        few = train_tokenizer(["aaa bbb", "aaa ccc"], vocab_size=100, limit_alphabet=2)
     assert few.tokenize("aaa bbb ccc") == ["aaa", "b", "##b", "##b", "[UNK]"]
     cased = train_tokenizer(["Red red"] * 5, vocab_size=50, lower_case=False)
     assert {"Red", "red"} <= set(cased.get_vocab())
@@ -128,6 +134,12 @@ def test_casing_follows_the_configuration_beside(bert_vocab, tmp_path):
     assert tokenizer_from_vocab(tmp_path, lower_case=False).tokenize("Umbrella") == ["Umbrella"]
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     assert tokenizer_from_vocab(tmp_path).tokenize("Umbrella") == ["Umbrella"]
+    # as of the Japanese and multilingual vocabularies that keep marks
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[unused0]\n[UNK]\n[CLS]\n[MASK]\nガ\nカ\n", encoding="utf-8")
+    assert tokenizer_from_vocab(tmp_path, lower_case=True).tokenize("ガ") == ["カ"]
+    assert tokenizer_from_vocab(tmp_path, lower_case=True, strip_accents=False).tokenize("ガ") == ["ガ"]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true, "strip_accents": false}')
+    assert tokenizer_from_vocab(tmp_path).tokenize("ガ") == ["ガ"]
 
 
 def test_bad_vocabularies_are_named(tmp_path):
@@ -170,3 +182,85 @@ def test_loads_without_oner_and_beside_an_unknown_model(tokenizer, bert_vocab, t
     loaded = AutoTokenizer.from_pretrained(tmp_path / "own")
     assert loaded.image_token_id == 1 and loaded.model_max_length == 65 and loaded.mask_token_id == 4
     assert loaded.model_input_names == ["input_ids", "attention_mask"]
+
+
+# words that differ in a mark alone, and mean different things
+MARKED = {
+    "kana": [("ガラス", "カラス"), ("かぎ", "かき"), ("パンダ", "ハンダ")],
+    "Devanagari": [("कु", "क"), ("के", "की")],
+    "Tamil": [("கி", "க")],
+    "Thai": [("ใกล้", "ใกล"), ("ป่า", "ปา"), ("ป้า", "ป่า")],
+    "Vietnamese": [("ma", "má"), ("mạ", "mả"), ("bò", "bơ")],
+    "Arabic": [("كَتب", "كتب")],
+    "Hebrew": [("שׁר", "שׂר")],
+    "Korean": [("말", "물")],
+}
+
+
+@pytest.mark.parametrize("script", MARKED)
+def test_marks_that_carry_meaning_are_kept(script, tmp_path):
+    pairs = MARKED[script]
+    trained = train_tokenizer([word for pair in pairs for word in pair] * 5, vocab_size=300)
+    trained.save_pretrained(tmp_path)
+    for one, other in pairs:
+        ids = trained(one)["input_ids"]
+        assert ids != trained(other)["input_ids"] and trained.unk_token_id not in ids
+        assert AutoTokenizer.from_pretrained(tmp_path)(one)["input_ids"] == ids
+
+
+def test_marks_of_latin_greek_and_cyrillic_fall_with_case_unless_told_otherwise():
+    words = [("café", "CAFE"), ("й", "и"), ("ά", "α"), ("❤\ufe0f", "❤")]
+    captions = ["café й ά ❤\ufe0f cafe и α ❤"] * 5
+    folding = train_tokenizer(captions, vocab_size=100)
+    assert all(folding(one)["input_ids"] == folding(other)["input_ids"] for one, other in words)
+    assert len(set(train_tokenizer(captions, vocab_size=100, strip_accents=False).tokenize("é e"))) == 2
+    assert train_tokenizer(captions, vocab_size=100, lower_case=False).tokenize("é") != ["e"]
+    # Vietnamese is told by its letters; an argument has the last word
+    tones = ["một con bò đứng trong đồng cỏ"] * 5
+    assert "##ò" in train_tokenizer(tones, vocab_size=60, min_frequency=99).tokenize("bò")
+    assert "##o" in train_tokenizer(tones, vocab_size=60, min_frequency=99, strip_accents=True).tokenize("bò")
+    # one such word in a hundred is a name
+    assert train_tokenizer(["a red apple"] * 50 + ["Nguyễn á"], vocab_size=60).tokenize("á") == ["a"]
+
+
+def test_precomposed_and_decomposed_texts_are_the_same(captions):
+    trained = train_tokenizer(["ガラス", "café", "한국", "mạ mả"] * 3, vocab_size=100)
+    for text in ("ガラス", "café", "한국", "mạ"):
+        decomposed = unicodedata.normalize("NFD", text)
+        assert decomposed != text and trained(text)["input_ids"] == trained(decomposed)["input_ids"]
+
+
+def test_a_large_alphabet_is_kept():
+    draw = random.Random(0)
+    han = [chr(0x4E00 + place) for place in range(2500)]
+    texts = ["".join(draw.choices(han, [1 / (place + 20) for place in range(2500)], k=12)) for _ in range(4000)]
+    with pytest.warns(UserWarning, match=r"47 of 48000 words of the captions \(0.10%\)"):
+        trained = train_tokenizer(texts, vocab_size=8192)
+    unknown, total, words = unknown_words(trained, texts)
+    assert (unknown, total) == (47, 48000) and sum(words.values()) == 47  # 8,392 with 1,000 characters
+    # as many as there is room for
+    with pytest.warns(UserWarning, match="vocab_size"):
+        assert len(train_tokenizer(texts, vocab_size=500)) <= 500
+
+
+def test_scripts_without_spaces_are_read_in_pieces():
+    thai = "เด็กผู้หญิงกำลังกินแอปเปิ้ลสีแดงในสวนใหญ่ที่มีต้นไม้มากมายและมีสุนัขสีขาวตัวหนึ่งนอนอยู่ใต้ต้นไม้นั้นอย่างมีความสุขมากๆ"
+    khmer = "ក្មេងស្រីម្នាក់កំពុងញ៉ាំផ្លែប៉ោមពណ៌ក្រហម" * 4
+    assert min(len(thai), len(khmer)) > 100
+    trained = train_tokenizer([thai, khmer, "ガラスの中のカラス"] * 3, vocab_size=2000)
+    for text in (thai, khmer):
+        assert trained.unk_token_id not in trained(text)["input_ids"]
+    assert trained.tokenize("ガラスの中のカラス") == ["ガラス", "の", "中", "の", "カラス"]
+    assert trained.tokenize(thai)[:3] == ["เด็กผู้หญิงกำลังกิน", "แอป", "เปิ้ลสี"]
+
+
+def test_a_long_word_costs_nothing_and_teaches_nothing():
+    draw = random.Random(0)
+    junk = "".join(draw.choices(string.ascii_letters + string.digits, k=60_000))
+    words = ["a red apple", "b green pear"] * 50
+    began = time.process_time()
+    trained = train_tokenizer([*words, *[junk] * 16], vocab_size=4000)
+    assert time.process_time() - began < 5  # 0.2 s; an hour without the limit
+    assert trained.get_vocab() == train_tokenizer(words, vocab_size=4000).get_vocab()
+    # one a little longer than BERT takes is read as its letters
+    assert trained.unk_token_id not in trained("reed" * 30)["input_ids"]

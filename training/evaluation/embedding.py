@@ -5,6 +5,7 @@ A row is {"image": PIL | bytes | path | {"bytes", "path"}, "captions": list[str]
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
@@ -173,6 +174,39 @@ class Column(Sequence):
         return self.rows[self.indices[index]][self.name]
 
 
+class PictureRows(Sequence):
+    """
+    Rows as one for each picture of a concept, with the captions of all of them in order: tables often have a row a
+    caption. Pictures stay where they are until a row is asked for.
+
+    Attributes:
+        captions, ids: of each picture.
+    """
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
+        self.captions: list[list[str]] = []
+        self.ids: list[Hashable] = []
+        self._first: list[int] = []
+        places: dict[tuple[str, Hashable], int] = {}
+        for number, row in enumerate(rows):
+            concept = ("row", number) if row.get("id") is None else row["id"]
+            place = places.setdefault((picture_key(row["image"]), concept), len(places))
+            if place == len(self.ids):
+                self._first.append(number)
+                self.ids.append(concept)
+                self.captions.append([])
+            self.captions[place] += row["captions"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Row:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        return {**self.rows[self._first[index]], "captions": self.captions[index], "id": self.ids[index]}
+
+
 class Gallery(Sequence):
     """Rows whose pictures are embedded once, for the several evaluators that search them.
 
@@ -240,7 +274,7 @@ def picture_key(image: Any) -> str:
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str | PathLike):
-        return f"path {image}"
+        return f"path {os.path.normpath(image)}"
 
     # pixels of what is in memory, since no file says who it is
     content = image if isinstance(image, bytes) else open_image(image).tobytes()

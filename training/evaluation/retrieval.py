@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .embedding import (
     Column,
+    PictureRows,
     Row,
     embed_images,
     embed_pairs,
@@ -48,7 +49,7 @@ def ask(
 def caption_table(
     rows: Sequence[Row], captions: Literal["all", "first"], clean: Callable[[str], str] | None = None
 ) -> tuple[list[str], list[int]]:
-    """Captions, rewritten by `clean`, and the row of each.
+    """The captions of rows, rewritten by `clean`, and the row of each.
 
     A caption that an earlier row of the same concept has brought already is left out: several drawings of one concept
     share their captions, and a gallery full of copies would measure nothing. Within a row nothing is left out.
@@ -75,7 +76,8 @@ def caption_table(
 
 
 class RetrievalEvaluator:
-    """Text and image retrieval over `rows`, every row a picture with one or more captions.
+    """Text and image retrieval over `rows`, every row a picture with one or more captions; rows that show the same
+    picture of a concept are one, with the captions of all.
 
     TR: each picture ranks all captions; right is any caption of its concept. IR: each caption ranks all pictures;
     right is any picture of its concept. `captions`: "all" of a row's captions are texts, or only the "first".
@@ -100,7 +102,7 @@ class RetrievalEvaluator:
             raise ValueError(f'captions must be "all" or "first", got {captions!r}')
         if len(rows) == 0:
             raise ValueError("there are no rows to evaluate on")
-        self.rows = rows
+        self.rows = PictureRows(rows)
         self.batch_size = batch_size
         self.ks = tuple(ks)
         self.name = name
@@ -110,8 +112,11 @@ class RetrievalEvaluator:
         self.clean_caption = clean_caption
 
         # a caption has the concept of its row
-        self.texts, owners = caption_table(rows, captions, clean_caption)
-        (self.image_ids,) = numbered(row_ids(rows))  # (n,)
+        described = [
+            {"captions": own, "id": concept} for own, concept in zip(self.rows.captions, self.rows.ids, strict=True)
+        ]
+        self.texts, owners = caption_table(described, captions, clean_caption)
+        (self.image_ids,) = numbered(self.rows.ids)  # (n,)
         self.text_ids = self.image_ids[torch.tensor(owners)]  # (m,)
 
     @property

@@ -87,6 +87,23 @@ class ModelArguments:
         metadata=_help("A BERT vocabulary (vocab.txt) or saved tokenizer; trained on the captions if none."),
     )
     vocab_size: int = field(default=30522, metadata=_help("Upper bound of a trained vocabulary."))
+    lower_case: bool | None = field(
+        default=None,
+        metadata=_help("Fold case in a vocab.txt or trained vocabulary; as the file says, or yes, if none."),
+    )
+    strip_accents: bool | None = field(
+        default=None,
+        metadata=_help(
+            "Drop the marks of Latin, Greek and Cyrillic letters (a vocab.txt: of all scripts); if none, as the file "
+            "says, or with lower_case unless the captions are Vietnamese."
+        ),
+    )
+    limit_alphabet: int | None = field(
+        default=None,
+        metadata=_help(
+            "Most characters of a trained vocabulary; 1,000 or what covers 99.9 % of the captions if none."
+        ),
+    )
 
     # how its layers compute
     attn_implementation: str | None = field(
@@ -114,7 +131,10 @@ class SourceArguments:
     )
     train_data: list[str] = field(
         default_factory=list,
-        metadata=_help("Files, shards (cc-{00..15}.tar), folders, names known to `datasets`; several are a mixture."),
+        metadata=_help(
+            "Files, patterns of them, shards (cc-{00..15}.tar), folders, names known to `datasets`, "
+            "hf://datasets/NAME/FILE; several are a mixture."
+        ),
     )
     data_weights: list[float] | None = field(
         default=None,
@@ -127,6 +147,8 @@ class SourceArguments:
 
     # which rows and columns of it
     split: str | None = field(default=None, metadata=_help("Split of a data set that has several."))
+    data_config: str | None = field(default=None, metadata=_help("Configuration of a data set on the Hub, likewise."))
+    data_revision: str | None = field(default=None, metadata=_help("Branch, tag or commit of a data set on the Hub."))
     image_column: str | None = field(default=None, metadata=_help("Column of pictures; found by its usual names."))
     text_column: str | None = field(default=None, metadata=_help("Column of captions, one or a list a row."))
     id_column: str | None = field(default=None, metadata=_help("Rows that share an id are positives of each other."))

@@ -1,7 +1,8 @@
 """From arguments to the processor, the configuration and the student of a run."""
 
+import warnings
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, PreTrainedConfig, PreTrainedModel
@@ -12,7 +13,7 @@ from oner.processing.data.augmentation import NORMALIZATIONS
 from oner.processing.data.rows import PairRows, PairStream
 from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
-from oner.processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer
+from oner.processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer, unknown_words
 from oner.training.conversion.towers import initialise
 from oner.training.parallel.distributed import rank
 from oner.training.publishing.model_loading import load_model
@@ -20,6 +21,8 @@ from oner.training.publishing.model_loading import load_model
 from .arguments import Arguments
 from .inputs import digest_of_tokenizer, kept_tokenizer
 from .optimization import checkpoint_activations
+
+SAMPLED_TEXTS = 20_000  # rows whose texts are looked up in a vocabulary that was not trained on them
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +65,10 @@ def build_processor_and_config(
         config_class = CONFIG_MAPPING[model.family]
         config = config_class.from_size(model.size, **{"vocab_size": len(tokenizer), **ids, **overrides})
 
+    # what a vocabulary of other texts does not know of these
+    if (source := model.initial_model or model.tokenizer) is not None:
+        _warn_of_unknown_words(tokenizer, rows, source)
+
     # the processor: its images fit the configuration
     image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop, *colours)
     joint = config.pair_layout == "joint"
@@ -82,14 +89,47 @@ def _image_processor(
 
 
 def _tokenizer(arguments: Arguments, rows: Mapping[str, PairRows | PairStream], max_text_length: int):
-    if arguments.model.tokenizer is not None:
-        return tokenizer_from_vocab(arguments.model.tokenizer, max_text_length=max_text_length)
+    model = arguments.model
+    if model.tokenizer is not None:
+        return tokenizer_from_vocab(
+            model.tokenizer,
+            lower_case=model.lower_case,
+            strip_accents=model.strip_accents,
+            max_text_length=max_text_length,
+        )
 
     # reading the captions for a vocabulary comes before reading them to train
     if any(isinstance(portion, PairStream) for portion in rows.values()):
         raise ValueError("a stream is read once, so no vocabulary can be trained on it first; expected `tokenizer`")
     captions = chain.from_iterable(portion.captions() for portion in rows.values())
-    return train_tokenizer(captions, vocab_size=arguments.model.vocab_size, max_text_length=max_text_length)
+    return train_tokenizer(
+        captions,
+        vocab_size=model.vocab_size,
+        limit_alphabet=model.limit_alphabet,
+        lower_case=model.lower_case is not False,
+        strip_accents=model.strip_accents,
+        max_text_length=max_text_length,
+    )
+
+
+def _warn_of_unknown_words(tokenizer, rows: Mapping[str, PairRows | PairStream], source: str) -> None:
+    """Says before the first step how much of the texts a vocabulary made elsewhere does not know."""
+    if rank() != 0:
+        return
+    for name, portion in rows.items():
+        if isinstance(portion, PairStream):
+            continue  # read once, by the run
+        # texts from all over the rows: sources may be sorted by language
+        texts = islice(portion.captions(), 0, None, max(1, len(portion) // SAMPLED_TEXTS))
+        unknown, total, words = unknown_words(tokenizer, texts)
+        if unknown:
+            shown = ", ".join(repr(word) for word, _ in words.most_common(5))
+            warnings.warn(
+                f"the tokenizer of {source} does not know {unknown} of {total} tokens ({unknown / total:.1%}) of the "
+                f"texts of {name}: they are read as [UNK] ({shown}); without initial_model and tokenizer a vocabulary "
+                f"is trained on the texts",
+                stacklevel=2,
+            )
 
 
 def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedModel:

@@ -43,6 +43,8 @@ def open_training_rows(data: DataArguments) -> Rows:
         streaming=data.streaming,
         bad_rows="skip",
         weights=data.data_weights,
+        config=data.data_config,
+        revision=data.data_revision,
     )
 
 

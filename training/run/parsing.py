@@ -9,18 +9,26 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, HfArgumentParser
 
+from oner.processing.data.places import regular
 from oner.training.objectives.objective import OBJECTIVES, objective_classes
 
 from .arguments import DATA, Arguments, ModelArguments, RunArguments, check, data_arguments, flat, hints_of
 from .values import fit, read_json
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A flat YAML file; `base: other.yaml` (relative to it) is read first and overridden. Raises `ValueError`."""
     path = Path(path)
+    if path.resolve() in below:
+        raise ValueError(f"{path}: is its own base, by way of {', '.join(map(str, below))}")
 
     # this file's own values
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        values = yaml.safe_load(regular(path).read_text(encoding="utf-8")) or {}
+    except RecursionError as error:
+        raise ValueError(f"{path}: is nested too deep to be read; expected a mapping of argument names") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of argument names, got {type(values).__name__}")
     base = values.pop("base", None)
@@ -28,7 +36,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         return values
 
     # over those of its base; of model_config field by field
-    merged = read_config(path.parent / base)
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base is {base!r:.80}; expected another file's path")
+    merged = read_config(path.parent / base, (*below, path.resolve()))
     if isinstance(merged.get("model_config"), dict) and isinstance(values.get("model_config"), dict):
         values["model_config"] = {**merged["model_config"], **values["model_config"]}
     return {**merged, **values}

@@ -1,0 +1,296 @@
+"""Files of rows on this machine, csv, JSON lines, plain lines and parquet, as one memory-mapped table.
+
+Only the columns that are needed are kept, in a file of Arrow in the cache of `datasets`, called after what was read
+and how. A path is a name here and never a pattern. Python's readers take the cells as they are written: no dates,
+numbers or missing values are guessed, and what nobody reads may be anything that is JSON.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .row_checks import (
+    CHUNK,
+    SHOWN,
+    PairDataError,
+    TextRule,
+    id_reason,
+    image_reason,
+    plain_texts,
+    report,
+    text_reason,
+)
+from .same_pictures import PICTURE, picture_digest
+from .text_tables import READERS, csv_names, is_utf8
+from .waiting_lock import waiting_lock
+
+FORMAT = 2  # of the file in the cache; another number makes all anew
+PEEK = 1000  # rows whose keys are the columns of JSON lines
+WRITTEN = 32 << 20  # bytes of a batch in the cache at the least, so that it has few
+UNPACKED = 1 << 30  # bytes that the rows read at a time may have, as far as a parquet file tells
+MOST_TIMES = 100  # a parquet file may become so many times as long, and UNPACKED more
+WRITTEN_LIST = r"""^\s*\[\s*(?:'.*'|".*")\s*,?\s*\]\s*$"""
+COLUMNS = {"image": "image", "text": "captions", "id": "id"}  # of text files; parquet keeps its own names
+
+Pick = Callable[[list[str]], dict[str, str]]
+
+
+class TableFile(NamedTuple):
+    """A table, the column of each role in it, and {row: what is wrong with how it is written}."""
+
+    data: datasets.Dataset
+    columns: dict[str, str]
+    reasons: dict[int, str]
+
+
+def read_tables(form: str, files: Sequence[Path], pick: Pick, rule: TextRule, name: str) -> TableFile:
+    """
+    Files of one format as one table.
+
+    Args:
+        form: "csv", "json", "text" or "parquet".
+        files: at least one, each a regular file.
+        pick: the names of the columns -> that of each role. Raises `PairDataError` where one is missing.
+        rule: for texts.
+        name: for messages.
+
+    Raises:
+        PairDataError: a file that cannot be divided into rows, no rows, or none that can be used.
+    """
+    # a file in the cache, called after what is read and how
+    with _readable(form, name):
+        columns = pick(_names(form, files, name))
+        key = blake2b(json.dumps([FORMAT, form, columns, *rule]).encode(), digest_size=16)
+        for file in files:
+            key.update(_state(file, form))
+    place = Path(datasets.config.HF_DATASETS_CACHE) / "oner" / f"{key.hexdigest()}.arrow"
+
+    # made by one process while the others wait
+    if not place.is_file():
+        with waiting_lock(place):
+            if not place.is_file():
+                tables = _parquet(files, columns) if form == "parquet" else _texts(form, files, columns, rule)
+                _write(_merged(_reading(tables, form, name)), place, f"{name}: cannot be read as {form}: no data")
+    data = datasets.Dataset.from_file(str(place))
+    if form == "parquet":
+        return TableFile(data, columns, {})
+
+    # what was found wrong when it was made
+    column = data.data.column("reason")
+    reasons = {int(row): column[int(row)].as_py() for row in np.flatnonzero(column.is_valid().to_numpy())}
+    if len(reasons) == len(data):
+        raise PairDataError(report(name, list(islice(reasons.items(), SHOWN)), len(reasons), len(data)))
+    if form == "csv" and "text" in columns:
+        _warn_of_lists(data.data.column(COLUMNS["text"]), name)
+    return TableFile(data, {role: COLUMNS[role] for role in columns}, reasons)
+
+
+def _warn_of_lists(texts: pa.ChunkedArray, name: str) -> None:
+    """A csv has no lists; programs that are told to write one write how they would spell it."""
+    texts = pc.list_flatten(texts)
+    spelled = texts.filter(pc.match_substring_regex(texts, WRITTEN_LIST))
+    if len(spelled):
+        warnings.warn(
+            f"{name}: {len(spelled)} captions of a csv look like lists and are read as one text each, "
+            f"{spelled[0].as_py()!r:.80}; keep several captions of a picture as lists in JSON lines or parquet",
+            stacklevel=4,
+        )
+
+
+@contextmanager
+def _readable(form: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except PairDataError:
+        raise
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise PairDataError(f"{name}: cannot be read as {form}: {error}") from error
+
+
+def _reading(tables: Iterator[pa.Table], form: str, name: str) -> Iterator[pa.Table]:
+    with _readable(form, name):
+        yield from tables
+
+
+def _names(form: str, files: Sequence[Path], name: str) -> list[str]:
+    """The columns of the files, in their order."""
+    if form == "text":
+        return ["text"]
+    if form == "csv":
+        return csv_names(files[0])
+    if form == "parquet":
+        return pq.read_schema(files[0]).names
+
+    # keys of the first objects; where there are none, what stands in their place
+    found: dict[str, None] = {}
+    wrong = []
+    for row, cells in enumerate(islice(chain.from_iterable(map(READERS[form], files)), PEEK)):
+        if isinstance(cells, str):
+            wrong.append((row, cells))
+        else:
+            found |= dict.fromkeys(cells)
+    if wrong and not found:
+        raise PairDataError(report(name, wrong[:SHOWN], len(wrong), None))
+    if not found:
+        raise PairDataError(f"{name}: cannot be read as {form}: no data")
+    return list(found)
+
+
+def _state(file: Path, form: str) -> bytes:
+    """What tells a file from one that replaced it: its content, or of parquet its end and its times."""
+    digest = blake2b(file.suffix.lower().encode(), digest_size=32)
+    with open(file, "rb") as content:
+        if form == "parquet":
+            # a file's time of change can be set, its inode's cannot
+            status = os.fstat(content.fileno())
+            digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}".encode())
+            content.seek(max(0, status.st_size - (1 << 16)))
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
+
+
+def _texts(form: str, files: Sequence[Path], columns: dict[str, str], rule: TextRule) -> Iterator[pa.Table]:
+    """Tables of image (string), captions (list of string), id (int64 or string) and reason (string), by role."""
+    kind = _type_of_ids(form, files, columns["id"]) if "id" in columns else None
+    types = {"image": pa.string(), "text": pa.large_list(pa.large_string()), "id": kind}
+    digest = [(PICTURE, pa.int64())] if columns.keys() >= {"image", "text"} else []
+    schema = pa.schema([*((COLUMNS[role], types[role]) for role in columns), *digest, ("reason", pa.string())])
+    rows = chain.from_iterable(map(READERS[form], files))
+    while chunk := list(islice(rows, CHUNK)):
+        table: dict[str, list[Any]] = {column: [] for column in schema.names}
+        for cells in chunk:
+            values, reason = ({}, cells) if isinstance(cells, str) else _checked(cells, columns, rule)
+            if kind is not None:
+                _check_type(values.get("id"), kind, files, columns["id"])
+            for role in columns:
+                table[COLUMNS[role]].append(values.get(role))
+            if digest:
+                table[PICTURE].append(picture_digest(values.get("image")))
+            table["reason"].append(reason and reason.encode("utf-8", "backslashreplace").decode())
+        yield pa.table({one.name: pa.array(table[one.name], one.type) for one in schema}, schema)
+
+
+def _checked(cells: dict[str, Any], columns: dict[str, str], rule: TextRule) -> tuple[dict[str, Any], str | None]:
+    """The cells by role as they are kept, none where they cannot be used, and why."""
+    values = {role: cells.get(column) for role, column in columns.items()}
+    reasons = []
+    if "text" in values:
+        values["text"] = plain_texts(values["text"])
+        reasons.append(text_reason(values["text"], rule))
+    if "id" in values:
+        reasons.append(id_reason(values["id"]))
+    if "image" in values:
+        image = values["image"]
+        image = image.get("path", image) if isinstance(image, dict) else image
+        values["image"] = image
+        # whether there is such a file is asked each time
+        reasons.append(None if isinstance(image, str) else image_reason(image, None))
+    if any(isinstance(value, str) and not is_utf8(value) for value in values.values()):
+        reasons.append("holds a lone surrogate, which is no text")
+    reason = "; ".join(filter(None, reasons)) or None
+    if reason is not None:
+        return {}, reason
+    if isinstance(values.get("text"), str):
+        values["text"] = [values["text"]]
+    return values, None
+
+
+def _type_of_ids(form: str, files: Sequence[Path], column: str) -> pa.DataType:
+    """That of the first id that can be used."""
+    for cells in chain.from_iterable(map(READERS[form], files)):
+        identity = cells.get(column) if isinstance(cells, dict) else None
+        if id_reason(identity) is None:
+            return pa.int64() if isinstance(identity, int) else pa.string()
+    return pa.string()
+
+
+def _check_type(identity: Any, kind: pa.DataType, files: Sequence[Path], column: str) -> None:
+    if identity is not None and isinstance(identity, int) != pa.types.is_integer(kind):
+        raise PairDataError(
+            f"{files[0]}: the id column {column!r} mixes types, and 7 is not '7'; write all ids as strings or all as "
+            "integers"
+        )
+
+
+def _parquet(files: Sequence[Path], columns: dict[str, str]) -> Iterator[pa.Table]:
+    """Tables of the columns, their types those of all files together, without dictionaries."""
+    wanted = list(dict.fromkeys(columns.values()))
+    schemas = []
+    for file in files:
+        found = pq.read_schema(file)
+        if missing := [column for column in wanted if column not in found.names]:
+            raise PairDataError(f"{file}: no column {missing[0]!r}; columns found: {', '.join(found.names)}")
+        schemas.append(pa.schema([(column, _plain(found.field(column).type)) for column in wanted]))
+    schema = pa.unify_schemas(schemas, promote_options="permissive")
+
+    # so few rows at a time that they fit, even if each is the longest entry of a dictionary
+    for file in files:
+        with pq.ParquetFile(file) as parquet:
+            groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
+            chunks = [group.column(place) for group in groups for place in range(group.num_columns)]
+            sizes = [one.total_uncompressed_size for one in chunks if one.path_in_schema.split(".")[0] in wanted]
+            room = MOST_TIMES * sum(sizes) + UNPACKED
+            for batch in parquet.iter_batches(min(CHUNK, max(1, UNPACKED // max([*sizes, 1]))), columns=wanted):
+                room -= batch.nbytes
+                if room < 0:
+                    raise PairDataError(f"{file}: becomes more than {MOST_TIMES} times as long where it is unpacked")
+                table = pa.Table.from_batches([batch]).select(wanted).cast(schema)
+                if columns.keys() >= {"image", "text"}:
+                    images = (image.as_py() for image in table.column(columns["image"]))
+                    table = table.append_column(PICTURE, pa.array(map(picture_digest, images), pa.int64()))
+                yield table
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    return pa.large_binary() if pa.types.is_binary_view(kind) else kind
+
+
+def _merged(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Tables of at least `WRITTEN` bytes or `CHUNK` rows."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= CHUNK or sum(one.nbytes for one in waiting) >= WRITTEN:
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _write(tables: Iterator[pa.Table], place: Path, empty: str) -> None:
+    """Writes them beside `place`, which then appears whole. Raises `PairDataError`: without rows, `empty`."""
+    first = next(tables, None)
+    if first is None or not len(first):
+        raise PairDataError(empty)
+    beside = place.with_name(f".{place.name}.{uuid4().hex}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
+            for table in chain([first], tables):
+                writer.write_table(table)
+        os.replace(beside, place)
+    except OSError as error:
+        raise PairDataError(f"{place}: the cache cannot be written: {error}; HF_DATASETS_CACHE names it") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+__all__ = ["TableFile", "read_tables"]
