@@ -144,6 +144,8 @@ class OneRPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["PreNormLayer"]
+    # Trainer divides a loss by its accumulation steps where the model does not
+    accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
