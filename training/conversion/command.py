@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,10 +187,22 @@ def _write_official(options: argparse.Namespace) -> ConversionReport:
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         torch.save({"model": {name: tensor.detach().clone() for name, tensor in state.items()}}, partial)
+        _check_written(partial, state)
         os.replace(partial, destination)
     finally:
         partial.unlink(missing_ok=True)
     return report
+
+
+def _check_written(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Reads it back. Raises `OSError` that names the tensors which are not as they were."""
+    found = read_weights(path)
+    lost = [name for name, tensor in state.items() if name not in found or not torch.equal(found[name], tensor)]
+    if lost or len(found) != len(state):
+        raise OSError(
+            f"{path}: what was written is not what is read back: {lost[:10]}, {len(found)} tensors; expected "
+            f"{len(state)}"
+        )
 
 
 # layout of a file -> what reads it; ALBEF's files become models of SIMLA's family, which begins with them
