@@ -382,6 +382,18 @@ def test_wrong_shapes_are_named(official):
         from_official(wrong, "simla", **HEADS)
 
 
+@pytest.mark.parametrize(
+    "name", ["visual_encoder.blocks.1.mlp.fc2.weight", "text_encoder_m.bert.embeddings.LayerNorm.bias"]
+)
+def test_numbers_that_are_none_are_named(official, name):
+    broken = {**official, name: torch.full_like(official[name], float("nan"))}
+    with pytest.raises(MissingWeightsError, match=r"1 damaged weights .*(fc2.weight|embeddings.norm.bias)': 'NaN'"):
+        from_official(broken, "simla", **HEADS)
+    if name.endswith("weight"):
+        with pytest.raises(MissingWeightsError, match="fc2.weight': 'zeros alone'"):
+            from_official({**official, name: torch.zeros_like(official[name])}, "simla", **HEADS)
+
+
 def test_an_untied_head_of_words_is_kept(official):
     name = "text_encoder.cls.predictions.decoder.weight"
     done = from_official({**official, name: official[name] + 1}, "simla", **HEADS)

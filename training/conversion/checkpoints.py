@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from oner.modeling.vl_embeddings import interpolate_positions
+from oner.training.publishing.model_loading import damage_of
 
 from .families import OFFICIAL, OfficialFamily, family_of
 from .names import Names, ties
@@ -362,6 +363,8 @@ def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
     }
     if wrong:
         raise MissingWeightsError(f"wrong shapes {dict(list(wrong.items())[:10])}")
+    if damage := damage_of(done.weights | done.objective):
+        raise MissingWeightsError(damage)
 
     # a module absent as a whole is the caller's choice, a part of one is a broken file
     there = {_module(name) for name in done.weights} | {tower}
