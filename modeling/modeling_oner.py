@@ -38,6 +38,8 @@ AUTO_MAP = {
     "AutoModelForMaskedLM": "modeling_oner.OneRForMaskedLM",
     "AutoModelForImageClassification": "modeling_oner.OneRForImageClassification",
 }
+# a learned scale of cosines is at most 100 (CLIP, section 2.5)
+MAX_LOGIT_SCALE = math.log(100)
 
 
 class OneREmbeddings(nn.Module):
@@ -278,7 +280,9 @@ class OneRForImageTextRetrieval(CosineRetrieval, OneRPreTrainedModel):
         self.post_init()
 
     def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
-        return cosines * (self.logit_scale.exp() if self.config.learnable_temperature else 1 / self.config.temperature)
+        if not self.config.learnable_temperature:
+            return cosines * (1 / self.config.temperature)
+        return cosines * self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
 
 
 class OneRForMaskedLM(MaskedTokens, OneRPreTrainedModel):
@@ -326,6 +330,7 @@ class OneRForImageClassification(OneRPreTrainedModel):
 
 
 __all__ = [
+    "MAX_LOGIT_SCALE",
     "OneRForImageClassification",
     "OneRForImageTextRetrieval",
     "OneRForMaskedLM",

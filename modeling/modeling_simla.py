@@ -129,7 +129,8 @@ class SimlaForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetr
         self.post_init()
 
     def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
-        return cosines / self.temperature
+        # within its range as before a step of training, and never at zero or below
+        return cosines / self.temperature.clamp(*self.config.temperature_range)
 
 
 class SimlaForMaskedLM(MaskedTokens, SimlaPreTrainedModel):

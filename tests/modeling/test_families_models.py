@@ -113,6 +113,22 @@ def test_words_and_pixels_are_read(tower):
             assert (moved[:, row] > 1e-5).all() if kind in sees else moved[:, row].max() < 2e-6, kind
 
 
+@pytest.mark.parametrize("learned", [1e4, -1e4, 0.0])
+def test_logits_are_finite_and_in_order_whatever_temperature_was_learned(family, learned):
+    """By a Trainer, say, which holds it in no range: no overflow, no division by zero, no signs turned round."""
+    model = family.build(RETRIEVAL)
+    if hasattr(model.config, "learnable_temperature"):
+        model = family.build(RETRIEVAL, learnable_temperature=True)
+    (temperature,) = (value for name, value in model.named_parameters() if name in ("temperature", "logit_scale"))
+    temperature.data.fill_(learned)
+    batch = joint_batch([5, 3])
+    output = model(**text_of(batch), pixel_values=batch["pixel_values"])
+    cosines = output.image_embeds @ output.text_embeds.T
+    assert output.logits_per_image.isfinite().all()
+    scales = output.logits_per_image / cosines
+    assert (scales >= 0).all() and scales.max() < 1001
+
+
 def test_features_of_each_kind(family, tower):
     batch = joint_batch([5, 0, 3])
     retrieval = family.classes[RETRIEVAL](tower.config).eval()
