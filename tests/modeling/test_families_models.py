@@ -367,6 +367,25 @@ def test_the_words_are_tied_and_stay_tied(family, head, tmp_path):
         assert output.logits.shape == (1, 3, VOCAB + 7) and torch.isfinite(output.loss)
 
 
+@pytest.mark.parametrize("more", [7, -1])
+def test_a_resized_vocabulary_leaves_nothing_behind_and_reloads(family, auto, more, tmp_path):
+    """Every part of the vocabulary's size goes along, keeps what it had, and comes back from disk."""
+    model = family.build(auto)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sized = [name for name, value in before.items() if VOCAB in value.shape]
+    model.resize_token_embeddings(VOCAB + more, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    again = family.classes[auto].from_pretrained(tmp_path)
+    assert again.config.vocab_size == VOCAB + more and type(again) is type(model)
+    state = again.state_dict()
+    assert sized and state.keys() == before.keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value), name
+        if name in sized:
+            rows = min(VOCAB, VOCAB + more)
+            assert len(value) == VOCAB + more and torch.equal(value[:rows], before[name][:rows]), name
+
+
 # a training step
 
 
