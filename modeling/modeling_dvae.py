@@ -17,8 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_dvae import DiscreteVAEConfig
 from .vl_inputs import check_finite, check_image_size
-
-AUTO_MAP = {"AutoConfig": "configuration_dvae.DiscreteVAEConfig", "AutoModel": "modeling_dvae.DiscreteVAE"}
+from .vl_saving import SavedWhole
 
 # sides of a block's four kernels: the 1 x 1 stands last in the encoder, first in the decoder
 ENCODER_KERNELS, DECODER_KERNELS = (3, 3, 3, 1), (1, 3, 3, 3)
@@ -134,7 +133,7 @@ class DiscreteVAEDecoder(nn.Module):
         return self.output(F.relu(hidden))
 
 
-class DiscreteVAE(PreTrainedModel):
+class DiscreteVAE(SavedWhole, PreTrainedModel):
     """
     The tokenizer. `get_codebook_indices` gives a picture's visual words, `decode` draws words, `forward` trains.
 
@@ -166,10 +165,6 @@ class DiscreteVAE(PreTrainedModel):
         if isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             init.zeros_(module.bias)
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(*args, **kwargs)
 
     def map_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[0, 1] -> [margin, 1 - margin], where the logit is finite. Any shape."""

@@ -30,14 +30,8 @@ from .vl_outputs import (
     TEXT_TOKEN,
     VisionLanguageModelOutput,
 )
+from .vl_saving import SavedWhole
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_oner.OneRConfig",
-    "AutoModel": "modeling_oner.OneRModel",
-    "AutoModelForZeroShotImageClassification": "modeling_oner.OneRForImageTextRetrieval",
-    "AutoModelForMaskedLM": "modeling_oner.OneRForMaskedLM",
-    "AutoModelForImageClassification": "modeling_oner.OneRForImageClassification",
-}
 # a learned scale of cosines is at most 100 (CLIP, section 2.5)
 MAX_LOGIT_SCALE = math.log(100)
 
@@ -139,7 +133,7 @@ class OneREmbeddings(nn.Module):
         return hidden_states, token_types
 
 
-class OneRPreTrainedModel(PreTrainedModel):
+class OneRPreTrainedModel(SavedWhole, PreTrainedModel):
     config: OneRConfig
     base_model_prefix = "oner"
     main_input_name = "input_ids"
@@ -189,11 +183,6 @@ class OneRPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         getattr(self, "oner", self).embeddings.word_embeddings = value
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        # transformers would list only the class that is saved; a repository serves all of them
-        self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(*args, **kwargs)
 
 
 class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
