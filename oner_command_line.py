@@ -23,8 +23,8 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         oner convert --to simla runs/simla simla.pth
 
     A model directory holds config.json and model.safetensors, for `from_pretrained`; and, where the file has a
-    teacher or queues, objective.safetensors, for `SimlaObjective.load_state_dict`. All names that found no place are
-    printed.
+    teacher or queues, objective.safetensors, with which a run by `--initial_model` begins. All names that found no
+    place are printed.
     """
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument(

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 import oner  # noqa: F401  registers the families with transformers' auto classes
 from oner.training.parallel.distributed import synchronise_batch_norm
 from oner.training.run.arguments import Arguments
+from oner.training.run.beginning import begin_objective
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
@@ -57,6 +59,9 @@ def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[st
     loader = RunLoader(arguments, rows, {"pairs": task.collator(arguments, processor, model.config)})
     evaluators = [build_evaluator(task, one, arguments.objective, arguments.data) for one in arguments.run.eval_data]
 
+    objective = task_objective(task, model, arguments.objective)
+    begin_objective(objective, arguments, partial(load_task_model, task, config=config))
+
     accelerator.print(f"{task.name}: {describe(arguments, model, loader, accelerator)}")
 
     def evaluate(student: PreTrainedModel) -> Iterator[tuple[str, float]]:
@@ -67,7 +72,7 @@ def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[st
     engine = Engine(
         accelerator=accelerator,
         model=model,
-        objective=task_objective(task, model, arguments.objective),
+        objective=objective,
         arguments=arguments,
         loader=loader,
         total_steps=loader.total_steps,

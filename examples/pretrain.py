@@ -6,6 +6,7 @@ accelerate launch examples/pretrain.py --config examples/configs/oner_emoji.yaml
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.objectives.objective import build_objective
 from oner.training.parallel.distributed import synchronise_batch_norm
 from oner.training.run.arguments import Arguments
+from oner.training.run.beginning import begin_objective
 from oner.training.run.building import build_model, build_processor_and_config
 from oner.training.run.collators import CAPTION_RULES, build_collators
 from oner.training.run.engine import Engine
@@ -48,6 +50,8 @@ def train(arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | 
     model = synchronise_batch_norm(build_model(arguments, config), accelerator.device)
     loader = RunLoader(arguments, rows, build_collators(arguments, processor, config))
     evaluators = build_evaluators(arguments)
+    objective = build_objective(arguments.model.family, model, arguments.objective)
+    begin_objective(objective, arguments, partial(build_model, config=config))
 
     accelerator.print(describe(arguments, model, loader, accelerator))
 
@@ -58,7 +62,7 @@ def train(arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | 
     engine = Engine(
         accelerator=accelerator,
         model=model,
-        objective=build_objective(arguments.model.family, model, arguments.objective),
+        objective=objective,
         arguments=arguments,
         loader=loader,
         total_steps=loader.total_steps,

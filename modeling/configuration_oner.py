@@ -55,7 +55,8 @@ class OneRConfig(VisionLanguageConfig):
             layer (equation 3): Y's own stream; the other crossed stream; Y's own, at the last layer only.
         context_cls (`bool`): Whether the context's [CLS] is among the keys of F(X|Y).
         temperature (`float`): InfoNCE temperature (MoCo-v3's ViT: 0.2).
-        learnable_temperature (`bool`): CLIP's learnable scale instead, started at `temperature`.
+        learnable_temperature (`bool`): CLIP's learnable scale instead, started at `temperature`, and held at 100 or
+            below as CLIP holds it.
         pad_token_id, image_token_id, cls_token_id, mask_token_id (`int`): Ids in BERT's vocabulary; the image
             placeholder is `[unused0]`.
     """
@@ -149,6 +150,8 @@ class OneRConfig(VisionLanguageConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.learnable_temperature and self.temperature < 0.01:
+            raise ValueError(f"a learnable temperature is held at 0.01 or above, got {self.temperature} to start from")
         self._check_special_ids()
 
     def _check_special_ids(self) -> None:

@@ -17,8 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_dvae import DiscreteVAEConfig
 from .vl_inputs import check_finite, check_image_size
-
-AUTO_MAP = {"AutoConfig": "configuration_dvae.DiscreteVAEConfig", "AutoModel": "modeling_dvae.DiscreteVAE"}
+from .vl_saving import SavedWhole
 
 # sides of a block's four kernels: the 1 x 1 stands last in the encoder, first in the decoder
 ENCODER_KERNELS, DECODER_KERNELS = (3, 3, 3, 1), (1, 3, 3, 3)
@@ -134,7 +133,7 @@ class DiscreteVAEDecoder(nn.Module):
         return self.output(F.relu(hidden))
 
 
-class DiscreteVAE(PreTrainedModel):
+class DiscreteVAE(SavedWhole, PreTrainedModel):
     """
     The tokenizer. `get_codebook_indices` gives a picture's visual words, `decode` draws words, `forward` trains.
 
@@ -146,6 +145,8 @@ class DiscreteVAE(PreTrainedModel):
     base_model_prefix = "discrete_vae"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    # Trainer divides a loss by its accumulation steps where the model does not
+    accepts_loss_kwargs = False
     _no_split_modules = ["ResidualBlock"]
     # as DALL-E's code under half precision: codes are told apart, and looked up, in fp32
     _keep_in_fp32_modules_strict = ["encoder.output", "decoder.input"]
@@ -164,10 +165,6 @@ class DiscreteVAE(PreTrainedModel):
         if isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             init.zeros_(module.bias)
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(*args, **kwargs)
 
     def map_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[0, 1] -> [margin, 1 - margin], where the logit is finite. Any shape."""

@@ -30,14 +30,10 @@ from .vl_outputs import (
     TEXT_TOKEN,
     VisionLanguageModelOutput,
 )
+from .vl_saving import SavedWhole
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_oner.OneRConfig",
-    "AutoModel": "modeling_oner.OneRModel",
-    "AutoModelForZeroShotImageClassification": "modeling_oner.OneRForImageTextRetrieval",
-    "AutoModelForMaskedLM": "modeling_oner.OneRForMaskedLM",
-    "AutoModelForImageClassification": "modeling_oner.OneRForImageClassification",
-}
+# a learned scale of cosines is at most 100 (CLIP, section 2.5)
+MAX_LOGIT_SCALE = math.log(100)
 
 
 class OneREmbeddings(nn.Module):
@@ -137,13 +133,15 @@ class OneREmbeddings(nn.Module):
         return hidden_states, token_types
 
 
-class OneRPreTrainedModel(PreTrainedModel):
+class OneRPreTrainedModel(SavedWhole, PreTrainedModel):
     config: OneRConfig
     base_model_prefix = "oner"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["PreNormLayer"]
+    # Trainer divides a loss by its accumulation steps where the model does not
+    accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -185,11 +183,6 @@ class OneRPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         getattr(self, "oner", self).embeddings.word_embeddings = value
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        # transformers would list only the class that is saved; a repository serves all of them
-        self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(*args, **kwargs)
 
 
 class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
@@ -276,7 +269,9 @@ class OneRForImageTextRetrieval(CosineRetrieval, OneRPreTrainedModel):
         self.post_init()
 
     def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
-        return cosines * (self.logit_scale.exp() if self.config.learnable_temperature else 1 / self.config.temperature)
+        if not self.config.learnable_temperature:
+            return cosines * (1 / self.config.temperature)
+        return cosines * self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
 
 
 class OneRForMaskedLM(MaskedTokens, OneRPreTrainedModel):
@@ -324,6 +319,7 @@ class OneRForImageClassification(OneRPreTrainedModel):
 
 
 __all__ = [
+    "MAX_LOGIT_SCALE",
     "OneRForImageClassification",
     "OneRForImageTextRetrieval",
     "OneRForMaskedLM",

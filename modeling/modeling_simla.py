@@ -17,28 +17,16 @@ from .vl_gradcam import GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs
 from .vl_outputs import VisionLanguageModelOutput, token_types_of
-
-# what a repository with these weights offers, whichever class saved it
-AUTO_MAP = {
-    "AutoConfig": "configuration_simla.SimlaConfig",
-    "AutoModel": "modeling_simla.SimlaModel",
-    "AutoModelForZeroShotImageClassification": "modeling_simla.SimlaForImageTextRetrieval",
-    "AutoModelForMaskedLM": "modeling_simla.SimlaForMaskedLM",
-}
+from .vl_saving import SavedWhole
 
 
-class SimlaPreTrainedModel(DualEncoderPreTrainedModel):
+class SimlaPreTrainedModel(SavedWhole, DualEncoderPreTrainedModel):
     config: SimlaConfig
     base_model_prefix = "simla"
     # one checkpoint serves every class: what a class has no use for is left behind in silence
     _keys_to_ignore_on_load_unexpected = [
         r"(vision|text)_projection\.", r"^(itm|lm|mim|concept)_head\.", r"^temperature$", r"^(classifier|decoder)\.",
     ]  # fmt: skip
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        # transformers would list only the class that is saved; a repository serves all of them
-        self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(*args, **kwargs)
 
 
 class SimlaModel(DualEncoder, SimlaPreTrainedModel):
@@ -129,7 +117,8 @@ class SimlaForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetr
         self.post_init()
 
     def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
-        return cosines / self.temperature
+        # within its range as before a step of training, and never at zero or below
+        return cosines / self.temperature.clamp(*self.config.temperature_range)
 
 
 class SimlaForMaskedLM(MaskedTokens, SimlaPreTrainedModel):

@@ -76,6 +76,12 @@ class SimlaForPreTraining(
         self.concept_head = HeadLinear(width, config.vocab_size)
         self.post_init()
 
+    def _resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        # transformers knows of one table of tokens going in and one coming out; concepts are tokens too
+        tokens = super()._resize_token_embeddings(*args, **kwargs)
+        self.concept_head = self.concept_head.resized(tokens.num_embeddings)
+        return tokens
+
     @can_return_tuple
     def forward(
         self,

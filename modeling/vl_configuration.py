@@ -14,8 +14,10 @@ class VisionLanguageConfig(PreTrainedConfig):
     Where it has not, the attribute stays, and `trust_remote_code=True` runs the code.
     """
 
-    # `oner` sets it on the classes that it registers; on those that travel with the weights it stays False
+    # `oner` sets both on the classes that it registers; on those that travel with the weights they stay so
     pipelines_are_registered = False
+    # (model, directory) -> nothing: writes all code files beside what a model has saved there
+    write_code = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

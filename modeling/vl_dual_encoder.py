@@ -156,6 +156,8 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    # Trainer divides a loss by its accumulation steps where the model does not
+    accepts_loss_kwargs = False
     _no_split_modules = ["PreNormLayer", "FusionLayer"]
     _supports_sdpa = True
     # texts attend images of another length, which flash attention's padding helper cannot take apart

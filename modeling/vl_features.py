@@ -159,6 +159,9 @@ class TokenPredictions:
 class MaskedTokens(TokenPredictions):
     """The language-model head on every state of the tower, which the attribute of `base_model_prefix` is."""
 
+    # the mean is over all the tokens of a step, however they are spread over its batches
+    accepts_loss_kwargs = True
+
     @can_return_tuple
     def forward(
         self,
@@ -166,9 +169,13 @@ class MaskedTokens(TokenPredictions):
         attention_mask: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
-        """`logits` (B, L, V) speak of the positions of `input_ids`; `labels` (B, L), -100 where there is no loss."""
+        """
+        `logits` (B, L, V) speak of the positions of `input_ids`; `labels` (B, L), -100 where there is no loss. The
+        loss is a sum over `num_items_in_batch`, which Trainer counts over the batches of a step; the mean when None.
+        """
         if input_ids is None:
             raise ValueError(f"{type(self).__name__} expects input_ids, got None")
         tower = getattr(self, self.base_model_prefix)
@@ -179,7 +186,8 @@ class MaskedTokens(TokenPredictions):
         logits = self.lm_head(states)  # (B, L, V)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            options = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, **options)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

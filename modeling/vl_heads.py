@@ -27,6 +27,19 @@ class HeadLinear(nn.Linear):
         if self.bias is not None:
             init.uniform_(self.bias, -bound, bound)
 
+    @torch.no_grad()
+    def resized(self, out_features: int) -> "HeadLinear":
+        """The same map with more outputs, the new ones drawn, or with fewer."""
+        options = {"device": self.weight.device, "dtype": self.weight.dtype}
+        head = HeadLinear(self.in_features, out_features, self.bias is not None, **options)
+        head.requires_grad_(self.weight.requires_grad)
+
+        # rows that both have
+        kept = min(self.out_features, out_features)
+        for name, value in self.named_parameters():
+            head.get_parameter(name)[:kept] = value[:kept]
+        return head
+
 
 class ContrastiveHead(nn.Sequential):
     """

@@ -1,8 +1,10 @@
 """Families and tasks enter transformers' registries: its auto classes, and what `pipeline` takes by name."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import transformers
+from transformers import PreTrainedModel
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .processing.pipeline_image_text_matching import ImageTextMatchingPipeline
@@ -32,6 +34,8 @@ def register_family(model_type: str, classes: Family) -> None:
     config.register_for_auto_class()
     # so that `pipeline` takes the ones registered below, without trust in code that lies beside the weights
     config.pipelines_are_registered = True
+    # and so that every way to save leaves a whole repository
+    config.write_code = staticmethod(_write_code)
 
     for name, model in classes.items():
         if name.startswith("AutoModel"):
@@ -46,6 +50,13 @@ def register_family(model_type: str, classes: Family) -> None:
         images.register_for_auto_class()
         transformers.AutoProcessor.register(config, processor, exist_ok=True)
         processor.register_for_auto_class()
+
+
+def _write_code(model: PreTrainedModel, directory: Path) -> None:
+    # imported only when a model is saved: publishing imports much that registering does not need
+    from .training.publishing.hub import write_code
+
+    write_code(model, directory)
 
 
 def register_pipelines() -> None:

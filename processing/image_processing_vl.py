@@ -6,10 +6,12 @@ Shapes: B pictures, H height, W width in pixels, P patch size; N = (H / P) * (W 
 
 import errno
 import io
+import json
 import os
 import stat
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -373,6 +375,18 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
     def to_dict(self) -> dict[str, Any]:
         """What is saved: everything but ``allow_urls``."""
         return {key: value for key, value in super().to_dict().items() if key != "allow_urls"}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> list[str]:
+        """As transformers'; beside a processor into the processor's own file, which is then read for both."""
+        written = super().save_pretrained(save_directory, *args, **kwargs)
+        own, shared = (Path(save_directory) / name for name in ("preprocessor_config.json", "processor_config.json"))
+        if not shared.is_file():
+            return written
+        values = json.loads(shared.read_text(encoding="utf-8"))
+        values["image_processor"] = json.loads(own.read_text(encoding="utf-8"))
+        shared.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        own.unlink()
+        return [str(shared)]
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Passes sources on: ``open_image`` reads them, under its guards."""

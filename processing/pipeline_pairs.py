@@ -74,6 +74,11 @@ class VisionLanguagePipeline(Pipeline):
             self.model.float()  # half precision saves disk; computing in it gains nothing on a CPU and costs accuracy
         self.model.eval()
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As transformers', and the processor, which it leaves out."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
     def _read_batch_size(self, batch_size: int | None) -> int:
         # the call's, else the pipeline's, else ours
         size = next((size for size in (batch_size, self._batch_size) if size is not None), BATCH_SIZE)

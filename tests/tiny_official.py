@@ -103,12 +103,12 @@ def answers_shapes(side: int = 4) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def entailment_shapes(side: int = 4) -> dict[str, tuple[int, ...]]:
+def entailment_shapes(side: int = 4, labels: int = 3) -> dict[str, tuple[int, ...]]:
     """models/simla/ve.py."""
     shapes = {}
     for m in ("", "_m"):
         shapes |= vit(f"visual_encoder{m}", side) | bert(f"text_encoder{m}")
-        shapes |= linear(f"cls_head{m}.0", D, D) | linear(f"cls_head{m}.2", 3, D)
+        shapes |= linear(f"cls_head{m}.0", D, D) | linear(f"cls_head{m}.2", labels, D)
     return shapes
 
 
@@ -119,6 +119,12 @@ def two_pictures_shapes(side: int = 4) -> dict[str, tuple[int, ...]]:
         shapes |= vit(f"visual_encoder{m}", side) | bert(f"text_encoder{m}", token_types=True, layers=6)
         shapes |= linear(f"cls_head{m}.0", D, D) | linear(f"cls_head{m}.2", 2, D)
     return shapes
+
+
+def assignment_shapes(side: int = 4) -> dict[str, tuple[int, ...]]:
+    """models/simla/pretrain_nlvr.py: likewise, with projections and a head of three; no twins."""
+    shapes = {"temp": (), **vit("visual_encoder", side), **bert("text_encoder", token_types=True, layers=6)}
+    return shapes | projections() | linear("ta_head", 3, D)
 
 
 def filled(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -133,8 +139,8 @@ def filled(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch
             state[name] = state[f"{encoder}.bert.embeddings.word_embeddings.weight"]
         elif name.endswith("cls.predictions.decoder.bias"):
             state[name] = state[name.replace("decoder.bias", "bias")]
-        elif "cls_head.2.weight" in state and len(state["cls_head.2.weight"]) == 2:
-            # the upper layers of the model of two pictures share keys and values by pairs
+        elif ".layer.5." in "".join(state):
+            # the upper of six layers, those of the models of two pictures, share keys and values by pairs
             for first, second in ((2, 3), (4, 5)):
                 if (
                     f".layer.{second}.crossattention.self.key" in name

@@ -12,6 +12,7 @@ from tiny_official import (
     V,
     albef_shapes,
     answers_shapes,
+    assignment_shapes,
     entailment_shapes,
     filled,
     pretraining_shapes,
@@ -22,6 +23,7 @@ from tiny_simla import simla_batch
 
 from oner import SimlaForImageTextRetrieval, SimlaForPreTraining
 from oner.modeling.modeling_simla_tasks import (
+    SimlaForTextAssignment,
     SimlaForVisualEntailment,
     SimlaForVisualQuestionAnswering,
     SimlaForVisualReasoning,
@@ -39,6 +41,14 @@ def same(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+
+
+def fold_types(official: dict) -> None:
+    """What comes back of token types: their first row in every position, and zeros. In place."""
+    for name in [name for name in official if name.endswith("token_type_embeddings.weight")]:
+        positions = name.replace("token_type", "position")
+        official[positions] = official[positions] + official[name][0]
+        official[name] = torch.zeros_like(official[name])
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +217,61 @@ def test_tasks_there_and_back(shapes, model_class):
     )
     assert not report.left_over
     if model_class is SimlaForVisualReasoning:
-        for name in [name for name in official if name.endswith("token_type_embeddings.weight")]:
-            positions = name.replace("token_type", "position")
-            official[positions] = official[positions] + official.pop(name)[0]
+        fold_types(official)
     same(official, state)
+
+
+def test_text_assignment_there_and_back():
+    """Two images and a head of three, without twins: neither a model of retrieval with half as many layers again."""
+    official = filled(assignment_shapes())
+    done = from_official(official, "simla", **HEADS)
+    assert done.model_class is SimlaForTextAssignment and not done.report.missing
+    assert done.config.num_text_layers == 4
+    assert done.report.left_over.pop("temp") == "SimlaForTextAssignment has no such weight"
+    assert all(name.endswith("position_ids") for name in done.report.left_over)
+    model = SimlaForTextAssignment(done.config)
+    model.load_state_dict(done.weights)
+    state, report = to_official(model.state_dict(), "simla")
+    assert not report.left_over and not report.notes
+    fold_types(official)
+    del official["temp"]
+    same(official, state)
+
+
+def test_what_reads_two_images_is_told_by_its_layers():
+    """Not by two labels, which a text with one image may have, and never by nothing."""
+    with pytest.raises(MissingWeightsError, match=r"classifier.2.weight': '\(2, 16\), expected \(3, 16\)"):
+        from_official(filled(entailment_shapes(labels=2)), "simla", **HEADS)
+    two = filled(two_pictures_shapes())
+    headless = {name: tensor for name, tensor in two.items() if not name.startswith("cls_head")}
+    with pytest.raises(ValueError, match="share their keys in pairs.*expected cls_head or ta_head"):
+        from_official(headless, "simla", **HEADS)
+
+
+@pytest.mark.parametrize("shapes", [two_pictures_shapes, assignment_shapes])
+def test_token_types_come_back_as_zeros_that_change_nothing(shapes):
+    """The official encoder adds a type to every position; its script keeps BERT's own where a file has none."""
+    official = filled(shapes())
+    done = from_official(official, "simla", **HEADS)
+    state, _ = to_official(done.weights, "simla", done.objective)
+    types = {name for name in official if name.endswith("token_type_embeddings.weight")}
+    assert types and types == {name for name in state if name.endswith("token_type_embeddings.weight")}
+    for name in types:
+        positions = name.replace("token_type", "position")
+        assert state[name].shape == official[name].shape and not state[name].any()
+        assert torch.equal(state[positions] + state[name][0], official[positions] + official[name][0])
+
+
+def test_what_cannot_be_written_whole_is_refused(official):
+    config = infer_config(official, "simla", **HEADS)
+    config.stem = "conv"
+    weights = SimlaForPreTraining(config).state_dict()
+    with pytest.raises(MissingWeightsError, match="no place in the official layout.*vision.embeddings.stem.layers.0"):
+        to_official(weights, "simla")
+    plain = {name: tensor for name, tensor in weights.items() if ".stem.layers." not in name}
+    teacher = {f"teacher.{name}": tensor for name, tensor in weights.items()}
+    with pytest.raises(MissingWeightsError, match="teacher.simla.vision.embeddings.stem.layers.0"):
+        to_official(plain, "simla", teacher)
 
 
 def test_two_pictures_in_their_order():
@@ -252,10 +313,11 @@ def test_a_family_costs_a_line(monkeypatch):
             ("itm_head", "itm_head"),
         ),
         depth=meet,
+        token_types=True,
     )
     monkeypatch.setitem(OFFICIAL, "tiny_albef", line)
     official = filled(albef_shapes())
-    done = from_official(official, "tiny_albef", fold_token_types=True, **HEADS, text_attention_heads=4)
+    done = from_official(official, "tiny_albef", **HEADS, text_attention_heads=4)
     assert (done.config.num_text_layers, done.config.num_fusion_layers) == (2, 1)
     assert done.model_class is TinyAlbefForPreTraining and not done.report.missing and not done.report.notes
     assert all(name.endswith("position_ids") for name in done.report.left_over)
@@ -263,9 +325,7 @@ def test_a_family_costs_a_line(monkeypatch):
     model = TinyAlbefForPreTraining(done.config)
     model.load_state_dict(done.weights)
     state, report = to_official(model.state_dict(), "tiny_albef", done.objective)
-    for name in [name for name in official if name.endswith("token_type_embeddings.weight")]:
-        positions = name.replace("token_type", "position")
-        official[positions] = official[positions] + official.pop(name)[0]
+    fold_types(official)
     same(official, state)
 
 
@@ -310,16 +370,28 @@ def test_what_is_missing_is_named(official, name):
 
 def test_what_is_foreign_is_named(official):
     done = from_official(
-        {**official, "ta_head.weight": torch.zeros(3), "visual_encoder.fc": torch.zeros(2)}, "simla", **HEADS
+        {**official, "other_head.weight": torch.zeros(3), "visual_encoder.fc": torch.zeros(2)}, "simla", **HEADS
     )
-    assert {"ta_head.weight", "visual_encoder.fc"} < set(done.report.left_over)
-    assert "ta_head.weight: no module of that name here" in done.report.describe()
+    assert {"other_head.weight", "visual_encoder.fc"} < set(done.report.left_over)
+    assert "other_head.weight: no module of that name here" in done.report.describe()
 
 
 def test_wrong_shapes_are_named(official):
     wrong = {**official, "itm_head.weight": torch.zeros(3, 16)}
     with pytest.raises(MissingWeightsError, match=r"itm_head.weight.*\(3, 16\), expected \(2, 16\)"):
         from_official(wrong, "simla", **HEADS)
+
+
+@pytest.mark.parametrize(
+    "name", ["visual_encoder.blocks.1.mlp.fc2.weight", "text_encoder_m.bert.embeddings.LayerNorm.bias"]
+)
+def test_numbers_that_are_none_are_named(official, name):
+    broken = {**official, name: torch.full_like(official[name], float("nan"))}
+    with pytest.raises(MissingWeightsError, match=r"1 damaged weights .*(fc2.weight|embeddings.norm.bias)': 'NaN'"):
+        from_official(broken, "simla", **HEADS)
+    if name.endswith("weight"):
+        with pytest.raises(MissingWeightsError, match="fc2.weight': 'zeros alone'"):
+            from_official({**official, name: torch.zeros_like(official[name])}, "simla", **HEADS)
 
 
 def test_an_untied_head_of_words_is_kept(official):

@@ -141,6 +141,30 @@ def test_albef_is_drawn_where_it_must_be(tmp_path, capsys):
     assert torch.equal(one[kept], other[kept])
 
 
+def test_a_stem_that_the_official_layout_lacks_is_refused(tmp_path, capsys, root):
+    command = ["convert", "--to", "simla", str(root / "examples/checkpoints/simla-emoji"), str(tmp_path / "out.pth")]
+    assert main(command) == 2
+    told = capsys.readouterr()
+    assert "no place in the official layout" in told.err and "vision.embeddings.stem.layers.1" in told.err
+    assert "written" not in told.out and not list(tmp_path.iterdir())
+
+
+def test_what_is_written_is_read_back(tmp_path, capsys, file, monkeypatch):
+    """A disk that keeps other bits than it was given."""
+    directory = tmp_path / "simla"
+    assert main(["convert", "--from", "simla", str(file), str(directory), *TINY]) == 0
+    save = torch.save
+
+    def lossy(content, path):
+        content["model"]["itm_head.bias"] += 1
+        save(content, path)
+
+    monkeypatch.setattr("oner.training.conversion.command.torch.save", lossy)
+    assert main(["convert", "--to", "simla", str(directory), str(tmp_path / "out.pth")]) == 2
+    assert "not what is read back: ['itm_head.bias']" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, "simla"]
+
+
 class Mischief:
     def __reduce__(self):
         return os.system, ("touch escaped",)

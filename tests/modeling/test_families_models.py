@@ -113,6 +113,22 @@ def test_words_and_pixels_are_read(tower):
             assert (moved[:, row] > 1e-5).all() if kind in sees else moved[:, row].max() < 2e-6, kind
 
 
+@pytest.mark.parametrize("learned", [1e4, -1e4, 0.0])
+def test_logits_are_finite_and_in_order_whatever_temperature_was_learned(family, learned):
+    """By a Trainer, say, which holds it in no range: no overflow, no division by zero, no signs turned round."""
+    model = family.build(RETRIEVAL)
+    if hasattr(model.config, "learnable_temperature"):
+        model = family.build(RETRIEVAL, learnable_temperature=True)
+    (temperature,) = (value for name, value in model.named_parameters() if name in ("temperature", "logit_scale"))
+    temperature.data.fill_(learned)
+    batch = joint_batch([5, 3])
+    output = model(**text_of(batch), pixel_values=batch["pixel_values"])
+    cosines = output.image_embeds @ output.text_embeds.T
+    assert output.logits_per_image.isfinite().all()
+    scales = output.logits_per_image / cosines
+    assert (scales >= 0).all() and scales.max() < 1001
+
+
 def test_features_of_each_kind(family, tower):
     batch = joint_batch([5, 0, 3])
     retrieval = family.classes[RETRIEVAL](tower.config).eval()
@@ -349,6 +365,25 @@ def test_the_words_are_tied_and_stay_tied(family, head, tmp_path):
         ids = torch.tensor([[CLS, VOCAB + 6, 9]])
         output = loaded(input_ids=ids, labels=ids)
         assert output.logits.shape == (1, 3, VOCAB + 7) and torch.isfinite(output.loss)
+
+
+@pytest.mark.parametrize("more", [7, -1])
+def test_a_resized_vocabulary_leaves_nothing_behind_and_reloads(family, auto, more, tmp_path):
+    """Every part of the vocabulary's size goes along, keeps what it had, and comes back from disk."""
+    model = family.build(auto)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sized = [name for name, value in before.items() if VOCAB in value.shape]
+    model.resize_token_embeddings(VOCAB + more, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    again = family.classes[auto].from_pretrained(tmp_path)
+    assert again.config.vocab_size == VOCAB + more and type(again) is type(model)
+    state = again.state_dict()
+    assert sized and state.keys() == before.keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value), name
+        if name in sized:
+            rows = min(VOCAB, VOCAB + more)
+            assert len(value) == VOCAB + more and torch.equal(value[:rows], before[name][:rows]), name
 
 
 # a training step

@@ -181,6 +181,9 @@ def test_retrieval_compares_all_with_all():
     assert model(pixel_values=pixels).logits_per_image is None
     learnable = OneRForImageTextRetrieval(tiny_config(learnable_temperature=True, temperature=0.05))
     assert learnable.logit_scale.exp().item() == pytest.approx(20.0, rel=1e-5)
+    learnable.eval().logit_scale.data.fill_(100.0)
+    held = learnable(**text_of(batch), pixel_values=pixels)
+    torch.testing.assert_close(held.logits_per_image, 100 * held.image_embeds @ held.text_embeds.T)
 
 
 def test_classifier_reads_the_pooled_state():

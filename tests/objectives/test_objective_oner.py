@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from naive_streams import crossed_states
 from tiny_oner import joint_batch, randomised, text_of, tiny_config
 
@@ -188,6 +189,27 @@ def test_a_learnable_temperature_is_used_and_learns():
     assert loss.shape == () and parts["itc"].shape == ()
     loss.backward()
     assert student.logit_scale.grad.abs().item() > 1e-6
+
+
+@pytest.mark.parametrize("above", [8.0, 1e4])
+def test_a_learnable_temperature_is_held_above_a_hundredth(above):
+    """Before a step, whose loss is finite, and after it; from there it can come down again."""
+    student, batch = build(learnable_temperature=True), joint_batch(LENGTHS)
+    objective = OneRObjective(student, OneRObjectiveArguments(losses=["itc"]))
+    student.logit_scale.data.fill_(above)
+    _, beyond, _ = objective(student, batch, 0.0)
+    student.logit_scale.data.fill_(above)
+    objective.after_step(torch.ones(()))
+    assert student.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
+    loss, parts, _ = objective(student, batch, 0.0)
+    assert parts["itc"].isfinite() and parts["itc"] == beyond["itc"]
+    loss.backward()
+    assert student.logit_scale.grad.abs().item() > 1e-6
+    below = student.logit_scale.data.fill_(2.0).clone()
+    objective.after_step(torch.ones(()))
+    assert torch.equal(student.logit_scale.data, below)
+    with pytest.raises(StrictDataclassClassValidationError, match="held at 0.01 or above, got 0.005"):
+        tiny_config(learnable_temperature=True, temperature=0.005)
 
 
 # the teacher

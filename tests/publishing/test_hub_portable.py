@@ -10,20 +10,18 @@ from pathlib import Path
 
 import hub_probe
 import pytest
+import save_probe
 import torch
 import transformers
 from fake_hub import serve
-from families import PRETRAINING, RETRIEVAL
+from families import RETRIEVAL
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_repository import emoji_rows, model_of, processor_of
 
-from oner.processing.data.sources import open_rows
-from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
-from oner.processing.vl_tokenizer import train_tokenizer
-from oner.training.publishing.hub import export_model, model_classes, push_to_hub
-from oner.training.publishing.hub import reference as named
+from oner.training.publishing.hub import export_model, push_to_hub
 
 TOLERANCE = 1e-6
 METRICS = {"test_style/image_to_text_recall@10": 0.25, "test_style/top1": 0.125, "test_concept/gap": float("nan")}
@@ -31,40 +29,17 @@ METRICS = {"test_style/image_to_text_recall@10": 0.25, "test_style/top1": 0.125,
 
 @pytest.fixture(scope="module")
 def pairs(emoji_folder) -> list[dict]:
-    rows = open_rows(
-        str(emoji_folder / "test_concept.parquet"),
-        image_column="image",
-        text_column="captions",
-        id_column="hexcode",
-    )
-    return [rows[i] for i in range(0, 660, 3)]
+    return emoji_rows(emoji_folder)
 
 
 @pytest.fixture(scope="module")
 def processor(family, pairs) -> VisionLanguageProcessor:
-    captions = [caption for row in pairs for caption in row["captions"]] + hub_probe.TEXTS * 2
-    tokenizer = train_tokenizer(captions, vocab_size=600, min_frequency=1)
-    image_processor = VisionLanguageImageProcessor(size={"height": 32, "width": 32}, patch_size=8)
-    joint = family.tiny.tiny_config().pair_layout == "joint"
-    return VisionLanguageProcessor(image_processor, tokenizer, max_text_length=12, joint_layout=joint)
+    return processor_of(family, pairs)
 
 
 @pytest.fixture(scope="module")
 def model(family, processor) -> transformers.PreTrainedModel:
-    """Sixteen patches, the processor's words, and statistics, biases and norms that are not 0 and 1."""
-    torch.manual_seed(0)
-    tokenizer = processor.tokenizer
-    return family.build(
-        PRETRAINING,
-        vocab_size=len(tokenizer),
-        image_size=32,
-        patch_size=8,
-        max_text_length=24,
-        pad_token_id=tokenizer.pad_token_id,
-        image_token_id=processor.image_token_id,
-        cls_token_id=tokenizer.cls_token_id,
-        mask_token_id=tokenizer.mask_token_id,
-    )
+    return model_of(family, processor)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +106,15 @@ def test_pushed_model_loads_from_the_hub(exported, picture, expected, tmp_path, 
         assert set(files) == {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
         env = {"HF_ENDPOINT": url, "HF_TOKEN": "x", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         got = run_probe("remote", "org/tiny", picture, tmp_path, **env)
+
+        # and saves itself whole again from there, code that nothing has loaded so far included
+        command = [sys.executable, save_probe.__file__, "save", "remote", "org/tiny:saved:built_in_pipeline"]
+        caches = {"HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=tmp_path, env=os.environ | caches | env, check=True, capture_output=True)
+        code = {path.name for path in exported.glob("*.py")}
+        assert {path.name for path in (tmp_path / "saved").glob("*.py")} == code
+        saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+        assert saved["auto_map"] == json.loads((exported / "config.json").read_text())["auto_map"]
     finally:
         server.shutdown()
         server.server_close()
@@ -147,29 +131,19 @@ def test_every_named_class_is_in_the_directory(family, exported):
         assert f"class {cls}" in (exported / f"{file}.py").read_text()
 
 
-def test_plain_save_pretrained_names_only_what_it_ships(family, model, tmp_path):
-    """A user who saves one head by hand gets a repository without dangling names."""
-    for cls in family.classes.values():
+def test_everything_that_is_saved_is_a_whole_repository(family, model, exported, tmp_path):
+    """Whichever class a user saves by hand, and none of its names dangles."""
+    offered = json.loads((exported / "config.json").read_text())["auto_map"]
+    for cls in {*family.classes.values(), type(family.tower(model))}:
         folder = tmp_path / cls.__name__
         cls(model.config).save_pretrained(folder)
-        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-        assert "AutoConfig" in auto_map and "AutoModelForZeroShotImageClassification" in auto_map
-        for name, reference in auto_map.items():
-            file, referred = reference.split(".")
+        config = json.loads((folder / "config.json").read_text())
+        assert config["auto_map"] == offered
+        pipelines = [entry["impl"] for entry in config["custom_pipelines"].values()]
+        for referred in [*offered.values(), *pipelines]:
+            file, name = referred.split(".")
             path = folder / f"{file}.py"
-            assert path.is_file() and f"class {referred}" in path.read_text(), f"{cls.__name__}: {name} → {reference}"
-
-
-def test_plain_save_pretrained_names_what_is_registered(family, model, tmp_path):
-    """All classes of the tower's file: the others' code does not travel with it."""
-    tower = family.tower(model)
-    tower.save_pretrained(tmp_path)
-    registered = {"AutoConfig": type(model.config)} | {
-        auto: cls for auto, cls in model_classes(model.config).items() if cls.__module__ == type(tower).__module__
-    }
-    assert {"AutoModel", RETRIEVAL} <= registered.keys()
-    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert saved == {auto: named(cls) for auto, cls in registered.items()}
+            assert path.is_file() and f"class {name}" in path.read_text(), f"{cls.__name__}: {referred}"
 
 
 def test_everybody_may_read_an_export(exported):

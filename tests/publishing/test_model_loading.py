@@ -120,6 +120,42 @@ def test_keys_and_shapes_that_do_not_fit_are_listed(directory, loader, draws_hea
             load_model(loader, directory, draws_heads=draws_heads)
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")]
+)
+@pytest.mark.parametrize("loader", AUTOS, ids=lambda auto: auto.__name__)
+def test_a_number_that_is_none_is_named(directory, loader, value, said):
+    """One of a matrix, one of a bias, and one of the statistics of a norm where there is any."""
+    pristine, tower = (directory / WEIGHTS).read_bytes(), tower_weight(directory)
+    statistics = next((name for name in load_file(directory / WEIGHTS) if name.endswith("running_var")), tower)
+    for name in (tower, tower.replace("weight", "bias"), statistics):
+        (directory / WEIGHTS).write_bytes(pristine)
+        rewrite(directory, lambda weights, name=name: weights[name].view(-1)[:1].fill_(value))
+        short = re.escape(name.partition(".")[2])
+        with pytest.raises(ModelDirectoryError, match=rf"1 damaged weights \{{'(\w+\.)?{short}': '{said}'"):
+            load_model(loader, directory)
+
+
+def test_zeros_alone_are_named(directory):
+    """As a cast to integers leaves them; a bias may be zeros, and so may a token."""
+    pristine, tower = (directory / WEIGHTS).read_bytes(), tower_weight(directory)
+
+    def bare(weights):
+        for name, value in weights.items():
+            if name.endswith(("bias", "mask_token")):
+                value.zero_()
+
+    rewrite(directory, bare)
+    load_model(AutoModelForPreTraining, directory)
+    (directory / WEIGHTS).write_bytes(pristine)
+    rewrite(directory, lambda weights: weights[tower].zero_())
+    with pytest.raises(ModelDirectoryError, match=rf"1 damaged weights \{{'{re.escape(tower)}': 'zeros alone'"):
+        load_model(AutoModelForPreTraining, directory)
+    rewrite(directory, lambda weights: [value.zero_() for value in weights.values()])
+    with pytest.raises(ModelDirectoryError, match="damaged weights .*'zeros alone'"):
+        load_model(AutoModel, directory, draws_heads=True)
+
+
 def test_a_head_is_drawn_whole_and_said_or_not_at_all(directory, caplog):
     rewrite(directory, lambda weights: weights.pop("lm_head.dense.weight"))
     with pytest.raises(ModelDirectoryError, match=r"missing keys \['lm_head\.dense\.weight'\]"):

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from oner.modeling.vl_embeddings import interpolate_positions
+from oner.training.publishing.model_loading import damage_of
 
 from .families import OFFICIAL, OfficialFamily, family_of
 from .names import Names, ties
@@ -65,19 +67,33 @@ def _layers(state: Mapping[str, torch.Tensor]) -> int:
 
 
 def _model_class(state: Mapping[str, torch.Tensor], line: OfficialFamily) -> type[PreTrainedModel]:
-    """The smallest class that has a place for all heads of the file."""
+    """The smallest class that has a place for all heads of the file. Raises `ValueError` where two images lack one."""
     if any(name.startswith("text_decoder.") for name in state):
         return line.answers
+    if "ta_head.weight" in state:
+        return line.assignment
     if "cls_head.2.weight" in state:
-        return line.reasoning if len(state["cls_head.2.weight"]) == 2 else line.entailment
+        return line.reasoning if _reads_two_images(state) else line.entailment
+    if _reads_two_images(state):
+        raise ValueError(
+            "layers of text share their keys in pairs, as where a text reads two images; expected cls_head or ta_head "
+            "beside them, got neither"
+        )
     if any(name.startswith(line.pretraining_heads) for name in state):
         return line.pretraining
     return line.retrieval
 
 
+def _reads_two_images(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether layers of text in a row share the keys by which each reads one of two images."""
+    prefix = f"text_encoder.{_bert_prefix(state)}encoder.layer."
+    keys = [state.get(f"{prefix}{layer}.crossattention.self.key.weight") for layer in range(_layers(state))]
+    return any(one is not None and other is not None and torch.equal(one, other) for one, other in pairwise(keys))
+
+
 def _stack(state: Mapping[str, torch.Tensor], line: OfficialFamily) -> int:
-    """Layers of the model of two pictures, 0 for others. Raises `ValueError` for a number that none has."""
-    if _model_class(state, line) is not line.reasoning:
+    """Layers of a model of two pictures, 0 for others. Raises `ValueError` for a number that none has."""
+    if _model_class(state, line) not in (line.reasoning, line.assignment):
         return 0
     if _layers(state) % 3:
         raise ValueError(
@@ -212,7 +228,7 @@ def from_official(
         draw_missing: Accept weights of the towers that the file has not; they begin as the model draws them.
         fold_token_types: Add the first token type to every position, which is what a BERT with token types computes
             for a single text. If False they are left over, as SIMLA's code leaves those of BERT. If None they are
-            folded for the model of two pictures alone, for which SIMLA's code takes ALBEF's BERT and trains with them.
+            folded where the authors' code trains with them: SIMLA's for models of two pictures, by ALBEF's BERT.
         fields: What `infer_config` cannot tell.
 
     Raises:
@@ -230,7 +246,7 @@ def from_official(
         _place(done, name, tensor, names)
 
     # what a renaming alone does not do
-    if fold_token_types or (fold_token_types is None and stack):
+    if fold_token_types or (fold_token_types is None and (stack or line.token_types)):
         _fold_token_types(done, state, names)
     if "queue.image" in done.objective:  # pretraining keeps no ids: -100 is an entry without one
         done.objective.setdefault("queue.ids", torch.full((len(done.objective["queue.image"]),), -100))
@@ -324,6 +340,15 @@ def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in done.model_class(done.config).state_dict().items()}
 
+    # what the file has beside the network that it is of
+    for target, prefix in ((done.weights, ""), (done.objective, TEACHER)):
+        strays = {n for n in target if n.startswith(prefix) and n.removeprefix(prefix) not in shapes}
+        for official in [official for official, ours in done.report.used.items() if ours in strays]:
+            del done.report.used[official]
+            done.report.left_over[official] = f"{done.model_class.__name__} has no such weight"
+        for name in strays:
+            del target[name]
+
     # tied weights count as there
     tower = done.model_class.base_model_prefix
     if done.config.tie_word_embeddings:
@@ -338,6 +363,8 @@ def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
     }
     if wrong:
         raise MissingWeightsError(f"wrong shapes {dict(list(wrong.items())[:10])}")
+    if damage := damage_of(done.weights | done.objective):
+        raise MissingWeightsError(damage)
 
     # a module absent as a whole is the caller's choice, a part of one is a broken file
     there = {_module(name) for name in done.weights} | {tower}
@@ -376,13 +403,17 @@ def to_official(
 ) -> tuple[dict[str, torch.Tensor], ConversionReport]:
     """
     The way back: what the official scripts' `load_state_dict` expects, as far as it is there. A model with a head of
-    words becomes a checkpoint of pretraining, any other one of its downstream task.
+    words becomes a checkpoint of pretraining, any other one of its downstream task. Token types, which were folded
+    into positions, come back as zeros: the official scripts would keep those of BERT that they began with.
 
     Args:
         weights: A model's state dict.
         family: Whose, a key of `OFFICIAL`.
         objective: Teacher and queues, named as in `Conversion.objective`. Without a teacher the momentum twins become
-            copies of the student, as the official constructor makes them.
+            copies of the student, as the official constructor makes them; text assignment has none.
+
+    Raises:
+        MissingWeightsError: names the weights, of student or teacher, that the official layout has no place for.
     """
     # which of the official layouts it becomes
     bert = "bert." if any(name.startswith("lm_head.") for name in weights) else ""
@@ -390,30 +421,26 @@ def to_official(
     line = family_of(family, OFFICIAL, "official layout")
     names = line.names(bert, 3 * len(second)).reverse
     report = ConversionReport()
-    state = {}
 
     # the teacher, or the student in its place
     objective = dict(objective or {})
     teacher = {name.removeprefix(TEACHER): t for name, t in objective.items() if name.startswith(TEACHER)}
-    if not teacher:
+    if not teacher and "assignment_head.weight" not in weights:
         alone = ("temperature", "itm_head.")
         teacher = {name: tensor for name, tensor in weights.items() if not name.startswith(alone)}
         report.notes.append("no teacher was given: the momentum twins are copies of the student")
 
-    # student and teacher by official names; ties are written out, as those files have them
-    for content, suffix, prefix in ((weights, "", ""), (teacher, "_m", TEACHER)):
-        content = dict(content)
-        for name, source in ties(content, line.prefix).items():
-            content.setdefault(name, content[source])
-        for name, tensor in content.items():
-            official = names(name)
-            if official is None:
-                report.left_over[prefix + name] = "the official layout has no such module"
-                continue
-            first, dot, rest = official.partition(".")
-            state[first + suffix + dot + rest] = tensor.reshape(()) if official == "temp" else tensor
-            report.used[prefix + name] = first + suffix + dot + rest
-    _twice(state)
+    # student and teacher by official names, and what those files hold beside them
+    state = _by_official_names(weights, "", "", names, line.prefix, report)
+    state |= _by_official_names(teacher, TEACHER, "_m", names, line.prefix, report)
+    if report.left_over:
+        raise MissingWeightsError(
+            f"{len(report.left_over)} weights have no place in the official layout: {list(report.left_over)[:10]}; "
+            f"expected a model that can be written whole"
+        )
+    _add_twins(state, bool(second) or line.token_types)
+
+    # queues, as columns
     for official, ours in (*QUEUES.items(), POINTER):
         if ours in objective:
             state[official] = objective[ours].T.contiguous() if official in QUEUES else objective[ours]
@@ -431,13 +458,38 @@ def to_official(
     return state, report
 
 
-def _twice(state: dict[str, torch.Tensor]) -> None:
-    """What an official state dict holds beside the weights: the bias of words by its other name, and a buffer."""
+def _by_official_names(
+    weights: Mapping[str, torch.Tensor], prefix: str, suffix: str, names: Names, tower: str, report: ConversionReport
+) -> dict[str, torch.Tensor]:
+    """The student, or with `prefix` and `suffix` the teacher. Fills `report`, with what has no place too."""
+    # ties are written out, as those files have them
+    weights = dict(weights)
+    for name, source in ties(weights, tower).items():
+        weights.setdefault(name, weights[source])
+
+    # a name each, of the module's twin for the teacher
+    state = {}
+    for name, tensor in weights.items():
+        official = names(name)
+        if official is None:
+            report.left_over[prefix + name] = "the official layout has no such module"
+            continue
+        first, dot, rest = official.partition(".")
+        state[first + suffix + dot + rest] = tensor.reshape(()) if official == "temp" else tensor
+        report.used[prefix + name] = first + suffix + dot + rest
+    return state
+
+
+def _add_twins(state: dict[str, torch.Tensor], token_types: bool) -> None:
+    """What an official state dict holds beside the weights: the bias of words by its other name, a buffer, and zeros
+    for token types where its text encoder has any."""
     for name, tensor in list(state.items()):
         if name.endswith("cls.predictions.decoder.bias"):
             state[name.replace("decoder.bias", "bias")] = tensor
         elif name.endswith("embeddings.position_embeddings.weight"):
             state[name.replace("position_embeddings.weight", "position_ids")] = torch.arange(len(tensor))[None]
+            if token_types:
+                state[name.replace("position_embeddings", "token_type_embeddings")] = torch.zeros_like(tensor[:2])
 
 
 __all__ = ["Conversion", "from_official", "infer_config", "resize_position_table", "to_official"]

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -178,8 +178,20 @@ def _write_official(options: argparse.Namespace) -> ConversionReport:
     with scratch_beside(destination) as scratch:
         written = scratch / destination.name
         torch.save({"model": {name: tensor.detach().clone() for name, tensor in state.items()}}, written)
+        _check_written(written, state)
         os.replace(written, destination)
     return report
+
+
+def _check_written(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Reads it back. Raises `OSError` that names the tensors which are not as they were."""
+    found = read_weights(path)
+    lost = [name for name, tensor in state.items() if name not in found or not torch.equal(found[name], tensor)]
+    if lost or len(found) != len(state):
+        raise OSError(
+            f"{path}: what was written is not what is read back: {lost[:10]}, {len(found)} tensors; expected "
+            f"{len(state)}"
+        )
 
 
 # layout of a file -> what reads it; ALBEF's files become models of SIMLA's family, which begins with them

@@ -15,6 +15,7 @@ from oner.modeling.configuration_simla import SimlaConfig
 from oner.modeling.modeling_simla import SimlaForImageTextRetrieval
 from oner.modeling.modeling_simla_pretraining import SimlaForPreTraining
 from oner.modeling.modeling_simla_tasks import (
+    SimlaForTextAssignment,
     SimlaForVisualEntailment,
     SimlaForVisualQuestionAnswering,
     SimlaForVisualReasoning,
@@ -104,10 +105,11 @@ class OfficialFamily:
 
     Attributes:
         config: The family's configuration class.
-        retrieval, pretraining, answers, entailment, reasoning: Its classes.
+        retrieval, pretraining, answers, entailment, reasoning, assignment: Its classes.
         pretraining_heads: What begins the names of heads that pretraining alone has.
         heads: Official name -> ours, of what stands on the towers.
         depth: Layers of the text encoder, and the first of them with cross-attention -> fields of the configuration.
+        token_types: Whether the authors' text encoder has token types in every model; in those of two images it has.
     """
 
     config: type[PreTrainedConfig]
@@ -116,9 +118,11 @@ class OfficialFamily:
     answers: type[PreTrainedModel]
     entailment: type[PreTrainedModel]
     reasoning: type[PreTrainedModel]
+    assignment: type[PreTrainedModel]
     pretraining_heads: tuple[str, ...]
     heads: Pairs
     depth: Callable[[int, int], dict[str, Any]]
+    token_types: bool = False
 
     @property
     def prefix(self) -> str:
@@ -144,6 +148,7 @@ OFFICIAL = {
         answers=SimlaForVisualQuestionAnswering,
         entailment=SimlaForVisualEntailment,
         reasoning=SimlaForVisualReasoning,
+        assignment=SimlaForTextAssignment,
         # a file with one of these is of pretraining
         pretraining_heads=("text_encoder.cls.", "mim_head.", "concept_head."),
         heads=(
@@ -153,6 +158,7 @@ OFFICIAL = {
             ("itm_head", "itm_head"),
             ("mim_head", "mim_head"),
             ("concept_head", "concept_head"),
+            ("ta_head", "assignment_head"),
             # two linear maps with an activation, which has no weights, between them
             ("cls_head.0", "classifier.0"),
             ("cls_head.2", "classifier.2"),

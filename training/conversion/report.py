@@ -51,7 +51,7 @@ class ConversionReport:
 
 
 class MissingWeightsError(ValueError):
-    """A checkpoint that lacks, or does not fit, what a tower needs; the message names the keys."""
+    """A checkpoint that lacks, damages, or does not fit, what a tower needs; the message names the keys."""
 
 
 __all__ = ["ConversionReport", "MissingWeightsError"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from oner.training.publishing.model_loading import damage_of
+
 from .checkpoints import resize_position_table
 from .families import TOWERS, TowerNames, family_of
 from .layouts import Found, is_decoder, text_names, vision_names
@@ -138,6 +140,8 @@ class Filling:
         if wrong:
             shapes = dict(list(wrong.items())[:10])
             raise MissingWeightsError(f"wrong shapes {shapes}: the checkpoint is of another model")
+        if damage := damage_of(self.found):
+            raise MissingWeightsError(damage)
 
         # all fits: now the model changes
         for name, tensor in self.found.items():

@@ -179,6 +179,14 @@ class MomentumDistillation(SinglePortion):
         if self.queue is not None:
             self.queue.load_state_dict(under("queue.", state))
 
+    def begin_with(self, state: Batch) -> list[str]:
+        taken = super().begin_with(state)
+        queue = under("queue.", state)
+        if self.queue is None or not queue:
+            return taken
+        self.queue.load_state_dict(queue)
+        return [*taken, *(f"queue.{name}" for name in queue)]
+
 
 def checked_weights(arguments: Any, known: Sequence[str]) -> dict[str, float]:
     """The weight of each loss of `arguments.losses`, in the order of `known`. Raises `ValueError`."""

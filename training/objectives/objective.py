@@ -203,6 +203,18 @@ class Objective(ABC):
         if self.teacher is not None:
             self.teacher.load_state_dict(under("teacher.", state))
 
+    def begin_with(self, state: Batch) -> list[str]:
+        """
+        Takes what it has a place for of another run's state, before an engine has it. What of its own that state lacks
+        stays as it is. Returns the names taken; raises `RuntimeError` for other shapes, by name.
+        """
+        if self.teacher is None:
+            return []
+        own = {f"teacher.{name}": value for name, value in self.teacher.model.state_dict().items()}
+        taken = {name: state[name] for name in own if name in state}
+        self.teacher.load_state_dict(under("teacher.", {**own, **taken}))
+        return list(taken)
+
 
 class SinglePortion(Objective, Portion):
     """An objective with one portion, itself: `portion` is its name."""

@@ -17,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from oner.modeling.modeling_oner import MAX_LOGIT_SCALE
 from oner.training.parallel.distributed import gather_with_gradient, gather_without_gradient, rank
+from oner.training.parallel.sharding import own_part
 
 from .examples import example_pairs
 from .losses import in_full, info_nce, masked_image_loss, masked_language_loss
@@ -80,7 +82,7 @@ class OneRObjectiveArguments:
 
 class OneRObjective(SinglePortion):
     """
-    One portion, pairs; `after_step` moves the teacher.
+    One portion, pairs; a learnable scale is held at its bound around a step, and `after_step` moves the teacher.
 
     Args:
         student (`OneRForPreTraining`): Unwrapped, with its weights in place; the teacher starts as its copy.
@@ -94,6 +96,7 @@ class OneRObjective(SinglePortion):
     def __init__(self, student: nn.Module, arguments: OneRObjectiveArguments):
         self.arguments = arguments
         self.config = student.config
+        self.student = student
 
         # the losses: known ones, each once, that this model's heads serve
         unknown = [name for name in arguments.losses if name not in LOSSES]
@@ -283,7 +286,14 @@ class OneRObjective(SinglePortion):
     def weigh(self, parts: Batch) -> torch.Tensor:
         return sum(self.weights[name] * part for name, part in parts.items())
 
+    @torch.no_grad()
+    def before_step(self) -> None:
+        # in place, as CLIP does: clamped in the loss it would get no gradient and never come down
+        if self.config.learnable_temperature:
+            own_part(self.student.logit_scale).clamp_(max=MAX_LOGIT_SCALE)
+
     def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
+        self.before_step()  # what is saved is held too
         if self.teacher is not None:
             self.teacher.update(applied)
 

@@ -21,6 +21,8 @@ from huggingface_hub import HfApi
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from oner.training.private_names import registered_models
@@ -188,17 +190,18 @@ def stored_weights(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[st
     return state
 
 
-def write_code(model: PreTrainedModel, processor: ProcessorMixin, directory: Path) -> list[str]:
-    """Code files, the full `auto_map` and `custom_pipelines` beside saved weights; returns the tasks of our own.
+def write_code(model: PreTrainedModel, directory: Path, processor: ProcessorMixin | None = None) -> list[str]:
+    """
+    Code files, the full `auto_map` and `custom_pipelines` beside saved weights; returns the tasks of our own.
 
-    `save_pretrained` alone lists only the class that was saved.
+    transformers' own `save_pretrained` lists only the class that was saved. `processor`: that of the family if none.
     """
     # auto class -> file and class in the repository
     models = model_classes(model.config)
     pipelines = pipeline_classes(model)
+    processors = processor_classes(model.config, processor)
     auto_map = {"AutoConfig": reference(type(model.config))}
     auto_map |= {name: reference(cls) for name, cls in models.items()}
-    processors = {"AutoProcessor": type(processor), "AutoImageProcessor": type(processor.image_processor)}
     processor_map = {name: reference(cls) for name, cls in processors.items()}
 
     # the files of all of them, and the entries that name them
@@ -206,17 +209,25 @@ def write_code(model: PreTrainedModel, processor: ProcessorMixin, directory: Pat
         [type(model.config), *models.values(), *processors.values(), *(cls for cls, _ in pipelines.values())],
         directory,
     )
-    merge_json(
-        directory / "config.json",
-        auto_map=auto_map | processor_map,
-        custom_pipelines={task: {"impl": reference(cls), "pt": names} for task, (cls, names) in pipelines.items()},
-    )
+    offered = {task: {"impl": reference(cls), "pt": names} for task, (cls, names) in pipelines.items()}
+    merge_json(directory / "config.json", auto_map=auto_map | processor_map, custom_pipelines=offered)
 
     # the image processor is read from its own entry inside the processor's file
     path = directory / "processor_config.json"
-    nested = json.loads(path.read_text(encoding="utf-8")).get("image_processor", {})
-    merge_json(path, auto_map=processor_map, image_processor=nested | {"auto_map": processor_map})
+    if path.is_file():
+        nested = json.loads(path.read_text(encoding="utf-8")).get("image_processor", {})
+        merge_json(path, auto_map=processor_map, image_processor=nested | {"auto_map": processor_map})
     return [task for task, (cls, _) in pipelines.items() if hasattr(cls, "task_name")]
+
+
+def processor_classes(config: transformers.PreTrainedConfig, processor: ProcessorMixin | None) -> dict[str, type]:
+    """Auto class → class, of a processor, or of the one registered for this configuration; {} if there is none."""
+    if processor is not None:
+        return {"AutoProcessor": type(processor), "AutoImageProcessor": type(processor.image_processor)}
+    if type(config) not in PROCESSOR_MAPPING:
+        return {}
+    images = IMAGE_PROCESSOR_MAPPING[type(config)]["torchvision"]
+    return {"AutoProcessor": PROCESSOR_MAPPING[type(config)], "AutoImageProcessor": images}
 
 
 def write_pictures(pictures: Mapping[str, Picture], directory: Path) -> dict[str, str]:
@@ -320,7 +331,7 @@ def export_model(
     with scratch_beside(directory) as scratch:
         model.save_pretrained(scratch, state_dict=stored_weights(model, dtype))
         processor.save_pretrained(scratch)
-        tasks = write_code(model, processor, scratch)
+        tasks = write_code(model, scratch, processor)
         paths = write_pictures(pictures or {}, scratch)
         write_facts(scratch, metrics, protocol, training_config)
 

@@ -6,7 +6,8 @@ first stage never had, which are then named.
 
 import copy
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def check_directory(directory: str | Path) -> None:
 
 def load_model(auto: type, source: str | Path, draws_heads: bool = False, **options: Any) -> PreTrainedModel:
     """
-    `auto.from_pretrained(source, **options)`, with every weight that the model has.
+    `auto.from_pretrained(source, **options)`, with every weight that the model has, and none that no training leaves.
 
     Args:
         auto: An auto class, `AutoModel` and the like.
@@ -85,7 +86,8 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
             warning. A second stage that starts from a published tower needs this.
 
     Raises:
-        ModelDirectoryError: no such directory; a damaged file; keys that are missing or foreign, or of another shape.
+        ModelDirectoryError: no such directory; a damaged file; keys that are missing or foreign, or of another shape;
+            weights that hold NaN or infinity, or zeros alone.
     """
     # damage is found before transformers opens anything
     if Path(source).is_dir():
@@ -122,7 +124,34 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
         raise ModelDirectoryError(
             f"{source}: missing keys {sorted(missing)[:SHOWN]}, foreign keys {sorted(foreign)[:SHOWN]}"
         )
+    if damage := damage_of(model.state_dict()):
+        raise ModelDirectoryError(f"{source}: {damage}")
     return model
+
+
+def damage_of(weights: Mapping[str, torch.Tensor]) -> str:
+    """
+    What a cast, a division by zero or a diverged run leaves: names of weights that hold NaN or infinity, or zeros
+    alone; "" where there is none. A bias or a token may be zeros, a weight or a table may not. What is quantised is
+    not looked into.
+    """
+    damaged = {}
+    for name, value in weights.items():
+        if type(value) is not torch.Tensor or not value.is_floating_point() or value.is_meta or not value.numel():
+            continue
+
+        # both ends are NaN where anything is
+        low, high = (end.item() for end in value.aminmax())
+        table = name.endswith("weight") or (value.ndim > 1 and value.shape[-2] > 1)
+        if math.isnan(low):
+            damaged[name] = "NaN"
+        elif math.isinf(low) or math.isinf(high):
+            damaged[name] = "infinity"
+        elif table and low == high == 0:
+            damaged[name] = "zeros alone"
+    if not damaged:
+        return ""
+    return f"{len(damaged)} damaged weights {dict(list(damaged.items())[:SHOWN])}; expected finite numbers, not all 0"
 
 
 def _may_be_on_the_hub(source: str | Path) -> bool:

@@ -75,6 +75,13 @@ class ModelArguments:
     initial_model: str | None = field(
         default=None, metadata=_help("Directory or Hub id to start from (weights, processor), as the 384 stage does.")
     )
+    initial_objective: str | None = field(
+        default=None,
+        metadata=_help(
+            "Teacher and queues to start from: a file as `oner convert` writes it, or its directory; "
+            "objective.safetensors of initial_model if it has one and this is not given. none: a fresh teacher."
+        ),
+    )
     initial_vision: str | None = field(
         default=None, metadata=_help("A ViT, DeiT or MAE for the tower that reads images: file, directory or Hub id.")
     )
