@@ -80,6 +80,8 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
         a.captions,
         clean_caption=CAPTION_RULES.get(a.caption_rules),
         rerank_k=a.rerank_k,
+        rerank_score=a.rerank_score,
+        rerank_weight=a.rerank_weight,
     ),
     "zero_shot": lambda a, name, rows, _: zero_shot(a, name, rows, bootstrap=False),
     "bootstrap": lambda a, name, rows, _: zero_shot(a, name, rows, bootstrap=True),
@@ -161,6 +163,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--ks", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--rerank_k", type=int, default=128, help="candidates of a query (COCO 256, Flickr30k 128)")
+    parser.add_argument(
+        "--rerank_score", choices=("logit", "difference", "sum"), default="logit",
+        help="what orders the candidates: the logit for matched (ALBEF, SIMLA), its difference to the other logit, or "
+        "cosine / temperature + rerank_weight times that difference",
+    )  # fmt: skip
+    parser.add_argument("--rerank_weight", type=float, default=0.25, help="of the difference in sum")
     parser.add_argument("--limit", "--eval_limit", type=int, help="use only so many rows of each split, evenly spaced")
     parser.add_argument(
         "--bootstrap_rows", type=int, default=300,

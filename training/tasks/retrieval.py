@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoModelForPreTraining
 
@@ -40,6 +40,14 @@ class RetrievalArguments(TaskArguments):
         default=128,
         metadata={"help": "Candidates that the matching head orders (COCO 256, Flickr30k 128); 0: no second stage."},
     )
+    rerank_score: Literal["logit", "difference", "sum"] = field(
+        default="logit",
+        metadata={
+            "help": "What orders them: the logit for matched (ALBEF, SIMLA), its difference to the other logit, or "
+            "cosine / temperature + rerank_weight times that difference."
+        },
+    )
+    rerank_weight: float = field(default=0.25, metadata={"help": "Of the difference in sum."})
 
 
 def open_captions(
@@ -80,7 +88,8 @@ def evaluator(rows: Sequence[Any], name: str, options: RetrievalArguments) -> Re
     settings = {"batch_size": options.eval_batch_size, "name": name, "progress": False}
     # a family without a matching head has no second stage
     if options.rerank_k:
-        return RerankingEvaluator(rows, **settings, rerank_k=options.rerank_k)
+        second = {"rerank_score": options.rerank_score, "rerank_weight": options.rerank_weight}
+        return RerankingEvaluator(rows, **settings, rerank_k=options.rerank_k, **second)
     return RetrievalEvaluator(rows, **settings)
 
 
