@@ -65,6 +65,9 @@ class ListedRows(PairRows):
             if number not in self.bad:
                 yield from row.get("captions", ())
 
+    def caption_counts(self) -> np.ndarray:
+        return np.array([len(row.get("captions", ())) for row in self.rows], dtype=np.int64)
+
 
 def _finder(keys: Sequence[str]) -> Callable[[Mapping[str, Any]], str | None]:
     """What is wrong with the pictures of a row; each path is looked for once, however many rows share it."""

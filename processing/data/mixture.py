@@ -123,6 +123,9 @@ class PairMixture(PairRows):
         for source in self.sources:
             yield from source.captions()
 
+    def caption_counts(self) -> np.ndarray:
+        return np.concatenate([source.caption_counts() for source in self.sources])
+
     def where(self, index: int) -> tuple[str, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.sources[number].where(index - int(self.starts[number]))

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .row_checks import CHUNK, SHOWN, Kind, PairDataError, find_bad_rows, kind_of, report, row_reason
 from .sampling import concept_id
@@ -51,6 +52,10 @@ class PairRows(ABC):
     @abstractmethod
     def captions(self) -> Iterator[str]:
         """Every text of every good row in order, for instance to train a tokenizer; images are not read."""
+
+    @abstractmethod
+    def caption_counts(self) -> np.ndarray:
+        """How many texts each row has, (n,) int64; of a bad row any number. Images are not read."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = int(index)
@@ -126,6 +131,14 @@ class PairTable(PairRows):
         for table in texts.iter(CHUNK):
             for text in table[self.columns["text"]]:
                 yield from [text] if isinstance(text, str) else text
+
+    def caption_counts(self) -> np.ndarray:
+        if "text" not in self.columns:
+            return np.zeros(len(self), dtype=np.int64)
+        texts = self.data.select_columns([self.columns["text"]]).with_format("arrow")[:].column(0)
+        if not pa.types.is_list(texts.type) and not pa.types.is_large_list(texts.type):
+            return np.ones(len(self), dtype=np.int64)
+        return pc.fill_null(pc.list_value_length(texts), 0).to_numpy().astype(np.int64)
 
 
 class PairStream:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .row_checks import CHUNK, SHOWN, PairDataError, report
 from .rows import PairRows, concept_ids
@@ -124,6 +125,10 @@ class PairShards(PairRows):
             for row, captions in enumerate(self.table["captions"].slice(start, CHUNK).to_pylist(), start):
                 if row not in self.bad:
                     yield from captions or ()
+
+    def caption_counts(self) -> np.ndarray:
+        counts = pc.fill_null(pc.list_value_length(self.table["captions"]), 0)
+        return counts.to_numpy().astype(np.int64)
 
     def where(self, index: int) -> tuple[str, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers import AutoModelForPreTraining
 
+from oner.processing.data.captions_apart import CaptionsApart
 from oner.processing.data.karpathy import open_karpathy
 from oner.processing.data.masking import UNMASKED
 from oner.processing.data.mixture import PairMixture
@@ -57,7 +58,8 @@ def open_captions(
     Rows of pairs, to train on or to evaluate on.
 
     `.json` files are Karpathy's or ALBEF's; in training each of their captions is a row of its own. Anything else is
-    what `open_rows` takes, a row a picture. Rows to evaluate on have captions rewritten by the rules of training.
+    what `open_rows` takes, a row a picture, or with `captions_apart` a row a caption. Rows to evaluate on have their
+    captions rewritten by the rules of training.
     """
     # a bad row is left out of training, never of a score
     reading = {"split": data.split if training else options.eval_split, "bad_rows": "skip" if training else "raise"}
@@ -72,7 +74,7 @@ def open_captions(
 
     # in training the collator rewrites captions
     if training:
-        return rows
+        return CaptionsApart(rows) if data.captions_apart else rows
 
     # an evaluator takes them as they are
     check_pictures(rows, rows.name)
