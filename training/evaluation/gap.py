@@ -231,8 +231,8 @@ class GapEvaluator:
             "task": "modality gap of normalised retrieval embeddings of pictures, first captions, and both",
             "rows": min(self.count, len(self.rows)),
             "distance": "Euclidean, of centroids",
-            "distribution": "squared Fréchet distance of centred pictures and texts, a share of their variance, of half "
-            "the rows each; distribution_within: of two halves of one modality",
+            "distribution": "squared Fréchet distance of centred pictures and texts, a share of their variance, half "
+            "of the rows each; distribution_within: of two halves of one modality",
             "cosine_unpaired": "pictures with captions of other ids",
             "separability": "balanced accuracy on a held-out half; 0.5: no gap",
             "seed": self.seed,
