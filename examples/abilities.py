@@ -136,7 +136,7 @@ def cell(ability: Ability, split: str, values: dict[str, float]) -> str:
     return shown(value, ability.percent) + (f" ({', '.join(notes)})" if notes else "") + reached
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory, or a name on the Hub")
     parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"), help="what `make scenes` left")
@@ -146,8 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    a = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    a = parse(arguments)
     model = load_model(AutoModelForZeroShotImageClassification, a.model).to(a.device).float().eval()
     processor = AutoProcessor.from_pretrained(a.model)
     results = Path(a.output or a.model) / "results"
