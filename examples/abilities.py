@@ -70,7 +70,7 @@ ABILITIES = [
     Ability("  over the better of picture and words", "composed/both_over_better", None, 2.5, 2.5, False),
     Ability("  over the sum of the two embeddings", "composed/both_over_sum", None, 1.2, 1.1, False),
     Ability("  the target among its ten choices", "composed/both_choice_r@1", 0.1),
-    Ability("picture + its caption → the same redrawn, R@10", "same/both_r@10", "same/chance@10"),
+    Ability("picture + its caption → the same redrawn, R@1", "same/both_r@1", "same/chance@1"),
     Ability("  over words alone", "same/both_over_words", None, 1.1, 1.1, False),
     Ability("single things by name, top-1", "guidance/guided/zero_shot_top1", "guidance/guided/zero_shot_chance1"),
     Ability("  guided by s', gain", "guidance/guided_gain", None, 0.0, 0.0),

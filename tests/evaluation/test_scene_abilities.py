@@ -141,7 +141,7 @@ def test_every_number_of_a_model_that_counts_colours():
     # a false caption has another colour in a place of a right one
     assert values["w/hard/cosine_told"] == 1 and values["w/hard/cosine_auc_thing"] > 0.9
     # one colour alone is in four pairs, among which chance decides; the sum of picture and word knows both
-    assert values["w/pairs/sum_r@1"] == 1 and values["w/pairs/picture_r@1"] == pytest.approx(1 / 4)
+    assert values["w/pairs/sum_r@1"] == 1 and values["w/pairs/picture_r@1"] < 1 / 4
     assert values["w/pairs/both_over_sum"] == values["w/pairs/both_r@10"] / values["w/pairs/sum_r@10"]
     assert values["w/composed/sum_choice_r@1"] == 1 and values["w/composed/words_choice_r@1"] == 0
     # the caption of a single thing finds it; of ten queries four have the first colour, and all these tie

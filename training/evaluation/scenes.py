@@ -123,7 +123,8 @@ class SceneEvaluator:
             "hard": "AUC of true against false captions of the same pictures, by the difference of the matching "
             "logits and by cosine",
             "rerank_k": CANDIDATES,
-            "pairs": "a picture of A alone and the name of B ask for a scene of A and B",
+            "pairs": "a picture of A alone and the name of B ask for a scene of A and B among all scenes",
+            "same": "a picture and its caption ask for the same things redrawn in the gallery, compared at R@1",
             "queries": len(self.queries),
             "gallery": len(self.gallery),
         }
@@ -228,23 +229,23 @@ class SceneEvaluator:
         return tuple(both[:, 1] - both[:, 0] for both in logits)
 
     def pairs(self, model: Any, processor: Any) -> Numbers:
-        """A picture of A and the name of B ask for a scene of A and B, among all scenes of two groups."""
+        """A picture of A and the name of B ask for a scene of A and B, among all scenes of the split."""
         pictures = {row["names"][0]: row["image"] for row in reversed(self.singles)}
-        targets = [row for row in self.rows if len(row["names"]) == 2]
         found = [
             (number, pictures[one], called(other))
-            for number, row in enumerate(targets)
+            for number, row in enumerate(self.rows)
+            if len(row["names"]) == 2
             for one, other in (row["names"], row["names"][::-1])
             if one in pictures
         ]
         if not found:
             return
         places, images, texts = zip(*found, strict=True)
-        gallery = embed_images(model, processor, [row["image"] for row in targets], self.batch_size).cpu()
+        gallery = embed_images(model, processor, [row["image"] for row in self.rows], self.batch_size).cpu()
         ways = self._ways(model, processor, images, texts)
 
         # scenes of the same two things are all right
-        (ids,) = numbered([row["concepts"] for row in targets])
+        (ids,) = numbered([row["concepts"] for row in self.rows])
         yield from self._recalls("pairs", ways, gallery, ids[list(places)], ids)
 
     def composed(self, model: Any, processor: Any) -> Numbers:
@@ -270,7 +271,7 @@ class SceneEvaluator:
         # the reference as it is, redrawn
         ways = self._ways(model, processor, images, [row["reference_text"] for row in self.queries])
         same = torch.tensor([row["choices"][row["names"].index("reference")] for row in self.queries])
-        yield from self._recalls("same", ways, gallery, same, everything)
+        yield from self._recalls("same", ways, gallery, same, everything, compared_at=1)
 
     def guidance(self, model: Any, processor: Any) -> Numbers:
         """Names of single things as classes: right at first place without and with bootstrapped guidance."""
@@ -294,20 +295,24 @@ class SceneEvaluator:
         return {**ways, "sum": F.normalize(ways["picture"] + ways["words"], dim=-1)}
 
     def _recalls(
-        self, task: str, ways: Mapping[str, Tensor], gallery: Tensor, query_ids: Tensor, gallery_ids: Tensor
+        self,
+        task: str,
+        ways: Mapping[str, Tensor],
+        gallery: Tensor,
+        query_ids: Tensor,
+        gallery_ids: Tensor,
+        compared_at: int = 10,
     ) -> Numbers:
-        """R@1 and R@10 of every way, and at 10 what asking by both gives over the better of one, words and the sum."""
+        """R@1 and R@10 of every way, and at one of them what asking by both gives over the better of one, words alone
+        and the sum. A recall near 1 leaves nothing to gain."""
         values = {way: ask(vectors, gallery, query_ids, gallery_ids, KS) for way, vectors in ways.items()}
         for way, one in values.items():
             for k in KS:
                 yield f"{task}/{way}_r@{k}", one[f"recall@{k}"]
-        yield f"{task}/chance@10", values["both"]["chance@10"]
-        at_ten = {way: one["recall@10"] for way, one in values.items()}
-        others = {
-            "better": max(at_ten["picture"], at_ten["words"]),
-            "words": at_ten["words"],
-            "sum": at_ten["sum"],
-        }
-        for other, value in others.items():
-            if value:
-                yield f"{task}/both_over_{other}", at_ten["both"] / value
+        for k in KS:
+            yield f"{task}/chance@{k}", values["both"][f"chance@{k}"]
+        recalls = {way: one[f"recall@{compared_at}"] for way, one in values.items()}
+        recalls["better"] = max(recalls["picture"], recalls["words"])
+        for other in ("better", "words", "sum"):
+            if recalls[other]:
+                yield f"{task}/both_over_{other}", recalls["both"] / recalls[other]
