@@ -41,7 +41,7 @@ from oner.training.evaluation.gap import GapEvaluator
 from oner.training.evaluation.grounding import SceneGroundingEvaluator
 from oner.training.evaluation.labels import open_labelled
 from oner.training.evaluation.localization import LocalizationEvaluator
-from oner.training.evaluation.prompts import load_class_names
+from oner.training.evaluation.prompts import load_class_names, usual_templates
 from oner.training.evaluation.reranking import RerankingEvaluator
 from oner.training.evaluation.results import read_results, write_results
 from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
@@ -57,8 +57,11 @@ from oner.training.tasks.finetuning import Evaluator, build_evaluator, find_task
 
 def zero_shot(a: argparse.Namespace, name: str, rows: Sequence, bootstrap: bool) -> ZeroShotClassificationEvaluator:
     """With --class_names a row's id is the number of its class; without, every concept is a class."""
-    how = {"templates": a.templates, "batch_size": a.batch_size, "name": name, "bootstrap": bootstrap}
-    how |= {"bootstrap_rows": a.bootstrap_rows, "shown": 8}
+    templates = a.templates or usual_templates(a.class_names)
+    guided_text = a.guided_text or ("name" if templates == "name" else "prompt")
+    how = {"templates": templates, "batch_size": a.batch_size, "name": name, "bootstrap": bootstrap, "shown": 8}
+    how |= {"bootstrap_rows": a.bootstrap_rows, "guided_text": guided_text, "guided_score": a.guided_score}
+    how["keep_aspect"] = a.class_names == "imagenet" if a.keep_aspect is None else a.keep_aspect
     if a.class_names is None:
         return ZeroShotClassificationEvaluator.from_rows(rows, **how)
     labels = [row["id"] for row in rows]
@@ -77,6 +80,8 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
         a.captions,
         clean_caption=CAPTION_RULES.get(a.caption_rules),
         rerank_k=a.rerank_k,
+        rerank_score=a.rerank_score,
+        rerank_weight=a.rerank_weight,
     ),
     "zero_shot": lambda a, name, rows, _: zero_shot(a, name, rows, bootstrap=False),
     "bootstrap": lambda a, name, rows, _: zero_shot(a, name, rows, bootstrap=True),
@@ -139,9 +144,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--captions", choices=("all", "first"), default="all")
     parser.add_argument("--caption_rules", choices=CAPTION_RULES, help="rewrite captions and questions as in training")
-    parser.add_argument("--templates", default="slip", help="name of a template set, or a JSON file with a list")
+    parser.add_argument(
+        "--templates",
+        help="name of a template set, or a JSON file with a list (default: those of the class names, slip for "
+        "imagenet, cifar for cifar10 and cifar100; without class names the bare name)",
+    )
+    parser.add_argument(
+        "--guided_text", choices=("prompt", "name"),
+        help="what stands beside a guided picture: 'a photo of a {}', or the bare name (default with bare names)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--guided_score", choices=("guided", "sum"), default="guided",
+        help="candidates are ordered by s' = cos(f(I, t), f(t)) alone (the paper's), or by s + s'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep_aspect", action=argparse.BooleanOptionalAction,
+        help="zero-shot: take the middle square of a picture, as SLIP does (default with imagenet)",
+    )  # fmt: skip
     parser.add_argument("--ks", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--rerank_k", type=int, default=128, help="candidates of a query (COCO 256, Flickr30k 128)")
+    parser.add_argument(
+        "--rerank_score", choices=("logit", "difference", "sum"), default="logit",
+        help="what orders the candidates: the logit for matched (ALBEF, SIMLA), its difference to the other logit, or "
+        "cosine / temperature + rerank_weight times that difference",
+    )  # fmt: skip
+    parser.add_argument("--rerank_weight", type=float, default=0.25, help="of the difference in sum")
     parser.add_argument("--limit", "--eval_limit", type=int, help="use only so many rows of each split, evenly spaced")
     parser.add_argument(
         "--bootstrap_rows", type=int, default=300,

@@ -35,7 +35,8 @@ class OneRConfig(VisionLanguageConfig):
             exceeds a patch, so masking after it leaks a rim of the masked patch. The paper is silent; default off.
         position_image_size (`int`, *optional*): Picture size at which the 2-D table is defined; the table is
             interpolated from there to `image_size` (appendix C, the 384 stage). Defaults to `image_size`.
-        position_interpolation (`"bicubic"` or `"recompute"`): Bicubic as MAE does, or sines at scaled coordinates.
+        position_interpolation (`"bicubic"` or `"recompute"`): Bicubic as MAE does, or sines where the middles of the
+            patches lie on the old grid.
         max_text_length (`int`): Longest text in tokens, without [CLS]. The paper is silent.
         scale_word_embeddings (`bool`): Multiply tokens by sqrt(D) before the fixed sines are added (Vaswani et al.,
             2017, section 3.4). The paper is silent; default off.

@@ -56,7 +56,10 @@ class OneREmbeddings(nn.Module):
         config = self.config
         side = config.position_image_size // config.patch_size
         if config.position_interpolation == "recompute":
-            rows, columns = (torch.arange(n, device=device, dtype=torch.float64) * side / n for n in grid)
+            # the middle of each patch on the old grid, as a resized picture moves it
+            rows, columns = (
+                (torch.arange(n, device=device, dtype=torch.float64) + 0.5) * side / n - 0.5 for n in grid
+            )
             return sincos_2d(rows, columns, config.hidden_size).float()
         ticks = torch.arange(side, device=device, dtype=torch.float64)
         return interpolate_positions(sincos_2d(ticks, ticks, config.hidden_size).float(), (side, side), grid)

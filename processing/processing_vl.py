@@ -77,11 +77,6 @@ class VisionLanguageProcessor(ProcessorMixin):
         for name in ("pad_token", "cls_token", "unk_token"):
             _token_id(tokenizer, getattr(tokenizer, name, None), name)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> list[str]:
-        # what vouches for the bytes of a published directory cannot vouch for these
-        (Path(save_directory) / "digests.json").unlink(missing_ok=True)
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
     def __call__(
         self, images: Any = None, text: Any = None, **kwargs: Unpack[VisionLanguageProcessorKwargs]
     ) -> BatchFeature:
@@ -137,8 +132,10 @@ class VisionLanguageProcessor(ProcessorMixin):
         sequences = {} if tokens is None else self._lay_out(tokens, n_patches, options)  # (B, L) each
         return BatchFeature({**sequences, **data}, tensor_type=options.get("return_tensors"))
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> list[str]:
         """As of every processor; what calls left inside the tokenizer is not saved."""
+        # what vouches for the bytes of a published directory cannot vouch for these
+        (Path(save_directory) / "digests.json").unlink(missing_ok=True)
         # a call with truncation or padding stays in tokenizer.json, where another program would obey it
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:

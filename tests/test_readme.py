@@ -274,6 +274,8 @@ def test_what_a_command_names_exists(words, workshop):
         COMMANDS[words[1]].parser(words[1]).parse_args(words[2:])
     elif words[:2] == ["python", "examples/evaluate.py"]:
         load_example("evaluate").parse(words[2:])
+    elif words[:2] == ["python", "examples/abilities.py"]:
+        load_example("abilities").parse(words[2:])
     else:
         pytest.fail(f"no check for {words[0]}: add one here")
 
@@ -366,7 +368,7 @@ def test_ambiguities_name_real_fields():
         ),
     }
     rows = re.findall(r"^\| (\d+) \|.*\| (.*?) \|$", AMBIGUITIES, re.M)
-    assert [int(number) for number, _ in rows] == list(range(1, 26))
+    assert [int(number) for number, _ in rows] == list(range(1, 28))
     for number, where in rows:
         if where == "none":
             continue

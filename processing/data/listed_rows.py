@@ -71,6 +71,9 @@ class ListedRows(PairRows):
     def feed(self, digest: Digest) -> None:
         feed_listed(digest, self.rows)
 
+    def caption_counts(self) -> np.ndarray:
+        return np.array([len(row.get("captions", ())) for row in self.rows], dtype=np.int64)
+
 
 def _finder(keys: Sequence[str]) -> Callable[[Mapping[str, Any]], str | None]:
     """What is wrong with the pictures of a row; each path is looked for once, however many rows share it."""

@@ -131,6 +131,9 @@ class PairMixture(PairRows):
         for source in self.sources:
             source.feed(digest)
 
+    def caption_counts(self) -> np.ndarray:
+        return np.concatenate([source.caption_counts() for source in self.sources])
+
     def where(self, index: int) -> tuple[str, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.sources[number].where(index - int(self.starts[number]))

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .places import located
 from .row_checks import (
@@ -80,6 +81,10 @@ class PairRows(ABC):
         if "image" in ROLES[self.kind]:
             feed_pictures(digest, self, self.pictures)
         return digest.hexdigest()
+
+    @abstractmethod
+    def caption_counts(self) -> np.ndarray:
+        """How many texts each row has, (n,) int64; of a bad row any number. Images are not read."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = int(index)
@@ -166,6 +171,14 @@ class PairTable(PairRows):
         for table in self.data.with_format("arrow").iter(CHUNK):
             for role in sorted(self.columns):
                 feed_cells(digest, table[self.columns[role]].combine_chunks())
+
+    def caption_counts(self) -> np.ndarray:
+        if "text" not in self.columns:
+            return np.zeros(len(self), dtype=np.int64)
+        texts = self.data.select_columns([self.columns["text"]]).with_format("arrow")[:].column(0)
+        if not pa.types.is_list(texts.type) and not pa.types.is_large_list(texts.type):
+            return np.ones(len(self), dtype=np.int64)
+        return pc.fill_null(pc.list_value_length(texts), 0).to_numpy().astype(np.int64)
 
 
 class PairStream:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .row_checks import CHUNK, SHOWN, PairDataError, report
 from .row_digest import Digest, feed_cells
@@ -141,6 +142,10 @@ class PairShards(PairRows):
         for column in ("key", "image_size", "captions", "id"):
             for cells in self.table[column].chunks:
                 feed_cells(digest, cells)
+
+    def caption_counts(self) -> np.ndarray:
+        counts = pc.fill_null(pc.list_value_length(self.table["captions"]), 0)
+        return counts.to_numpy().astype(np.int64)
 
     def where(self, index: int) -> tuple[str, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1

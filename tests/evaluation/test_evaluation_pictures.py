@@ -26,7 +26,9 @@ from oner.training.evaluation.composed import ComposedEvaluator, composed_querie
 from oner.training.evaluation.gap import (
     GapEvaluator,
     centroid_separability,
+    distribution_gap,
     embed_rows,
+    frechet_share,
     gap_measures,
     linear_separability,
     paired_cosines,
@@ -126,7 +128,8 @@ class TestLocalization:
 
     def test_a_larger_picture_gives_a_finer_grid(self, model, processor, rows):
         images = [row["image"] for row in rows[:2]]
-        fine = similarity_maps(model, processor, images, "red flower", image_size=64)
+        with pytest.warns(UserWarning, match="maps at 64 pixels of a model made for 32"):
+            fine = similarity_maps(model, processor, images, "red flower", image_size=64)
         assert fine.shape == (2, 8, 8)
         same = similarity_maps(model, processor, images, "red flower", image_size=32)
         assert torch.allclose(same, similarity_maps(model, processor, images, "red flower"), atol=1e-6)
@@ -285,6 +288,31 @@ class TestGap:
         assert linear_separability(image, text, ridge=1e-6) > 0.98
         assert linear_separability(image, text, ridge=1e-6) > centroid_separability(image, text) + 0.02
 
+    def test_a_shift_is_no_difference_in_distribution(self):
+        generator = torch.Generator().manual_seed(0)
+        image, text = torch.randn(2, 600, 8, generator=generator).unbind()
+        across, within = distribution_gap(image, text)
+        assert across == pytest.approx(within, abs=0.01) and within < 0.02
+        assert distribution_gap(image + 7, text) == pytest.approx((across, within), abs=1e-9)
+        # nor is a text that lies beside its picture
+        assert distribution_gap(image, image + 0.01 * text)[0] < 0.02
+        # clouds of other directions are others, though their centroids are the same
+        left, right = torch.zeros(2, 600, 8).unbind()
+        left[:, :4] = image[:, :4]
+        right[:, 4:] = text[:, 4:]
+        across, within = distribution_gap(left, right)
+        assert across > 0.99 and within < 0.02
+
+    def test_frechet_share_is_scipys(self):
+        linalg = pytest.importorskip("scipy.linalg")
+        generator = torch.Generator().manual_seed(1)
+        one = torch.randn(50, 6, generator=generator).double() @ torch.randn(6, 6, generator=generator).double()
+        other = torch.randn(70, 6, generator=generator).double()
+        a, b = (torch.cov(cloud.T, correction=0).numpy() for cloud in (one, other))
+        expected = 1 - 2 * linalg.sqrtm(a @ b).real.trace() / (a.trace() + b.trace())
+        assert frechet_share(one, other) == pytest.approx(expected, abs=1e-9)
+        assert frechet_share(one, one + 3) == pytest.approx(0, abs=1e-9) and frechet_share(one * 0, one * 0) == 0
+
     def test_known_distances_and_cosines(self):
         east, north = torch.tensor([1.0, 0.0]).repeat(6, 1), torch.tensor([0.0, 1.0]).repeat(6, 1)
         measures = gap_measures({"image": east, "text": north, "both": east})
@@ -318,7 +346,7 @@ class TestGap:
     def test_evaluator(self, model, processor, rows):
         results = dict(GapEvaluator(rows, count=30, drawn=20).run(model, processor))
         figure = results.pop("gap/tsne")
-        assert all(isinstance(value, float) for value in results.values()) and len(results) == 7
+        assert all(isinstance(value, float) for value in results.values()) and len(results) == 9
         assert [len(dots.get_offsets()) for dots in figure.axes[0].collections] == [20, 20, 20]
         assert_not_blank(figure)
 

@@ -14,7 +14,14 @@ from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.evaluation.guidance import guidance_sheet, guided_examples
-from oner.training.evaluation.prompts import class_name_sets, fill, load_class_names, load_templates, template_sets
+from oner.training.evaluation.prompts import (
+    class_name_sets,
+    fill,
+    load_class_names,
+    load_templates,
+    template_sets,
+    usual_templates,
+)
 from oner.training.evaluation.zero_shot import ZeroShotClassificationEvaluator, class_embeddings, rerank
 
 EMOJI = Path(__file__).parents[2] / "examples" / "data" / "emoji"
@@ -136,6 +143,8 @@ def test_only_some_pictures_are_guided_and_compared_with_themselves():
     assert model.asked == [4] and evaluator.guided_rows == [0, 2]
     assert evaluator.protocol["guidance"]["pictures"] == 2 and evaluator.protocol["pictures"] == 5
     assert values["s/zero_shot_top1"] == 0.8 and values["s/bootstrap_without_top1"] == 0.5
+    # each candidate fits itself, so that guidance ties: the one that was right is so for sure no longer
+    assert [values[f"s/bootstrap_{name}"] for name in ("gained", "lost", "mcnemar_p")] == [0, 1, 1]
     with pytest.raises(ValueError, match="a limit must be at least 1, got -1"):
         ZeroShotClassificationEvaluator(images, [0] * 5, ["red"], bootstrap_rows=-1)
 
@@ -184,6 +193,36 @@ def test_shipped_templates_and_names():
     assert (imagenet[0], imagenet[281], imagenet[999]) == ("tench", "tabby cat", "toilet paper")
     assert (cifar[0], cifar[51], cifar[99]) == ("apple", "mushroom", "worm") and cifar == sorted(cifar)
     assert fill(["a {}.", "{}"], ["x{", "y"]) == ["a x{.", "a y.", "x{", "y"]
+
+
+def test_templates_belong_to_class_names():
+    sets = {None: "name", "cifar10": "cifar", "cifar100": "cifar", "imagenet": "slip", "mine.json": "slip"}
+    assert {names: usual_templates(names) for names in sets} == sets
+
+
+@pytest.mark.parametrize("resized_first", [False, True])
+def test_the_aspect_is_kept_on_request(resized_first):
+    wide = Image.new("RGB", (128, 32), (0, 0, 0))
+    wide.paste((255, 255, 255), (40, 0, 88, 32))  # its middle square is white, most of it is black
+    model = Words(lambda pixels, text: text.pooler_output)
+    model.config = SimpleNamespace(image_size=16)
+    shown = {"size": {"height": 20, "width": 20}, "crop_size": {"height": 16, "width": 16}, "do_center_crop": True}
+    read = VisionLanguageImageProcessor(**(shown if resized_first else {"size": shown["crop_size"]}), patch_size=8)
+    seen = []
+
+    def processor(images=None, text=None, padding=None, truncation=None, **options):
+        batch = {} if text is None else word_processor(text=text)
+        if images is not None:
+            seen.append(read(images, **options)["pixel_values"])
+            batch["pixel_values"] = seen[-1].mean((2, 3))
+        return batch
+
+    how = {"class_names": ["red", "a"], "templates": ["{}"], "progress": False, "bootstrap": True, "candidates": 1}
+    for kept in (True, False):
+        evaluator = ZeroShotClassificationEvaluator([wide], [0], keep_aspect=kept, guided_text="name", **how)
+        dict(evaluator.run(model, processor))
+    assert [tuple(pixels.shape) for pixels in seen] == [(1, 3, 16, 16)] * 4  # alone and beside a class, twice
+    assert [bool(pixels.std((2, 3)).max() < 1e-3) for pixels in seen] == [True, True] + [resized_first] * 2
 
 
 def test_own_templates_from_a_file_and_bad_ones(tmp_path):

@@ -390,23 +390,25 @@ class TestRefCoco:
             open_grounding(refcoco / "refcoco+_val.json", boxes=boxes)
 
     def test_accuracies_of_known_maps(self, refcoco):
-        """A model that always points to the left half: right where the object is on the left, and never for one that
-        no detection fits."""
+        """A model whose matching always points to the left half, and contrast to the right one: right where the object
+        is on that side, and never for one that no detection fits."""
 
         class Left(torch.nn.Linear):
             config = SimpleNamespace(image_size=32, patch_size=8)
 
             def ground(self, input_ids, attention_mask, pixel_values, **how):
-                assert pixel_values.shape[1:] == (3, 32, 32) and how["mode"] == "itm"
+                assert pixel_values.shape[1:] == (3, 32, 32)
                 maps = torch.zeros(len(pixel_values), 4, 4)
                 maps[:, 1:3, :2] = 1
-                return maps
+                return maps if how["mode"] == "itm" else maps.flip(2)
 
         both = [refcoco / "refcoco+_val.json", refcoco / "refcoco+_test.json"]
         rows = open_grounding(both, boxes=known_boxes(refcoco))
         evaluator = GroundingEvaluator(rows, batch_size=4, name="refcoco+", progress=False)
         results = dict(evaluator.run(Left(1, 1), make_processor()))
         figure = results.pop("refcoco+/sheet")
+        others = {split: results.pop(f"refcoco+/{split}_d_itc") for split in ("val", "testA", "testB")}
+        assert others == {"val": 0.5, "testA": 0.0, "testB": pytest.approx(1 / 3)}
         assert results == {
             "refcoco+/val_d": 0.5, "refcoco+/val_chance": 0.5, "refcoco+/val_reachable": 1.0,
             "refcoco+/val_expressions": 2.0,
@@ -449,12 +451,17 @@ class TestScenes:
 
     @pytest.mark.parametrize("mode", ["itm", "itc"])
     def test_evaluator(self, small, processor, mode):
+        other = {"itm": "itc", "itc": "itm"}[mode]
         results = dict(SceneGroundingEvaluator(real_rows(30), scenes=12, shown=2, mode=mode).run(small, processor))
         sheets = [results.pop(name) for name in list(results) if name.endswith("sheet")]
         assert len(sheets) == (3 if mode == "itm" else 2)
         assert results.keys() == {
-            f"grounding/{name}" for name in ("pointing_accuracy", "box_accuracy", "scene_chance")
-        }
+            f"grounding/{name}"
+            for name in (
+                "pointing_accuracy", "box_accuracy", "scene_chance", f"{other}_pointing_accuracy",
+                f"{other}_box_accuracy",
+            )
+        }  # fmt: skip
         assert all(0 <= value <= 1 for value in results.values())
         for sheet in sheets:
             assert_not_blank(sheet)

@@ -12,10 +12,12 @@ import torch
 
 from oner.training.evaluation import metric_retrieval_recall, metric_zero_shot_accuracy
 from oner.training.evaluation.metrics import (
+    area_under_curve,
     centroid_distance,
     chance_recall,
     chunked_standing,
     match_ids,
+    mcnemar,
     ranks,
     recall,
     recall_at_k,
@@ -264,3 +266,25 @@ def test_a_million_queries_are_ranked_in_a_million_items_within_two_gib(root):
     figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert figures["queries"] == figures["gallery"] == 1_000_000 and 0.5 < figures["recall@1"] < 1
     assert figures["peak_MiB"] < 2048 and figures["peak_MiB"] - figures["MiB_before"] < 256
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (7, 0), (3, 12), (40, 25), (900, 700)])
+def test_mcnemar_is_the_exact_binomial_test(gained, lost):
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    both = torch.tensor([True] * 5 + [False] * 4)
+    before = torch.cat([both, torch.zeros(gained, dtype=torch.bool), torch.ones(lost, dtype=torch.bool)])
+    after = torch.cat([both, torch.ones(gained, dtype=torch.bool), torch.zeros(lost, dtype=torch.bool)])
+    changed = mcnemar(before, after)
+    expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert changed == (gained, lost, pytest.approx(expected, rel=1e-9))
+    with pytest.raises(ValueError, match="twice, got"):
+        mcnemar(before, after[:-1])
+
+
+def test_area_under_curve_counts_pairs_and_half_of_ties():
+    torch.manual_seed(0)
+    positives, negatives = torch.randint(0, 6, (40,)).float(), torch.randint(-2, 5, (60,)).float()
+    pairs = [(one > other) + (one == other) / 2 for one in positives.tolist() for other in negatives.tolist()]
+    assert area_under_curve(positives, negatives) == pytest.approx(sum(pairs) / len(pairs))
+    with pytest.raises(ValueError, match="on both sides"):
+        area_under_curve(positives, negatives[:0])

@@ -12,6 +12,7 @@ from oner.training.evaluation.reranking import RerankingEvaluator
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 
 ROWS = 14
+WEIGHT = 20.0  # a random head has little to say beside a random cosine
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def model(processor):
 
 
 @torch.no_grad()
-def by_hand(model, processor, rows, k, ks):
+def by_hand(model, processor, rows, k, ks, score="logit"):
     """Recall of both directions and both stages, a pair at a time; the sort keeps equal ones in their order."""
     model.eval()
     owners = [number for number, row in enumerate(rows) for _ in row["captions"]]
@@ -55,8 +56,16 @@ def by_hand(model, processor, rows, k, ks):
     images = torch.cat([model.get_image_features(**processor(images=row["image"])).pooler_output for row in rows])
     words = torch.cat([model.get_text_features(**processor(text=[text])).pooler_output for text in texts])
     cosines = (F.normalize(images, dim=-1) @ F.normalize(words, dim=-1).T).tolist()
+    logits = [[model.match(**processor(images=row["image"], text=text))[0].tolist() for text in texts] for row in rows]
+    tau = float(model.temperature)
+    opinion = {
+        "logit": lambda cosine, no, yes: yes,
+        "difference": lambda cosine, no, yes: yes - no,
+        "sum": lambda cosine, no, yes: cosine / tau + WEIGHT * (yes - no),
+    }[score]
     logits = [
-        [float(model.match(**processor(images=row["image"], text=text))[0, 1]) for text in texts] for row in rows
+        [opinion(cosine, *both) for cosine, both in zip(*lines, strict=True)]
+        for lines in zip(cosines, logits, strict=True)
     ]
 
     def ranks(first, second, right):
@@ -87,14 +96,16 @@ def by_hand(model, processor, rows, k, ks):
     return values
 
 
-@pytest.mark.parametrize("k", [1, 5, 100])
-def test_both_stages_are_those_of_a_loop_over_pairs(model, processor, rows, k):
+@pytest.mark.parametrize(
+    ("k", "score"), [(1, "logit"), (5, "logit"), (100, "logit"), (5, "difference"), (100, "difference"), (8, "sum")]
+)
+def test_both_stages_are_those_of_a_loop_over_pairs(model, processor, rows, k, score):
     # captions that occur once, since a loop cannot rank equal ones
     once = [{**row, "captions": row["captions"][:2]} for row in rows]
-    expected = by_hand(model, processor, once, k, (1, 3, 5))
+    expected = by_hand(model, processor, once, k, (1, 3, 5), score)
     evaluator = RerankingEvaluator(
         once, batch_size=5, ks=(1, 3, 5), progress=False, chunk_size=4, rerank_k=k, image_batch_size=3,
-        pair_batch_size=7,
+        pair_batch_size=7, rerank_score=score, rerank_weight=WEIGHT,
     )  # fmt: skip
     values = dict(evaluator.run(model, processor))
     assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
@@ -153,6 +164,8 @@ def test_a_model_must_be_able_to_match(model, processor, rows):
         next(RerankingEvaluator(rows, progress=False).run(Mute(), processor))
     with pytest.raises(ValueError, match="at least 1, got 0"):
         RerankingEvaluator(rows, rerank_k=0)
+    with pytest.raises(ValueError, match="rerank_score must be one of .* got 'logits'"):
+        RerankingEvaluator(rows, rerank_score="logits")
 
 
 def test_a_logit_that_is_no_number_is_an_error(model, processor, rows, monkeypatch):

@@ -138,6 +138,28 @@ def test_class_names_need_no_captions(example, model_directory, tmp_path, capsys
     assert "--class_names is for the tasks zero_shot and bootstrap, got gap" in capsys.readouterr().err
 
 
+def test_zero_shot_asks_as_the_classes_are_named(example):
+    """(templates, what stands beside a guided picture, whether the aspect is kept) by default, and as told."""
+    rows = [{"image": Image.new("RGB", (9, 9)), "captions": ["a dog"], "id": 0}]
+
+    def asked(*told):
+        a = example.parse(["--model", "m", "--data", "d", *told])
+        evaluator = example.TASKS["bootstrap"](a, "split", rows, None)
+        guidance = evaluator.protocol["guidance"]
+        return len(evaluator.templates), guidance["text"], guidance["score"], evaluator.keep_aspect
+
+    assert asked() == (1, "{}", "guided", False)
+    assert asked("--class_names", "imagenet") == (7, "a photo of a {}", "guided", True)
+    assert asked("--class_names", "cifar10", "--guided_score", "sum") == (18, "a photo of a {}", "sum", False)
+    assert asked("--class_names", "imagenet", "--no-keep_aspect", "--guided_text", "name") == (
+        7,
+        "{}",
+        "guided",
+        False,
+    )
+    assert asked("--templates", "slip") == (7, "a photo of a {}", "guided", False)
+
+
 def test_class_numbers_of_a_table_are_checked(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     table = tmp_path / "rows.csv"

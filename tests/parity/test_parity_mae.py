@@ -164,15 +164,28 @@ def test_text_positions_equal_a_naive_loop():
     assert not table.requires_grad and "embeddings.text_positions" not in model.state_dict()
 
 
-def test_recomputed_positions_are_sines_at_scaled_coordinates():
+def test_recomputed_positions_are_sines_at_the_middles_of_patches():
     config = ours().config
     config.image_size, config.position_image_size, config.position_interpolation = 64, 32, "recompute"
     table = OneRModel(config).embeddings.image_positions  # 8 x 8 places on a 4 x 4 grid
     row, column, i = 3, 6, 2
-    wanted = np.sin(column * 0.5 * 10000.0 ** (-i / (WIDTH / 4)))
+    # a patch of 8 x 8 is half as wide: the first two lie a quarter to either side of the first of 4 x 4
+    assert [(place + 0.5) / 2 - 0.5 for place in (0, 1)] == [-0.25, 0.25]
+    wanted = np.sin(((column + 0.5) / 2 - 0.5) * 10000.0 ** (-i / (WIDTH / 4)))
     np.testing.assert_allclose(table[row * 8 + column, i].item(), wanted, rtol=0, atol=1e-6)
-    wanted = np.sin(row * 0.5 * 10000.0 ** (-i / (WIDTH / 4)))
+    wanted = np.sin(((row + 0.5) / 2 - 0.5) * 10000.0 ** (-i / (WIDTH / 4)))
     np.testing.assert_allclose(table[row * 8 + column, WIDTH // 2 + i].item(), wanted, rtol=0, atol=1e-6)
+
+
+def test_both_interpolations_put_a_patch_at_the_same_place():
+    """Slow waves say where a patch is: the bicubic table differs from the sines by its own error, not by a shift."""
+    tables = {}
+    for how in ("bicubic", "recompute"):
+        config = ours().config
+        config.image_size, config.position_image_size, config.position_interpolation = 64, 32, how
+        tables[how] = OneRModel(config).embeddings.image_positions.view(8, 8, WIDTH)[2:6, 2:6]
+    slow = [WIDTH // 4 - 1, WIDTH // 2 + WIDTH // 4 - 1]  # the slowest sine of columns and of rows
+    torch.testing.assert_close(tables["recompute"][..., slow], tables["bicubic"][..., slow], rtol=0, atol=1e-3)
 
 
 def test_patchify_puts_channels_last():

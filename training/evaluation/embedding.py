@@ -88,13 +88,23 @@ def opened(images: Iterable[Any], first: int) -> list[Any]:
     return decoded
 
 
+def middle_square(model: Any) -> dict[str, Any]:
+    """Options of the processor that keep a picture's aspect, whatever it does otherwise: the shorter side becomes the
+    model's, and the middle is cut out (SLIP's ImageNet protocol; the filter stays the processor's)."""
+    square = {"height": model.config.image_size, "width": model.config.image_size}
+    return {"size": square, "crop_size": square, "do_center_crop": True}
+
+
 def embed_images(
-    model: Any, processor: Any, images: Sequence[Any], batch_size: int = 64, progress: bool = False
+    model: Any, processor: Any, images: Sequence[Any], batch_size: int = 64, progress: bool = False, **options: Any
 ) -> Tensor:
-    """f(I), (n, P). `images` are anything that `open_image` opens, or rows' "image"; decoded a batch at a time."""
+    """f(I), (n, P). `images` are anything that `open_image` opens, or rows' "image"; decoded a batch at a time.
+
+    `options` are the processor's.
+    """
 
     def encode(rows: slice) -> Any:
-        batch = processor(images=opened(images[rows], rows.start), return_tensors="pt")  # (b, 3, H, W)
+        batch = processor(images=opened(images[rows], rows.start), return_tensors="pt", **options)  # (b, 3, H, W)
         return model.get_image_features(pixel_values=on_device(batch, model)["pixel_values"])
 
     return _embed(model, len(images), encode, batch_size, "pictures", progress)
@@ -127,10 +137,12 @@ def embed_pairs(
     batch_size: int = 64,
     progress: bool = False,
     times: int = 1,
+    **options: Any,
 ) -> Tensor:
     """f(I, T), (n, P): picture and text as one sequence.
 
     With `times` above 1 each picture has that many texts in a row, n = times * pictures; a batch decodes it once.
+    `options` are the processor's.
     """
     if len(images) * times != len(texts):
         raise ValueError(f"{times} text(s) a picture: got {len(images)} pictures and {len(texts)} texts")
@@ -148,6 +160,7 @@ def embed_pairs(
             padding=True,
             truncation=True,
             return_tensors="pt",
+            **options,
         )
         batch = on_device(batch, model)
         return model.get_multimodal_features(

@@ -33,6 +33,8 @@ from .sheets import (
     wrapped,
 )
 
+# what either kind of map may say of a picture, matching and contrast, is reported beside the other
+OTHER = {"itm": "itc", "itc": "itm"}
 RIGHT = "lime"
 CHOSEN = "red"
 
@@ -124,12 +126,13 @@ class GroundingEvaluator:
 
     Args:
         rows: of `open_grounding` with boxes: {"image", "captions", "split", "box", "size", "boxes"}.
-        mode, layer, pool: of the model's `ground`.
+        mode, layer, pool: of the model's `ground`; maps of the other mode are of its usual layer.
         shown: expressions drawn, evenly spaced.
 
     Yields for every split in the rows, with the names of the official log: name/val_d (testA_d, testB_d), the
-    accuracy; name/val_chance, the accuracy of a box chosen at random; name/val_reachable, the share of expressions for
-    which the detector has a right box at all; name/val_expressions; and a sheet.
+    accuracy; name/val_d_itc (or _itm), that of the other mode's maps; name/val_chance, the accuracy of a box chosen at
+    random; name/val_reachable, the share of expressions for which the detector has a right box at all;
+    name/val_expressions; and a sheet.
 
     Raises:
         PairDataError: rows without boxes.
@@ -173,6 +176,8 @@ class GroundingEvaluator:
         """Ground every expression and yield (name, value), a sheet last."""
         # expressions to draw, evenly spaced
         choices: dict[str, list[Choice]] = {}
+        others: dict[str, list[bool]] = {}
+        other = OTHER[self.options["mode"]]
         count = min(self.shown, len(self.rows))
         drawn = {number * len(self.rows) // count for number in range(count)}
 
@@ -183,9 +188,12 @@ class GroundingEvaluator:
             images = [row["image"] for row in rows]
             texts = [row["captions"][0] for row in rows]
             maps = grounding_maps(model, processor, images, texts, len(rows), **self.options)
-            for number, (row, cells) in enumerate(zip(rows, maps, strict=True), chosen.start):
+            beside = grounding_maps(model, processor, images, texts, len(rows), mode=other, pool=self.options["pool"])
+            for number, (row, cells, second) in enumerate(zip(rows, maps, beside, strict=True), chosen.start):
                 choice = choose_box(cells, row["size"], row["boxes"], row["box"])
                 choices.setdefault(row["split"], []).append(choice)
+                right = choose_box(second, row["size"], row["boxes"], row["box"]).right
+                others.setdefault(row["split"], []).append(right)
                 if number in drawn:
                     panels.append(self._panel(row, cells, choice))
 
@@ -193,6 +201,7 @@ class GroundingEvaluator:
         for split, of_split in choices.items():
             count = len(of_split)
             yield f"{self.name}/{split}_d", sum(choice.right for choice in of_split) / count
+            yield f"{self.name}/{split}_d_{other}", sum(others[split]) / count
             chance = sum(choice.right_candidates / choice.candidates for choice in of_split) / count
             yield f"{self.name}/{split}_chance", chance
             yield f"{self.name}/{split}_reachable", sum(choice.right_candidates > 0 for choice in of_split) / count
@@ -277,10 +286,11 @@ class SceneGroundingEvaluator:
         rows: {"image", "captions", "id"}.
         queries: (picture, texts to ask of it) for a sheet of the caller's choice, else pictures of `rows` with their
             own caption and two foreign ones.
-        mode, layer: of the model's `ground`.
+        mode, layer: of the model's `ground`; maps of the other mode are of its usual layer.
 
     Yields name/pointing_accuracy (the highest patch lies on the named picture) and name/box_accuracy (its quarter is
-    the best of four boxes), both with chance 0.25, a sheet of words, one of single tokens, and one of scenes.
+    the best of four boxes), both with chance 0.25; name/itc_pointing_accuracy and name/itc_box_accuracy, the same by
+    the maps of the other mode (or itm_...); a sheet of words, one of single tokens, and one of scenes.
     """
 
     def __init__(
@@ -326,11 +336,16 @@ class SceneGroundingEvaluator:
         maps = grounding_maps(model, processor, images, texts, self.batch_size, **self.options)
 
         # the quarter that the highest patch lies in, and the quarter that is the best box
-        pointed = pointing(maps, asked)[0]
-        boxed = sum(_best_quarter(cells) == index for cells, index in zip(maps, asked, strict=True)) / len(maps)
+        pointed, boxed = _quarters(maps, asked)
         yield f"{self.name}/pointing_accuracy", pointed
         yield f"{self.name}/box_accuracy", boxed
         yield f"{self.name}/scene_chance", 0.25
+
+        # likewise by the other mode
+        other = OTHER[self.options["mode"]]
+        beside = grounding_maps(model, processor, images, texts, self.batch_size, mode=other)
+        for what, value in zip(("pointing", "box"), _quarters(beside, asked), strict=True):
+            yield f"{self.name}/{other}_{what}_accuracy", value
 
         # pictures with several texts
         pictures, asked_of = images_and_texts(self.queries, self.rows, self.shown, self.seed)
@@ -349,6 +364,12 @@ class SceneGroundingEvaluator:
         pictures = [scene.image for scene in shown]
         captions = [scene.words for scene in shown]
         yield f"{self.name}/scenes_sheet", grounding_sheet(model, processor, pictures, captions, note, **self.options)
+
+
+def _quarters(maps: Tensor, asked: Sequence[int]) -> tuple[float, float]:
+    """How often the highest patch of a map (B, h, w) lies in the quarter asked for, and how often that is the best."""
+    best = sum(_best_quarter(cells) == index for cells, index in zip(maps, asked, strict=True))
+    return pointing(maps, asked)[0], best / len(maps)
 
 
 def _best_quarter(cells: Tensor) -> int:

@@ -7,6 +7,7 @@ only where both live in one space; in a model of two spaces the maps are noise (
 Shapes: B pictures, N = h*w patches (row-major), L positions ([CLS] first), D width.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ def similarity_maps(
 ) -> Tensor:
     """Raw cosines (B, h, w), on the CPU, of the patches of picture i with text i; a single str serves all pictures.
 
-    Another `image_size` than the processor's gives a finer or coarser grid, with interpolated positions.
+    Another `image_size` than the processor's gives a finer or coarser grid, with interpolated positions. Above the
+    model's own it looks better and points worse, since nothing was trained at it; a warning says so.
 
     Raises:
         ValueError: numbers of pictures and texts differ, or a text has no tokens.
@@ -68,6 +70,12 @@ def similarity_maps(
     if len(images) != len(texts) or not texts:
         raise ValueError(f"expected one text for each picture, got {len(images)} pictures and {len(texts)} texts")
     options = _resized(image_size)
+    if image_size is not None and image_size > model.config.image_size:
+        warnings.warn(
+            f"maps at {image_size} pixels of a model made for {model.config.image_size}: the grid is finer, and where "
+            f"it points is less often right; train at {image_size} for that",
+            stacklevel=2,
+        )
     interpolated = {} if image_size is None else {"interpolate_pos_encoding": True}
     maps = []
     with evaluating(model):

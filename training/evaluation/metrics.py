@@ -12,6 +12,7 @@ captions in the first k, and IR@k the share of captions whose picture is.
 """
 
 from collections.abc import Sequence
+from math import comb
 from typing import NamedTuple
 
 import torch
@@ -297,6 +298,48 @@ def class_standing(scores: Tensor, labels: Tensor) -> Standing:
     if len(labels) and (labels.min() < 0 or labels.max() >= classes):
         raise ValueError(f"labels must be in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
     return standing(scores, (labels, torch.arange(classes, device=scores.device)))
+
+
+class Changed(NamedTuple):
+    """What a second way of answering changes: questions gained, questions lost, and McNemar's exact two-sided p."""
+
+    gained: int
+    lost: int
+    p: float
+
+
+def mcnemar(before: Tensor, after: Tensor) -> Changed:
+    """McNemar's exact test of two ways to answer the same Q questions, from bool (Q,) each: right before, right after.
+
+    Only questions on which the two differ tell them apart; if neither is better, each is gained or lost like a coin.
+    p is twice the binomial tail of the rarer, at most 1.
+
+    Raises:
+        ValueError: not as many questions before as after.
+    """
+    if before.shape != after.shape or before.ndim != 1:
+        raise ValueError(f"expected bool (Q,) twice, got {tuple(before.shape)} and {tuple(after.shape)}")
+    gained = int((after & ~before).sum())
+    lost = int((before & ~after).sum())
+
+    # whole numbers until the last division, so that no tail underflows before it has to
+    differ = gained + lost
+    tail = sum(comb(differ, count) for count in range(min(gained, lost) + 1))
+    return Changed(gained, lost, min(1.0, 2 * tail / 2**differ))
+
+
+def area_under_curve(positives: Tensor, negatives: Tensor) -> float:
+    """AUC: how often one of the scores `positives` (p,) is above one of `negatives` (n,), ties counting half.
+
+    Raises:
+        ValueError: none on either side, or NaN.
+    """
+    if 0 in (len(positives), len(negatives)) or positives.isnan().any() or negatives.isnan().any():
+        raise ValueError(f"expected scores on both sides, none NaN; got {len(positives)} and {len(negatives)}")
+    ordered = negatives.double().sort().values  # (n,)
+    below = torch.searchsorted(ordered, positives.double())  # (p,)
+    not_above = torch.searchsorted(ordered, positives.double(), right=True)  # (p,)
+    return float((below + not_above).double().mean() / 2 / len(negatives))
 
 
 def centroid_distance(first: Tensor, second: Tensor) -> float:

@@ -36,6 +36,17 @@ def load_templates(name: str) -> list[str]:
     return check_templates(_read(Path(name), f"templates {name!r}", sorted(shipped)))
 
 
+def usual_templates(class_names: str | None) -> str:
+    """The templates that belong to a set of class names: CIFAR's own, else SLIP's of ImageNet.
+
+    None: classes are named by captions, and stand as they are. "a photo of a" before an emoji's name asks a model for
+    words that it never read.
+    """
+    if class_names is None:
+        return "name"
+    return "cifar" if class_names in ("cifar10", "cifar100") else "slip"
+
+
 def check_templates(templates: Sequence[str]) -> list[str]:
     """The templates as a list, after a look at each. Raises ValueError at a template without exactly one "{}"."""
     if isinstance(templates, str) or not templates:

@@ -1,17 +1,23 @@
 """Retrieval in two stages: dot products choose k candidates for each query, a matching head puts them in order.
 
-The protocol of ALBEF's and SIMLA's code: the score of a candidate is the head's logit for "matched" alone, no
-probability, and the first stage's score is not added. Theirs gives all other items one score below; here these stay
-behind the candidates in the order of the first stage, which is the same for R@k up to k and no tie.
+The protocol of ALBEF's and SIMLA's code, `rerank_score="logit"`: the score of a candidate is the head's logit for
+"matched" alone, no probability, and the first stage's score is not added. Only its difference to the other logit is
+trained; "difference" is that, the log-odds. "sum" adds it, weighed, to what contrast thinks, the cosine over the
+temperature: small models, whose matching has hardly begun to learn, gain by that (docs/ambiguities.md).
+
+The official code gives all other items one score below; here these stay behind the candidates in the order of the
+first stage, which is the same for R@k up to k and no tie.
 
 Any model serves that has `get_image_features`, whose last_hidden_state is what texts attend, `get_text_features`, and
-`match(input_ids, attention_mask, image_states=..., context_index=...)` -> (R, 2), index 1 = matched.
+`match(input_ids, attention_mask, image_states=..., context_index=...)` -> (R, 2), index 1 = matched; for "sum" also a
+`temperature`.
 
 Shapes: n pictures, m captions of which u differ, k candidates, R pairs of a batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +27,35 @@ from .metric_retrieval_recall import RetrievalRecall
 from .metrics import match_ids, standing
 from .retrieval import RetrievalEvaluator
 from .sheets import evaluating, on_device
+
+RerankScore = Literal["logit", "difference", "sum"]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The candidates of both directions, and what contrast and the matching head think of each.
+
+    Attributes:
+        best: their places in the gallery, (n, k) and (m, k), by "tr" and "ir".
+        cosines: likewise.
+        logits: not matched, matched: (n, k, 2) and (m, k, 2).
+        temperature: of the model's contrast.
+    """
+
+    best: dict[str, Tensor]
+    cosines: dict[str, Tensor]
+    logits: dict[str, Tensor]
+    temperature: float
+
+    def scores(self, direction: str, score: RerankScore, weight: float) -> Tensor:
+        """What puts the candidates in order, (Q, k)."""
+        logits = self.logits[direction]
+        if score == "logit":
+            return logits[..., 1]
+        difference = logits[..., 1] - logits[..., 0]  # (Q, k)
+        if score == "difference":
+            return difference
+        return self.cosines[direction] / self.temperature + weight * difference
 
 
 class RerankingEvaluator(RetrievalEvaluator):
@@ -36,6 +71,9 @@ class RerankingEvaluator(RetrievalEvaluator):
 
     Args:
         rerank_k: candidates of a query; COCO 256, Flickr30k 128 (ALBEF, SIMLA). More than there are means all.
+        rerank_score: "logit" (ALBEF, SIMLA), "difference" of the two logits, or "sum": cosine over the temperature and
+            `rerank_weight` times the difference.
+        rerank_weight: of the difference in "sum".
         pair_batch_size: pairs that pass the matching head together.
         others: see `RetrievalEvaluator`.
     """
@@ -51,6 +89,8 @@ class RerankingEvaluator(RetrievalEvaluator):
         progress: bool = True,
         clean_caption: Callable[[str], str] | None = None,
         rerank_k: int = 128,
+        rerank_score: RerankScore = "logit",
+        rerank_weight: float = 0.25,
         image_batch_size: int = 32,
         pair_batch_size: int = 256,
     ):
@@ -60,7 +100,11 @@ class RerankingEvaluator(RetrievalEvaluator):
                 f"rerank_k, image_batch_size and pair_batch_size must be at least 1, "
                 f"got {rerank_k}, {image_batch_size} and {pair_batch_size}"
             )
+        if rerank_score not in get_args(RerankScore):
+            raise ValueError(f"rerank_score must be one of {get_args(RerankScore)}, got {rerank_score!r}")
         self.rerank_k = rerank_k
+        self.rerank_score = rerank_score
+        self.rerank_weight = rerank_weight
         self.image_batch_size = image_batch_size
         self.pair_batch_size = pair_batch_size
 
@@ -71,27 +115,35 @@ class RerankingEvaluator(RetrievalEvaluator):
 
     @property
     def protocol(self) -> dict[str, Any]:
-        second = f"the best {self.rerank_k} of each query ordered by the logit of the matching head"
+        by = {
+            "logit": "the logit of the matching head",
+            "difference": "the difference of the matching head's logits",
+            "sum": f"cosine / temperature + {self.rerank_weight:g} times the difference of the matching head's logits",
+        }
+        second = f"the best {self.rerank_k} of each query ordered by {by[self.rerank_score]}"
         return {
             **super().protocol,
             "task": f"image-text retrieval in two stages: dot products of normalised embeddings; {second}",
             "rerank_k": self.rerank_k,
+            "rerank_score": self.rerank_score,
             "beyond_rerank_k": "behind the candidates, in the order of the first stage",
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
         """
         Raises:
-            ValueError: the model has no `match`.
+            ValueError: the model has no `match`, or for "sum" no `temperature`.
         """
-        if not hasattr(model, "match"):
-            raise ValueError(f"{type(model).__name__} cannot re-rank: expected a model with `match`")
+        needed = ("match", "temperature") if self.rerank_score == "sum" else ("match",)
+        if missing := [name for name in needed if not hasattr(model, name)]:
+            raise ValueError(f"{type(model).__name__} cannot re-rank: expected a model with `{missing[0]}`")
         images, captions = (side.cpu() for side in self.embed(model, processor))
         yield from self.numbers(images, captions)
-        yield from self.reranked(model, processor, images, captions)
+        matched = self.matched(model, processor, images, captions)
+        yield from self.reranked(images, captions, matched, self.rerank_score)
 
-    def reranked(self, model: Any, processor: Any, images: Tensor, captions: Tensor) -> Iterator[tuple[str, float]]:
-        """The second stage over embeddings (n, P) and (m, P)."""
+    def matched(self, model: Any, processor: Any, images: Tensor, captions: Tensor) -> Matched:
+        """The candidates of embeddings (n, P) and (m, P), each pair of them matched once."""
         # candidates both ways, (n, k) and (m, k), as numbers of pairs
         best = {"tr": self._candidates(images, captions), "ir": self._candidates(captions, images)}
         pairs = {
@@ -101,15 +153,28 @@ class RerankingEvaluator(RetrievalEvaluator):
 
         # each pair once; sorted, so that the pairs of a batch of pictures lie side by side
         keys = torch.cat([side.flatten() for side in pairs.values()]).unique()  # (R,)
-        logits = self.match(model, processor, keys // len(self.unique), keys % len(self.unique))  # (R,)
+        logits = self.match(model, processor, keys // len(self.unique), keys % len(self.unique))  # (R, 2)
 
-        # the metrics of both directions
+        # both opinions of each candidate
+        temperature = getattr(model, "temperature", torch.nan)
+        sides = {"tr": (images, captions), "ir": (captions, images)}
+        return Matched(
+            best,
+            {way: self._cosines(*sides[way], best[way]) for way in best},
+            {way: logits[torch.searchsorted(keys, pairs[way])] for way in best},
+            float(temperature.detach()) if isinstance(temperature, Tensor) else temperature,
+        )
+
+    def reranked(
+        self, images: Tensor, captions: Tensor, matched: Matched, score: RerankScore
+    ) -> Iterator[tuple[str, float]]:
+        """The numbers of the second stage over embeddings (n, P) and (m, P)."""
         sides = {"tr": (images, captions), "ir": (captions, images)}
         ids = {"tr": (self.image_ids, self.text_ids), "ir": (self.text_ids, self.image_ids)}
         recalls = []
         for direction in ("tr", "ir"):
-            scores = logits[torch.searchsorted(keys, pairs[direction])]
-            values = self._ask(*sides[direction], *ids[direction], best[direction], scores)
+            scores = matched.scores(direction, score, self.rerank_weight)  # (Q, k)
+            values = self._ask(*sides[direction], *ids[direction], matched.best[direction], scores)
             recalls += [values[f"recall@{k}"] for k in self.ks]
             for k in self.ks:
                 yield f"{self.name}/rerank_{direction}_r@{k}", values[f"recall@{k}"]
@@ -118,11 +183,11 @@ class RerankingEvaluator(RetrievalEvaluator):
         yield f"{self.name}/rerank_r_mean", sum(recalls) / len(recalls)
 
     def match(self, model: Any, processor: Any, pictures: Tensor, texts: Tensor) -> Tensor:
-        """The logit for "matched" of each pair, (R,) fp32: `pictures` are sorted numbers of rows, `texts` of texts."""
+        """The head's logits of each pair, (R, 2) fp32: `pictures` are sorted numbers of rows, `texts` of texts."""
         # all texts tokenised once, cut to what each batch needs
         text = processor(text=self.unique, padding=True, truncation=True, return_tensors="pt")  # (u, L)
         lengths = text["attention_mask"].sum(1)
-        logits = torch.empty(len(pictures))
+        logits = torch.empty(len(pictures), 2)
 
         column = Column(self.rows, "image")
         with evaluating(model):
@@ -142,7 +207,7 @@ class RerankingEvaluator(RetrievalEvaluator):
                     batch = {name: text[name][texts[pair], :longest] for name in ("input_ids", "attention_mask")}
                     index = (pictures[pair] - rows.start).to(states.device)
                     matched = model.match(**on_device(batch, model), image_states=states, context_index=index)
-                    logits[pair] = matched[:, 1].float().cpu()  # (r, 2) -> (r,)
+                    logits[pair] = matched.float().cpu()  # (r, 2)
         if not logits.isfinite().all():
             raise ValueError(f"{int((~logits.isfinite()).sum())} of {len(logits)} matching logits are not finite")
         return logits
@@ -151,6 +216,11 @@ class RerankingEvaluator(RetrievalEvaluator):
         """The gallery's best for each query by dot product, (Q, k)."""
         k = min(self.rerank_k, len(gallery))
         return torch.cat([(chunk @ gallery.T).topk(k, dim=1).indices for chunk in queries.split(self.chunk_size)])
+
+    def _cosines(self, queries: Tensor, gallery: Tensor, best: Tensor) -> Tensor:
+        """Those of the candidates, (Q, k)."""
+        chunks = zip(queries.split(self.chunk_size), best.split(self.chunk_size), strict=True)
+        return torch.cat([(chunk @ gallery.T).gather(1, places) for chunk, places in chunks])
 
     def _pair(self, pictures: Tensor, captions: Tensor) -> Tensor:
         """A number for each pair of a picture and a text, which orders them by picture; shapes are broadcast."""

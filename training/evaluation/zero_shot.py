@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .embedding import Column, Row, embed_images, embed_pairs, embed_texts, row_ids, spaced
+from .embedding import Column, Row, embed_images, embed_pairs, embed_texts, middle_square, row_ids, spaced
 from .guidance import guidance_sheet, guided_examples
 from .metric_zero_shot_accuracy import ZeroShotAccuracy
+from .metrics import class_standing, hits, mcnemar
 from .prompts import ClassName, check_templates, fill, load_templates
 from .sheets import describe
 
@@ -66,10 +67,13 @@ class ZeroShotClassificationEvaluator:
         guided_text: t_c is the class in `guided_template` ("prompt") or its bare name ("name"); of synonyms the first.
         guided_target: s' compares with f(t_c) ("text") or with the class's ensemble embedding ("ensemble").
         bootstrap_rows: guide only so many evenly spaced pictures; None guides all.
+        keep_aspect: take the middle square of a picture, as SLIP does, where the processor may squeeze it.
         shown: pictures on the sheet of guidance, 0 for none.
 
     Yields name/zero_shot_top<k>, name/zero_shot_chance<k>; with `bootstrap` also name/bootstrap_top<k>, beside it
-    name/bootstrap_without_top<k> (the plain scores of the same pictures), and the sheet name/bootstrap_sheet.
+    name/bootstrap_without_top<k> (the plain scores of the same pictures), name/bootstrap_gained and bootstrap_lost
+    (pictures that are right at first place only after, and only before), name/bootstrap_mcnemar_p (how often chance
+    alone would part them so far), and the sheet name/bootstrap_sheet.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class ZeroShotClassificationEvaluator:
         guided_target: Literal["text", "ensemble"] = "text",
         guided_template: str = "a photo of a {}",
         bootstrap_rows: int | None = None,
+        keep_aspect: bool = False,
         shown: int = 0,
         progress: bool = True,
     ):
@@ -119,6 +124,7 @@ class ZeroShotClassificationEvaluator:
         self.progress = progress
         self.bootstrap = bootstrap
         self.candidates = min(candidates, len(class_names))
+        self.keep_aspect = keep_aspect
         self.shown = shown
         self.guided_score = guided_score
         self.guided_text = guided_text
@@ -149,6 +155,7 @@ class ZeroShotClassificationEvaluator:
             "pictures": len(self.labels),
             "classes": len(self.class_names),
             "templates": self.templates,
+            "picture": "its middle square" if self.keep_aspect else "as the processor takes it",
         }
         if self.bootstrap:
             facts["guidance"] = {
@@ -163,7 +170,8 @@ class ZeroShotClassificationEvaluator:
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
         """Embed pictures and prompts and yield (name, value), and the sheet last."""
         # all pictures against all classes
-        images = embed_images(model, processor, self.images, self.batch_size, self.progress)  # (n, P)
+        crop = middle_square(model) if self.keep_aspect else {}
+        images = embed_images(model, processor, self.images, self.batch_size, self.progress, **crop)  # (n, P)
         classes = class_embeddings(
             model, processor, self.class_names, self.templates, 4 * self.batch_size, self.progress
         )
@@ -186,13 +194,20 @@ class ZeroShotClassificationEvaluator:
         for k in self.top_k:
             yield f"{self.name}/bootstrap_top{k}", after[f"top{k}"]
             yield f"{self.name}/bootstrap_without_top{k}", without[f"top{k}"]
+
+        # is the difference more than chance? right means alone at the first place
+        first = [hits(class_standing(table, labels), (1,))[:, 0] == 1 for table in (scores, reranked)]  # (n,) each
+        changed = mcnemar(*first)
+        yield f"{self.name}/bootstrap_gained", float(changed.gained)
+        yield f"{self.name}/bootstrap_lost", float(changed.lost)
+        yield f"{self.name}/bootstrap_mcnemar_p", changed.p
         if self.shown:
             examples = guided_examples(pictures, labels, scores, reranked, guided, self.shown)
             title = (
                 f"{describe(model)}: the first five of {len(classes)} classes before and after bootstrapped guidance "
                 f"of {self.candidates} candidates, cosines in brackets; right class green. Shown first: pictures "
                 f"whose right class is a candidate. Top-1 of {len(rows)} pictures: "
-                f"{without['top1']:.1%} → {after['top1']:.1%}"
+                f"{without['top1']:.1%} → {after['top1']:.1%} (McNemar p = {changed.p:.2g})"
             )
             names = [name if isinstance(name, str) else name[0] for name in self.class_names]
             yield f"{self.name}/bootstrap_sheet", guidance_sheet(examples, names, title)
@@ -212,8 +227,9 @@ class ZeroShotClassificationEvaluator:
         # each picture with the texts of its K best classes
         old, candidates = scores.topk(self.candidates, dim=1)  # both (n, K)
         asked = [texts[column] for column in candidates.flatten().tolist()]
+        crop = middle_square(model) if self.keep_aspect else {}
         mixed = embed_pairs(  # (n * K, P)
-            model, processor, pictures, asked, self.batch_size, self.progress, times=self.candidates
+            model, processor, pictures, asked, self.batch_size, self.progress, times=self.candidates, **crop
         )
 
         # s' = cos(f(I, t_c), f(t_c)); both are normalised

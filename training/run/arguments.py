@@ -161,6 +161,13 @@ class SourceArguments:
     id_column: str | None = field(default=None, metadata=_help("Rows that share an id are positives of each other."))
     streaming: bool = field(default=False, metadata=_help("Read once in order; resuming can then not be exact."))
     one_row_per_id: bool = field(default=False, metadata=_help("Never two rows of one id in a batch."))
+    captions_apart: bool = field(
+        default=False,
+        metadata=_help("An epoch shows each caption of a row as a pair of its own, not one that is drawn."),
+    )
+    image_repeats: bool = field(
+        default=False, metadata=_help("captions_apart may put several captions of one image into a batch.")
+    )
 
     # what becomes of an image
     eval_crop: float = field(
@@ -484,6 +491,10 @@ def _check_data(data: DataArguments) -> None:
     # options that exclude each other
     if data.one_row_per_id and data.id_column is None:
         raise ValueError("one_row_per_id needs id_column, got none")
+    if data.captions_apart and (data.streaming or data.kind != "pairs"):
+        raise ValueError(
+            f"captions_apart needs rows of pairs by number, got kind {data.kind}{' as a stream' * data.streaming}"
+        )
     if data.one_row_per_id and data.streaming:
         raise ValueError("one_row_per_id needs all ids at the start, which a stream cannot give; drop one of the two")
 

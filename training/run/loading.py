@@ -4,10 +4,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 
+from oner.processing.data.captions_apart import CaptionsApart
 from oner.processing.data.mixture import open_mixture
 from oner.processing.data.quarantine import Quarantine, StandIns, Watch, line_of
 from oner.processing.data.row_checks import ROLES
@@ -33,7 +35,7 @@ def open_training_rows(data: DataArguments) -> Rows:
     """
     # columns that the kind does not have are not looked for
     roles = ROLES[data.kind]
-    return open_mixture(
+    rows = open_mixture(
         data.train_data,
         data.kind,
         data.image_column if "image" in roles else None,
@@ -46,6 +48,7 @@ def open_training_rows(data: DataArguments) -> Rows:
         config=data.data_config,
         revision=data.data_revision,
     )
+    return CaptionsApart(rows) if data.captions_apart else rows
 
 
 def open_portions(arguments: Arguments) -> dict[str, Rows]:
@@ -175,7 +178,7 @@ class PortionLoader:
             return
 
         # the order of rows: how a mixture is drawn, and which rows may not meet in a batch
-        self.mixture = {"groups": rows.ids() if data.one_row_per_id else None}
+        self.mixture = {"groups": _groups(rows, data)}
         if data.data_weights is not None:
             self.mixture |= {"sizes": rows.sizes, "weights": data.data_weights}
         order = PairOrder(len(rows), run.batch_size, **self.mixture)
@@ -240,6 +243,13 @@ class PortionLoader:
             generator=torch.Generator().manual_seed(run.seed),
             **options,
         )
+
+
+def _groups(rows: PairRows, data: DataArguments) -> np.ndarray | None:
+    """What a batch may hold one row of only, (n,): an id, or an image whose captions are apart."""
+    if data.one_row_per_id:
+        return rows.ids()
+    return rows.images() if data.captions_apart and not data.image_repeats else None
 
 
 def _check_stream(arguments: Arguments) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from oner.processing.data.captions_apart import CaptionsApart
 from oner.processing.data.rows import PairRows
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.training.evaluation.embedding import spaced
@@ -124,7 +125,8 @@ def open_task_rows(task: Task, arguments: Arguments) -> PairRows:
     The rows to train on, those found bad left to the quarantine.
 
     Raises:
-        ValueError: no `initial_model`, without which there is nothing to train them with.
+        ValueError: no `initial_model`, without which there is nothing to train them with; `captions_apart` for a task
+            that has no captions.
         PairDataError: data that cannot be read as the task's rows.
         BadRowsError: more of them are bad than `max_bad_rows` allows.
     """
@@ -133,6 +135,8 @@ def open_task_rows(task: Task, arguments: Arguments) -> PairRows:
 
     # rows keep their numbers; the quarantine leaves the bad ones out
     rows = task.open_rows(arguments.data.train_data, arguments.objective, arguments.data, True)
+    if arguments.data.captions_apart and not isinstance(rows, CaptionsApart):
+        raise ValueError(f"captions_apart is for pretraining and retrieval; the rows of {task.name} have no captions")
     quarantine_of(arguments, {"pairs": rows}).check_opening()
     return rows
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import AutoModelForPreTraining
 
+from oner.processing.data.captions_apart import CaptionsApart
 from oner.processing.data.karpathy import open_karpathy
 from oner.processing.data.masking import UNMASKED
 from oner.processing.data.mixture import PairMixture
@@ -42,6 +43,14 @@ class RetrievalArguments(TaskArguments):
         default=128,
         metadata={"help": "Candidates that the matching head orders (COCO 256, Flickr30k 128); 0: no second stage."},
     )
+    rerank_score: Literal["logit", "difference", "sum"] = field(
+        default="logit",
+        metadata={
+            "help": "What orders them: the logit for matched (ALBEF, SIMLA), its difference to the other logit, or "
+            "cosine / temperature + rerank_weight times that difference."
+        },
+    )
+    rerank_weight: float = field(default=0.25, metadata={"help": "Of the difference in sum."})
 
 
 def open_captions(
@@ -51,7 +60,8 @@ def open_captions(
     Rows of pairs, to train on or to evaluate on.
 
     `.json` files are Karpathy's or ALBEF's; in training each of their captions is a row of its own. Anything else is
-    what `open_rows` takes, a row a picture. Rows to evaluate on have captions rewritten by the rules of training.
+    what `open_rows` takes, a row a picture, or with `captions_apart` a row a caption. Rows to evaluate on have their
+    captions rewritten by the rules of training.
     """
     # a bad row is left out of training, never of a score
     reading = {"split": data.split if training else options.eval_split, "bad_rows": "skip" if training else "raise"}
@@ -66,7 +76,7 @@ def open_captions(
 
     # in training the collator rewrites captions
     if training:
-        return rows
+        return CaptionsApart(rows) if data.captions_apart else rows
 
     # an evaluator takes them as they are
     check_pictures(rows, rows.name)
@@ -82,7 +92,8 @@ def evaluator(rows: Sequence[Any], name: str, options: RetrievalArguments) -> Re
     settings = {"batch_size": options.eval_batch_size, "name": name, "progress": False}
     # a family without a matching head has no second stage
     if options.rerank_k:
-        return RerankingEvaluator(rows, **settings, rerank_k=options.rerank_k)
+        second = {"rerank_score": options.rerank_score, "rerank_weight": options.rerank_weight}
+        return RerankingEvaluator(rows, **settings, rerank_k=options.rerank_k, **second)
     return RetrievalEvaluator(rows, **settings)
 
 

@@ -1,0 +1,127 @@
+"""Captions apart: an epoch has each caption as a pair of its own, a batch no image twice unless that is said."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_pretraining import tiny_arguments
+
+from oner import open_rows
+from oner.processing.data.captions_apart import CaptionsApart
+from oner.processing.data.mixture import PairMixture, open_mixture
+from oner.processing.data.row_checks import PairDataError
+from oner.training.run.building import build_processor_and_config
+from oner.training.run.collators import build_collators
+from oner.training.run.loading import RunLoader, open_portions
+from oner.training.run.parsing import parse_arguments
+
+# captions of each image
+TEXTS = [["a", "b", "c"], ["d"], ["e", "f"], ["g", "h", "i", "j"], ["k"], ["l", "m"], ["n"], ["o", "p"]]
+ROWS = [row for row, texts in enumerate(TEXTS) for _ in texts]
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 90, 9)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A folder of images whose metadata.jsonl lists their captions."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for number in range(len(TEXTS)):
+        (home / f"{number}.png").write_bytes(png(number))
+    lines = [
+        {"file_name": f"{number}.png", "captions": texts, "kind": number // 2} for number, texts in enumerate(TEXTS)
+    ]
+    (home / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return home
+
+
+@pytest.fixture
+def shards(tmp_path):
+    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
+        for number, texts in enumerate(TEXTS):
+            for name, content in ((f"{number}.png", png(number)), (f"{number}.json", json.dumps({"captions": texts}))):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content if isinstance(content, bytes) else content.encode()))
+    return tmp_path / "pairs.tar"
+
+
+@pytest.mark.parametrize("source", ["table", "shards"])
+def test_every_caption_is_a_pair(request, source):
+    apart = CaptionsApart(open_rows(str(request.getfixturevalue(source))))
+    assert len(apart) == sum(map(len, TEXTS)) and apart.images().tolist() == ROWS
+    order = np.random.default_rng(0).permutation(len(apart)).tolist()
+    flat = [text for texts in TEXTS for text in texts]
+    assert [row["captions"] for row in apart.take(order)] == [[flat[pair]] for pair in order]
+    assert [row["id"] for row in apart.take(order)] == [ROWS[pair] for pair in order] == apart.ids()[order].tolist()
+    assert list(apart.captions()) == flat and apart.where(6)[1] == 3
+
+
+def test_sources_of_a_mixture_are_counted_in_pairs(table, shards):
+    both = open_mixture([str(table), str(shards)], weights=[1, 2])
+    assert isinstance(both, PairMixture)
+    apart = CaptionsApart(both)
+    assert apart.sizes == (16, 16) and apart[16]["captions"] == ["a"] and apart[16]["id"] == len(TEXTS)
+
+
+def test_single_texts_and_bad_rows_keep_one_place(table):
+    lines = [json.loads(line) for line in (table / "metadata.jsonl").read_text().splitlines()]
+    lines[2]["captions"] = ["", "f"]
+    lines[4]["captions"] = ["\x00" * 3, "k"]
+    (table / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    apart = CaptionsApart(open_rows(str(table), bad_rows="skip"))
+    assert apart.images(sorted(apart.bad)).tolist() == [2, 4] and len(apart) == 15
+    assert apart.reason(4).startswith("caption 0") and apart.reason(5) is None
+    with pytest.raises(PairDataError):
+        open_rows(str(table))
+    (table / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "one"}))
+    assert CaptionsApart(open_rows(str(table)))[0]["captions"] == ["one"]
+
+
+def batches(table, directory, start=0, **options):
+    """Captions and images of each batch of two epochs, from a step on, and the length of an epoch."""
+    told = {"captions_apart": True, "id_column": None, "one_row_per_id": False, "batch_size": 4, **options}
+    arguments = parse_arguments(tiny_arguments(table, directory, text_column="captions", epochs=2, **told))
+    rows = open_portions(arguments)
+    processor, config = build_processor_and_config(arguments, rows)
+    loader = RunLoader(arguments, rows, build_collators(arguments, processor, config))
+    order = loader.portions["pairs"]._loader(start, loader.total_steps).batch_sampler
+    keys = [[(key.row, key.turn) for key in batch] for batch in order]
+    read = [tuple(map(tuple, batch["pairs"]["input_ids"].tolist())) for batch in loader(start)]
+    return keys, read, loader.epoch_steps, rows
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_an_epoch_shows_every_caption_and_a_batch_no_image_twice(table, tmp_path):
+    keys, read, steps, rows = batches(table, tmp_path / "run")
+    assert steps == 4  # 16 captions, 4 a batch
+    for epoch in (keys[:steps], keys[steps:]):
+        assert Counter(row for batch in epoch for row, _ in batch) == Counter(range(16))
+        assert all(len({ROWS[row] for row, _ in batch}) == 4 for batch in epoch)
+    # the run goes on from any step as if it had not stopped
+    later = batches(table, tmp_path / "later", start=3)
+    assert later[0] == keys[3:] and later[1] == read[3:]
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_an_image_may_repeat_if_that_is_said(table, tmp_path):
+    keys, _, steps, _ = batches(table, tmp_path / "run", image_repeats=True)
+    assert steps == 4 and any(len({ROWS[row] for row, _ in batch}) < 4 for batch in keys)
+    # ids are coarser than images
+    keys, _, _, rows = batches(table, tmp_path / "ids", id_column="kind", one_row_per_id=True, batch_size=2)
+    assert all(len({rows["pairs"].ids()[row] for row, _ in batch}) == 2 for batch in keys)
+
+
+def test_what_has_no_captions_by_number_is_refused(table, tmp_path):
+    for extra, what in ((["--streaming"], "got kind pairs as a stream"), (["--kind", "images"], "got kind images")):
+        with pytest.raises(ValueError, match=f"captions_apart needs rows of pairs by number, {what}"):
+            parse_arguments([*tiny_arguments(table, tmp_path, captions_apart=True, one_row_per_id=False), *extra])
