@@ -40,6 +40,7 @@ from oner.training.evaluation.embedding import Gallery, spaced
 from oner.training.evaluation.gap import GapEvaluator
 from oner.training.evaluation.grounding import SceneGroundingEvaluator
 from oner.training.evaluation.labels import open_labelled
+from oner.training.evaluation.languages import LanguagesEvaluator
 from oner.training.evaluation.localization import LocalizationEvaluator
 from oner.training.evaluation.prompts import load_class_names
 from oner.training.evaluation.reranking import RerankingEvaluator
@@ -89,6 +90,7 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
     "attention": lambda a, name, rows, _: AttentionEvaluator(rows),
     "scenes": lambda a, name, rows, _: SceneGroundingEvaluator(rows, batch_size=a.batch_size),
     "concepts": lambda a, name, rows, _: ConceptEvaluator(rows, batch_size=a.batch_size, progress=False),
+    "languages": lambda a, name, rows, _: LanguagesEvaluator(rows, a.languages or (), a.batch_size, a.ks, name),
 }
 CLASS_TASKS = ("zero_shot", "bootstrap")
 # they have models and data of their own; that of retrieval is a model of the tasks above
@@ -140,6 +142,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--captions", choices=("all", "first"), default="all")
     parser.add_argument("--caption_rules", choices=CAPTION_RULES, help="rewrite captions and questions as in training")
     parser.add_argument("--templates", default="slip", help="name of a template set, or a JSON file with a list")
+    parser.add_argument("--languages", nargs="+", help="of each row's captions, in their order: the task of that name")
     parser.add_argument("--ks", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--rerank_k", type=int, default=128, help="candidates of a query (COCO 256, Flickr30k 128)")
     parser.add_argument("--limit", "--eval_limit", type=int, help="use only so many rows of each split, evenly spaced")
@@ -170,6 +173,8 @@ def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Seq
         lacking |= {"multimodal": why, "composed": why}
     if not hasattr(model, "match"):
         lacking["rerank"] = lacking["scenes"] = f"{type(model).__name__} has no matching head"
+    if a.languages is None:
+        lacking["languages"] = "--languages does not name those of the captions"
     if not hasattr(model, "concepts"):
         lacking["concepts"] = "it needs the pretraining model; name it in --tasks"
     tasks = [task for task in TASKS if task != "zero_shot"]  # bootstrap yields its numbers too

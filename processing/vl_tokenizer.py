@@ -28,6 +28,7 @@ def train_tokenizer(
     limit_alphabet: int = 1000,
     lower_case: bool = True,
     max_text_length: int = 64,
+    strip_accents: bool | None = None,
 ) -> PreTrainedTokenizerFast:
     """Trains WordPiece on ``captions``. The same captions, in any order, give the same vocabulary.
 
@@ -38,6 +39,8 @@ def train_tokenizer(
         limit_alphabet: keep only so many of the commonest characters; words with others become [UNK].
         lower_case: fold case and strip accents, as in bert-base-uncased.
         max_text_length: tokens a text may have, without [CLS].
+        strip_accents: whether to, if not as `lower_case` says. Vowels of Hindi and Thai, the voicing of Japanese and
+            German umlauts are accents to it.
 
     Raises:
         ValueError: no words in ``captions``, an entry is not a str, or ``vocab_size`` leaves no room.
@@ -46,7 +49,7 @@ def train_tokenizer(
     room = vocab_size - len(SPECIAL_TOKENS)
     if room < 2:
         raise ValueError(f"vocab_size must be at least {len(SPECIAL_TOKENS) + 2}, got {vocab_size}")
-    words = _count_words(captions, _backend({UNK: 0}, lower_case))
+    words = _count_words(captions, _backend({UNK: 0}, lower_case, strip_accents))
     if not words:
         raise ValueError("captions hold no words: cannot train a tokenizer")
 
@@ -58,9 +61,8 @@ def train_tokenizer(
     # Every character may take two entries, alone and as a continuation; ties are broken by code point.
     ranked = sorted(characters, key=lambda character: (-characters[character], character))
     alphabet = sorted(ranked[: max(1, min(limit_alphabet, room // 2))])
-    return _wrap(
-        _backend(_train_vocab(words, alphabet, vocab_size, min_frequency), lower_case), IMAGE, max_text_length
-    )
+    vocab = _train_vocab(words, alphabet, vocab_size, min_frequency)
+    return _wrap(_backend(vocab, lower_case, strip_accents), IMAGE, max_text_length)
 
 
 def tokenizer_from_vocab(
@@ -135,10 +137,10 @@ def _lower_case_beside(path: Path) -> bool:
     return bool(json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True))
 
 
-def _backend(vocab: dict[str, int], lower_case: bool) -> Tokenizer:
+def _backend(vocab: dict[str, int], lower_case: bool, strip_accents: bool | None = None) -> Tokenizer:
     """BERT's normaliser, pre-tokenizer and model around ``vocab``."""
     backend = Tokenizer(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=100))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case, strip_accents=strip_accents)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
     return backend
