@@ -6,6 +6,11 @@
 A task is one entry of `TASKS`: it makes an evaluator, whose `run(model, processor)` yields names, each with a number
 or a picture to be saved. `multimodal` and `composed` need other pictures of the same concept, in --data or --gallery.
 
+Composed queries, a table of their own (examples/data/scenes.md, icons.md), for instance
+
+    python examples/evaluate.py --model runs/icons_oner/model --tasks queries --id_column concepts \
+        --data runs/icons/unseen_sets_queries.parquet --gallery runs/icons/unseen_sets_gallery.parquet
+
 Pictures with class numbers instead of captions, for instance a folder with one folder a class:
 
     python examples/evaluate.py --model runs/demo/model --data imagenet/val --class_names imagenet
@@ -35,6 +40,7 @@ from oner.processing.data.karpathy import open_karpathy
 from oner.processing.data.sources import open_rows
 from oner.training.evaluation.attention import AttentionEvaluator
 from oner.training.evaluation.composed import ComposedEvaluator
+from oner.training.evaluation.composed_queries import ComposedQueriesEvaluator, open_queries
 from oner.training.evaluation.concepts import ConceptEvaluator
 from oner.training.evaluation.embedding import Gallery, spaced
 from oner.training.evaluation.gap import GapEvaluator
@@ -85,6 +91,7 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
         rows, gallery, a.batch_size, a.ks, name, captions=a.captions
     ),
     "composed": lambda a, name, rows, gallery: ComposedEvaluator(rows, gallery),
+    "queries": lambda a, name, rows, gallery: ComposedQueriesEvaluator(rows, gallery, a.batch_size, a.ks, name),
     "gap": lambda a, name, rows, _: GapEvaluator(rows),
     "localization": lambda a, name, rows, _: LocalizationEvaluator(rows),
     "attention": lambda a, name, rows, _: AttentionEvaluator(rows),
@@ -111,6 +118,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     a.own, a.bootstrap_rows = own[0] if own else None, a.bootstrap_rows or None
     if own and (len(a.tasks) > 1 or a.class_names is not None):
         parser.error(f"{own[0]} has a model of its own and is evaluated by itself; expected it alone in --tasks")
+    if "queries" in (a.tasks or ()) and (len(a.tasks) > 1 or a.gallery is None):
+        parser.error("queries are rows of their own kind; expected them alone in --tasks, and their --gallery")
     if a.class_names is not None:
         if other := [task for task in a.tasks or () if task not in CLASS_TASKS]:
             parser.error(f"--class_names is for the tasks {' and '.join(CLASS_TASKS)}, got {', '.join(other)}")
@@ -177,7 +186,8 @@ def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Seq
         lacking["languages"] = "--languages does not name those of the captions"
     if not hasattr(model, "concepts"):
         lacking["concepts"] = "it needs the pretraining model; name it in --tasks"
-    tasks = [task for task in TASKS if task != "zero_shot"]  # bootstrap yields its numbers too
+    # bootstrap yields the numbers of zero_shot too; queries are rows of their own
+    tasks = [task for task in TASKS if task not in ("zero_shot", "queries")]
     for task in tasks:
         if task in lacking:
             print(f"{split}: no {task}, as {lacking[task]}")
@@ -215,7 +225,8 @@ def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, An
         return
     gallery = Gallery(read(a.gallery, a)) if a.gallery and a.class_names is None else None
     for source in a.data:
-        split, rows = Path(source).stem, read(source, a, a.limit)
+        opened = open_queries(source, a.limit) if a.tasks == ["queries"] else read(source, a, a.limit)
+        split, rows = Path(source).stem, opened
         for task in chosen_tasks(a, split, rows, gallery, model):
             yield {"task": task, "split": split, "rows": len(rows)}, TASKS[task](a, split, rows, gallery)
 

@@ -19,7 +19,9 @@ def test_numbers_equal_loops_by_hand():
         colour_row(colour, [text for own in texts for text in (words(own[number]), "9 9 9")])
         for number, colour in enumerate(colours)
     ]
-    values = dict(LanguagesEvaluator(rows, LANGUAGES, 7, (1, 5), "set", progress=False).run(Colours(), colour_processor))
+    values = dict(
+        LanguagesEvaluator(rows, LANGUAGES, 7, (1, 5), "set", progress=False).run(Colours(), colour_processor)
+    )
     pictures, sentences = unit(colours), [unit(own) for own in texts]
     recalls = []
     for number, language in enumerate(LANGUAGES):

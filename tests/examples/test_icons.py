@@ -1,4 +1,4 @@
-"""Icons, of a small made-up package: what is taken, what names say, nothing held out in training, builds that go on."""
+"""Icons, of a small made-up package: what is taken, what names say, nothing held out in training, stopped builds."""
 
 import hashlib
 import io
@@ -26,7 +26,8 @@ from icons_names import Naming, concept_of, is_reserved, why_left_out  # noqa: E
 THINGS = ("bell", "user", "map", "cup", "key ring", "mail", "tree", "door", "hat", "lamp")
 MARKS = ("off", "plus", "check", "lock")
 PARTS = {
-    "bell": "M6 4h12v12H6z", "user": "M8 2h8v6H8zM4 12h16v8H4z", "map": "M2 6h20v4H2zM2 14h20v4H2z", "cup": "M4 8h8v12H4z",
+    "bell": "M6 4h12v12H6z", "user": "M8 2h8v6H8zM4 12h16v8H4z", "map": "M2 6h20v4H2zM2 14h20v4H2z",
+    "cup": "M4 8h8v12H4z",
     "key ring": "M2 2h6v6H2zM8 5h14v2H8z", "mail": "M2 6h20v12H2z", "tree": "M11 2h2v20h-2zM5 4h14v6H5z",
     "door": "M7 2h10v20H7z", "hat": "M2 16h20v3H2zM7 6h10v10H7z", "lamp": "M11 10h2v12h-2zM4 4h16v6H4z",
     "off": "M3 1h2v22H3z", "plus": "M17 17h6v6h-6z", "check": "M1 20h8v3H1z", "lock": "M18 1h5v5h-5z",
