@@ -38,10 +38,12 @@ ONE_NAME_IN = 40  # of all concepts, how many are held out in every set
 STYLES = {
     "outline": "outline", "outlined": "outline", "line": "outline", "linear": "outline", "stroke": "outline",
     "o": "outline", "filled": "filled", "fill": "filled", "solid": "filled", "f": "filled", "duotone": "duotone",
-    "twotone": "duotone", "duo": "duotone", "two": "duotone", "tone": "duotone", "bold": "bold", "thin": "thin",
-    "light": "light", "sharp": "sharp", "rounded": "rounded", "round": "rounded", "broken": "broken",
+    "twotone": "duotone", "duo": "duotone", "bold": "bold", "thin": "thin", "light": "light", "sharp": "sharp",
+    "rounded": "rounded", "round": "rounded", "broken": "broken",
 }  # fmt: skip
+IN_LABELS = STYLES | {"tone": "duotone"}  # "Two-Tone"
 ALWAYS_STYLE = ("outline", "outlined", "filled", "solid", "duotone", "twotone")  # the others also mean things
+COMMON = 0.1  # of a set's names, how many end in a style that the set has, declared or not
 PIXELS = ("10", "12", "14", "15", "16", "20", "24", "28", "32", "48", "96")
 NUMERALS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ALTERNATES = ("alt", "variant", "new", "simple", "small", "minimalistic", "v2", *NUMERALS)
@@ -126,9 +128,13 @@ class Naming:
         # Longest first, so that "outline-sharp" is not read as "sharp".
         self._starts = sorted(filter(None, self.prefixes), key=len, reverse=True)
         self._ends = sorted(filter(None, self.suffixes), key=len, reverse=True)
-        last = Counter(name.rpartition("-")[2] in PIXELS for name in self.names)
-        self._sized = last[True] > last[False]
-        self._stems = {self._declared(name)[0] for name in self.names}
+        last = Counter(name.rpartition("-")[2] for name in self.names)
+        self._sized = 2 * sum(last[size] for size in PIXELS) > last.total()
+        # Styles that the set has, declared or not.
+        stems = [self._declared(name)[0] for name in self.names]
+        last = Counter(stem.rpartition("-")[2] for stem in stems)
+        self._styles = {word for word in STYLES if word in ALWAYS_STYLE or last[word] > COMMON * len(stems)}
+        self._stems = set(stems)
 
     def read(self, name: str) -> Name | None:
         """What a name says; None if there is no word in it."""
@@ -137,9 +143,9 @@ class Naming:
         styles = said.split()
         drawing = name.removesuffix(f"-{pixels}") if pixels else name
         drawing = re.sub(rf"-{pixels}-", "-", drawing) if pixels else drawing
-        # Styles that the set does not declare: sure words, and unsure ones where the name without them is there too.
+        # Styles that the set does not declare: its own, and others where the name without them is there too.
         while len(tokens) > 1 and tokens[-1] in STYLES:
-            if tokens[-1] not in ALWAYS_STYLE and "-".join(tokens[:-1]) not in self._stems:
+            if tokens[-1] not in self._styles and "-".join(tokens[:-1]) not in self._stems:
                 break
             styles.append(STYLES[tokens.pop()])
         words = tuple(filter(None, self._without_alternate(tokens)))
@@ -181,4 +187,4 @@ class Naming:
 def style_of(label: str) -> str:
     """The style that a label such as "BoldDuotone", "24 Filled" or "Outline 24x24" names; "" for "Regular"."""
     words = re.findall("[A-Z]?[a-z]+", label)
-    return " ".join(sorted({STYLES[word.lower()] for word in words if word.lower() in STYLES}))
+    return " ".join(sorted({IN_LABELS[word.lower()] for word in words if word.lower() in IN_LABELS}))

@@ -84,7 +84,9 @@ def with_captions(table: pa.Table, train: np.ndarray) -> pa.Table:
     columns = table.select(["text", "style", "synonyms", "concept"]).to_pydict()
     captions = []
     for text, style, synonyms in zip(columns["text"], columns["style"], columns["synonyms"], strict=True):
+        # Names of held-out concepts go, and those that only add to this one, such as the set's own name.
         others = [one for one in synonyms if not is_held_out(concept_of(one.split()))]
+        others = [one for one in others if not set(text.split()) <= set(one.split())]
         captions.append([text, *([f"{text} {style}"] if style else []), *others])
     seen = {columns["concept"][row] for row in train}
     table = table.drop_columns(["synonyms"])
