@@ -40,6 +40,9 @@ MODIFIERS = frozenset(
     "file mute forward back next previous in out top bottom".split()
 )
 
+# Of these, what means another thing before a name: "top up", "chart point".
+NEVER_FIRST = frozenset("up down in out top bottom chart text list grid open next back".split())
+
 
 def composed_queries(
     table: pa.Table, targets: Sequence[int], pool: Sequence[int], split: str, count: int
@@ -92,7 +95,8 @@ class Icons:
     def readings(self, row: int) -> list[tuple[str, str]]:
         """(concept, word) for each way to read a name as a thing that is there and a word at its end or beginning."""
         words = self.words[row]
-        ways = [(words[:-1], words[-1]), (words[1:], words[0])] if len(words) > 1 else []
+        ways = [(words[:-1], words[-1])] if len(words) > 1 else []
+        ways += [(words[1:], words[0])] if ways and words[0] not in NEVER_FIRST else []
         return [(concept_of(base), word) for base, word in ways if word in MODIFIERS and concept_of(base) in self.rows]
 
 
