@@ -23,11 +23,12 @@ PIP_OPTIONS ?= --constraint constraints/tested.txt
 # Beside other work, threads that wait by spinning take the time of those that compute.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo scenes test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix walk dist clean
+.PHONY: help demo scenes icons test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla fuzz scale benchmark kill-test resume-matrix walk dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
 	@echo 'make scenes             SCENES=40000 composed pictures to train on, and what to judge by, in runs/scenes (2 minutes)'
+	@echo 'make icons              190,000 named icons to train on and to judge by, fetched by npm, in runs/icons (MINUTES minutes)'
 	@echo 'make test               install, run the tests offline (15 minutes, 2 cores)'
 	@echo 'make test-lowest        the tests on the oldest releases that setup.cfg admits, in an environment of their own'
 	@echo 'make test-newest        the tests on the newest ones, likewise; what our code calls of the deprecated fails it'
@@ -69,6 +70,9 @@ scenes: $(VENV)/.installed-plots
 	$(PY) examples/data/scenes.py runs/scenes --pairs $(SCENES) --tasks 10000 --workers $(CORES)
 	$(PY) examples/data/scenes.py runs/scenes --pairs 1000 --queries 500 --workers $(CORES) \
 	  --split seen unseen_pairs unseen_style unseen_concepts
+
+icons: $(VENV)/.installed-icons
+	$(PY) examples/data/icons.py runs/icons --workers $(CORES)
 
 test: $(VENV)/.installed-test
 	$(PYTEST) -n $(JOBS) --dist loadfile $(PYTEST_OPTIONS)

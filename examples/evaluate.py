@@ -6,6 +6,11 @@
 A task is one entry of `TASKS`: it makes an evaluator, whose `run(model, processor)` yields names, each with a number
 or a picture to be saved. `multimodal` and `composed` need other pictures of the same concept, in --data or --gallery.
 
+Composed queries, a table of their own (examples/data/scenes.md, icons.md), for instance
+
+    python examples/evaluate.py --model runs/icons_oner/model --tasks queries --id_column concepts \
+        --data runs/icons/unseen_sets_queries.parquet --gallery runs/icons/unseen_sets_gallery.parquet
+
 Pictures with class numbers instead of captions, for instance a folder with one folder a class:
 
     python examples/evaluate.py --model runs/demo/model --data imagenet/val --class_names imagenet
@@ -35,11 +40,13 @@ from oner.processing.data.karpathy import open_karpathy
 from oner.processing.data.sources import open_rows
 from oner.training.evaluation.attention import AttentionEvaluator
 from oner.training.evaluation.composed import ComposedEvaluator
+from oner.training.evaluation.composed_queries import ComposedQueriesEvaluator, open_queries
 from oner.training.evaluation.concepts import ConceptEvaluator
 from oner.training.evaluation.embedding import Gallery, picture_key, spaced
 from oner.training.evaluation.gap import GapEvaluator
 from oner.training.evaluation.grounding import SceneGroundingEvaluator
 from oner.training.evaluation.labels import open_labelled
+from oner.training.evaluation.languages import LanguagesEvaluator
 from oner.training.evaluation.localization import LocalizationEvaluator
 from oner.training.evaluation.prompts import load_class_names, usual_templates
 from oner.training.evaluation.reranking import RerankingEvaluator
@@ -89,11 +96,13 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
         rows, gallery, a.batch_size, a.ks, name, captions=a.captions
     ),
     "composed": lambda a, name, rows, gallery: ComposedEvaluator(rows, gallery),
+    "queries": lambda a, name, rows, gallery: ComposedQueriesEvaluator(rows, gallery, a.batch_size, a.ks, name),
     "gap": lambda a, name, rows, _: GapEvaluator(rows),
     "localization": lambda a, name, rows, _: LocalizationEvaluator(rows),
     "attention": lambda a, name, rows, _: AttentionEvaluator(rows),
     "scenes": lambda a, name, rows, _: SceneGroundingEvaluator(rows, batch_size=a.batch_size),
     "concepts": lambda a, name, rows, _: ConceptEvaluator(rows, batch_size=a.batch_size, progress=False),
+    "languages": lambda a, name, rows, _: LanguagesEvaluator(rows, a.languages or (), a.batch_size, a.ks, name),
 }
 CLASS_TASKS = ("zero_shot", "bootstrap")
 # they have models and data of their own; that of retrieval is a model of the tasks above
@@ -114,6 +123,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     a.own, a.bootstrap_rows = own[0] if own else None, a.bootstrap_rows or None
     if own and (len(a.tasks) > 1 or a.class_names is not None):
         parser.error(f"{own[0]} has a model of its own and is evaluated by itself; expected it alone in --tasks")
+    if "queries" in (a.tasks or ()) and (len(a.tasks) > 1 or a.gallery is None):
+        parser.error("queries are rows of their own kind; expected them alone in --tasks, and their --gallery")
     if a.class_names is not None:
         if other := [task for task in a.tasks or () if task not in CLASS_TASKS]:
             parser.error(f"--class_names is for the tasks {' and '.join(CLASS_TASKS)}, got {', '.join(other)}")
@@ -161,6 +172,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--keep_aspect", action=argparse.BooleanOptionalAction,
         help="zero-shot: take the middle square of a picture, as SLIP does (default with imagenet)",
     )  # fmt: skip
+    parser.add_argument("--languages", nargs="+", help="of each row's captions, in their order: the task of that name")
     parser.add_argument("--ks", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--rerank_k", type=int, default=128, help="candidates of a query (COCO 256, Flickr30k 128)")
     parser.add_argument(
@@ -198,9 +210,12 @@ def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Seq
         lacking |= {"multimodal": why, "composed": why}
     if not hasattr(model, "match"):
         lacking["rerank"] = lacking["scenes"] = f"{type(model).__name__} has no matching head"
+    if a.languages is None:
+        lacking["languages"] = "--languages does not name those of the captions"
     if not hasattr(model, "concepts"):
         lacking["concepts"] = "it needs the pretraining model; name it in --tasks"
-    tasks = [task for task in TASKS if task != "zero_shot"]  # bootstrap yields its numbers too
+    # bootstrap yields the numbers of zero_shot too; queries are rows of their own
+    tasks = [task for task in TASKS if task not in ("zero_shot", "queries")]
     for task in tasks:
         if task in lacking:
             print(f"{split}: no {task}, as {lacking[task]}")
@@ -238,7 +253,8 @@ def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, An
         return
     gallery = Gallery(read(a.gallery, a)) if a.gallery and a.class_names is None else None
     for source in a.data:
-        split, rows = Path(source).stem, read(source, a, a.limit)
+        opened = open_queries(source, a.limit) if a.tasks == ["queries"] else read(source, a, a.limit)
+        split, rows = Path(source).stem, opened
         for task in chosen_tasks(a, split, rows, gallery, model):
             yield {"task": task, "split": split, "rows": len(rows)}, TASKS[task](a, split, rows, gallery)
 

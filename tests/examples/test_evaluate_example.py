@@ -5,6 +5,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fake_hub import serve
@@ -228,3 +230,28 @@ def test_results_refuse_what_would_not_be_evidence(tmp_path):
     write_results(tmp_path / "results" / "a.json", {"x": 1.0}, {"split": "s"})
     (tmp_path / "results" / "metrics.json").write_text(json.dumps({"metrics": {}}))
     assert list(read_results(tmp_path)) == ["a"]
+
+
+def test_composed_queries_and_languages(example, model_directory, tmp_path, capsys):
+    table = pq.read_table(EMOJI / "test_style.parquet").slice(0, 24)
+    pq.write_table(table, tmp_path / "gallery.parquet")
+    asked = table.take([20, 21, 22]).select(["image", "text"])
+    asked = asked.append_column("kind", pa.array(["add", "add", "swap"]))
+    asked = asked.append_column("target", pa.array([0, 4, 8]))
+    asked = asked.append_column("choices", pa.array([[0, 1], [4, 5], [8, 9]]))
+    pq.write_table(asked.append_column("names", pa.array([["target", "reference"]] * 3)), tmp_path / "asked.parquet")
+    common = ["--model", str(model_directory), "--device", "cpu", "--output", str(tmp_path)]
+    queries = [*common, "--data", str(tmp_path / "asked.parquet"), "--tasks", "queries"]
+    values = example.main([*queries, "--gallery", str(tmp_path / "gallery.parquet"), "--id_column", "hexcode"])
+    assert {"asked/composed_both_r@10", "asked/swap/composed_sum_choice"} <= set(values)
+    with pytest.raises(SystemExit):
+        example.parse(queries)
+    assert "their --gallery" in capsys.readouterr().err
+
+    # two captions a row, of two languages
+    both = pa.array([[text, text[::-1]] for text in table["text"].to_pylist()])
+    pq.write_table(table.drop_columns(["captions"]).append_column("captions", both), tmp_path / "two.parquet")
+    languages = ["--tasks", "languages", "--languages", "en", "backwards", "--ks", "1", "24"]
+    values = example.main([*common, "--data", str(tmp_path / "two.parquet"), "--id_column", "hexcode", *languages])
+    assert values["two/backwards/of_en"] == values["two/en/tr_r@24"] == 1
+    assert read_results(tmp_path)["two.languages"]["protocol"]["languages"] == ["en", "backwards"]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -34,6 +35,12 @@ def shrink(config: Path, pairs: Path, directory: Path, **overrides) -> list[str]
     said = read_config(config)
     tiny = FAMILIES[said.get("family", "oner")].tiny
     files = {name: path for name, path in tiny.stand_ins().items() if said.get(name)}
+    # what a builder of data leaves is not here: its file of makers, its names of columns
+    if said.get("attribution") and not (ROOT / said["attribution"]).is_file():
+        overrides["attribution"] = None
+    for column, stand_in in (("text_column", "captions"), ("id_column", "hexcode")):
+        if said.get(column) not in (None, *pq.read_schema(pairs).names):
+            overrides[column] = stand_in
     values = {
         **SHRUNK,
         **tiny.SHRUNK,

@@ -1,0 +1,109 @@
+"""The embedded emoji with their names in ten languages, and a tokenizer that reads all ten.
+
+    python examples/data/emoji_languages.py runs/emoji_languages
+    python examples/data/emoji_languages.py runs/emoji_languages --package FILE.tgz --languages en de ja
+
+Names and keywords are Unicode CLDR's, as the npm package `emojibase-data` distributes them. Each file of
+`examples/data/emoji` comes back with `captions_de` and so on, two a language (the name; the name and two keywords),
+and `captions_all`, those of all languages one after another: a run draws one of them each time, and
+`evaluate.py --tasks languages` compares them.
+"""
+
+import argparse
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from building import fetch, write_table
+from scenes_languages import PACKAGE, plain
+from scenes_sprites import EMOJI, LEFT_OUT
+
+from oner.processing.vl_tokenizer import train_tokenizer
+
+LANGUAGES = ("en", "de", "fr", "es", "ja", "zh", "ko", "hi", "th", "ru")
+FILES = ("train", "test_style", "test_concept")
+TOGETHER = {"ja": "、", "zh": "、"}  # between a name and its keywords, a comma elsewhere
+VOCABULARY = 12000
+CHARACTERS = 4000  # all that these names are written in
+TEXT_LENGTH = 32
+
+
+def read_names(package: Path, languages: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """
+    language -> hexcode -> the name and its keywords.
+
+    Raises:
+        ValueError: a language that the package lacks.
+    """
+    found = {}
+    with tarfile.open(package) as archive:
+        members = {member.name: member for member in archive.getmembers()}
+        for language in languages:
+            name = f"package/{language}/data.json"
+            if name not in members:
+                raise ValueError(f"{package} has no language {language!r}")
+            entries = json.load(archive.extractfile(members[name]))
+            found[language] = {plain(entry["hexcode"]): terms(entry) for entry in entries}
+    return found
+
+
+def terms(entry: dict[str, Any]) -> list[str]:
+    """The name of an emoji, without what some languages say beside it, and keywords that do not repeat it."""
+    name = entry["label"].split(", ")[0]
+    return list(dict.fromkeys([name, *(tag for tag in entry.get("tags", ()) if tag.lower() != name.lower())]))
+
+
+def captions_of(found: list[str], language: str) -> list[str]:
+    """Two captions: the name, and the name with its first two keywords, if it has any."""
+    return [found[0], TOGETHER.get(language, ", ").join(found[:3])]
+
+
+def with_languages(table: pa.Table, names: dict[str, dict[str, list[str]]]) -> pa.Table:
+    """The table with its captions in all of them. Rows of the set that is reserved, and without a name, go."""
+    vendors, hexcodes = table["vendor"].to_pylist(), table["hexcode"].to_pylist()
+    kept = [
+        row
+        for row, (vendor, hexcode) in enumerate(zip(vendors, hexcodes, strict=True))
+        if vendor not in LEFT_OUT and all(hexcode in known for known in names.values())
+    ]
+    table = table.take(kept).select(["id", "image", "hexcode", "vendor", "license", "group", "subgroup"])
+    captions = {
+        language: [captions_of(known[hexcodes[row]], language) for row in kept] for language, known in names.items()
+    }
+    # Every language has the same number of captions, so that their places tell the language.
+    together = [[text for texts in row for text in texts] for row in zip(*captions.values(), strict=True)]
+    strings = pa.list_(pa.string())
+    for language, texts in captions.items():
+        table = table.append_column(f"captions_{language}", pa.array(texts, strings))
+    return table.append_column("captions_all", pa.array(together, strings))
+
+
+def main(given: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder of the files")
+    parser.add_argument("--package", type=Path, help=f"a .tgz of emojibase-data (default: npm fetches {PACKAGE})")
+    parser.add_argument("--languages", nargs="+", default=list(LANGUAGES), help="default: %(default)s")
+    args = parser.parse_args(given)
+    names = read_names(args.package or fetch(PACKAGE, args.output), args.languages)
+
+    texts: list[str] = []
+    for name in FILES:
+        before = pq.read_table(EMOJI / f"{name}.parquet")
+        table = with_languages(before, names)
+        write_table(args.output / f"{name}.parquet", table)
+        print(f"{name}.parquet: {len(table)} of {len(before)} rows in {len(names)} languages")
+        if name == "train":
+            texts = [text for row in table["captions_all"].to_pylist() for text in row]
+    # Accents stay: in half of these languages they are vowels or consonants.
+    tokenizer = train_tokenizer(texts, VOCABULARY, 2, CHARACTERS, max_text_length=TEXT_LENGTH, strip_accents=False)
+    tokenizer.save_pretrained(args.output / "tokenizer")
+    print(f"tokenizer: {len(tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    main()
