@@ -35,6 +35,7 @@ from .checkpoint import (
 )
 from .gradient_cache import loss_and_gradients
 from .launch import WholeModel, prepare
+from .loading import Awaited
 from .nonfinite import NonFiniteGuard, gradient_norm, whole
 from .optimization import build_optimizer, build_schedule, compile_regions
 from .resumption import RunLog, check_same_run, choose_checkpoint
@@ -123,10 +124,11 @@ class Engine:
     def _loop(self) -> None:
         clock = time.perf_counter()
         logged = self.step
+        awaited = Awaited(self.loader(self.step))
         with tqdm(
             total=self.total_steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process
         ) as bar:
-            for batches in self.loader(self.step):
+            for batches in awaited:
                 taken = self._train_step(batches)
                 bar.update()
 
@@ -134,9 +136,10 @@ class Engine:
                 if self.step % self.run.log_every == 0 or self.step == self.total_steps:
                     now = time.perf_counter()
                     speed = (self.step - logged) / (now - clock)
+                    waited = awaited.take() / (now - clock)
                     clock = now
                     logged = self.step
-                    loss = self._log(taken, speed)
+                    loss = self._log(taken, speed, waited)
                     bar.set_postfix(loss=f"{loss:.3f}", rows_s=f"{speed * sum(self.batch_sizes.values()):.0f}")
 
                 # asked before the evaluation: a signal that comes meanwhile stops the run a step later
@@ -145,6 +148,7 @@ class Engine:
                     self._evaluate()
                     clock = time.perf_counter()
                     logged = self.step
+                    awaited.take()
 
                 # the state after this step; no checkpoint before the verdicts on all its updates are read
                 if stopping or self._due(self.run.save_every_epochs) or self.step == self.total_steps:
@@ -212,8 +216,12 @@ class Engine:
             return False
         return any_process(self.stopped, self.accelerator.device)
 
-    def _log(self, taken: Taken, speed: float) -> float:
-        """A line of the loss and its parts, means over processes; `speed` in steps a second."""
+    def _log(self, taken: Taken, speed: float, waited: float) -> float:
+        """
+        A line of the loss and its parts, means over processes; `speed` in steps a second, `waited` the share of the
+        time in which this process waited for batches. An accelerator may have computed meanwhile: there the share is
+        at most so much of what was lost.
+        """
         self.guard.settle()
         parts = {"loss": taken.loss, **taken.parts}
         means = self.accelerator.reduce(torch.stack([part.float() for part in parts.values()]), reduction="mean")
@@ -223,6 +231,7 @@ class Engine:
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"{name}_per_second": round(speed * size, 1) for name, size in self.batch_sizes.items()}
+        values["waited_per_second"] = round(waited, 3)
         if self.guard.total:
             values["nonfinite_steps"] = self.guard.total
         self._write({"epoch": round(self.step / self.epoch_steps, 4), **values})
