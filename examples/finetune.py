@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
+from oner.training.doctor.command import word
 from oner.training.parallel.distributed import synchronise_batch_norm
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_processor_and_config
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
         directory = export(arguments, engine.model, processor, metrics, evaluators)
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
+        print(word(arguments.run.output_dir, rows))
     return metrics
 
 

@@ -18,6 +18,7 @@ import oner  # noqa: F401  registers the models with transformers' auto classes
 from oner.modeling.configuration_dvae import DiscreteVAEConfig
 from oner.modeling.modeling_dvae import DiscreteVAE
 from oner.processing.data.sources import open_rows
+from oner.training.doctor.command import word
 from oner.training.evaluation.dvae import ReconstructionEvaluator, reconstruction_sheet
 from oner.training.evaluation.embedding import spaced
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
         directory = export(arguments, engine.model, metrics, evaluators)
         print(json.dumps({name: round(value, 5) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
+        print(word(arguments.run.output_dir, rows))
     return metrics
 
 
