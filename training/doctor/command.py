@@ -38,7 +38,8 @@ def findings_of(run: Run, sample: Sample | None = None) -> list[Finding]:
         contrast_knows_nothing(run.lines, run.uninformed),
         waits_for_data(run.lines, run.arguments.data.num_workers),
     ]
-    if run.temperature is not None:
+    # without a contrast nothing moves it
+    if run.temperature is not None and run.negatives:
         found.append(temperature_at_bound(run.temperature, run.bounds))
     momentum = run.arguments.to_dict().get("ema_momentum")
     if run.distance is not None and momentum is not None:

@@ -270,11 +270,13 @@ def _codes(model: PreTrainedModel, told: Mapping[str, Any], rows: list[dict[str,
 
 
 def _temperature(model: Path) -> tuple[float | None, tuple[float, float] | None]:
-    # of a finished model whose configuration has a range for it
+    # of a finished model whose configuration has a range for it; a task's may have left it behind
     config = _read_json(model / "config.json") if (model / "config.json").is_file() else {}
     if "temperature_range" not in config:
         return None, None
     with safe_open(model / "model.safetensors", framework="pt") as weights:
+        if "temperature" not in weights.keys():  # noqa: SIM118
+            return None, None
         return weights.get_tensor("temperature").item(), tuple(config["temperature_range"])
 
 
