@@ -83,6 +83,24 @@ def estimate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
 
 
+def doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    What ails a run, in words: what was measured, what was expected, and what helped where it was tried.
+
+        oner doctor runs/mine
+
+    Reads the log, the last checkpoint, the model and a small sample of the rows, of a run that ended, was stopped, or
+    goes on; writes nothing. It knows: matching that says no to everything, contrast at the logarithm of its keys, a
+    collapsed side, a temperature at its bound, a teacher far behind, dead codes, near duplicates among the
+    negatives, a loop that waits for data, words without a token, overfitting.
+
+    Exit status: 0 where nothing was found, 1 where something was, 2 where RUN is no run.
+    """
+    parser.add_argument("run", metavar="RUN", help="The output_dir of a run.")
+    parser.add_argument("--rows", type=int, default=256, help="Rows of the sample (default 256); 0: no sample.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
+
+
 @dataclass(frozen=True)
 class Command:
     """
@@ -119,6 +137,11 @@ COMMANDS = {
         "oner.training.cost.estimate",
         estimate_arguments,
     ),
+    "doctor": Command(
+        "what ails a run, in words, and what helped where it was tried",
+        "oner.training.doctor.command",
+        doctor_arguments,
+    ),
 }
 
 
@@ -127,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Runs a command; what it does not know itself goes on to it as `rest`, the arguments of a run for example.
 
     Returns:
-        The exit status: 0, or 2 after a message on what was got and expected.
+        The exit status: the command's own, 0 where all is well, or 2 after a message on what was got and expected.
     """
     listed = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(

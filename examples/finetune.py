@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
+from oner.training.doctor.command import word
 from oner.training.parallel.distributed import synchronise_batch_norm
 from oner.training.run.arguments import Arguments
 from oner.training.run.beginning import begin_objective
@@ -88,6 +89,7 @@ def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[st
         directory = export(publication, arguments, engine.model, processor, metrics, evaluators)
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
+        print(word(arguments.run.output_dir, rows))
     return metrics
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import oner  # noqa: F401  registers the families with transformers' auto classes
 from oner.processing.data.sources import open_rows
+from oner.training.doctor.command import word
 from oner.training.evaluation.embedding import check_pictures
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.objectives.objective import build_objective
@@ -78,6 +79,7 @@ def train(arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | 
         directory = export(publication, arguments, engine.model, processor, metrics, evaluators)
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
+        print(word(arguments.run.output_dir, rows))
     return metrics
 
 

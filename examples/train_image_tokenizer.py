@@ -19,6 +19,7 @@ import oner  # noqa: F401  registers the models with transformers' auto classes
 from oner.modeling.configuration_dvae import DiscreteVAEConfig
 from oner.modeling.modeling_dvae import DiscreteVAE
 from oner.processing.data.sources import open_rows
+from oner.training.doctor.command import word
 from oner.training.evaluation.dvae import ReconstructionEvaluator, reconstruction_sheet
 from oner.training.evaluation.embedding import spaced
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
@@ -84,6 +85,7 @@ def train(arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | 
         directory = export(publication, arguments, engine.model, metrics, evaluators)
         print(json.dumps({name: round(value, 5) for name, value in metrics.items()}, indent=1))
         print(f"model directory: {directory}")
+        print(word(arguments.run.output_dir, rows))
     return metrics
 
 

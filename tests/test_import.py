@@ -23,6 +23,7 @@ SAID = {
     "--help": ("estimate", 0),
     "convert --help": ("--draw_missing", 0),
     "estimate --help": ("rtx4090", 0),
+    "doctor --help": ("2 where RUN is no run", 0),
     "estmate": ("invalid choice: 'estmate'", 2),
     "convert --from nowhere a b": ("invalid choice: 'nowhere'", 2),
 }

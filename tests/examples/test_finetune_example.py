@@ -12,6 +12,8 @@ from tiny_pretraining import ROOT, assert_same_checkpoint, forget_accelerator, l
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 from oner import OneRForPreTraining
+from oner.training.doctor.command import examine
+from oner.training.doctor.reading import read_run
 from oner.training.evaluation.results import read_results
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.parsing import read_config
@@ -100,6 +102,15 @@ def test_it_trains_exports_and_evaluates(task, runs, pretrained):
     files = told["train_data"] if isinstance(told["train_data"], list) else [told["train_data"]]
     card = (directory / "README.md").read_text(encoding="utf-8")
     assert all(file.name in card for file in files)
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_the_doctor_reads_its_run(task, runs):
+    """Log and checkpoint; four steps leave the teacher where it was, if there is one."""
+    run = read_run(runs(task)[0] / "run")
+    found, notes = examine(run.directory)
+    assert ("teacher far behind" in [finding.name for finding in found]) is (run.distance is not None)
+    assert notes == ["no sample is looked at: rows of a task are not sampled"]
 
 
 @pytest.mark.parametrize("task", DATA)

@@ -22,6 +22,8 @@ import oner
 from oner.modeling.configuration_dvae import DiscreteVAEConfig
 from oner.modeling.modeling_dvae import DiscreteVAE, ResidualBlock
 from oner.processing.data.sources import open_rows
+from oner.training.doctor.command import examine
+from oner.training.doctor.reading import read_run, read_sample
 from oner.training.evaluation.dvae import ReconstructionEvaluator, code_perplexity, read_pictures
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
 from oner.training.objectives.objective import Targets
@@ -370,6 +372,11 @@ def test_the_example_trains_on_a_folder_of_bare_pictures(tmp_path, emoji_folder)
     config.write_text(yaml.safe_dump(values))
     with pytest.warns(UserWarning, match="cannot be used"):
         metrics = load_example("train_image_tokenizer").main(["--config", str(config)])
+
+    # the doctor looks at its codes; those of bare pictures have no captions
+    sample = read_sample(read_run(tmp_path / "run"))
+    assert sample.codes.shape == (12, 4) and sample.num_codes == TINY["num_codes"] and sample.tokens == 0
+    assert examine(tmp_path / "run")[1] == []
 
     lines = [line for line in read_log(tmp_path / "run") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

@@ -3,6 +3,7 @@
 What SIMLA and every family descended from ALBEF share. B pairs, P embedding width, D width.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,16 @@ class MomentumDistillation(SinglePortion):
     @abstractmethod
     def freeze_unused(self, student: nn.Module) -> None:
         """Takes the gradient from what no loss reaches: a data-parallel engine would wait for it for ever."""
+
+    @classmethod
+    def uninformed(cls, arguments: Any, batch_size: int, processes: int) -> dict[str, float]:
+        """
+        Contrast at the logarithm of its keys, this process's and the queue's; matching at the entropy of its labels,
+        as of a head that always gives their frequencies: "no" to two in three.
+        """
+        yes = cls.match_labels({"ids": torch.arange(2)}).float().mean()  # (), over (3B,)
+        entropy = torch.special.entr(torch.stack([yes, 1 - yes])).sum().item()
+        return {"itc": math.log(batch_size // processes + arguments.queue_size), "itm": entropy}
 
     def alpha(self, progress: float) -> float:
         """The weight of soft targets at this share of the run."""

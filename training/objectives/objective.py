@@ -173,6 +173,14 @@ class Objective(ABC):
         """
         raise ValueError(f"{cls.__name__} brings no example batches, so its step cannot be rehearsed")
 
+    @classmethod
+    def uninformed(cls, arguments: Any, batch_size: int, processes: int) -> dict[str, float]:
+        """
+        What parts of the loss come to, in nats, where a model answers by frequencies alone and looks at nothing: by
+        name, those of which it can be said. `batch_size` is of all `processes`.
+        """
+        return {}
+
     def before_step(self) -> None:  # noqa: B027  most families have nothing to move
         """Called once before the passes of a step, in one go or in chunks: what has to move before it is taken."""
 

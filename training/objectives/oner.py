@@ -8,6 +8,7 @@ With q the online network (projector, predictor), k the EMA teacher (projector),
     CMC = [NCE(q(I,T), k(mix)) + NCE(q(mix), k(I,T))] / 2                equation 4
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -178,6 +179,13 @@ class OneRObjective(SinglePortion):
     @classmethod
     def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], example: Example) -> dict[str, Batch]:
         return {cls.portion: example_pairs(config, lengths, example)}
+
+    @classmethod
+    def uninformed(cls, arguments: OneRObjectiveArguments, batch_size: int, processes: int) -> dict[str, float]:
+        """Contrasts at the logarithm of their keys, which are all processes'; not where they are scaled."""
+        if arguments.scale_by_temperature:
+            return {}
+        return {name: math.log(batch_size) for name in CONTRASTS}
 
     def count(self, batch: Batch) -> Batch:
         masked = batch["bool_masked_pos"].sum()

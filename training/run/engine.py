@@ -37,6 +37,7 @@ from .data_workers import STOPPING, Waiting
 from .gradient_cache import loss_and_gradients
 from .inputs import Inputs
 from .launch import WholeModel, prepare, tracker_options
+from .loading import Awaited
 from .nonfinite import NonFiniteGuard, gradient_norm, whole
 from .optimization import build_optimizer, build_schedule, compile_regions
 from .resumption import RunLog, check_same_run, choose_checkpoint
@@ -142,10 +143,11 @@ class Engine:
     def _loop(self) -> None:
         clock = time.perf_counter()
         logged = self.step
+        awaited = Awaited(self.loader(self.step))
         with tqdm(
             total=self.total_steps, initial=self.step, desc="train", disable=not self.accelerator.is_main_process
         ) as bar:
-            for batches in self.loader(self.step):
+            for batches in awaited:
                 if isinstance(batches, Waiting):
                     if self._gives_up(batches):
                         break
@@ -158,9 +160,10 @@ class Engine:
                 if self.step % self.run.log_every == 0 or self.step == self.total_steps:
                     now = time.perf_counter()
                     speed = (self.step - logged) / (now - clock)
+                    waited = awaited.take() / (now - clock)
                     clock = now
                     logged = self.step
-                    loss = self._log(taken, speed)
+                    loss = self._log(taken, speed, waited)
                     bar.set_postfix(loss=f"{loss:.3f}", rows_s=f"{speed * sum(self.batch_sizes.values()):.0f}")
 
                 # asked before the evaluation: a signal that comes meanwhile stops the run a step later
@@ -169,6 +172,7 @@ class Engine:
                     self._evaluate()
                     clock = time.perf_counter()
                     logged = self.step
+                    awaited.take()
 
                 # the state after this step; no checkpoint before the verdicts on all its updates are read
                 if stopping or self._due(self.run.save_every_epochs) or self.step == self.total_steps:
@@ -268,8 +272,12 @@ class Engine:
             return False
         return any_process(self.stopped, self.accelerator.device)
 
-    def _log(self, taken: Taken, speed: float) -> float:
-        """A line of the loss and its parts, means over processes; `speed` in steps a second."""
+    def _log(self, taken: Taken, speed: float, waited: float) -> float:
+        """
+        A line of the loss and its parts, means over processes; `speed` in steps a second, `waited` the share of the
+        time in which this process waited for batches. An accelerator may have computed meanwhile: there the share is
+        at most so much of what was lost.
+        """
         self.guard.settle()
         parts = {"loss": taken.loss, **taken.parts}
         means = self.accelerator.reduce(torch.stack([part.float() for part in parts.values()]), reduction="mean")
@@ -279,6 +287,7 @@ class Engine:
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         values |= {f"{name}_per_second": round(speed * size, 1) for name, size in self.batch_sizes.items()}
+        values["waited_per_second"] = round(waited, 3)
         if self.guard.total:
             values["nonfinite_steps"] = self.guard.total
         self._write({"epoch": round(self.step / self.epoch_steps, 4), **values})

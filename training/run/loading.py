@@ -1,7 +1,8 @@
 """The rows that a run trains on, and its batches from any step on: each portion's own rows, order and batch size."""
 
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,27 @@ def _groups(rows: PairRows, data: DataArguments) -> np.ndarray | None:
     if data.one_row_per_id:
         return rows.ids()
     return rows.images() if data.captions_apart and not data.image_repeats else None
+
+
+class Awaited:
+    """The items of `batches`, while it is counted for how many seconds whoever reads them waited for the next."""
+
+    def __init__(self, batches: Iterable[Any]):
+        self.batches = batches
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        asked = time.perf_counter()
+        for batch in self.batches:
+            self.seconds += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+
+    def take(self) -> float:
+        """The seconds since the last call."""
+        seconds = self.seconds
+        self.seconds = 0.0
+        return seconds
 
 
 def _check_stream(arguments: Arguments) -> None:

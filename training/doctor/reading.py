@@ -1,0 +1,304 @@
+"""What the doctor reads of a run: its log, its last checkpoint, its model, and a small sample of its rows.
+
+n rows of the sample, P width of the embeddings, N places of codes.
+"""
+
+import json
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor, PreTrainedModel
+
+from oner.modeling.modeling_dvae import DiscreteVAE
+from oner.modeling.vl_features import RetrievalFeatures
+from oner.processing.data.rows import PairRows
+from oner.processing.data.sources import open_rows
+from oner.processing.image_processing_vl import ImageDecodeError
+from oner.training.evaluation.dvae import read_pictures
+from oner.training.evaluation.retrieval import RetrievalEvaluator
+from oner.training.evaluation.sheets import evaluating
+from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
+from oner.training.objectives.objective import objective_classes
+from oner.training.publishing.model_loading import load_model
+from oner.training.run.arguments import Arguments, ModelArguments, RunArguments, data_arguments
+from oner.training.run.checkpoint import STATE, list_checkpoints
+from oner.training.run.collators import CAPTION_RULES
+from oner.training.run.loading import Rows, open_training_rows
+from oner.training.tasks.finetuning import find_task, task_arguments
+
+LOG = "log.jsonl"
+THUMBNAIL = 16  # pixels a side of what near duplicates are looked for by
+FEWEST = 16  # rows below which a recall says nothing
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Attributes:
+        directory: As given; `model` in it is the finished run's.
+        arguments: What it was told.
+        task: What it is fine-tuned for, if for anything.
+        lines: Of its log.
+        step, processes: At the last checkpoint; 0 and 1 where there is none.
+        uninformed: Loss by name of a model that knows nothing, of the losses that the log has.
+        distance: Between teacher and student as a share of the student's norm, where there is a teacher.
+        temperature, bounds: The model's learnable one, where it is held in a range.
+    """
+
+    directory: Path
+    arguments: Arguments
+    task: str | None
+    lines: list[dict[str, Any]]
+    step: int
+    processes: int
+    uninformed: dict[str, float]
+    distance: float | None
+    temperature: float | None
+    bounds: tuple[float, float] | None
+
+    @property
+    def negatives(self) -> int:
+        """How many a row has in a contrast; 0 without one."""
+        contrasts = [value for name, value in self.uninformed.items() if name != "itm"]
+        return round(math.exp(contrasts[0])) - 1 if contrasts else 0
+
+    @property
+    def finished(self) -> bool:
+        return (self.directory / "model" / "config.json").is_file()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    Attributes:
+        captions, ids: Of n training rows; an id each where the run takes equal ids for the same thing, else by row.
+        pictures: Thumbnails (n, M) in [0, 1].
+        unknown, tokens: [UNK] among all tokens of the captions.
+        embeddings: Unit vectors (n, P) of pictures and of texts, where the model has them.
+        recalls: R@1 of training rows and of evaluation rows, and among how many.
+        codes, num_codes: Of an image tokenizer (n, N), where the run has one.
+    """
+
+    captions: list[list[str]]
+    ids: list[Hashable]
+    pictures: torch.Tensor
+    unknown: int = 0
+    tokens: int = 0
+    embeddings: dict[str, torch.Tensor] | None = None
+    recalls: tuple[float, float, int] | None = None
+    codes: torch.Tensor | None = None
+    num_codes: int = 0
+
+
+def read_run(directory: str | Path) -> Run:
+    """
+    A run that ended, was stopped, or goes on.
+
+    Raises:
+        ValueError: no directory of a run, or one whose files are not as a run writes them.
+    """
+    directory = Path(directory)
+    lines = _read_log(directory / LOG)
+    checkpoints = list_checkpoints(directory)
+    config = directory / "model" / "results" / "training_config.json"
+
+    # what the run was told: its last checkpoint knows, or the model directory that it left
+    state = _read_json(checkpoints[-1] / STATE) if checkpoints else {}
+    told = state.get("arguments") or (_read_json(config) if config.is_file() else None)
+    if told is None:
+        raise ValueError(f"{directory}: no checkpoint and no model/results, so it is not known what this run was told")
+    arguments, objective = arguments_of(told)
+
+    # what its losses come to without knowledge
+    processes = _processes(checkpoints[-1]) if checkpoints else 1
+    batch_size = arguments.epoch_of().run.batch_size
+    uninformed = objective.uninformed(arguments.objective, batch_size, processes) if objective else {}
+    known = {name for line in lines for name in line}
+    return Run(
+        directory,
+        arguments,
+        told.get("task"),
+        lines,
+        state.get("step", 0),
+        processes,
+        {name: value for name, value in uninformed.items() if name in known},
+        teacher_distance(checkpoints[-1]) if checkpoints else None,
+        *_temperature(directory / "model"),
+    )
+
+
+def arguments_of(told: Mapping[str, Any]) -> tuple[Arguments, type | None]:
+    """
+    Flat arguments as the dataclasses that they come from, and the family's objective, unless a task has its own.
+
+    Raises:
+        ValueError: an unknown family or task.
+    """
+    objective: type | None
+    family = told["family"]
+    if "task" in told:
+        task = find_task(told["task"])
+        kind = task_arguments(task, family)
+        objective = objective_classes(family)[0] if task.objective is None else None
+    elif family == "discrete_vae":
+        objective, kind = DiscreteVAEObjective, DiscreteVAEObjectiveArguments
+    else:
+        objective, kind = objective_classes(family)
+
+    # an argument that has gone is left out, one that is new takes its default
+    parts = [
+        one(**{field.name: told[field.name] for field in fields(one) if field.name in told})
+        for one in (ModelArguments, RunArguments, kind)
+    ]
+    return Arguments(parts[0], data_arguments(told), parts[1], parts[2]), objective
+
+
+def teacher_distance(checkpoint: Path) -> float | None:
+    """|teacher - student| / |student| over the weights that both have; None without a teacher."""
+    apart = norm = 0.0
+    with (
+        safe_open(checkpoint / "objective.safetensors", framework="pt") as kept,
+        safe_open(checkpoint / "model.safetensors", framework="pt") as student,
+    ):
+        # statistics of batch norms are each one's own
+        shared = set(student.keys())
+        names = [name.removeprefix("teacher.") for name in kept.keys() if name.startswith("teacher.")]  # noqa: SIM118
+        for name in names:
+            if name in shared and "running_" not in name and "num_batches" not in name:
+                own = student.get_tensor(name).double()
+                apart += (kept.get_tensor(f"teacher.{name}").double() - own).square().sum().item()
+                norm += own.square().sum().item()
+    return (apart / norm) ** 0.5 if norm else None
+
+
+def read_sample(run: Run, rows: Mapping[str, Rows] | None = None, count: int = 256) -> Sample:
+    """
+    A sample of the training rows, the same each time, and what the run's model makes of it.
+
+    Args:
+        rows: By portion, where they are open already.
+
+    Raises:
+        ValueError: a stream, which would have to be read from its beginning; rows of a task; texts alone.
+        PairDataError: data that are no longer there.
+    """
+    # the first portion that has pictures
+    portions = {name: one for name, one in run.arguments.portions().items() if one.data.kind != "texts"}
+    if run.task is not None or not portions:
+        raise ValueError("rows of a task are not sampled" if run.task else "there are no pictures among the rows")
+    name, portion = next(iter(portions.items()))
+    if portion.data.streaming:
+        raise ValueError("a stream is not sampled")
+    taken = draw(open_training_rows(portion.data) if rows is None else rows[name], count)
+    images = portion.data.kind == "images"
+
+    # what the run takes for the same thing
+    told = run.arguments.to_dict()
+    same = told.get("match_ids") or told["one_row_per_id"]
+    seen = {
+        "captions": [row["captions"] for row in taken],
+        "ids": [row["id"] if same else number for number, row in enumerate(taken)],
+        "pictures": read_pictures(taken, THUMBNAIL).flatten(1),  # (n, M)
+    }
+    if not run.finished:
+        return Sample(**seen)
+
+    # what its model makes of them
+    directory = run.directory / "model"
+    model = load_model(AutoModel if images else AutoModelForPreTraining, directory, dtype=torch.float32)
+    seen |= _codes(model, told, taken)
+    if isinstance(model, RetrievalFeatures):
+        processor = AutoProcessor.from_pretrained(directory)
+        seen |= _tokens(processor, portion, taken) | _standing(model, processor, portion, taken)
+    return Sample(**seen)
+
+
+def draw(rows: PairRows, count: int) -> list[dict[str, Any]]:
+    """At most `count` rows whose pictures can be read, in their order, the same each time."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # (R,)
+    places = sorted(place for place in order[:count].tolist() if place not in rows.bad)
+    readable = []
+    for row in rows.take(places):
+        try:
+            read_pictures([row], 1)
+        except ImageDecodeError:
+            continue
+        readable.append(row)
+    return readable
+
+
+def _tokens(processor: Any, portion: Arguments, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    clean = CAPTION_RULES.get(portion.data.caption_rules) or str
+    captions = [clean(caption) for row in rows for caption in row["captions"]]
+    tokenizer = processor.tokenizer
+    tokens = [token for line in tokenizer(captions, add_special_tokens=False)["input_ids"] for token in line]
+    return {"unknown": tokens.count(tokenizer.unk_token_id), "tokens": len(tokens)}
+
+
+def _standing(model: PreTrainedModel, processor: Any, portion: Arguments, rows: list[dict[str, Any]]) -> dict:
+    # embeddings of the sample, and recall among as many rows to evaluate on
+    data, run = portion.data, portion.run
+    options = {"ks": (1,), "captions": "first", "progress": False, "name": "rows"}
+    options["clean_caption"] = CAPTION_RULES.get(data.caption_rules)
+    images, texts = RetrievalEvaluator(rows, **options).embed(model, processor)  # (n, P), (m, P)
+    standing = {"embeddings": {"pictures": images, "texts": texts}}
+    if not run.eval_data:
+        return standing
+    columns = (data.image_column, data.text_column, data.id_column)
+    others = draw(open_rows(run.eval_data[0], "pairs", *columns), len(rows))
+    if len(others) < FEWEST:
+        return standing
+    recalls = [dict(RetrievalEvaluator(some, **options).run(model, processor))["rows/r_mean"]
+               for some in (rows[: len(others)], others)]  # fmt: skip
+    return {**standing, "recalls": (*recalls, len(others))}
+
+
+def _codes(model: PreTrainedModel, told: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict:
+    # of a run that trains a tokenizer, or that predicts one's codes
+    if not isinstance(model, DiscreteVAE):
+        if told.get("image_tokenizer") is None or "mim" not in told["losses"]:
+            return {}
+        model = load_model(AutoModel, told["image_tokenizer"], dtype=torch.float32)
+    with evaluating(model):
+        codes = model.get_codebook_indices(read_pictures(rows, model.config.image_size))  # (n, N)
+    return {"codes": codes, "num_codes": model.config.num_codes}
+
+
+def _temperature(model: Path) -> tuple[float | None, tuple[float, float] | None]:
+    # of a finished model whose configuration has a range for it; a task's may have left it behind
+    config = _read_json(model / "config.json") if (model / "config.json").is_file() else {}
+    if "temperature_range" not in config:
+        return None, None
+    with safe_open(model / "model.safetensors", framework="pt") as weights:
+        if "temperature" not in weights.keys():  # noqa: SIM118
+            return None, None
+        return weights.get_tensor("temperature").item(), tuple(config["temperature_range"])
+
+
+def _processes(checkpoint: Path) -> int:
+    # each process's generator is a row
+    with safe_open(checkpoint / "random.safetensors", framework="pt") as generators:
+        return generators.get_slice("cpu").get_shape()[0]
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected the output_dir of a run, which holds its log")
+    try:
+        # a line that is being written is not there yet
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object a line: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object: {error}") from error
