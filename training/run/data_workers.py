@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
@@ -52,7 +53,8 @@ def patiently(loader: DataLoader, source: str) -> Iterator[Any]:
         yield from loader
         return
     before = multiprocessing.active_children()
-    batches = iter(loader)
+    with _sigterm_held():
+        batches = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in before]
 
     # in a thread: a loader's own timeout does not reach the handing over of memory, where a stopped worker hangs too
@@ -71,6 +73,19 @@ def patiently(loader: DataLoader, source: str) -> Iterator[Any]:
         if coming is not None and not coming.done():
             _kill(workers)
         reader.shutdown()
+
+
+@contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """Workers forked inside are born with SIGTERM blocked, as then is every thread that a library starts at a fork."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _kill(workers: list[Any]) -> None:
