@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from oner.training.publishing import placing
 from oner.training.publishing.digests import sha256_of
@@ -53,6 +54,12 @@ def test_an_error_leaves_nothing(tmp_path):
         write(scratch, a="1")
         raise OSError("full")
     assert not any((tmp_path / "deep").iterdir())
+
+
+def test_weights_that_find_no_room_are_said_with_their_place(tmp_path):
+    with pytest.raises(OSError, match="model: cannot be written.* No space left"), scratch_beside(tmp_path / "model"):
+        raise SafetensorError("I/O error: No space left on device")
+    assert not any(tmp_path.iterdir())
 
 
 def test_sigterm_leaves_nothing_and_the_handler_as_it_was(tmp_path):

@@ -1,6 +1,7 @@
 """The gate of what is published: no absolute path, no credentials, and everything else as it was."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,16 @@ def test_what_lies_below_the_working_directory_is_named_from_there(tmp_path, mon
     monkeypatch.setenv("HOME", str(tmp_path / "here" / "alice"))
     assert public_text(str(tmp_path / "here" / "alice" / "thesis" / "x")) == "x"
     assert public_text(f"in {tmp_path}/here/alice/My Thesis/x.csv") == "in ~/My Thesis/x.csv"
+
+
+@pytest.mark.parametrize(
+    "piece", ["a", "a.", "/a", "../", "a@", "x@y.", "a:/", "\\\\", "http://", "eyJ", "sk-", "a b/"]
+)
+def test_a_long_text_costs_little(piece):
+    """A caption may have 65,536 letters; a pattern that tries again at each of them takes minutes."""
+    start = time.process_time()
+    public_text(piece * (65_536 // len(piece)))
+    assert time.process_time() - start < 2
 
 
 def test_values_keep_their_types_and_secrets_are_known_by_their_keys():

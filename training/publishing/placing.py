@@ -17,6 +17,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .digests import sha256_of
 
 # of Linux's fcntl.h
@@ -41,7 +43,10 @@ def check_replaceable(directory: Path) -> None:
 
 @contextlib.contextmanager
 def scratch_beside(place: Path) -> Iterator[Path]:
-    """A new directory beside `place`, on the same file system, which is gone at the end unless it was put there."""
+    """
+    A new directory beside `place`, on the same file system, which is gone at the end unless it was put there. Raises
+    OSError where weights cannot be written.
+    """
     clear_leftovers(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-", suffix=WRITING))
@@ -50,6 +55,9 @@ def scratch_beside(place: Path) -> Iterator[Path]:
         fcntl.flock(held, fcntl.LOCK_EX)  # the kernel lets go of it, however this process ends
         with _sigterm_as_exit():
             yield scratch
+    except SafetensorError as error:
+        # it knows no file: of a full disk, say
+        raise OSError(f"{place}: cannot be written, what was there is as it was: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(held)

@@ -24,8 +24,8 @@ TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|sk-[\w-]{20,}"
     r"|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|Bearer\s+\S{8,})"
 )
-ADDRESS = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://([^\s\"'<>]+)")
-REMOTE = re.compile(r"\b[\w.+-]+@[\w.-]+:[/~][^\s\"'<>]*")  # of scp and rsync
+ADDRESS = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*)://([^\s\"'<>]+)")
+REMOTE = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w.-]+:[/~][^\s\"'<>]*")  # of scp and rsync
 POSIX = re.compile(r"(?<![\w/.~{}-])(?:~[\w.-]*)?/(?:[^\s/\"'<>|,;()\[\]]+/)+[^\s\"'<>|,;()\[\]]*")
 WINDOWS = re.compile(r"(?:\b[A-Za-z]:[\\/]|\\\\)[^\s\"'<>|,;]*[\\/]?[^\s\"'<>|,;]*")
 # schemes whose authority is a bucket or an organisation, and those whose host the world can reach
@@ -87,7 +87,7 @@ def _last_parts(text: str) -> str:
 
     # a working directory that holds the home would show all of it
     here = PurePosixPath(os.getcwd())
-    if here not in (home := PurePosixPath(Path.home()), *home.parents) and here in (path, *path.parents):
+    if here not in (home := PurePosixPath(Path.home()), *home.parents) and path.is_relative_to(here):
         return path.relative_to(here).as_posix()
 
     # the last part of a home is somebody's name
