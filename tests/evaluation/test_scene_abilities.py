@@ -189,6 +189,7 @@ def test_one_command_fills_the_table(example, folder, tmp_path, capsys, kind):
     table = (tmp_path / "model" / "results" / "abilities.md").read_text()
     assert table in capsys.readouterr().out and "| ability | seen | unseen_style |" in table
     assert "≥ 97.0 %" in table and "≥ 60.0 %" in table and "McNemar's p, seen/guidance/sum" in table
+    assert "20 of seen, 20 of unseen_style; the aims of recall are for 1,000" in table
     assert ("Grad-CAM of contrast, in the box" in table) == ("re-ranked by the sum" in table) == (kind == "matching")
     stored = json.loads((tmp_path / "model" / "results" / "seen.abilities.json").read_text())
     assert stored["protocol"]["split"] == "seen" and stored["protocol"]["scenes"] == 20
