@@ -123,10 +123,8 @@ def table(values: dict[str, float], scenes: dict[str, int]) -> str:
         if any(cells):
             lines.append(f"| {ability.name} | " + " | ".join(cells) + " |")
     counted = ", ".join(f"{count:,} of {split}" for split, count in scenes.items())
-    note = (
-        f"Scenes: {counted}; the aims of recall are for 1,000. In brackets: what chance gives, and the aim; ✓ where "
-    )
-    note += "it is reached."
+    note = f"Scenes: {counted}; the aims of recall are for 1,000. In brackets: what chance gives, and the aim; "
+    note += "✓ where it is reached."
     tested = [name for name in values if name.endswith("_mcnemar_p")]
     note += "".join(f" McNemar's p, {name.removesuffix('_mcnemar_p')}: {values[name]:.2g}." for name in tested)
     return "\n".join([*lines, "", note, ""])
