@@ -70,7 +70,7 @@ def matching_says_no(lines: Sequence[Mapping[str, Any]], uninformed: Mapping[str
         f"itm {loss:.3f} at the end of the log; always saying no gives {uninformed['itm']:.3f}",
         f"itm below {HARDLY_MATCHES * uninformed['itm']:.3f}",
         "re-rank by nothing yet, and train on: on the emoji itm stood at .61 to .63 after 12 epochs and at .46 after "
-        "32 (docs/evidence_simla.md); docs/training_small.md has what was tried to shorten the wait",
+        "32 (docs/evidence_simla.md). Contrast first did not shorten the wait (docs/training_small.md)",
     )
 
 
