@@ -19,6 +19,7 @@ from oner.modeling.vl_features import RetrievalFeatures
 from oner.processing.data.rows import PairRows
 from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import ImageDecodeError
+from oner.processing.vl_tokenizer import unknown_words
 from oner.training.evaluation.dvae import read_pictures
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.evaluation.sheets import evaluating
@@ -235,9 +236,8 @@ def draw(rows: PairRows, count: int) -> list[dict[str, Any]]:
 def _tokens(processor: Any, portion: Arguments, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     clean = CAPTION_RULES.get(portion.data.caption_rules) or str
     captions = [clean(caption) for row in rows for caption in row["captions"]]
-    tokenizer = processor.tokenizer
-    tokens = [token for line in tokenizer(captions, add_special_tokens=False)["input_ids"] for token in line]
-    return {"unknown": tokens.count(tokenizer.unk_token_id), "tokens": len(tokens)}
+    unknown, tokens, _ = unknown_words(processor.tokenizer, captions)
+    return {"unknown": unknown, "tokens": tokens}
 
 
 def _standing(model: PreTrainedModel, processor: Any, portion: Arguments, rows: list[dict[str, Any]]) -> dict:
