@@ -28,7 +28,7 @@ export OMP_WAIT_POLICY ?= passive
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
 	@echo 'make scenes             SCENES=40000 composed pictures to train on, and what to judge by, in runs/scenes (2 minutes)'
-	@echo 'make icons              190,000 named icons to train on and to judge by, fetched by npm, in runs/icons (MINUTES minutes)'
+	@echo 'make icons              200,000 named icons to train on and to judge by, fetched by npm, in runs/icons (6 minutes of one core)'
 	@echo 'make test               install, run the tests offline (15 minutes, 2 cores)'
 	@echo 'make test-lowest        the tests on the oldest releases that setup.cfg admits, in an environment of their own'
 	@echo 'make test-newest        the tests on the newest ones, likewise; what our code calls of the deprecated fails it'

@@ -1,4 +1,4 @@
-"""The embedded emoji with their names in ten languages, and a tokenizer that reads all ten.
+"""The embedded emoji with their names in ten languages.
 
     python examples/data/emoji_languages.py runs/emoji_languages
     python examples/data/emoji_languages.py runs/emoji_languages --package FILE.tgz --languages en de ja
@@ -22,14 +22,9 @@ from building import fetch, write_table
 from scenes_languages import PACKAGE, plain
 from scenes_sprites import EMOJI, LEFT_OUT
 
-from oner.processing.vl_tokenizer import train_tokenizer
-
 LANGUAGES = ("en", "de", "fr", "es", "ja", "zh", "ko", "hi", "th", "ru")
 FILES = ("train", "test_style", "test_concept")
 TOGETHER = {"ja": "、", "zh": "、"}  # between a name and its keywords, a comma elsewhere
-VOCABULARY = 12000
-CHARACTERS = 4000  # all that these names are written in
-TEXT_LENGTH = 32
 
 
 def read_names(package: Path, languages: Sequence[str]) -> dict[str, dict[str, list[str]]]:
@@ -91,18 +86,11 @@ def main(given: list[str] | None = None) -> None:
     args = parser.parse_args(given)
     names = read_names(args.package or fetch(PACKAGE, args.output), args.languages)
 
-    texts: list[str] = []
     for name in FILES:
         before = pq.read_table(EMOJI / f"{name}.parquet")
         table = with_languages(before, names)
         write_table(args.output / f"{name}.parquet", table)
         print(f"{name}.parquet: {len(table)} of {len(before)} rows in {len(names)} languages")
-        if name == "train":
-            texts = [text for row in table["captions_all"].to_pylist() for text in row]
-    # Accents stay: in half of these languages they are vowels or consonants.
-    tokenizer = train_tokenizer(texts, VOCABULARY, 2, CHARACTERS, max_text_length=TEXT_LENGTH, strip_accents=False)
-    tokenizer.save_pretrained(args.output / "tokenizer")
-    print(f"tokenizer: {len(tokenizer)} tokens")
 
 
 if __name__ == "__main__":
