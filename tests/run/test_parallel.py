@@ -21,13 +21,13 @@ from oner.training.parallel.sharding import (
     load_full_state,
 )
 from oner.training.run import launch as parallel
-from oner.training.run.arguments import RunArguments, read_launch
+from oner.training.run.arguments import SIZES, Launch, RunArguments, read_launch
 from oner.training.run.launch import ParallelError, WholeModel, make_accelerator, prepare
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("LOCAL_RANK", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+    for name in (*SIZES, "LOCAL_RANK", *(f"ACCELERATE_USE_{what}" for what in ("CPU", "FSDP", "DEEPSPEED"))):
         monkeypatch.delenv(name, raising=False)
     forget_accelerator()
     yield
@@ -73,8 +73,17 @@ def test_launches_that_would_train_another_run_are_refused(tmp_path, monkeypatch
         make_accelerator(run_of(tmp_path, mixed_precision=precision))
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_nobody_joins_are_refused(tmp_path, monkeypatch, name):
+    """As of a launcher that Accelerate does not know: each would train the run on a share of each batch."""
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(ParallelError, match="'started': 2, \"Accelerate's\": 1, \"torch's\": 1.: nothing would be"):
+        make_accelerator(run_of(tmp_path))
+
+
 def test_the_launch_is_read_when_asked(monkeypatch):
-    assert not any(vars(read_launch()).values())
+    assert read_launch() == Launch(False, False, False, False, False, processes=1)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "True")
     launch = read_launch()

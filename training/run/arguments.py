@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from oner.processing.data.augmentation import Crop
-from oner.processing.data.bounds import check_bounds
 from oner.processing.data.masking import Masking
 from oner.processing.data.sampling import concept_id
 
@@ -454,60 +453,3 @@ def flat(part: Any) -> dict[str, Any]:
 def hints_of(*kinds: type) -> dict[str, Any]:
     """Field -> its type, of dataclasses."""
     return {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-
-
-def check(arguments: Arguments) -> None:
-    """Raises `ValueError` for values out of range (`BOUNDS`), empty texts, and values that exclude each other."""
-    for part in (arguments.model, arguments.run, arguments.objective):
-        _check_values(part)
-    for portion in arguments.portions().values():
-        _check_values(portion.data)
-        # the seed of a portion is drawn, and longer
-        _check_values(dataclasses.replace(portion.run, seed=arguments.run.seed))
-        _check_data(portion.data)
-        _check_batches(portion.run)
-    arguments.epoch_of()
-    _check_run(arguments.run)
-
-
-def _check_values(part: Any) -> None:
-    check_bounds(part)
-    for one in dataclasses.fields(part):
-        value = getattr(part, one.name)
-        texts = value if isinstance(value, list) else [value]
-        if any(isinstance(text, str) and not text.strip() for text in texts):
-            raise ValueError(f"{one.name} is {value!r}; expected a text, or leave it out")
-
-
-def _check_data(data: DataArguments) -> None:
-    # the sources and their shares
-    if not data.train_data:
-        raise ValueError("train_data is empty; expected files, a folder, or the name of a data set")
-    if data.data_weights is not None and len(data.data_weights) != len(data.train_data):
-        raise ValueError(
-            f"data_weights is {data.data_weights}; expected one for each of the {len(data.train_data)} in train_data"
-        )
-
-    # options that exclude each other
-    if data.one_row_per_id and data.id_column is None:
-        raise ValueError("one_row_per_id needs id_column, got none")
-    if data.captions_apart and (data.streaming or data.kind != "pairs"):
-        raise ValueError(
-            f"captions_apart needs rows of pairs by number, got kind {data.kind}{' as a stream' * data.streaming}"
-        )
-    if data.one_row_per_id and data.streaming:
-        raise ValueError("one_row_per_id needs all ids at the start, which a stream cannot give; drop one of the two")
-
-
-def _check_batches(run: RunArguments) -> None:
-    if run.gradient_cache_chunks > run.batch_size:
-        raise ValueError(
-            f"gradient_cache_chunks is {run.gradient_cache_chunks}; expected 1 to the batch_size of {run.batch_size}"
-        )
-
-
-def _check_run(run: RunArguments) -> None:
-    if os.path.exists(run.output_dir) and not os.path.isdir(run.output_dir):
-        raise ValueError(f"output_dir is {run.output_dir!r}, which is no directory")
-    if run.schedule == "albef" and (run.warmup_steps or 0) % 100:
-        raise ValueError(f"warmup_steps is {run.warmup_steps}; expected stairs of 100 steps under schedule albef")

@@ -12,7 +12,8 @@ from transformers import AutoConfig, HfArgumentParser
 from oner.processing.data.places import regular
 from oner.training.objectives.objective import OBJECTIVES, objective_classes
 
-from .arguments import DATA, Arguments, ModelArguments, RunArguments, check, data_arguments, flat, hints_of
+from .argument_checks import check
+from .arguments import DATA, Arguments, ModelArguments, RunArguments, data_arguments, flat, hints_of
 from .values import fit, read_json
 
 
