@@ -96,8 +96,7 @@ def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | Non
             print(f"indexing again: {error}")
             for file in (*cache.glob("embeddings-*.safetensors"), cache / INDEX_FILE):
                 file.unlink(missing_ok=True)  # what is left of a damaged index must not be in the way
-    pipe.index(table_rows(str(source)) if source.suffix in TABLES else source)
-    pipe.save_index(cache)
+    pipe.index(table_rows(str(source)) if source.suffix in TABLES else source, directory=cache)
     listing_file.write_text(json.dumps(listing))
 
 

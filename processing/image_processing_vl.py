@@ -196,12 +196,15 @@ def _from_stream(stream: Any, name: str, max_pixels: int | None, finish: Callabl
         raise ImageDecodeError(f"cannot read {name}: not a picture in a known format, starts with {head!r}") from error
     except Exception as error:  # Pillow's parsers raise many types on hostile headers; all mean the same here
         raise ImageDecodeError(f"cannot read {name}: {_reason(error)}") from error
-    with image:
-        _check_pixels(image.size, max_pixels, name)
-        with decoding.hold(image.size[0] * image.size[1] * BYTES_PER_PIXEL):
+    _check_pixels(image.size, max_pixels, name)
+    with decoding.hold(image.size[0] * image.size[1] * BYTES_PER_PIXEL):
+        with image:
             decoded = _guarded(_decode, image, name)
-            _check_pixels(decoded.size, max_pixels, name)  # a container's header may say less than what it holds
-            return finish(decoded)
+        del image  # the decoder's canvases go before anything is made of the picture
+        _check_pixels(decoded.size, max_pixels, name)  # a container's header may say less than what it holds
+        result = finish(decoded)
+        del decoded
+    return result
 
 
 def _check_pixels(size: tuple[int, int], max_pixels: int | None, name: str) -> None:

@@ -144,6 +144,8 @@ def content_of(value: Any, name: str) -> Iterator[bytes]:
         yield value.tobytes()
         return
     array = value.detach().cpu().float().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    if array.dtype.hasobject:
+        raise TypeError(f"no picture: {type(value).__name__}")
     yield f"{array.shape}{array.dtype}".encode()
     yield np.ascontiguousarray(array).tobytes()
 

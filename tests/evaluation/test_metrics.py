@@ -215,7 +215,8 @@ def test_evaluate_modules_equal_the_functions(fixture, keep_in_memory, tmp_path)
     metric = metric_retrieval_recall.RetrievalRecall(**how)
     for start in range(0, len(owners), 20):
         chunk = slice(start, start + 20)
-        metric.add_batch(predictions=scores[chunk], references=owners[chunk, None].tolist())
+        columns = owners[chunk] if start else owners[chunk, None]  # a list for each query, or its only column
+        metric.add_batch(predictions=scores[chunk], references=columns.tolist())
     result = metric.compute(ks=[1, 5])
     expected = recall_at_k(scores, (owners, torch.arange(23)), [1, 5])
     assert [result["recall@1"], result["recall@5"]] == pytest.approx(list(expected.values()))

@@ -21,7 +21,7 @@ DESCRIPTION = (
 INPUTS = """
 Args:
     predictions: (queries, gallery) scores, higher is better.
-    references: for each query the list of its positives' columns.
+    references: for each query the list of its positives' columns, or the column of its only one.
     ks: cut-offs, default 1, 5, 10.
 Returns:
     recall@k and chance@k in [0, 1], median_rank and mean_rank counted from 1, queries. Ties count in expectation.
@@ -44,7 +44,7 @@ class RetrievalRecall(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions=None, references=None, **kwargs) -> None:
-        """Reduce scores (q, G) and q lists of positive columns to counts, and store those.
+        """Reduce scores (q, G) and q lists of positive columns, or q columns, to counts, and store those.
 
         Raises:
             ValueError: other names given, lengths differ, a positive outside the gallery, or as `metrics.standing`.
@@ -58,7 +58,7 @@ class RetrievalRecall(evaluate.Metric):
         # lists of columns as a mask, each column checked against the gallery
         positives = torch.zeros(scores.shape, dtype=torch.bool)  # (q, G)
         for row, columns in zip(positives, references, strict=True):
-            columns = torch.as_tensor(columns, dtype=torch.long)
+            columns = torch.as_tensor(columns, dtype=torch.long).reshape(-1)
             if len(columns) and (columns.min() < 0 or columns.max() >= scores.shape[1]):
                 raise ValueError(f"positive columns must be in 0..{scores.shape[1] - 1}, got {columns.tolist()}")
             row[columns] = True
