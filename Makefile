@@ -39,7 +39,7 @@ help:
 	@echo 'make lint | format      ruff, checking or mending'
 	@echo 'make evidence           the ablation table, with the CLIP baseline (slow)'
 	@echo 'make evidence-simla     SIMLA'\''s Table 1 on the embedded pairs, five rows, re-ranked (slow)'
-	@echo 'make fuzz               mutated pictures, captions and files of rows: none may crash or hang (slow)'
+	@echo 'make fuzz               mutated pictures, captions, files, archives, addresses, indexes: none may crash or hang (slow)'
 	@echo 'make scale              memory of InfoNCE at 32k x 32k, memory and time of cached gradients (slow)'
 	@echo 'make benchmark          docs/performance.json and the tables of docs/performance.md (6 minutes, 2 quiet cores)'
 	@echo 'make walk               which files a picture and its caption go through from disk to loss, for each family'

@@ -55,6 +55,10 @@ def _by_key(entries: Sequence[Any], key: str, needed: Sequence[str], name: str) 
         missing = [field for field in (key, *needed) if not isinstance(entry, Mapping) or field not in entry]
         if missing:
             raise PairDataError(f"{name}: entry {number} lacks {', '.join(missing)}")
+        for field in (key, *needed):
+            kinds = (list, tuple) if field == "bbox" else (int, float, str)
+            if not isinstance(entry[field], kinds):
+                raise PairDataError(f"{name}: entry {number} has {entry[field]!r:.40} as its {field}")
     return {entry[key]: entry for entry in entries}
 
 

@@ -18,6 +18,7 @@ import datasets
 from .row_checks import SHOWN, PairDataError, report, text_reason
 from .rows import PairTable
 from .task_files import read_json
+from .text_tables import is_utf8
 
 COLUMNS = {"image": "image", "text": "captions", "id": "id"}
 
@@ -101,9 +102,10 @@ def _karpathy_entries(file: Path, images: list[Any], split: str | None) -> Itera
     for number, image in enumerate(images):
         if not isinstance(image, dict):
             yield Entry(None, None, None, f"image {number} ({image!r:.40}, expected an object)")
-        elif image.get("split") in wanted:
+        elif str(image.get("split")) in wanted:
             name, sentences = image.get("filename"), image.get("sentences")
-            path = os.path.join(image.get("filepath") or "", name) if isinstance(name, str) else None
+            folder = image.get("filepath") or ""
+            path = os.path.join(folder, name) if isinstance(name, str) and isinstance(folder, str) else None
             if isinstance(sentences, list):
                 sentences = [one.get("raw") if isinstance(one, dict) else one for one in sentences]
             yield Entry(path, sentences, path, f"image {number} ({name})")
@@ -128,6 +130,8 @@ def _add(columns: dict[str, list], reasons: dict[int, str], entry: Entry, captio
     wrong = text_reason(captions)
     if not isinstance(entry.image, str):
         wrong = "; ".join(filter(None, (wrong, f"the picture must be a path, got {type(entry.image).__name__}")))
+    elif not is_utf8(entry.image) or not is_utf8(str(entry.id)):
+        wrong = "; ".join(filter(None, (wrong, "its path or id holds a lone surrogate, which is no text")))
     if wrong:
         reasons[len(columns["id"])] = f"{entry.place}: {wrong}"
 

@@ -230,7 +230,10 @@ def _check_headers(file: BinaryIO, place: int) -> None:
         _DamageError: too much of it.
     """
     for _ in range(MOST_HEADERS):
-        file.seek(place)
+        try:
+            file.seek(place)
+        except (ValueError, OverflowError, OSError) as error:
+            raise _DamageError(f"the archive is damaged: its next header would be at byte {place}") from error
         header = file.read(BLOCK)
         if header[156:157] not in EXTENDED:
             return
@@ -320,6 +323,7 @@ def _row_of(sample: _Sample, columns: ShardColumns, file: BinaryIO) -> dict[str,
         except ValueError as error:
             reasons.append(str(error))
     picture = content_digest(file, offset, size) if columns.kind == "pairs" and not reasons else None
+    offset, size = (0, 0) if reasons else (offset, size)  # what a damaged header says may be any number
     return _index_row(sample.key, offset, size, captions, identity, "; ".join(reasons) or None, picture)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .places import regular
 from .row_checks import PairDataError
-from .text_tables import parsed
+from .text_tables import is_utf8, parsed
 
 MISSING = object()
 
@@ -72,7 +72,18 @@ def first_field(
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise RowFault(f"{present[0]!r} must be {expected}, got {type(value).__name__} {value!r:.40}")
+    if isinstance(value, str) and not is_utf8(value):
+        raise RowFault(f"{present[0]!r} holds a lone surrogate, which is no text: {value!r:.40}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RowFault(f"{present[0]!r} does not fit into 64 bits: {value!r:.40}")
     return value
+
+
+def listed(content: Mapping[str, Any], name: str, path: str) -> list[Any]:
+    """A field of a file that must be a list. Raises `PairDataError`."""
+    if not isinstance(content.get(name), list):
+        raise PairDataError(f"{path}: {name!r} should be a list, got {type(content.get(name)).__name__}")
+    return content[name]
 
 
 def find_file(folder: str, *names: str) -> str:
@@ -99,4 +110,4 @@ def forget_files() -> None:
     is_file.cache_clear()
 
 
-__all__ = ["Broken", "RowFault", "field", "find_file", "first_field", "forget_files", "is_file", "read_json"]
+__all__ = ["Broken", "RowFault", "field", "find_file", "first_field", "forget_files", "is_file", "listed", "read_json"]

@@ -20,7 +20,8 @@ from oner.processing.vl_captions import caption_reason
 
 from .listed_rows import ListedRows
 from .row_checks import PairDataError
-from .task_files import Broken, RowFault, field, find_file, first_field, forget_files, is_file, read_json
+from .task_files import Broken, RowFault, field, find_file, first_field, forget_files, is_file, listed, read_json
+from .text_tables import is_utf8
 
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
 REASONING_LABELS = ("False", "True")
@@ -101,14 +102,16 @@ def open_questions(
     for source in sources:
         content = read_json(source)
         if isinstance(content, dict) and "annotations" in content:
-            annotations = annotations or {}
-            annotations.update({one.get("question_id"): one for one in content["annotations"]})
+            found = listed(content, "annotations", source)
+            known = (one for one in found if isinstance(one, dict) and isinstance(one.get("question_id"), int))
+            annotations = {**(annotations or {}), **{one["question_id"]: one for one in known}}
         elif isinstance(content, (dict, list)) and (isinstance(content, list) or "questions" in content):
             asking.append((source, content))
         else:
+            fields = sorted(content)[:8] if content and isinstance(content, dict) else "nothing"
             raise PairDataError(
                 f"{source}: expected VQA v2's questions or annotations, Visual Genome's question_answers or a list of "
-                f"questions, got {type(content).__name__} with {sorted(content)[:8] if content else 'nothing'}"
+                f"questions, got {type(content).__name__} with {fields}"
             )
 
     # questions alone may be asked, answers alone may not
@@ -120,7 +123,7 @@ def open_questions(
             home = folder or str(Path(source).parent)
             if isinstance(content, dict):
                 subtype = str(content.get("data_subtype", "")).replace("-dev", "")
-                records = content["questions"]
+                records = listed(content, "questions", source)
                 make = partial(_coco_question, home=home, subtype=subtype, annotations=annotations)
             else:
                 records = _genome_questions(content)
@@ -250,7 +253,7 @@ def _merged_question(record: Mapping[str, Any], home: str, genome: str) -> Draft
     return {
         "image": image,
         "text": field(record, "question", (str,)),
-        "answers": [answers] if one else _answers(answers),
+        "answers": _answers([answers] if one else answers),
         "weight": VISUAL_GENOME_WEIGHT if kind == "vg" else 1.0,
         "kind": field(record, "answer_type", (str,), None),
         "id": first_field(record, ("question_id", "qa_id"), (int, type(None)), None),
@@ -260,10 +263,12 @@ def _merged_question(record: Mapping[str, Any], home: str, genome: str) -> Draft
 def _genome_questions(content: list[Any]) -> Iterator[Any]:
     """The records of a list, those of one picture in Visual Genome's files taken apart."""
     for record in content:
-        if isinstance(record, dict) and "qas" in record:
-            yield from ({"image_id": record.get("id", record.get("image_id")), **one} for one in record["qas"])
-        else:
+        questions = record.get("qas") if isinstance(record, dict) else None
+        if not isinstance(questions, list):
             yield record
+            continue
+        picture = {"image_id": record.get("id", record.get("image_id"))}
+        yield from ({**picture, **one} if isinstance(one, dict) else one for one in questions)
 
 
 def _answers(values: Any) -> list[str]:
@@ -271,7 +276,7 @@ def _answers(values: Any) -> list[str]:
         raise RowFault(f"the answers must be a list, got {type(values).__name__} {values!r:.40}")
     # VQA v2 has one mapping an annotator, ALBEF's lists have the answers alone
     answers = [one.get("answer") if isinstance(one, dict) else one for one in values]
-    if wrong := [one for one in answers if not isinstance(one, str)]:
+    if wrong := [one for one in answers if not isinstance(one, str) or not is_utf8(one)]:
         raise RowFault(f"an answer must be a string, got {type(wrong[0]).__name__} {wrong[0]!r:.40}")
     return answers
 
@@ -352,8 +357,10 @@ def _drafted(
                 raise RowFault(f"no word is left of the text {original!r:.40}")
         if answered and not any(answer.strip() for answer in draft["answers"]):
             raise RowFault("there is no answer")
+        if wrong := [name for name, one in draft.items() if isinstance(one, str) and not is_utf8(one)]:
+            raise RowFault(f"its {wrong[0]} holds a lone surrogate, which is no text")
     except RowFault as fault:
-        return {**empty, "fault": str(fault)}
+        return {**empty, "fault": str(fault).encode("utf-8", "backslashreplace").decode()}
 
     # its pictures, all that are missing
     missing = (f"no picture file {draft[name]}" for name in images if not is_file(draft[name]))

@@ -1,6 +1,6 @@
 """Mutations of good and bad inputs, thousands of them: each is read or refused in words, and nothing crashes or hangs.
 
-    python tests/reliability/fuzz_inputs.py [--pictures 20000] [--captions 20000] [--tables 300] [--seed 0] [--out DIR]
+    python tests/reliability/fuzz_inputs.py [--pictures 20000] [--tables 2000] ... [--seed 0] [--out DIR]
 
 Mutant i is a function of (seed, kind, i). Children do the reading, so that a crash in a decoder's C code, or a hang,
 is seen from outside, named by its number, and its mutant written to DIR. Exit status 1 if there was any.
@@ -18,11 +18,14 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve()
 TESTS, ROOT = HERE.parents[1], HERE.parents[2]
-KINDS = ("pictures", "captions", "tables")
-LONGEST = {"pictures": 60.0, "captions": 60.0, "tables": 120.0}  # seconds for one mutant; a hang is longer
+# kind of input -> mutants; the last five are in fuzz_files.py
+KINDS = {"pictures": 20_000, "captions": 20_000, "tables": 2_000}
+KINDS |= {"nesting": 1_000, "task_files": 10_000, "archives": 3_000, "addresses": 3_000, "indexing": 200}
+LONGEST = 120.0  # seconds for one mutant; a hang is longer
 MEMORY = 8 * 2**30  # bytes of address space of a child
 INTERESTING = (0, 1, 0x7F, 0x80, 0xFF)
 
@@ -196,6 +199,12 @@ class Tables:
         return "read" if not replaced and len(good) == len(rows) else "read in part"
 
 
+def task_of(kind: str, folder: Path) -> Any:
+    from fuzz_files import TASKS
+
+    return {"pictures": Pictures, "captions": Captions, "tables": Tables, **TASKS}[kind](folder)
+
+
 def child(kind: str, seed: int, start: int, stop: int, folder: Path) -> None:
     """Reads the mutants one after the other; says before each that it begins, and at the end what came of them."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -204,7 +213,7 @@ def child(kind: str, seed: int, start: int, stop: int, folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    task = {"pictures": Pictures, "captions": Captions, "tables": Tables}[kind](folder)
+    task = task_of(kind, folder)
     for number in range(start, stop):
         rng = random.Random(f"{seed} {kind} {number}")
         content = task.make(rng)
@@ -228,7 +237,7 @@ def run(kind: str, count: int, seed: int, out: Path) -> tuple[dict, list[dict]]:
             fault, current = "the child died", start - 1
             with open(Path(folder) / "errors.txt", "w") as errors:
                 process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-            alarm = Watch(process, LONGEST[kind])
+            alarm = Watch(process, LONGEST)
             for line in process.stdout:
                 event = json.loads(line)
                 alarm.reset()
@@ -246,7 +255,7 @@ def run(kind: str, count: int, seed: int, out: Path) -> tuple[dict, list[dict]]:
             process.wait()
             if start >= count:
                 break
-            fault = f"hung for {LONGEST[kind]} s" if alarm.fired else f"{fault} with status {process.returncode}"
+            fault = f"hung for {LONGEST} s" if alarm.fired else f"{fault} with status {process.returncode}"
             if current < start:
                 raise RuntimeError(f"{fault} before it began: " + (Path(folder) / "errors.txt").read_text()[-2000:])
             outcomes["hang" if alarm.fired else "death"] += 1
@@ -285,7 +294,7 @@ def keep(kind: str, seed: int, faults: list[dict], out: Path, folder: Path) -> N
     if not faults:
         return
     sys.path[:0] = [str(ROOT), str(TESTS)]
-    task = {"pictures": Pictures, "captions": Captions, "tables": Tables}[kind](folder)
+    task = task_of(kind, folder)
     out.mkdir(parents=True, exist_ok=True)
     for fault in faults:
         content = task.make(random.Random(f"{seed} {kind} {fault['number']}"))
@@ -295,7 +304,7 @@ def keep(kind: str, seed: int, faults: list[dict], out: Path, folder: Path) -> N
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    for kind, count in zip(KINDS, (20_000, 20_000, 300), strict=True):
+    for kind, count in KINDS.items():
         parser.add_argument(f"--{kind}", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
