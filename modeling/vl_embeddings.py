@@ -19,8 +19,8 @@ def sincos_1d(positions: torch.Tensor, dim: int) -> torch.Tensor:
 
 def sincos_2d(rows: torch.Tensor, columns: torch.Tensor, dim: int) -> torch.Tensor:
     """MAE's 2-D table, row-major: the first half of `dim` encodes the column, the second the row. -> (h*w, dim)."""
-    x = columns.repeat(len(rows))  # (h*w,) column of each patch
-    y = rows.repeat_interleave(len(columns))
+    x = columns.repeat(rows.shape[0])  # (h*w,) column of each patch
+    y = rows.repeat_interleave(columns.shape[0])
     return torch.cat([sincos_1d(x, dim // 2), sincos_1d(y, dim // 2)], dim=1)
 
 
