@@ -109,7 +109,7 @@ class OneREmbeddings(nn.Module):
         # an image alone
         if input_ids is None:
             patches = self.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
-            hidden_states = torch.cat([self.embed_cls(len(patches)), patches], dim=1)  # (B, 1 + N, D)
+            hidden_states = torch.cat([self.embed_cls(patches.shape[0]), patches], dim=1)  # (B, 1 + N, D)
             token_types = torch.full(hidden_states.shape[:2], PATCH_TOKEN, device=hidden_states.device)
             token_types[:, 0] = CLS_TOKEN
             return hidden_states, token_types
@@ -124,7 +124,9 @@ class OneREmbeddings(nn.Module):
         # tokens, counted from the first of the text
         place = (token_types == TEXT_TOKEN).cumsum(1) - 1  # (B, L)
         tokens = self.embed_tokens(input_ids, place.clamp(0, self.config.max_text_length - 1))  # (B, L, D)
-        hidden_states = torch.cat([self.embed_cls(len(tokens)).to(tokens.dtype), tokens[:, 1:]], dim=1)
+        # no slice from 1 on: an exported graph would have one more case, a text of one token
+        is_cls = (torch.arange(tokens.shape[1], device=tokens.device) == 0)[:, None]  # (L, 1)
+        hidden_states = torch.where(is_cls, self.embed_cls(tokens.shape[0]).to(tokens.dtype), tokens)  # (B, L, D)
 
         # patches in place of their placeholders
         if pixel_values is not None:

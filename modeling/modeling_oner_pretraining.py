@@ -158,7 +158,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
 
         # under autocast the stem gives half precision and the table fp32
         dtype = torch.promote_types(patches.dtype, text.dtype)
-        return embeddings.embed_cls(len(patches)).to(dtype), patches.to(dtype), text.to(dtype)
+        return embeddings.embed_cls(patches.shape[0]).to(dtype), patches.to(dtype), text.to(dtype)
 
     def _pack(
         self,
@@ -232,7 +232,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         if text is not None:
             row = stream.text_index // stream.text_slots
             total = total.index_add(0, row, text)  # (B, D)
-            count = count.index_add(0, row, text.new_ones(len(text), 1))  # (B, 1)
+            count = count.index_add(0, row, text.new_ones(text.shape[0], 1))  # (B, 1)
         return total / count.clamp_min(1)
 
     def _represent(

@@ -16,7 +16,7 @@ from .vl_features import CosineRetrieval, MaskedTokens
 from .vl_gradcam import GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs
-from .vl_outputs import VisionLanguageModelOutput, token_types_of
+from .vl_outputs import VisionLanguageModelOutput, token_types_of, with_patches
 from .vl_saving import SavedWhole
 
 
@@ -95,7 +95,7 @@ class SimlaModel(DualEncoder, SimlaPreTrainedModel):
             text_states = self.text.alone(beginning, attention_mask, **kwargs)  # (B, T, D)
             pooled = (self.embed_images(image_states) + self.embed_texts(text_states)) / 2  # (B, P)
         fused = self.text.fuse(beginning, attention_mask, image_states, **kwargs)  # (B, T, D)
-        states = torch.cat([fused[:, :1], image_states[:, 1:], fused[:, 1:]], dim=1)  # (B, N + T, D)
+        states = with_patches(fused, image_states)  # (B, N + T, D)
         return VisionLanguageModelOutput(
             last_hidden_state=states,
             pooler_output=pooled,

@@ -187,7 +187,7 @@ class SimlaForPreTraining(
     ) -> None:
         """Every text that reads a clean image, in one run: pairs, negatives, masked texts. Fills `output`."""
         # rows of text, and the image that each reads
-        own = torch.arange(len(text_ids), device=text_ids.device)
+        own = torch.arange(text_ids.shape[0], device=text_ids.device)
         ids = []
         masks = []
         images = []
@@ -207,7 +207,7 @@ class SimlaForPreTraining(
         states = self.simla.fuse(torch.cat(ids), torch.cat(masks), output.image_states, torch.cat(images))
 
         # apart again: pairs by their [CLS], then the masked texts
-        matched = 0 if negatives is None else 3 * len(text_ids)
+        matched = 0 if negatives is None else 3 * text_ids.shape[0]
         if matched:
             output.itm_logits = self.itm_head(states[:matched, 0])  # (3B, 2)
         if masked_ids is not None:

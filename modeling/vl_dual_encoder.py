@@ -61,7 +61,7 @@ class VisionEmbeddings(nn.Module):
         # what is masked is not seen at all
         if bool_masked_pos is not None:
             patches = torch.where(bool_masked_pos[..., None], self.mask_token.to(patches.dtype), patches)  # (B, N, D)
-        cls = self.cls_token.to(patches.dtype).expand(len(patches), -1, -1)  # (B, 1, D)
+        cls = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)  # (B, 1, D)
         return torch.cat([cls, patches], dim=1) + self.positions(grid).to(patches.dtype)  # (B, 1 + N, D)
 
 
@@ -290,7 +290,7 @@ class ImageTextMatching:
             image_states = self.tower.vision(pixel_values)  # (R, S, D)
 
         # without an index text r is held against image r
-        if context_index is None and len(image_states) != len(input_ids):
+        if context_index is None and image_states.shape[0] != input_ids.shape[0]:
             raise ValueError(f"got {len(input_ids)} texts and {len(image_states)} pictures; expected as many of each")
         return self.matching_logits(input_ids, attention_mask, image_states, context_index)
 

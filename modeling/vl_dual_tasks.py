@@ -147,7 +147,7 @@ class TwoImageReasoning(TwoImageReading):
         check_inputs(self.base_model, None, None, second_images)
         # the two images of a text side by side
         states = self.base_model.vision(pixel_values.flatten(0, 1))  # (2B, S, D)
-        first = torch.arange(0, len(states), 2, device=states.device)  # (B,)
+        first = torch.arange(0, states.shape[0], 2, device=states.device)  # (B,)
         cls = self.read(input_ids, attention_mask, states, (first, first + 1))  # (B, D)
         logits = self.classifier(cls)  # (B, 2)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .vl_layers import run_layers
+
 
 def sincos_1d(positions: torch.Tensor, dim: int) -> torch.Tensor:
     """MAE's 1-D table: [sin(p w_i) | cos(p w_i)], w_i = 10000^(-2i/dim). (L,) -> (L, dim), float64."""
@@ -19,8 +21,8 @@ def sincos_1d(positions: torch.Tensor, dim: int) -> torch.Tensor:
 
 def sincos_2d(rows: torch.Tensor, columns: torch.Tensor, dim: int) -> torch.Tensor:
     """MAE's 2-D table, row-major: the first half of `dim` encodes the column, the second the row. -> (h*w, dim)."""
-    x = columns.repeat(len(rows))  # (h*w,) column of each patch
-    y = rows.repeat_interleave(len(columns))
+    x = columns.repeat(rows.shape[0])  # (h*w,) column of each patch
+    y = rows.repeat_interleave(columns.shape[0])
     return torch.cat([sincos_1d(x, dim // 2), sincos_1d(y, dim // 2)], dim=1)
 
 
@@ -72,7 +74,7 @@ class ConvStem(nn.Module):
         if pixel_values.device.type == "cuda":
             # tensor cores convolve with channels last: else every convolution turns its pictures there and back
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        return self.layers(pixel_values).flatten(2).transpose(1, 2)  # (B, N, D)
+        return run_layers(self.layers, pixel_values).flatten(2).transpose(1, 2)  # (B, N, D)
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:

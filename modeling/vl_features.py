@@ -142,7 +142,7 @@ def pair_loss(logits: torch.Tensor | None) -> torch.Tensor:
     if logits is None or logits.shape[0] != logits.shape[1]:
         got = "one modality" if logits is None else f"{logits.shape[0]} pictures and {logits.shape[1]} texts"
         raise ValueError(f"return_loss expects pairs, got {got}")
-    labels = torch.arange(len(logits), device=logits.device)  # (pairs,), the diagonal
+    labels = torch.arange(logits.shape[0], device=logits.device)  # (pairs,), the diagonal
     return (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
 
 

@@ -161,7 +161,7 @@ def context_mask_of(
     """Likewise of queries (R, L, D) over contexts whose real positions are (R, S)."""
     if key_mask is None:
         return None
-    keys = context.new_empty(len(states), key_mask.shape[1], 1)
+    keys = context.new_empty(states.shape[0], key_mask.shape[1], 1)
     return create_bidirectional_mask(
         config=config,
         inputs_embeds=states,

@@ -6,6 +6,8 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from .vl_layers import run_layers
+
 # width and affine or not -> what normalises behind a linear map of a head
 HEAD_NORMS = {
     "batch": lambda width, affine: nn.BatchNorm1d(width, affine=affine),
@@ -63,6 +65,9 @@ class ContrastiveHead(nn.Sequential):
             if not last:
                 layers.append(nn.ReLU())
         super().__init__(*layers)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return run_layers(self, states)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, input_dim: int, num_layers: int) -> "ContrastiveHead":

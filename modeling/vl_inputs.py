@@ -33,7 +33,7 @@ def check_inputs(
         size = None if interpolate_pos_encoding else config.image_size
         n_patches = check_image_size(pixel_values, config.num_channels, config.patch_size, size)
     if bool_masked_pos is not None:
-        check_patch_mask(bool_masked_pos, len(pixel_values), n_patches)
+        check_patch_mask(bool_masked_pos, pixel_values.shape[0], n_patches)
 
     # reading values breaks compiled graphs and makes an accelerator wait: there only outside of training
     given = input_ids if input_ids is not None else pixel_values
@@ -68,7 +68,7 @@ def check_shapes(
             f"attention_mask has shape {tuple(attention_mask.shape)}; "
             f"expected {tuple(input_ids.shape)}, the shape of input_ids"
         )
-    if input_ids is not None and pixel_values is not None and len(input_ids) != len(pixel_values):
+    if input_ids is not None and pixel_values is not None and input_ids.shape[0] != pixel_values.shape[0]:
         raise ValueError(f"got {len(input_ids)} texts and {len(pixel_values)} pictures; expected as many of each")
 
 
@@ -199,7 +199,7 @@ def check_masks(
             f"expected {tuple(input_ids.shape)}, the shape of input_ids"
         )
     if bool_masked_pos is not None:
-        check_patch_mask(bool_masked_pos, len(pixel_values), patch_count(pixel_values, patch_size))
+        check_patch_mask(bool_masked_pos, pixel_values.shape[0], patch_count(pixel_values, patch_size))
 
 
 def check_padding(attention_mask: torch.Tensor) -> None:

@@ -301,6 +301,27 @@ def attend(
     return output, weights
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def run_layers(layers: nn.Sequential, states: torch.Tensor) -> torch.Tensor:
+    """
+    `layers(states)`, but that batch norms which are frozen while others learn, as under an adapter, are frozen with
+    their statistics: these are not saved with an adapter. A teacher, which runs without gradient, keeps its batch's.
+    """
+    norms = [layer for layer in layers if isinstance(layer, BATCH_NORMS)]
+    learns = any(parameter.requires_grad for norm in norms for parameter in norm.parameters())
+    if not norms or learns or not layers.training or not torch.is_grad_enabled():
+        return nn.Sequential.forward(layers, states)
+    for layer in layers:
+        if isinstance(layer, BATCH_NORMS):
+            mean, variance = layer.running_mean, layer.running_var
+            states = nn.functional.batch_norm(states, mean, variance, layer.weight, layer.bias, eps=layer.eps)
+        else:
+            states = layer(states)
+    return states
+
+
 class FeedForward(nn.Module):
     def __init__(self, config: PreTrainedConfig, intermediate_size: int | None = None):
         super().__init__()

@@ -40,13 +40,26 @@ def token_types_of(image_states: torch.Tensor | None, text_mask: torch.Tensor | 
         image_states (`(B, 1 + N, D)`): Of [CLS] and patches; None without an image.
         text_mask (`(B, 1 + W)`): 1 for [CLS] and real tokens; None without a text.
     """
-    parts = []
-    if image_states is not None:
-        parts.append(torch.full_like(image_states[:, 1:, 0], PATCH_TOKEN, dtype=torch.long))  # (B, N)
+    types = None
     if text_mask is not None:
-        parts.append(torch.where(text_mask[:, 1:] != 0, TEXT_TOKEN, PADDING_TOKEN))  # (B, W)
-    cls = parts[0].new_full((len(parts[0]), 1), CLS_TOKEN)  # (B, 1)
-    return torch.cat([cls, *parts], dim=1)
+        types = torch.where(text_mask != 0, TEXT_TOKEN, PADDING_TOKEN)  # (B, 1 + W)
+    if image_states is not None:
+        patches = torch.full_like(image_states[:, :, 0], PATCH_TOKEN, dtype=torch.long)  # (B, 1 + N)
+        types = patches if types is None else with_patches(types, patches)
+    return torch.where(torch.arange(types.shape[1], device=types.device) == 0, CLS_TOKEN, types)  # (B, L)
+
+
+def with_patches(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """
+    [CLS] of a text, the patches of its image, the text's tokens: (B, 1 + W, ...) and (B, 1 + N, ...) ->
+    (B, 1 + N + W, ...). By places and not by slices, which an exported graph would fix a length for.
+    """
+    length = text.shape[1]  # 1 + W
+    patches = image.shape[1] - 1  # N
+    place = torch.arange(length + patches, device=text.device)
+    # where each place's value stands in the text and the image end to end; the image's [CLS] is left out
+    source = torch.where(place > patches, place - patches, torch.where(place > 0, place + length, place))
+    return torch.cat([text, image], dim=1).index_select(1, source)
 
 
 def without_patches(values: torch.Tensor, length: int) -> torch.Tensor:

@@ -259,21 +259,23 @@ class AnswerGeneration:
         # which question each answer is to
         index = None
         if answers_per_question is not None:
-            if answers_per_question.device.type == "cpu" and answers_per_question.sum() != len(answer_ids):
+            if answers_per_question.device.type == "cpu" and answers_per_question.sum() != answer_ids.shape[0]:
                 raise ValueError(
-                    f"answers_per_question sum to {int(answers_per_question.sum())}; got {len(answer_ids)}"
+                    f"answers_per_question sum to {int(answers_per_question.sum())}; got {answer_ids.shape[0]}"
                 )
-            questions = torch.arange(len(states), device=states.device)
-            index = questions.repeat_interleave(answers_per_question, output_size=len(answer_ids))
-        elif len(answer_ids) != len(states):
-            raise ValueError(f"got {len(answer_ids)} answers to {len(states)} questions, and no answers_per_question")
+            questions = torch.arange(states.shape[0], device=states.device)
+            index = questions.repeat_interleave(answers_per_question, output_size=answer_ids.shape[0])
+        elif answer_ids.shape[0] != states.shape[0]:
+            raise ValueError(
+                f"got {answer_ids.shape[0]} answers to {states.shape[0]} questions, and no answers_per_question"
+            )
 
         # the token behind each of an answer's
         logits = self.decoder(answer_ids[:, :-1], states, mask, index)  # (R, A - 1, V)
         real = torch.ones_like(answer_ids) if answer_mask is None else answer_mask
         losses = answer_losses(logits, answer_ids, real, soft_labels, alpha)  # (R,)
         losses = losses if answer_weights is None else losses * answer_weights
-        return AnswerOutput(loss=losses.sum() / len(states), logits=logits, question_states=states)
+        return AnswerOutput(loss=losses.sum() / states.shape[0], logits=logits, question_states=states)
 
     @torch.no_grad()
     def rank_answers(
@@ -295,11 +297,11 @@ class AnswerGeneration:
                 to that of its first token; false: the chain rule.
         """
         states, mask = self.read_questions(input_ids, attention_mask, pixel_values)
-        k, length = min(k, len(candidate_ids)), candidate_ids.shape[1]
-        start = candidate_ids[:1, :1].expand(len(states), 1)
+        k, length = min(k, candidate_ids.shape[0]), candidate_ids.shape[1]
+        start = candidate_ids[:1, :1].expand(states.shape[0], 1)
         first = self.decoder(start, states, mask)[:, 0].float().log_softmax(-1)  # (B, V)
         firsts, chosen = first[:, candidate_ids[:, 1]].topk(k)  # (B, k)
-        question = torch.arange(len(states), device=states.device).repeat_interleave(k)
+        question = torch.arange(states.shape[0], device=states.device).repeat_interleave(k)
         losses = []
         for rows, index in zip(chosen.flatten().split(ROWS_AT_ONCE), question.split(ROWS_AT_ONCE), strict=True):
             ids, real = candidate_ids[rows], candidate_mask[rows]
@@ -326,7 +328,7 @@ class AnswerGeneration:
         if max_new_tokens < 1 or not 1 <= num_beams <= self.config.vocab_size:
             raise ValueError(f"got max_new_tokens {max_new_tokens} and num_beams {num_beams}; expected 1 at least")
         states, mask = self.read_questions(input_ids, attention_mask, pixel_values)
-        batch = len(states)
+        batch = states.shape[0]
         end = answer_end(self.config)
         pad = self.config.pad_token_id or 0
         rows = torch.arange(batch, device=states.device)
