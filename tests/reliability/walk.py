@@ -44,25 +44,34 @@ BUILDING = {
     "build_evaluators",
     "describe",
     "Engine.__init__",
+    "prepare_publication",
+    "begin_objective",
+    "Inputs.__init__",
+    "tracker_options",
 }
 # what watches: arguments, the checkpoint to go on from, steps that are not finite
 WATCHING = {
     "quarantine_of",
     "Arguments.portions",
-    "Arguments.to_dict",
     "Engine._resume",
     "NonFiniteGuard.before",
     "exchanging_gradients",
 }
 ASIDE = BUILDING | WATCHING
-# what only checks (rows, captions, what a model is given) and what only joins processes
+# what only checks (places, rows, captions, what a model is given), and what only joins processes or keeps them apart
 ASIDE_FILES = {
     "modeling/vl_inputs.py",
+    "processing/data/places.py",
     "processing/data/quarantine.py",
     "processing/data/row_checks.py",
+    "processing/data/row_digest.py",
+    "processing/data/same_pictures.py",
+    "processing/data/waiting_lock.py",
+    "processing/image_fetching.py",
     "processing/vl_captions.py",
     "training/parallel/distributed.py",
     "training/parallel/sharding.py",
+    "training/run/output_lock.py",
 }
 
 
