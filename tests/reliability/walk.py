@@ -43,6 +43,10 @@ BUILDING = {
     "build_objective",
     "build_evaluators",
     "describe",
+    "begin_objective",
+    "prepare_publication",
+    "Inputs.__init__",
+    "alone_in",
     "Engine.__init__",
 }
 # what watches: arguments, the checkpoint to go on from, steps that are not finite

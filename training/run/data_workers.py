@@ -46,12 +46,9 @@ def _end_at_sigterm(parent: int) -> None:
 
 def patiently(loader: DataLoader, source: str) -> Iterator[Any]:
     """
-    The batches of a loader, and a `Waiting` each second in which its workers bring none, so that whoever waits can
-    stop waiting. Without workers the loader is read as it is.
+    The batches of a loader with workers, and a `Waiting` each second in which these bring none, so that whoever waits
+    can stop waiting.
     """
-    if not loader.num_workers:
-        yield from loader
-        return
     before = multiprocessing.active_children()
     with _sigterm_held():
         batches = iter(loader)

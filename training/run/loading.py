@@ -202,7 +202,8 @@ class PortionLoader:
 
         # each batch, less the list of rows that it replaced
         step = start_step
-        for batch in patiently(self._loader(start_step, total_steps), self.rows.name):
+        loader = self._loader(start_step, total_steps)
+        for batch in patiently(loader, self.rows.name) if loader.num_workers else loader:
             if isinstance(batch, Waiting):
                 yield batch
                 continue
