@@ -218,6 +218,7 @@ def test_another_image_tokenizer_at_the_same_path_is_named(pairs, tmp_path):
         example.main([*line, "--resume"])
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer of .* does not know:UserWarning")
 @pytest.mark.parametrize("what", ["initial_model", "rows of pairs", "rows of evaluation"])
 def test_fine_tuning_over_other_inputs_is_named(tmp_path, what):
     initial = write_simla(tmp_path / "initial")

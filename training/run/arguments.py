@@ -61,7 +61,7 @@ def _help(text: str) -> dict[str, str]:
 @dataclass
 class ModelArguments:
     # the tokens that a text cannot do without, and two letters
-    BOUNDS: ClassVar[dict[str, str]] = {"vocab_size": "[7, inf)"}
+    BOUNDS: ClassVar[dict[str, str]] = {"vocab_size": "[7, inf)", "limit_alphabet": "[1, inf)"}
 
     # what is trained
     family: str | None = field(

@@ -46,8 +46,8 @@ def _end_at_sigterm(parent: int) -> None:
 
 def patiently(loader: DataLoader, source: str) -> Iterator[Any]:
     """
-    The batches of a loader, and a `Waiting` each second in which its workers bring none, so that whoever waits can
-    stop waiting.
+    The batches of a loader with workers, and a `Waiting` each second in which these bring none, so that whoever waits
+    can stop waiting.
     """
     before = multiprocessing.active_children()
     with _sigterm_held():

@@ -31,7 +31,7 @@ from .finetuning import Task, TaskArguments
 class RetrievalArguments(TaskArguments):
     """Options beside those of the family's objective."""
 
-    BOUNDS: ClassVar[dict[str, str]] = {"rerank_k": "[0, inf)"}
+    BOUNDS: ClassVar[dict[str, str]] = {"rerank_k": "[0, inf)", "rerank_weight": "[0, inf)"}
 
     losses: list[str] = field(
         default_factory=lambda: ["itc", "itm"], metadata={"help": "Any subset of those of the family's objective."}
