@@ -64,7 +64,6 @@ ASIDE_FILES = {
     "processing/data/places.py",
     "processing/data/quarantine.py",
     "processing/data/row_checks.py",
-    "processing/data/row_digest.py",
     "processing/data/same_pictures.py",
     "processing/data/waiting_lock.py",
     "processing/image_fetching.py",
