@@ -95,25 +95,10 @@ def open_rows(
 
     # anything else is a table: files, or what `datasets` reads
     loaded = _load(source, kind, named, split, streaming, {"name": config, "revision": revision})
-    data = loaded.data
-    name = loaded.name
-    if isinstance(data, dict):
-        data = _one_split(data, split, name)
-
-    # its columns by role
-    columns = loaded.columns
-    if not columns:
-        found = data.column_names
-        if found is None:  # a stream that does not know its columns
-            found = list(next(iter(data), {}))
-        columns = _columns(found, kind, named, name)
-        if type((data.features or {}).get(id_column)).__name__ == "Json":
-            raise PairDataError(
-                f"{name}: the id column {id_column!r} mixes types, and `datasets` does not keep 7 and '7' apart; "
-                "write all ids as strings or all as integers"
-            )
+    data = _one_split(loaded.data, split, loaded.name) if isinstance(loaded.data, dict) else loaded.data
+    columns = loaded.columns or _columns_of(data, kind, named, loaded.name)
     rows = PairStream if isinstance(data, datasets.IterableDataset) else PairTable
-    return rows(data, columns, name, loaded.folder, bad_rows, loaded.reasons, rows_apart)
+    return rows(data, columns, loaded.name, loaded.folder, bad_rows, loaded.reasons, rows_apart)
 
 
 def _check(kind: str, named: dict[str, str | None], bad_rows: str, split: str | None) -> None:
@@ -278,6 +263,20 @@ def _one_split(data: dict, split: str | None, name: str) -> Any:
         what = "has several splits" if split is None else f"has no split {split!r}"
         raise PairDataError(f"{name} {what}; choose one of {sorted(data)}")
     return data[split]
+
+
+def _columns_of(data: Any, kind: Kind, named: dict[str, str | None], name: str) -> dict[str, str]:
+    """Those of a data set of `datasets`, by role."""
+    found = data.column_names
+    if found is None:  # a stream that does not know its columns
+        found = list(next(iter(data), {}))
+    columns = _columns(found, kind, named, name)
+    if type((data.features or {}).get(named["id"])).__name__ == "Json":
+        raise PairDataError(
+            f"{name}: the id column {named['id']!r} mixes types, and `datasets` does not keep 7 and '7' apart; "
+            "write all ids as strings or all as integers"
+        )
+    return columns
 
 
 def _pick(found: list[str], given: str | None, role: str, name: str) -> str:

@@ -96,23 +96,7 @@ def open_questions(
     """
     forget_files()
 
-    # questions and annotations, told apart by what each file holds
-    annotations: dict[Any, dict[str, Any]] | None = None
-    asking: list[tuple[str, Any]] = []
-    for source in sources:
-        content = read_json(source)
-        if isinstance(content, dict) and "annotations" in content:
-            found = listed(content, "annotations", source)
-            known = (one for one in found if isinstance(one, dict) and isinstance(one.get("question_id"), int))
-            annotations = {**(annotations or {}), **{one["question_id"]: one for one in known}}
-        elif isinstance(content, (dict, list)) and (isinstance(content, list) or "questions" in content):
-            asking.append((source, content))
-        else:
-            fields = sorted(content)[:8] if content and isinstance(content, dict) else "nothing"
-            raise PairDataError(
-                f"{source}: expected VQA v2's questions or annotations, Visual Genome's question_answers or a list of "
-                f"questions, got {type(content).__name__} with {fields}"
-            )
+    annotations, asking = _told_apart(sources)
 
     # questions alone may be asked, answers alone may not
     if not asking:
@@ -134,6 +118,27 @@ def open_questions(
     # a question without an id has its row's number, negative so that it is no other question's
     numbered = (one if one["id"] is not None else {**one, "id": -1 - row} for row, one in enumerate(drafts()))
     return _opened(TableRows(numbered, QUESTION_COLUMNS), sources, bad_rows)
+
+
+def _told_apart(sources: Sequence[str]) -> tuple[dict[Any, dict[str, Any]] | None, list[tuple[str, Any]]]:
+    """The annotations by question, None if there are none, and the files of questions, by what each file holds."""
+    annotations: dict[Any, dict[str, Any]] | None = None
+    asking: list[tuple[str, Any]] = []
+    for source in sources:
+        content = read_json(source)
+        if isinstance(content, dict) and "annotations" in content:
+            found = listed(content, "annotations", source)
+            known = (one for one in found if isinstance(one, dict) and isinstance(one.get("question_id"), int))
+            annotations = {**(annotations or {}), **{one["question_id"]: one for one in known}}
+        elif isinstance(content, list) or (isinstance(content, dict) and "questions" in content):
+            asking.append((source, content))
+        else:
+            fields = sorted(content)[:8] if content and isinstance(content, dict) else "nothing"
+            raise PairDataError(
+                f"{source}: expected VQA v2's questions or annotations, Visual Genome's question_answers or a list of "
+                f"questions, got {type(content).__name__} with {fields}"
+            )
+    return annotations, asking
 
 
 def open_entailment(

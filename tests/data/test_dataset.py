@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_pretraining import write_shard
 from torch.utils.data import DataLoader
 
+from oner.processing.data.mixture import open_mixture
 from oner.processing.data.sampling import RowKey, concept_id
 from oner.processing.data.sources import (
     PairDataError,
@@ -377,3 +378,48 @@ def test_the_training_set_answers_keys(emoji_folder):
     one_by_one, at_once = [data[key] for key in wanted], data.__getitems__(wanted)
     assert one_by_one == at_once and [key for key, _ in at_once] == wanted and len(data) == 663
     assert at_once[0][1] == data.rows[5]
+
+
+def test_a_configuration_and_a_revision_of_a_data_set_on_the_hub(monkeypatch):
+    asked = []
+
+    def load(path, **options):
+        asked.append((path, options))
+        if "name" not in options:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['de', 'en']")
+        return datasets.Dataset.from_dict({"image": [png()], "text": ["x"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(open_rows("owner/name", config="de", revision="v1", split="train")) == 1
+    assert asked == [("owner/name", {"split": "train", "streaming": False, "name": "de", "revision": "v1"})]
+    assert len(open_mixture(["owner/name", "owner/other"], config="en")) == 2
+    assert asked[-1] == ("owner/other", {"split": None, "streaming": False, "name": "en"})
+    assert "pick one among the available configs: ['de', 'en']; data_config names one" in message("owner/name")
+
+
+def test_files_on_the_hub(folder, monkeypatch):
+    import huggingface_hub
+
+    write_csv(folder / "a.csv", ["image", "text"], [[NAMES[0], "one"]])
+    write_csv(folder / "b.csv", ["image", "text"], [[NAMES[1], "two"]])
+    asked = []
+
+    def download(name, file, **options):
+        asked.append((name, file, options))
+        return str(folder / file.removeprefix("data/"))
+
+    class Files:
+        def glob(self, pattern):
+            assert pattern == "hf://datasets/owner/name/data/*.csv"
+            return [f"datasets/owner/name/data/{name}.csv" for name in "ba"]
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Files)
+    assert open_rows("hf://datasets/owner/name@v1/data/a.csv")[0]["captions"] == ["one"]
+    assert asked == [("owner/name", "data/a.csv", {"repo_type": "dataset", "revision": "v1"})]
+    both = open_rows("hf://datasets/owner/name/data/*.csv")
+    assert [both[row]["captions"] for row in range(2)] == [["one"], ["two"]]
+    assert "expected hf://datasets/OWNER/NAME/FILE" in message("hf://datasets/owner")
+    monkeypatch.undo()
+    assert "hf://datasets/owner/absent/a.csv: the Hub does not give it" in message("hf://datasets/owner/absent/a.csv")
+    assert "the Hub does not give it" in message("hf://datasets/owner/absent/*.csv")

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -252,3 +253,22 @@ def test_clear_errors(model, processor, tmp_path):
         export_model(foreign, processor, tmp_path / "x")
     with pytest.raises(FileNotFoundError, match=r"lacks config.json.*\*.safetensors"):
         push_to_hub(tmp_path, "org/nothing")
+
+
+@pytest.mark.slow
+def test_directories_of_any_name(exported, picture, tmp_path):
+    names = ("plain", "v1.0.model", "my model", "0start", "ünï-苹果")
+    for name in names:
+        shutil.copytree(exported, tmp_path / name)
+    code = (
+        "import sys, transformers\n"
+        "for name in sys.argv[1:]:\n"
+        "    processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=True)\n"
+        "    assert type(processor).__name__ == 'VisionLanguageProcessor', name\n"
+        "    transformers.AutoModel.from_pretrained(name, trust_remote_code=True)\n"
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    for folder, arguments in ((tmp_path, names), (tmp_path / "plain", (".",))):
+        command = [sys.executable, "-c", code, *arguments]
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr[-2000:]

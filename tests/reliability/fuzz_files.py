@@ -336,7 +336,7 @@ class Indexing:
             elif kind == 1:
                 path.symlink_to(rng.choice(("/dev/zero", "nowhere", path.name)))
             else:
-                path.write_bytes(self.pictures.make(rng))
+                path.write_bytes(rng.choice((self.pictures.make(rng), rng.choice(self.pictures.seeds))))
 
         # what cannot be read is left out and named; nothing at all is an error
         try:

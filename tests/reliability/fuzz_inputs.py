@@ -1,6 +1,6 @@
 """Mutations of good and bad inputs, thousands of them: each is read or refused in words, and nothing crashes or hangs.
 
-    python tests/reliability/fuzz_inputs.py [--pictures 20000] [--tables 2000] ... [--seed 0] [--out DIR]
+    python tests/reliability/fuzz_inputs.py [--pictures 20000] [--tables 5000] ... [--seed 0] [--out DIR]
 
 Mutant i is a function of (seed, kind, i). Children do the reading, so that a crash in a decoder's C code, or a hang,
 is seen from outside, named by its number, and its mutant written to DIR. Exit status 1 if there was any.
@@ -23,7 +23,7 @@ from typing import Any
 HERE = Path(__file__).resolve()
 TESTS, ROOT = HERE.parents[1], HERE.parents[2]
 # kind of input -> mutants; the last five are in fuzz_files.py
-KINDS = {"pictures": 20_000, "captions": 20_000, "tables": 2_000}
+KINDS = {"pictures": 20_000, "captions": 20_000, "tables": 5_000}
 KINDS |= {"nesting": 1_000, "task_files": 10_000, "archives": 3_000, "addresses": 3_000, "indexing": 200}
 LONGEST = 120.0  # seconds for one mutant; a hang is longer
 MEMORY = 8 * 2**30  # bytes of address space of a child
