@@ -47,6 +47,7 @@ def shrink(config: Path, pairs: Path, directory: Path, **overrides) -> list[str]
         **files,
         "train_data": [str(pairs)],
         "output_dir": str(directory / "run"),
+        "mim_min_block": 1,  # of four patches
         **overrides,
     }
     shrunk = directory / "shrunk.yaml"

@@ -21,6 +21,8 @@ from oner.training.tasks.finetuning import TASKS, find_task
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
+    # the tiny model's vocabulary is of other texts, and a run says so
+    pytest.mark.filterwarnings("ignore:the tokenizer of .* does not know:UserWarning"),
 ]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("finetune_*.yaml"))
 

@@ -22,8 +22,8 @@ WITH = [*save_probe.WAYS, "in_place"]
 WITHOUT = ["model_and_processor", "pipeline", "built_in_pipeline", "trainer", "in_place"]
 WAYS = [f"with-{way}" for way in WITH] + [f"without-{way}" for way in WITHOUT]
 CASES = [(name, way) for name in FAMILIES for way in WAYS]
-# which pipelines a family's retrieval model serves
-PIPELINES = {"oner": {"image-text-retrieval"}}
+# which pipelines a family's retrieval model serves, transformers' own two that read images among them
+PIPELINES = {"oner": {"image-text-retrieval", "image-feature-extraction", "zero-shot-image-classification"}}
 PIPELINES["simla"] = PIPELINES["oner"] | {"image-text-matching", "visual-grounding"}
 
 

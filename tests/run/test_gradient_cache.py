@@ -365,7 +365,7 @@ def test_a_run_in_pieces_is_the_run_in_one_go(pairs, tmp_path):
                 torch.testing.assert_close(weights[3][stem][name], value, rtol=0, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("chunks", [0, 9])
-def test_a_number_of_pieces_that_no_batch_has_is_refused(pairs, tmp_path, chunks):
-    with pytest.raises(ValueError, match=f"gradient_cache_chunks is {chunks}; expected 1 to the batch_size of 8"):
+@pytest.mark.parametrize(("chunks", "expected"), [(0, "at least 1"), (9, "1 to the batch_size of 8")])
+def test_a_number_of_pieces_that_no_batch_has_is_refused(pairs, tmp_path, chunks, expected):
+    with pytest.raises(ValueError, match=f"gradient_cache_chunks is {chunks}; expected {expected}"):
         parse_arguments(tiny_arguments(pairs, tmp_path, gradient_cache_chunks=chunks))
