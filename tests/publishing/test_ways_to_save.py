@@ -23,7 +23,7 @@ WITHOUT = ["model_and_processor", "pipeline", "built_in_pipeline", "trainer", "i
 WAYS = [f"with-{way}" for way in WITH] + [f"without-{way}" for way in WITHOUT]
 CASES = [(name, way) for name in FAMILIES for way in WAYS]
 # which pipelines a family's retrieval model serves
-PIPELINES = {"oner": {"image-text-retrieval"}}
+PIPELINES = {"oner": {"image-text-retrieval", "zero-shot-image-classification", "image-feature-extraction"}}
 PIPELINES["simla"] = PIPELINES["oner"] | {"image-text-matching", "visual-grounding"}
 
 
