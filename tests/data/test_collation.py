@@ -297,7 +297,7 @@ def test_a_broken_picture_names_row_and_source(tokenizer, tmp_path):
         ({"image": None}, "needs the id of an image token, got none"),
         ({"mim_masking": "block"}, "mim_masking is 'block'; expected 'random' or 'blocks'"),
         ({"mim_min_block": 0}, "mim_min_block is 0; expected at least 1"),
-        ({"mim_ratio": [0.1, 1.1]}, r"mim_ratio is \[0.1, 1.1\]; expected two numbers in \[0, 1\]"),
+        ({"mim_ratio": [0.1, 1.1]}, r"mim_ratio is \[0.1, 1.1\]; expected a number in \[0, 1\]"),
         ({"mlm_probability": -0.1}, r"mlm_probability is -0.1; expected a number in \[0, 1\]"),
         ({"corruption": "cut"}, "corruption is 'cut'; expected 'replace' or 'drop'"),
         ({"corruption": "drop", "mim_masking": "blocks"}, "exact numbers of patches, got mim_masking 'blocks'"),

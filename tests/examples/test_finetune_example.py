@@ -142,7 +142,7 @@ def test_evaluate_finds_what_the_run_found(task, runs, tmp_path, capsys):
 def test_evaluate_leaves_out_matching_where_there_is_none(pretrained, tmp_path, capsys):
     evaluate = load_example("evaluate")
     arguments = evaluate.parse(as_line({"model": "x", "data": "y"}))
-    rows = [{"id": 0}, {"id": 0}]
+    rows = [{"id": 0, "image": "a.png"}, {"id": 0, "image": "b.png"}]
     assert "rerank" not in evaluate.chosen_tasks(arguments, "set", rows, None, torch.nn.Linear(1, 1))
     assert "set: no rerank, as Linear has no matching head" in capsys.readouterr().out
     model = load_model(AutoModelForZeroShotImageClassification, pretrained)

@@ -133,6 +133,7 @@ def test_a_file_without_a_model_is_refused():
         objective_file(model)
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer of")  # which was trained on other captions
 def test_pretraining_goes_on_with_them(pretrained, pairs, example, fresh_accelerator, tmp_path):
     """By the program: the state of its first checkpoint has followed the given teacher, and its queue went on."""
     told = {"initial_model": pretrained, "queue_size": QUEUE, "max_steps": 1, "losses": ["itc", "mlm"]}
