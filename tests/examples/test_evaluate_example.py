@@ -102,7 +102,9 @@ def test_where_words_are_and_which_are_seen(example, tmp_path, capsys):
     }
     arguments = example.parse(common)
     model = example.load_model(example.AutoModelForZeroShotImageClassification, tmp_path / "model")
-    chosen = example.chosen_tasks(arguments, "set", [{"id": 0}, {"id": 0}], None, model)
+    chosen = example.chosen_tasks(
+        arguments, "set", [{"id": 0, "image": "a.png"}, {"id": 0, "image": "b.png"}], None, model
+    )
     assert "scenes" in chosen and "concepts" not in chosen
     assert "set: no concepts, as it needs the pretraining model; name it in --tasks" in capsys.readouterr().out
 
