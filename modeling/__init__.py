@@ -1,8 +1,20 @@
 """Models: configurations and `PreTrainedModel` classes. Each file travels to the Hub inside every published model."""
 
+from .configuration_codis import CODIS_SIZES, CodisConfig
 from .configuration_dvae import DISCRETE_VAE_SIZES, DiscreteVAEConfig
 from .configuration_oner import ONER_SIZES, OneRConfig
 from .configuration_simla import SIMLA_SIZES, SimlaConfig
+from .modeling_codis import (
+    CodisForImageTextRetrieval,
+    CodisForMaskedLM,
+    CodisForPreTraining,
+    CodisForTextAssignment,
+    CodisForVisualEntailment,
+    CodisForVisualQuestionAnswering,
+    CodisForVisualReasoning,
+    CodisModel,
+    CodisPreTrainedModel,
+)
 from .modeling_dvae import DiscreteVAE
 from .modeling_oner import (
     OneRForImageClassification,
@@ -22,9 +34,20 @@ from .modeling_simla_tasks import (
 )
 
 __all__ = [
+    "CODIS_SIZES",
     "DISCRETE_VAE_SIZES",
     "ONER_SIZES",
     "SIMLA_SIZES",
+    "CodisConfig",
+    "CodisForImageTextRetrieval",
+    "CodisForMaskedLM",
+    "CodisForPreTraining",
+    "CodisForTextAssignment",
+    "CodisForVisualEntailment",
+    "CodisForVisualQuestionAnswering",
+    "CodisForVisualReasoning",
+    "CodisModel",
+    "CodisPreTrainedModel",
     "DiscreteVAE",
     "DiscreteVAEConfig",
     "OneRConfig",

@@ -11,6 +11,15 @@ if not _os.path.isdir(_os.path.join(__path__[0], "modeling")) and _os.path.isdir
     __path__.append(_root)
 
 from .modeling import (  # noqa: E402
+    CodisConfig,
+    CodisForImageTextRetrieval,
+    CodisForMaskedLM,
+    CodisForPreTraining,
+    CodisForTextAssignment,
+    CodisForVisualEntailment,
+    CodisForVisualQuestionAnswering,
+    CodisForVisualReasoning,
+    CodisModel,
     DiscreteVAE,
     DiscreteVAEConfig,
     OneRConfig,
@@ -41,6 +50,17 @@ __version__ = "0.1.0"
 
 # family -> what transformers' auto classes give for it; a new family adds its entry here
 FAMILIES = {
+    "codis": {
+        "AutoConfig": CodisConfig,
+        "AutoModel": CodisModel,
+        "AutoModelForPreTraining": CodisForPreTraining,
+        "AutoModelForZeroShotImageClassification": CodisForImageTextRetrieval,
+        "AutoModelForMaskedLM": CodisForMaskedLM,
+        "AutoModelForVisualQuestionAnswering": CodisForVisualQuestionAnswering,
+        "AutoModelForSequenceClassification": CodisForVisualEntailment,
+        "AutoImageProcessor": VisionLanguageImageProcessor,
+        "AutoProcessor": VisionLanguageProcessor,
+    },
     "oner": {
         "AutoConfig": OneRConfig,
         "AutoModel": OneRModel,
@@ -71,6 +91,15 @@ for _model_type, _classes in FAMILIES.items():
 register_pipelines()
 
 __all__ = [
+    "CodisConfig",
+    "CodisForImageTextRetrieval",
+    "CodisForMaskedLM",
+    "CodisForPreTraining",
+    "CodisForTextAssignment",
+    "CodisForVisualEntailment",
+    "CodisForVisualQuestionAnswering",
+    "CodisForVisualReasoning",
+    "CodisModel",
     "DiscreteVAE",
     "DiscreteVAEConfig",
     "ImageTextRetrievalPipeline",

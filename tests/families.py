@@ -9,6 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import tiny_codis
 import tiny_oner
 import tiny_simla
 import torch
@@ -93,6 +94,7 @@ class Family:
 
 
 FAMILIES = {
+    "codis": Family("codis", tiny_codis),
     "oner": Family("oner", tiny_oner),
     "simla": Family("simla", tiny_simla),
 }

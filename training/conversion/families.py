@@ -78,6 +78,7 @@ def oner_cls_word(config: PreTrainedConfig, cls_token: torch.Tensor) -> torch.Te
 # published towers -> ours, by family
 ONE_TOWER = "the one tower is a ViT's"
 TOWERS = {
+    "codis": dual_towers(),
     "oner": TowerNames(
         # [CLS] is a word, positions are sines, and masked patches have a token of our own
         vision=tuple((left, right) for left, right in VISION if left not in ("cls_token", "pos_embed", "mask_token")),

@@ -20,6 +20,9 @@ from .losses import distilled_contrast, draw_negatives, in_full
 from .objective import Batch, Comparison, SinglePortion, check_choices, under
 from .teacher import EMATeacher
 
+# each modality against the other's keys
+ACROSS = (("image", "text"), ("text", "image"))
+
 
 @dataclass
 class MomentumArguments:
@@ -71,6 +74,9 @@ class MomentumDistillation(SinglePortion):
         ValueError: unknown losses, none, or one twice; weights of other losses; shares out of range.
     """
 
+    # losses that read the queues
+    contrasts = frozenset({"itc"})
+
     def __init__(self, student: nn.Module, arguments: Any, known: Sequence[str], unused: tuple[str, ...] = ()):
         self.arguments = arguments
         self.config = student.config
@@ -87,7 +93,7 @@ class MomentumDistillation(SinglePortion):
 
         # keys of past steps, for the contrast alone
         self.queue = None
-        if "itc" in self.weights:
+        if self.contrasts & set(self.weights):
             self.queue = FeatureQueue(("image", "text"), arguments.queue_size, self.config.projection_dim)
 
     @abstractmethod
@@ -148,29 +154,52 @@ class MomentumDistillation(SinglePortion):
         """ITC against this process's keys and the queues (equations 2 to 4); the newest keys are for the queues."""
         if "itc" not in self.weights:
             return Comparison()
+        alpha = self.alpha(progress)
+        losses = [self.contrast(name, other, rows, common, targets, alpha) for name, other in ACROSS]
+        return Comparison({"itc": torch.stack(losses).mean()}, self.newest(targets))
 
+    def contrast(
+        self,
+        name: str,
+        other: str,
+        rows: Batch,
+        common: Batch,
+        targets: Batch,
+        alpha: float,
+        queue_only: bool = False,
+    ) -> torch.Tensor:
+        """
+        One side against the keys of another, or of its own: this process's (B, P), then the queue's (M, P). 0-dim.
+
+        Args:
+            alpha: The weight of soft targets.
+            queue_only: Against the queue's keys alone, among which no row has its own.
+        """
         # who is right for whom
-        own = {name: targets[f"key of {name}"] for name in ("image", "text")}
+        own = targets[f"key of {other}"]  # (B, P)
         ids = targets["ids"]  # (B,)
         positives = None
-        if self.arguments.match_ids:
+        if self.arguments.match_ids and not queue_only:
             positives = ids[:, None] == torch.cat([ids, self.queue.ids])[None, :]  # (B, B + M)
 
-        # each side against the other's keys
-        losses = []
-        for name, other in (("image", "text"), ("text", "image")):
-            keys = torch.cat([own[other], self.queue.rows[other].to(own[other].dtype)])  # (B + M, P)
-            losses.append(
-                distilled_contrast(rows[name], own[name], keys, common["temperature"], self.alpha(progress), positives)
-            )
+        # the other's keys
+        keys = self.queue.rows[other].to(own.dtype)  # (M, P)
+        if not queue_only:
+            keys = torch.cat([own, keys])  # (B + M, P)
+        teacher = targets[f"key of {name}"]  # (B, P)
+        return distilled_contrast(rows[name], teacher, keys, common["temperature"], alpha, positives)
 
+    def newest(self, targets: Batch) -> Batch:
+        """Keys (G, P) and ids (G,) of all processes, for the queues."""
+        ids = targets["ids"]
         # the code that forgets them leaves the ids of an empty place
-        own["ids"] = ids if self.arguments.enqueue_ids else torch.full_like(ids, NO_ID)
-        newest = {name: gather_without_gradient(value) for name, value in own.items()}  # (G, P) and (G,), all rows
-        return Comparison({"itc": torch.stack(losses).mean()}, newest)
+        ids = ids if self.arguments.enqueue_ids else torch.full_like(ids, NO_ID)
+        own = {"image": targets["key of image"], "text": targets["key of text"], "ids": ids}
+        return {name: gather_without_gradient(value) for name, value in own.items()}
 
     def weigh(self, parts: Batch) -> torch.Tensor:
-        return sum(self.weights[name] * part for name, part in parts.items())
+        """What is no loss of this run is only watched."""
+        return sum(self.weights[name] * part for name, part in parts.items() if name in self.weights)
 
     def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
         if self.queue is not None and kept:

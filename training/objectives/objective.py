@@ -21,6 +21,7 @@ from .teacher import EMATeacher
 
 # family -> module of the objective and of its arguments; a new family adds its line here
 OBJECTIVES = {
+    "codis": ("oner.training.objectives.codis", "CodisObjective", "CodisObjectiveArguments"),
     "oner": ("oner.training.objectives.oner", "OneRObjective", "OneRObjectiveArguments"),
     "simla": ("oner.training.objectives.simla", "SimlaObjective", "SimlaObjectiveArguments"),
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from oner.modeling.modeling_codis import CodisForTextAssignment
 from oner.modeling.modeling_simla_tasks import SimlaForTextAssignment
 from oner.processing.data.masking import UNMASKED
 from oner.training.evaluation.classification import task_inputs
@@ -20,7 +21,9 @@ from .classification import FamilyModels, load_second_layers
 from .finetuning import Task, TaskArguments
 from .retrieval import open_captions
 
-AutoModelForTextAssignment = FamilyModels("of text assignment", {"simla": SimlaForTextAssignment})
+AutoModelForTextAssignment = FamilyModels(
+    "of text assignment", {"codis": CodisForTextAssignment, "simla": SimlaForTextAssignment}
+)
 load_assignment = partial(load_second_layers, AutoModelForTextAssignment)
 
 

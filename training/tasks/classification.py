@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
+from oner.modeling.modeling_codis import CodisForTextAssignment, CodisForVisualReasoning
 from oner.modeling.modeling_simla_tasks import SimlaForTextAssignment, SimlaForVisualReasoning
 from oner.processing.data.listed_rows import ListedRows
 from oner.processing.data.task_rows import ENTAILMENT_LABELS, REASONING_LABELS, open_entailment, open_reasoning
@@ -69,10 +70,17 @@ def load_second_layers(auto: FamilyModels, source: str, **options: Any) -> PreTr
 
 
 # transformers has no auto class for two pictures
-AutoModelForVisualReasoning = FamilyModels("of two pictures", {"simla": SimlaForVisualReasoning})
+AutoModelForVisualReasoning = FamilyModels(
+    "of two pictures", {"codis": CodisForVisualReasoning, "simla": SimlaForVisualReasoning}
+)
 load_reasoning = partial(load_second_layers, AutoModelForVisualReasoning)
 # as configurations name the class that a checkpoint was saved from
-TWO_PICTURE_MODELS = {SimlaForVisualReasoning.__name__, SimlaForTextAssignment.__name__}
+TWO_PICTURE_MODELS = {
+    model.__name__
+    for model in (
+        CodisForTextAssignment, CodisForVisualReasoning, SimlaForTextAssignment, SimlaForVisualReasoning,
+    )
+}  # fmt: skip
 
 
 def open_rows(

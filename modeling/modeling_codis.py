@@ -1,0 +1,416 @@
+"""CODIS: two towers that meet in a third, and a codebook in the space that both are embedded in (Duan et al., 2022).
+
+Without the codebook it is ALBEF (Li et al., 2021). B pairs, N patches, S = 1 + N, T positions of a text with its
+[CLS], D width, P embedding width, K codes, M masked tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_codis import CodisConfig
+from .vl_dual_encoder import DualEncoder, DualEncoderPreTrainedModel, ImageTextMatching
+from .vl_dual_tasks import (
+    ENTAILMENT_LABELS,
+    REASONING_LABELS,
+    DualEncoderTask,
+    FusedAnswerGeneration,
+    TextAssignment,
+    TwoImageReasoning,
+    name_labels,
+)
+from .vl_features import CosineRetrieval, MaskedTokens, RetrievalFeatures, TokenPredictions
+from .vl_gradcam import GroundedMatching
+from .vl_heads import HeadLinear, LanguageModelHead
+from .vl_inputs import check_inputs, check_masks
+from .vl_outputs import VisionLanguageModelOutput, token_types_of
+from .vl_task_heads import AnswerDecoder, PairClassification, PairClassificationHead
+
+# what a repository with these weights offers, whichever class saved it
+AUTO_MAP = {
+    "AutoConfig": "configuration_codis.CodisConfig",
+    "AutoModel": "modeling_codis.CodisModel",
+    "AutoModelForZeroShotImageClassification": "modeling_codis.CodisForImageTextRetrieval",
+    "AutoModelForMaskedLM": "modeling_codis.CodisForMaskedLM",
+}
+# which image each text is held against, and which text each image: image_embeds, text_embeds (B, P), temperature
+# (1,) -> two index tensors (B,)
+ChooseNegatives = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+PASSES = ("contrast", "match", "tokens", "codes")
+
+
+class CodisPreTrainedModel(DualEncoderPreTrainedModel):
+    config: CodisConfig
+    base_model_prefix = "codis"
+    # one checkpoint serves every class: what a class has no use for is left behind in silence
+    _keys_to_ignore_on_load_unexpected = [
+        r"(vision|text)_projection\.", r"^(itm|lm)_head\.", r"^temperature$", r"^(classifier|decoder)\.",
+        r"^codebook\.", r"^assignment_head\.",
+    ]  # fmt: skip
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Codebook):
+            module.reset()
+        else:
+            super()._init_weights(module)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        # transformers would list only the class that is saved; a repository serves all of them
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
+
+
+class CodisModel(DualEncoder, CodisPreTrainedModel):
+    """
+    Both towers, the fusion layers on the text's, and the projections into the contrastive space. Reads text, images,
+    or pairs.
+
+    Args:
+        config (`CodisConfig`): The configuration.
+        add_pooling_layer (`bool`, defaults to `True`): Whether to have the projections.
+    """
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VisionLanguageModelOutput:
+        r"""
+        Args:
+            input_ids (`(B, T)`): [CLS], the text's tokens, padding on the right.
+            attention_mask (`(B, T)`): 1 for real tokens, 0 for padding.
+            pixel_values (`(B, C, H, W)`): Normalised images.
+            interpolate_pos_encoding: Accept other image sizes by interpolating the positions.
+
+        A pair's `last_hidden_state` (B, N + T, D) is [CLS] of the fusion layers, the patches of the visual tower, and
+        the tokens of the fusion layers; `token_types` says which is which. Its `pooler_output` (B, P) is the mean of
+        the two unit embeddings: the family's own answer to pairs is the matching score.
+
+        Raises:
+            ValueError: neither input, an image of a wrong size, too long a text, ids out of range, placeholders among
+                them, padding elsewhere than on the right, NaN pixels.
+        """
+        check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding)
+        if input_ids is not None and attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)  # (B, T)
+
+        # a text alone
+        if pixel_values is None:
+            states = self.encode_texts(input_ids, attention_mask, **kwargs)  # (B, T, D)
+            return VisionLanguageModelOutput(
+                last_hidden_state=states,
+                pooler_output=self.project_texts(states),  # (B, P)
+                token_types=token_types_of(None, attention_mask),  # (B, T)
+            )
+
+        # an image alone
+        image_states = self.vision(pixel_values, **kwargs)  # (B, S, D)
+        if input_ids is None:
+            return VisionLanguageModelOutput(
+                last_hidden_state=image_states,
+                pooler_output=self.project_images(image_states),  # (B, P)
+                token_types=token_types_of(image_states, None),  # (B, S)
+            )
+
+        # a pair: the fusion layers stand on the text's states
+        text_states = self.encode_texts(input_ids, attention_mask, **kwargs)  # (B, T, D)
+        pooled = None
+        if self.text_projection is not None:
+            pooled = (self.embed_images(image_states) + self.embed_texts(text_states)) / 2  # (B, P)
+        fused = self.text.fuse(text_states, attention_mask, image_states, **kwargs)  # (B, T, D)
+        return VisionLanguageModelOutput(
+            last_hidden_state=torch.cat([fused[:, :1], image_states[:, 1:], fused[:, 1:]], dim=1),  # (B, N + T, D)
+            pooler_output=pooled,
+            token_types=token_types_of(image_states, attention_mask),  # (B, N + T)
+        )
+
+
+class CodisForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetrieval, CodisPreTrainedModel):
+    """
+    Images against texts by cosine, then the best of them by matching (ALBEF's protocol).
+    `AutoModelForZeroShotImageClassification` returns this class.
+    """
+
+    def __init__(self, config: CodisConfig):
+        super().__init__(config)
+        self.codis = CodisModel(config)
+        self.temperature = nn.Parameter(torch.zeros(1))  # not 0-dim: ZeRO-3 cannot partition a scalar
+        self.itm_head = HeadLinear(config.hidden_size, 2)
+        self.post_init()
+
+    def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
+        return cosines / self.temperature
+
+
+class CodisForMaskedLM(MaskedTokens, CodisPreTrainedModel):
+    """BERT's language-model head on the fusion layers, or on the text layers when there is no image."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "codis.text.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: CodisConfig):
+        super().__init__(config)
+        self.codis = CodisModel(config, add_pooling_layer=False)
+        self.lm_head = LanguageModelHead(config, config.text_layer_norm_eps)
+        self.post_init()
+
+
+class Codebook(nn.Module):
+    """K codes of the contrastive space, a row each: C of equation 1, transposed. (R, P) -> cosines (R, K)."""
+
+    def __init__(self, config: CodisConfig):
+        super().__init__()
+        self.normalised = config.code_norm == "forward"
+        self.weight = nn.Parameter(torch.zeros(config.num_codes, config.projection_dim))
+
+    def reset(self) -> None:
+        """Evenly on the sphere."""
+        init.normal_(self.weight)
+        init.copy_(self.weight, nn.functional.normalize(self.weight, dim=-1))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        codes = nn.functional.normalize(self.weight, dim=-1) if self.normalised else self.weight  # (K, P)
+        return features @ codes.to(features.dtype).T
+
+
+@dataclass
+class CodisPreTrainingOutput(ModelOutput):
+    """
+    Args:
+        temperature (`(1,)`): gamma, the learnable divisor of cosines; None for a teacher, which has none.
+        image_embeds, text_embeds (`(B, P)`): Unit vectors.
+        image_states (`(B, S, D)`): Of the visual tower.
+        itm_logits (`(3B, 2)`): Of the pairs, of each text with its negative image, of each image with its negative
+            text (equation 7).
+        mlm_logits (`(M, V)`, or `(B, T, V)` without places): Of masked tokens beside their images (equation 8).
+        image_codes, text_codes (`(B, K)`): Cosines of the embeddings with the codes (equation 2).
+        image_key_codes, text_key_codes (`(B, K)`): Of the teacher's features with them (equation 1).
+    """
+
+    temperature: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_states: torch.FloatTensor | None = None
+    itm_logits: torch.FloatTensor | None = None
+    mlm_logits: torch.FloatTensor | None = None
+    image_codes: torch.FloatTensor | None = None
+    text_codes: torch.FloatTensor | None = None
+    image_key_codes: torch.FloatTensor | None = None
+    text_key_codes: torch.FloatTensor | None = None
+
+
+class CodisForPreTraining(
+    TokenPredictions, ImageTextMatching, GroundedMatching, RetrievalFeatures, CodisPreTrainedModel
+):
+    """
+    All that is trained: towers, temperature, codebook, matching and language-model heads. It computes representations
+    and logits; losses, transport, teacher, queues and the draw of negatives are the objective's.
+    """
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "codis.text.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: CodisConfig):
+        super().__init__(config)
+        self.codis = CodisModel(config)
+        self.temperature = nn.Parameter(torch.zeros(1))  # not 0-dim: ZeRO-3 cannot partition a scalar
+        self.codebook = Codebook(config) if config.num_codes else None
+        self.itm_head = HeadLinear(config.hidden_size, 2)
+        self.lm_head = LanguageModelHead(config, config.text_layer_norm_eps)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        pixel_values: torch.FloatTensor,
+        masked_input_ids: torch.LongTensor | None = None,
+        mlm_places: torch.LongTensor | None = None,
+        passes: tuple[str, ...] = ("contrast", "tokens"),
+        choose_negatives: ChooseNegatives | None = None,
+        keys: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_states: torch.FloatTensor | None = None,
+        checked: bool = False,
+        **kwargs,
+    ) -> CodisPreTrainingOutput:
+        r"""
+        Args:
+            input_ids, attention_mask (`(B, T)`): Texts, padded on the right.
+            pixel_values (`(B, C, H, W)`): Their images.
+            masked_input_ids (`(B, T)`): The same ids after masking, for "tokens".
+            mlm_places (`(M,)`): Places of what is to be predicted in the flat (B, T); every place where None.
+            passes: What to compute, of `contrast`, `match`, `tokens`, `codes`.
+            choose_negatives: For "match"; called once the embeddings are there. A pure function of tensors.
+            keys (`(B, P)` twice): For "codes": the teacher's features of images and texts, or None to ask the own.
+            image_states (`(B, S, D)`): Taken instead of the own.
+            checked: Whether texts and images were looked through before; what masks them is measured in any case.
+
+        Raises:
+            ValueError: unknown passes, one that lacks what it needs, and what [`CodisModel`] raises.
+        """
+        self._check_request(passes, masked_input_ids, choose_negatives)
+        if not checked:
+            check_inputs(self.codis, input_ids, attention_mask, pixel_values)
+        check_masks(input_ids, pixel_values, masked_input_ids, None, self.config.patch_size)
+        output = CodisPreTrainingOutput(temperature=self.temperature)
+
+        # images
+        if image_states is None:
+            image_states = self.codis.vision(pixel_values)  # (B, S, D)
+        output.image_states = image_states
+
+        # each alone, in the contrastive space
+        text_states = None
+        if "contrast" in passes:
+            text_states = self.codis.encode_texts(input_ids, attention_mask)  # (B, T, D)
+            output.image_embeds = self.codis.embed_images(image_states)  # (B, P)
+            output.text_embeds = self.codis.embed_texts(text_states)  # (B, P)
+
+        # where both lie among the codes
+        if "codes" in passes:
+            image_key, text_key = keys or (output.image_embeds.detach(), output.text_embeds.detach())
+            own = (output.image_embeds, output.text_embeds, image_key, text_key)
+            cosines = self.codebook(torch.cat([part.to(output.image_embeds.dtype) for part in own]))  # (4B, K)
+            output.image_codes, output.text_codes, output.image_key_codes, output.text_key_codes = cosines.chunk(4)
+
+        # texts that read an image: pairs and their negatives from states that are there, masked texts from their ids
+        negatives = None
+        if "match" in passes:
+            negatives = choose_negatives(output.image_embeds, output.text_embeds, self.temperature)  # (B,), (B,)
+        masked_states = None
+        if "tokens" in passes:
+            masked_states = self.codis.text.begin(masked_input_ids, attention_mask)  # (B, T, D)
+        self._fuse(output, text_states, attention_mask, negatives, masked_states, mlm_places)
+        return output
+
+    def _check_request(self, passes, masked_input_ids, choose_negatives) -> None:
+        if unknown := [name for name in passes if name not in PASSES]:
+            raise ValueError(f"unknown passes {unknown}; expected any of {list(PASSES)}")
+        for name, given, what in (
+            ("tokens", masked_input_ids, "masked_input_ids"),
+            ("match", choose_negatives, "choose_negatives"),
+            ("codes", self.codebook, "a codebook (num_codes)"),
+        ):
+            if name in passes and given is None:
+                raise ValueError(f"the pass {name!r} needs {what}, got None")
+        if {"match", "codes"} & set(passes) and "contrast" not in passes:
+            raise ValueError(f"the passes 'match' and 'codes' need 'contrast' beside them, got {list(passes)}")
+
+    def _fuse(
+        self,
+        output: CodisPreTrainingOutput,
+        text_states: torch.Tensor | None,
+        text_mask: torch.Tensor,
+        negatives: tuple[torch.Tensor, torch.Tensor] | None,
+        masked_states: torch.Tensor | None,
+        mlm_places: torch.Tensor | None,
+    ) -> None:
+        """Every text that reads an image, in one run: pairs, negatives, masked texts. Fills `output`."""
+        # rows of text, and the image that each reads
+        own = torch.arange(len(text_mask), device=text_mask.device)
+        states = []
+        masks = []
+        images = []
+        if negatives is not None:
+            other_images, other_texts = negatives
+            states += [text_states, text_states, text_states[other_texts]]
+            masks += [text_mask, text_mask, text_mask[other_texts]]
+            images += [own, other_images, own]
+        if masked_states is not None:
+            states.append(masked_states)
+            masks.append(text_mask)
+            images.append(own)
+        if not states:
+            return
+
+        # one run, so that each image's keys and values are made once
+        fused = self.codis.text.fuse(
+            torch.cat(states), torch.cat(masks), output.image_states, context_index=torch.cat(images)
+        )  # (R, T, D)
+
+        # apart again: pairs by their [CLS], then the masked texts
+        matched = 0 if negatives is None else 3 * len(own)
+        if matched:
+            output.itm_logits = self.itm_head(fused[:matched, 0])  # (3B, 2)
+        if masked_states is not None:
+            fused = fused[matched:]  # (B, T, D)
+            if mlm_places is not None:
+                fused = fused.flatten(0, 1).index_select(0, mlm_places)  # (M, D)
+            output.mlm_logits = self.lm_head(fused)  # (M, V) or (B, T, V)
+
+
+class CodisTaskModel(CodisPreTrainedModel):
+    """A tower, without projections where they serve nothing, and what a task adds (section 4.4; ALBEF's protocol)."""
+
+    def __init__(self, config: CodisConfig, add_pooling_layer: bool = False):
+        super().__init__(config)
+        self.codis = CodisModel(config, add_pooling_layer)
+
+
+class CodisForVisualQuestionAnswering(FusedAnswerGeneration, CodisTaskModel):
+    """Answers from the fused states of a question, by a decoder of `answer_decoder_layers` layers."""
+
+    _tied_weights_keys = {"decoder.lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: CodisConfig):
+        super().__init__(config)
+        self.decoder = AnswerDecoder(config, min(config.answer_decoder_layers, config.num_fusion_layers))
+        self.post_init()
+
+
+class CodisForVisualEntailment(PairClassification, DualEncoderTask, CodisTaskModel):
+    """Does the image contradict the text, say nothing of it, or entail it? Labels 0, 1, 2 (ALBEF's code)."""
+
+    def __init__(self, config: CodisConfig):
+        name_labels(config, ENTAILMENT_LABELS)
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.classifier = PairClassificationHead(config.hidden_size, config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class CodisForVisualReasoning(TwoImageReasoning, CodisTaskModel):
+    """Is a sentence true of two images (NLVR2)? Labels 0 and 1. The fusion layers stand twice."""
+
+    def __init__(self, config: CodisConfig):
+        name_labels(config, REASONING_LABELS)
+        super().__init__(config)
+        self.add_second_layers(config)
+        self.num_labels = config.num_labels
+        self.classifier = PairClassificationHead(config.hidden_size, config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class CodisForTextAssignment(TextAssignment, CodisTaskModel):
+    """Which of two images is a text's own, the first, the second or neither?"""
+
+    def __init__(self, config: CodisConfig):
+        super().__init__(config, add_pooling_layer=True)
+        self.add_second_layers(config)
+        self.assignment_head = HeadLinear(config.hidden_size, 3)
+        self.post_init()
+
+
+__all__ = [
+    "CodisForImageTextRetrieval",
+    "CodisForMaskedLM",
+    "CodisForPreTraining",
+    "CodisForTextAssignment",
+    "CodisForVisualEntailment",
+    "CodisForVisualQuestionAnswering",
+    "CodisForVisualReasoning",
+    "CodisModel",
+    "CodisPreTrainedModel",
+]
