@@ -50,7 +50,7 @@ def tiny_config(**overrides) -> CodisConfig:
         "projection_dim": 8,
         "num_codes": CODES,
         "answer_decoder_layers": 2,
-        "grounding_layer": 1,
+        "grounding_layer": 3,
         "cls_token_id": CLS,
         "image_token_id": IMAGE,
         "sep_token_id": SEP,

@@ -82,7 +82,7 @@ class CodisObjective(MomentumDistillation):
         arguments (`CodisObjectiveArguments`): Losses and their readings.
 
     Raises:
-        ValueError: what [`MomentumDistillation`] raises; both alignments; codes of a model that has none; a transport
+        ValueError: what [`MomentumDistillation`] raises; codes of a model that has none; a transport
             that makes no step.
     """
 
@@ -90,8 +90,6 @@ class CodisObjective(MomentumDistillation):
 
     def __init__(self, student: nn.Module, arguments: CodisObjectiveArguments):
         super().__init__(student, arguments, LOSSES, unused=("itm_head", "temperature", "codebook"))
-        if {"itc", "ica"} <= set(self.weights):
-            raise ValueError("ica holds the terms of itc already; expected one of the two among the losses")
         if "code" in self.weights and not self.config.num_codes:
             raise ValueError("the loss code needs a codebook; expected num_codes of the model above 0")
         self.transport = partial(
@@ -221,10 +219,10 @@ class CodisObjective(MomentumDistillation):
     def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
         """Alignment against this process's keys and the queues, and codes of this process's batch."""
         compared = Comparison()
-        loss = next((name for name in TERMS if name in self.weights), None)
-        if loss is not None:
-            compared.parts[loss] = self._alignment(loss, rows, common, targets, progress)
-            compared.kept = self.newest(targets)
+        for loss in TERMS:
+            if loss in self.weights:
+                compared.parts[loss] = self._alignment(loss, rows, common, targets, progress)
+                compared.kept = self.newest(targets)
         if "code" in self.weights:
             compared.parts |= self._codes(rows, common["temperature"])
         return compared
