@@ -47,6 +47,10 @@ class Masking:
     mim_min_block: int = field(
         default=16, metadata=_help("Patches of the smallest block; of 14 x 14 or 16 x 16, BEiT's and SIMLA's is 16.")
     )
+    mlm_replacement: Literal["bert", "mask"] = field(
+        default="bert",
+        metadata=_help("What takes a chosen token's place: [MASK] 80 %, a random token, itself; or always [MASK]."),
+    )
     random_specials: bool = field(
         default=False, metadata=_help("A random token may be a special one, as in ALBEF's code.")
     )
@@ -58,7 +62,7 @@ class Masking:
         check_bounds(self)
         if len(self.mim_ratio) != 2:
             raise ValueError(f"mim_ratio is {self.mim_ratio}; expected two numbers in [0, 1]")
-        for name in ("mim_masking", "corruption"):
+        for name in ("mim_masking", "mlm_replacement", "corruption"):
             choices = get_args(type(self).__annotations__[name])
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, choices))}")
@@ -104,6 +108,7 @@ class Replacement:
                 special_ids=self.special.ids,
                 probability=self.masking.mlm_probability,
                 random_specials=self.masking.random_specials,
+                always_mask=self.masking.mlm_replacement == "mask",
             )  # (T,), (m,)
         if grid is not None:
             patches = self._patches(grid, mim_ratio(progress, *self.masking.mim_ratio), rng)  # (N,)
@@ -165,6 +170,7 @@ def mask_tokens(
     special_ids: Sequence[int] = (),
     probability: float = 0.15,
     random_specials: bool = False,
+    always_mask: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """BERT's corruption of a text's tokens, without [CLS] and padding.
 
@@ -176,6 +182,7 @@ def mask_tokens(
         token_ids: (T,) ids.
         special_ids: ids that a random token must not be.
         random_specials: draw the random token from the whole vocabulary, as ALBEF does.
+        always_mask: [MASK] for all that are chosen, as CODIS' section 3.4 can be read.
 
     Returns:
         corrupted ids (T,) int64, and the chosen places (m,) int64 in rising order.
@@ -201,6 +208,9 @@ def mask_tokens(
     drawn += np.searchsorted(specials - np.arange(len(specials)), drawn, side="right")  # (m,), ids of the vocabulary
 
     # 80 % [MASK], 10 % random, 10 % as they were
+    if always_mask:
+        corrupted[chosen] = mask_token_id
+        return corrupted, chosen
     corrupted[chosen[action < 0.8]] = mask_token_id
     random = (action >= 0.8) & (action < 0.9)
     corrupted[chosen[random]] = drawn[random]

@@ -56,6 +56,12 @@ def test_random_tokens_cover_the_vocabulary_without_specials_evenly():
     assert abs(counts[allowed] / (400_000 * 0.1 / 16) - 1).max() < 0.1
 
 
+def test_always_mask_hides_the_same_tokens_and_nothing_else():
+    tokens, corrupted, chosen = masked(5000, always_mask=True)
+    assert np.array_equal(chosen, masked(5000)[2]) and (corrupted[chosen] == MASK).all()
+    assert np.array_equal(np.delete(corrupted, chosen), np.delete(tokens, chosen))
+
+
 def test_random_specials_restores_albef():
     tokens, corrupted, chosen = masked(probability=1.0, random_specials=True)
     assert np.isin(corrupted[chosen], [0, 1, 100, 101]).sum() > 50

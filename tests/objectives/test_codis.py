@@ -40,9 +40,8 @@ def naive_plan(cost: np.ndarray, beta: float, outer: int, inner: int) -> np.ndar
 def test_the_plan_is_algorithm_2(beta, outer, inner):
     cost = random_cost(9, 13)
     found = transport_plan(cost, beta, outer, inner)
-    torch.testing.assert_close(
-        found, torch.from_numpy(naive_plan(cost.numpy(), beta, outer, inner)), rtol=1e-10, atol=0
-    )
+    expected = torch.from_numpy(naive_plan(cost.numpy(), beta, outer, inner))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
     single = transport_plan(cost.float(), beta, outer, inner)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), found, rtol=1e-3, atol=1e-7)
@@ -58,10 +57,9 @@ def test_many_steps_reach_the_exact_plan():
     ot = pytest.importorskip("ot")
     cost = random_cost(12, 6).numpy()
     exact = ot.emd2(np.full(12, 1 / 12), np.full(6, 1 / 6), cost)
-    costs = [
-        float((transport_plan(torch.from_numpy(cost), 0.05, outer).numpy() * cost).sum()) for outer in (5, 50, 2000)
-    ]
-    assert exact <= costs[2] < costs[1] < costs[0] and costs[2] == pytest.approx(exact, rel=1e-3)
+    plans = [transport_plan(torch.from_numpy(cost), 0.5, outer).numpy() for outer in (2, 2000)]
+    few, many = (abs(float((plan * cost).sum()) - exact) for plan in plans)
+    assert few > 1e-3 * exact > many
 
 
 def test_a_plan_has_no_gradient_and_half_precision_is_computed_in_full():
