@@ -31,23 +31,17 @@ from .vl_features import CosineRetrieval, MaskedTokens, RetrievalFeatures, Token
 from .vl_gradcam import GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs, check_masks
-from .vl_outputs import VisionLanguageModelOutput, token_types_of
+from .vl_outputs import VisionLanguageModelOutput, token_types_of, with_patches
+from .vl_saving import SavedWhole
 from .vl_task_heads import AnswerDecoder, PairClassification, PairClassificationHead
 
-# what a repository with these weights offers, whichever class saved it
-AUTO_MAP = {
-    "AutoConfig": "configuration_codis.CodisConfig",
-    "AutoModel": "modeling_codis.CodisModel",
-    "AutoModelForZeroShotImageClassification": "modeling_codis.CodisForImageTextRetrieval",
-    "AutoModelForMaskedLM": "modeling_codis.CodisForMaskedLM",
-}
 # which image each text is held against, and which text each image: image_embeds, text_embeds (B, P), temperature
 # (1,) -> two index tensors (B,)
 ChooseNegatives = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 PASSES = ("contrast", "match", "tokens", "codes")
 
 
-class CodisPreTrainedModel(DualEncoderPreTrainedModel):
+class CodisPreTrainedModel(SavedWhole, DualEncoderPreTrainedModel):
     config: CodisConfig
     base_model_prefix = "codis"
     # one checkpoint serves every class: what a class has no use for is left behind in silence
@@ -62,11 +56,6 @@ class CodisPreTrainedModel(DualEncoderPreTrainedModel):
             module.reset()
         else:
             super()._init_weights(module)
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        # transformers would list only the class that is saved; a repository serves all of them
-        self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(*args, **kwargs)
 
 
 class CodisModel(DualEncoder, CodisPreTrainedModel):
@@ -132,7 +121,7 @@ class CodisModel(DualEncoder, CodisPreTrainedModel):
             pooled = (self.embed_images(image_states) + self.embed_texts(text_states)) / 2  # (B, P)
         fused = self.text.fuse(text_states, attention_mask, image_states, **kwargs)  # (B, T, D)
         return VisionLanguageModelOutput(
-            last_hidden_state=torch.cat([fused[:, :1], image_states[:, 1:], fused[:, 1:]], dim=1),  # (B, N + T, D)
+            last_hidden_state=with_patches(fused, image_states),  # (B, N + T, D)
             pooler_output=pooled,
             token_types=token_types_of(image_states, attention_mask),  # (B, N + T)
         )
@@ -152,7 +141,8 @@ class CodisForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetr
         self.post_init()
 
     def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
-        return cosines / self.temperature
+        # within its range as before a step of training, and never at zero or below
+        return cosines / self.temperature.clamp(*self.config.temperature_range)
 
 
 class CodisForMaskedLM(MaskedTokens, CodisPreTrainedModel):
@@ -319,7 +309,7 @@ class CodisForPreTraining(
     ) -> None:
         """Every text that reads an image, in one run: pairs, negatives, masked texts. Fills `output`."""
         # rows of text, and the image that each reads
-        own = torch.arange(len(text_mask), device=text_mask.device)
+        own = torch.arange(text_mask.shape[0], device=text_mask.device)
         states = []
         masks = []
         images = []
@@ -341,7 +331,7 @@ class CodisForPreTraining(
         )  # (R, T, D)
 
         # apart again: pairs by their [CLS], then the masked texts
-        matched = 0 if negatives is None else 3 * len(own)
+        matched = 0 if negatives is None else 3 * text_mask.shape[0]
         if matched:
             output.itm_logits = self.itm_head(fused[:matched, 0])  # (3B, 2)
         if masked_states is not None:

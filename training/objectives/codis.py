@@ -11,7 +11,7 @@ B pairs, T = 1 + W places of a text, P embedding width, K codes, M masked tokens
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,12 @@ TERMS = {"itc": ACROSS, "ica": (*ACROSS, *WITHIN)}
 @dataclass
 class CodisObjectiveArguments(MomentumArguments):
     """The paper's section 3, and what it leaves open."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {
+        "ipot_beta": "(0, inf)",
+        "ipot_outer": "[1, inf)",
+        "ipot_inner": "[1, inf)",
+    }
 
     losses: list[str] = field(
         default_factory=lambda: ["ica", "code", "itm", "mlm"],
@@ -121,6 +127,14 @@ class CodisObjective(MomentumDistillation):
                 if parameter is not token_embeddings:
                     parameter.requires_grad_(False)
         student.temperature.requires_grad_(bool(aligned))
+
+    @classmethod
+    def uninformed(cls, arguments: Any, batch_size: int, processes: int) -> dict[str, float]:
+        """As of ALBEF's losses; alignment has the contrast of each of its terms."""
+        known = super().uninformed(arguments, batch_size, processes)
+        scales = {"half": 0.5, "sum": 1.0, "mean": 1 / len(TERMS["ica"])}
+        terms = scales[arguments.alignment_reduction] * len(TERMS["ica"])
+        return {**known, "ica": terms * known["itc"]}
 
     @classmethod
     def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], example: Example) -> dict[str, Batch]:
