@@ -18,7 +18,8 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     Official checkpoints into model directories and back.
 
         oner convert --from simla simla.pth runs/simla --tokenizer vocab.txt
-        oner convert --from albef ALBEF.pth runs/albef --draw_missing
+        oner convert --from albef ALBEF.pth runs/albef
+        oner convert --from albef ALBEF.pth runs/simla --family simla --draw_missing
         oner convert --from dalle encoder.pkl runs/image-tokenizer
         oner convert --to simla runs/simla simla.pth
 
@@ -30,7 +31,13 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     way.add_argument(
         "--from", dest="origin", choices=["albef", "dalle", "simla"], help="Layout of the file that is read."
     )
-    way.add_argument("--to", dest="target", choices=["simla"], help="Layout of the file that is written.")
+    way.add_argument("--to", dest="target", choices=["albef", "simla"], help="Layout of the file that is written.")
+    parser.add_argument(
+        "--family",
+        choices=["codis", "simla"],
+        help="With --from: whose model it becomes; by default codis of ALBEF's files, which is ALBEF without its "
+        "codebook, and simla of SIMLA's. SIMLA begins with ALBEF's weights, and lacks some.",
+    )
     parser.add_argument("source", help="The file to read, or with --to the model directory.")
     parser.add_argument("destination", help="The directory to write, new or empty; with --to the file.")
     parser.add_argument("--image_size", type=int, help="Pictures to read from now on; positions are resized to it.")

@@ -154,3 +154,11 @@ def filled(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch
     if "idx_queue" in state:
         state["idx_queue"] = torch.randint(0, 9, (1, Q), generator=generator)
     return state
+
+
+def fold_types(official: dict) -> None:
+    """What comes back of token types: their first row in every position, and zeros. In place."""
+    for name in [name for name in official if name.endswith("token_type_embeddings.weight")]:
+        positions = name.replace("token_type", "position")
+        official[positions] = official[positions] + official[name][0]
+        official[name] = torch.zeros_like(official[name])

@@ -15,6 +15,7 @@ from tiny_official import (
     assignment_shapes,
     entailment_shapes,
     filled,
+    fold_types,
     pretraining_shapes,
     retrieval_shapes,
     two_pictures_shapes,
@@ -41,14 +42,6 @@ def same(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
-
-
-def fold_types(official: dict) -> None:
-    """What comes back of token types: their first row in every position, and zeros. In place."""
-    for name in [name for name in official if name.endswith("token_type_embeddings.weight")]:
-        positions = name.replace("token_type", "position")
-        official[positions] = official[positions] + official[name][0]
-        official[name] = torch.zeros_like(official[name])
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_official import Q, V, albef_shapes, filled, pretraining_shapes, retrieval_shapes
+from tiny_official import Q, V, albef_shapes, filled, fold_types, pretraining_shapes, retrieval_shapes
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForZeroShotImageClassification, AutoProcessor
 
 from oner.modeling.configuration_dvae import DiscreteVAEConfig
@@ -124,7 +124,7 @@ def test_a_head_that_is_wholly_absent_is_left_out(tmp_path, capsys, official):
 
 def test_albef_is_drawn_where_it_must_be(tmp_path, capsys):
     torch.save({"model": filled(albef_shapes())}, tmp_path / "ALBEF.pth")
-    command = ["convert", "--from", "albef", str(tmp_path / "ALBEF.pth")]
+    command = ["convert", "--from", "albef", "--family", "simla", str(tmp_path / "ALBEF.pth")]
     assert main([*command, str(tmp_path / "no"), *TINY]) == 2
     assert "encoder.layer.0.crossattention.self.query.weight" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
@@ -139,6 +139,21 @@ def test_albef_is_drawn_where_it_must_be(tmp_path, capsys):
     assert not any(name.startswith("mim_head.") for name in one)
     kept = "simla.text.layers.2.cross_attention.query.weight"
     assert torch.equal(one[kept], other[kept])
+
+
+def test_albef_is_a_family_of_its_own_and_goes_back(tmp_path, capsys):
+    """Nothing is drawn; what comes back is what went in, with the token types folded into positions."""
+    official = filled(albef_shapes())
+    torch.save({"model": official}, tmp_path / "ALBEF.pth")
+    assert main(["convert", "--from", "albef", str(tmp_path / "ALBEF.pth"), str(tmp_path / "albef"), *TINY]) == 0
+    assert "drawn at random" not in capsys.readouterr().out
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "albef")
+    assert type(model).__name__ == "CodisForPreTraining" and model.codebook is None
+    assert main(["convert", "--to", "albef", str(tmp_path / "albef"), str(tmp_path / "back.pth")]) == 0
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    assert back.keys() == official.keys()
+    fold_types(official)
+    assert all(torch.equal(back[name], tensor) for name, tensor in official.items() if tensor.is_floating_point())
 
 
 def test_a_stem_that_the_official_layout_lacks_is_refused(tmp_path, capsys, root):

@@ -86,6 +86,7 @@ LEARNS = {
         },
     },
 }
+LEARNS["codis"] = LEARNS["simla"]
 # ten steps show what is wrong from the start
 SHORT = {"epochs": 2, "warmup_epochs": 0, "log_every": 1}
 # illness -> what makes a run of any family ill of it

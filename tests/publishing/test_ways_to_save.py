@@ -25,6 +25,7 @@ CASES = [(name, way) for name in FAMILIES for way in WAYS]
 # which pipelines a family's retrieval model serves, transformers' own two that read images among them
 PIPELINES = {"oner": {"image-text-retrieval", "image-feature-extraction", "zero-shot-image-classification"}}
 PIPELINES["simla"] = PIPELINES["oner"] | {"image-text-matching", "visual-grounding"}
+PIPELINES["codis"] = PIPELINES["simla"]
 
 
 def python(folder: Path, *arguments: str) -> None:

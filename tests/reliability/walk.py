@@ -29,7 +29,7 @@ from tiny_pretraining import forget_accelerator, load_example, tiny_arguments, w
 ROOT = Path(__file__).resolve().parents[2]
 COUNTED = ("examples", "modeling", "processing", "training", "oner")
 # family -> files, at most, as the house should be
-GOALS = {"oner": 18, "simla": 20}
+GOALS = {"oner": 18, "simla": 20, "codis": 20}
 # what is built once
 BUILDING = {
     "parse_arguments",

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from .reading import read_weights
 from .report import ConversionReport
 
 OBJECTIVE, REPORT = "objective.safetensors", "conversion.json"
+# whose model is whose: ALBEF is CODIS without its codebook
+FAMILY_OF = {"albef": "codis", "simla": "simla"}
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -56,7 +57,7 @@ def _fields(options: argparse.Namespace) -> dict[str, Any]:
     return fields
 
 
-def _from_official(options: argparse.Namespace, family: str) -> ConversionReport:
+def _from_official(options: argparse.Namespace) -> ConversionReport:
     fields, tokenizer = _fields(options), None
 
     # the vocabulary knows the special ids, which no shape tells
@@ -68,7 +69,7 @@ def _from_official(options: argparse.Namespace, family: str) -> ConversionReport
     state = read_weights(options.source)
     done = from_official(
         state,
-        family,
+        options.family or FAMILY_OF[options.origin],
         image_size=options.image_size,
         draw_missing=options.draw_missing,
         fold_token_types=options.fold_token_types,
@@ -165,14 +166,15 @@ def _write_official(options: argparse.Namespace) -> ConversionReport:
     destination = Path(options.destination).absolute()
     if destination.exists():
         raise FileExistsError(f"{destination} is there already; expected a new file")
-    weights = _model_weights(Path(options.source), options.target)
+    family = FAMILY_OF[options.target]
+    weights = _model_weights(Path(options.source), family)
 
     # teacher and queues, if named or lying beside the weights
     path = Path(options.objective) if options.objective else Path(options.source) / OBJECTIVE
     objective = None
     if options.objective or path.is_file():
         objective = read_weights(path)
-    state, report = to_official(weights, options.target, objective)
+    state, report = to_official(weights, family, objective)
 
     # in a directory beside it first: a file that is there is whole
     with scratch_beside(destination) as scratch:
@@ -194,9 +196,9 @@ def _check_written(path: Path, state: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-# layout of a file -> what reads it; ALBEF's files become models of SIMLA's family, which begins with them
+# layout of a file -> what reads it
 SOURCES: dict[str, Callable[[argparse.Namespace], ConversionReport]] = {
-    "simla": partial(_from_official, family="simla"),
-    "albef": partial(_from_official, family="simla"),
+    "simla": _from_official,
+    "albef": _from_official,
     "dalle": _from_dalle,
 }

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from oner.modeling.configuration_codis import CodisConfig
 from oner.modeling.configuration_simla import SimlaConfig
+from oner.modeling.modeling_codis import (
+    CodisForImageTextRetrieval,
+    CodisForPreTraining,
+    CodisForTextAssignment,
+    CodisForVisualEntailment,
+    CodisForVisualQuestionAnswering,
+    CodisForVisualReasoning,
+)
 from oner.modeling.modeling_simla import SimlaForImageTextRetrieval
 from oner.modeling.modeling_simla_pretraining import SimlaForPreTraining
 from oner.modeling.modeling_simla_tasks import (
@@ -140,8 +149,35 @@ def all_fuse(layers: int, first_fusion: int) -> dict[str, Any]:
     return {"num_text_layers": layers}
 
 
+def upper_fuse(layers: int, first_fusion: int) -> dict[str, Any]:
+    """The lower layers read a text, the upper ones an image too; and there is no codebook (ALBEF)."""
+    return {"num_text_layers": first_fusion, "num_fusion_layers": layers - first_fusion, "num_codes": 0}
+
+
 # authors' checkpoints -> ours, by family
 OFFICIAL = {
+    # of CODIS there are none: these are ALBEF's, which is CODIS without its codebook
+    "codis": OfficialFamily(
+        config=CodisConfig,
+        retrieval=CodisForImageTextRetrieval,
+        pretraining=CodisForPreTraining,
+        answers=CodisForVisualQuestionAnswering,
+        entailment=CodisForVisualEntailment,
+        reasoning=CodisForVisualReasoning,
+        assignment=CodisForTextAssignment,
+        pretraining_heads=("text_encoder.cls.",),
+        heads=(
+            ("vision_proj", "codis.vision_projection"),
+            ("text_proj", "codis.text_projection"),
+            ("temp", "temperature"),
+            ("itm_head", "itm_head"),
+            ("ta_head", "assignment_head"),
+            ("cls_head.0", "classifier.0"),
+            ("cls_head.2", "classifier.2"),
+        ),
+        depth=upper_fuse,
+        token_types=True,
+    ),
     "simla": OfficialFamily(
         config=SimlaConfig,
         retrieval=SimlaForImageTextRetrieval,
