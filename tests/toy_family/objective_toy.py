@@ -1,6 +1,7 @@
 """Objective of the toy family: masked tokens and contrast of texts with a teacher's, contrast of pairs."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -12,6 +13,7 @@ from oner.training.parallel.distributed import gather_without_gradient, rank
 
 @dataclass
 class ToyObjectiveArguments:
+    BOUNDS: ClassVar[dict[str, str]] = {"ema_momentum": "[0, 1]"}
     ema_momentum: float = 0.9
 
 
