@@ -31,7 +31,7 @@ TOKENIZER = "tokenizer"  # the run's own, a directory in output_dir
 SAVED = "tokenizer.json"  # in it
 # arguments that name what is read beside rows; of the lists each entry
 FILES = (
-    *("initial_model", "initial_vision", "initial_text", "tokenizer", "image_tokenizer"),
+    *("initial_model", "initial_objective", "initial_vision", "initial_text", "tokenizer", "image_tokenizer"),
     *("answer_list", "eval_annotations", "refs", "instances", "detections"),
 )
 # of a model's directory, what loading does not read
