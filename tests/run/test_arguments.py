@@ -146,7 +146,7 @@ def test_json_on_the_command_line(parse):
         ("max_steps: -3", "max_steps is -3; expected at least 1"),
         ("log_every: 0", "log_every is 0; expected at least 1"),
         ("keep_checkpoints: 0", "keep_checkpoints is 0; expected at least 1"),
-        ("family: oscar", "unknown family 'oscar'; expected one of oner"),
+        ("family: oscar", "unknown family 'oscar'; expected one of .*oner"),
     ],
 )
 def test_values_out_of_range_are_refused(tmp_path, text, message):
@@ -269,7 +269,7 @@ def test_every_example_parses_to_what_it_says(path):
 
 def test_a_family_is_named_or_read_from_where_a_run_starts(tmp_path):
     line = ["--train_data", "a.parquet"]
-    with pytest.raises(ValueError, match="which family.* out of oner, simla"):
+    with pytest.raises(ValueError, match="which family.* out of .*oner, simla"):
         parse_arguments(line)
     SimlaConfig.from_size("nano").save_pretrained(tmp_path)
     arguments = parse_arguments([*line, "--initial_model", str(tmp_path)])
