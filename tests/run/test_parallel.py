@@ -1,9 +1,9 @@
 """What `make_accelerator` refuses, before a model is built; what it hands on; and the teacher's guard."""
 
-from types import os
+import os
+from types import SimpleNamespace
 
 import pytest
-import SimpleNamespace
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
