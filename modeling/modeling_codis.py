@@ -4,7 +4,6 @@ Without the codebook it is ALBEF (Li et al., 2021). B pairs, N patches, S = 1 + 
 [CLS], D width, P embedding width, K codes, M masked tokens, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,14 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_codis import CodisConfig
-from .vl_dual_encoder import DualEncoder, DualEncoderPreTrainedModel, ImageTextMatching
+from .vl_dual_encoder import (
+    ChooseNegatives,
+    DualEncoder,
+    DualEncoderPreTrainedModel,
+    FusedPredictions,
+    ImageTextMatching,
+    check_passes,
+)
 from .vl_dual_tasks import (
     ENTAILMENT_LABELS,
     REASONING_LABELS,
@@ -35,9 +41,6 @@ from .vl_outputs import VisionLanguageModelOutput, token_types_of, with_patches
 from .vl_saving import SavedWhole
 from .vl_task_heads import AnswerDecoder, PairClassification, PairClassificationHead
 
-# which image each text is held against, and which text each image: image_embeds, text_embeds (B, P), temperature
-# (1,) -> two index tensors (B,)
-ChooseNegatives = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 PASSES = ("contrast", "match", "tokens", "codes")
 
 
@@ -98,21 +101,12 @@ class CodisModel(DualEncoder, CodisPreTrainedModel):
 
         # a text alone
         if pixel_values is None:
-            states = self.encode_texts(input_ids, attention_mask, **kwargs)  # (B, T, D)
-            return VisionLanguageModelOutput(
-                last_hidden_state=states,
-                pooler_output=self.project_texts(states),  # (B, P)
-                token_types=token_types_of(None, attention_mask),  # (B, T)
-            )
+            return self.text_output(input_ids, attention_mask, **kwargs)
 
         # an image alone
         image_states = self.vision(pixel_values, **kwargs)  # (B, S, D)
         if input_ids is None:
-            return VisionLanguageModelOutput(
-                last_hidden_state=image_states,
-                pooler_output=self.project_images(image_states),  # (B, P)
-                token_types=token_types_of(image_states, None),  # (B, S)
-            )
+            return self.image_output(image_states)
 
         # a pair: the fusion layers stand on the text's states
         text_states = self.encode_texts(input_ids, attention_mask, **kwargs)  # (B, T, D)
@@ -202,7 +196,7 @@ class CodisPreTrainingOutput(ModelOutput):
 
 
 class CodisForPreTraining(
-    TokenPredictions, ImageTextMatching, GroundedMatching, RetrievalFeatures, CodisPreTrainedModel
+    FusedPredictions, TokenPredictions, ImageTextMatching, GroundedMatching, RetrievalFeatures, CodisPreTrainedModel
 ):
     """
     All that is trained: towers, temperature, codebook, matching and language-model heads. It computes representations
@@ -250,7 +244,14 @@ class CodisForPreTraining(
         Raises:
             ValueError: unknown passes, one that lacks what it needs, and what [`CodisModel`] raises.
         """
-        self._check_request(passes, masked_input_ids, choose_negatives)
+        needs = {
+            "tokens": ("masked_input_ids", masked_input_ids),
+            "match": ("choose_negatives", choose_negatives),
+            "codes": ("a codebook (num_codes)", self.codebook),
+        }
+        check_passes(passes, PASSES, needs)
+        if {"match", "codes"} & set(passes) and "contrast" not in passes:
+            raise ValueError(f"the passes 'match' and 'codes' need 'contrast' beside them, got {list(passes)}")
         if not checked:
             check_inputs(self.codis, input_ids, attention_mask, pixel_values)
         check_masks(input_ids, pixel_values, masked_input_ids, None, self.config.patch_size)
@@ -282,63 +283,10 @@ class CodisForPreTraining(
         masked_states = None
         if "tokens" in passes:
             masked_states = self.codis.text.begin(masked_input_ids, attention_mask)  # (B, T, D)
-        self._fuse(output, text_states, attention_mask, negatives, masked_states, mlm_places)
+        self.predict_fused(
+            output, text_states, attention_mask, negatives, masked_states, mlm_places, self.codis.text.fuse
+        )
         return output
-
-    def _check_request(self, passes, masked_input_ids, choose_negatives) -> None:
-        if unknown := [name for name in passes if name not in PASSES]:
-            raise ValueError(f"unknown passes {unknown}; expected any of {list(PASSES)}")
-        for name, given, what in (
-            ("tokens", masked_input_ids, "masked_input_ids"),
-            ("match", choose_negatives, "choose_negatives"),
-            ("codes", self.codebook, "a codebook (num_codes)"),
-        ):
-            if name in passes and given is None:
-                raise ValueError(f"the pass {name!r} needs {what}, got None")
-        if {"match", "codes"} & set(passes) and "contrast" not in passes:
-            raise ValueError(f"the passes 'match' and 'codes' need 'contrast' beside them, got {list(passes)}")
-
-    def _fuse(
-        self,
-        output: CodisPreTrainingOutput,
-        text_states: torch.Tensor | None,
-        text_mask: torch.Tensor,
-        negatives: tuple[torch.Tensor, torch.Tensor] | None,
-        masked_states: torch.Tensor | None,
-        mlm_places: torch.Tensor | None,
-    ) -> None:
-        """Every text that reads an image, in one run: pairs, negatives, masked texts. Fills `output`."""
-        # rows of text, and the image that each reads
-        own = torch.arange(text_mask.shape[0], device=text_mask.device)
-        states = []
-        masks = []
-        images = []
-        if negatives is not None:
-            other_images, other_texts = negatives
-            states += [text_states, text_states, text_states[other_texts]]
-            masks += [text_mask, text_mask, text_mask[other_texts]]
-            images += [own, other_images, own]
-        if masked_states is not None:
-            states.append(masked_states)
-            masks.append(text_mask)
-            images.append(own)
-        if not states:
-            return
-
-        # one run, so that each image's keys and values are made once
-        fused = self.codis.text.fuse(
-            torch.cat(states), torch.cat(masks), output.image_states, context_index=torch.cat(images)
-        )  # (R, T, D)
-
-        # apart again: pairs by their [CLS], then the masked texts
-        matched = 0 if negatives is None else 3 * text_mask.shape[0]
-        if matched:
-            output.itm_logits = self.itm_head(fused[:matched, 0])  # (3B, 2)
-        if masked_states is not None:
-            fused = fused[matched:]  # (B, T, D)
-            if mlm_places is not None:
-                fused = fused.flatten(0, 1).index_select(0, mlm_places)  # (M, D)
-            output.mlm_logits = self.lm_head(fused)  # (M, V) or (B, T, V)
 
 
 class CodisTaskModel(CodisPreTrainedModel):

@@ -73,21 +73,12 @@ class SimlaModel(DualEncoder, SimlaPreTrainedModel):
 
         # a text alone
         if pixel_values is None:
-            states = self.encode_texts(input_ids, attention_mask, **kwargs)  # (B, T, D)
-            return VisionLanguageModelOutput(
-                last_hidden_state=states,
-                pooler_output=self.project_texts(states),  # (B, P)
-                token_types=token_types_of(None, attention_mask),  # (B, T)
-            )
+            return self.text_output(input_ids, attention_mask, **kwargs)
 
         # an image alone
         image_states = self.vision(pixel_values, bool_masked_pos, **kwargs)  # (B, S, D)
         if input_ids is None:
-            return VisionLanguageModelOutput(
-                last_hidden_state=image_states,
-                pooler_output=self.project_images(image_states),  # (B, P)
-                token_types=token_types_of(image_states, None),  # (B, S)
-            )
+            return self.image_output(image_states)
 
         # a pair: its text alone, for the embedding, and its text that reads the image
         beginning, pooled = self.text.begin(input_ids, attention_mask, **kwargs), None  # (B, T, D)

@@ -4,7 +4,6 @@ B pairs, N patches, S = 1 + N, T positions of a text with its [CLS], D width, P 
 K masked patches, V tokens and Z codes of the two vocabularies, H heads.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +13,13 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_simla import SimlaConfig
 from .modeling_simla import SimlaModel, SimlaPreTrainedModel
-from .vl_dual_encoder import ImageTextMatching
+from .vl_dual_encoder import ChooseNegatives, FusedPredictions, ImageTextMatching, check_passes
 from .vl_features import RetrievalFeatures, TokenPredictions
 from .vl_fusion import self_mask
 from .vl_gradcam import GroundedConcepts, GroundedMatching
 from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs, check_masks
 
-# which image each text is held against, and which text each image: image_embeds, text_embeds (B, P), temperature
-# (1,) -> two index tensors (B,)
-ChooseNegatives = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 PASSES = ("contrast", "match", "tokens", "patches", "concepts", "keywords")
 
 
@@ -56,7 +52,13 @@ class SimlaPreTrainingOutput(ModelOutput):
 
 
 class SimlaForPreTraining(
-    GroundedConcepts, TokenPredictions, ImageTextMatching, GroundedMatching, RetrievalFeatures, SimlaPreTrainedModel
+    FusedPredictions,
+    GroundedConcepts,
+    TokenPredictions,
+    ImageTextMatching,
+    GroundedMatching,
+    RetrievalFeatures,
+    SimlaPreTrainedModel,
 ):
     """
     Both encoders with everything that is trained: temperature, matching, language-model, code and concept heads. It
@@ -117,7 +119,14 @@ class SimlaForPreTraining(
         Raises:
             ValueError: unknown passes, one that lacks what it needs, and what [`SimlaModel`] raises.
         """
-        self._check_request(passes, masked_input_ids, bool_masked_pos, choose_negatives)
+        needs = {
+            "tokens": ("masked_input_ids", masked_input_ids),
+            "patches": ("bool_masked_pos", bool_masked_pos),
+            "match": ("choose_negatives", choose_negatives),
+        }
+        check_passes(passes, PASSES, needs)
+        if "match" in passes and "contrast" not in passes:
+            raise ValueError(f"the pass 'match' needs 'contrast' beside it, got {list(passes)}")
         if not checked:
             check_inputs(self.simla, input_ids, attention_mask, pixel_values)
         check_masks(input_ids, pixel_values, masked_input_ids, bool_masked_pos, self.config.patch_size)
@@ -140,7 +149,7 @@ class SimlaForPreTraining(
         if "match" in passes:
             negatives = choose_negatives(output.image_embeds, output.text_embeds, self.temperature)  # (B,), (B,)
         masked_ids = masked_input_ids if "tokens" in passes else None
-        self._fuse(output, input_ids, attention_mask, negatives, masked_ids, mlm_places)
+        self.predict_fused(output, input_ids, attention_mask, negatives, masked_ids, mlm_places, self.simla.fuse)
 
         # masked images that read a clean text
         if "patches" in passes:
@@ -158,63 +167,10 @@ class SimlaForPreTraining(
             output.keyword_attention = self._keyword_attention(input_ids, attention_mask, image_states)  # (B, H, T)
         return output
 
-    def _check_request(self, passes, masked_input_ids, bool_masked_pos, choose_negatives) -> None:
-        if unknown := [name for name in passes if name not in PASSES]:
-            raise ValueError(f"unknown passes {unknown}; expected any of {list(PASSES)}")
-        for name, given, what in (
-            ("tokens", masked_input_ids, "masked_input_ids"),
-            ("patches", bool_masked_pos, "bool_masked_pos"),
-            ("match", choose_negatives, "choose_negatives"),
-        ):
-            if name in passes and given is None:
-                raise ValueError(f"the pass {name!r} needs {what}, got None")
-        if "match" in passes and "contrast" not in passes:
-            raise ValueError(f"the pass 'match' needs 'contrast' beside it, got {list(passes)}")
-
     def _concept_input(self, output: SimlaPreTrainingOutput, image_states: torch.Tensor) -> torch.Tensor:
         if self.config.concept_input == "cls":
             return image_states[:, 0]
         return self.simla.embed_images(image_states) if output.image_embeds is None else output.image_embeds
-
-    def _fuse(
-        self,
-        output: SimlaPreTrainingOutput,
-        text_ids: torch.Tensor,
-        text_mask: torch.Tensor,
-        negatives: tuple[torch.Tensor, torch.Tensor] | None,
-        masked_ids: torch.Tensor | None,
-        mlm_places: torch.Tensor | None,
-    ) -> None:
-        """Every text that reads a clean image, in one run: pairs, negatives, masked texts. Fills `output`."""
-        # rows of text, and the image that each reads
-        own = torch.arange(text_ids.shape[0], device=text_ids.device)
-        ids = []
-        masks = []
-        images = []
-        if negatives is not None:
-            other_images, other_texts = negatives
-            ids += [text_ids, text_ids, text_ids[other_texts]]
-            masks += [text_mask, text_mask, text_mask[other_texts]]
-            images += [own, other_images, own]
-        if masked_ids is not None:
-            ids.append(masked_ids)
-            masks.append(text_mask)
-            images.append(own)
-        if not ids:
-            return
-
-        # one run, so that each image's keys and values are made once
-        states = self.simla.fuse(torch.cat(ids), torch.cat(masks), output.image_states, torch.cat(images))
-
-        # apart again: pairs by their [CLS], then the masked texts
-        matched = 0 if negatives is None else 3 * text_ids.shape[0]
-        if matched:
-            output.itm_logits = self.itm_head(states[:matched, 0])  # (3B, 2)
-        if masked_ids is not None:
-            states = states[matched:]  # (B, T, D)
-            if mlm_places is not None:
-                states = states.flatten(0, 1).index_select(0, mlm_places)  # (M, D)
-            output.mlm_logits = self.lm_head(states)  # (M, V) or (B, T, V)
 
     def _keyword_attention(
         self, text_ids: torch.Tensor, text_mask: torch.Tensor, image_states: torch.Tensor

@@ -4,12 +4,13 @@ B pairs, R rows of text, C images, N patches, S = 1 + N, T positions of a text, 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
 
 from .vl_embeddings import ConvStem, LinearStem, interpolate_positions
 from .vl_features import RetrievalFeatures
@@ -17,6 +18,7 @@ from .vl_fusion import FusionLayer, TextEmbeddings, context_mask_of, self_mask
 from .vl_heads import HeadLinear
 from .vl_inputs import check_inputs
 from .vl_layers import PreNormLayer
+from .vl_outputs import VisionLanguageModelOutput, token_types_of
 
 
 class VisionEmbeddings(nn.Module):
@@ -232,6 +234,25 @@ class DualEncoder(RetrievalFeatures):
         beginning = self.text.begin(input_ids, attention_mask, **kwargs)  # (R, T, D)
         return self.text.fuse(beginning, attention_mask, image_states, context_index=context_index, **kwargs)
 
+    def text_output(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> VisionLanguageModelOutput:
+        """What a tower's forward says of texts alone. (R, T)."""
+        states = self.encode_texts(input_ids, attention_mask, **kwargs)  # (R, T, D)
+        return VisionLanguageModelOutput(
+            last_hidden_state=states,
+            pooler_output=self.project_texts(states),  # (R, P)
+            token_types=token_types_of(None, attention_mask),  # (R, T)
+        )
+
+    def image_output(self, image_states: torch.Tensor) -> VisionLanguageModelOutput:
+        """Likewise of images alone, by the states of the visual tower. (C, S, D)."""
+        return VisionLanguageModelOutput(
+            last_hidden_state=image_states,
+            pooler_output=self.project_images(image_states),  # (C, P)
+            token_types=token_types_of(image_states, None),  # (C, S)
+        )
+
     def project_images(self, image_states: torch.Tensor) -> torch.Tensor | None:
         """[CLS] in the contrastive space, (C, S, D) -> (C, P); None of a tower without projections."""
         return None if self.vision_projection is None else self.vision_projection(image_states[:, 0])
@@ -307,4 +328,82 @@ class ImageTextMatching:
         return self.itm_head(fused[:, 0])
 
 
-__all__ = ["DualEncoder", "DualEncoderPreTrainedModel", "ImageTextMatching", "TextEncoder", "VisionEncoder"]
+class FusedPredictions:
+    """Beside a family's `PreTrainedModel` with `itm_head` and `lm_head`: pairs, negatives and masked texts at once."""
+
+    def predict_fused(
+        self,
+        output: ModelOutput,
+        texts: torch.Tensor | None,
+        text_mask: torch.Tensor,
+        negatives: tuple[torch.Tensor, torch.Tensor] | None,
+        masked_texts: torch.Tensor | None,
+        mlm_places: torch.Tensor | None,
+        fuse: Callable[..., torch.Tensor],
+    ) -> None:
+        """
+        Every text that reads a clean image, in one run. Fills `itm_logits` and `mlm_logits` of `output`, which has
+        `image_states` (B, S, D).
+
+        Args:
+            texts, masked_texts (`(B, T, ...)`): Ids or states, whatever `fuse` begins from; masked ones or None.
+            text_mask (`(B, T)`): 1 for real positions.
+            negatives (`(B,)` twice): Each text's negative image and each image's negative text, or None.
+            mlm_places (`(M,)`): Places in the flat (B, T) that are predicted; all if None.
+            fuse: Rows of text, their mask, the image states and `context_index` -> (R, T, D).
+        """
+        # rows of text, and the image that each reads
+        count = text_mask.shape[0]
+        own = torch.arange(count, device=text_mask.device)  # (B,)
+        rows = []
+        masks = []
+        images = []
+        if negatives is not None:
+            other_images, other_texts = negatives
+            rows += [texts, texts, texts[other_texts]]
+            masks += [text_mask, text_mask, text_mask[other_texts]]
+            images += [own, other_images, own]
+        if masked_texts is not None:
+            rows.append(masked_texts)
+            masks.append(text_mask)
+            images.append(own)
+        if not rows:
+            return
+
+        # one run, so that each image's keys and values are made once
+        states = fuse(torch.cat(rows), torch.cat(masks), output.image_states, context_index=torch.cat(images))
+
+        # apart again: pairs by their [CLS], then the masked texts
+        matched = 0 if negatives is None else 3 * count
+        if matched:
+            output.itm_logits = self.itm_head(states[:matched, 0])  # (3B, 2)
+        if masked_texts is not None:
+            states = states[matched:]  # (B, T, D)
+            if mlm_places is not None:
+                states = states.flatten(0, 1).index_select(0, mlm_places)  # (M, D)
+            output.mlm_logits = self.lm_head(states)  # (M, V) or (B, T, V)
+
+
+def check_passes(passes: Sequence[str], known: Sequence[str], needs: Mapping[str, tuple[str, object]]) -> None:
+    """Raises `ValueError` for passes that are not `known`, or whose need, its name and what was given, is None."""
+    if unknown := [name for name in passes if name not in known]:
+        raise ValueError(f"unknown passes {unknown}; expected any of {list(known)}")
+    for name, (what, given) in needs.items():
+        if name in passes and given is None:
+            raise ValueError(f"the pass {name!r} needs {what}, got None")
+
+
+# which image each text is held against, and which text each image: image_embeds, text_embeds (B, P), temperature
+# (1,) -> two index tensors (B,)
+ChooseNegatives = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+__all__ = [
+    "ChooseNegatives",
+    "DualEncoder",
+    "DualEncoderPreTrainedModel",
+    "FusedPredictions",
+    "ImageTextMatching",
+    "TextEncoder",
+    "VisionEncoder",
+    "check_passes",
+]
