@@ -27,11 +27,10 @@ def waiting_lock(place: Path) -> Iterator[None]:
         if lock is not None:
             try:
                 stack.enter_context(FileLock(lock, timeout=PATIENCE))
-                stack.callback(
-                    lock.unlink, missing_ok=True
-                )  # who still waits for it finds the file, or makes it again
+                # who still waits for it finds the file, or makes it again
+                stack.callback(lock.unlink, missing_ok=True)
             except (Timeout, OSError, NotImplementedError):
-                pass
+                pass  # without the lock the work is done twice, and no worse
         yield
 
 

@@ -104,7 +104,7 @@ def put_in_place(finished: Path, place: Path) -> None:
     """
     for path in [finished, *finished.rglob("*")]:
         if path.is_dir() or path.is_file():
-            _flush(path)
+            flush(path)
     if not place.exists() or not any(place.iterdir()):
         os.replace(finished, place)
     elif not _exchange(finished, place):
@@ -112,7 +112,7 @@ def put_in_place(finished: Path, place: Path) -> None:
         os.replace(place, aside / place.name)
         os.replace(finished, place)
         shutil.rmtree(aside, ignore_errors=True)
-    _flush(place.parent)
+    flush(place.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -123,7 +123,8 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """What the kernel holds of a file, or of the names in a directory, goes to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from oner.training.parallel.sharding import full_shapes, load_full_optimizer_state, load_full_state
 from oner.training.publishing.digests import sha256_of
-from oner.training.publishing.placing import set_modes
+from oner.training.publishing.placing import flush, set_modes
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +66,7 @@ def save_checkpoint(
         if final.exists():
             _discard(final)
         partial.rename(final)
-        _flush(directory)
+        flush(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -126,8 +126,8 @@ def _write(directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], s
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     set_modes(directory)
     for file in directory.iterdir():
-        _flush(file)
-    _flush(directory)
+        flush(file)
+    flush(directory)
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
@@ -318,11 +318,3 @@ def _bits(number: float) -> int:
 
 def _number(bits: int) -> float:
     return float(np.int64(bits).view(np.float64))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
