@@ -3,6 +3,7 @@
     python examples/data/scenes.py runs/scenes --pairs 40000                      train.parquet
     python examples/data/scenes.py runs/scenes --pairs 1000 --split unseen_pairs unseen_style
     python examples/data/scenes.py runs/scenes --pairs 1000 --split seen --queries 500    composed queries too
+    python examples/data/scenes.py runs/scenes --pairs 0 --twins 40000            train_twins.parquet
 
 In a program: `scene(seed, split, index)` is a pure function; it draws the same scene at any size and on any machine.
 """
@@ -11,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from scenes_layout import SPLITS, Layout, draw_layout, generator, pool
 from scenes_rows import as_row, in_order, query_rows, write_queries, write_rows
 from scenes_statements import relations
 from scenes_tasks import write_tasks
+from scenes_twins import draw_twins
 
 SIZE = 64
 CAPTIONS = 4
@@ -99,14 +102,15 @@ def scene(
     written = draw_captions(generator("captions", seed, split, index), layout, captions)
     rng = generator("hard captions", seed, split, index)
     false = draw_hard_captions(rng, layout, written, split) if hard else []
+    return pictured(f"{split}-{seed}-{index}", layout, size, written, false)
+
+
+def pictured(
+    name: str, layout: Layout, size: int, captions: Sequence[Caption], hard: Sequence[HardCaption] = ()
+) -> Scene:
+    """A layout with what is said of it, drawn."""
     return Scene(
-        f"{split}-{seed}-{index}",
-        render(layout, size),
-        tuple(written),
-        tuple(false),
-        things(layout, size),
-        relations(layout),
-        layout,
+        name, render(layout, size), tuple(captions), tuple(hard), things(layout, size), relations(layout), layout
     )
 
 
@@ -130,11 +134,12 @@ def arguments() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder of the parquet files")
-    parser.add_argument("--pairs", type=int, default=1000, help="scenes a split (default %(default)s)")
+    parser.add_argument("--pairs", type=int, default=1000, help="scenes a split (default %(default)s), 0 for none")
     parser.add_argument("--split", nargs="+", choices=list(SPLITS), default=["train"], help="default train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side (default %(default)s)")
     parser.add_argument("--queries", type=int, default=0, metavar="N", help="composed queries a split, with galleries")
+    parser.add_argument("--twins", type=int, default=0, metavar="N", help="N scenes and a twin of each, a split")
     parser.add_argument("--tasks", type=int, default=0, metavar="N", help="scenes to fine-tune on, in OUTPUT/tasks")
     parser.add_argument("--languages", nargs="+", choices=[*LANGUAGES, "all"], default=[], help="beside English")
     parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
@@ -150,11 +155,15 @@ def main(given: list[str] | None = None) -> None:
         given = {"seed": args.seed, "split": split, "size": args.size}
         languages = list(LANGUAGES) if args.languages == ["all"] else args.languages
         # Pairs, then composed queries with their galleries.
-        pairs = in_order(partial(scene_row, **given, languages=languages), args.pairs, args.workers)
-        write_rows(args.output / f"{split}.parquet", pairs, args.pairs)
+        if args.pairs:
+            pairs = in_order(partial(scene_row, **given, languages=languages), args.pairs, args.workers)
+            write_rows(args.output / f"{split}.parquet", pairs, args.pairs)
         if args.queries:
             queries = in_order(partial(query_rows, **given), args.queries, args.workers)
             write_queries(args.output, split, queries, args.queries)
+        if args.twins:
+            couples = in_order(partial(twin_rows, **given, languages=languages), args.twins, args.workers)
+            write_rows(args.output / f"{split}_twins.parquet", chain.from_iterable(couples), 2 * args.twins)
     # Tasks: a quarter as many scenes to judge by, a thousand at most.
     if args.tasks:
         for split in ("train", "unseen_style"):
@@ -166,6 +175,14 @@ def main(given: list[str] | None = None) -> None:
 def scene_row(index: int, seed: int, split: str, size: int, languages: Sequence[str] = ()) -> dict[str, Any]:
     """The row of scene `index`."""
     return as_row(scene(seed, split, index, size), languages)
+
+
+def twin_rows(index: int, seed: int, split: str, size: int, languages: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a scene and its twin."""
+    return [
+        as_row(pictured(f"twin-{split}-{seed}-{index}-{number}", layout, size, captions), languages)
+        for number, (layout, captions) in enumerate(draw_twins(seed, split, index))
+    ]
 
 
 if __name__ == "__main__":

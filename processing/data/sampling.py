@@ -188,12 +188,15 @@ class PairOrder:
         groups: optional concept id of each row, one row per concept in a global batch.
         sizes: rows of each source; with `weights` only.
         weights: share of each source, any positive scale; None walks every row once an epoch.
+        together: so many rows that follow each other are in a batch together, beside each other; without groups and
+            weights only. Rows that are left at the end of the data are never read.
 
     Attributes:
         steps_per_epoch: S, the same for every epoch.
 
     Raises:
-        ValueError: if the sizes do not fit each other, or a share gives a source no row in an epoch.
+        ValueError: if the sizes do not fit each other, a share gives a source no row in an epoch, or rows cannot be
+            together.
     """
 
     def __init__(
@@ -204,17 +207,25 @@ class PairOrder:
         groups: Sequence | None = None,
         sizes: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
+        together: int = 1,
     ) -> None:
         if weights is not None and (sizes is None or sum(sizes) != n_rows):
             raise ValueError(f"weights need the sizes of the sources, {n_rows} rows in sum, got {sizes}")
+        if together > 1 and (groups is not None or weights is not None or batch_size % together):
+            raise ValueError(
+                f"{together} rows together need a batch that is a multiple of so many, no ids that keep rows apart "
+                f"and no weights, got a batch of {batch_size}{', ids' * (groups is not None)}"
+                f"{', weights' * (weights is not None)}"
+            )
         self.n_rows = n_rows
         self.batch_size = batch_size
         self.seed = seed
+        self.together = together
         # The group of a row is sorted out once; epochs only shuffle the codes.
         self.groups = None if groups is None else _group_codes(groups, n_rows)[0]
         self.sizes = self.visits = None
         if weights is None:
-            self.steps_per_epoch = steps_in_epoch(n_rows, batch_size, self.groups)
+            self.steps_per_epoch = steps_in_epoch(n_rows // together, batch_size // together, self.groups)
         else:
             steps = _full_steps(n_rows, batch_size, None)
             self.sizes = tuple(map(int, sizes))
@@ -242,7 +253,9 @@ class PairOrder:
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows and turns of an epoch, each (S, batch_size)."""
         if self.visits is None:
-            rows = epoch_batches(self.n_rows, self.batch_size, self.seed, epoch, self.groups)
+            share = self.batch_size // self.together
+            firsts = epoch_batches(self.n_rows // self.together, share, self.seed, epoch, self.groups) * self.together
+            rows = (firsts[:, :, None] + np.arange(self.together)).reshape(-1, self.batch_size)  # (S, batch_size)
             return rows, np.broadcast_to(np.int64(epoch), rows.shape)
 
         # weighted sources: the visits of this epoch, put into batches
@@ -362,7 +375,7 @@ class PairBatchSampler(Sampler[list[RowKey]]):
         batch_size: rows of a step over all processes; a multiple of `world_size`.
         seed: with the epoch, decides the order.
         total_epochs, total_steps: length of the run; exactly one of them.
-        groups, sizes, weights: see `PairOrder`.
+        groups, sizes, weights, together: see `PairOrder`.
         rank, world_size: this process among all.
         start_step: step of the run at which iteration begins (resume).
 
@@ -380,6 +393,7 @@ class PairBatchSampler(Sampler[list[RowKey]]):
         groups: Sequence | None = None,
         sizes: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
+        together: int = 1,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
@@ -393,7 +407,12 @@ class PairBatchSampler(Sampler[list[RowKey]]):
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
-        self.order = PairOrder(n_rows, batch_size, seed, groups, sizes, weights)
+        self.order = PairOrder(n_rows, batch_size, seed, groups, sizes, weights, together)
+        if batch_size // world_size % together:
+            raise ValueError(
+                f"{together} rows together cannot share a process: {world_size} take {batch_size // world_size} rows "
+                f"each"
+            )
         self.steps_per_epoch = self.order.steps_per_epoch
 
         self.total_steps = int(total_epochs * self.steps_per_epoch) if total_steps is None else int(total_steps)

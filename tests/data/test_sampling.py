@@ -132,6 +132,22 @@ def test_a_start_in_the_middle_gives_the_same_keys():
         assert list(sampler) == whole[start:]  # iterating leaves nothing behind
 
 
+@pytest.mark.parametrize("together", [2, 4])
+def test_rows_together_are_beside_each_other_in_every_batch(together):
+    sampler = PairBatchSampler(n_rows=51, batch_size=8, total_steps=12, together=together)
+    assert sampler.steps_per_epoch == 6
+    batches = np.array([[key.row for key in batch] for batch in sampler])  # (12, 8)
+    firsts = batches[:, ::together]
+    assert (firsts % together == 0).all()
+    for place in range(together):
+        assert np.array_equal(batches[:, place::together], firsts + place)
+
+    # an epoch reads each once, in an order of its own
+    for epoch in np.split(batches, 2):
+        assert len(set(epoch.flat)) == 48 and epoch.max() < 51
+    assert not np.array_equal(batches[:6], batches[6:])
+
+
 def test_keys_carry_epoch_and_progress():
     whole = list(PairBatchSampler(n_rows=10, batch_size=5, total_epochs=2))
     assert [batch[0].epoch for batch in whole] == [0, 0, 1, 1]
@@ -148,6 +164,9 @@ def test_keys_carry_epoch_and_progress():
         ({"total_epochs": 1}, "one of total_epochs and total_steps"),
         ({"total_steps": 0}, "the run has no step"),
         ({"start_step": 21}, r"start_step must be in \[0, 20\], got 21"),
+        ({"together": 3}, "3 rows together need a batch that is a multiple of so many, .* got a batch of 8$"),
+        ({"together": 2, "groups": list(range(50))}, "no ids that keep rows apart .* got a batch of 8, ids$"),
+        ({"together": 4, "world_size": 4}, "4 rows together cannot share a process: 4 take 2 rows each"),
     ],
 )
 def test_a_sampler_that_does_not_fit_is_refused(change, message):

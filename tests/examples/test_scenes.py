@@ -24,6 +24,7 @@ from scenes_layout import COLOURS, SPLITS, Group, Layout, draw_layout, generator
 from scenes_queries import QUERY_KINDS, facts, query  # noqa: E402
 from scenes_sprites import cut_out, load_sprites  # noqa: E402
 from scenes_statements import related, stands_at  # noqa: E402
+from scenes_twins import draw_twins  # noqa: E402
 
 MANY = 120
 
@@ -229,6 +230,30 @@ def test_queries_of_training_hold_nothing_out():
             for group in layout.groups:
                 assert all(-1e-9 <= x and x + w <= 1 + 1e-9 and -1e-9 <= y and y + h <= 1 + 1e-9
                            for x, y, w, h in group.boxes)  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["train", "unseen_pairs"])
+def test_what_is_told_of_a_twin_is_false_of_the_other(split):
+    for index in range(60):
+        couple = [
+            (scenes.pictured("", layout, 64, captions), captions) for layout, captions in draw_twins(5, split, index)
+        ]
+        (one, told), (other, told_of_other) = couple
+        assert facts(one.layout) != facts(other.layout)
+        for text in (caption.text for caption in told):
+            assert not wrong(text, Seen.of(one)) and wrong(text, Seen.of(other)), (index, text)
+        for text in (caption.text for caption in told_of_other):
+            assert not wrong(text, Seen.of(other)) and wrong(text, Seen.of(one)), (index, text)
+
+
+def test_twins_lie_beside_each_other(tmp_path):
+    scenes.main([str(tmp_path), "--pairs", "0", "--twins", "8", "--seed", "5"])
+    assert [file.name for file in tmp_path.iterdir()] == ["train_twins.parquet"]
+    rows = pq.read_table(tmp_path / "train_twins.parquet").to_pylist()
+    assert [row["id"] for row in rows[4:6]] == ["twin-train-5-2-0", "twin-train-5-2-1"]
+    assert [row["captions"] for row in rows[4:6]] == [
+        [caption.text for caption in captions] for _, captions in draw_twins(5, "train", 2)
+    ]
 
 
 def test_parquet_is_what_the_loaders_read(tmp_path):

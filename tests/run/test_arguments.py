@@ -130,6 +130,10 @@ def test_json_on_the_command_line(parse):
         ("mixed_precision: fp8", "mixed_precision is 'fp8'; expected 'no' or 'bf16' or 'fp16' or 'auto'"),
         ("one_row_per_id: true", "one_row_per_id needs id_column"),
         (
+            "rows_together: 2\none_row_per_id: true\nid_column: id",
+            "rows_together is 2, which goes with none of one_row_per_id",
+        ),
+        (
             "one_row_per_id: true\nid_column: id\nstreaming: true",
             "one_row_per_id needs all ids .*a stream cannot give",
         ),

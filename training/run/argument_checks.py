@@ -50,6 +50,9 @@ def _check_data(data: DataArguments) -> None:
         )
     if data.one_row_per_id and data.streaming:
         raise ValueError("one_row_per_id needs all ids at the start, which a stream cannot give; drop one of the two")
+    apart = ("streaming", "captions_apart", "one_row_per_id", "data_weights")
+    if data.rows_together > 1 and (others := [name for name in apart if getattr(data, name)]):
+        raise ValueError(f"rows_together is {data.rows_together}, which goes with none of {', '.join(others)}")
 
 
 def _check_batches(run: RunArguments) -> None:

@@ -125,6 +125,7 @@ class SourceArguments:
     BOUNDS: ClassVar[dict[str, str]] = {
         "data_weights": "(0, inf)",
         "eval_crop": "(0, 1]",
+        "rows_together": "[1, inf)",
         "max_text_length": "[1, inf)",
         "max_pixels": "[1, inf)",
         "max_bad_rows": "[0, 1]",
@@ -166,6 +167,13 @@ class SourceArguments:
     )
     image_repeats: bool = field(
         default=False, metadata=_help("captions_apart may put several captions of one image into a batch.")
+    )
+    rows_together: int = field(
+        default=1,
+        metadata=_help(
+            "So many rows that follow each other are always in a batch together, such as pictures that differ in one "
+            "thing: each other's hard negatives."
+        ),
     )
 
     # what becomes of an image

@@ -179,7 +179,7 @@ class PortionLoader:
             return
 
         # the order of rows: how a mixture is drawn, and which rows may not meet in a batch
-        self.mixture = {"groups": _groups(rows, data)}
+        self.mixture = {"groups": _groups(rows, data), "together": data.rows_together}
         if data.data_weights is not None:
             self.mixture |= {"sizes": rows.sizes, "weights": data.data_weights}
         order = PairOrder(len(rows), run.batch_size, **self.mixture)
