@@ -28,6 +28,7 @@ from .retrieval_index_files import (
 )
 
 QUERY_BLOCK = 1024
+PRODUCTS = 1 << 24  # most products that are held at once
 LOW_32_BITS = 0xFFFFFFFF
 
 # of all indexes: it is held for the moment in which one grows, and an index that holds none can be copied
@@ -88,16 +89,15 @@ def floats_of(value: Any) -> Iterator[torch.Tensor]:
             yield tensor
 
 
-def pack_keys(scores: torch.Tensor, start: int) -> torch.Tensor:
-    """fp32 scores (q, c) of items start..start+c-1 → int64 keys (q, c) that sort as (score, then lower index first).
+def pack_keys(scores: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """fp32 scores (q, c) of items (q, c) → int64 keys (q, c) that sort as (score, then lower index first).
 
     The bits of an fp32 number, with those of negative ones mirrored, sort as the number does; they fill the upper
     half, the item's index, counted down, the lower half. No two keys are equal, so any top-k is a stable one.
     """
     bits = (scores + 0.0).contiguous().view(torch.int32)  # (q, c); + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(torch.int64)  # (q, c)
-    index = torch.arange(start, start + scores.shape[1], dtype=torch.int64)  # (c,)
-    return ordered * (LOW_32_BITS + 1) + (LOW_32_BITS - index)
+    return ordered * (LOW_32_BITS + 1) + (LOW_32_BITS - items)
 
 
 def unpack_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,12 +112,45 @@ def best_keys(queries: torch.Tensor, blocks: Iterable[torch.Tensor], k: int, chu
     best = torch.empty(len(queries), 0, dtype=torch.int64)  # (q, 0)
     start = 0
     for rows in (rows for block in blocks for rows in block.split(chunk)):
-        products = queries @ rows.to(torch.float64).T  # (q, c)
-        keys = pack_keys(products.to(torch.float32), start)  # (q, c)
+        keys = chunk_keys(queries, rows, k, start)  # (q, up to c)
         best = torch.cat([best, keys], dim=1)  # (q, up to k + c)
         best = best.topk(min(k, best.shape[1]), dim=1).values  # (q, up to k)
         start += len(rows)
     return best
+
+
+def chunk_keys(queries: torch.Tensor, rows: torch.Tensor, k: int, start: int) -> torch.Tensor:
+    """
+    Keys of a chunk's items, the k greatest among them: fp64 (q, P), (c, P) → (q, at least min(k, c)).
+
+    Products in fp32 choose who may be among the best, products in fp64 decide. An item is left out only if it lies
+    below the k-th by more than the fp32 products of both can be wrong.
+    """
+    quick = queries.to(torch.float32) @ rows.to(torch.float32).T  # (q, c)
+    slack = (rows.shape[1] + 8) * 2.0**-24  # of a sum of P products of unit vectors
+    kept = min(2 * k + 30, len(rows))
+    while True:
+        values, places = quick.topk(kept, dim=1)  # (q, kept)
+        exact = _products(queries, rows, places)  # (q, kept) fp64
+        if kept == len(rows):
+            break
+
+        # a setting of torch may round the quick products further than is reckoned with
+        as_reckoned = bool((values - exact).abs().max() <= slack)
+        if as_reckoned and bool((values[:, -1] < values[:, k - 1] - 2 * slack).all()):
+            break
+        kept = min(4 * kept, len(rows)) if as_reckoned else len(rows)
+    return pack_keys(exact.to(torch.float32), start + places)
+
+
+def _products(queries: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Each query with its own items, summed one by one, so that no product depends on its neighbours. (q, kept)."""
+    step = max(1, PRODUCTS // max(1, places.shape[1] * rows.shape[1]))
+    parts = [
+        (rows[some].to(torch.float64) * asked[:, None]).sum(-1)  # (s, kept)
+        for asked, some in zip(queries.split(step), places.split(step), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 class RetrievalIndex:

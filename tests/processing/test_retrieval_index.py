@@ -64,6 +64,39 @@ def test_equal_items_tie_and_come_in_the_order_they_were_added(chunk: int) -> No
     assert scores[0, 40] < scores[0, 39]
 
 
+def test_items_that_fp32_cannot_tell_apart_come_in_their_true_order() -> None:
+    """Sixty rows whose cosines lie within a few units of fp32's last place, among a thousand others."""
+    generator = torch.Generator().manual_seed(2)
+    asked = torch.nn.functional.normalize(torch.randn(1, 256, generator=generator, dtype=torch.float64), dim=1)
+    aside = torch.randn(60, 256, generator=generator, dtype=torch.float64)
+    near = asked + 1e-4 * torch.nn.functional.normalize(aside, dim=1)
+    rows = torch.cat([torch.randn(1000, 256, generator=generator), near.float()])[torch.randperm(1060)]
+    index = RetrievalIndex(256, dtype="float32")
+    index.add(rows, range(1060))
+    exact = (index.embeddings.double() * asked).sum(1).to(torch.float32)
+    order = torch.sort(exact, descending=True, stable=True)
+    for k in (1, 5, 59):
+        scores, indices = index.search(asked, top_k=k)
+        assert torch.equal(indices[0], order.indices[:k]) and torch.equal(scores[0], order.values[:k])
+
+
+@pytest.mark.parametrize("copies", [20, 3000])
+def test_many_copies_are_told_from_what_is_better(copies: int) -> None:
+    queries = queries_of(2)
+    index = RetrievalIndex(24)
+    index.add(torch.cat([queries[:1].repeat(copies, 1), queries[1:], queries[:1]]), range(copies + 2))
+    scores, indices = index.search(queries, top_k=4)
+    assert indices[0].tolist() == [0, 1, 2, 3] and indices[1, 0] == copies
+
+
+def test_a_setting_that_rounds_products_changes_no_answer() -> None:
+    index, queries = make_index(500), queries_of(9)
+    scores, indices = index.search(queries)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = index.search(queries)
+    assert torch.equal(rough[0], scores) and torch.equal(rough[1], indices)
+
+
 def test_search_of_many_query_blocks_equals_one_by_one() -> None:
     index, queries = make_index(50), queries_of(1030)
     scores, indices = index.search(queries, top_k=3)
@@ -74,7 +107,7 @@ def test_search_of_many_query_blocks_equals_one_by_one() -> None:
 
 def test_keys_sort_as_scores_then_lower_index() -> None:
     scores = torch.tensor([[0.5, -0.25, 0.0, -0.0, 1.0, -1.0, 0.5, 1e-30, -1e-30]])
-    keys = pack_keys(scores, start=10)
+    keys = pack_keys(scores, torch.arange(10, 19))
     back, indices = unpack_keys(keys)
     assert torch.equal(back, scores) and indices.tolist() == [list(range(10, 19))]
     assert unpack_keys(keys.sort(descending=True).values)[1].tolist() == [[14, 10, 16, 17, 12, 13, 18, 11, 15]]
