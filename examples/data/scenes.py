@@ -3,6 +3,7 @@
     python examples/data/scenes.py runs/scenes --pairs 40000                      train.parquet
     python examples/data/scenes.py runs/scenes --pairs 1000 --split unseen_pairs unseen_style
     python examples/data/scenes.py runs/scenes --pairs 1000 --split seen --queries 500    composed queries too
+    python examples/data/scenes.py runs/scenes_single --pairs 40000 --groups 1    one kind of thing a picture
     python examples/data/scenes.py runs/scenes --pairs 0 --twins 40000            train_twins.parquet
 
 In a program: `scene(seed, split, index)` is a pure function; it draws the same scene at any size and on any machine.
@@ -136,6 +137,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("output", type=Path, help="folder of the parquet files")
     parser.add_argument("--pairs", type=int, default=1000, help="scenes a split (default %(default)s), 0 for none")
     parser.add_argument("--split", nargs="+", choices=list(SPLITS), default=["train"], help="default train")
+    parser.add_argument("--groups", type=int, choices=(1, 2, 3, 4), help="groups of things a scene; drawn if none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side (default %(default)s)")
     parser.add_argument("--queries", type=int, default=0, metavar="N", help="composed queries a split, with galleries")
@@ -156,7 +158,8 @@ def main(given: list[str] | None = None) -> None:
         languages = list(LANGUAGES) if args.languages == ["all"] else args.languages
         # Pairs, then composed queries with their galleries.
         if args.pairs:
-            pairs = in_order(partial(scene_row, **given, languages=languages), args.pairs, args.workers)
+            make = partial(scene_row, **given, groups=args.groups, languages=languages)
+            pairs = in_order(make, args.pairs, args.workers)
             write_rows(args.output / f"{split}.parquet", pairs, args.pairs)
         if args.queries:
             queries = in_order(partial(query_rows, **given), args.queries, args.workers)
@@ -172,9 +175,11 @@ def main(given: list[str] | None = None) -> None:
         write_tasks(args.output / "tasks", args.seed, args.size, args.tasks, evaluating, args.workers)
 
 
-def scene_row(index: int, seed: int, split: str, size: int, languages: Sequence[str] = ()) -> dict[str, Any]:
+def scene_row(
+    index: int, seed: int, split: str, size: int, groups: int | None = None, languages: Sequence[str] = ()
+) -> dict[str, Any]:
     """The row of scene `index`."""
-    return as_row(scene(seed, split, index, size), languages)
+    return as_row(scene(seed, split, index, size, groups=groups), languages)
 
 
 def twin_rows(index: int, seed: int, split: str, size: int, languages: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -256,6 +256,13 @@ def test_twins_lie_beside_each_other(tmp_path):
     ]
 
 
+def test_so_many_groups_a_scene_are_written(tmp_path):
+    scenes.main([str(tmp_path), "--pairs", "6", "--groups", "1"])
+    rows = pq.read_table(tmp_path / "train.parquet").to_pylist()
+    assert [len(row["names"]) for row in rows] == [1] * 6
+    assert rows[4]["captions"] == scenes.scene(0, "train", 4, groups=1).texts
+
+
 def test_parquet_is_what_the_loaders_read(tmp_path):
     scenes.main([str(tmp_path), "--pairs", "20", "--queries", "3", "--split", "train", "unseen_concepts"])
     rows = open_rows([str(tmp_path / "train.parquet")], id_column="concepts")
