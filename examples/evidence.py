@@ -1,9 +1,10 @@
-"""OneR's Table 6 on the embedded pairs, or SIMLA's Table 1: trains every row, writes docs/evidence.md or its like.
+"""OneR's Table 6 on the embedded pairs, SIMLA's Table 1, CODIS' Table 4: trains every row, writes docs/evidence*.md.
 
     python examples/evidence.py                                   six rows, one seed, two rows at a time on two cores
     python examples/evidence.py --seeds 0 1 2 --jobs 1            three seeds, one after the other, as on a GPU
     python examples/evidence.py --questions                       and ITC with other heads, pooling, temperature, batch
     python examples/evidence.py --table simla                     the five rows of SIMLA's Table 1, re-ranked
+    python examples/evidence.py --table codis                     the five rows of CODIS' Table 4, re-ranked
     python examples/evidence.py --rows itc itc:head_norm=batch,head_statistics=separate --epochs 5
 
 A row is `name` or `name:key=value,...`; a key is an argument of examples/pretrain.py or a field of the model's
@@ -24,18 +25,21 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
 from clip_baseline import ClipBaseline
 from evidence_table import Table, machine_facts, main_table, page, write_evidence
+from evidence_table_codis import main_table as codis_main_table
+from evidence_table_codis import page as codis_page
 from evidence_table_simla import main_table as simla_main_table
 from evidence_table_simla import page as simla_page
 from tqdm.auto import tqdm
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
-from oner import OneRConfig, SimlaConfig, open_rows
+from oner import CodisConfig, OneRConfig, SimlaConfig, open_rows
 from oner.training.evaluation.embedding import embed_images, embed_texts, row_ids, spaced
 from oner.training.evaluation.gap import centroid_separability, linear_separability, paired_cosines
 from oner.training.evaluation.metrics import centroid_distance
@@ -47,7 +51,7 @@ from oner.training.run.parsing import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"
-# name -> (title in the table, configuration); in the order of OneR's Table 6, its Table 7, and SIMLA's Table 1
+# name -> (title in the table, configuration); in the order of OneR's Tables 6 and 7, SIMLA's Table 1, CODIS' Table 4
 ROWS = {
     "clip": ("CLIP (open_clip, two towers)", "oner_emoji_itc_cmc.yaml"),
     "itc": ("ITC", "oner_emoji_itc.yaml"),
@@ -62,13 +66,21 @@ ROWS = {
     "simla_itm_itc_mlm": ("ITM + ITC + MLM", "simla_emoji_itm_itc_mlm.yaml"),
     "simla_itm_itc_mlm_mim": ("ITM + ITC + MLM + MIM", "simla_emoji_itm_itc_mlm_mim.yaml"),
     "simla_full": ("ITM + ITC + MLM + MIM + PSL (SIMLA)", "simla_emoji_full.yaml"),
+    "codis_cross": ("cross (ALBEF)", "codis_emoji_cross.yaml"),
+    "codis_intra_cross": ("intra + cross", "codis_emoji_intra_cross.yaml"),
+    "codis_cross_codebook": ("cross + codebook", "codis_emoji_cross_codebook.yaml"),
+    "codis_student_codebook": ("intra + cross + codebook of student features", "codis_emoji_student_codebook.yaml"),
+    "codis_full": ("intra + cross + codebook (CODIS)", "codis_emoji_full.yaml"),
 }
-TABLE_6 = [name for name in ROWS if not name.startswith(("no_", "simla_"))]
+TABLE_6 = [name for name in ROWS if not name.startswith(("no_", "simla_", "codis_"))]
 TABLE_1 = [name for name in ROWS if name.startswith("simla_")]
+TABLE_4 = [name for name in ROWS if name.startswith("codis_")]
 TABLES = {
     "oner": Table(TABLE_6, "evidence", "Does contextual mixup close the gap?", page, main_table),
     "simla": Table(TABLE_1, "evidence_simla", "What does each loss of SIMLA bring?", simla_page, simla_main_table),
+    "codis": Table(TABLE_4, "evidence_codis", "What does CODIS' codebook add?", codis_page, codis_main_table),
 }
+WATCHED = ("codes_used", "plan_entropy")  # of a log, where a run has a codebook
 RERANK_K = 128
 # what may decide whether naive contrast fails: statistics of the heads, pooled feature, temperature, batch size
 QUESTIONS = [
@@ -80,7 +92,7 @@ QUESTIONS = [
     "itc:temperature=0.07",
     "itc:batch_size=64",
 ]
-MODEL_FIELDS = {entry.name for kind in (OneRConfig, SimlaConfig) for entry in fields(kind)} - {
+MODEL_FIELDS = {entry.name for kind in (OneRConfig, SimlaConfig, CodisConfig) for entry in fields(kind)} - {
     "vocab_size"
 }  # the run's vocab_size is an upper bound
 
@@ -210,6 +222,13 @@ def training_facts(run: Run) -> dict[str, Any]:
     return {"steps": steps[-1], "pairs": steps[-1] * batch, "train_seconds": seconds, "loss": last["loss"]}
 
 
+def watched(run: Run) -> dict[str, float]:
+    """`log/...`: means over the run of what its log tells of a codebook; nothing where it has none."""
+    lines = [json.loads(line) for line in (run.directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    series = {name: {line["step"]: line[name] for line in lines if name in line} for name in WATCHED}
+    return {f"log/{name}": fmean(values.values()) for name, values in series.items() if values}
+
+
 def load(run: Run, device: torch.device) -> tuple[Any, Any]:
     """The trained model and its processor."""
     directory = run.directory / "model"
@@ -258,7 +277,7 @@ def work(run: Run, threads: int, data: tuple[Sequence, Sequence], children: list
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train(run, threads, children)
     model, processor = load(run, device)
-    values = evaluate(model, processor, *data, multimodal=run.name != "clip")
+    values = evaluate(model, processor, *data, multimodal=run.name != "clip") | watched(run)
     if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
         raise ValueError(f"{run.row}, seed {run.seed}: not finite: {wrong}")
     command = [str(word) for word in run.command(threads)]

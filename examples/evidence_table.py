@@ -1,4 +1,4 @@
-"""docs/evidence.md and docs/evidence.json from the finished rows of examples/evidence.py, and their like for SIMLA."""
+"""docs/evidence.md and docs/evidence.json from finished rows of examples/evidence.py; what the other tables share."""
 
 import json
 import os
@@ -101,6 +101,29 @@ def more_table(contents: Sequence[Content]) -> str:
     for seeds in by_row(contents).values():
         line = [seeds[0]["title"], cell(seeds, "all/tr_r@10"), cell(seeds, "all/ir_r@10")]
         lines.append([*line, *(cell(seeds, f"joint/multimodal_{kind}_r@10") for kind in kinds)])
+    return markdown_table(header, lines)
+
+
+def reranked_table(contents: Sequence[Content], first: str, paper: Mapping[str, Sequence[float]]) -> str:
+    """Re-ranked recall, rows headed by `first`; at the end the paper's TR@1 and IR@1, its first and third number."""
+    header = [first, *(f"TR@{k}" for k in KS), *(f"IR@{k}" for k in KS), "paper TR@1 / IR@1"]
+    chance = contents[0]["values"]
+    lines = [["chance", *(percent(chance[f"first/{way}_chance@{k}"]) for way in ("tr", "ir") for k in KS), ""]]
+    for row, seeds in by_row(contents).items():
+        line = [seeds[0]["title"], *(cell(seeds, f"first/rerank_{way}_r@{k}") for way in ("tr", "ir") for k in KS)]
+        lines.append([*line, "{0} / {2}".format(*paper[row]) if row in paper else ""])
+    return markdown_table(header, lines)
+
+
+def stages_table(contents: Sequence[Content], first: str) -> str:
+    """The first stage alone, and how many right answers its candidates hold."""
+    ways = ("tr", "ir")
+    header = [first, *(f"{way.upper()}@{k}, dot products" for way in ways for k in (1, 10))]
+    header += [f"{way.upper()}, right answer among the candidates" for way in ways]
+    lines = []
+    for seeds in by_row(contents).values():
+        line = [seeds[0]["title"], *(cell(seeds, f"first/{way}_r@{k}") for way in ways for k in (1, 10))]
+        lines.append([*line, *(cell(seeds, f"first/rerank_{way}_reach") for way in ways)])
     return markdown_table(header, lines)
 
 

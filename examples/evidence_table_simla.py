@@ -4,9 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evidence_table import Content, by_row, cell, commands, cost_table, machines, percent, steps_of
-
-from oner.training.publishing.model_card import markdown_table
+from evidence_table import Content, commands, cost_table, machines, reranked_table, stages_table, steps_of
 
 # SIMLA's Table 1, Flickr30k true zero-shot after 4 M pairs, re-ranked (per cent): TR@1, TR@10, IR@1, IR@10
 PAPER = {
@@ -16,30 +14,11 @@ PAPER = {
     "simla_itm_itc_mlm_mim": (85.1, 99.2, 70.1, 94.6),
     "simla_full": (86.2, 98.7, 69.5, 94.7),
 }
-KS = (1, 5, 10)
 
 
 def main_table(contents: Sequence[Content]) -> str:
-    """Re-ranked recall in the form of the paper's Table 1; the paper's TR@1 / IR@1 at the end."""
-    header = ["Losses", *(f"TR@{k}" for k in KS), *(f"IR@{k}" for k in KS), "paper TR@1 / IR@1"]
-    chance = contents[0]["values"]
-    lines = [["chance", *(percent(chance[f"first/{way}_chance@{k}"]) for way in ("tr", "ir") for k in KS), ""]]
-    for row, seeds in by_row(contents).items():
-        line = [seeds[0]["title"], *(cell(seeds, f"first/rerank_{way}_r@{k}") for way in ("tr", "ir") for k in KS)]
-        lines.append([*line, "{0} / {2}".format(*PAPER[row]) if row in PAPER else ""])
-    return markdown_table(header, lines)
-
-
-def stages_table(contents: Sequence[Content]) -> str:
-    """The first stage alone, and how many right answers its candidates hold."""
-    ways = ("tr", "ir")
-    header = ["Losses", *(f"{way.upper()}@{k}, dot products" for way in ways for k in (1, 10))]
-    header += [f"{way.upper()}, right answer among the candidates" for way in ways]
-    lines = []
-    for seeds in by_row(contents).values():
-        line = [seeds[0]["title"], *(cell(seeds, f"first/{way}_r@{k}") for way in ways for k in (1, 10))]
-        lines.append([*line, *(cell(seeds, f"first/rerank_{way}_reach") for way in ways)])
-    return markdown_table(header, lines)
+    """In the form of the paper's Table 1."""
+    return reranked_table(contents, "Losses", PAPER)
 
 
 def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
@@ -53,7 +32,7 @@ matching head puts them in order. The last column is the paper's: Flickr30k afte
 compared is the order of the rows, not the numbers. The row of matching alone embeds by projections that no loss
 trains, so that its candidates are chosen by chance.
 
-{stages_table(contents)}
+{stages_table(contents, "Losses")}
 
 {cost_table(contents)}
 

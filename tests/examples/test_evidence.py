@@ -192,19 +192,48 @@ def test_the_tables_say_what_was_measured(tmp_path: Path) -> None:
         write_evidence(tmp_path, contents, facts, oner)
 
 
-def test_simlas_table_has_both_stages(tmp_path: Path) -> None:
+def reranked(row: str, title: str, **log: float) -> dict:
+    """A result of a family that matches pairs; the numbers are inputs of a test."""
+    content = made_up(row, title, 0, 0.1)
+    ranked = {f"first/rerank_{way}_r@{k}": 0.25 for way in ("tr", "ir") for k in (1, 5, 10)}
+    content["values"] |= ranked | {f"first/rerank_{way}_reach": 0.5 for way in ("tr", "ir")}
+    content["values"] |= {f"log/{name}": value for name, value in log.items()}
+    return content
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "paper"), [("simla", "simla_full", "86.2 / 69.5"), ("codis", "codis_full", "71.1 / 52.1")]
+)
+def test_a_table_of_re_ranking_has_both_stages(tmp_path: Path, table: str, row: str, paper: str) -> None:
     from evidence import TABLES
     from evidence_table import write_evidence
 
-    content = made_up("simla_full", "SIMLA", 0, 0.1)
-    ranked = {f"first/rerank_{way}_r@{k}": 0.25 for way in ("tr", "ir") for k in (1, 5, 10)}
-    content["values"] |= ranked | {f"first/rerank_{way}_reach": 0.5 for way in ("tr", "ir")}
+    assert row in TABLES[table].rows and len(TABLES[table].rows) == 5
     facts = {"command": ["python", "examples/evidence.py"], "jobs": 1, "threads": 2, "rerank_k": 128}
     facts |= {"data": "test.parquet", "pictures": 16, "gallery": "train.parquet"}
-    table = write_evidence(tmp_path, [content], facts, TABLES["simla"])
-    assert "| SIMLA | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 86.2 / 69.5 |" in table
-    page = (tmp_path / "evidence_simla.md").read_text(encoding="utf-8")
-    assert "| SIMLA | 10.0 | 10.0 | 10.0 | 10.0 | 50.0 | 50.0 |" in page and "128 candidates" in page
+    printed = write_evidence(tmp_path, [reranked(row, "All")], facts, TABLES[table])
+    assert f"| All | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | 25.0 | {paper} |" in printed
+    page = (tmp_path / f"evidence_{table}.md").read_text(encoding="utf-8")
+    assert "| All | 10.0 | 10.0 | 10.0 | 10.0 | 50.0 | 50.0 |" in page and "128 candidates" in page
+
+
+def test_codes_and_plans_stand_beside_rows_that_have_them(few: Path, tmp_path: Path) -> None:
+    import evidence
+    from evidence_table_codis import codes_table
+
+    (run,) = evidence.plan(evidence.parse([*options(few, tmp_path, "codis_full"), "--table", "codis"]))
+    run.directory.mkdir(parents=True)
+    # a resumed run tells of step 2 twice
+    told = [(1, 0.25, 2.0), (2, 0.9, 9.0), (2, 0.75, 4.0)]
+    lines = [{"step": step, "codes_used": used, "plan_entropy": entropy} for step, used, entropy in told]
+    log = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 3, "loss": 1.0}])
+    (run.directory / "log.jsonl").write_text(log, encoding="utf-8")
+    assert evidence.watched(run) == {"log/codes_used": 0.5, "log/plan_entropy": 3.0}
+
+    table = codes_table(
+        [reranked("codis_full", "All", codes_used=0.5, plan_entropy=3.0), reranked("codis_cross", "C")]
+    )
+    assert "| All | 50.0 | 3.00 |" in table and "| C |" not in table
 
 
 def test_rows_are_trained_evaluated_and_not_repeated(few: Path, tmp_path: Path, capfd, monkeypatch) -> None:
