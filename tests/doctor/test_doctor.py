@@ -25,12 +25,14 @@ from oner.processing.data.training_sets import PairTrainingSet
 from oner.training.doctor.command import examine, word
 from oner.training.doctor.findings import (
     codes_dead,
+    codes_unused,
     directions,
     equal_captions,
     equal_pictures,
     matching_says_no,
     near_duplicates,
     overfitted,
+    plans_even,
     recent,
     teacher_behind,
     temperature_at_bound,
@@ -86,7 +88,7 @@ LEARNS = {
         },
     },
 }
-LEARNS["codis"] = LEARNS["simla"]
+LEARNS["codis"] = {**LEARNS["simla"], "losses": ["itc", "code", "itm"]}
 # ten steps show what is wrong from the start
 SHORT = {"epochs": 2, "warmup_epochs": 0, "log_every": 1}
 # illness -> what makes a run of any family ill of it
@@ -105,6 +107,11 @@ ILL_OF_SIMLA = {
     "temperature at its lower bound": {"model_config": {"temperature_range": [0.0699, 0.2]}, "base_learning_rate": 0},
     "temperature at its upper bound": {"model_config": {"temperature_range": [0.01, 0.0701]}, "base_learning_rate": 0},
     "dead codes": {"codes": 24, "losses": ["itc", "itm", "mim"], "code_crop": "common"},
+}
+# and of a codebook: ten steps in which features lie together, or all are one
+ILL_OF_CODIS = {
+    "dead codes": {"base_learning_rate": 1e-9},
+    "plans of transport tell nothing": {"same": "image"},
 }
 
 
@@ -200,6 +207,13 @@ def test_an_ill_run_names_its_illness(family, illness, example, tmp_path, monkey
 @pytest.mark.parametrize("illness", ILL_OF_SIMLA)
 def test_an_ill_simla_names_its_illness(illness, example, tmp_path, monkeypatch):
     example.main(command(FAMILIES["simla"], tmp_path, **make_ill(tmp_path, monkeypatch, **ILL_OF_SIMLA[illness])))
+    assert illness in names(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("illness", ILL_OF_CODIS)
+def test_an_ill_codebook_names_its_illness(illness, example, tmp_path, monkeypatch):
+    example.main(command(FAMILIES["codis"], tmp_path, **make_ill(tmp_path, monkeypatch, **ILL_OF_CODIS[illness])))
     assert illness in names(tmp_path / "run")
 
 
@@ -319,3 +333,15 @@ def test_codes_are_judged_by_what_a_sample_can_hold():
     assert codes_dead(torch.arange(4), 512) is None
     found = codes_dead(torch.zeros(40, 16, dtype=torch.long), 512)
     assert found.measured == "1 of 512 codes in 640 places, entropy 0.00 nats"
+
+
+def test_a_log_tells_of_codes_and_plans():
+    """128 features among 128 codes: an even choice has 81 of them nearest of any; all plans even have log 128."""
+    lines = [{"codes_used": share, "plan_entropy": 4.8} for share in (0.9, 0.9, 0.9, 0.25)]
+    found = codes_unused(lines, 128, 128)
+    assert found.measured.startswith("32.0 of 128 codes") and found.expected.endswith("uses 81.1")
+    assert codes_unused(lines[:3] + lines[:1], 128, 128) is None and codes_unused(lines[:3], 128, 128) is None
+    # eight features can use eight codes at most, and a share is of these
+    assert codes_unused([{"codes_used": 0.6}] * 4, 128, 8) is None
+    assert "4.80 at the end" in plans_even(recent(lines, "plan_entropy"), 128, "at the end").measured
+    assert plans_even(4.7, 128, "") is None and plans_even(None, 128, "") is None

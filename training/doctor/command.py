@@ -13,14 +13,18 @@ from oner.training.publishing.model_loading import ModelDirectoryError
 from oner.training.run.loading import Rows
 
 from .findings import (
+    OF_CODEBOOK,
     Finding,
     codes_dead,
+    codes_unused,
     contrast_knows_nothing,
     equal_captions,
     equal_pictures,
     matching_says_no,
     near_duplicates,
     overfitted,
+    plans_even,
+    recent,
     side_collapsed,
     teacher_behind,
     temperature_at_bound,
@@ -41,12 +45,20 @@ def findings_of(run: Run, sample: Sample | None = None) -> list[Finding]:
     # without a contrast nothing moves it
     if run.temperature is not None and run.negatives:
         found.append(temperature_at_bound(run.temperature, run.bounds))
+    if run.num_codes:
+        found.append(codes_unused(run.lines, run.num_codes, run.rows))
+        found.append(plans_even(recent(run.lines, "plan_entropy"), run.num_codes, "at the end of the log"))
     momentum = run.arguments.to_dict().get("ema_momentum")
     if run.distance is not None and momentum is not None:
         found.append(teacher_behind(momentum, run.step, run.distance))
     if sample is not None:
         found += _of_sample(run, sample)
-    return [finding for finding in found if finding is not None]
+    # what log and sample both show is told as the log has it
+    seen: dict[str, Finding] = {}
+    for finding in found:
+        if finding is not None:
+            seen.setdefault(finding.name, finding)
+    return list(seen.values())
 
 
 def _of_sample(run: Run, sample: Sample) -> list[Finding | None]:
@@ -64,6 +76,11 @@ def _of_sample(run: Run, sample: Sample) -> list[Finding | None]:
         found.append(overfitted(*sample.recalls))
     if sample.codes is not None:
         found.append(codes_dead(sample.codes, sample.num_codes))
+    if sample.nearest is not None:
+        found.append(codes_dead(sample.nearest, run.num_codes, OF_CODEBOOK))
+        found += [
+            plans_even(entropy, run.num_codes, f"in the plan of {side}") for side, entropy in sample.entropies.items()
+        ]
     return found
 
 

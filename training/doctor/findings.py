@@ -25,8 +25,9 @@ FEW_DIRECTIONS = 1.01
 AT_A_BOUND = 0.01
 # of the teacher's weights, the share that may be older than the run
 FORGOTTEN = 0.1
-# codes in use, of as many as an even choice would use in the sample
+# codes in use, of as many as an even choice would use; entropy of a plan, of the logarithm of codes
 DEAD = 0.5
+NEARLY_EVEN = 0.97
 # equal strangers that a row may meet in a contrast, and pairs of them that a sample must hold to be believed
 STRANGERS, BELIEVED = 0.1, 3
 NEARLY_EQUAL = 0.02  # root mean square difference of pixels in [0, 1]
@@ -34,6 +35,18 @@ WAITS = 0.5
 UNKNOWN = 0.01
 # recall on training rows that is far from chance, and how many times less on others is too much less
 LEARNED, TIMES_LESS = 0.5, 5
+
+# cures of dead codes
+OF_TOKENIZER = (
+    "usage_weight above 0 in examples/train_image_tokenizer.py: on the emoji .01 has 376 of 512 codes in use in an "
+    "unseen style (examples/checkpoints/emoji-tokenizer); of a tokenizer that learned from other pictures, first try "
+    "one of your own"
+)
+OF_CODEBOOK = (
+    "first try a num_codes near the batch of a process, as examples/configs/codis_emoji.yaml has it: even marginals "
+    "spread a feature over K / B codes at least, so that more of them learn one thing; then see whether contrast "
+    "knows anything, for without it features lie together"
+)
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,12 @@ def teacher_behind(momentum: float, steps: int, distance: float) -> Finding | No
     )
 
 
-def codes_dead(codes: torch.Tensor, num_codes: int) -> Finding | None:
+def even_choice(num_codes: int, places: int) -> float:
+    """How many codes would differ if each of the places took any."""
+    return num_codes * (1 - (1 - 1 / num_codes) ** places)
+
+
+def codes_dead(codes: torch.Tensor, num_codes: int, cure: str = OF_TOKENIZER) -> Finding | None:
     """
     Codes of an image tokenizer, or of any codebook, that nothing uses.
 
@@ -160,17 +178,50 @@ def codes_dead(codes: torch.Tensor, num_codes: int) -> Finding | None:
         codes: Of all places of a sample, any shape.
     """
     used, perplexity = code_perplexity(codes, num_codes)
-    # so many would differ if each of the places took any code
-    even = num_codes * (1 - (1 - 1 / num_codes) ** codes.numel())
+    even = even_choice(num_codes, codes.numel())
     if used >= DEAD * even:
         return None
     return Finding(
         "dead codes",
         f"{used} of {num_codes} codes in {codes.numel()} places, entropy {math.log(perplexity):.2f} nats",
         f"{DEAD * even:.0f} or more; an even choice uses {even:.0f}, entropy {math.log(num_codes):.2f}",
-        "usage_weight above 0 in examples/train_image_tokenizer.py: on the emoji .01 has 376 of 512 codes in use in "
-        "an unseen style (examples/checkpoints/emoji-tokenizer); of a tokenizer that learned from other pictures, "
-        "first try one of your own",
+        cure,
+    )
+
+
+def codes_unused(lines: Sequence[Mapping[str, Any]], num_codes: int, batch: int) -> Finding | None:
+    """
+    Codes of a codebook that are nobody's nearest, by the log.
+
+    Args:
+        batch: Features of a side that are sent to codes at once.
+    """
+    used = recent(lines, "codes_used")
+    # the log has a share of the codes that so many features could use
+    most = min(batch, num_codes)
+    even = even_choice(num_codes, batch) / most
+    if used is None or used >= DEAD * even:
+        return None
+    return Finding(
+        "dead codes",
+        f"{used * most:.1f} of {num_codes} codes are the nearest of any of {batch} features, at the end of the log",
+        f"{DEAD * even * most:.1f} or more; an even choice uses {even * most:.1f}",
+        OF_CODEBOOK,
+    )
+
+
+def plans_even(entropy: float | None, num_codes: int, where: str) -> Finding | None:
+    """Plans of transport that send every feature to every code alike, so that they teach nothing."""
+    highest = math.log(num_codes)
+    if entropy is None or entropy <= NEARLY_EVEN * highest:
+        return None
+    return Finding(
+        "plans of transport tell nothing",
+        f"a feature's shares of the codes have entropy {entropy:.2f} {where}; even shares have "
+        f"log {num_codes} = {highest:.2f}",
+        f"{NEARLY_EVEN * highest:.2f} or less",
+        "features that are all alike, or codes that are, cost alike: first look at collapsed pictures or texts, whose "
+        "plans end so (tests/doctor); then try a smaller ipot_beta, which sharpens plans, or a smaller num_codes",
     )
 
 

@@ -6,7 +6,7 @@ n rows of the sample, P width of the embeddings, N places of codes.
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.evaluation.sheets import evaluating
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
 from oner.training.objectives.objective import objective_classes
+from oner.training.objectives.transport import plan_entropy, transport_plan
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import Arguments, ModelArguments, RunArguments, data_arguments
 from oner.training.run.checkpoint import STATE, list_checkpoints
@@ -49,6 +50,8 @@ class Run:
         uninformed: Loss by name of a model that knows nothing, of the losses that the log has.
         distance: Between teacher and student as a share of the student's norm, where there is a teacher.
         temperature, bounds: The model's learnable one, where it is held in a range.
+        rows: Of a process's batch.
+        num_codes: Of the codebook that the run trains; 0 without one.
     """
 
     directory: Path
@@ -61,6 +64,8 @@ class Run:
     distance: float | None
     temperature: float | None
     bounds: tuple[float, float] | None
+    rows: int
+    num_codes: int
 
     @property
     def negatives(self) -> int:
@@ -83,6 +88,8 @@ class Sample:
         embeddings: Unit vectors (n, P) of pictures and of texts, where the model has them.
         recalls: R@1 of training rows and of evaluation rows, and among how many.
         codes, num_codes: Of an image tokenizer (n, N), where the run has one.
+        nearest: Codes of the run's codebook, of a row of each id: of its picture, and of its text.
+        entropies: Of the plans of transport of these pictures, and of these texts, in nats.
     """
 
     captions: list[list[str]]
@@ -94,6 +101,8 @@ class Sample:
     recalls: tuple[float, float, int] | None = None
     codes: torch.Tensor | None = None
     num_codes: int = 0
+    nearest: torch.Tensor | None = None
+    entropies: dict[str, float] = field(default_factory=dict)
 
 
 def read_run(directory: str | Path) -> Run:
@@ -130,6 +139,8 @@ def read_run(directory: str | Path) -> Run:
         {name: value for name, value in uninformed.items() if name in known},
         teacher_distance(checkpoints[-1]) if checkpoints else None,
         *_temperature(directory / "model"),
+        batch_size // processes,
+        _num_codes(checkpoints[-1]) if checkpoints and "codes_used" in known else 0,
     )
 
 
@@ -216,6 +227,8 @@ def read_sample(run: Run, rows: Mapping[str, Rows] | None = None, count: int = 2
     if isinstance(model, RetrievalFeatures):
         processor = AutoProcessor.from_pretrained(directory)
         seen |= _tokens(processor, portion, taken) | _standing(model, processor, portion, taken)
+        if run.num_codes:
+            seen |= _among_codes(model, told, seen["ids"], seen["embeddings"])
     return Sample(**seen)
 
 
@@ -267,6 +280,22 @@ def _codes(model: PreTrainedModel, told: Mapping[str, Any], rows: list[dict[str,
     with evaluating(model):
         codes = model.get_codebook_indices(read_pictures(rows, model.config.image_size))  # (n, N)
     return {"codes": codes, "num_codes": model.config.num_codes}
+
+
+def _among_codes(model: PreTrainedModel, told: Mapping[str, Any], ids: Sequence[Hashable], embeddings: dict) -> dict:
+    # rows of one thing share their codes rightly: the first of each
+    first = list(dict(zip(reversed(ids), reversed(range(len(ids))), strict=True)).values())
+    with evaluating(model):
+        cosines = {side: model.codebook(vectors[first]) for side, vectors in embeddings.items()}  # (m, K)
+    how = {name: told[f"ipot_{name}"] for name in ("beta", "outer", "inner")}
+    plans = {side: transport_plan(1 - found, **how) for side, found in cosines.items()}  # (m, K)
+    nearest = torch.cat([found.argmax(1) for found in cosines.values()])  # (2m,)
+    return {"nearest": nearest, "entropies": {side: plan_entropy(plan).item() for side, plan in plans.items()}}
+
+
+def _num_codes(checkpoint: Path) -> int:
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as weights:
+        return weights.get_slice("codebook.weight").get_shape()[0]
 
 
 def _temperature(model: Path) -> tuple[float | None, tuple[float, float] | None]:
