@@ -39,6 +39,7 @@ import oner  # noqa: F401  registers the models with transformers' auto classes
 from oner.processing.data.karpathy import open_karpathy
 from oner.processing.data.sources import open_rows
 from oner.training.evaluation.attention import AttentionEvaluator
+from oner.training.evaluation.codes import CodeEvaluator, has_codebook
 from oner.training.evaluation.composed import ComposedEvaluator
 from oner.training.evaluation.composed_queries import ComposedQueriesEvaluator, open_queries
 from oner.training.evaluation.concepts import ConceptEvaluator
@@ -102,9 +103,12 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
     "attention": lambda a, name, rows, _: AttentionEvaluator(rows),
     "scenes": lambda a, name, rows, _: SceneGroundingEvaluator(rows, batch_size=a.batch_size),
     "concepts": lambda a, name, rows, _: ConceptEvaluator(rows, batch_size=a.batch_size, progress=False),
+    "codes": lambda a, name, rows, _: CodeEvaluator(rows, batch_size=a.batch_size, progress=False),
     "languages": lambda a, name, rows, _: LanguagesEvaluator(rows, a.languages or (), a.batch_size, a.ks, name),
 }
 CLASS_TASKS = ("zero_shot", "bootstrap")
+# they ask a head, or the codebook, that no other model than the pretraining one has
+PRETRAINING_TASKS = ("concepts", "codes")
 # they have models and data of their own; that of retrieval is a model of the tasks above
 OWN_TASKS = tuple(task for task in FINETUNED if task not in TASKS)
 
@@ -214,6 +218,8 @@ def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Seq
         lacking["languages"] = "--languages does not name those of the captions"
     if not hasattr(model, "concepts"):
         lacking["concepts"] = "it needs the pretraining model; name it in --tasks"
+    if not has_codebook(model):
+        lacking["codes"] = "they need the pretraining model of a family with a codebook; name them in --tasks"
     # bootstrap yields the numbers of zero_shot too; queries are rows of their own
     tasks = [task for task in TASKS if task not in ("zero_shot", "queries")]
     for task in tasks:
@@ -261,7 +267,7 @@ def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, An
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     a = parse(arguments)
-    pretraining = "concepts" in (a.tasks or ())  # whose head no other model has
+    pretraining = set(PRETRAINING_TASKS) & set(a.tasks or ())
     kind = AutoModelForPreTraining if pretraining else AutoModelForZeroShotImageClassification
     kind = kind if a.own is None else find_task(a.own).model
     model = load_model(kind, a.model).to(a.device).eval()

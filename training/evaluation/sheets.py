@@ -109,13 +109,14 @@ def wrapped(text: str, width: int = 24, lines: int = 2) -> str:
 @dataclass(frozen=True)
 class Panel:
     """One cell of a sheet: a picture (H, W, 3) in [0, 1], an optional map (h, w) over it, the text above and below,
-    and boxes ((x, y, width, height) in pixels, colour) around parts of it."""
+    and boxes ((x, y, width, height) in pixels, colour) around parts of it; or, where the picture is None, words."""
 
-    picture: Tensor
+    picture: Tensor | None
     heat: Tensor | None = None
     above: str = ""
     below: str = ""
     boxes: Sequence[tuple[Sequence[float], str]] = ()
+    words: str = ""
 
 
 def heat_sheet(rows: Sequence[Sequence[Panel]], title: str, cell: float = 1.9) -> Any:
@@ -152,15 +153,17 @@ def heat_sheet(rows: Sequence[Sequence[Panel]], title: str, cell: float = 1.9) -
 
 
 def draw_panel(axes: Any, panel: Panel) -> None:
-    """One picture and its map on matplotlib `axes`."""
-    height, width = panel.picture.shape[:2]
+    """One picture and its map, or words, on matplotlib `axes`."""
     axes.set_xticks([])
     axes.set_yticks([])
 
     # the picture, in grey where a map lies over it
-    if panel.heat is None:
+    if panel.picture is None:
+        axes.text(0.04, 0.5, panel.words, va="center", fontsize=7, transform=axes.transAxes, parse_math=False)
+    elif panel.heat is None:
         axes.imshow(panel.picture.numpy(), interpolation="bicubic")
     else:
+        height, width = panel.picture.shape[:2]
         axes.imshow(panel.picture.mean(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
         heat = spread(upsample(panel.heat[None].float().cpu(), height, width))[0]
         axes.imshow(heat.numpy(), cmap="RdYlBu_r", vmin=0, vmax=1, alpha=0.68, interpolation="bilinear")

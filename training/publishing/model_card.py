@@ -120,6 +120,12 @@ def method_of(model: PreTrainedModel) -> str:
     return (sys.modules[tower.__module__].__doc__ or "").strip().partition("\n")[0]
 
 
+def codes_of(model: PreTrainedModel) -> int:
+    """How many codes the model's codebook has; 0 where its family declares none."""
+    codebook = getattr(model, "codebook", None)
+    return 0 if codebook is None else len(codebook.weight)
+
+
 def model_card(
     model: PreTrainedModel,
     model_id: str,
@@ -166,6 +172,7 @@ def model_card(
         patch_size=config.patch_size,
         max_text_length=config.max_text_length,
         tasks=list(tasks),
+        codes=codes_of(model),
         metrics_table=metrics_table(metrics) if metrics else None,
         protocol=protocol,
         pictures=picture_lines(pictures or {}),
