@@ -29,8 +29,9 @@ from evidence_table import machine_facts
 from performance_table import write_tables
 
 from oner.training.cost.flops import counted_flops, gemm_peak, wait_for
+from oner.training.objectives.transport import transport_plan
 from oner.training.parallel.sharding import full_optimizer_state
-from oner.training.private_names import has_bf16_matrix_units
+from oner.training.private_names import has_bf16_matrix_units, most_alive
 from oner.training.publishing.public import plain
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_processor_and_config
@@ -43,7 +44,9 @@ from oner.training.run.parsing import parse_arguments
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples" / "configs" / "benchmark_base_224.yaml"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-OTHERS = ("loader", "checkpoint", "starts")
+OTHERS = ("loader", "checkpoint", "starts", "transport")
+# of CODIS (section 4.2.1): the batch and the codebook
+FEATURES, CODES = 512, 4000
 # asked for by name only
 LONG = ("oner_bf16_as_is", "clip_fp32")
 
@@ -182,11 +185,23 @@ def measure_starts(repeats: int = 3) -> dict[str, Any]:
     return {name: min(seconds) for name, seconds in took.items()}
 
 
+def measure_transport(repeats: int) -> dict[str, Any]:
+    """Seconds of one plan of transport of the paper's size, and how many matrices of its size live at once."""
+    device = device_of_run()
+    cost = torch.rand(FEATURES, CODES, generator=torch.Generator().manual_seed(0)).to(device)
+    timed(lambda: transport_plan(cost), device)
+    seconds = [timed(lambda: transport_plan(cost), device) for _ in range(max(repeats, 5))]
+    most = most_alive(lambda: transport_plan(cost))
+    return {"seconds": statistics.median(seconds), "bytes": most, "matrices": most / cost.nbytes}
+
+
 def run_case(name: str, arguments: Arguments, repeats: int) -> dict[str, Any]:
     if name == "loader":
         return measure_loader(arguments)
     if name == "checkpoint":
         return measure_checkpoint(arguments)
+    if name == "transport":
+        return measure_transport(repeats)
     return measure_starts() if name == "starts" else measure_step(name, arguments, repeats)
 
 

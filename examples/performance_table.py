@@ -155,6 +155,10 @@ def other_table(figures: Figures) -> str:
     if "seconds" in cases.get("checkpoint", {}):
         case = cases["checkpoint"]
         rows.append(["checkpoint", f"{case['seconds']:.1f} s for {case['bytes'] / GIB:.2f} GiB"])
+    if "matrices" in cases.get("transport", {}):
+        case = cases["transport"]
+        figure = f"{1000 * case['seconds']:.0f} ms, {case['bytes'] / 2**20:.1f} MiB: {case['matrices']:.2f} matrices"
+        rows.append(["plan of transport, 512 features, 4,000 codes, fp32", figure])
     for name, seconds in cases.get("starts", {}).items():
         rows.append([f"process: `{name}`", f"{seconds:.2f} s" if isinstance(seconds, float) else str(seconds)])
     return table(["what", "figure"], rows)

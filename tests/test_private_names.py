@@ -231,6 +231,18 @@ def test_storage_id():
         assert private_names.storage_id(one) != private_names.storage_id(other)
 
 
+def test_most_alive():
+    """Three of 4 KiB, of which two live at once; a view and what is done in place cost nothing."""
+
+    def work():
+        one = torch.zeros(1024)
+        two = one[:4].view(2, 2) + one.add_(1)[:4].view(2, 2)
+        del one
+        return two.sum() + torch.ones(1024).sum() + torch.ones(1024)[:1]
+
+    assert 4096 <= private_names.most_alive(work) < 4096 + 256
+
+
 def test_fake_tensor_mode():
     with private_names.FakeTensorMode():
         huge = torch.empty(1 << 40) + 1

@@ -4,7 +4,7 @@ tests/test_private_names.py has a test for each, which fails when a release move
 names out of all other files. Files that travel to the Hub cannot import this one; that test lists what they use.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -27,6 +28,7 @@ __all__ = [
     "has_full_precision_state",
     "link_moments",
     "local_part",
+    "most_alive",
     "raise_recompile_limit",
     "registered_models",
     "set_distributed_type",
@@ -84,6 +86,14 @@ def local_part(tensor: Any) -> torch.Tensor:
 def storage_id(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory, fake ones too, which have no address."""
     return tensor.untyped_storage()._cdata
+
+
+def most_alive(function: Callable[[], object]) -> int:
+    """Bytes of the tensors that a call makes, as many as live at once: each storage once, on any device."""
+    tracker = MemTracker()
+    with tracker:
+        function()
+    return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
 
 
 # accelerate

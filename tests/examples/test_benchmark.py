@@ -208,6 +208,7 @@ def figures() -> dict:
             "oner_fp32": case("float32", 80.0, 1.0, peak_flops=100.0),
             "loader": {"pairs_per_second": {"0": 5.0, "2": 20.0}},
             "checkpoint": {"seconds": 5.1, "bytes": 2**30},
+            "transport": {"seconds": 0.1, "bytes": 2**24, "matrices": 2.05},
             "starts": {"import oner": 4.5, "oner --help": 0.1},
         },
     }
@@ -242,6 +243,7 @@ def test_tables_are_filled_and_the_rest_is_left(tmp_path):
     first = page.read_text(encoding="utf-8")
     assert first.startswith("before\n") and "old" not in first and first.count("text\n") >= len(TABLES)
     assert "| oner_bf16_compiled | exit status 1 |" in first and "60.0%" in first and "**no**" in first
+    assert "fp32 | 100 ms, 16.0 MiB: 2.05 matrices |" in first
     write_tables(figures(), page)
     assert page.read_text(encoding="utf-8") == first
     page.write_text("nothing")

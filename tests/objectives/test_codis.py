@@ -8,6 +8,7 @@ from families import FAMILIES, PRETRAINING
 
 from oner import CodisConfig, CodisForPreTraining
 from oner.training.objectives.transport import codes_used, plan_entropy, transport_plan
+from oner.training.private_names import most_alive
 
 FAMILY = FAMILIES["codis"]
 PROGRESS = 0.5
@@ -66,6 +67,15 @@ def test_a_plan_has_no_gradient_and_half_precision_is_computed_in_full():
     cost = random_cost(4, 6).requires_grad_()
     assert not transport_plan(cost).requires_grad
     assert transport_plan(cost.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_two_matrices_live_at_once(inner):
+    """Kernel and plan, beside the cost; rows and columns are the rest."""
+    features, codes = 64, 400
+    cost = random_cost(features, codes).float()
+    most = most_alive(lambda: transport_plan(cost, inner=inner)) / cost.nbytes
+    assert 2 <= most < 2 + 4 * (1 / features + 1 / codes)
 
 
 @pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"outer": 0}, {"inner": 0}])
