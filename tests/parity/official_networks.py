@@ -197,6 +197,8 @@ class Network:
             # the row of [PAD] is no function of itself here: torch's padding_idx
             table = self[f"{name}.word_embeddings.weight"]
             embeds = torch.where((ids == self.sizes.pad_id)[..., None], table.detach()[ids], table[ids])
+        if self.has(f"{name}.token_type_embeddings.weight"):  # ALBEF's; all of a text is of the first type
+            embeds = embeds + self[f"{name}.token_type_embeddings.weight"][0]
         places = self[f"{name}.position_embeddings.weight"][: embeds.shape[1]]
         return self.norm(f"{name}.LayerNorm", embeds + places, self.sizes.text_eps)
 
@@ -209,17 +211,32 @@ class Network:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The post-norm stack, with cross-attention where there is a context. -> (B, L, D), the last layer's
         self-attention (B, heads, L, L)."""
-        states, eps, index = embedded, self.sizes.text_eps, 0
-        probabilities = None
-        while self.has(f"{self.sizes.text}.encoder.layer.{index}.output.dense.weight"):
-            layer = f"{self.sizes.text}.encoder.layer.{index}"
-            states, probabilities = self._attention(f"{layer}.attention", states, states, mask)
-            if context is not None:
-                states, _ = self._attention(f"{layer}.crossattention", states, context, context_mask)
-            inner = gelu(self.linear(f"{layer}.intermediate.dense", states))
-            states = self.norm(f"{layer}.output.LayerNorm", states + self.linear(f"{layer}.output.dense", inner), eps)
-            index += 1
+        states, probabilities = embedded, None
+        for layer in self.text_layers():
+            states, probabilities = self._text_layer(layer, states, mask, context, context_mask)
         return states, probabilities
+
+    def text_layers(self) -> list[str]:
+        """Their names, from below."""
+        layers = []
+        while self.has(f"{self.sizes.text}.encoder.layer.{len(layers)}.output.dense.weight"):
+            layers.append(f"{self.sizes.text}.encoder.layer.{len(layers)}")
+        return layers
+
+    def _text_layer(
+        self,
+        layer: str,
+        states: torch.Tensor,
+        mask: torch.Tensor,
+        context: torch.Tensor | None,
+        context_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Post-norm: self-attention, cross-attention where there is a context, two linear maps."""
+        states, probabilities = self._attention(f"{layer}.attention", states, states, mask)
+        if context is not None:
+            states, _ = self._attention(f"{layer}.crossattention", states, context, context_mask)
+        inner = self.linear(f"{layer}.output.dense", gelu(self.linear(f"{layer}.intermediate.dense", states)))
+        return self.norm(f"{layer}.output.LayerNorm", states + inner, self.sizes.text_eps), probabilities
 
     def _attention(
         self, name: str, states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor

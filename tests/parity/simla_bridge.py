@@ -79,7 +79,7 @@ def official_batch(batch: Weights) -> Weights:
         "masked_ids": batch["masked_input_ids"],
         "labels": labels,
         "masked_patches": batch["bool_masked_pos"],
-        "codes": batch["visual_codes"],
+        "codes": batch.get("visual_codes"),
         **{name: batch[name] for name in given if name in batch},
     }
 
