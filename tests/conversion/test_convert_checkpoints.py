@@ -1,11 +1,9 @@
 """Official state dicts to ours and back, by tensors that are all different."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
-from tiny_albef import TinyAlbefConfig, TinyAlbefForImageTextRetrieval, TinyAlbefForPreTraining
 from tiny_official import (
     P,
     Q,
@@ -22,7 +20,7 @@ from tiny_official import (
 )
 from tiny_simla import simla_batch
 
-from oner import SimlaForImageTextRetrieval, SimlaForPreTraining
+from oner import CodisForPreTraining, SimlaForImageTextRetrieval, SimlaForPreTraining
 from oner.modeling.modeling_simla_tasks import (
     SimlaForTextAssignment,
     SimlaForVisualEntailment,
@@ -30,7 +28,6 @@ from oner.modeling.modeling_simla_tasks import (
     SimlaForVisualReasoning,
 )
 from oner.training.conversion.checkpoints import from_official, infer_config, resize_position_table, to_official
-from oner.training.conversion.families import OFFICIAL
 from oner.training.conversion.names import Names, stacked_layer
 from oner.training.conversion.report import ConversionReport, MissingWeightsError
 from oner.training.objectives.simla import SimlaObjective, SimlaObjectiveArguments
@@ -288,36 +285,17 @@ def test_pictures_of_384_pixels_fit_a_bert_of_512_positions():
     assert config.num_patches + 1 > config.max_position_embeddings
 
 
-def test_a_family_costs_a_line(monkeypatch):
-    """One such as ALBEF takes ALBEF's files whole, token types folded, and gives them back."""
-
-    def meet(layers: int, first_fusion: int) -> dict[str, int]:
-        return {"num_text_layers": first_fusion, "num_fusion_layers": layers - first_fusion}
-
-    line = dataclasses.replace(
-        OFFICIAL["simla"],
-        config=TinyAlbefConfig,
-        retrieval=TinyAlbefForImageTextRetrieval,
-        pretraining=TinyAlbefForPreTraining,
-        heads=(
-            ("vision_proj", "albef.vision_projection"),
-            ("text_proj", "albef.text_projection"),
-            ("temp", "temperature"),
-            ("itm_head", "itm_head"),
-        ),
-        depth=meet,
-        token_types=True,
-    )
-    monkeypatch.setitem(OFFICIAL, "tiny_albef", line)
+def test_albef_is_taken_whole_as_codis_without_a_codebook():
+    """Its token types are folded, and it comes back."""
     official = filled(albef_shapes())
-    done = from_official(official, "tiny_albef", **HEADS, text_attention_heads=4)
-    assert (done.config.num_text_layers, done.config.num_fusion_layers) == (2, 1)
-    assert done.model_class is TinyAlbefForPreTraining and not done.report.missing and not done.report.notes
+    done = from_official(official, "codis", **HEADS)
+    assert (done.config.num_text_layers, done.config.num_fusion_layers, done.config.num_codes) == (2, 1, 0)
+    assert done.model_class is CodisForPreTraining and not done.report.missing and not done.report.notes
     assert all(name.endswith("position_ids") for name in done.report.left_over)
     assert done.report.used.keys() | done.report.left_over.keys() == official.keys()
-    model = TinyAlbefForPreTraining(done.config)
+    model = CodisForPreTraining(done.config)
     model.load_state_dict(done.weights)
-    state, report = to_official(model.state_dict(), "tiny_albef", done.objective)
+    state, report = to_official(model.state_dict(), "codis", done.objective)
     fold_types(official)
     same(official, state)
 

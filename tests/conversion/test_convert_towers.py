@@ -9,7 +9,7 @@ import timm
 import tiny_oner
 import torch
 from safetensors.torch import save_file
-from tiny_albef import TinyAlbefConfig, TinyAlbefModel
+from tiny_codis import tiny_config as codis_config
 from tiny_simla import tiny_config
 from transformers import (
     BertConfig,
@@ -24,8 +24,8 @@ from transformers import (
     ViTModel,
 )
 
-from oner import OneRForPreTraining, SimlaForImageTextRetrieval, SimlaForPreTraining
-from oner.training.conversion.families import TOWERS, dual_towers
+from oner import CodisModel, OneRForPreTraining, SimlaForImageTextRetrieval, SimlaForPreTraining
+from oner.training.conversion.families import TOWERS
 from oner.training.conversion.reading import read_weights
 from oner.training.conversion.report import MissingWeightsError
 from oner.training.conversion.towers import initialise
@@ -264,18 +264,16 @@ def test_keys_without_queries_are_refused():
         initialise(simla(), vision=broken(state, **{"layers.1.attention.k_proj.bias": None}))
 
 
-def test_a_family_without_a_line_is_told():
-    with pytest.raises(
-        ValueError, match="family 'tiny_albef' has no towers to be filled; expected one of .*oner, simla"
-    ):
-        initialise(TinyAlbefModel(TinyAlbefConfig()), vision={})
+def test_a_family_without_a_line_is_told(monkeypatch):
+    monkeypatch.delitem(TOWERS, "codis")
+    with pytest.raises(ValueError, match="family 'codis' has no towers to be filled; expected one of .*oner, simla"):
+        initialise(CodisModel(codis_config()), vision={})
 
 
 @torch.no_grad()
-def test_a_family_costs_a_line(monkeypatch):
-    """Of one such as ALBEF, BERT's lower layers read texts and its upper ones images, by attention that is drawn."""
-    monkeypatch.setitem(TOWERS, "tiny_albef", dual_towers())
-    model = TinyAlbefModel(TinyAlbefConfig(intermediate_size=64, text_intermediate_size=48)).eval()
+def test_of_a_bert_the_upper_layers_read_images_by_attention_that_is_drawn():
+    """And the lower ones texts, as ALBEF has it."""
+    model = CodisModel(codis_config(intermediate_size=64, text_intermediate_size=48)).eval()
     vit, bert = jittered(ViTModel(ViTConfig(**HF_VIT))), jittered(BertModel(BertConfig(**HF_BERT, num_labels=2)))
     deeper = jittered(BertModel(BertConfig(**{**HF_BERT, "num_hidden_layers": 4})))
     with pytest.raises(MissingWeightsError, match="text.layers.3"):

@@ -1,4 +1,4 @@
-"""The nouns of two towers on a family such as ALBEF, whose fusion stands on its text layers; SIMLA's is in them.
+"""The nouns of two towers on ALBEF, which is CODIS without its codebook; those of SIMLA are in them.
 
 Layer by layer against oracles that read one text and one image at a time. B rows, N = 16 patches, T places of a text.
 """
@@ -8,34 +8,39 @@ import copy
 import pytest
 import torch
 from naive_fusion import naive_embed, naive_layer
-from tiny_albef import (
-    TinyAlbefConfig,
-    TinyAlbefForImageTextRetrieval,
-    TinyAlbefForMaskedLM,
-    TinyAlbefForPreTraining,
-    TinyAlbefForTextAssignment,
-    TinyAlbefForVisualQuestionAnswering,
-    TinyAlbefForVisualReasoning,
-    TinyAlbefModel,
-)
+from tiny_codis import tiny_config
 from tiny_simla import VOCAB, simla_batch
 from tiny_simla import tiny_config as simla_config
 from tiny_tasks import ANSWERS, MASK, bold, inputs
 from torch.nn.functional import normalize
 
-from oner import SimlaModel
+from oner import (
+    CodisConfig,
+    CodisForImageTextRetrieval,
+    CodisForMaskedLM,
+    CodisForPreTraining,
+    CodisForTextAssignment,
+    CodisForVisualQuestionAnswering,
+    CodisForVisualReasoning,
+    CodisModel,
+    SimlaModel,
+)
 
 LENGTHS = (3, 5, 0, 2)
 
 
+def albef_config(**fields) -> CodisConfig:
+    return tiny_config(**{"num_codes": 0, "text_intermediate_size": 64, "grounding_layer": 8, **fields})
+
+
 def built(kind, seed: int = 0, **fields):
     torch.manual_seed(seed)
-    return bold(kind(TinyAlbefConfig(**fields)))
+    return bold(kind(albef_config(**fields)))
 
 
 @pytest.fixture(scope="module")
 def tower():
-    return built(TinyAlbefModel)
+    return built(CodisModel)
 
 
 def texts_of(batch: dict) -> list[torch.Tensor]:
@@ -71,7 +76,7 @@ def test_the_configuration_decides_who_reads_the_image(tower):
     assert len(simla.text.layers) == 3 and all(layer.cross_attention is not None for layer in simla.text.layers)
     assert (tower.text.first_fusion, simla.text.first_fusion) == (2, 0)
     assert tower.vision.embeddings.mask_token is None and simla.vision.embeddings.mask_token is not None
-    deep = TinyAlbefModel(TinyAlbefConfig(num_text_layers=1, num_fusion_layers=3))
+    deep = CodisModel(albef_config(num_text_layers=1, num_fusion_layers=3))
     assert [layer.cross_attention is not None for layer in deep.text.layers] == [False, True, True, True]
 
 
@@ -126,9 +131,9 @@ def test_hidden_states_and_attentions_of_a_pair(tower):
 
 @torch.no_grad()
 def test_matching(tower):
-    model, batch = built(TinyAlbefForImageTextRetrieval), inputs(LENGTHS)
+    model, batch = built(CodisForImageTextRetrieval), inputs(LENGTHS)
     pixels, texts = batch["pixel_values"], texts_of(batch)
-    expected = [[model.itm_head(naive_fused(model.albef, ids, picture)[0]) for picture in pixels[:3]] for ids in texts]
+    expected = [[model.itm_head(naive_fused(model.codis, ids, picture)[0]) for picture in pixels[:3]] for ids in texts]
     pairs = model.match(**{name: value[:3] for name, value in batch.items()})
     close(pairs, torch.stack([expected[row][row] for row in range(3)]))
     states = model.get_image_features(pixels[:3]).last_hidden_state
@@ -143,18 +148,18 @@ def test_matching(tower):
 
 @torch.no_grad()
 def test_retrieval_by_cosine():
-    model, batch = built(TinyAlbefForImageTextRetrieval), inputs(LENGTHS)
+    model, batch = built(CodisForImageTextRetrieval), inputs(LENGTHS)
     output = model(**{**batch, "pixel_values": batch["pixel_values"][:2]})
-    text = torch.stack([model.albef.text_projection(naive_alone(model.albef.text, ids)[0]) for ids in texts_of(batch)])
-    image = model.albef.vision_projection(model.albef.vision(batch["pixel_values"][:2])[:, 0])
+    text = torch.stack([model.codis.text_projection(naive_alone(model.codis.text, ids)[0]) for ids in texts_of(batch)])
+    image = model.codis.vision_projection(model.codis.vision(batch["pixel_values"][:2])[:, 0])
     close(output.logits_per_image, normalize(image, dim=-1) @ normalize(text, dim=-1).T / model.temperature)
 
 
 def test_grounding_by_a_layer_that_reads_the_image():
-    model, batch = built(TinyAlbefForImageTextRetrieval), inputs(LENGTHS)
+    model, batch = built(CodisForImageTextRetrieval), inputs(LENGTHS)
     for layer, number in ((None, 3), (2, 2), (-1, 3)):  # of fewer layers than the configuration names, the last
         asked = []
-        attention = model.albef.text.layers[number].cross_attention
+        attention = model.codis.text.layers[number].cross_attention
         hook = attention.register_forward_hook(lambda *call, asked=asked: asked.append(call[2][1]))
         maps = model.ground(**batch, layer=layer, pool="none")
         hook.remove()
@@ -170,7 +175,7 @@ def test_grounding_by_a_layer_that_reads_the_image():
 
 def fused_from(model, batch: dict, number: int, table: torch.Tensor) -> torch.Tensor:
     """[CLS] (B, D) of a run whose layer `number` attends the image by `table` instead of its own."""
-    tower, attention = model.albef, model.albef.text.layers[number].cross_attention
+    tower, attention = model.codis, model.codis.text.layers[number].cross_attention
     values = attention.heads(attention.value(tower.vision(batch["pixel_values"])))
     taken = attention.proj((table @ values).transpose(1, 2).flatten(2))
     hook = attention.register_forward_hook(lambda *_: (taken, table))
@@ -181,15 +186,15 @@ def fused_from(model, batch: dict, number: int, table: torch.Tensor) -> torch.Te
 
 @torch.no_grad()
 def test_masked_tokens_of_texts_and_of_pairs():
-    model, batch = built(TinyAlbefForMaskedLM), inputs(LENGTHS)
+    model, batch = built(CodisForMaskedLM), inputs(LENGTHS)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     pair, text = model(**batch, labels=labels), model(batch["input_ids"], batch["attention_mask"])
     assert pair.logits.shape == text.logits.shape == (4, 6, VOCAB)
     losses = []
     for row, ids in enumerate(texts_of(batch)):
-        logits = model.lm_head(naive_fused(model.albef, ids, batch["pixel_values"][row]))
+        logits = model.lm_head(naive_fused(model.codis, ids, batch["pixel_values"][row]))
         close(pair.logits[row, : len(ids)], logits)
-        close(text.logits[row, : len(ids)], model.lm_head(naive_alone(model.albef.text, ids)))
+        close(text.logits[row, : len(ids)], model.lm_head(naive_alone(model.codis.text, ids)))
         losses.append(-logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
     close(pair.loss, torch.cat(losses).mean())
 
@@ -204,6 +209,7 @@ def step(model, batch: dict):
         batch["pixel_values"],
         batch["masked_input_ids"],
         words + words // slots + 1,
+        ("contrast", "match", "tokens"),
         lambda *_: (batch["negative_images"], batch["negative_texts"]),
     )
     logits = output.image_embeds @ output.text_embeds.T / output.temperature
@@ -213,7 +219,7 @@ def step(model, batch: dict):
 
 
 def test_a_step_of_pretraining():
-    model, batch = built(TinyAlbefForPreTraining).train(), simla_batch([3, 5, 1, 4])
+    model, batch = built(CodisForPreTraining).train(), simla_batch([3, 5, 1, 4])
     output, loss = step(model, batch)
     loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -224,7 +230,7 @@ def test_a_step_of_pretraining():
         name for name, _ in model.named_parameters() if name.endswith("key.bias")
     }
     with torch.no_grad():
-        texts, pixels, tower = texts_of(batch), batch["pixel_values"], model.albef
+        texts, pixels, tower = texts_of(batch), batch["pixel_values"], model.codis
         one, other = batch["negative_images"], batch["negative_texts"]
         asked = [(ids, row) for row, ids in enumerate(texts)]
         asked += [(ids, one[row]) for row, ids in enumerate(texts)] + [(texts[other[row]], row) for row in range(4)]
@@ -235,12 +241,12 @@ def test_a_step_of_pretraining():
         close(output.mlm_logits, model.lm_head(states[batch["mlm_index"]]))
 
 
-@pytest.mark.parametrize("kind", [TinyAlbefForVisualReasoning, TinyAlbefForTextAssignment])
+@pytest.mark.parametrize("kind", [CodisForVisualReasoning, CodisForTextAssignment])
 @torch.no_grad()
 def test_two_images_alternate_in_the_fusion_layers_alone(kind):
     model, batch = built(kind, num_text_layers=3), inputs(LENGTHS, pictures=2)
     first, second = batch["pixel_values"].unbind(1)
-    tower, states = model.albef, []
+    tower, states = model.codis, []
     assert model.lower == 3 and len(model.second_layers) == 2
     stack = [tower.text.layers[3], model.second_layers[0], tower.text.layers[4], model.second_layers[1]]
     for row, ids in enumerate(texts_of(batch)):
@@ -250,7 +256,7 @@ def test_two_images_alternate_in_the_fusion_layers_alone(kind):
         for place, layer in enumerate(stack):
             x = naive_layer(layer, x, seen[place % 2])
         states.append(x[0])
-    if kind is TinyAlbefForVisualReasoning:
+    if kind is CodisForVisualReasoning:
         close(model(**batch).logits, model.classifier(torch.stack(states)))
     else:
         rows = torch.arange(4)
@@ -263,13 +269,13 @@ def test_two_images_alternate_in_the_fusion_layers_alone(kind):
 
 @torch.no_grad()
 def test_answers_begin_as_the_fusion_layers():
-    pretrained, model = built(TinyAlbefForPreTraining), built(TinyAlbefForVisualQuestionAnswering, seed=3)
+    pretrained, model = built(CodisForPreTraining), built(CodisForVisualQuestionAnswering, seed=3)
     model.initialise_from(pretrained)
-    for mine, theirs in zip(model.decoder.layers, pretrained.albef.text.layers[2:], strict=True):
+    for mine, theirs in zip(model.decoder.layers, pretrained.codis.text.layers[2:], strict=True):
         assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in mine.state_dict().items())
     batch = inputs((3, 5, 2))
     out = model(**batch, answer_ids=ANSWERS[:3], answer_mask=MASK[:3])
-    question = [naive_fused(model.albef, ids, batch["pixel_values"][row]) for row, ids in enumerate(texts_of(batch))]
+    question = [naive_fused(model.codis, ids, batch["pixel_values"][row]) for row, ids in enumerate(texts_of(batch))]
     for row, states in enumerate(question):
         close(out.question_states[row, : len(states)], states)
     model.freeze_unused()
@@ -277,9 +283,9 @@ def test_answers_begin_as_the_fusion_layers():
 
 
 def test_a_pretraining_checkpoint_serves_every_class(tmp_path):
-    trained, batch = built(TinyAlbefForPreTraining), inputs(LENGTHS)
+    trained, batch = built(CodisForPreTraining), inputs(LENGTHS)
     trained.save_pretrained(tmp_path)
-    for kind in (TinyAlbefModel, TinyAlbefForImageTextRetrieval, TinyAlbefForMaskedLM, TinyAlbefForPreTraining):
+    for kind in (CodisModel, CodisForImageTextRetrieval, CodisForMaskedLM, CodisForPreTraining):
         model, told = kind.from_pretrained(tmp_path, output_loading_info=True)
         assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
         with torch.no_grad():
@@ -287,7 +293,7 @@ def test_a_pretraining_checkpoint_serves_every_class(tmp_path):
                 one.base_model(**batch).last_hidden_state for one in (model.eval(), copy.deepcopy(trained).eval())
             )
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    assert TinyAlbefConfig.from_pretrained(tmp_path).num_fusion_layers == 2
+    assert CodisConfig.from_pretrained(tmp_path).num_fusion_layers == 2
     assert "pair_layout" not in trained.config.to_dict()
 
 
