@@ -8,7 +8,13 @@ import torch
 from tiny_oner import randomised
 from tiny_pretraining import ROOT
 
-from oner import SimlaForPreTraining, VisionLanguageImageProcessor, VisionLanguageProcessor, train_tokenizer
+from oner import (
+    CodisForPreTraining,
+    SimlaForPreTraining,
+    VisionLanguageImageProcessor,
+    VisionLanguageProcessor,
+    train_tokenizer,
+)
 from oner.training.publishing.hub import export_model
 
 PICTURES = 12
@@ -73,6 +79,14 @@ def write_simla(directory: Path) -> Path:
     small = {"num_text_layers": 2, "max_position_embeddings": 64, "num_visual_codes": 16}
     heads = {"answer_decoder_layers": 1, "grounding_layer": 1}
     return write_pretrained(directory, **small, **heads, sep_token_id=tiny_processor().tokenizer.sep_token_id)
+
+
+def write_codis(directory: Path) -> Path:
+    """Of CODIS, with a codebook that no task uses."""
+    small = {"num_text_layers": 1, "num_fusion_layers": 2, "max_position_embeddings": 64, "num_codes": 8}
+    heads = {"answer_decoder_layers": 1, "grounding_layer": 2}
+    sep = tiny_processor().tokenizer.sep_token_id
+    return write_pretrained(directory, CodisForPreTraining, **small, **heads, sep_token_id=sep)
 
 
 def karpathy(folder: Path) -> dict[str, object]:

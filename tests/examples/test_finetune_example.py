@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_finetuning import DATA, write_pretrained, write_simla
+from tiny_finetuning import DATA, write_codis, write_pretrained, write_simla
 from tiny_pretraining import ROOT, assert_same_checkpoint, forget_accelerator, load_example, read_log
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
@@ -175,6 +175,23 @@ def test_a_family_without_a_matching_head_is_fine_tuned_by_its_own_losses(finetu
     assert "dataset_coco/tr_r@1" in metrics and not any("rerank" in name for name in metrics)
     logged = [entry for entry in read_log(tmp_path / "run") if "loss" in entry]
     assert {"itc", "cmc"} <= logged[-1].keys() and "itm" not in logged[-1]
+
+
+@pytest.fixture(scope="module")
+def codis(tmp_path_factory) -> Path:
+    return write_codis(tmp_path_factory.mktemp("codis") / "model")
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_codis_is_fine_tuned_for_each_task(task, finetune, codis, tmp_path):
+    told = {**DATA[task](tmp_path), "family": "codis", "max_steps": 2}
+    metrics = finetune.main(line(task, codis, tmp_path / "run", told))
+    assert metrics and all(value == value for value in metrics.values())
+    model = load_model(find_task(task).model, tmp_path / "run" / "model")
+    assert model.config.model_type == "codis"
+    before, after = (load_file(path / "model.safetensors") for path in (codis, tmp_path / "run" / "model"))
+    name = "codis.text.layers.2.cross_attention.query.weight"
+    assert not torch.equal(before[name], after[name])
 
 
 def test_every_task_of_the_table_is_tried():
