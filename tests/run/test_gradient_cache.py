@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import Accelerator
+from families import FAMILIES, PRETRAINING
 from naive_pretraining import (
     SHAPES,
     assert_same_step,
@@ -304,6 +305,24 @@ def test_a_family_with_a_queue_a_temperature_and_dropout(accelerator, pieces):
     (loss, slopes), (other_loss, other) = results
     assert other_loss.item() == pytest.approx(loss.item(), rel=1e-12)
     assert (slopes - other).norm() < 1e-12 * slopes.norm()
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_codes_and_queues_of_codis_have_the_gradient_of_one_go(accelerator, pieces):
+    """Plans of transport are of the whole batch; matching is left out, whose negatives a piece draws from itself."""
+    family, slopes = FAMILIES["codis"], {}
+    for number in (1, pieces):
+        torch.manual_seed(0)
+        student = family.build(PRETRAINING, **family.tiny.APART).double().train()
+        objective = family.objective(student, losses=["ica", "code", "mlm"])
+        objective.teacher.model.double()
+        batch = family.tiny.make_batch([5, 3, 2, 4, 1, 6], dtype=torch.float64)
+        loss, _, _ = loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.5, {"pairs": number})
+        reached = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        slopes[number] = {"loss": loss.detach(), **reached}
+    assert slopes[1].keys() == slopes[pieces].keys() and slopes[1]["codebook.weight"].abs().max() > 0
+    for name, value in slopes[1].items():
+        torch.testing.assert_close(slopes[pieces][name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
 # Pieces of a batch
