@@ -20,16 +20,9 @@ from oner import OneRForPreTraining, SimlaConfig, SimlaForPreTraining
 from oner.training.publishing.model_loading import load_model
 
 INITIALIZER_RANGE = 0.06  # .02 is for 768 wide layers; at 256 the [CLS] of a text would hear little of its words
-SHARED = (
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "stem",
-)
-SHARED += ("vocab_size", "max_text_length", "pad_token_id", "image_token_id", "cls_token_id", "mask_token_id")
+# fields that both configurations have
+TRUNK = ("hidden_size", "num_attention_heads", "intermediate_size", "image_size", "patch_size", "num_channels", "stem")
+WORDS = ("vocab_size", "max_text_length", "pad_token_id", "image_token_id", "cls_token_id", "mask_token_id")
 
 
 def build(trunk: OneRForPreTraining, layers: int, text_layers: int) -> SimlaForPreTraining:
