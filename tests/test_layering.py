@@ -26,7 +26,18 @@ MAY_IMPORT = {
 }
 # a wing of training imports those that stand before it
 BELOW_ALL_WINGS = {"private_names"}
-WINGS = ("parallel", "publishing", "evaluation", "conversion", "objectives", "run", "tasks", "cost", "doctor")
+WINGS = (
+    "parallel",
+    "publishing",
+    "evaluation",
+    "conversion",
+    "objectives",
+    "run",
+    "tasks",
+    "cost",
+    "doctor",
+    "commands",
+)
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))] + [ROOT / "oner_command_line.py"]
 PORTABLE_FILES = [path for path in FILES if path.parent.name in PORTABLE and path.parent.parent == ROOT]
 # where processes talk to each other; and the launcher, which catches what torchrun raises

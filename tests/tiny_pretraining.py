@@ -1,5 +1,6 @@
 """examples/pretrain.py in this process, on forty real pairs and a model of some thousand weights."""
 
+import importlib
 import importlib.util
 import io
 import json
@@ -22,8 +23,14 @@ PAIRS = 40
 EVERY_STEP = {"save_every_epochs": 0.2, "keep_checkpoints": 20, "model_config": {"attention_dropout": 0.1}}
 
 
+# examples/NAME.py that only call a command of the package
+COMMANDS = {"pretrain": "train", "finetune": "finetune", "evaluate": "evaluate", "search": "search"}
+
+
 def load_example(name: str) -> ModuleType:
-    """examples/NAME.py as a module; the folder is no package, and `evaluate` is another package's name."""
+    """examples/NAME.py, or the command that it calls, as a module; the folder is no package."""
+    if name in COMMANDS:
+        return importlib.import_module(f"oner.training.commands.{COMMANDS[name]}")
     spec = importlib.util.spec_from_file_location(f"{name}_example", ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

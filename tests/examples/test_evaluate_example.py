@@ -1,7 +1,6 @@
 """examples/evaluate.py on a saved random model and real pairs: a table, files of results, pictures."""
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from fake_hub import serve
 from huggingface_hub import HfApi, hf_hub_download
 from PIL import Image
+from tiny_pretraining import load_example
 from tiny_simla_pictures import make_processor, make_simla
 
 from oner import SimlaForPreTraining
@@ -31,10 +31,7 @@ EMOJI = ROOT / "examples" / "data" / "emoji"
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("evaluate_example", ROOT / "examples" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("evaluate")
 
 
 @pytest.fixture(scope="module")

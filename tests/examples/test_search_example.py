@@ -1,6 +1,5 @@
 """examples/search.py: run as a reader would run it, and its contact sheet."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageChops
+from tiny_pretraining import load_example
 
 import oner  # noqa: F401  registers the classes and the task
 from oner.modeling.configuration_oner import OneRConfig
@@ -27,10 +27,7 @@ EMOJI = ROOT / "examples" / "data" / "emoji" / "test_concept.parquet"
 
 @pytest.fixture(scope="module")
 def search() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("search_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("search")
 
 
 @pytest.fixture(scope="module")
