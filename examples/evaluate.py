@@ -21,7 +21,9 @@ the task may be told are further options, and `--tasks TASK --help` lists them:
     python examples/evaluate.py --model runs/vqa/model --tasks vqa --data questions.json --answer_list answers.json
 """
 
-from oner.training.commands.evaluate import main
+import sys
+
+from oner_command_line import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -8,9 +8,7 @@ Tasks are the entries of `oner.training.tasks.finetuning.TASKS`. `--task NAME --
 
 import sys
 
-from oner.training.commands.finetune import main
-from oner.training.run.summary import STOPPED
+from oner_command_line import main
 
 if __name__ == "__main__":
-    if main() is None:
-        sys.exit(STOPPED)
+    sys.exit(main(["finetune", *sys.argv[1:]]))

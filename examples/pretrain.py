@@ -5,9 +5,7 @@ accelerate launch examples/pretrain.py --config examples/configs/oner_emoji.yaml
 
 import sys
 
-from oner.training.commands.train import main
-from oner.training.run.summary import STOPPED
+from oner_command_line import main
 
 if __name__ == "__main__":
-    if main() is None:
-        sys.exit(STOPPED)
+    sys.exit(main(["train", *sys.argv[1:]]))

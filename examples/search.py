@@ -8,7 +8,9 @@ The index of a folder or table is kept in a hidden directory beside it and used 
 time changes, or the model does.
 """
 
-from oner.training.commands.search import main
+import sys
+
+from oner_command_line import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["search", *sys.argv[1:]]))

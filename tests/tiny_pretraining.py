@@ -1,5 +1,6 @@
 """examples/pretrain.py in this process, on forty real pairs and a model of some thousand weights."""
 
+import argparse
 import importlib
 import importlib.util
 import io
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from families import FAMILIES
 
 from oner.training.run.checkpoint import load_checkpoint
+from oner_command_line import COMMANDS as COMMAND_LINE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = 40
@@ -35,6 +37,16 @@ def load_example(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def evaluated(line: list[str]) -> dict[str, float]:
+    """What `oner evaluate LINE` finds."""
+    return load_example("evaluate").evaluate(*COMMAND_LINE["evaluate"].read("evaluate", line))
+
+
+def evaluation_of(line: list[str]) -> argparse.Namespace:
+    """What `oner evaluate LINE` is told."""
+    return load_example("evaluate").complete(*COMMAND_LINE["evaluate"].read("evaluate", line))
 
 
 def write_pairs(path: Path, rows: int = PAIRS) -> Path:

@@ -1,29 +1,13 @@
-"""Evaluate a model directory: a table on the screen, numbers in results/, pictures in pictures/.
-
-    python examples/evaluate.py --model runs/demo/model --data examples/data/emoji/test_style.parquet \
-        --id_column hexcode --gallery examples/data/emoji/train.parquet
+"""`oner evaluate`: a table on the screen, numbers in results/, pictures in pictures/.
 
 A task is one entry of `TASKS`: it makes an evaluator, whose `run(model, processor)` yields names, each with a number
-or a picture to be saved. `multimodal` and `composed` need other pictures of the same concept, in --data or --gallery.
-
-Composed queries, a table of their own (examples/data/scenes.md, icons.md), for instance
-
-    python examples/evaluate.py --model runs/icons_oner/model --tasks queries --id_column concepts \
-        --data runs/icons/unseen_sets_queries.parquet --gallery runs/icons/unseen_sets_gallery.parquet
-
-Pictures with class numbers instead of captions, for instance a folder with one folder a class:
-
-    python examples/evaluate.py --model runs/demo/model --data imagenet/val --class_names imagenet
-
-A model that was fine-tuned for a task of `oner.training.tasks.finetuning`, on data in that task's format; what else
-the task may be told are further options, and `--tasks TASK --help` lists them:
-
-    python examples/evaluate.py --model runs/vqa/model --tasks vqa --data questions.json --answer_list answers.json
+or a picture to be saved. A model that was fine-tuned for a task of `oner.training.tasks.finetuning` is evaluated by
+that task's own evaluator.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,92 +89,27 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
     "codes": lambda a, name, rows, _: CodeEvaluator(rows, batch_size=a.batch_size, progress=False),
     "languages": lambda a, name, rows, _: LanguagesEvaluator(rows, a.languages or (), a.batch_size, a.ks, name),
 }
-CLASS_TASKS = ("zero_shot", "bootstrap")
 # they ask a head, or the codebook, that no other model than the pretraining one has
 PRETRAINING_TASKS = ("concepts", "codes")
 # they have models and data of their own; that of retrieval is a model of the tasks above
 OWN_TASKS = tuple(task for task in FINETUNED if task not in TASKS)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options, with those of a task that has a model of its own; `a.own` is that task."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--tasks", nargs="+", default=())
-    own = [task for task in first.parse_known_args(arguments)[0].tasks if task in OWN_TASKS]
-    kinds = [find_task(own[0]).arguments] if own else []
-    parser = HfArgumentParser(
-        kinds, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
-    )
-    add_options(parser)
-    a = parser.parse_args(arguments)
-    a.own, a.bootstrap_rows = own[0] if own else None, a.bootstrap_rows or None
-    if own and (len(a.tasks) > 1 or a.class_names is not None):
-        parser.error(f"{own[0]} has a model of its own and is evaluated by itself; expected it alone in --tasks")
-    if "queries" in (a.tasks or ()) and (len(a.tasks) > 1 or a.gallery is None):
-        parser.error("queries are rows of their own kind; expected them alone in --tasks, and their --gallery")
+def complete(a: argparse.Namespace, rest: Sequence[str]) -> argparse.Namespace:
+    """Options as they are used below; `a.own` is a task that has a model of its own, `a.told` what it was told."""
+    own = [task for task in a.tasks or () if task in OWN_TASKS]
+    a.own, a.told = None, None
+    if own:
+        a.own, a.eval_limit, a.eval_batch_size = own[0], a.limit, a.batch_size
+        kind = find_task(a.own).arguments
+        (told,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(list(rest))
+        # of the names that both have, the evaluation's options decide
+        a.told = replace(told, **{one.name: getattr(a, one.name) for one in fields(kind) if hasattr(a, one.name)})
     if a.class_names is not None:
-        if other := [task for task in a.tasks or () if task not in CLASS_TASKS]:
-            parser.error(f"--class_names is for the tasks {' and '.join(CLASS_TASKS)}, got {', '.join(other)}")
         a.tasks = a.tasks or ["bootstrap"]
+    a.bootstrap_rows = a.bootstrap_rows or None
+    a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return a
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a model directory, or a name on the Hub")
-    parser.add_argument("--data", nargs="+", required=True, help="one or more sources; each is a split of its own")
-    parser.add_argument("--gallery", help="a source with other pictures of the same concepts")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=[*TASKS, *OWN_TASKS], help="default: all that the model and the data allow"
-    )
-    parser.add_argument("--output", help="default: the model directory")
-    parser.add_argument("--image_column")
-    parser.add_argument("--text_column")
-    parser.add_argument("--id_column", help="rows with equal ids are positives of each other (hexcode for the emoji)")
-    parser.add_argument(
-        "--image_folder", help="what the picture paths of annotations are relative to; if none, the file"
-    )
-    parser.add_argument("--eval_split", help="of Karpathy's JSON (dataset_coco.json): test, say")
-    parser.add_argument(
-        "--class_names",
-        help="imagenet, cifar10, cifar100, or a JSON file with a list: the classes of zero_shot and bootstrap, the "
-        "only tasks then; captions are not needed, and --id_column (label, or the folder of a picture) holds the "
-        "number of each row's class, its place in that list",
-    )
-    parser.add_argument("--captions", choices=("all", "first"), default="all")
-    parser.add_argument("--caption_rules", choices=CAPTION_RULES, help="rewrite captions and questions as in training")
-    parser.add_argument(
-        "--templates",
-        help="name of a template set, or a JSON file with a list (default: those of the class names, slip for "
-        "imagenet, cifar for cifar10 and cifar100; without class names the bare name)",
-    )
-    parser.add_argument(
-        "--guided_text", choices=("prompt", "name"),
-        help="what stands beside a guided picture: 'a photo of a {}', or the bare name (default with bare names)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--guided_score", choices=("guided", "sum"), default="guided",
-        help="candidates are ordered by s' = cos(f(I, t), f(t)) alone (the paper's), or by s + s'",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keep_aspect", action=argparse.BooleanOptionalAction,
-        help="zero-shot: take the middle square of a picture, as SLIP does (default with imagenet)",
-    )  # fmt: skip
-    parser.add_argument("--languages", nargs="+", help="of each row's captions, in their order: the task of that name")
-    parser.add_argument("--ks", nargs="+", type=int, default=[1, 5, 10])
-    parser.add_argument("--rerank_k", type=int, default=128, help="candidates of a query (COCO 256, Flickr30k 128)")
-    parser.add_argument(
-        "--rerank_score", choices=("logit", "difference", "sum"), default="logit",
-        help="what orders the candidates: the logit for matched (ALBEF, SIMLA), its difference to the other logit, or "
-        "cosine / temperature + rerank_weight times that difference",
-    )  # fmt: skip
-    parser.add_argument("--rerank_weight", type=float, default=0.25, help="of the difference in sum")
-    parser.add_argument("--limit", "--eval_limit", type=int, help="use only so many rows of each split, evenly spaced")
-    parser.add_argument(
-        "--bootstrap_rows", type=int, default=300,
-        help="guide only so many evenly spaced pictures, at ten more passes each (default 300; 0: all)",
-    )  # fmt: skip
-    parser.add_argument("--batch_size", "--eval_batch_size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read(source: str, a: argparse.Namespace, limit: int | None = None) -> list[dict[str, Any]]:
@@ -249,11 +168,9 @@ def record(
 def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, Any], Evaluator]]:
     """Everything that is to be done: task, split and number of rows, and the evaluator."""
     if a.own is not None:
-        task = find_task(a.own)
-        a.eval_limit, a.eval_batch_size = a.limit, a.batch_size
-        told = task.arguments(**{one.name: getattr(a, one.name) for one in fields(task.arguments)})
         for source in a.data:
-            evaluator = build_evaluator(task, source, told, DataArguments(caption_rules=a.caption_rules))
+            data = DataArguments(caption_rules=a.caption_rules)
+            evaluator = build_evaluator(find_task(a.own), source, a.told, data)
             yield {"task": a.own, "split": Path(source).stem}, evaluator
         return
     gallery = Gallery(read(a.gallery, a)) if a.gallery and a.class_names is None else None
@@ -264,8 +181,9 @@ def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, An
             yield {"task": task, "split": split, "rows": len(rows)}, TASKS[task](a, split, rows, gallery)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    a = parse(arguments)
+def evaluate(options: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str, float]:
+    """Everything that is to be done; the numbers by name, which are printed and written too."""
+    a = complete(options, rest)
     pretraining = set(PRETRAINING_TASKS) & set(a.tasks or ())
     kind = AutoModelForPreTraining if pretraining else AutoModelForZeroShotImageClassification
     kind = kind if a.own is None else find_task(a.own).model
@@ -283,3 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     width = max(map(len, values), default=0)
     print("\n".join(f"{name:<{width}}  {value:10.4f}" for name, value in values.items()))
     return values
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`oner evaluate`."""
+    evaluate(options, rest)
+    return 0

@@ -1,20 +1,15 @@
-"""Fine-tune a pretrained model on a task, evaluate, and write a model directory that is a Hub repository.
+"""`oner finetune`: fine-tunes a pretrained model on a task, evaluates, and writes a model directory.
 
-accelerate launch examples/finetune.py --task retrieval --config examples/configs/finetune_retrieval_coco.yaml \
-    --initial_model runs/simla_base_256/model [--name value ...]
-
-Tasks are the entries of `oner.training.tasks.finetuning.TASKS`. `--task NAME --help` lists what a task may be told.
+Tasks are the entries of `oner.training.tasks.finetuning.TASKS`.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from oner.training.doctor.command import word
 from oner.training.parallel.distributed import synchronise_batch_norm
 from oner.training.run.arguments import Arguments
 from oner.training.run.beginning import begin_objective
@@ -26,7 +21,7 @@ from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader
 from oner.training.run.output_lock import alone_in
 from oner.training.run.parsing import parse_arguments, read_config
-from oner.training.run.summary import describe, export, prepare_publication
+from oner.training.run.summary import STOPPED, describe, export, prepare_publication
 from oner.training.tasks.finetuning import (
     TASKS,
     Task,
@@ -37,6 +32,8 @@ from oner.training.tasks.finetuning import (
     task_arguments,
     task_objective,
 )
+
+from .ending import tell
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
@@ -85,9 +82,7 @@ def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[st
         return None
     if accelerator.is_main_process:
         directory = export(publication, arguments, engine.model, processor, metrics, evaluators)
-        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
-        print(f"model directory: {directory}")
-        print(word(arguments.run.output_dir, rows))
+        tell(arguments.run.output_dir, directory, metrics, rows, engine.model, processor)
     return metrics
 
 
@@ -96,16 +91,17 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("task", "config", "family"):
         first.add_argument(f"--{name}")
-    first.add_argument("--help", "-h", action="store_true")
     known, rest = first.parse_known_args(argv)
     told = {} if known.config is None else read_config(known.config)
     name, family = known.task or told.get("task"), known.family or told.get("family", "simla")
-    if name is None and known.help:
-        print(__doc__)
-        raise SystemExit(0)
     if name is None:
         raise ValueError(f"which task? expected --task, or `task` in the file, out of {', '.join(TASKS)}")
     task = find_task(name)
     config = [] if known.config is None else ["--config", known.config]
-    line = [*config, "--task", name, "--family", family, *rest, *(["--help"] if known.help else [])]
+    line = [*config, "--task", name, "--family", family, *rest]
     return task, parse_arguments(line, objective=task_arguments(task, family))
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`oner finetune`: 0, or `STOPPED` where a signal ended it."""
+    return STOPPED if main(rest) is None else 0

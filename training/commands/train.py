@@ -1,9 +1,9 @@
-"""Pretrain a family on pairs of pictures and text, evaluate, and write a model directory that is a Hub repository.
+"""`oner train`: pretrains a family on pairs, evaluates, and writes a model directory that is a Hub repository."""
 
-accelerate launch examples/pretrain.py --config examples/configs/oner_emoji.yaml [--name value ...]
-"""
-
-import json
+import argparse
+import copy
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from oner.processing.data.sources import open_rows
-from oner.training.doctor.command import word
 from oner.training.evaluation.embedding import check_pictures
 from oner.training.evaluation.retrieval import RetrievalEvaluator
-from oner.training.objectives.objective import build_objective
+from oner.training.objectives.objective import Objective, build_objective
 from oner.training.parallel.distributed import synchronise_batch_norm
 from oner.training.run.arguments import Arguments
 from oner.training.run.beginning import begin_objective
 from oner.training.run.building import build_model, build_processor_and_config
 from oner.training.run.collators import CAPTION_RULES, build_collators
+from oner.training.run.data_workers import Waiting
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.inputs import Inputs
@@ -28,21 +28,28 @@ from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader, open_portions
 from oner.training.run.output_lock import alone_in
 from oner.training.run.parsing import parse_arguments
-from oner.training.run.summary import describe, export, prepare_publication
+from oner.training.run.summary import STOPPED, describe, export, prepare_publication
+
+from .ending import tell
+from .folder import folder_line
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
-    arguments = parse_arguments(argv)
+    line = list(sys.argv[1:] if argv is None else argv)
+    of_folder = bool(line) and not line[0].startswith("-")
+    if of_folder:
+        line = folder_line(line[0], line[1:])
+    arguments = parse_arguments(line)
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     with alone_in(arguments.run.output_dir, accelerator.device):
-        return train(arguments, accelerator)
+        return train(arguments, accelerator, timed=of_folder)
 
 
-def train(arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | None:
-    """`main` with everything told and started."""
+def train(arguments: Arguments, accelerator: Accelerator, timed: bool = False) -> dict[str, float] | None:
+    """`main` with everything told and started; `timed` says first how long it will take."""
     publication = prepare_publication(arguments)
     rows = open_portions(arguments)
     processor, config = build_processor_and_config(arguments, rows)
@@ -53,6 +60,8 @@ def train(arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | 
     begin_objective(objective, arguments, partial(build_model, config=config))
 
     accelerator.print(describe(arguments, model, loader, accelerator))
+    if timed:
+        accelerator.print(duration(seconds_of_step(objective, model, loader, accelerator) * loader.total_steps))
 
     def evaluate(student: PreTrainedModel) -> Iterator[tuple[str, float]]:
         for evaluator in evaluators:
@@ -75,9 +84,7 @@ def train(arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | 
         return None
     if accelerator.is_main_process:
         directory = export(publication, arguments, engine.model, processor, metrics, evaluators)
-        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
-        print(f"model directory: {directory}")
-        print(word(arguments.run.output_dir, rows))
+        tell(arguments.run.output_dir, directory, metrics, rows, engine.model, processor, evaluators)
     return metrics
 
 
@@ -90,3 +97,42 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
         how = {"captions": run.eval_captions, "clean_caption": CAPTION_RULES.get(data.caption_rules)}
         evaluators.append(RetrievalEvaluator(rows, name=Path(path).stem, progress=False, **how))
     return evaluators
+
+
+def seconds_of_step(
+    objective: Objective, model: PreTrainedModel, loader: RunLoader, accelerator: Accelerator
+) -> float:
+    """Of a step of the first batch, the update left out, on copies of all that it changes."""
+    student, trial = copy.deepcopy((model, objective))
+    student.to(accelerator.device).train()
+    for teacher in trial.teachers():
+        teacher.follow(student)
+    trial.to(accelerator.device)
+    started = time.perf_counter()
+    batches = next(one for one in loader(0) if not isinstance(one, Waiting))
+    reading = time.perf_counter() - started
+
+    # the first step warms up, the second counts
+    for _ in range(2):
+        started = time.perf_counter()
+        for name, portion in trial.portions.items():
+            batch = {key: value.to(accelerator.device) for key, value in batches[name].items()}
+            with accelerator.autocast():
+                taken = portion.take(student, batch, 0.5)
+            taken.loss.backward()
+            taken.loss.item()
+    return reading + time.perf_counter() - started
+
+
+def duration(seconds: float) -> str:
+    """How long it will take, as one says it."""
+    if seconds < 90:
+        return f"this will take about {max(1, round(seconds / 10)) * 10} s"
+    return (
+        f"this will take about {seconds / 60:.0f} min" if seconds < 5400 else f"this will take {seconds / 3600:.1f} h"
+    )
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`oner train`: 0, or `STOPPED` where a signal ended it."""
+    return STOPPED if main(rest) is None else 0
