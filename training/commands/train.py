@@ -102,7 +102,7 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
 def seconds_of_step(
     objective: Objective, model: PreTrainedModel, loader: RunLoader, accelerator: Accelerator
 ) -> float:
-    """Of a step of the first batch, the update left out, on copies of all that it changes."""
+    """Of a step with the first batch, on copies of what it changes; without the update, and with all warming up."""
     student, trial = copy.deepcopy((model, objective))
     student.to(accelerator.device).train()
     for teacher in trial.teachers():
@@ -110,18 +110,13 @@ def seconds_of_step(
     trial.to(accelerator.device)
     started = time.perf_counter()
     batches = next(one for one in loader(0) if not isinstance(one, Waiting))
-    reading = time.perf_counter() - started
-
-    # the first step warms up, the second counts
-    for _ in range(2):
-        started = time.perf_counter()
-        for name, portion in trial.portions.items():
-            batch = {key: value.to(accelerator.device) for key, value in batches[name].items()}
-            with accelerator.autocast():
-                taken = portion.take(student, batch, 0.5)
-            taken.loss.backward()
-            taken.loss.item()
-    return reading + time.perf_counter() - started
+    for name, portion in trial.portions.items():
+        batch = {key: value.to(accelerator.device) for key, value in batches[name].items()}
+        with accelerator.autocast():
+            taken = portion.take(student, batch, 0.5)
+        taken.loss.backward()
+        taken.loss.item()  # an accelerator is waited for
+    return time.perf_counter() - started
 
 
 def duration(seconds: float) -> str:

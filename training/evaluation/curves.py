@@ -34,7 +34,7 @@ def read_series(log: Path) -> tuple[dict[str, Points], dict[str, Points]]:
 
 def draw_log(log: Path) -> Image.Image:
     """
-    The losses over the steps, and under them the recalls where the run was evaluated.
+    The losses over the steps, and under them the recalls where the run was evaluated more than once.
 
     Raises:
         ValueError: a log without a line of losses.
@@ -42,7 +42,10 @@ def draw_log(log: Path) -> Image.Image:
     losses, recalls = read_series(log)
     if not losses:
         raise ValueError(f"{log}: no line has a loss")
-    panels = [("loss, and its parts", losses)] + ([("recall among the first ten", recalls)] if recalls else [])
+    panels = [("loss, and its parts", losses)]
+    # one evaluation alone is no curve
+    if any(len(points) > 1 for points in recalls.values()):
+        panels.append(("recall among the first ten", recalls))
     sheet = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), PAPER)
     for number, (title, series) in enumerate(panels):
         draw_panel(ImageDraw.Draw(sheet), series, title, number * HEIGHT)

@@ -19,6 +19,9 @@ from .arguments import DATA, Arguments, ModelArguments, RunArguments, data_argum
 from .shipped import shipped_config
 from .values import fit, read_json
 
+# what a file says of its train_data, which is not said of others
+OF_THE_PAIRS = ("data_licence", "attribution")
+
 
 def read_config(path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
@@ -92,6 +95,10 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     kinds = [ModelArguments, *DATA, RunArguments, objective]
     parser = ListParser(kinds, allow_abbrev=False)
     hints = hints_of(*kinds)
+
+    # of other pairs than its own the file knows neither the makers nor the terms
+    if any(word.split("=")[0] in ("--train_data", "--train-data") for word in rest):
+        values = {name: value for name, value in values.items() if name not in OF_THE_PAIRS}
 
     # the file's values become defaults, below the command line's
     if foreign := sorted(set(values) - set(hints)):
