@@ -185,6 +185,12 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
         return {}
 
 
+def check_nothing_more(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
+    """Raises `Mistake` for what no option takes."""
+    if rest:
+        raise Mistake(f"unknown arguments {list(rest)}{meant(rest[0].lstrip('-'), known, '--')}")
+
+
 def check_line(line: Sequence[str], others: Sequence[str] = ()) -> None:
     """
     Names and values of a run's command line and of its file, as far as they can be told from the source.

@@ -26,7 +26,8 @@ from oner.training.run.arguments import DATA, ModelArguments, RunArguments
 from oner.training.run.collators import CAPTION_RULES
 from oner.training.tasks.finetuning import TASKS as FINETUNED
 from oner.training.tasks.finetuning import find_task
-from oner_command_line import COMMANDS, EVALUATIONS, OWN_EVALUATIONS
+from oner_command_line import COMMANDS
+from oner_evaluate_options import EVALUATIONS, OWN_EVALUATIONS
 
 HEAVY = ("torch", "transformers", "datasets", "numpy", "oner")
 # what the command line says before it has imported anything, and whether that is an error

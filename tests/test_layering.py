@@ -1,6 +1,6 @@
 """The house's rules, read from the syntax trees of the source files.
 
-Rooms: modeling, processing, training, oner, examples; beside them oner_command_line.py and oner_run_options.py.
+Rooms: modeling, processing, training, oner, examples; beside them oner_command_line.py and what it reads.
 `modeling` and `processing` travel to the Hub inside every published model, so the rules for them are those of
 transformers' copying of code. What does not travel has wings: `processing/data` and those of `training`, whose imports
 run one way.
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "examples": {"modeling", "processing", "training", "oner"},
     # they import the module of a command once it is known which
     "oner_command_line.py": set(),
+    "oner_evaluate_options.py": set(),
     "oner_run_options.py": set(),
 }
 # a wing of training imports those that stand before it
@@ -40,7 +41,7 @@ WINGS = (
     "doctor",
     "commands",
 )
-BESIDE = [ROOT / "oner_command_line.py", ROOT / "oner_run_options.py"]
+BESIDE = sorted(ROOT.glob("oner_*.py"))
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))] + BESIDE
 PORTABLE_FILES = [path for path in FILES if path.parent.name in PORTABLE and path.parent.parent == ROOT]
 # where processes talk to each other; and the launcher, which catches what torchrun raises

@@ -274,6 +274,8 @@ def test_what_a_command_names_exists(words, workshop):
         assert result.returncode == 0, result.stderr
     elif words[0] == "oner":
         COMMANDS[words[1]].parser(words[1]).parse_known_args(words[2:])
+    elif words[:2] == ["pip", "install"]:
+        assert (ROOT / words[2] / "pyproject.toml").is_file()
     elif words[:2] == ["python", "examples/evaluate.py"]:
         COMMANDS["evaluate"].read("evaluate", words[2:])
     elif words[:2] == ["python", "examples/abilities.py"]:
