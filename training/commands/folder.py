@@ -85,11 +85,19 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
     _write(output / "folder.json", json.dumps({"folder": str(place)}))
 
     # what is chosen here, under what the caller's own file says of it
-    base = shipped_config(CONFIG) if told.config is None else Path(told.config).resolve()
-    own = {} if told.config is None else read_config(base)
-    chosen = {"initial_model": str(shipped_checkpoint()), "batch_size": min(BATCH, len(train)), "resume": "auto"}
+    file = told.config or CONFIG
+    base = Path(file).resolve() if Path(file).is_file() else shipped_config(file)
+    own = {} if told.config is None else read_config(file)
     low, high = EPOCHS
-    chosen["epochs"] = min(high, max(low, round(PAIRS / len(train))))
+    chosen = {
+        "initial_model": str(shipped_checkpoint()),
+        "batch_size": min(BATCH, len(train)),
+        "epochs": min(high, max(low, round(PAIRS / len(train)))),
+        "resume": "auto",
+        # of the pairs that the shipped file names
+        "data_licence": None,
+        "attribution": None,
+    }
     values = {
         "base": str(base),
         **{name: value for name, value in chosen.items() if name not in own},
