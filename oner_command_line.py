@@ -8,9 +8,91 @@ standard library alone, and the module that does the work is imported once they 
 import argparse
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+
+import oner_run_options as run_options
+from oner_evaluate_options import check_evaluation, evaluate_arguments
+from oner_run_options import Mistake, check_nothing_more
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    Pretrain a family on pairs of pictures and texts, measure, and write a model directory that is a Hub repository.
+
+        oner train photos/                      a folder: pictures named by their file names, or a table of captions
+        oner train --config oner_emoji          a YAML file, or one that ships, and --name value over what it says
+        accelerate launch -m oner_command_line train --config run.yaml     on several processes
+
+    A FOLDER alone begins with the checkpoint that ships, holds out a tenth of the pictures, and leaves
+    runs/FOLDER, which `oner search runs/FOLDER "words"` searches.
+    """
+
+
+def finetune_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    Fine-tune a pretrained model on a task, measure, and write a model directory that is a Hub repository.
+
+        oner finetune --task retrieval --config finetune_retrieval_coco --initial_model runs/simla/model
+
+    Tasks: retrieval, vqa, entailment, assignment, nlvr2, grounding; `--task TASK --help` lists what each may be told.
+    """
+
+
+def search_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    Search pictures by words, by a picture, or by both as one query, and draw the answers as a contact sheet.
+
+        oner search runs/photos "red fruit"                        the pictures that a run was trained on, by its model
+        oner search photos/ "made of glass" --image photo.png      a folder, a table of pairs, or a saved index
+        oner search "red fruit" --index photos/ --model runs/photos/model
+
+    The index of a folder or table is kept in a hidden directory beside it and used again until a file's name, size
+    or time changes, or the model does.
+    """
+    parser.add_argument("place", nargs="?", help="a run, a folder of pictures, a table of pairs, or a saved index")
+    parser.add_argument("words", nargs="?", help="what to look for")
+    parser.add_argument("--image", help="a picture to look for; with words, both are one query")
+    parser.add_argument("--index", help="the place by name: the one word before it is then what to look for")
+    parser.add_argument("--model", help="model directory or name on the Hub; the run's, else the one that ships")
+    parser.add_argument("--top-k", "--top_k", type=int, default=12)
+    parser.add_argument("--out", default="results.png", help="where the contact sheet goes")
+    parser.add_argument("--index-cache", help="where to keep the index; beside the source by default")
+
+
+def index_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    Embed pictures once and keep them as an index, which `oner search` and the pipeline answer from.
+
+        oner index photos/ photos-index --model runs/photos/model
+        oner search photos-index "red fruit" --model runs/photos/model
+
+    It is saved as it grows: a call that was killed goes on where it was when it is made again.
+    """
+    parser.add_argument("source", help="a folder of pictures, searched recursively, or a table of pairs")
+    parser.add_argument("destination", help="the directory of the index")
+    parser.add_argument("--model", help="model directory or name on the Hub; the one that ships by default")
+    parser.add_argument("--batch_size", type=int, default=64)
+
+
+def publish_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    Upload a model directory as a repository on the Hub, made if it is not there.
+
+        oner publish runs/photos owner/photos --private
+
+    The account is that of `hf auth login`. Nothing is uploaded that is not a whole export, and none of its files
+    names a path of this machine (SECURITY.md).
+    """
+    parser.add_argument("model", help="a model directory, or the run that left it")
+    parser.add_argument("repository", help="owner/name")
+    parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    parser.add_argument("--revision", help="branch to upload to")
+    parser.add_argument("--create_pr", action="store_true", help="as a pull request")
+    parser.add_argument("--message", default="Upload model", help="of the commit")
 
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +190,54 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a mistake is one line and not the usage of thirty options."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` tells more\n")
+
+
+def check_search(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
+    """Whether there is something to look for, and where; `place` and `words` become that. Raises `Mistake`."""
+    check_nothing_more(options, rest, known)
+    if options.index is not None:
+        if options.words is not None:
+            raise Mistake(f"got {options.place!r}, {options.words!r} and --index; expected the words alone beside it")
+        options.words, options.place = options.place, options.index
+    where = "--index " if options.index is not None else ""
+    if options.place is None:
+        raise Mistake("where? expected a run, a folder of pictures, a table of pairs, or a saved index")
+    if not options.words and not options.image:
+        raise Mistake("give words, --image, or both")
+    for told, path in ((where, options.place), ("--image ", options.image)):
+        if path is not None and not Path(path).exists():
+            raise Mistake(f"{told}{path}: no such {'file' if told == '--image ' else 'folder or file'}{beside(path)}")
+
+
+def beside(path: str) -> str:
+    """What a path that is not there may have meant."""
+    folder = Path(path).parent
+    names = [str(folder / one.name) for one in folder.iterdir()] if folder.is_dir() else []
+    return run_options.meant(str(Path(path)), names)
+
+
+def check_run(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
+    """The arguments of a run, beside those of the command. Raises `Mistake`."""
+    if words := run_options.given(rest)[""]:
+        raise Mistake(f"unexpected {words[0]!r}; expected --name value")
+    run_options.check_line(rest, known)
+
+
+def check_training(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
+    """A folder, and the arguments of a run. Raises `Mistake`."""
+    folders = run_options.given(rest)[""]
+    if folders and not Path(folders[0]).is_dir():
+        raise Mistake(f"{folders[0]}: no such folder{beside(folders[0])}")
+    if not folders and not rest:
+        raise Mistake("what is there to train on? expected a FOLDER, or --config; `oner train --help` tells more")
+    check_run(options, rest[1:] if folders else rest, known)
+
+
 @dataclass(frozen=True)
 class Command:
     """
@@ -115,15 +245,20 @@ class Command:
         summary: What it does, in a line of `oner --help`.
         module: Its `run(options, rest) -> exit status` does it; `rest` is what the parser below does not know.
         add_arguments: Declares its arguments; the docstring is the text above them in `oner COMMAND --help`.
+        check: Raises `Mistake` for what can be told of options, rest and the names of the options before anything is
+            imported.
+        is_run: Its arguments are those of a run alone.
     """
 
     summary: str
     module: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
+    check: Callable[[argparse.Namespace, Sequence[str], Sequence[str]], None] = check_nothing_more
+    is_run: bool = False
 
     def parser(self, name: str) -> argparse.ArgumentParser:
         """The parser of `oner NAME`."""
-        parser = argparse.ArgumentParser(
+        parser = Parser(
             prog=f"oner {name}",
             description=inspect.getdoc(self.add_arguments),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -132,8 +267,64 @@ class Command:
         self.add_arguments(parser)
         return parser
 
+    def read(self, name: str, line: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """
+        Options and the rest of a command line, checked.
+
+        Raises:
+            Mistake: what was got, what was expected, and what may have been meant.
+            SystemExit: `--help`, and what argparse itself refuses.
+        """
+        if self.is_run:
+            if {"-h", "--help", "--help-all", "--help_all"} & set(line):
+                print(run_options.help_text(name, inspect.getdoc(self.add_arguments), line), end="")
+                raise SystemExit(0)
+            options, rest = argparse.Namespace(), list(line)
+            self.check(options, rest, ())
+            return options, rest
+        parser = self.parser(name)
+        options, rest = parser.parse_known_args(line)
+        self.check(options, rest, list(vars(options)))
+        return options, rest
+
 
 COMMANDS = {
+    "train": Command(
+        "pretrain on a folder of pictures, or as a YAML file says",
+        "oner.training.commands.train",
+        train_arguments,
+        check_training,
+        is_run=True,
+    ),
+    "finetune": Command(
+        "fine-tune on retrieval, VQA, entailment, NLVR2, grounding",
+        "oner.training.commands.finetune",
+        finetune_arguments,
+        check_run,
+        is_run=True,
+    ),
+    "evaluate": Command(
+        "numbers and pictures of what a model can do",
+        "oner.training.commands.evaluate",
+        evaluate_arguments,
+        check_evaluation,
+    ),
+    "search": Command(
+        "pictures by words, by a picture, or by both as one query",
+        "oner.training.commands.search",
+        search_arguments,
+        check_search,
+    ),
+    "index": Command(
+        "embed pictures once, to be searched later",
+        "oner.training.commands.index",
+        index_arguments,
+    ),
+    "publish": Command(
+        "upload a model to the Hub",
+        "oner.training.commands.publish",
+        publish_arguments,
+    ),
     "convert": Command(
         "official checkpoints of SIMLA and ALBEF into model directories, and back",
         "oner.training.conversion.command",
@@ -143,6 +334,7 @@ COMMANDS = {
         "memory, pairs a second and hours of a run, before anything starts",
         "oner.training.cost.estimate",
         estimate_arguments,
+        check_run,
     ),
     "doctor": Command(
         "what ails a run, in words, and what helped where it was tried",
@@ -150,6 +342,19 @@ COMMANDS = {
         doctor_arguments,
     ),
 }
+
+
+def is_refusal(error: Exception) -> bool:
+    """
+    Whether a message says it all: the system refused a file, or our own code refused what it was given. What another
+    library raised may be a fault of ours, which its traceback tells.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return isinstance(error, OSError) or (
+        trace is not None and trace.tb_frame.f_globals["__name__"].startswith("oner")
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,23 +365,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: the command's own, 0 where all is well, or 2 after a message on what was got and expected.
     """
     listed = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="oner",
+        usage="oner [--traceback] COMMAND ...",
         description=f"commands:\n{listed}\n\n`oner COMMAND --help` tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if given.command is None:
+        parser.error(f"expected a command out of {', '.join(COMMANDS)}")
+    if given.command not in COMMANDS:
+        parser.error(f"{given.command!r} is none of {', '.join(COMMANDS)}{run_options.meant(given.command, COMMANDS)}")
     command = COMMANDS[given.command]
-    options, rest = command.parser(given.command).parse_known_args(given.rest)
-
-    # torch and transformers are imported here and no earlier
-    module = import_module(command.module)
     try:
-        return module.run(options, rest)
-    except (ValueError, OSError) as error:
+        options, rest = command.read(given.command, given.rest)
+        # torch and transformers are imported here and no earlier
+        return import_module(command.module).run(options, rest)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if not is_refusal(error):
+            raise
+        if given.traceback:
+            traceback.print_exc()
         print(f"oner {given.command}: {error}", file=sys.stderr)
         return 2
 

@@ -3,6 +3,10 @@
 import json
 import subprocess
 import sys
+from ast import literal_eval
+from dataclasses import MISSING, fields
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import transformers
@@ -12,10 +16,18 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import oner
 import oner.processing
+import oner_run_options as run_options
 from oner.registration import BUILT_IN, PIPELINES
+from oner.training.commands.evaluate import OWN_TASKS, TASKS
 from oner.training.conversion.command import OBJECTIVE, SOURCES
 from oner.training.cost.estimate import DEVICES, SHARDS
+from oner.training.objectives.objective import OBJECTIVES, objective_classes
+from oner.training.run.arguments import DATA, ModelArguments, RunArguments
+from oner.training.run.collators import CAPTION_RULES
+from oner.training.tasks.finetuning import TASKS as FINETUNED
+from oner.training.tasks.finetuning import find_task
 from oner_command_line import COMMANDS
+from oner_evaluate_options import EVALUATIONS, OWN_EVALUATIONS
 
 HEAVY = ("torch", "transformers", "datasets", "numpy", "oner")
 # what the command line says before it has imported anything, and whether that is an error
@@ -24,7 +36,27 @@ SAID = {
     "convert --help": ("--draw_missing", 0),
     "estimate --help": ("rtx4090", 0),
     "doctor --help": ("2 where RUN is no run", 0),
-    "estmate": ("invalid choice: 'estmate'", 2),
+    "estmate": ("'estmate' is none of train, ", 2),
+    "estmate --count 2": ("did you mean estimate?", 2),
+    "train --help": ("--help-all lists the other", 0),
+    "train --help-all --family simla": ("the losses of simla", 0),
+    "finetune --task vqa --help": ("--answer_list", 0),
+    "evaluate --help": ("--rerank_weight", 0),
+    "search --help": ("both are one query", 0),
+    "index --help": ("goes on where it was", 0),
+    "publish --help": ("owner/photos --private", 0),
+    "train": ("expected a FOLDER, or --config", 2),
+    "train nowhere": ("nowhere: no such folder", 2),
+    "train --config oner_emojy": ("did you mean oner_emoji?", 2),
+    "train --config oner_emoji --bach_size 3": ("did you mean --batch_size?", 2),
+    "train --config oner_emoji --batch_size many": ("--batch_size is 'many'; expected int", 2),
+    "train --config oner_emoji --mixed_precision bf17": ("did you mean bf16?", 2),
+    "train --family simpla": ("did you mean simla?", 2),
+    "finetune --task vqaa": ("did you mean vqa?", 2),
+    "estimate --config oner_base_224 --epoch 3": ("did you mean --epochs?", 2),
+    "search photos": ("give words, --image, or both", 2),
+    "search nowhere words": ("nowhere: no such folder or file", 2),
+    "doctor run --row 3": ("did you mean", 2),
     "convert --from nowhere a b": ("invalid choice: 'nowhere'", 2),
 }
 
@@ -83,7 +115,7 @@ def test_processing_names_every_file_of_its_names():
 def test_the_command_line_answers_before_anything_heavy_is_imported(line, root):
     code = (
         "import sys\nfrom oner_command_line import main\n"
-        f"try:\n    main({line.split()!r})\n"
+        f"try:\n    sys.exit(main({line.split()!r}))\n"
         f"finally:\n    print('IMPORTED', sorted(set({HEAVY!r}) & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
@@ -101,6 +133,42 @@ def test_the_command_line_offers_what_the_commands_have():
     assert offered["sharding"].choices == sorted(SHARDS)
     assert offered["mfu"].default is None
     assert OBJECTIVE in offered["objective"].help
+    assert list(TASKS) == EVALUATIONS and OWN_TASKS == OWN_EVALUATIONS
+    evaluate = {action.dest: action for action in COMMANDS["evaluate"].parser("evaluate")._actions}
+    assert evaluate["caption_rules"].choices == tuple(CAPTION_RULES)
+
+
+@pytest.mark.parametrize("named", OBJECTIVES)
+def test_what_a_run_may_be_told_is_read_from_the_source_as_it_is(named):
+    """Names, kinds, defaults and help that are answered without importing the dataclasses are theirs."""
+    read = {option.name: option for group in run_options.run_options(named).values() for option in group}
+    kinds = [ModelArguments, *DATA, RunArguments, objective_classes(named)[1]]
+    there = {field.name: (field, hint) for kind in kinds for field, hint in hinted(kind)}
+    assert read.keys() == there.keys()
+    for name, (field, hint) in there.items():
+        option = read[name]
+        item = next(iter(get_args(hint))) if get_origin(hint) in (Union, UnionType) else hint
+        assert option.many is (get_origin(item) is list)
+        item = get_args(item)[0] if option.many else item
+        assert option.choices == (get_args(item) if get_origin(item) is Literal else ())
+        assert option.choices or option.kind == item.__name__
+        assert option.help == field.metadata["help"]
+        default = field.default if field.default is not MISSING else field.default_factory()
+        try:
+            told = literal_eval(option.default)
+        except ValueError:  # an expression is shown as it is written: list, LOSSES, 1 / 30
+            continue
+        assert told == default
+
+
+@pytest.mark.parametrize("task", FINETUNED)
+def test_the_options_of_a_task_are_read_likewise(task):
+    read = [option.name for option in run_options.task_options(task)]
+    assert set(read) == {field.name for field in fields(find_task(task).arguments)} and len(read) == len(set(read))
+
+
+def hinted(kind):
+    return [(field, get_type_hints(kind)[field.name]) for field in fields(kind)]
 
 
 def test_every_command_has_its_module():

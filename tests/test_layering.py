@@ -1,8 +1,9 @@
 """The house's rules, read from the syntax trees of the source files.
 
-Rooms: modeling, processing, training, oner, examples; beside them oner_command_line.py. `modeling` and `processing`
-travel to the Hub inside every published model, so the rules for them are those of transformers' copying of code. What
-does not travel has wings: `processing/data` and those of `training`, whose imports run one way.
+Rooms: modeling, processing, training, oner, examples; beside them oner_command_line.py and what it reads.
+`modeling` and `processing` travel to the Hub inside every published model, so the rules for them are those of
+transformers' copying of code. What does not travel has wings: `processing/data` and those of `training`, whose imports
+run one way.
 """
 
 import ast
@@ -21,13 +22,27 @@ MAY_IMPORT = {
     "training": {"modeling", "processing", "training"},
     "oner": {"modeling", "processing", "training", "oner"},
     "examples": {"modeling", "processing", "training", "oner"},
-    # it imports the module of a command once it knows which
+    # they import the module of a command once it is known which
     "oner_command_line.py": set(),
+    "oner_evaluate_options.py": set(),
+    "oner_run_options.py": set(),
 }
 # a wing of training imports those that stand before it
 BELOW_ALL_WINGS = {"private_names"}
-WINGS = ("parallel", "publishing", "evaluation", "conversion", "objectives", "run", "tasks", "cost", "doctor")
-FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))] + [ROOT / "oner_command_line.py"]
+WINGS = (
+    "parallel",
+    "publishing",
+    "evaluation",
+    "conversion",
+    "objectives",
+    "run",
+    "tasks",
+    "cost",
+    "doctor",
+    "commands",
+)
+BESIDE = sorted(ROOT.glob("oner_*.py"))
+FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))] + BESIDE
 PORTABLE_FILES = [path for path in FILES if path.parent.name in PORTABLE and path.parent.parent == ROOT]
 # where processes talk to each other; and the launcher, which catches what torchrun raises
 MAY_NAME_DISTRIBUTED = {"training/parallel/distributed.py", "examples/launch.py"}

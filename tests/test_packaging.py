@@ -105,9 +105,10 @@ def test_versions_agree():
 
 
 def test_every_pattern_of_package_data_names_a_file(setup):
+    places = dict(line.split(" = ") for line in setup["options"]["package_dir"].strip().split("\n"))
     for package, text in setup["options.package_data"].items():
-        inside = package.removeprefix("oner.").replace(".", "/")
-        folder = ROOT / ("oner" if package == "oner" else inside)
+        above, _, name = package.rpartition(".")
+        folder = ROOT / places[package] if package in places else ROOT / places[above] / name
         for pattern in filter(None, text.split("\n")):
             assert [path for path in folder.glob(pattern) if path.is_file()], f"{package}: {pattern}"
 
@@ -143,6 +144,9 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     return unpacked, next(folder.glob("*.whl"))
 
 
+BESIDE = ("oner_command_line.py", "oner_evaluate_options.py", "oner_run_options.py")
+
+
 def files_of(room: str) -> set[str]:
     """Files of a room that must be installed: everything but caches."""
     paths = (path for path in (ROOT / room).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
@@ -155,9 +159,20 @@ def test_wheel_holds_every_file_of_every_room(built):
     for room in ("modeling", "processing", "training"):
         missing = {f"oner/{room}/{name}" for name in files_of(room)} - names
         assert not missing, missing
-    assert {"oner/__init__.py", "oner/py.typed", "oner_command_line.py"} <= names and not any(
+    assert {"oner/__init__.py", "oner/py.typed", *BESIDE} <= names and not any(
         name.startswith(("examples", "tests")) for name in names
     )
+
+
+def test_wheel_holds_what_ships(built):
+    """Configurations by name, and the checkpoint that a run on a folder begins with."""
+    with zipfile.ZipFile(built[1]) as wheel:
+        names = set(wheel.namelist())
+    configs = {path for path in files_of("examples/configs")}
+    checkpoint = {name for name in files_of("examples/checkpoints/oner-emoji") if "/" not in name}
+    assert {f"oner/configs/{name}" for name in configs} <= names
+    assert {f"oner/checkpoints/oner-emoji/{name}" for name in checkpoint} <= names
+    assert "model.safetensors" in checkpoint and built[1].stat().st_size < 15e6
 
 
 def test_source_archive_is_complete(built):

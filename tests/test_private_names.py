@@ -28,7 +28,7 @@ from oner.training import private_names
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = ROOT / "training" / "private_names.py"
 ROOMS = ("oner", "modeling", "processing", "training", "examples")
-SOURCES = [ROOT / "oner_command_line.py", *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+SOURCES = [*ROOT.glob("oner_*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
 TRAVELS = [path for path in SOURCES if path.parent in (ROOT / "modeling", ROOT / "processing")]
 # older releases have no such name, and so nothing to extend
 NEWER = {name for name in ("_load_video_processor",) if not hasattr(Pipeline, name)}

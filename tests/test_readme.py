@@ -215,6 +215,8 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         patch.syspath_prepend(str(Path(words[1]).parent))
         try:
             runpy.run_path(words[1], run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, f"ended with {ended.code}"
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -271,9 +273,11 @@ def test_what_a_command_names_exists(words, workshop):
         result = subprocess.run([str(scripts / "hf"), *words[1:], "--help"], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     elif words[0] == "oner":
-        COMMANDS[words[1]].parser(words[1]).parse_args(words[2:])
+        COMMANDS[words[1]].parser(words[1]).parse_known_args(words[2:])
+    elif words[:2] == ["pip", "install"]:
+        assert (ROOT / words[2] / "pyproject.toml").is_file()
     elif words[:2] == ["python", "examples/evaluate.py"]:
-        load_example("evaluate").parse(words[2:])
+        COMMANDS["evaluate"].read("evaluate", words[2:])
     elif words[:2] == ["python", "examples/abilities.py"]:
         load_example("abilities").parse(words[2:])
     else:

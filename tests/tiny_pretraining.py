@@ -1,5 +1,7 @@
 """examples/pretrain.py in this process, on forty real pairs and a model of some thousand weights."""
 
+import argparse
+import importlib
 import importlib.util
 import io
 import json
@@ -15,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from families import FAMILIES
 
 from oner.training.run.checkpoint import load_checkpoint
+from oner_command_line import COMMANDS as COMMAND_LINE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = 40
@@ -22,12 +25,28 @@ PAIRS = 40
 EVERY_STEP = {"save_every_epochs": 0.2, "keep_checkpoints": 20, "model_config": {"attention_dropout": 0.1}}
 
 
+# examples/NAME.py that only call a command of the package
+COMMANDS = {"pretrain": "train", "finetune": "finetune", "evaluate": "evaluate", "search": "search"}
+
+
 def load_example(name: str) -> ModuleType:
-    """examples/NAME.py as a module; the folder is no package, and `evaluate` is another package's name."""
+    """examples/NAME.py, or the command that it calls, as a module; the folder is no package."""
+    if name in COMMANDS:
+        return importlib.import_module(f"oner.training.commands.{COMMANDS[name]}")
     spec = importlib.util.spec_from_file_location(f"{name}_example", ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def evaluated(line: list[str]) -> dict[str, float]:
+    """What `oner evaluate LINE` finds."""
+    return load_example("evaluate").evaluate(*COMMAND_LINE["evaluate"].read("evaluate", line))
+
+
+def evaluation_of(line: list[str]) -> argparse.Namespace:
+    """What `oner evaluate LINE` is told."""
+    return load_example("evaluate").complete(*COMMAND_LINE["evaluate"].read("evaluate", line))
 
 
 def write_pairs(path: Path, rows: int = PAIRS) -> Path:

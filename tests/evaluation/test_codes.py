@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_codis import CODES, tiny_config
 from tiny_oner import randomised
-from tiny_pretraining import load_example
+from tiny_pretraining import evaluated, evaluation_of, load_example
 from tiny_simla_pictures import EMOJI, assert_not_blank, make_processor, real_rows
 
 from oner import CodisForImageTextRetrieval, CodisForPreTraining
@@ -86,7 +86,7 @@ def test_the_command_brings_the_sheet_onto_the_card(processor, tmp_path, capsys)
     assert f"meet at {CODES} codes" in card
     example = load_example("evaluate")
     told = ["--model", str(directory), "--data", str(EMOJI), "--device", "cpu", "--limit", "8"]
-    values = example.main([*told, "--tasks", "codes"])
+    values = evaluated([*told, "--tasks", "codes"])
     assert "test_style/codes/code_agreement" in values
     card = (directory / "README.md").read_text(encoding="utf-8")
     assert "](pictures/test_style-codes-code_sheet.png)" in card
@@ -94,5 +94,5 @@ def test_the_command_brings_the_sheet_onto_the_card(processor, tmp_path, capsys)
     albef = make_codis(CodisForPreTraining, processor, num_codes=0)
     export_model(albef, processor, tmp_path / "albef")
     assert "## Codebook" not in (tmp_path / "albef" / "README.md").read_text(encoding="utf-8")
-    assert "codes" not in example.chosen_tasks(example.parse(told), "set", real_rows(2), None, albef)
+    assert "codes" not in example.chosen_tasks(evaluation_of(told), "set", real_rows(2), None, albef)
     assert "set: no codes, as they need the pretraining model" in capsys.readouterr().out

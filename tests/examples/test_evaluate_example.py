@@ -1,7 +1,6 @@
 """examples/evaluate.py on a saved random model and real pairs: a table, files of results, pictures."""
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from fake_hub import serve
 from huggingface_hub import HfApi, hf_hub_download
 from PIL import Image
+from tiny_pretraining import evaluated, evaluation_of, load_example
 from tiny_simla_pictures import make_processor, make_simla
 
 from oner import SimlaForPreTraining
@@ -31,10 +31,7 @@ EMOJI = ROOT / "examples" / "data" / "emoji"
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("evaluate_example", ROOT / "examples" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def model_directory(tmp_path_factory) -> Path:
 
 def test_numbers_and_the_protocol_are_written(example, model_directory, tmp_path, capsys):
     data = EMOJI / "test_concept.parquet"
-    values = example.main(
+    values = evaluated(
         ["--model", str(model_directory), "--data", str(data), "--id_column", "hexcode", "--limit", "120",
          "--tasks", "retrieval", "bootstrap", "multimodal", "--captions", "first", "--templates", "name",
          "--output", str(tmp_path), "--device", "cpu"]
@@ -75,7 +72,7 @@ def test_numbers_and_the_protocol_are_written(example, model_directory, tmp_path
 
 def test_pictures_are_saved(example, model_directory, tmp_path, capsys):
     pytest.importorskip("sklearn")
-    example.main(
+    evaluated(
         ["--model", str(model_directory), "--data", str(EMOJI / "test_style.parquet"), "--limit", "60",
          "--tasks", "gap", "localization", "--output", str(tmp_path), "--device", "cpu"]
     )  # fmt: skip
@@ -93,14 +90,14 @@ def test_where_words_are_and_which_are_seen(example, tmp_path, capsys):
     make_simla(SimlaForPreTraining, processor).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     common = ["--model", str(tmp_path / "model"), "--data", str(EMOJI / "test_style.parquet"), "--device", "cpu"]
-    values = example.main([*common, "--limit", "30", "--tasks", "scenes", "concepts", "--output", str(tmp_path)])
+    values = evaluated([*common, "--limit", "30", "--tasks", "scenes", "concepts", "--output", str(tmp_path)])
     assert {"test_style/grounding/pointing_accuracy", "test_style/concepts/concept_precision@5"} <= set(values)
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert drawn == {
         *(f"test_style-grounding-{name}.png" for name in ("sheet", "words_sheet", "scenes_sheet")),
         *(f"test_style-concepts-{name}_sheet.png" for name in ("concept", "beyond_usual")),
     }
-    arguments = example.parse(common)
+    arguments = evaluation_of(common)
     model = example.load_model(example.AutoModelForZeroShotImageClassification, tmp_path / "model")
     chosen = example.chosen_tasks(
         arguments, "set", [{"id": 0, "image": "a.png"}, {"id": 0, "image": "b.png"}], None, model
@@ -112,7 +109,7 @@ def test_where_words_are_and_which_are_seen(example, tmp_path, capsys):
 def test_what_the_data_do_not_allow_is_said_and_left_out(example, model_directory, tmp_path, capsys, monkeypatch):
     chosen = ("retrieval", "zero_shot", "multimodal")
     monkeypatch.setattr(example, "TASKS", {name: example.TASKS[name] for name in chosen})
-    values = example.main(
+    values = evaluated(
         ["--model", str(model_directory), "--data", str(EMOJI / "test_style.parquet"), "--limit", "40",
          "--output", str(tmp_path), "--device", "cpu"]
     )  # fmt: skip
@@ -120,7 +117,7 @@ def test_what_the_data_do_not_allow_is_said_and_left_out(example, model_director
     assert "test_style/tr_r@10" in values and not any("multimodal" in name for name in values)
 
 
-def test_class_names_need_no_captions(example, model_directory, tmp_path, capsys):
+def test_class_names_need_no_captions(model_directory, tmp_path):
     folder, names = tmp_path / "three", tmp_path / "names.json"
     for number, (name, ink) in enumerate([("blue", (0, 0, 250)), ("green", (0, 250, 0)), ("red", (250, 0, 0))]):
         (folder / name).mkdir(parents=True)
@@ -128,7 +125,7 @@ def test_class_names_need_no_captions(example, model_directory, tmp_path, capsys
             Image.new("RGB", (40, 40), ink).save(folder / name / f"{copy}.png")
     names.write_text(json.dumps(["blue", ["green", "leafy"], "red"]))
     common = ["--model", str(model_directory), "--device", "cpu", "--output", str(tmp_path), "--templates", "name"]
-    values = example.main([*common, "--data", str(folder), "--class_names", str(names)])
+    values = evaluated([*common, "--data", str(folder), "--class_names", str(names)])
     assert values["three/zero_shot_chance1"] == pytest.approx(1 / 3) and "three/bootstrap_top1" in values
     protocol = read_results(tmp_path)["three.bootstrap"]["protocol"]
     assert (protocol["rows"], protocol["classes"], protocol["class_names"]) == (9, 3, names.name)
@@ -136,10 +133,9 @@ def test_class_names_need_no_captions(example, model_directory, tmp_path, capsys
     rows = open_labelled(str(folder), ["blue", ["green", "leafy"], "red"])
     assert [row["id"] for row in rows] == [0, 0, 1, 1, 1, 2, 2, 2, 2] and rows[2]["captions"] == ["green"]
     with pytest.raises(PairDataError, match="its 3 classes .* but 10 class names are given"):
-        example.main([*common, "--data", str(folder), "--class_names", "cifar10"])
-    with pytest.raises(SystemExit):
-        example.main([*common, "--data", str(folder), "--class_names", str(names), "--tasks", "gap"])
-    assert "--class_names is for the tasks zero_shot and bootstrap, got gap" in capsys.readouterr().err
+        evaluated([*common, "--data", str(folder), "--class_names", "cifar10"])
+    with pytest.raises(ValueError, match="--class_names is for the tasks zero_shot and bootstrap, got gap"):
+        evaluated([*common, "--data", str(folder), "--class_names", str(names), "--tasks", "gap"])
 
 
 def test_zero_shot_asks_as_the_classes_are_named(example):
@@ -147,7 +143,7 @@ def test_zero_shot_asks_as_the_classes_are_named(example):
     rows = [{"image": Image.new("RGB", (9, 9)), "captions": ["a dog"], "id": 0}]
 
     def asked(*told):
-        a = example.parse(["--model", "m", "--data", "d", *told])
+        a = evaluation_of(["--model", "m", "--data", "d", *told])
         evaluator = example.TASKS["bootstrap"](a, "split", rows, None)
         guidance = evaluator.protocol["guidance"]
         return len(evaluator.templates), guidance["text"], guidance["score"], evaluator.keep_aspect
@@ -234,7 +230,7 @@ def test_results_refuse_what_would_not_be_evidence(tmp_path):
     assert list(read_results(tmp_path)) == ["a"]
 
 
-def test_composed_queries_and_languages(example, model_directory, tmp_path, capsys):
+def test_composed_queries_and_languages(model_directory, tmp_path):
     table = pq.read_table(EMOJI / "test_style.parquet").slice(0, 24)
     pq.write_table(table, tmp_path / "gallery.parquet")
     asked = table.take([20, 21, 22]).select(["image", "text"])
@@ -244,16 +240,15 @@ def test_composed_queries_and_languages(example, model_directory, tmp_path, caps
     pq.write_table(asked.append_column("names", pa.array([["target", "reference"]] * 3)), tmp_path / "asked.parquet")
     common = ["--model", str(model_directory), "--device", "cpu", "--output", str(tmp_path)]
     queries = [*common, "--data", str(tmp_path / "asked.parquet"), "--tasks", "queries"]
-    values = example.main([*queries, "--gallery", str(tmp_path / "gallery.parquet"), "--id_column", "hexcode"])
+    values = evaluated([*queries, "--gallery", str(tmp_path / "gallery.parquet"), "--id_column", "hexcode"])
     assert {"asked/composed_both_r@10", "asked/swap/composed_sum_choice"} <= set(values)
-    with pytest.raises(SystemExit):
-        example.parse(queries)
-    assert "their --gallery" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="their --gallery"):
+        evaluation_of(queries)
 
     # two captions a row, of two languages
     both = pa.array([[text, text[::-1]] for text in table["text"].to_pylist()])
     pq.write_table(table.drop_columns(["captions"]).append_column("captions", both), tmp_path / "two.parquet")
     languages = ["--tasks", "languages", "--languages", "en", "backwards", "--ks", "1", "24"]
-    values = example.main([*common, "--data", str(tmp_path / "two.parquet"), "--id_column", "hexcode", *languages])
+    values = evaluated([*common, "--data", str(tmp_path / "two.parquet"), "--id_column", "hexcode", *languages])
     assert values["two/backwards/of_en"] == values["two/en/tr_r@24"] == 1
     assert read_results(tmp_path)["two.languages"]["protocol"]["languages"] == ["en", "backwards"]

@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_finetuning import DATA, write_codis, write_pretrained, write_simla
-from tiny_pretraining import ROOT, assert_same_checkpoint, forget_accelerator, load_example, read_log
+from tiny_pretraining import (
+    ROOT,
+    assert_same_checkpoint,
+    evaluated,
+    evaluation_of,
+    forget_accelerator,
+    load_example,
+    read_log,
+)
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
 from oner import OneRForPreTraining
@@ -132,7 +140,7 @@ def test_evaluate_finds_what_the_run_found(task, runs, tmp_path, capsys):
     options = {name: value for name, value in told.items() if name not in ("train_data", "split", "queue_size")}
     options |= {"model": folder / "run" / "model", "data": options.pop("eval_data"), "device": "cpu"}
     options |= {"tasks": "rerank" if task == "retrieval" else task, "output": tmp_path}
-    values = load_example("evaluate").main(as_line(options))
+    values = evaluated(as_line(options))
     assert values == pytest.approx(metrics, abs=1e-6)
     assert all(f"{name} " in capsys.readouterr().out for name in list(values)[:1])
     (results,) = read_results(tmp_path).values()
@@ -141,15 +149,14 @@ def test_evaluate_finds_what_the_run_found(task, runs, tmp_path, capsys):
 
 def test_evaluate_leaves_out_matching_where_there_is_none(pretrained, tmp_path, capsys):
     evaluate = load_example("evaluate")
-    arguments = evaluate.parse(as_line({"model": "x", "data": "y"}))
+    arguments = evaluation_of(as_line({"model": "x", "data": "y"}))
     rows = [{"id": 0, "image": "a.png"}, {"id": 0, "image": "b.png"}]
     assert "rerank" not in evaluate.chosen_tasks(arguments, "set", rows, None, torch.nn.Linear(1, 1))
     assert "set: no rerank, as Linear has no matching head" in capsys.readouterr().out
     model = load_model(AutoModelForZeroShotImageClassification, pretrained)
     assert "rerank" in evaluate.chosen_tasks(arguments, "set", rows, None, model)
-    with pytest.raises(SystemExit):
-        evaluate.parse(as_line({"model": "x", "data": "y", "tasks": ["vqa", "gap"]}))
-    assert "vqa has a model of its own and is evaluated by itself" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="vqa has a model of its own and is evaluated by itself"):
+        evaluation_of(as_line({"model": "x", "data": "y", "tasks": ["vqa", "gap"]}))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

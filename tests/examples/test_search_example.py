@@ -1,11 +1,9 @@
 """examples/search.py: run as a reader would run it, and its contact sheet."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,18 +17,13 @@ from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import VisionLanguageImageProcessor, open_image
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
+from oner.training.evaluation import contact_sheet
+from oner.training.run import shipped
+from oner_command_line import main as command_line
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "search.py"
 EMOJI = ROOT / "examples" / "data" / "emoji" / "test_concept.parquet"
-
-
-@pytest.fixture(scope="module")
-def search() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("search_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +65,8 @@ def photos(pictures: list[Image.Image], tmp_path: Path) -> Path:
     return folder
 
 
-def run_here(search: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["search.py", *map(str, arguments)])
-    search.main()
+def run_here(*arguments: Any) -> int:
+    return command_line(["search", *map(str, arguments)])
 
 
 def test_words_and_picture_in_a_process_of_its_own(model_directory: Path, photos: Path, tmp_path: Path) -> None:
@@ -96,7 +88,6 @@ def test_words_and_picture_in_a_process_of_its_own(model_directory: Path, photos
 
 
 def test_folder_is_indexed_once_and_again_when_a_file_changes(
-    search: ModuleType,
     model_directory: Path,
     photos: Path,
     tmp_path: Path,
@@ -105,40 +96,40 @@ def test_folder_is_indexed_once_and_again_when_a_file_changes(
 ) -> None:
     options = ("--model", model_directory, "--out", tmp_path / "out.png", "--top-k", 3)
     asked = ("--image", photos / "picture-4.png", "--index", photos, *options)
-    run_here(search, monkeypatch, *asked)
+    run_here(*asked)
     first = capsys.readouterr()
     assert "indexing" in first.err and "   1  +1.000  picture-4" in first.out
     cache = tmp_path / ".photos.oner-index"
-    run_here(search, monkeypatch, *asked)
+    run_here(*asked)
     second = capsys.readouterr()
     assert f"using the index kept in {cache}" in second.out and "indexing" not in second.err
     assert second.out.split("rank")[1] == first.out.split("rank")[1]
 
     (photos / "picture-4.png").rename(photos / "renamed.png")
-    run_here(search, monkeypatch, "--image", photos / "renamed.png", *asked[2:])
+    run_here("--image", photos / "renamed.png", *asked[2:])
     third = capsys.readouterr()
     assert "indexing" in third.err and "   1  +1.000  renamed" in third.out
 
     (embeddings,) = cache.glob("*.safetensors")
     for damaged in (embeddings, cache / "retrieval_index.json"):
         damaged.write_bytes(b"broken")
-        run_here(search, monkeypatch, "sun", *asked[2:])
+        run_here("sun", *asked[2:])
         assert f"indexing again: {damaged}" in capsys.readouterr().out
     assert len([file for file in cache.iterdir() if not file.name.startswith(".")]) == 3
-    run_here(search, monkeypatch, "sun", "--index", cache, *options)  # a saved index as it is
+    run_here("sun", "--index", cache, *options)  # a saved index as it is
     assert "of 6 in .photos.oner-index" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ([], "expected a run, a folder of pictures"),
         (["--index", "."], "give words, --image, or both"),
         (["sun", "--index", "nowhere"], "--index nowhere: no such folder or file"),
         (["sun", "--index", ".", "--image", "no.png"], "--image no.png: no such file"),
     ],
 )
 def test_wrong_arguments(
-    search: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     tmp_path: Path,
@@ -146,26 +137,21 @@ def test_wrong_arguments(
     words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        run_here(search, monkeypatch, *arguments)
+    assert run_here(*arguments) == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_missing_shipped_model_says_how_to_get_one(
-    search: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(search, "DEFAULT_MODEL", tmp_path / "oner-emoji")
-    with pytest.raises(SystemExit, match="make demo"):
-        search.load_pipeline(str(tmp_path / "oner-emoji"))
+def test_a_missing_shipped_model_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shipped, "FOLDERS", (tmp_path,))
+    with pytest.raises(FileNotFoundError, match="make demo"):
+        shipped.shipped_checkpoint()
 
 
-def test_sheet_shows_query_and_answers_in_an_even_grid(
-    search: ModuleType, photos: Path, pictures: list[Image.Image]
-) -> None:
+def test_sheet_shows_query_and_answers_in_an_even_grid(photos: Path, pictures: list[Image.Image]) -> None:
     answers = [{"score": 0.5, "item": str(photos / f"picture-{i}.png"), "index": i} for i in range(6)]
     answers.append({"score": 0.1, "item": str(photos / "gone.png"), "index": 6})
-    sheet = search.draw_sheet({"text": "sun", "image": str(photos / "picture-0.png")}, answers, 7)
-    side, gap, cell = search.PICTURE, search.GAP, search.CELL
+    sheet = contact_sheet.draw_sheet({"text": "sun", "image": str(photos / "picture-0.png")}, answers, 7)
+    side, gap, cell = contact_sheet.PICTURE, contact_sheet.GAP, contact_sheet.CELL
     assert sheet.width == gap + 4 * (cell + gap)
     for place in range(6):
         picture = pictures[place].resize((side, side), Image.Resampling.LANCZOS)
@@ -173,12 +159,12 @@ def test_sheet_shows_query_and_answers_in_an_even_grid(
         top = cell + 2 * gap + place // 4 * (side + 92 + gap) + 12
         shown = sheet.crop((left, top, left + side, top + side))
         assert ImageChops.difference(shown, picture).getbbox() is None
-    assert search.picture_of(str(photos / "gone.png")) is None
+    assert contact_sheet.picture_of(str(photos / "gone.png")) is None
 
 
 @pytest.mark.parametrize("text", ["sun", "a caption that is longer than two lines of a card, by far", "x" * 99])
-def test_captions_fit_their_card(search: ModuleType, text: str) -> None:
-    face = search.font(16)
-    lines = search.wrap(text, face, 200, 2)
+def test_captions_fit_their_card(text: str) -> None:
+    face = contact_sheet.font(16)
+    lines = contact_sheet.wrap(text, face, 200, 2)
     assert 1 <= len(lines) <= 2 and all(face.getlength(line) <= 200 for line in lines)
     assert " ".join(lines) == text or lines[-1].endswith("…")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import PRETRAINING
 from safetensors.torch import load_file, save_file
-from tiny_pretraining import forget_accelerator, load_example, tiny_arguments, write_pairs
+from tiny_pretraining import evaluated, forget_accelerator, load_example, tiny_arguments, write_pairs
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForZeroShotImageClassification
 
 from oner.training.publishing.model_loading import DIGESTS, ModelDirectoryError, check_directory, load_model
@@ -193,7 +193,7 @@ def test_the_programs_refuse_a_model_that_lacks_weights(family, directory, tmp_p
     rewrite(directory, lambda weights: weights.pop(tower))
     pairs = write_pairs(tmp_path / "pairs.parquet")
     with pytest.raises(ModelDirectoryError, match="qkv"):
-        load_example("evaluate").main(["--model", str(directory), "--data", str(pairs)])
+        evaluated(["--model", str(directory), "--data", str(pairs)])
     with pytest.raises(ModelDirectoryError, match="qkv"):
         load_example("search").load_pipeline(str(directory))
     forget_accelerator()

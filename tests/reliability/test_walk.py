@@ -28,7 +28,7 @@ def test_the_walk_does_not_become_longer(family, walked):
 def test_the_walk_leads_from_the_rows_to_the_losses(family, walked):
     files = walked[family.name].files
     road = (
-        "examples/pretrain.py",
+        "training/commands/train.py",
         "processing/data/rows.py",
         "processing/data/collation.py",
         f"modeling/{family.classes[PRETRAINING].__module__.rpartition('.')[2]}.py",

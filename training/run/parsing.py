@@ -1,6 +1,8 @@
 """A run's arguments from a flat YAML file and the command line, in this order."""
 
 import argparse
+import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +16,19 @@ from oner.training.objectives.objective import OBJECTIVES, objective_classes
 
 from .argument_checks import check
 from .arguments import DATA, Arguments, ModelArguments, RunArguments, data_arguments, flat, hints_of
+from .shipped import shipped_config
 from .values import fit, read_json
+
+# what a file says of its train_data, which is not said of others
+OF_THE_PAIRS = ("data_licence", "attribution")
 
 
 def read_config(path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A flat YAML file; `base: other.yaml` (relative to it) is read first and overridden. Raises `ValueError`."""
-    path = Path(path)
+    """
+    A flat YAML file, or one that ships under this name; `base: other.yaml` (relative to it, or one that ships) is read
+    first and overridden. Raises `ValueError`.
+    """
+    path = Path(path) if os.path.lexists(path) else shipped_config(str(path)) or Path(path)
     if path.resolve() in below:
         raise ValueError(f"{path}: is its own base, by way of {', '.join(map(str, below))}")
 
@@ -39,7 +48,8 @@ def read_config(path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any
     # over those of its base; of model_config field by field
     if not isinstance(base, str):
         raise ValueError(f"{path}: base is {base!r:.80}; expected another file's path")
-    merged = read_config(path.parent / base, (*below, path.resolve()))
+    beside = path.parent / base
+    merged = read_config(beside if beside.exists() else shipped_config(base) or beside, (*below, path.resolve()))
     if isinstance(merged.get("model_config"), dict) and isinstance(values.get("model_config"), dict):
         values["model_config"] = {**merged["model_config"], **values["model_config"]}
     return {**merged, **values}
@@ -86,9 +96,15 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     parser = ListParser(kinds, allow_abbrev=False)
     hints = hints_of(*kinds)
 
+    # of other pairs than its own the file knows neither the makers nor the terms
+    if any(word.split("=")[0] in ("--train_data", "--train-data") for word in rest):
+        values = {name: value for name, value in values.items() if name not in OF_THE_PAIRS}
+
     # the file's values become defaults, below the command line's
     if foreign := sorted(set(values) - set(hints)):
-        raise ValueError(f"{known.config}: unknown arguments {foreign}; `--help` lists those there are")
+        close = difflib.get_close_matches(foreign[0], hints, 1)
+        meant = f"did you mean {close[0]}?" if close else "`--help-all` lists those there are"
+        raise ValueError(f"{known.config}: unknown arguments {foreign}; {meant}")
     values = {name: fit(name, value, hints[name], known.config) for name, value in values.items()}
     initial = {} if known.initial_model is None else {"initial_model": known.initial_model}
     parser.set_defaults(**{**defaults, **values, **initial, "family": family})

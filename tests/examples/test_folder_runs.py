@@ -1,0 +1,229 @@
+"""`oner train FOLDER` and what follows: captions by name, the tenth held out, the run, the search of its pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from tiny_pretraining import ROOT, load_example, tiny_arguments
+
+from oner.training.commands import folder as folders
+from oner.training.commands.folder import FolderError, concepts, describe, hold_out, read_folder, words_of
+from oner.training.evaluation.curves import draw_log, read_series
+from oner.training.run.parsing import parse_arguments, read_config
+from oner_command_line import main as command_line
+
+EMOJI = ROOT / "examples" / "data" / "emoji" / "test_style.parquet"
+
+
+def write_named(folder: Path, count: int) -> Path:
+    """Pictures called by their captions, numbered where these are equal; every sixth by the one before it."""
+    folder.mkdir(parents=True)
+    rows = pq.read_table(EMOJI).slice(0, count).to_pylist()
+    for number, row in enumerate(rows):
+        words = rows[number - 1 if number % 6 == 5 else number]["captions"][0]
+        name = "_".join("".join(letter for letter in words if letter.isalnum() or letter == " ").split())
+        (folder / f"{name}_{number:03d}.png").write_bytes(row["image"]["bytes"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("red_apple", "red apple"),
+        ("red-apple_03", "red apple"),
+        ("redApple (2)", "red Apple"),
+        ("1st place medal", "1st place medal"),
+        ("IMG_2041", ""),
+        ("DSC01234", ""),
+        ("Screenshot 2024-01-02", ""),
+        ("photo", ""),
+        ("photo of a dog", "photo of a dog"),
+        ("a3f9c2e1b7", ""),
+        ("0001", ""),
+        ("яблоко_1", "яблоко"),
+        ("赤いりんご", "赤いりんご"),
+    ],
+)
+def test_words_of_a_name(name, words):
+    assert words_of(name) == words
+
+
+def colour(folder: Path, name: str, shade: int) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(path)
+
+
+def test_captions_beside_a_picture_in_its_name_and_in_its_folder(tmp_path, capsys):
+    for shade in range(30):
+        colour(tmp_path, f"apple/{shade}.png", shade)
+    colour(tmp_path, "green tree.png", 100)
+    colour(tmp_path, "IMG_1.png", 101)
+    colour(tmp_path, "IMG_2.png", 102)
+    (tmp_path / "IMG_2.txt").write_text("a dog\n\nthe face of a dog\n")
+    pairs = {Path(pair.image).name: pair.captions for pair in read_folder(tmp_path)}
+    assert pairs["7.png"] == ["apple"] and pairs["green tree.png"] == ["green tree"]
+    assert pairs["IMG_2.png"] == ["a dog", "the face of a dog"] and "IMG_1.png" not in pairs
+    assert "1 of 33 pictures have no words in their names: left out" in capsys.readouterr().out
+
+
+def test_a_table_says_what_its_pictures_show(tmp_path):
+    names = [f"{shade}.png" for shade in range(24)]
+    for shade, name in enumerate(names):
+        colour(tmp_path, name, shade)
+    (tmp_path / "words.csv").write_text("file_name,text\n" + "".join(f"{name},thing {name[0]}\n" for name in names))
+    assert [pair.captions for pair in read_folder(tmp_path)][:2] == [["thing 0"], ["thing 1"]]
+    (tmp_path / "more.csv").write_text("file_name,text\n")
+    with pytest.raises(
+        FolderError, match="more.csv, words.csv are all tables; expected one, or one called metadata.csv"
+    ):
+        read_folder(tmp_path)
+
+
+def test_a_folder_that_says_nothing_is_refused(tmp_path):
+    with pytest.raises(FolderError, match="there is no picture in it"):
+        read_folder(tmp_path)
+    for shade in range(30):
+        colour(tmp_path, f"IMG_{shade}.png", shade)
+    with pytest.raises(FolderError, match="not one of 30 pictures has a name that says what it shows"):
+        read_folder(tmp_path)
+    colour(tmp_path, "a tree.png", 99)
+    with pytest.raises(FolderError, match="1 pictures with captions; expected 20 different ones or more"):
+        read_folder(tmp_path)
+
+
+def test_a_tenth_of_the_pictures_is_held_out_and_equal_ones_stay_together(tmp_path):
+    for copy in range(2):
+        for shade in range(40):
+            colour(tmp_path, f"shade {chr(97 + shade % 20)} {'of red' * copy}.{shade}.png", shade)
+    pairs = read_folder(tmp_path)
+    train, held_out = hold_out(pairs, seed=0)
+    assert len(held_out) == 8 and sorted(train + held_out) == list(range(80))
+    assert not {pairs[row].picture for row in train} & {pairs[row].picture for row in held_out}
+    assert hold_out(pairs, 0) == (train, held_out) and hold_out(pairs, 1)[1] != held_out
+
+    # equal captions make one thing of two pictures, equal pictures of two captions
+    ids = concepts(pairs)
+    assert set(Counter(ids).values()) == {4} and len(set(ids)) == 20
+    (said, repeated) = describe(tmp_path, pairs, len(held_out))
+    assert "80 pairs, 8 held out" in said and "40 of 80 captions repeat an earlier one" in repeated
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.filterwarnings("ignore:the tokenizer of .* does not know:UserWarning")
+def test_a_folder_is_trained_on_and_searched(tmp_path, monkeypatch, capsys):
+    photos = write_named(tmp_path / "photos", 30)
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["train", "photos", "--max_steps", "2", "--batch_size", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "30 pairs, 3 held out" in said and "captions repeat an earlier one" in said
+    assert "this will take about " in said and "2 steps of 8 pairs" in said
+    assert "on 3 pictures that it has not seen: words find their picture" in said
+    assert (
+        'search it: oner search runs/photos "' in said and "doctor: " in said and "drawn: runs/photos/log.png" in said
+    )
+    for name in ("log.png", "held_out.png"):
+        with Image.open(tmp_path / "runs" / "photos" / name) as drawn:
+            assert min(drawn.size) > 300 and drawn.convert("L").getextrema()[0] < 128
+
+    # the run's own file says it all, and no pair of the held-out pictures was trained on
+    told = yaml.safe_load((tmp_path / "runs" / "photos" / "run.yaml").read_text())
+    assert told["epochs"] == folders.EPOCHS[1] and told["initial_model"].endswith("oner-emoji")
+    train, held_out = (
+        pq.read_table(tmp_path / "runs" / "photos" / f"{name}.parquet").to_pylist() for name in ("pairs", "held_out")
+    )
+    assert len(train) == 27 and not {row["image"] for row in train} & {row["image"] for row in held_out}
+
+    # its pictures are found by themselves
+    first = sorted(photos.iterdir())[0]
+    assert command_line(["search", "runs/photos", "--image", str(first), "--top-k", "2"]) == 0
+    assert f"   1  +1.000  {first.stem}\n" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "photos" / "index").is_dir() and (tmp_path / "results.png").is_file()
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_run_without_evaluation_says_so(pairs, tmp_path, capsys):
+    load_example("pretrain").main(tiny_arguments(pairs, tmp_path / "run", max_steps=2))
+    said = capsys.readouterr().out
+    assert "nothing was measured, for the run has no eval_data" in said and "{}" not in said
+    losses, recalls = read_series(tmp_path / "run" / "log.jsonl")
+    assert [step for step, _ in losses["loss"]] == [1, 2] and not recalls
+    assert draw_log(tmp_path / "run" / "log.jsonl").size == (900, 380)
+
+
+def test_a_log_with_several_evaluations_has_a_second_panel(tmp_path):
+    lines = [{"step": 1, "loss": 2.0, "itc": None}, {"step": 1, "a/ir_r@10": 0.1}, {"step": 2, "a/ir_r@10": 0.3}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert draw_log(tmp_path / "log.jsonl").size == (900, 760)
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no line has a loss"):
+        draw_log(tmp_path / "log.jsonl")
+
+
+def test_a_configuration_that_ships_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("base: oner_emoji\nbatch_size: 16\n")
+    told = read_config("mine.yaml")
+    assert told["batch_size"] == 16 and told["size"] == "nano" == read_config("oner_emoji")["size"]
+
+    # the makers and the licence of its pairs are not those of others
+    arguments = parse_arguments(["--config", "mine.yaml", "--train_data", "photos"])
+    assert arguments.data.attribution is None and arguments.data.data_licence is None
+    assert parse_arguments(["--config", "mine.yaml"]).data.attribution == told["attribution"]
+
+
+def test_outside_a_checkout_it_is_said_what_only_a_checkout_holds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["train", "--config", "oner_emoji"]) == 2
+    said = capsys.readouterr().err
+    assert "examples/data/emoji/train.parquet (train_data)" in said and said.count("\n") == 1
+    assert command_line(["train", "--config", "oner_emoji", "--train_data", "nowhere", "--eval_data"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("oner train: nowhere: ") and "Traceback" not in said
+
+
+def test_a_fault_of_another_library_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*_):
+        return json.loads("{")
+
+    monkeypatch.setattr("oner.training.doctor.command.run", fail)
+    with pytest.raises(ValueError, match="Expecting"):
+        command_line(["doctor", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_the_whole_road_from_the_wheel(tmp_path):
+    """A wheel, an environment of its own, 600 pictures, three commands, nowhere near the checkout."""
+    build = f"from setuptools import build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
+    for name in ("modeling", "processing", "training", "oner", "examples"):
+        (tmp_path / "tree").mkdir(exist_ok=True)
+        os.symlink(ROOT / name, tmp_path / "tree" / name)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            os.symlink(path, tmp_path / "tree" / path.name)
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "tree", check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv")], check=True)
+    # the packages of this environment, whether or not it is itself one that leans on another
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel)], check=True)
+
+    write_named(tmp_path / "photos", 600)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for words in (["train", "photos"], ["search", "runs/photos", "red fruit", "--image", "photo.png"]):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
+        done = subprocess.run(
+            [tmp_path / "venv" / "bin" / "oner", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert str(ROOT) not in done.stdout
+    assert "of 600 in photos" in done.stdout and (tmp_path / "results.png").is_file()

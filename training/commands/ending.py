@@ -1,0 +1,97 @@
+"""The end of a run: what it learned as numbers and pictures, where its model lies, and what ails it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from oner.training.doctor.command import word
+from oner.training.doctor.reading import LOG
+from oner.training.evaluation.contact_sheet import retrieval_sheet
+from oner.training.evaluation.curves import draw_log
+from oner.training.evaluation.embedding import spaced
+from oner.training.evaluation.retrieval import RetrievalEvaluator
+from oner.training.publishing.model_card import slug
+from oner.training.run.loading import Rows
+
+from .folder import pictures_of
+
+SHOWN = 6  # captions of a sheet
+MOST = 1000  # pictures that are searched for it
+
+
+def tell(
+    output_dir: str | Path,
+    directory: Path,
+    metrics: Mapping[str, float],
+    rows: Mapping[str, Rows],
+    model: Any,
+    processor: Any,
+    evaluators: Sequence[Any] = (),
+) -> None:
+    """Prints how a run ended, and draws log.png and a sheet of each evaluation set in its directory."""
+    if metrics:
+        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
+    else:
+        print("nothing was measured, for the run has no eval_data")
+    of_folder = pictures_of(output_dir) is not None
+    if of_folder:
+        print(how_good(metrics, evaluators[0]))
+
+    # pictures of it, which nothing that goes wrong here may spoil
+    drawn = []
+    for path, draw in pictures(Path(output_dir), model, processor, evaluators).items():
+        try:
+            draw().save(path)
+            drawn.append(str(path))
+        except (OSError, ValueError) as error:
+            print(f"{path} is not drawn: {error}")
+    print(f"model directory: {directory}")
+    print(f"drawn: {', '.join(drawn)}")
+    if of_folder:
+        print(f'search it: oner search {output_dir} "{example_of(evaluators[0])}"')
+    print(word(output_dir, rows))
+
+
+def how_good(metrics: Mapping[str, float], evaluator: RetrievalEvaluator) -> str:
+    """Recall on the pictures that were held out, beside what guessing gives."""
+    name = evaluator.name
+    shares = {key: f"{100 * metrics[f'{name}/{key}@10']:.0f} %" for key in ("tr_r", "ir_r", "tr_chance", "ir_chance")}
+    return (
+        f"on {len(evaluator.rows)} pictures that it has not seen: words find their picture among the first ten in "
+        f"{shares['ir_r']} (guessing: {shares['ir_chance']}), a picture its words among the first ten of "
+        f"{len(evaluator.texts)} in {shares['tr_r']} (guessing: {shares['tr_chance']})"
+    )
+
+
+def example_of(evaluator: RetrievalEvaluator) -> str:
+    """Words to try: a caption as a shell takes it."""
+    return evaluator.texts[0].replace('"', "").replace("$", "").replace("`", "")
+
+
+def pictures(output_dir: Path, model: Any, processor: Any, evaluators: Sequence[Any]) -> dict[Path, Any]:
+    """What is drawn, by its file: each a function that makes an image."""
+    drawings = {output_dir / "log.png": lambda: draw_log(output_dir / LOG)}
+    for one in evaluators:
+        if isinstance(one, RetrievalEvaluator):
+            drawings[output_dir / f"{slug(one.name)}.png"] = lambda one=one: _sheet(one, model, processor)
+    return drawings
+
+
+def _sheet(evaluator: RetrievalEvaluator, model: Any, processor: Any) -> Image.Image:
+    rows = spaced(evaluator.rows, MOST)
+    one = RetrievalEvaluator(
+        rows, name=evaluator.name, captions=evaluator.captions, progress=False, clean_caption=evaluator.clean_caption
+    )
+    images, texts = one.embed(model, processor)  # (n, P), (m, P)
+    asked = spaced(range(len(texts)), SHOWN)
+    found = (texts[asked] @ images.T).topk(min(5, len(rows)), dim=1).indices.tolist()
+    lines = [
+        (one.texts[text], [(rows[i]["image"], bool(one.image_ids[i] == one.text_ids[text])) for i in nearest])
+        for text, nearest in zip(asked, found, strict=True)
+    ]
+    return retrieval_sheet(
+        lines, f"{one.name}: words, and the nearest of {len(rows)} pictures; framed: the right ones"
+    )

@@ -1,0 +1,107 @@
+"""`oner finetune`: fine-tunes a pretrained model on a task, evaluates, and writes a model directory.
+
+Tasks are the entries of `oner.training.tasks.finetuning.TASKS`.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from oner.training.parallel.distributed import synchronise_batch_norm
+from oner.training.run.arguments import Arguments
+from oner.training.run.beginning import begin_objective
+from oner.training.run.building import build_processor_and_config
+from oner.training.run.engine import Engine
+from oner.training.run.host_memory import keep_freed_memory
+from oner.training.run.inputs import Inputs
+from oner.training.run.launch import make_accelerator
+from oner.training.run.loading import RunLoader
+from oner.training.run.output_lock import alone_in
+from oner.training.run.parsing import parse_arguments, read_config
+from oner.training.run.summary import STOPPED, describe, export, prepare_publication
+from oner.training.tasks.finetuning import (
+    TASKS,
+    Task,
+    build_evaluator,
+    find_task,
+    load_task_model,
+    open_task_rows,
+    task_arguments,
+    task_objective,
+)
+
+from .ending import tell
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
+    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
+    task, arguments = parse(argv)
+    accelerator = make_accelerator(arguments.run)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    with alone_in(arguments.run.output_dir, accelerator.device):
+        return train(task, arguments, accelerator)
+
+
+def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | None:
+    """`main` with everything told and started."""
+    publication = prepare_publication(arguments)
+    rows = {"pairs": open_task_rows(task, arguments)}
+    processor, config = build_processor_and_config(arguments, rows)
+    model = synchronise_batch_norm(load_task_model(task, arguments, config), accelerator.device)
+    loader = RunLoader(arguments, rows, {"pairs": task.collator(arguments, processor, model.config)})
+    evaluators = [build_evaluator(task, one, arguments.objective, arguments.data) for one in arguments.run.eval_data]
+
+    objective = task_objective(task, model, arguments.objective)
+    begin_objective(objective, arguments, partial(load_task_model, task, config=config))
+
+    accelerator.print(f"{task.name}: {describe(arguments, model, loader, accelerator)}")
+
+    def evaluate(student: PreTrainedModel) -> Iterator[tuple[str, float]]:
+        for evaluator in evaluators:
+            # its pictures are for examples/evaluate.py
+            yield from (told for told in evaluator.run(student, processor) if isinstance(told[1], int | float))
+
+    engine = Engine(
+        accelerator=accelerator,
+        model=model,
+        objective=objective,
+        arguments=arguments,
+        loader=loader,
+        total_steps=loader.total_steps,
+        epoch_steps=loader.epoch_steps,
+        evaluate=evaluate if evaluators else None,
+        inputs=Inputs(arguments, rows, processor.tokenizer, evaluators),
+    )
+    metrics = engine.fit()
+    if engine.stopped:
+        accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
+        return None
+    if accelerator.is_main_process:
+        directory = export(publication, arguments, engine.model, processor, metrics, evaluators)
+        tell(arguments.run.output_dir, directory, metrics, rows, engine.model, processor)
+    return metrics
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
+    """The task, which `--task` names or the file does, and everything else in the dataclasses that it fills."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("task", "config", "family"):
+        first.add_argument(f"--{name}")
+    known, rest = first.parse_known_args(argv)
+    told = {} if known.config is None else read_config(known.config)
+    name, family = known.task or told.get("task"), known.family or told.get("family", "simla")
+    if name is None:
+        raise ValueError(f"which task? expected --task, or `task` in the file, out of {', '.join(TASKS)}")
+    task = find_task(name)
+    config = [] if known.config is None else ["--config", known.config]
+    line = [*config, "--task", name, "--family", family, *rest]
+    return task, parse_arguments(line, objective=task_arguments(task, family))
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """`oner finetune`: 0, or `STOPPED` where a signal ended it."""
+    return STOPPED if main(rest) is None else 0

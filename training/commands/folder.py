@@ -1,0 +1,271 @@
+"""A folder of pictures as a run: captions from a table or from names, a tenth held out, batch and length chosen.
+
+Captions are those of a table in the folder (`metadata.csv`, or the only .csv, .tsv, .jsonl or .parquet), else the
+lines of NAME.txt beside NAME.png, else the words of the picture's name, else of the folder it lies in.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from oner.processing.data.same_pictures import picture_digest
+from oner.processing.data.sources import TABLES, open_rows
+from oner.processing.pipeline_image_text_retrieval import list_pictures
+from oner.training.run.parsing import read_config
+from oner.training.run.shipped import shipped_checkpoint, shipped_config
+
+CONFIG = "oner_folder"
+FEWEST = 20  # pictures below which a tenth is no measure of anything
+HELD_OUT = 0.1
+BATCH = 128
+# pairs that a run shows in all, and epochs whatever they come to
+PAIRS, EPOCHS = 10_000, (3, 60)
+# what cameras, scanners and phones call a picture
+NAMELESS = set(
+    "dsc dscn dscf img image images pano photo photos pic picture pxl scan screenshot untitled vid wa".split()
+)
+ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+SCHEMA = {"captions": pa.list_(pa.string()), "id": pa.int64()}
+
+
+class FolderError(ValueError):
+    """The folder cannot be trained on; the message says what it lacks."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    Attributes:
+        image: A path, or the bytes of a file.
+        captions: One or more.
+        picture: Equal for equal pictures.
+    """
+
+    image: str | bytes
+    captions: list[str]
+    picture: Hashable
+
+
+def folder_line(folder: str, line: Sequence[str]) -> list[str]:
+    """
+    Writes a folder's pairs and configuration into the directory of its run, and returns the run's command line: `line`
+    over that configuration. A second call of the same goes on with the run.
+
+    Raises:
+        FolderError: no picture, too few, or none with words.
+    """
+    place = Path(folder).resolve()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--output_dir", "--output-dir", type=Path, default=Path("runs") / place.name)
+    first.add_argument("--seed", type=int, default=0)
+    told, rest = first.parse_known_args(line)
+    output = told.output_dir
+    pairs = read_folder(place)
+    train, held_out = hold_out(pairs, told.seed)
+    for sentence in describe(place, pairs, len(held_out)):
+        print(sentence)
+
+    # the pairs, beside what the run leaves
+    output.mkdir(parents=True, exist_ok=True)
+    ids = concepts(pairs)
+    for name, rows in (("pairs", train), ("held_out", held_out)):
+        write_pairs(output / f"{name}.parquet", [pairs[row] for row in rows], [ids[row] for row in rows])
+    _write(output / "folder.json", json.dumps({"folder": str(place)}))
+
+    # what is chosen here, under what the caller's own file says of it
+    file = told.config or CONFIG
+    base = Path(file).resolve() if Path(file).is_file() else shipped_config(file)
+    own = {} if told.config is None else read_config(file)
+    low, high = EPOCHS
+    chosen = {
+        "initial_model": str(shipped_checkpoint()),
+        "batch_size": min(BATCH, len(train)),
+        "epochs": min(high, max(low, round(PAIRS / len(train)))),
+        "resume": "auto",
+        # of the pairs that the shipped file names
+        "data_licence": None,
+        "attribution": None,
+    }
+    values = {
+        "base": str(base),
+        **{name: value for name, value in chosen.items() if name not in own},
+        "train_data": [str(output / "pairs.parquet")],
+        "eval_data": [str(output / "held_out.parquet")],
+        "image_column": "image",
+        "text_column": "captions",
+        "id_column": "id",
+        "output_dir": str(output),
+        "seed": told.seed,
+    }
+    _write(output / "run.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return ["--config", str(output / "run.yaml"), *rest]
+
+
+def pictures_of(run: str | Path) -> Path | None:
+    """The folder that a run was trained on, if it was one. Raises `FolderError` where it is gone."""
+    note = Path(run) / "folder.json"
+    if not note.is_file():
+        return None
+    folder = Path(json.loads(note.read_text(encoding="utf-8"))["folder"])
+    if not folder.is_dir():
+        raise FolderError(f"{run} was trained on {folder}, which is gone; name the place of its pictures by --index")
+    return folder
+
+
+def read_folder(folder: Path) -> list[Pair]:
+    """Its pairs in the order of names, or of its table."""
+    if (table := find_table(folder)) is not None:
+        rows = open_rows(table, "pairs", bad_rows="skip")
+        good = [rows[number] for number in range(len(rows)) if rows.reason(number) is None]
+        pairs = [_of_row(row) for row in good]
+    else:
+        pictures = list_pictures(folder)
+        if not pictures:
+            raise FolderError(f"{folder}: there is no picture in it, and no table of any")
+        named = [(path, captions_of(Path(path), folder)) for path in pictures]
+        pairs = [Pair(path, captions, _digest(path)) for path, captions in named if captions]
+        if not pairs:
+            raise FolderError(
+                f"{folder}: not one of {len(pictures)} pictures has a name that says what it shows, the first is "
+                f"{Path(pictures[0]).name}; expected red_apple.png, a folder for each thing (apple/1.png), NAME.txt "
+                f"beside NAME.png, or metadata.csv with the columns file_name and text"
+            )
+        if len(pairs) < len(pictures):
+            print(f"{len(pictures) - len(pairs)} of {len(pictures)} pictures have no words in their names: left out")
+    if len({pair.picture for pair in pairs}) < FEWEST:
+        raise FolderError(f"{folder}: {len(pairs)} pictures with captions; expected {FEWEST} different ones or more")
+    return pairs
+
+
+def find_table(folder: Path) -> Path | None:
+    """The table of a folder's captions. Raises `FolderError` where there are several and none is called metadata."""
+    for name in TABLES:
+        if (folder / name).is_file():
+            return folder / name
+    tables = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS]
+    if len(tables) > 1:
+        raise FolderError(
+            f"{folder}: {', '.join(path.name for path in tables)} are all tables; expected one, or one called "
+            f"metadata{tables[0].suffix}"
+        )
+    return tables[0] if tables else None
+
+
+def _of_row(row: Mapping[str, Any]) -> Pair:
+    image = row["image"]
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image["path"]
+    return Pair(image, list(row["captions"]), _digest(image))
+
+
+def _digest(image: str | bytes) -> Hashable:
+    """Equal for equal files, whatever they are called; a file that cannot be read is left to the quarantine."""
+    try:
+        return picture_digest(Path(image).read_bytes() if isinstance(image, str) else image)
+    except OSError:
+        return image
+
+
+def captions_of(picture: Path, folder: Path) -> list[str]:
+    """The captions of a picture that no table names; none where its name has no words."""
+    beside = picture.with_suffix(".txt")
+    if beside.is_file():
+        lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
+        if texts := [line.strip() for line in lines if line.strip()]:
+            return texts
+
+    # the name, then the names of the folders above it up to the one that was given
+    inside = [parent.name for parent in picture.parents if folder in parent.parents]
+    return next(([words] for words in map(words_of, [picture.stem, *inside]) if words), [])
+
+
+def words_of(name: str) -> str:
+    """The words of a file's name: "red-apple_03" is "red apple", "IMG_2041" is "", and so is a digest."""
+    tokens = re.split(r"[\s_\-.+,()\[\]]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+    telling = [token for token in tokens if any(letter.isalpha() for letter in token) and not _is_code(token)]
+    return " ".join(telling) if any(token.lower() not in NAMELESS for token in telling) else ""
+
+
+def _is_code(token: str) -> bool:
+    """Letters and digits of no meaning: a digest, or a camera's DSC01234."""
+    camera = re.fullmatch(r"([A-Za-z]+)\d+", token)
+    digest = re.fullmatch(r"(?=.*\d)[0-9a-fA-F]{6,}", token)
+    return digest is not None or (camera is not None and camera[1].lower() in NAMELESS)
+
+
+def concepts(pairs: Sequence[Pair]) -> list[int]:
+    """An id for each pair: equal where captions or pictures are equal, also by way of others."""
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(key: Hashable) -> Hashable:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    for number, pair in enumerate(pairs):
+        for key in (("picture", pair.picture), *(("caption", " ".join(one.lower().split())) for one in pair.captions)):
+            parent[root(key)] = root(number)
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(root(number), len(numbers)) for number in range(len(pairs))]
+
+
+def hold_out(pairs: Sequence[Pair], seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the pairs to train on, and of a tenth of the pictures that are held out, drawn by `seed`."""
+    # by a digest of the picture, so that a picture that is added moves few others
+    drawn = {pair.picture: hashlib.sha256(f"{seed}/{pair.picture}".encode()).digest() for pair in pairs}
+    chosen = set(sorted(drawn, key=drawn.__getitem__)[: max(1, round(HELD_OUT * len(drawn)))])
+    train = [number for number, pair in enumerate(pairs) if pair.picture not in chosen]
+    return train, [number for number, pair in enumerate(pairs) if pair.picture in chosen]
+
+
+def describe(folder: Path, pairs: Sequence[Pair], held_out: int) -> Iterator[str]:
+    """What was found, in sentences."""
+    first = pairs[0]
+    name = Path(first.image).name if isinstance(first.image, str) else "the first picture"
+    yield f"{folder}: {len(pairs)} pairs, {held_out} held out; {name} is {first.captions[0]!r}"
+    counted = Counter(pair.captions[0].lower() for pair in pairs)
+    if repeated := len(pairs) - len(counted):
+        most, times = counted.most_common(1)[0]
+        yield (
+            f"{repeated} of {len(pairs)} captions repeat an earlier one ({most!r} stands {times} times): such "
+            f"pictures are right for each other's words, and no search by words can tell them apart"
+        )
+
+
+def write_pairs(path: Path, pairs: Sequence[Pair], ids: Sequence[int]) -> None:
+    """A table of pairs, unless the same is there already."""
+    # a column is of bytes or of paths
+    images = [pair.image for pair in pairs]
+    if any(isinstance(image, bytes) for image in images):
+        images = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
+    columns = {
+        "image": pa.array(images),
+        "captions": pa.array([pair.captions for pair in pairs], SCHEMA["captions"]),
+        "id": pa.array(ids, SCHEMA["id"]),
+    }
+    table = pa.table(columns)
+    if path.is_file() and pq.read_table(path).equals(table):
+        return
+    # each process of a launch writes the same
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, part)
+    os.replace(part, path)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
