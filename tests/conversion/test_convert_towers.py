@@ -231,7 +231,7 @@ def broken(state: dict, **changes) -> dict:
     ("changes", "message"),
     [
         ({"norm.bias": None}, "1 weights are not in the checkpoint.*simla.vision.norm.bias"),
-        ({"blocks.0.ls1.gamma": torch.ones(32)}, "blocks.0.ls1.gamma.*plain ViT"),
+        ({"blocks.0.attn.q_norm.weight": torch.ones(8)}, "blocks.0.attn.q_norm.weight.*plain ViT"),
         ({"blocks.2.norm1.weight": torch.ones(32)}, "simla.vision.layers.2.norm1.weight.*2 and 3 layers"),
         ({"patch_embed.proj.weight": torch.ones(32, 3, 8, 8)}, r"\(32, 3, 8, 8\), expected \(32, 3, 4, 4\)"),
         ({"pos_embed": torch.ones(1, 20, 32)}, "table of 20 positions"),
