@@ -91,6 +91,10 @@ class ModelArguments:
         default=None,
         metadata=_help("A BERT or MiniLM for texts likewise, of one tower its words; its vocabulary is `tokenizer`."),
     )
+    fold_token_types: bool = field(
+        default=True,
+        metadata=_help("Add initial_text's first token type to its positions, as BERT does; SIMLA's code drops it."),
+    )
     tokenizer: str | None = field(
         default=None,
         metadata=_help("A BERT vocabulary (vocab.txt) or saved tokenizer; trained on the captions if none."),

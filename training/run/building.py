@@ -175,7 +175,8 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
 
     # towers of other models over the drawn ones
     if arguments.model.initial_vision is not None or arguments.model.initial_text is not None:
-        report = initialise(model, arguments.model.initial_vision, arguments.model.initial_text)
+        towers = arguments.model.initial_vision, arguments.model.initial_text
+        report = initialise(model, *towers, arguments.model.fold_token_types)
         if rank() == 0:
             logger.warning(report.describe())
     if arguments.model.gradient_checkpointing:
