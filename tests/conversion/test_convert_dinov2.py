@@ -20,8 +20,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from oner.modeling.vl_embeddings import sincos_2d
 from oner.training.conversion.report import MissingWeightsError
 from oner.training.conversion.towers import initialise, tower_fields
+from oner.training.cost.estimate import configuration_of
+from oner.training.run.building import build_model, build_processor_and_config
+from oner.training.run.parsing import parse_arguments
 
 WORDS = 50
+SPECIAL = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 DINO = {
     "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "mlp_ratio": 2, "image_size": 16,
     "patch_size": 4,
@@ -259,6 +263,30 @@ def test_other_heads_or_another_activation_are_refused(tmp_path):
     with pytest.raises(MissingWeightsError, match="hidden_act is 'relu' in the configuration"):
         initialise(fresh("simla", by_facebook(dino), num_attention_heads=6), tmp_path)
     assert fresh("simla", tmp_path).config.hidden_act == "relu"
+
+
+def test_a_run_and_its_estimate_take_the_shape(tmp_path):
+    """`--size small` is 384 wide; the files are 48, and the run's vocabulary must be the file's."""
+    Dinov2Model(Dinov2Config(**DINO)).save_pretrained(tmp_path / "vision")
+    BertModel(BertConfig(**MINILM)).save_pretrained(tmp_path / "text")
+    (tmp_path / "vocab.txt").write_text("\n".join(SPECIAL + [f"w{number}" for number in range(WORDS - len(SPECIAL))]))
+    given = ["--family", "simla", "--size", "small", "--train_data", "none", "--output_dir", str(tmp_path / "run")]
+    given += ["--initial_vision", str(tmp_path / "vision"), "--initial_text", str(tmp_path / "text")]
+    fields = {"image_size": 16, "max_text_length": 12, "cls_token_id": 3, "sep_token_id": 4, "mask_token_id": 5}
+    given += ["--model_config", json.dumps(fields)]
+    arguments = parse_arguments([*given, "--tokenizer", str(tmp_path / "vocab.txt")])
+    processor, config = build_processor_and_config(arguments, {})
+    for made in (config, configuration_of(arguments)):
+        assert (made.hidden_size, made.num_hidden_layers, made.num_text_layers, made.patch_size) == (48, 3, 6, 4)
+        assert (made.vocab_size, made.text_attention_heads) == (WORDS, 12)
+    assert processor.image_processor.size["height"] == 16
+    assert build_model(arguments, config).simla.text.layers[5].attention.query.weight.shape == (48, 48)
+
+    # words of another vocabulary would be read by the wrong rows
+    with (tmp_path / "vocab.txt").open("a") as file:
+        file.write("\nmore")
+    with pytest.raises(ValueError, match=r"vocab_size': '50 in initial_text, 51 given'"):
+        build_processor_and_config(arguments, {})
 
 
 def test_what_is_no_tower_is_told():
