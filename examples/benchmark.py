@@ -31,7 +31,7 @@ from performance_table import write_tables
 from oner.training.cost.flops import counted_flops, gemm_peak, wait_for
 from oner.training.objectives.transport import transport_plan
 from oner.training.parallel.sharding import full_optimizer_state
-from oner.training.private_names import has_bf16_matrix_units, most_alive
+from oner.training.private_names import has_fast_bf16, most_alive
 from oner.training.publishing.public import plain
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_processor_and_config
@@ -56,8 +56,8 @@ def device_of_run() -> torch.device:
 
 
 def default_cases(device: torch.device) -> list[str]:
-    """All but `LONG` ones, what takes longest last; on a CPU without bf16 matrix units only those in fp32."""
-    halves = device.type != "cpu" or has_bf16_matrix_units()
+    """All but `LONG` ones, what takes longest last; on a CPU that does not multiply bf16 only those in fp32."""
+    halves = device.type != "cpu" or has_fast_bf16()
     names = [name for name in STEPS if name not in LONG and (halves or "bf16" not in name)]
     return sorted([*names, *OTHERS], key=lambda name: "compiled" in name)
 

@@ -176,10 +176,33 @@ def test_undivided_layers():
     assert private_names.undivided_layers(nn.Linear(1, 1)) == ()
 
 
-def test_bf16_matrix_units_are_those_that_linux_names():
+def test_fast_bf16_is_what_linux_names():
     cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text().split() if cpu.is_file() else []
-    assert private_names.has_bf16_matrix_units() in (("amx_tile" in flags), False)
+    flags = set(cpu.read_text().split()) if cpu.is_file() else set()
+    named = bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+    assert private_names.has_fast_bf16() in (named, False)
+    # torch may be built without what uses them, but where it has both there is no reason to say no
+    if named and torch.backends.mkldnn.is_available() and hasattr(torch.cpu, "get_capabilities"):
+        assert private_names.has_fast_bf16()
+
+
+@pytest.mark.parametrize("able", ["amx_bf16", "avx512_bf16", "bf16", None])
+@pytest.mark.parametrize("library", [True, False])
+def test_bf16_is_fast_by_an_instruction_and_the_library_that_uses_it(monkeypatch, able, library):
+    told = {"avx512_f": True, "amx_tile": True, **dict.fromkeys(private_names.BF16_INSTRUCTIONS, False)}
+    told |= {able: True} if able else {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: library)
+    assert private_names.has_fast_bf16() == (able is not None and library)
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
+def test_older_torch_is_asked_by_its_private_names(monkeypatch, units, wide):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: wide)
+    assert private_names.has_fast_bf16() == (units or wide)
 
 
 def test_raise_recompile_limit():

@@ -16,6 +16,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+# as torch calls those of Intel's matrix units, of AVX-512, and of Arm
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
+
 # FakeTensorMode: tensors that have shapes, dtypes and devices but no contents
 # BatchNorm: what every batch norm of torch is, SyncBatchNorm too
 __all__ = [
@@ -24,7 +27,7 @@ __all__ = [
     "attention_implementation",
     "drop_overflown_step",
     "fused_attention_of_the_cpu",
-    "has_bf16_matrix_units",
+    "has_fast_bf16",
     "has_full_precision_state",
     "link_moments",
     "local_part",
@@ -59,9 +62,15 @@ def undivided_layers(model: nn.Module) -> tuple[str, ...]:
 # torch
 
 
-def has_bf16_matrix_units() -> bool:
-    """Whether the CPU multiplies matrices of bf16 faster than fp32 ones (AMX). torch has no public name for it."""
-    return torch.cpu._is_amx_tile_supported()
+def has_fast_bf16() -> bool:
+    """Whether the CPU has instructions that multiply bf16, and torch the library that uses them, oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    # older releases have no public name for what a CPU can do, and do not tell of Arm's
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
 def raise_recompile_limit(graphs: int) -> None:

@@ -231,7 +231,7 @@ def broken(state: dict, **changes) -> dict:
     ("changes", "message"),
     [
         ({"norm.bias": None}, "1 weights are not in the checkpoint.*simla.vision.norm.bias"),
-        ({"blocks.0.ls1.gamma": torch.ones(32)}, "blocks.0.ls1.gamma.*plain ViT"),
+        ({"blocks.0.attn.q_norm.weight": torch.ones(8)}, "blocks.0.attn.q_norm.weight.*plain ViT"),
         ({"blocks.2.norm1.weight": torch.ones(32)}, "simla.vision.layers.2.norm1.weight.*2 and 3 layers"),
         ({"patch_embed.proj.weight": torch.ones(32, 3, 8, 8)}, r"\(32, 3, 8, 8\), expected \(32, 3, 4, 4\)"),
         ({"pos_embed": torch.ones(1, 20, 32)}, "table of 20 positions"),
@@ -431,8 +431,14 @@ def test_a_run_begins_with_both(tmp_path):
     towers = ["--initial_vision", str(tmp_path / "vit"), "--initial_text", str(tmp_path / "bert")]
     model = build_model(parse_arguments([*given, *towers]), config)
     expected = simla()
-    filled = set(initialise(expected, tmp_path / "vit", tmp_path / "bert").used.values()) | {"lm_head.decoder.weight"}
+    report = initialise(expected, tmp_path / "vit", tmp_path / "bert", fold_token_types=True)
+    filled = set(report.used.values()) | {"lm_head.decoder.weight"}
     begun, drawn = expected.state_dict(), build_model(parse_arguments(given), config).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, begun[name] if name in filled else drawn[name]), name
     assert {name for name in begun if "cross_attention" in name or "itm_head" in name} <= begun.keys() - filled
+    # as SIMLA's code begins
+    dropped = build_model(parse_arguments([*given, *towers, "--fold_token_types", "false"]), config).state_dict()
+    positions = "simla.text.embeddings.position_embeddings.weight"
+    assert torch.equal(dropped[positions], bert.bert.embeddings.position_embeddings.weight)
+    assert not torch.equal(dropped[positions], begun[positions])

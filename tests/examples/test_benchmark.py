@@ -265,7 +265,7 @@ def test_the_page_shows_the_figures_kept(root, tmp_path):
 
 def test_the_command_has_cases_and_a_configuration(monkeypatch):
     assert set(default_cases(torch.device("cuda"))) | set(LONG) == {*STEPS, *OTHERS}
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("benchmark.has_fast_bf16", lambda: False)
     assert not any("bf16" in name for name in default_cases(CPU)) and "oner_fp32" in default_cases(CPU)
     given = parse_arguments(["--config", str(CONFIG)])
     assert given.model.size == "base" and given.model.model_config["vocab_size"] == 30522

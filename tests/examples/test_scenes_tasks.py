@@ -4,16 +4,19 @@ import json
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 from scenes_reader import NAMES, NUMBERS, SCENES, Seen, colours, stand, wrong
 from test_finetune_example import as_line
 from tiny_finetuning import write_simla
-from tiny_pretraining import forget_accelerator, load_example
+from tiny_pretraining import ROOT, forget_accelerator, load_example, read_log
 
 from oner.processing.data.grounding_files import open_grounding, read_boxes
 from oner.processing.data.karpathy import open_karpathy
 from oner.processing.data.task_rows import open_entailment, open_questions, open_reasoning, read_answer_list
+from oner.training.run.parsing import read_config
 
 sys.path.insert(0, str(SCENES))
 
@@ -28,6 +31,7 @@ pytestmark = [
     # the tiny model's vocabulary is of other texts, and a run says so
     pytest.mark.filterwarnings("ignore:the tokenizer of .* does not know:UserWarning"),
 ]
+RECIPES = sorted((ROOT / "examples" / "configs").glob("finetune_scenes_*.yaml"))
 TRAINING, EVALUATING = 16, 4
 TRAINING_FILES = ("OpenEnded_mscoco_train2014_questions", "mscoco_train2014_annotations")
 
@@ -281,3 +285,44 @@ def test_every_task_trains_and_evaluates(task, folder, pretrained, tmp_path):
     metrics = load_example("finetune").main(as_line(told | arguments(task, folder)))
     assert metrics and all(value == value for value in metrics.values())
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["model_type"] == "simla"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_names_the_files_that_are_made_and_takes_two_steps(path, folder, pretrained, tmp_path):
+    said = moved(read_config(path), folder)
+    assert path.stem == f"finetune_scenes_{said['task']}"
+    assert (ROOT / said["initial_model"] / "model.safetensors").is_file() and (ROOT / said["attribution"]).is_file()
+    named = (
+        "train_data",
+        "eval_data",
+        "eval_annotations",
+        "image_folder",
+        "answer_list",
+        "refs",
+        "instances",
+        "detections",
+    )
+    files = [file for name in named for file in flat(said.get(name))]
+    assert len(files) >= 3 and all(Path(file).exists() and Path(file).is_relative_to(folder) for file in files)
+
+    # nothing is changed but sizes and places
+    small = {"initial_model": str(pretrained), "output_dir": str(tmp_path / "run"), "batch_size": 4, "max_steps": 2}
+    small |= {"queue_size": 8} if "queue_size" in said else {}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**said, **small, "log_every": 1}), encoding="utf-8")
+    forget_accelerator()
+    metrics = load_example("finetune").main(["--config", str(tmp_path / "small.yaml")])
+    assert metrics and all(value == value for value in metrics.values())
+    assert [line["step"] for line in read_log(tmp_path / "run") if "loss" in line] == [1, 2]
+
+
+def flat(value) -> list[str]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def moved(value, folder: Path):
+    """Everything of `make scenes` lies in `folder` instead."""
+    if isinstance(value, dict):
+        return {name: moved(one, folder) for name, one in value.items()}
+    if isinstance(value, list):
+        return [moved(one, folder) for one in value]
+    return value.replace("runs/scenes/tasks", str(folder)) if isinstance(value, str) else value

@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoModelForZeroShotImageClassification, Aut
 from oner.modeling.vl_embeddings import interpolate_positions, sincos_2d
 from oner.processing.data.sources import open_rows
 from oner.processing.vl_tokenizer import train_tokenizer
+from oner.training.run import launch
 from oner.training.run.arguments import RunArguments
 from oner.training.run.building import build_model
 from oner.training.run.checkpoint import (
@@ -230,8 +231,8 @@ def test_accumulating_a_contrastive_loss_is_refused(tmp_path, monkeypatch):
 def test_automatic_precision_follows_the_hardware(example, pairs, tmp_path, monkeypatch, capsys):
     assert [choose_precision(asked) for asked in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for units, precision in ((True, "bf16"), (False, "no")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda units=units: units)
+    for fast, precision in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(launch, "has_fast_bf16", lambda fast=fast: fast)
         assert choose_precision("auto") == precision
         forget_accelerator()
         example.main(tiny_arguments(pairs, tmp_path / precision, mixed_precision="auto", max_steps=2))

@@ -32,6 +32,7 @@ from oner.modeling.modeling_simla_tasks import (
 from oner.modeling.vl_embeddings import sincos_2d
 
 from .names import BERT, VISION, Names, official_names
+from .shapes import TowerShape
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -45,6 +46,8 @@ class TowerNames:
         vision: timm's name of a ViT's part -> ours.
         text: transformers' name of a BERT's part -> ours.
         vision_in, text_in: What ours begin with: of these, what a file does not fill is reported.
+        vision_fields: What a ViT tells -> fields of the configuration, None for what it does not tell.
+        text_fields: The same of a BERT, and of the fields that are given.
         begins_anew: Parts of ours among these that no such file has.
         left: What begins a foreign name -> why the family has no place for it.
         cls_word: Where an image's [CLS] is a word: configuration and cls_token (1, 1, D) -> its row (D,).
@@ -55,19 +58,60 @@ class TowerNames:
     text: Pairs
     vision_in: str
     text_in: str
+    vision_fields: Callable[[TowerShape], dict[str, Any]]
+    text_fields: Callable[[TowerShape, Mapping[str, Any]], dict[str, Any]]
     begins_anew: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     cls_word: Callable[[PreTrainedConfig, torch.Tensor], torch.Tensor] | None = None
     fixed_positions: Callable[[PreTrainedConfig, int], torch.Tensor] | None = None
 
 
-def dual_towers() -> TowerNames:
-    """Of every family with a ViT below and a BERT above it."""
+def vit_fields(shape: TowerShape) -> dict[str, Any]:
+    return {
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.inner,
+        "hidden_act": shape.activation,
+        "layer_norm_eps": shape.eps,
+        "patch_size": shape.patch,
+        "num_channels": shape.channels,
+    }
+
+
+def bert_fields(shape: TowerShape, depth: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "hidden_size": shape.width,
+        **depth,
+        "text_attention_heads": shape.heads,
+        "text_intermediate_size": shape.inner,
+        "hidden_act": shape.activation,
+        "text_layer_norm_eps": shape.eps,
+        "vocab_size": shape.words,
+        "max_position_embeddings": shape.positions,
+    }
+
+
+def one_stack(layers: int, given: Mapping[str, Any]) -> dict[str, int]:
+    """All layers of a BERT read a text."""
+    return {"num_text_layers": layers}
+
+
+def two_halves(layers: int, given: Mapping[str, Any]) -> dict[str, int]:
+    """The upper half of a BERT reads images, or as many of its layers as the fields that are given leave to it."""
+    text = given.get("num_text_layers", layers - given.get("num_fusion_layers", (layers + 1) // 2))
+    return {"num_text_layers": text, "num_fusion_layers": layers - text}
+
+
+def dual_towers(depth: Callable[[int, Mapping[str, Any]], dict[str, int]]) -> TowerNames:
+    """Of every family with a ViT below and a BERT above it. `depth`: its layers, fields given -> fields of depth."""
     return TowerNames(
         vision=tuple((left, f"vision.{right}") for left, right in VISION),
         text=tuple((left, f"text.{right}") for left, right in BERT),
         vision_in="vision.",
         text_in="text.",
+        vision_fields=vit_fields,
+        text_fields=lambda shape, given: bert_fields(shape, depth(shape.layers, given)),
         # neither a ViT nor a BERT has these
         begins_anew=("embeddings.mask_token", "cross_attention.", "cross_norm."),
     )
@@ -87,7 +131,7 @@ def oner_cls_word(config: PreTrainedConfig, cls_token: torch.Tensor) -> torch.Te
 # published towers -> ours, by family
 ONE_TOWER = "the one tower is a ViT's"
 TOWERS = {
-    "codis": dual_towers(),
+    "codis": dual_towers(two_halves),
     "oner": TowerNames(
         # [CLS] is a word, positions are sines, and masked patches have a token of our own
         vision=tuple((left, right) for left, right in VISION if left not in ("cls_token", "pos_embed", "mask_token")),
@@ -95,6 +139,8 @@ TOWERS = {
         text=(("embeddings.word_embeddings", "embeddings.word_embeddings"),),
         vision_in="",
         text_in="embeddings.word_embeddings",
+        vision_fields=vit_fields,
+        text_fields=lambda shape, given: {"hidden_size": shape.width, "vocab_size": shape.words},
         left={
             "encoder.layer.": ONE_TOWER,
             "embeddings.position_embeddings": "positions of words are fixed sines here",
@@ -104,7 +150,7 @@ TOWERS = {
         cls_word=oner_cls_word,
         fixed_positions=sines,
     ),
-    "simla": dual_towers(),
+    "simla": dual_towers(one_stack),
 }
 
 
@@ -212,4 +258,4 @@ def family_of(model_type: str, table: Mapping[str, Any], what: str) -> Any:
     return table[model_type]
 
 
-__all__ = ["OFFICIAL", "TOWERS", "OfficialFamily", "TowerNames", "dual_towers", "family_of"]
+__all__ = ["OFFICIAL", "TOWERS", "OfficialFamily", "TowerNames", "dual_towers", "family_of", "one_stack", "two_halves"]

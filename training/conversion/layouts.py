@@ -1,6 +1,7 @@
-"""Foreign layouts of ViT, DeiT, MAE and BERT in one spelling each: timm's of a ViT, transformers' of a BERT.
+"""Foreign layouts of ViT, DeiT, MAE, DINOv2 and BERT in one spelling each: timm's of a ViT, transformers' of a BERT.
 
-D width. Names are those of timm's, DeiT's and MAE's own files, or of transformers', before and since its version 5.
+D width. Names are those of timm's, DeiT's, MAE's and DINOv2's own files, or of transformers', before and since its
+version 5.
 """
 
 import re
@@ -14,12 +15,13 @@ from .report import MissingWeightsError
 # a name in one spelling -> the name in the file, and its tensor; where several made one, their names with " + "
 Found = dict[str, tuple[str, torch.Tensor]]
 
-# transformers' ViT, DeiT and ViTMAE -> timm's; queries, keys and values are joined before
+# transformers' ViT, DeiT, ViTMAE and DINOv2 -> timm's; queries, keys and values are joined before
 TRANSFORMERS_VIT = Names(
     [
         ("embeddings.cls_token", "cls_token"),
         ("embeddings.position_embeddings", "pos_embed"),
         ("embeddings.mask_token", "mask_token"),
+        ("embeddings.register_tokens", "register_tokens"),
         ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
         ("layernorm", "norm"),
         *(
@@ -28,6 +30,10 @@ TRANSFORMERS_VIT = Names(
             for left, right in (
                 ("layernorm_before", "norm1"),
                 ("layernorm_after", "norm2"),
+                ("norm1", "norm1"),
+                ("norm2", "norm2"),
+                ("layer_scale1.lambda1", "ls1.gamma"),
+                ("layer_scale2.lambda1", "ls2.gamma"),
                 ("attention.qkv", "attn.qkv"),
                 ("attention.output.dense", "attn.proj"),
                 ("attention.o_proj", "attn.proj"),
@@ -47,12 +53,32 @@ SPELLINGS = (("attention.query", "attention.key", "attention.value"), ("q_proj",
 OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 # of MAE, by facebook's names or transformers'; both keep a token there for what is masked
 MAE_DECODER = re.compile(r"decoder[._].*")
+# DINOv2's and CaiT's scale of what a half of a layer adds -> the linear map whose output it scales
+SCALES = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
+SCALE = re.compile(r"(blocks\.\d+\.)(ls[12]\.gamma)")
+# what a plain ViT cannot compute: a part's name -> why
+REGISTERS = "register tokens, which every layer reads beside [CLS]: the model has no place for them"
+GATED = "a gated feed-forward (SwiGLU): the model's is two linear maps with an activation between them"
+FOREIGN_PARTS = (
+    (re.compile(r"register_tokens|reg_token"), REGISTERS),
+    (re.compile(r".*\.\d+\.mlp\.(?:w12|w3|weights_in|weights_out|gate_proj|up_proj)\..*"), GATED),
+)
 
 
 def vision_names(state: Mapping[str, torch.Tensor]) -> Found:
-    """A ViT by timm's names, queries, keys and values as one matrix. What is no ViT's keeps its name."""
-    shorn = _without_prefix(state, ("vit.", "deit."), ("embeddings.", "layers.", "encoder."))
-    return _timm_names(shorn) if any(name.startswith("embeddings.") for name in shorn) else shorn
+    """
+    A ViT by timm's names, queries, keys and values as one matrix, and scales of layers within the maps that they
+    scale. What is no ViT's keeps its name.
+
+    Raises:
+        MissingWeightsError: parts that a plain ViT cannot compute, by name and why; a scale without what it scales.
+    """
+    prefixes = ("vit.", "deit.", "dinov2.", "dinov2_with_registers.")
+    found = _without_prefix(state, prefixes, ("embeddings.", "layers.", "encoder."))
+    if any(name.startswith("embeddings.") for name in found):
+        found = _timm_names(found)
+    _refuse_foreign_parts(found)
+    return _fold_scales(found)
 
 
 def text_names(state: Mapping[str, torch.Tensor]) -> Found:
@@ -80,6 +106,44 @@ def _without_prefix(state: Mapping[str, torch.Tensor], prefixes: tuple[str, ...]
     return {name: (name, tensor) for name, tensor in state.items()}
 
 
+def _refuse_foreign_parts(found: Found) -> None:
+    for pattern, why in FOREIGN_PARTS:
+        if names := [official for name, (official, _) in found.items() if pattern.fullmatch(name)]:
+            raise MissingWeightsError(f"{names[:3]} are of {why}; expected a plain ViT")
+
+    # timm gives a gated feed-forward the names of a plain one: half of what its first map makes is the gate
+    into, out = found.get("blocks.0.mlp.fc1.weight"), found.get("blocks.0.mlp.fc2.weight")
+    if into is not None and out is not None and len(into[1]) == 2 * out[1].shape[-1]:
+        raise MissingWeightsError(f"{[into[0], out[0]]} are of {GATED}; expected a plain ViT")
+
+
+def _fold_scales(found: Found) -> Found:
+    """x + g * (W y + b) is x + (g * W) y + g * b: the same function without the scale g (D,)."""
+    found = dict(found)
+    for name in list(found):
+        match = SCALE.fullmatch(name)
+        if match is None:
+            continue
+        official, scale = found.pop(name)
+        for part in ("weight", "bias"):
+            scaled = f"{match[1]}{SCALES[match[2]]}.{part}"
+            if scaled not in found:
+                raise MissingWeightsError(f"{official} scales {scaled}, which is not in the checkpoint")
+            theirs, tensor = found[scaled]
+            factor = scale[:, None] if tensor.ndim == 2 else scale  # (D, 1) or (D,)
+            found[scaled] = (f"{theirs} + {official}", factor * tensor)
+    return found
+
+
+def what_was_joined(official: str) -> str | None:
+    """What several names that make one tensor, with " + " between them, have become; None for a single name."""
+    if " + " not in official:
+        return None
+    if official.endswith(("gamma", "lambda1")):
+        return "a layer's scale within the linear map whose output it scales"
+    return "queries, keys and values as one matrix"
+
+
 def _timm_names(shorn: Found) -> Found:
     """transformers' names as timm's, with queries, keys and values as one matrix, whose name here is their sum."""
     shorn = dict(shorn)
@@ -102,4 +166,4 @@ def _timm_names(shorn: Found) -> Found:
     return {TRANSFORMERS_VIT(name) or name: value for name, value in shorn.items()}
 
 
-__all__ = ["Found", "is_decoder", "text_names", "vision_names"]
+__all__ = ["Found", "is_decoder", "text_names", "vision_names", "what_was_joined"]

@@ -5,12 +5,14 @@ is not a tensor, a number or a container. What the official repositories put bes
 object or the arguments of the script, is read as an empty thing in its place: no class of theirs is imported.
 """
 
+import json
 import os
 import re
 import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +26,7 @@ SIDE_NOTES = re.compile(
 # under which name repositories keep the weights among optimiser, epoch and the rest
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
+CONFIGURATION = "config.json"
 
 
 class CheckpointFileError(ValueError):
@@ -62,6 +65,29 @@ def read_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
         except (OSError, SafetensorError) as error:
             raise CheckpointFileError(f"{path}: cannot be read as safetensors: {error}") from error
     return _weights_in(path, _read_pickle(path))
+
+
+def read_configuration(source: str | os.PathLike) -> dict[str, Any]:
+    """
+    The `config.json` beside the weights that `read_weights` reads; empty where there is none.
+
+    Raises:
+        CheckpointFileError: no such source; a file that is no JSON object.
+    """
+    beside = _find(source).parent / CONFIGURATION
+    if not beside.is_file() and not Path(source).exists():
+        # of a name on the Hub only the weights have been fetched
+        found = cached_file(str(source), CONFIGURATION, _raise_exceptions_for_missing_entries=False)
+        beside = Path(found) if found is not None else beside
+    if not beside.is_file():
+        return {}
+    try:
+        said = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointFileError(f"{beside}: cannot be read as JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise CheckpointFileError(f"{beside}: expected a JSON object, got {type(said).__name__}")
+    return said
 
 
 def _find(source: str | os.PathLike) -> Path:
@@ -133,4 +159,4 @@ def _weights_in(path: Path, content: object) -> dict[str, torch.Tensor]:
     return {str(name).removeprefix("module."): value.detach() for name, value in content.items()}
 
 
-__all__ = ["CheckpointFileError", "read_weights"]
+__all__ = ["CheckpointFileError", "read_configuration", "read_weights"]

@@ -1,12 +1,13 @@
-"""A model that begins with published weights: a ViT, DeiT or MAE for images, a BERT for texts.
+"""A model that begins with published weights: a ViT, DeiT, MAE or DINOv2 for images, a BERT or MiniLM for texts.
 
 Which names of a file are which of a family's is its line in `families.TOWERS`. D width, N patches.
 """
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,13 +16,17 @@ from oner.training.publishing.model_loading import damage_of
 
 from .checkpoints import resize_position_table
 from .families import TOWERS, TowerNames, family_of
-from .layouts import Found, is_decoder, text_names, vision_names
+from .layouts import Found, is_decoder, text_names, vision_names, what_was_joined
 from .names import LANGUAGE_HEAD, Names
-from .reading import read_weights
+from .reading import read_configuration, read_weights
 from .report import ConversionReport, MissingWeightsError
+from .shapes import TowerShape, text_shape, vision_shape
 
 DRAWN = "as the model drew it"
-JOINED = "queries, keys and values as one matrix"
+# what no shape tells and weights depend on
+UNSHAPED = ("num_attention_heads", "text_attention_heads", "hidden_act")
+# what may be given otherwise: norms divide by hardly anything else, and a longer table is cut
+FREE = ("layer_norm_eps", "text_layer_norm_eps", "max_position_embeddings")
 
 Source = str | os.PathLike | Mapping[str, torch.Tensor]
 
@@ -35,9 +40,10 @@ def initialise(
     """
     Fills the towers of a model of any family in place, and says what it used and what it left.
 
-    For images a ViT, DeiT or MAE, whose position table may be of another image size; of MAE its encoder. For texts a
-    BERT of the same vocabulary, of which a family of one tower takes the words alone. Cross-attention stays as the
-    model drew it, and so do the heads but for that of words, if the file has one.
+    For images a ViT, DeiT, MAE or DINOv2, whose position table may be of another image size; of MAE its encoder, and
+    DINOv2's scales of layers within the maps that they scale. For texts a BERT of the same vocabulary, of which a
+    family of one tower takes the words alone. Cross-attention stays as the model drew it, and so do the heads but for
+    that of words, if the file has one.
 
     Args:
         model: On the CPU.
@@ -48,21 +54,119 @@ def initialise(
     Raises:
         ValueError: a model of a family without a line in `TOWERS`.
         MissingWeightsError: names weights of a tower that are missing, of another shape, or that a plain ViT or BERT
-            does not have (layer scale, say), without which the tower would compute something else.
+            does not have (register tokens, say), without which the tower would compute something else; a number of
+            heads or an activation that the file's configuration says and the model has not.
         CheckpointFileError: what cannot be read.
     """
     towers = family_of(model.config.model_type, TOWERS, "towers to be filled")
     of_text = of_vision = ConversionReport()
     # words first: an image's [CLS] may be one of them
     if text is not None:
-        of_text = _fill_text(model, towers, text_names(_weights(text)), fold_token_types)
+        found = text_names(_weights(text))
+        told = towers.text_fields(text_shape(found, _configuration(text)), {})
+        note = _check_told(model.config, told, text)
+        of_text = _fill_text(model, towers, found, fold_token_types)
+        of_text.notes += note
     if vision is not None:
-        of_vision = _fill_vision(model, towers, vision_names(_weights(vision)))
+        found = vision_names(_weights(vision))
+        told = towers.vision_fields(vision_shape(found, _configuration(vision)))
+        note = _check_told(model.config, told, vision)
+        of_vision = _fill_vision(model, towers, found)
+        of_vision.notes += note
     return ConversionReport().merge(of_vision).merge(of_text)
+
+
+def tower_fields(
+    config_class: type[PreTrainedConfig],
+    size: str,
+    given: Mapping[str, Any],
+    vision: Source | None = None,
+    text: Source | None = None,
+) -> dict[str, Any]:
+    """
+    The fields of a new model's configuration that published towers tell and `given` leaves open.
+
+    Args:
+        config_class: Of the family.
+        size: The named size, for what no file tells.
+        given: Fields that are set already.
+        vision, text: As `initialise` takes them.
+
+    Raises:
+        ValueError: two towers, or a tower and `given`, contradict each other: both are named; a width that is not the
+            size's, without a configuration that says how many heads; a family without a line in `TOWERS`.
+        MissingWeightsError, CheckpointFileError: what is no tower, or cannot be read.
+    """
+    towers = family_of(config_class.model_type, TOWERS, "towers to be filled")
+    told = []
+    if vision is not None:
+        told.append(("initial_vision", towers.vision_fields(_shape(vision, vision_names, vision_shape))))
+    if text is not None:
+        told.append(("initial_text", towers.text_fields(_shape(text, text_names, text_shape), given)))
+
+    # what both tell must be the same
+    fields, by = {}, {}
+    for source, values in told:
+        for name, value in values.items():
+            if value is None or (name == "patch_size" and given.get("stem", config_class.stem) != "linear"):
+                continue
+            if name in fields and fields[name] != value:
+                raise ValueError(
+                    f"{name} is {fields[name]} in {by[name]} and {value} in {source}; expected towers of one {name}"
+                )
+            fields[name] = value
+            by[name] = source
+
+    # and what is given may differ only where the weights allow it
+    wrong = {
+        name: f"{value} in {by[name]}, {given[name]} given"
+        for name, value in fields.items()
+        if name in given and given[name] != value and name not in FREE
+    }
+    if wrong:
+        raise ValueError(
+            f"{wrong}: expected the files' own values, or none, in model_config; vocab_size is the tokenizer's, for "
+            f"which the file's vocabulary is expected"
+        )
+    _check_heads(config_class, size, {**fields, **given}, vision is not None)
+    return {name: value for name, value in fields.items() if name not in given}
+
+
+def _check_heads(config_class: type[PreTrainedConfig], size: str, fields: Mapping[str, Any], vision: bool) -> None:
+    own = config_class.from_size(size).hidden_size
+    if vision and "num_attention_heads" not in fields and fields["hidden_size"] != own:
+        raise ValueError(
+            f"initial_vision is {fields['hidden_size']} wide, size {size!r} {own}, and no shape tells the number of "
+            f"attention heads; expected a config.json beside the weights, a size of that width, or "
+            f"num_attention_heads in model_config"
+        )
+
+
+def _shape(source: Source, names: Callable, shape: Callable) -> TowerShape:
+    return shape(names(_weights(source)), _configuration(source))
 
 
 def _weights(source: Source) -> dict[str, torch.Tensor]:
     return dict(source) if isinstance(source, Mapping) else read_weights(source)
+
+
+def _configuration(source: Source) -> dict[str, Any]:
+    return {} if isinstance(source, Mapping) else read_configuration(source)
+
+
+def _check_told(config: PreTrainedConfig, told: Mapping[str, Any], source: Source) -> list[str]:
+    """What no shape tells: heads and activation as the file's configuration has them, or a note that none says so."""
+    names = [name for name in UNSHAPED if name in told]
+    for name in names:
+        if told[name] not in (None, getattr(config, name)):
+            raise MissingWeightsError(
+                f"{name} is {told[name]!r} in the configuration beside {source} and {getattr(config, name)!r} in the "
+                f"model, by which the same weights compute something else"
+            )
+    if isinstance(source, Mapping) or not names or any(told[name] is not None for name in names):
+        return []
+    taken = ", ".join(f"{name} {getattr(config, name)}" for name in names)
+    return [f"no configuration beside {source} tells what shapes do not: {taken}, as the model has it"]
 
 
 @dataclass
@@ -93,7 +197,7 @@ class Filling:
         parts = official.split(" + ")
         self.found[ours] = tensor
         self.report.used |= dict.fromkeys(parts, ours)
-        change = change or (JOINED if len(parts) > 1 else None)
+        change = change or what_was_joined(official)
         if change:
             self.report.changed |= dict.fromkeys(parts, change)
 
@@ -170,6 +274,8 @@ def _fill_vision(model: PreTrainedModel, towers: TowerNames, state: Found) -> Co
         elif name == "pos_embed":
             table, change = _position_table(tensor, model.config.position_image_size // model.config.patch_size)
             filling.take(official, filling.tower + ours, table, change)
+        elif name == "mask_token" and ours is not None:
+            _take_mask_token(filling, official, filling.tower + ours, tensor)
         elif name.startswith("patch_embed.") and model.config.stem == "conv":
             filling.report.left_over[official] = "a stem of convolutions stands here"
         elif ours is None:
@@ -189,6 +295,14 @@ def _take_cls_word(filling: Filling, official: str, cls_token: torch.Tensor) -> 
         filling.take(official, ours, words, f"row {config.cls_token_id} of the words, [CLS]; the others stay")
     else:
         filling.take(official, ours, cls_token)  # of another width, as `copy` will say
+
+
+def _take_mask_token(filling: Filling, official: str, ours: str, token: torch.Tensor) -> None:
+    # DINOv2 has it as (1, D), others as (1, 1, D)
+    if ours in filling.model.state_dict():
+        filling.take(official, ours, token.reshape(1, 1, -1))
+    else:
+        filling.report.left_over[official] = "the model masks no patches"
 
 
 def _beside_sines(towers: TowerNames, config: PreTrainedConfig, table: torch.Tensor) -> str:
@@ -294,4 +408,4 @@ def _fit_positions(filling: Filling, state: Found, fold_token_types: bool) -> No
         found[ours] = found[ours][:rows]
 
 
-__all__ = ["initialise"]
+__all__ = ["initialise", "tower_fields"]

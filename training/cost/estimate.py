@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from oner.training.conversion.towers import tower_fields
 from oner.training.run.arguments import Arguments
 from oner.training.run.parsing import parse_arguments
 
@@ -84,7 +85,11 @@ def configuration_of(arguments: Arguments) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[arguments.model.family]
     if arguments.model.initial_model is not None:
         return config_class.from_pretrained(arguments.model.initial_model, **overrides)
-    return config_class.from_size(arguments.model.size, **{"vocab_size": arguments.model.vocab_size, **overrides})
+    model = arguments.model
+    told = {}
+    if model.initial_vision is not None or model.initial_text is not None:
+        told = tower_fields(config_class, model.size, overrides, model.initial_vision, model.initial_text)
+    return config_class.from_size(model.size, **{"vocab_size": model.vocab_size, **told, **overrides})
 
 
 def memory_by_part(rehearsal: Rehearsal, arguments: Arguments, count: int, sharding: str, half: bool) -> dict:

@@ -82,11 +82,18 @@ class ModelArguments:
         ),
     )
     initial_vision: str | None = field(
-        default=None, metadata=_help("A ViT, DeiT or MAE for the tower that reads images: file, directory or Hub id.")
+        default=None,
+        metadata=_help(
+            "A ViT, DeiT, MAE or DINOv2 for the tower that reads images, and its shape: file, directory or Hub id."
+        ),
     )
     initial_text: str | None = field(
         default=None,
-        metadata=_help("A BERT for texts likewise, of one tower its words; its vocabulary is `tokenizer`."),
+        metadata=_help("A BERT or MiniLM for texts likewise, of one tower its words; its vocabulary is `tokenizer`."),
+    )
+    fold_token_types: bool = field(
+        default=True,
+        metadata=_help("Add initial_text's first token type to its positions, as BERT does; SIMLA's code drops it."),
     )
     tokenizer: str | None = field(
         default=None,

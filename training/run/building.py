@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, PreTrainedConfig, PreTrainedModel
@@ -14,11 +15,11 @@ from oner.processing.data.rows import PairRows, PairStream
 from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer, unknown_words
-from oner.training.conversion.towers import initialise
+from oner.training.conversion.towers import initialise, tower_fields
 from oner.training.parallel.distributed import rank
 from oner.training.publishing.model_loading import load_model
 
-from .arguments import Arguments
+from .arguments import Arguments, ModelArguments
 from .inputs import digest_of_tokenizer, kept_tokenizer
 from .optimization import checkpoint_activations
 
@@ -35,7 +36,8 @@ def build_processor_and_config(
     configuration that fits it, and the processor that fits both.
 
     Raises:
-        ValueError: a family or size that does not exist, a stream without a tokenizer.
+        ValueError: a family or size that does not exist, a stream without a tokenizer; `initial_vision` and
+            `initial_text` that contradict each other or `model_config`.
     """
     model = arguments.model
     overrides = dict(model.model_config or {})
@@ -63,7 +65,8 @@ def build_processor_and_config(
             "image_token_id": tokenizer.image_token_id,
         }
         config_class = CONFIG_MAPPING[model.family]
-        config = config_class.from_size(model.size, **{"vocab_size": len(tokenizer), **ids, **overrides})
+        given = {"vocab_size": len(tokenizer), **ids, **overrides}
+        config = config_class.from_size(model.size, **given, **_told_by_towers(model, config_class, given))
 
     # what a vocabulary of other texts does not know of these
     if (source := model.initial_model or model.tokenizer) is not None:
@@ -74,6 +77,18 @@ def build_processor_and_config(
     joint = config.pair_layout == "joint"
     options = {"max_text_length": config.max_text_length, "joint_layout": joint}
     return VisionLanguageProcessor(image_processor, tokenizer, **options), config
+
+
+def _told_by_towers(
+    model: ModelArguments, config_class: type[PreTrainedConfig], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Width, depth and the like of the towers that the model begins with; none without them."""
+    if model.initial_vision is None and model.initial_text is None:
+        return {}
+    told = tower_fields(config_class, model.size, given, model.initial_vision, model.initial_text)
+    if rank() == 0:
+        logger.warning("of the configuration, initial_vision and initial_text tell %s", told)
+    return told
 
 
 def _image_processor(
@@ -160,7 +175,8 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
 
     # towers of other models over the drawn ones
     if arguments.model.initial_vision is not None or arguments.model.initial_text is not None:
-        report = initialise(model, arguments.model.initial_vision, arguments.model.initial_text)
+        towers = arguments.model.initial_vision, arguments.model.initial_text
+        report = initialise(model, *towers, arguments.model.fold_token_types)
         if rank() == 0:
             logger.warning(report.describe())
     if arguments.model.gradient_checkpointing:

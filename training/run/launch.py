@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from oner.training.objectives.objective import Objective
 from oner.training.parallel.distributed import backend, fsdp_shard_alike, reduce_scatter_averages, world_size
 from oner.training.parallel.sharding import full_state, is_zero_3
-from oner.training.private_names import drop_overflown_step, has_bf16_matrix_units, set_distributed_type
+from oner.training.private_names import drop_overflown_step, has_fast_bf16, set_distributed_type
 from oner.training.publishing.public import plain
 
 from .arguments import Arguments, Launch, RunArguments, read_launch
@@ -130,13 +130,13 @@ def engine_of(accelerator: Accelerator) -> str:
 
 
 def choose_precision(asked: str) -> str:
-    """`auto` is bf16 on accelerators that have it and on CPUs with bf16 matrix units, else no."""
+    """`auto` is bf16 on accelerators that have it and on CPUs that multiply it (AMX, AVX-512, Arm), else no."""
     if asked != "auto":
         return asked
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    # without these units bf16 on a CPU is slower than fp32
-    return "bf16" if has_bf16_matrix_units() else "no"
+    # without such instructions bf16 on a CPU is slower than fp32
+    return "bf16" if has_fast_bf16() else "no"
 
 
 def _check_launch(launch: Launch, precision: str) -> None:
