@@ -38,6 +38,7 @@ class Example:
         text: as chosen; empty where none is read.
         views: views of the image by their names in the batch, (3, H, W) each, or (k, 3, H, W).
         tokens: ids of the text, (T,) int64; None where none is read.
+        second: the other text of a pair of texts; None where there is none.
     """
 
     key: RowKey
@@ -46,6 +47,7 @@ class Example:
     text: str = ""
     views: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokens: np.ndarray | None = None
+    second: str | None = None
 
 
 class Reader:
@@ -56,7 +58,8 @@ class Reader:
         image_transform: (PIL RGB, numpy generator) -> (3, H, W) float tensor, or several views by their names in the
             batch, `pixel_values` among them. None: no image.
         images: the row's keys of its images; several are stacked, in order.
-        text: "captions": one of the row's is drawn. "text": the row's own, which its source has cleaned.
+        text: "captions": one of the row's is drawn. "text": the row's own, which its source has cleaned, and behind a
+            separator its "second_text", where it has one.
         max_text_length: L, without [CLS].
         windows: a text of more tokens is cut into ceil(T / L) windows of L, aligned but for the last, which reaches
             back to be full, and one of them is drawn; without, the first L tokens are kept.
@@ -105,6 +108,7 @@ class Reader:
             if not len(texts):
                 return BadRow(f"at least one {self.rule.what} is needed, got an empty list")
             example.text = texts[int(place * len(texts))]
+            example.second = row.get("second_text") if self.text == "text" else None
             if (reason := caption_reason(example.text, *self.rule)) is not None:
                 return BadRow(reason)
 
@@ -144,7 +148,8 @@ class Reader:
         if self.clean_caption is not None:
             texts = [self.clean_caption(text) for text in texts]
         most = None if self.windows else self.max_text_length
-        for example, ids in zip(good, token_ids(self.tokenizer, texts, most), strict=True):
+        rows = joined_ids(self.tokenizer, texts, [example.second for example in good], most)
+        for example, ids in zip(good, rows, strict=True):
             example.tokens = self._window(ids, example.rng) if self.windows else ids  # (T,) with T at most L
         return [self._with_tokens(example) for example in examples]
 
@@ -177,6 +182,35 @@ def token_ids(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> 
         verbose=False,  # of texts that are cut into windows afterwards
     )["input_ids"]
     return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+
+
+def joined_ids(
+    tokenizer: Any, texts: Sequence[str], seconds: Sequence[str | None], most: int | None = None
+) -> list[np.ndarray]:
+    """
+    Ids of each text, or of two with [SEP] between them, [CLS] again for a vocabulary without it; (T,) int64, T at most
+    `most`, the longer of two cut first. [CLS] before them all is the layout's.
+    """
+    first = token_ids(tokenizer, texts, most)
+    paired = [place for place, second in enumerate(seconds) if second is not None]
+    if not paired:
+        return first
+
+    # two of a row, and what stands between them
+    separator = tokenizer.sep_token_id
+    separator = tokenizer.cls_token_id if separator is None else separator
+    others = token_ids(tokenizer, [seconds[place] for place in paired], most)
+    for place, second in zip(paired, others, strict=True):
+        first[place] = _joined(first[place], second, separator, most)
+    return first
+
+
+def _joined(first: np.ndarray, second: np.ndarray, separator: int, most: int | None) -> np.ndarray:
+    # each keeps half of the room, and what the other leaves
+    room = len(first) + len(second) if most is None else most - 1
+    half = room // 2
+    kept = min(len(first), max(room - half, room - len(second)))
+    return np.concatenate([first[:kept], [separator], second[: room - kept]])  # (T,)
 
 
 def _called(image: Any) -> str:

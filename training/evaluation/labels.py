@@ -34,9 +34,9 @@ def open_labelled(
         PairDataError: no such source or column, several splits, or a class that is not a number in 0..C-1.
     """
     # which columns hold pictures and class numbers
-    data, folder = _load(source)
-    image_column = _column(data, image_column, IMAGE_COLUMNS, "pictures", source)
-    label_column = _column(data, label_column, LABEL_COLUMNS, "class numbers", source)
+    data, folder = load_source(source)
+    image_column = find_column(data, image_column, IMAGE_COLUMNS, "pictures", source)
+    label_column = find_column(data, label_column, LABEL_COLUMNS, "class numbers", source)
 
     # numbers of a data set that names its own classes mean these
     kind = data.features[label_column]
@@ -50,17 +50,21 @@ def open_labelled(
     numbers = class_numbers(data[label_column], len(class_names), f"{source}, column {label_column!r}")
     first = [name if isinstance(name, str) else name[0] for name in class_names]
 
-    # paths in a table are relative to its folder
-    images = data.select_columns([image_column])
-    if isinstance(images.features[image_column], datasets.Value) and folder is not None:
-        paths = [os.path.join(folder, path) for path in images[image_column]]
-        images = datasets.Dataset.from_dict({image_column: paths})
-
     # rows of pairs, whose caption is the class and whose concept id is its number
+    images = pictures_of(data, image_column, folder)
     columns = {"id": numbers, NAME_COLUMN: [first[number] for number in numbers]}
     for name, values in columns.items():
         images = images.add_column(name, values)
     return open_rows(images, "pairs", image_column, NAME_COLUMN, "id")
+
+
+def pictures_of(data: datasets.Dataset, image_column: str, folder: str | None) -> datasets.Dataset:
+    """The pictures alone; paths in a table are relative to its folder."""
+    images = data.select_columns([image_column])
+    if isinstance(images.features[image_column], datasets.Value) and folder is not None:
+        paths = [os.path.join(folder, path) for path in images[image_column]]
+        images = datasets.Dataset.from_dict({image_column: paths})
+    return images
 
 
 def class_numbers(values: Sequence[Any], count: int, where: str) -> list[int]:
@@ -88,8 +92,13 @@ def class_numbers(values: Sequence[Any], count: int, where: str) -> list[int]:
     return numbers
 
 
-def _load(source: str) -> tuple[datasets.Dataset, str | None]:
-    """(rows, folder that picture paths are relative to)."""
+def load_source(source: str) -> tuple[datasets.Dataset, str | None]:
+    """
+    Rows of a source and the folder that its picture paths are relative to, None where they are pictures.
+
+    Raises:
+        PairDataError: `datasets` cannot open it, or it has several splits.
+    """
     # what the source is, told by what lies there: a table, a saved data set, folders of pictures, else a name
     path = Path(source)
     folder = None
@@ -117,7 +126,8 @@ def _load(source: str) -> tuple[datasets.Dataset, str | None]:
     return data, folder
 
 
-def _column(data: datasets.Dataset, name: str | None, usual: Sequence[str], what: str, source: str) -> str:
+def find_column(data: datasets.Dataset, name: str | None, usual: Sequence[str], what: str, source: str) -> str:
+    """The column of that name, or the first of the usual ones. Raises `PairDataError`: there is none."""
     for column in usual if name is None else (name,):
         if column in data.column_names:
             return column

@@ -1,0 +1,200 @@
+"""Labelled images: the fifteen sets of MoMo's Table 3 by name, scikit-learn's digits, and any folder or table.
+
+A row is {"image": anything that `open_image` opens, "label"}. torchvision reads the official files of a set and knows
+its official parts; where a set has none they are drawn by a fixed seed, as CLIP's sizes have it.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+import numpy as np
+from PIL import Image
+from torch.utils.data import ConcatDataset, Dataset, Subset
+from torchvision import datasets as official
+
+from oner.processing.data.row_checks import PairDataError
+
+from .labels import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, load_source, pictures_of
+
+Part = Literal["train", "test"]
+SPLIT_SEED = 0  # of sets without official parts
+
+
+class LabelledImages(Sequence):
+    """Rows of images and labels that are read when they are asked for. `images` and `labels` are as long."""
+
+    def __init__(self, images: Sequence[Any], labels: Sequence[Hashable], key: str | None = None) -> None:
+        self.images = images
+        self.labels = labels
+        self.key = key  # of the image in a row of a table
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.images[index]
+        return {"image": image if self.key is None else image[self.key], "label": self.labels[index]}
+
+
+class OfficialImages(Sequence):
+    """A torchvision set, whose items are (image, class)."""
+
+    def __init__(self, items: Dataset) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label = self.items[index]
+        return {"image": image, "label": label}
+
+
+def open_labelled_images(
+    source: str, label_column: str | None = None, image_column: str | None = None
+) -> LabelledImages:
+    """
+    A folder with a folder of images a class, or a table, a saved data set or a name on the Hub, with a column of
+    labels: numbers or names. Rows without a label are left out.
+
+    Raises:
+        PairDataError: no such source or column, several splits, no row with a label.
+    """
+    data, folder = load_source(source)
+    image_column = find_column(data, image_column, IMAGE_COLUMNS, "pictures", source)
+    label_column = find_column(data, label_column, LABEL_COLUMNS, "labels", source)
+
+    # labels of a data set that names its classes are these names: numbers of two sources may mean different ones
+    kind = data.features[label_column]
+    labels = data[label_column][:]
+    if isinstance(kind, datasets.ClassLabel):
+        labels = [None if label is None or label < 0 else kind.int2str(label) for label in labels]
+    images = pictures_of(data, image_column, folder)
+    if isinstance(images.features[image_column], datasets.Image):
+        images = images.cast_column(image_column, datasets.Image(decode=False))  # decoded as the processor does it
+    named = [place for place, label in enumerate(labels) if label not in (None, "")]
+    if not named:
+        raise PairDataError(f"{source}: no row has a label in the column {label_column!r}")
+    return LabelledImages(images.select(named), [labels[place] for place in named], image_column)
+
+
+def digits(part: Part, seed: int = 0) -> LabelledImages:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, a fifth of each class drawn by the seed to judge by."""
+    from sklearn.datasets import load_digits
+
+    drawn = load_digits()
+    chosen = _places(part, drawn.target, seed, test_share=0.2)
+    pictures = [Image.fromarray((drawn.images[place] * 255 / 16).astype(np.uint8)) for place in chosen]
+    return LabelledImages(pictures, [int(drawn.target[place]) for place in chosen])
+
+
+def _places(
+    part: Part,
+    labels: Iterable[Hashable],
+    seed: int,
+    test_share: float | None = None,
+    train: int | None = None,
+    test: int | None = None,
+) -> list[int]:
+    """Places of a part, so many or such a share of each class, in their order; the rest is the other's."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for place, label in enumerate(labels):
+        groups[label].append(place)
+    generator = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for _, places in sorted(groups.items()):
+        places = generator.permutation(places).tolist()
+        begin = round(len(places) * (1 - test_share)) if train is None else train
+        chosen += places[:begin] if part == "train" else places[begin:][:test]
+    return sorted(chosen)
+
+
+Open = Callable[[str, Part, bool], Sequence[Mapping[str, Any]]]
+
+
+def _folder(name: str, test: str) -> Open:
+    """Folders of a class each in ROOT/NAME/train and ROOT/NAME/TEST: torchvision's own ImageNet would unpickle."""
+
+    def rows(root: str, part: Part, download: bool) -> LabelledImages:
+        place = Path(root) / name / ("train" if part == "train" else test)
+        if not place.is_dir():
+            raise PairDataError(f"{place}: no such folder; expected one folder of pictures a class in it")
+        return open_labelled_images(str(place))
+
+    return rows
+
+
+def _hub(name: str, image: str, label: str) -> Open:
+    """Of the Hub: torchvision's CIFAR unpickles its files, and nothing here does."""
+
+    def rows(root: str, part: Part, download: bool) -> LabelledImages:
+        data = datasets.load_dataset(name, split=part).cast_column(image, datasets.Image(decode=False))
+        return LabelledImages(data, data[label][:], image)
+
+    return rows
+
+
+def _official(make: Callable[..., Dataset], train: Iterable[Any], test: Iterable[Any], key: str = "split") -> Open:
+    """A set of torchvision by the names of the parts that are learned from, and of those that are judged by."""
+
+    def rows(root: str, part: Part, download: bool) -> OfficialImages:
+        names = train if part == "train" else test
+        return OfficialImages(ConcatDataset([make(root, **{key: name}, download=download) for name in names]))
+
+    return rows
+
+
+def _drawn(make: Callable[..., Dataset], labels: Callable[[Any], Sequence[int]], train: int, test: int | None) -> Open:
+    """A set without official parts: so many images of each class to learn from, and so many, or all others, to judge
+    by."""
+
+    def rows(root: str, part: Part, download: bool) -> OfficialImages:
+        items = make(root, download=download)
+        return OfficialImages(Subset(items, _places(part, labels(items), SPLIT_SEED, train=train, test=test)))
+
+    return rows
+
+
+class NamedSet(NamedTuple):
+    """A set of Table 3: how to open it, and what MoMo (base) reports in per cent."""
+
+    open: Open
+    reported: float
+
+
+SETS = {
+    "imagenet": NamedSet(_folder("imagenet", "val"), 75.7),
+    "food101": NamedSet(_official(official.Food101, ["train"], ["test"]), 90.7),
+    "cifar10": NamedSet(_hub("uoft-cs/cifar10", "img", "label"), 95.0),
+    "cifar100": NamedSet(_hub("uoft-cs/cifar100", "img", "fine_label"), 80.5),
+    "cars": NamedSet(_official(official.StanfordCars, ["train"], ["test"]), 71.6),
+    "aircraft": NamedSet(_official(official.FGVCAircraft, ["trainval"], ["test"]), 51.2),
+    "dtd": NamedSet(_official(official.DTD, ["train", "val"], ["test"]), 79.7),
+    "pets": NamedSet(_official(official.OxfordIIITPet, ["trainval"], ["test"]), 91.7),
+    "caltech101": NamedSet(_drawn(official.Caltech101, lambda items: items.y, 30, None), 92.2),
+    "flowers102": NamedSet(_official(official.Flowers102, ["train", "val"], ["test"]), 97.8),
+    "mnist": NamedSet(_official(official.MNIST, [True], [False], "train"), 97.0),
+    "stl10": NamedSet(_official(official.STL10, ["train"], ["test"]), 98.2),
+    "eurosat": NamedSet(_drawn(official.EuroSAT, lambda items: items.targets, 1000, 500), 95.8),
+    "gtsrb": NamedSet(_official(official.GTSRB, ["train"], ["test"]), 80.7),
+    "sst": NamedSet(_official(official.RenderedSST2, ["train", "val"], ["test"]), 56.7),
+}
+
+
+def open_named(name: str, root: str, part: Part, download: bool = False) -> Sequence[Mapping[str, Any]]:
+    """
+    A part of a set of Table 3 whose official files lie in `root`, or are brought there.
+
+    Raises:
+        ValueError: an unknown name.
+        PairDataError: the files are not there.
+    """
+    if name not in SETS:
+        raise ValueError(f"unknown set of images {name!r}; expected one of {', '.join(SETS)}")
+    try:
+        return SETS[name].open(root, part, download)
+    except (RuntimeError, OSError) as error:
+        raise PairDataError(f"{name}: torchvision finds no official files in {root}: {error}") from error
