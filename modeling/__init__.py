@@ -8,6 +8,7 @@ from .modeling_codis import (
     CodisForImageTextRetrieval,
     CodisForMaskedLM,
     CodisForPreTraining,
+    CodisForSequenceClassification,
     CodisForTextAssignment,
     CodisForVisualEntailment,
     CodisForVisualQuestionAnswering,
@@ -20,6 +21,7 @@ from .modeling_oner import (
     OneRForImageClassification,
     OneRForImageTextRetrieval,
     OneRForMaskedLM,
+    OneRForSequenceClassification,
     OneRModel,
     OneRPreTrainedModel,
 )
@@ -27,6 +29,7 @@ from .modeling_oner_pretraining import OneRForPreTraining
 from .modeling_simla import SimlaForImageTextRetrieval, SimlaForMaskedLM, SimlaModel, SimlaPreTrainedModel
 from .modeling_simla_pretraining import SimlaForPreTraining
 from .modeling_simla_tasks import (
+    SimlaForSequenceClassification,
     SimlaForTextAssignment,
     SimlaForVisualEntailment,
     SimlaForVisualQuestionAnswering,
@@ -42,6 +45,7 @@ __all__ = [
     "CodisForImageTextRetrieval",
     "CodisForMaskedLM",
     "CodisForPreTraining",
+    "CodisForSequenceClassification",
     "CodisForTextAssignment",
     "CodisForVisualEntailment",
     "CodisForVisualQuestionAnswering",
@@ -55,12 +59,14 @@ __all__ = [
     "OneRForImageTextRetrieval",
     "OneRForMaskedLM",
     "OneRForPreTraining",
+    "OneRForSequenceClassification",
     "OneRModel",
     "OneRPreTrainedModel",
     "SimlaConfig",
     "SimlaForImageTextRetrieval",
     "SimlaForMaskedLM",
     "SimlaForPreTraining",
+    "SimlaForSequenceClassification",
     "SimlaForTextAssignment",
     "SimlaForVisualEntailment",
     "SimlaForVisualQuestionAnswering",

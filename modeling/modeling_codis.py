@@ -30,6 +30,7 @@ from .vl_dual_tasks import (
     DualEncoderTask,
     FusedAnswerGeneration,
     TextAssignment,
+    TextReading,
     TwoImageReasoning,
     name_labels,
 )
@@ -39,7 +40,13 @@ from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs, check_masks
 from .vl_outputs import VisionLanguageModelOutput, token_types_of, with_patches
 from .vl_saving import SavedWhole
-from .vl_task_heads import AnswerDecoder, PairClassification, PairClassificationHead
+from .vl_task_heads import (
+    AnswerDecoder,
+    PairClassification,
+    PairClassificationHead,
+    TextClassification,
+    TextClassificationHead,
+)
 
 PASSES = ("contrast", "match", "tokens", "codes")
 
@@ -319,6 +326,16 @@ class CodisForVisualEntailment(PairClassification, DualEncoderTask, CodisTaskMod
         self.post_init()
 
 
+class CodisForSequenceClassification(TextClassification, TextReading, CodisTaskModel):
+    """What is a text, or what are two to each other (GLUE)? By [CLS] of the text tower alone."""
+
+    def __init__(self, config: CodisConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.classifier = TextClassificationHead(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 class CodisForVisualReasoning(TwoImageReasoning, CodisTaskModel):
     """Is a sentence true of two images (NLVR2)? Labels 0 and 1. The fusion layers stand twice."""
 
@@ -345,6 +362,7 @@ __all__ = [
     "CodisForImageTextRetrieval",
     "CodisForMaskedLM",
     "CodisForPreTraining",
+    "CodisForSequenceClassification",
     "CodisForTextAssignment",
     "CodisForVisualEntailment",
     "CodisForVisualQuestionAnswering",

@@ -31,6 +31,7 @@ from .vl_outputs import (
     VisionLanguageModelOutput,
 )
 from .vl_saving import SavedWhole
+from .vl_task_heads import TextClassification, TextClassificationHead
 
 # a learned scale of cosines is at most 100 (CLIP, section 2.5)
 MAX_LOGIT_SCALE = math.log(100)
@@ -323,11 +324,31 @@ class OneRForImageClassification(OneRPreTrainedModel):
         )
 
 
+class OneRForSequenceClassification(TextClassification, OneRPreTrainedModel):
+    """What is a text, or what are two to each other (GLUE)? By F(T) below the projector."""
+
+    def __init__(self, config: OneRConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.oner = OneRModel(config, add_pooling_layer=False)
+        self.classifier = TextClassificationHead(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def pooled(self, outputs: VisionLanguageModelOutput) -> torch.Tensor:
+        return self.oner.pool(outputs.last_hidden_state, outputs.token_types)
+
+    def freeze_unused(self) -> None:
+        """What reads images: a data-parallel engine would wait for its gradient for ever."""
+        self.oner.embeddings.stem.requires_grad_(False)
+        self.oner.embeddings.patch_mask_token.requires_grad_(False)
+
+
 __all__ = [
     "MAX_LOGIT_SCALE",
     "OneRForImageClassification",
     "OneRForImageTextRetrieval",
     "OneRForMaskedLM",
+    "OneRForSequenceClassification",
     "OneRModel",
     "OneRPreTrainedModel",
 ]

@@ -8,11 +8,18 @@ from .vl_dual_tasks import (
     DualEncoderTask,
     FusedAnswerGeneration,
     TextAssignment,
+    TextReading,
     TwoImageReasoning,
     name_labels,
 )
 from .vl_heads import HeadLinear
-from .vl_task_heads import AnswerDecoder, PairClassification, PairClassificationHead
+from .vl_task_heads import (
+    AnswerDecoder,
+    PairClassification,
+    PairClassificationHead,
+    TextClassification,
+    TextClassificationHead,
+)
 
 
 class SimlaTaskModel(SimlaPreTrainedModel):
@@ -50,6 +57,16 @@ class SimlaForVisualEntailment(PairClassification, DualEncoderTask, SimlaTaskMod
         self.post_init()
 
 
+class SimlaForSequenceClassification(TextClassification, TextReading, SimlaTaskModel):
+    """What is a text, or what are two to each other (GLUE)? By [CLS] of the text tower alone."""
+
+    def __init__(self, config: SimlaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.classifier = TextClassificationHead(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 class SimlaForVisualReasoning(TwoImageReasoning, SimlaTaskModel):
     """Is a sentence true of two images (NLVR2)? Labels 0 and 1."""
 
@@ -73,6 +90,7 @@ class SimlaForTextAssignment(TextAssignment, SimlaTaskModel):
 
 
 __all__ = [
+    "SimlaForSequenceClassification",
     "SimlaForTextAssignment",
     "SimlaForVisualEntailment",
     "SimlaForVisualQuestionAnswering",

@@ -66,6 +66,19 @@ class FusedAnswerGeneration(AnswerGeneration, DualEncoderTask):
             decoder.lm_head.load_state_dict(lm_head.state_dict())
 
 
+class TextReading(DualEncoderTask):
+    """Of a task on texts alone: the text tower as far as it reads a text without an image, and nothing else."""
+
+    def freeze_unused(self) -> None:
+        tower = self.base_model
+        tower.vision.requires_grad_(False)
+        tower.text.layers[self.config.num_text_layers :].requires_grad_(False)
+        for layer in tower.text.layers[: self.config.num_text_layers]:
+            if layer.cross_attention is not None:
+                layer.cross_attention.requires_grad_(False)
+                layer.cross_norm.requires_grad_(False)
+
+
 class TwoImageReading(DualEncoderTask):
     """
     Reads a text about two images. The fusion layers stand twice, one after the other; of layers that all fuse, the
@@ -208,6 +221,7 @@ __all__ = [
     "DualEncoderTask",
     "FusedAnswerGeneration",
     "TextAssignment",
+    "TextReading",
     "TwoImageReading",
     "TwoImageReasoning",
     "name_labels",

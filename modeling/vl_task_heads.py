@@ -19,8 +19,9 @@ from transformers.utils.generic import can_return_tuple
 from .vl_fusion import FusionLayer, TextEmbeddings, context_mask_of, self_mask
 from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import patch_count
-from .vl_outputs import without_patches
+from .vl_outputs import VisionLanguageModelOutput, without_patches
 
+TEXT_DROPOUT = 0.1  # BERT's and RoBERTa's of a head
 ROWS_AT_ONCE = 256  # answers whose logits over the vocabulary are held together when ranking
 
 
@@ -67,6 +68,19 @@ class PairClassificationHead(nn.Sequential):
 
     def __init__(self, input_dim: int, hidden_dim: int, num_labels: int):
         super().__init__(HeadLinear(input_dim, hidden_dim), nn.ReLU(), HeadLinear(hidden_dim, num_labels))
+
+
+class TextClassificationHead(nn.Sequential):
+    """RoBERTa's: dropout, a dense layer with tanh, dropout, a linear map. (B, D) -> (B, labels)."""
+
+    def __init__(self, hidden_size: int, num_labels: int):
+        super().__init__(
+            nn.Dropout(TEXT_DROPOUT),
+            HeadLinear(hidden_size, hidden_size),
+            nn.Tanh(),
+            nn.Dropout(TEXT_DROPOUT),
+            HeadLinear(hidden_size, num_labels),
+        )
 
 
 class AnswerDecoder(nn.Module):
@@ -174,6 +188,44 @@ class PairClassification:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+class TextClassification:
+    """Forward of a model with a tower and a `classifier` of texts: classes, or a score where there is one label."""
+
+    def pooled(self, outputs: VisionLanguageModelOutput) -> torch.Tensor:
+        """What of the states (B, L, D) is classified, (B, D): [CLS]."""
+        return outputs.last_hidden_state[:, 0]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """
+        `logits` (B, labels) of texts as the tower reads them alone. `labels` (B,): classes, whose loss is the
+        cross-entropy, or scores, whose loss is the mean squared error. Raises `ValueError` as the tower; for images.
+        """
+        if input_ids is None or kwargs.get("pixel_values") is not None:
+            raise ValueError(f"{type(self).__name__} reads texts alone: it expects input_ids and no pixel_values")
+        outputs = self.base_model(input_ids, attention_mask, return_dict=True, **kwargs)
+        logits = self.classifier(self.pooled(outputs))  # (B, labels)
+        return SequenceClassifierOutput(
+            loss=None if labels is None else text_losses(logits, labels).mean(),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def text_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What each text costs: of one label the squared error of a score, else cross-entropy. (B, C), (B,) -> (B,)."""
+    if logits.shape[-1] == 1:
+        return (logits[:, 0].float() - labels.float()).square()
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 class TwoImageClassification:
@@ -364,10 +416,13 @@ __all__ = [
     "AnswerRanking",
     "PairClassification",
     "PairClassificationHead",
+    "TextClassification",
+    "TextClassificationHead",
     "TwoImageClassification",
     "WrittenAnswers",
     "answer_end",
     "answer_losses",
     "check_two_images",
+    "text_losses",
     "text_stack_config",
 ]

@@ -222,6 +222,20 @@ def expressions(folder: Path) -> dict[str, object]:
     }
 
 
+def texts(folder: Path) -> dict[str, object]:
+    """RTE's TSV files: sixteen pairs of texts to train on, six to evaluate on."""
+    named = emoji()
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, rows in (("train", range(16)), ("dev", range(16, 22))):
+        lines = ["index\tsentence1\tsentence2\tlabel"]
+        for number in rows:
+            first, second = named[number % 12][1], named[(number + number % 2) % 12][1]
+            label = "not_entailment" if number % 2 else "entailment"
+            lines.append(f'{number}\tIt is the {first}, "so\tIs it the {second}?\t{label}')
+        (folder / f"{part}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {"train_data": folder / "train.tsv", "eval_data": folder / "dev.tsv", "glue_task": "rte"}
+
+
 def write_lines(path: Path, lines: list[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
@@ -235,4 +249,5 @@ DATA = {
     "assignment": pairs_alone,
     "nlvr2": sentences,
     "grounding": expressions,
+    "glue": texts,
 }

@@ -113,6 +113,14 @@ def task_collator(
     return _collator(arguments, reader, _pair_layout(config, special), targets=answers)
 
 
+def text_task_collator(arguments: Arguments, processor: VisionLanguageProcessor, config: PreTrainedConfig) -> Collator:
+    """Of a task's texts alone, or two of them behind each other, and what is right; no window is drawn."""
+    special = SpecialTokens.of(config, processor.tokenizer)
+    length = arguments.data.max_text_length or config.max_text_length
+    reader = Reader(processor.tokenizer, text="text", max_text_length=length)
+    return _collator(arguments, reader, SeparateLayout(special), targets=Labels())
+
+
 # kind of rows -> what makes batches of them
 COLLATORS = {"pairs": pair_collator, "images": image_collator, "texts": text_collator}
 

@@ -32,6 +32,7 @@ TASKS = {
     "assignment": ("oner.training.tasks.assignment", "ASSIGNMENT"),
     "nlvr2": ("oner.training.tasks.classification", "NLVR2"),
     "grounding": ("oner.training.tasks.grounding", "GROUNDING"),
+    "glue": ("oner.training.tasks.glue", "GLUE"),
 }
 
 
@@ -84,6 +85,8 @@ class Task:
         load: As `load_model(model, source, draws_heads=True, config=..., dtype=...)`, where a task has more to do to
             begin from a pretrained model that lacks its heads: a decoder that starts as the encoder's copy. It must
             leave alone what `source` holds of them.
+        labels: (task arguments) -> the classes that the model is to have, where the arguments decide them; one for a
+            score.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Task:
     evaluator: Callable[[Any, str, Any], Evaluator]
     objective: Callable[[PreTrainedModel, Any], Objective] | None = None
     load: Callable[..., PreTrainedModel] | None = None
+    labels: Callable[[Any], Sequence[str]] | None = None
 
 
 def find_task(name: str) -> Task:
@@ -161,6 +165,9 @@ def load_task_model(task: Task, arguments: Arguments, config: PreTrainedConfig) 
     # heads are drawn by torch's generator
     model = arguments.model
     torch.manual_seed(arguments.run.seed)
+    if task.labels is not None:
+        config.id2label = dict(enumerate(task.labels(arguments.objective)))
+        config.label2id = {name: number for number, name in config.id2label.items()}
     options: dict[str, Any] = {"config": config, "dtype": torch.float32}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation

@@ -1,0 +1,68 @@
+"""Fine-tuning on texts alone: GLUE's tasks but for CoLA and WNLI (MoMo's Tables 2 and 3), and two on glosses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from oner.modeling.modeling_codis import CodisForSequenceClassification
+from oner.modeling.modeling_oner import OneRForSequenceClassification
+from oner.modeling.modeling_simla_tasks import SimlaForSequenceClassification
+from oner.processing.data.glue_files import open_text_task, text_task
+from oner.processing.data.listed_rows import ListedRows
+from oner.processing.vl_captions import pre_caption
+from oner.training.evaluation.texts import TextTaskEvaluator
+from oner.training.objectives.classification import TextObjective
+from oner.training.objectives.task import DistillationArguments
+from oner.training.run.arguments import DataArguments
+from oner.training.run.collators import text_task_collator
+
+from .classification import FamilyModels
+from .finetuning import Task, TaskArguments
+
+# transformers' auto class of texts is that of entailment by a picture for some; a new family adds its line
+AutoModelForTexts = FamilyModels(
+    "of texts alone",
+    {
+        "codis": CodisForSequenceClassification,
+        "oner": OneRForSequenceClassification,
+        "simla": SimlaForSequenceClassification,
+    },
+)
+
+
+@dataclass
+class GlueArguments(DistillationArguments, TaskArguments):
+    glue_task: str = field(
+        default="sst2",
+        metadata={"help": "mnli, mrpc, qqp, sst2, qnli, rte, stsb; or of WordNet's glosses: hypernym, supersense."},
+    )
+    distillation: float = field(
+        default=0.0, metadata={"help": "alpha, the weight of a teacher's soft targets; GLUE's protocols have none."}
+    )
+
+
+def labels(options: GlueArguments) -> Sequence[str]:
+    """The task's classes; one of a score."""
+    return text_task(options.glue_task).class_names or ("score",)
+
+
+def open_texts(sources: Sequence[str], options: GlueArguments, data: DataArguments, training: bool) -> ListedRows:
+    # a bad row is left out of training, never of a score
+    clean = pre_caption if data.caption_rules == "albef" else None
+    return open_text_task(sources, options.glue_task, clean, "skip" if training else "raise")
+
+
+def evaluator(rows: Sequence[Any], name: str, options: GlueArguments) -> TextTaskEvaluator:
+    return TextTaskEvaluator(rows, options.glue_task, name, options.eval_batch_size)
+
+
+GLUE = Task(
+    name="glue",
+    model=AutoModelForTexts,
+    arguments=GlueArguments,
+    open_rows=open_texts,
+    collator=text_task_collator,
+    evaluator=evaluator,
+    objective=TextObjective,
+    labels=labels,
+)
