@@ -191,7 +191,10 @@ class PairClassification:
 
 
 class TextClassification:
-    """Forward of a model with a tower and a `classifier` of texts: classes, or a score where there is one label."""
+    """
+    Forward of a model with a tower and a `classifier` of texts, alone or beside an image: classes, or a score where
+    there is one label.
+    """
 
     def pooled(self, outputs: VisionLanguageModelOutput) -> torch.Tensor:
         """What of the states (B, L, D) is classified, (B, D): [CLS]."""
@@ -202,16 +205,17 @@ class TextClassification:
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
         """
-        `logits` (B, labels) of texts as the tower reads them alone. `labels` (B,): classes, whose loss is the
-        cross-entropy, or scores, whose loss is the mean squared error. Raises `ValueError` as the tower; for images.
+        `logits` (B, labels) of texts, or of pairs as the tower reads them. `labels` (B,): classes, whose loss is the
+        cross-entropy, or scores, whose loss is the mean squared error. Raises `ValueError` as the tower.
         """
-        if input_ids is None or kwargs.get("pixel_values") is not None:
-            raise ValueError(f"{type(self).__name__} reads texts alone: it expects input_ids and no pixel_values")
-        outputs = self.base_model(input_ids, attention_mask, return_dict=True, **kwargs)
+        if input_ids is None:
+            raise ValueError(f"{type(self).__name__} expects input_ids, got None")
+        outputs = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(self.pooled(outputs))  # (B, labels)
         return SequenceClassifierOutput(
             loss=None if labels is None else text_losses(logits, labels).mean(),
