@@ -1,0 +1,147 @@
+"""Where a masked word was read off a picture: relevance of patches for a masked token (MoMo, Fig. 4).
+
+Chefer et al., "Generic attention-model explainability" (ICCV 2021), equations 5 to 11. Of each attention A the part
+that speaks for the score is kept, the mean over heads of max(A * d score / d A, 0); relevance is what these parts pass
+on from layer to layer.
+
+B pairs, H heads, T positions of a text, S of an image, L of both in one sequence, N = h*w patches (row-major).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oner.modeling.vl_outputs import PATCH_TOKEN, without_patches
+
+from .attention import eager_attention
+from .sheets import Panel, describe, heat_sheet, on_device, patch_grid, pictures_as_seen
+
+
+def kept_parts(score: Tensor, attentions: Sequence[Tensor]) -> list[Tensor]:
+    """Equation 5, A bar of each attention (B, H, Q, K) under a score: (B, Q, K), without gradient."""
+    gradients = torch.autograd.grad(score, attentions)
+    return [
+        (attention * gradient).clamp_min(0).mean(1).detach()
+        for attention, gradient in zip(attentions, gradients, strict=True)
+    ]
+
+
+def self_relevance(parts: Sequence[Tensor]) -> Tensor:
+    """Equation 6 from layer to layer, R = R + A bar R, from the identity: (B, L, L) each -> (B, L, L)."""
+    relevance = torch.eye(parts[0].shape[-1], device=parts[0].device).expand_as(parts[0])
+    for part in parts:
+        relevance = relevance + part @ relevance
+    return relevance
+
+
+def without_own(relevance: Tensor) -> Tensor:
+    """Equations 8 and 9: what a place owes others, each row of sum 1, and itself. (B, L, L) -> (B, L, L)."""
+    identity = torch.eye(relevance.shape[-1], device=relevance.device)
+    others = relevance - identity
+    return others / others.sum(-1, keepdim=True).clamp_min(torch.finfo(others.dtype).tiny) + identity
+
+
+def crossed_relevance(image: Sequence[Tensor], text: Sequence[Tensor], across: Sequence[Tensor]) -> Tensor:
+    """
+    What a text that reads an image owes to it (equations 6, 7 and 10), (B, T, S).
+
+    Args:
+        image: A bar of the image's own layers, (B, S, S) each.
+        text: Of the text's, (B, T, T) each; the last of them have cross-attention.
+        across: Of that, (B, T, S) each.
+    """
+    of_image = without_own(self_relevance(image))  # (B, S, S)
+    of_text = torch.eye(text[0].shape[-1], device=text[0].device).expand_as(text[0])  # (B, T, T)
+    owed = torch.zeros_like(across[0])  # (B, T, S)
+    for number, part in enumerate(text):
+        owed = owed + part @ owed
+        of_text = of_text + part @ of_text
+        reading = number - (len(text) - len(across))
+        if reading >= 0:
+            owed = owed + without_own(of_text).mT @ across[reading] @ of_image
+    return owed
+
+
+def masked_relevance(model: Any, batch: dict[str, Tensor], places: Tensor, token_ids: Tensor) -> Tensor:
+    """
+    Relevance (B, N) of the patches for the logit of a token at a masked place of each text.
+
+    Args:
+        model: A family's `...ForMaskedLM`, in eval mode.
+        batch: Pairs as its processor makes them, the place masked already.
+        places: (B,), counted from [CLS] over the text's own positions.
+        token_ids: (B,), what stood there.
+
+    Raises:
+        ValueError: a model in training mode, whose attention has dropout.
+    """
+    if model.training:
+        raise ValueError("masked_relevance expects a model in eval mode; call eval() first")
+    rows = torch.arange(len(places), device=places.device)
+    with eager_attention(model), torch.enable_grad():
+        outputs = model.base_model(**batch, output_attentions=True, return_dict=True)
+        patches = int((outputs.token_types[0] == PATCH_TOKEN).sum())
+        states = without_patches(outputs.last_hidden_state, outputs.last_hidden_state.shape[1] - patches)
+        logits = model.lm_head(states[rows, places])  # (B, V)
+        score = logits.gather(1, token_ids[:, None]).sum()
+
+        # rows of a batch keep to themselves, so one gradient serves all of them
+        attentions = list(outputs.attentions)
+        crossing = list(getattr(outputs, "cross_attentions", None) or ())
+        parts = kept_parts(score, [*attentions, *crossing])
+
+    # one sequence: [CLS], patches, text
+    if not crossing:
+        relevance = self_relevance(parts)  # (B, L, L)
+        source = torch.where(places > 0, places + patches, places)  # (B,)
+        return relevance[rows, source, 1 : 1 + patches]
+
+    # the image's layers, the text's, and what these read
+    own = parts[: model.config.num_hidden_layers]
+    text = parts[model.config.num_hidden_layers : len(attentions)]
+    owed = crossed_relevance(own, text, parts[len(attentions) :])  # (B, T, S)
+    return owed[rows, places, 1:]
+
+
+def masked_maps(
+    model: Any, processor: Any, images: Sequence[Any], texts: Sequence[str], words: Sequence[int]
+) -> Tensor:
+    """
+    `masked_relevance` of pictures and texts, the token `words[b]` of each text masked: (B, h, w).
+
+    Raises:
+        ValueError: a text without such a token.
+    """
+    tokenizer = processor.tokenizer
+    encoded = processor(images=list(images), text=list(texts), padding=True, truncation=True, return_tensors="pt")
+    batch = on_device(encoded, model)
+    grid = patch_grid(batch["pixel_values"], model)
+    patches = grid[0] * grid[1] if model.config.pair_layout == "joint" else 0
+    places = torch.tensor(words, device=batch["input_ids"].device) + 1  # behind [CLS]
+    if (places < 1).any() or (batch["attention_mask"].sum(1) - patches <= places).any():
+        raise ValueError(f"expected a token of each text, got the places {list(words)}")
+
+    # the token, and [MASK] in its place
+    rows = torch.arange(len(places), device=places.device)
+    token_ids = batch["input_ids"][rows, places + patches]  # (B,)
+    masked = batch["input_ids"].clone()
+    masked[rows, places + patches] = tokenizer.mask_token_id
+    return masked_relevance(model, {**batch, "input_ids": masked}, places, token_ids).unflatten(1, grid)
+
+
+def relevance_sheet(model: Any, processor: Any, images: Sequence[Any], texts: Sequence[str], most: int = 4) -> Any:
+    """A Figure with a line for each picture: as it is, then for each of the first `most` tokens of its text, masked in
+    turn, where it was read."""
+    seen = pictures_as_seen(images, processor)  # (B, H, W, 3)
+    lines = []
+    for picture, image, text in zip(seen, images, texts, strict=True):
+        tokens = processor.tokenizer.convert_ids_to_tokens(processor(text=text)["input_ids"][0, 1:])[:most]
+        count = len(tokens)
+        maps = masked_maps(model, processor, [image] * count, [text] * count, range(count))  # (count, h, w)
+        told = [Panel(picture, heat, f"[MASK] = {token}") for token, heat in zip(tokens, maps, strict=True)]
+        lines.append([Panel(picture, above=text), *told])
+    return heat_sheet(
+        lines, f"{describe(model)}: relevance of patches for each masked word; each map on its own scale"
+    )
