@@ -16,7 +16,7 @@ from torch import Tensor
 from oner.modeling.vl_outputs import PATCH_TOKEN, without_patches
 
 from .attention import eager_attention
-from .sheets import Panel, describe, heat_sheet, on_device, patch_grid, pictures_as_seen
+from .sheets import Panel, describe, heat_sheet, on_device, patch_grid, pictures_as_seen, wrapped
 
 
 def kept_parts(score: Tensor, attentions: Sequence[Tensor]) -> list[Tensor]:
@@ -141,7 +141,7 @@ def relevance_sheet(model: Any, processor: Any, images: Sequence[Any], texts: Se
         count = len(tokens)
         maps = masked_maps(model, processor, [image] * count, [text] * count, range(count))  # (count, h, w)
         told = [Panel(picture, heat, f"[MASK] = {token}") for token, heat in zip(tokens, maps, strict=True)]
-        lines.append([Panel(picture, above=text), *told])
+        lines.append([Panel(picture, above=wrapped(text)), *told])
     return heat_sheet(
         lines, f"{describe(model)}: relevance of patches for each masked word; each map on its own scale"
     )
