@@ -92,7 +92,7 @@ def test_a_limit_draws_the_same_rows_each_time():
         (["--data", "nowhere"], "nowhere/emoji/train.parquet: no such file; expected examples/data"),
         (["--tasks", "food101"], "food101: torchvision finds no official files in data"),
         (["--pool", "max"], "--pool is 'max'; expected one of cls, mean"),
-        (["--tassk", "digits"], "unknown arguments --tassk digits"),
+        (["--tassk", "digits"], "unknown arguments ['--tassk', 'digits']; did you mean --tasks?"),
         (["--texts", "x", "stsb", "a.tsv", "b.tsv"], "a.tsv: cannot be read"),
     ],
 )

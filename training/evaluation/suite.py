@@ -40,10 +40,8 @@ def run(a: argparse.Namespace, rest: Sequence[str]) -> int:
     has one table of all. Returns 0.
 
     Raises:
-        ValueError: arguments that are not known, no task, data that are not there, a damaged model.
+        ValueError: an unknown task, data that are not there, a damaged model.
     """
-    if rest:
-        raise ValueError(f"unknown arguments {' '.join(rest)}")
     check_choices(a)
     evaluators = dict(build(a, options_of(a)))
     found: Results = {}
