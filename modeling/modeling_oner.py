@@ -18,18 +18,13 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_oner import OneRConfig
-from .vl_embeddings import ConvStem, LinearStem, PatchProjection, interpolate_positions, sincos_1d, sincos_2d
+from .vl_embeddings import PatchProjection
 from .vl_features import CosineRetrieval, MaskedTokens, RetrievalFeatures
 from .vl_heads import ContrastiveHead, HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs
 from .vl_layers import PreNormLayer, SelfAttention
-from .vl_outputs import (
-    CLS_TOKEN,
-    PADDING_TOKEN,
-    PATCH_TOKEN,
-    TEXT_TOKEN,
-    VisionLanguageModelOutput,
-)
+from .vl_one_tower import OneTowerEmbeddings
+from .vl_outputs import PATCH_TOKEN, TEXT_TOKEN, VisionLanguageModelOutput
 from .vl_saving import SavedWhole
 from .vl_task_heads import TextClassification, TextClassificationHead
 
@@ -37,106 +32,27 @@ from .vl_task_heads import TextClassification, TextClassificationHead
 MAX_LOGIT_SCALE = math.log(100)
 
 
-class OneREmbeddings(nn.Module):
-    """Tokens and patches, with fixed sines added: the only part of OneR that knows one modality from the other."""
+class OneREmbeddings(OneTowerEmbeddings):
+    """With a token that stands in for masked patches."""
 
     def __init__(self, config: OneRConfig):
-        super().__init__()
-        self.config = config
-        stem = ConvStem if config.stem == "conv" else LinearStem
-        self.stem = stem(config.patch_size, config.num_channels, config.hidden_size)
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        super().__init__(config)
         self.patch_mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.token_scale = math.sqrt(config.hidden_size) if config.scale_word_embeddings else 1.0
-        side = config.image_size // config.patch_size
-        self.register_buffer("image_positions", self.make_image_positions((side, side)), persistent=False)
-        self.register_buffer("text_positions", self.make_text_positions(), persistent=False)
-
-    def make_image_positions(self, grid: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
-        """The 2-D table for a grid (h, w), from the grid the model was first trained on. -> (h*w, D), fp32."""
-        config = self.config
-        side = config.position_image_size // config.patch_size
-        if config.position_interpolation == "recompute":
-            # the middle of each patch on the old grid, as a resized picture moves it
-            rows, columns = (
-                (torch.arange(n, device=device, dtype=torch.float64) + 0.5) * side / n - 0.5 for n in grid
-            )
-            return sincos_2d(rows, columns, config.hidden_size).float()
-        ticks = torch.arange(side, device=device, dtype=torch.float64)
-        return interpolate_positions(sincos_2d(ticks, ticks, config.hidden_size).float(), (side, side), grid)
-
-    def make_text_positions(self) -> torch.Tensor:
-        """The 1-D table. -> (max_text_length, D), fp32."""
-        return sincos_1d(torch.arange(self.config.max_text_length), self.config.hidden_size).float()
 
     def embed_patches(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
         """(B, C, H, W) -> (B, N, D); masked patches (B, N) become the mask token after the stem."""
-        p = self.config.patch_size
-        h, w = pixel_values.shape[-2] // p, pixel_values.shape[-1] // p
+        if bool_masked_pos is None:
+            return super().embed_patches(pixel_values)
 
         # masked patches, blank to the stem too if the configuration says so
-        if bool_masked_pos is not None and self.config.mask_before_stem:
+        p = self.config.patch_size
+        if self.config.mask_before_stem:
+            h, w = pixel_values.shape[-2] // p, pixel_values.shape[-1] // p
             hidden = bool_masked_pos.view(-1, 1, h, w).repeat_interleave(p, 2).repeat_interleave(p, 3)
             pixel_values = pixel_values.masked_fill(hidden, 0.0)
         patches = self.stem(pixel_values.to(self.patch_mask_token.dtype))  # (B, N, D)
-        if bool_masked_pos is not None:
-            patches = torch.where(bool_masked_pos[..., None], self.patch_mask_token.to(patches.dtype), patches)
-
-        # where they are, by the table at hand or one for another size
-        if h * p == w * p == self.config.image_size:
-            positions = self.image_positions
-        else:
-            positions = self.make_image_positions((h, w), pixel_values.device)
-        return patches + positions.to(patches.dtype)
-
-    def embed_tokens(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Ids and their places in the text, any equal shape. (...) -> (..., D)."""
-        tokens = self.word_embeddings(input_ids) * self.token_scale
-        return tokens + self.text_positions[positions].to(tokens.dtype)
-
-    def embed_cls(self, batch_size: int) -> torch.Tensor:
-        """The [CLS] token, at MAE's zero position. -> (B, 1, D)."""
-        ids = torch.full((batch_size, 1), self.config.cls_token_id, device=self.patch_mask_token.device)
-        return self.word_embeddings(ids) * self.token_scale
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        bool_masked_pos: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sequence (B, L, D) and what each position is (B, L)."""
-        # an image alone
-        if input_ids is None:
-            patches = self.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
-            hidden_states = torch.cat([self.embed_cls(patches.shape[0]), patches], dim=1)  # (B, 1 + N, D)
-            token_types = torch.full(hidden_states.shape[:2], PATCH_TOKEN, device=hidden_states.device)
-            token_types[:, 0] = CLS_TOKEN
-            return hidden_states, token_types
-
-        # what each place is, (B, L)
-        token_types = torch.full_like(input_ids, TEXT_TOKEN)
-        token_types = token_types.masked_fill(input_ids == self.config.image_token_id, PATCH_TOKEN)
-        if attention_mask is not None:
-            token_types = token_types.masked_fill(attention_mask == 0, PADDING_TOKEN)
-        token_types[:, 0] = CLS_TOKEN
-
-        # tokens, counted from the first of the text
-        place = (token_types == TEXT_TOKEN).cumsum(1) - 1  # (B, L)
-        tokens = self.embed_tokens(input_ids, place.clamp(0, self.config.max_text_length - 1))  # (B, L, D)
-        # no slice from 1 on: an exported graph would have one more case, a text of one token
-        is_cls = (torch.arange(tokens.shape[1], device=tokens.device) == 0)[:, None]  # (L, 1)
-        hidden_states = torch.where(is_cls, self.embed_cls(tokens.shape[0]).to(tokens.dtype), tokens)  # (B, L, D)
-
-        # patches in place of their placeholders
-        if pixel_values is not None:
-            patches = self.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
-            is_patch = token_types == PATCH_TOKEN
-            source = (is_patch.cumsum(1) - 1).clamp(0, patches.shape[1] - 1)  # (B, L)
-            patches = patches.gather(1, source[..., None].expand(-1, -1, patches.shape[-1]))  # (B, L, D)
-            hidden_states = torch.where(is_patch[..., None], patches.to(hidden_states.dtype), hidden_states)
-        return hidden_states, token_types
+        patches = torch.where(bool_masked_pos[..., None], self.patch_mask_token.to(patches.dtype), patches)
+        return patches + self.positions_of(pixel_values).to(patches.dtype)
 
 
 class OneRPreTrainedModel(SavedWhole, PreTrainedModel):
@@ -176,9 +92,7 @@ class OneRPreTrainedModel(SavedWhole, PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, OneREmbeddings):
             init.normal_(module.patch_mask_token, std=self.config.initializer_range)
-            side = self.config.image_size // self.config.patch_size
-            init.copy_(module.image_positions, module.make_image_positions((side, side)))
-            init.copy_(module.text_positions, module.make_text_positions())
+            module.reset_tables()
         elif hasattr(module, "logit_scale"):
             init.constant_(module.logit_scale, -math.log(self.config.temperature))
         else:
@@ -238,7 +152,9 @@ class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
         check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding, bool_masked_pos)
 
         # one sequence of whatever there is
-        hidden_states, token_types = self.embeddings(input_ids, attention_mask, pixel_values, bool_masked_pos)
+        hidden_states, token_types = self.embeddings(
+            input_ids, attention_mask, pixel_values, bool_masked_pos=bool_masked_pos
+        )
 
         # the trunk, (B, L, D)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask if input_ids is not None else None)
