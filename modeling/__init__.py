@@ -2,6 +2,7 @@
 
 from .configuration_codis import CODIS_SIZES, CodisConfig
 from .configuration_dvae import DISCRETE_VAE_SIZES, DiscreteVAEConfig
+from .configuration_momo import MOMO_SIZES, MomoConfig
 from .configuration_oner import ONER_SIZES, OneRConfig
 from .configuration_simla import SIMLA_SIZES, SimlaConfig
 from .modeling_codis import (
@@ -17,6 +18,16 @@ from .modeling_codis import (
     CodisPreTrainedModel,
 )
 from .modeling_dvae import DiscreteVAE
+from .modeling_momo import (
+    MomoForImageClassification,
+    MomoForImageTextRetrieval,
+    MomoForSequenceClassification,
+    MomoForVisualQuestionAnswering,
+    MomoModel,
+    MomoPreTrainedModel,
+)
+from .modeling_momo_decoders import MomoForMaskedLM
+from .modeling_momo_pretraining import MomoForPreTraining
 from .modeling_oner import (
     OneRForImageClassification,
     OneRForImageTextRetrieval,
@@ -39,6 +50,7 @@ from .modeling_simla_tasks import (
 __all__ = [
     "CODIS_SIZES",
     "DISCRETE_VAE_SIZES",
+    "MOMO_SIZES",
     "ONER_SIZES",
     "SIMLA_SIZES",
     "CodisConfig",
@@ -54,6 +66,15 @@ __all__ = [
     "CodisPreTrainedModel",
     "DiscreteVAE",
     "DiscreteVAEConfig",
+    "MomoConfig",
+    "MomoForImageClassification",
+    "MomoForImageTextRetrieval",
+    "MomoForMaskedLM",
+    "MomoForPreTraining",
+    "MomoForSequenceClassification",
+    "MomoForVisualQuestionAnswering",
+    "MomoModel",
+    "MomoPreTrainedModel",
     "OneRConfig",
     "OneRForImageClassification",
     "OneRForImageTextRetrieval",

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import tiny_codis
+import tiny_momo
 import tiny_oner
 import tiny_simla
 import torch
@@ -50,6 +51,7 @@ class Family:
             tiny_config: (**fields) -> the configuration that `tiny_oner.joint_batch` fits;
             make_batch: (lengths of captions, ...) -> what its objective reads;
             OBJECTIVE: arguments of the objective over such a model;
+            PAIRED: the losses that read a batch of pairs, where the family has others too;
             SHRUNK: arguments of examples/pretrain.py for a model of some thousand weights, `model_config` among them;
             stand_ins: () -> those that name files which a run reads beside its data, made small;
             RUN: those by which a tiny run has every loss of the paper;
@@ -71,6 +73,11 @@ class Family:
     def losses(self) -> tuple[str, ...]:
         """Every loss that the objective knows, in its order."""
         return import_module(OBJECTIVES[self.name][0]).LOSSES
+
+    @property
+    def pair_losses(self) -> tuple[str, ...]:
+        """Those of them that read a batch of pairs."""
+        return getattr(self.tiny, "PAIRED", self.losses)
 
     @property
     def run(self) -> dict[str, Any]:
@@ -95,6 +102,7 @@ class Family:
 
 FAMILIES = {
     "codis": Family("codis", tiny_codis),
+    "momo": Family("momo", tiny_momo),
     "oner": Family("oner", tiny_oner),
     "simla": Family("simla", tiny_simla),
 }

@@ -36,7 +36,7 @@ def make(family):
 
     torch.manual_seed(0)
     student = family.build(PRETRAINING, **family.tiny.APART).train()
-    objective = family.objective(student, losses=list(family.losses), match_ids=True)
+    objective = family.objective(student, losses=list(family.pair_losses), match_ids=True)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -116,7 +116,7 @@ def test_two_processes_equal_one(family, ranks):
     whole = result_of(student, *family.tiny.in_one_process(objective, student, make_parts(family), PROGRESS))
 
     assert list(both[0]["parts"]) == list(whole["parts"])
-    assert [name for name in whole["parts"] if name in family.losses] == list(family.losses)
+    assert [name for name in whole["parts"] if name in family.losses] == list(family.pair_losses)
     for name, value in whole["parts"].items():
         mean = (both[0]["parts"][name] + both[1]["parts"][name]) / 2
         torch.testing.assert_close(mean, value.detach(), rtol=1e-5, atol=1e-6, msg=name)
@@ -140,7 +140,8 @@ def test_two_processes_keep_the_state_of_one(family, ranks):
     for name, value in expected.items():
         assert torch.equal(one[name], other[name]), name
         torch.testing.assert_close(one[name], value, rtol=0, atol=1e-6, msg=name)
-    assert sum(not torch.equal(value, before[name]) for name, value in expected.items()) > 0.5 * len(expected)
+    moved = sum(not torch.equal(value, before[name]) for name, value in expected.items())
+    assert moved > 0.5 * len(expected) or not expected
 
 
 def test_a_process_alone_computes_something_else(family, ranks):

@@ -257,6 +257,8 @@ def test_the_training_step_refuses(changes, message, family):
         changes = _apart(changes)
     if "bool_masked_pos" in changes:
         skip_without_masks(family.tower(student))
+    if "masked_input_ids" in changes and "masked_input_ids" not in batch:
+        pytest.skip("this family replaces no words")
     with pytest.raises(ValueError, match=re.escape(message)):
         objective(student, {**batch, **changes}, 0.0)
 

@@ -22,6 +22,7 @@ from .teacher import EMATeacher
 # family -> module of the objective and of its arguments; a new family adds its line here
 OBJECTIVES = {
     "codis": ("oner.training.objectives.codis", "CodisObjective", "CodisObjectiveArguments"),
+    "momo": ("oner.training.objectives.momo", "MomoObjective", "MomoObjectiveArguments"),
     "oner": ("oner.training.objectives.oner", "OneRObjective", "OneRObjectiveArguments"),
     "simla": ("oner.training.objectives.simla", "SimlaObjective", "SimlaObjectiveArguments"),
 }
@@ -184,6 +185,13 @@ class Objective(ABC):
 
     def before_step(self) -> None:  # noqa: B027  most families have nothing to move
         """Called once before the passes of a step, in one go or in chunks: what has to move before it is taken."""
+
+    def steps(self) -> Sequence["Objective"]:
+        """
+        What takes a step of the optimiser each, one after the other, within a step of the run: by default all portions
+        together. Each has some of this one's portions, and moves before and after its own step.
+        """
+        return (self,)
 
     def teachers(self) -> Iterable[EMATeacher]:
         """Teachers that follow the student: an engine that spreads the student over processes spreads them alike."""

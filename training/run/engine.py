@@ -183,17 +183,30 @@ class Engine:
                     break
 
     def _train_step(self, batches: dict[str, Batch]) -> Taken:
-        progress = self.step / self.total_steps
-        self.guard.before(self.step + 1, batches, progress)
         self.student.train()
         self.schedule.step_update(self.step)
-        taken = loss_and_gradients(self.accelerator, self.objective, self.student, batches, progress, self.chunks)
+        steps = self.objective.steps()
+        taken = [self._optimise(objective, batches, apart=len(steps) > 1) for objective in steps]
+        self.step += 1
+        parts = {name: part for one in taken for name, part in one.parts.items()}
+        return Taken(torch.stack([one.loss for one in taken]).sum(), parts, {})
+
+    def _optimise(self, objective: Objective, batches: dict[str, Batch], apart: bool) -> Taken:
+        """One step of the optimiser, by the batches of an objective's portions; `apart`: there are others."""
+        batches = {name: batches[name] for name in objective.portions}
+        progress = self.step / self.total_steps
+        self.guard.before(self.step + 1, batches, progress)
+        taken = loss_and_gradients(self.accelerator, objective, self.student, batches, progress, self.chunks, apart)
+        if apart:
+            # moments move what these portions do not reach, under engines that know no gradient of zero too
+            for parameter in self.student.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
         # the update, and what follows it: teachers and queues, which obey `applied` too
         applied = self._update(taken.loss)
         self.optimizer.zero_grad()
-        self.objective.after_step(applied, taken.kept)
-        self.step += 1
+        objective.after_step(applied, taken.kept)
         return taken
 
     def _update(self, loss: torch.Tensor) -> torch.Tensor:

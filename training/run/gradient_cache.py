@@ -34,6 +34,7 @@ def loss_and_gradients(
     batches: Mapping[str, Batch],
     progress: float,
     chunks: Mapping[str, int] | None = None,
+    apart: bool = False,
 ) -> Taken:
     """
     Adds the gradient of a step to the student's parameters: portion after portion, processes averaged with the last.
@@ -44,6 +45,7 @@ def loss_and_gradients(
         chunks: By portion; 1 or none takes a share in one go, more by cached gradients. Only what normalises by batch
             statistics (BatchNorm) then sees chunks, which a warning says; running statistics move once a step all the
             same.
+        apart: Other steps of the optimiser reach parameters that this one does not.
 
     Returns:
         The loss and its parts, 0-dim, detached, and what the objective's `after_step` takes along.
@@ -56,7 +58,7 @@ def loss_and_gradients(
 
     # what moves before a step, and gradients that an engine may have kept of the last one
     objective.before_step()
-    several = len(objective.portions) > 1
+    several = apart or len(objective.portions) > 1
     if several:
         forget_gradients(accelerator, student)
     networks = [student, *(teacher.model for teacher in objective.teachers())]
@@ -83,7 +85,7 @@ class PortionStep:
     Args:
         networks: Student and teachers, whose running statistics are kept by chunk.
         last: With the last portion's last chunk the processes exchange gradients.
-        several: Other portions may have reached parameters that this one does not.
+        several: Other portions may reach parameters that this one does not.
     """
 
     accelerator: Accelerator

@@ -1,0 +1,298 @@
+"""One pre-training step of MoMo in one call: what is masked of images, texts and pairs, contrast, matching.
+
+B rows, N patches, W slots of a text, n tokens of all texts of a batch, L = 1 + N + W positions of a pair, D width of
+the encoder, E of a decoder, P embedding width, K masked patches, M masked tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_momo import MomoConfig
+from .modeling_momo import MomoModel, MomoPreTrainedModel
+from .modeling_momo_decoders import Decoders, Unseen, decoder_names
+from .vl_dual_encoder import ChooseNegatives, check_passes
+from .vl_features import RetrievalFeatures
+from .vl_heads import HeadLinear
+from .vl_inputs import check_inputs, check_padding, check_pairs, check_patch_mask, patch_count
+from .vl_ragged import Joined, Ragged, complement
+
+logger = logging.get_logger(__name__)
+
+PASSES = ("image", "text", "pair", "contrast", "match")
+
+
+@dataclass
+class MomoPreTrainingOutput(ModelOutput):
+    """
+    Args:
+        logit_scale (`(1,)`): The learnable logarithm of the inverse temperature.
+        embeddings (`dict`): Unit vectors (B, P) of `image` and `text`, each read alone and whole.
+        pixel_predictions (`dict`): (K, p*p*C) of the masked patches of `image` or `pair`.
+        mlm_logits (`dict`): (M, V) of the masked tokens of `text` or `pair`.
+        itm_logits (`(3B, 2)`): Of the pairs, of each text with its negative image, of each image with its negative
+            text.
+    """
+
+    logit_scale: torch.FloatTensor | None = None
+    embeddings: dict[str, torch.FloatTensor] | None = None
+    pixel_predictions: dict[str, torch.FloatTensor] | None = None
+    mlm_logits: dict[str, torch.FloatTensor] | None = None
+    itm_logits: torch.FloatTensor | None = None
+
+
+@dataclass
+class Embedded:
+    """
+    Images and texts of a batch before the encoder: all tokens of each, where those stand that are seen, and where
+    those that are not. A modality that the batch lacks, or that is not masked, is None.
+
+    Attributes:
+        cls (`(B, D)`): Of each row.
+        patches, words (`Ragged`): B * N and n tokens.
+        seen_patches, hidden_patches (`(B * N - K,)`, `(K,)`): Places among the patches.
+        seen_words, hidden_words (`(n - M,)`, `(M,)`): Places among the words.
+        word_slots (`(n,)`): The place of each word in its text.
+        pixel_values (`(B, C, H, W)`): The images, whose size decides positions.
+    """
+
+    cls: torch.Tensor
+    pixel_values: torch.Tensor | None
+    patches: Ragged | None = None
+    words: Ragged | None = None
+    seen_patches: torch.Tensor | None = None
+    hidden_patches: torch.Tensor | None = None
+    seen_words: torch.Tensor | None = None
+    hidden_words: torch.Tensor | None = None
+    word_slots: torch.Tensor | None = None
+
+    def seen(self) -> list[Ragged]:
+        """What is seen of the patches and of the words."""
+        return [self.patches.keep(self.seen_patches), self.words.keep(self.seen_words)]
+
+
+class MomoForPreTraining(Decoders, RetrievalFeatures, MomoPreTrainedModel):
+    """
+    The encoder with everything that is trained: decoders, the head of words tied to the tokens, the temperature, the
+    matching head. It computes predictions, embeddings and logits; losses and negatives are the objective's.
+    """
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "momo.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: MomoConfig):
+        super().__init__(config)
+        self.momo = MomoModel(config)
+        self.add_decoders(config, config.decoders)
+        self.logit_scale = nn.Parameter(torch.zeros(1))  # not 0-dim: ZeRO-3 cannot partition a scalar
+        self.itm_head = HeadLinear(config.hidden_size, 2)
+        self.post_init()
+
+    def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs) -> None:
+        """As everywhere, but without the decoders unless `save_decoders`: the paper discards them after each stage."""
+        if not self.config.save_decoders:
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            left = (*decoder_names(self.config, self.config.decoders), "lm_head")
+            state_dict = {name: value for name, value in state_dict.items() if name.partition(".")[0] not in left}
+            logger.warning(f"{', '.join(left)} of this stage are left behind (save_decoders in the configuration)")
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        text_index: torch.LongTensor | None = None,
+        mlm_index: torch.LongTensor | None = None,
+        mim_index: torch.LongTensor | None = None,
+        passes: tuple[str, ...] = ("pair", "contrast"),
+        choose_negatives: ChooseNegatives | None = None,
+        match_masked: bool = False,
+        checked: bool = False,
+        **kwargs,
+    ) -> MomoPreTrainingOutput:
+        r"""
+        What is masked is not seen at all by the encoder (section 3.3).
+
+        Args:
+            input_ids, attention_mask (`(B, L)`): Texts alone, or pairs in the processor's joint layout.
+            pixel_values (`(B, C, H, W)`): Images alone, or those of the pairs.
+            bool_masked_pos (`(B, N)`): Masked patches.
+            text_index (`(n,)`): Slots of the real tokens in a flat (B, W), and likewise
+            mlm_index (`(M,)`): which of these tokens are masked, and
+            mim_index (`(K,)`): the masked patches in a flat (B, N). Found from the masks where None, but for
+                `mlm_index`; given by the collator so that no accelerator has to stop for them.
+            passes: What to compute: `image`, `text` (masked patches, masked tokens), `pair` (both, from what is seen
+                of both), `contrast` (images and texts alone, whole), `match` (pairs and negatives, whole).
+            choose_negatives: For "match"; called once the embeddings of "contrast" are there. A function of tensors.
+            match_masked: "match" reads what "pair" sees of images and texts, instead of all of them.
+            checked: Whether texts and images were looked through before.
+
+        Raises:
+            ValueError: unknown passes, one that lacks what it needs, a decoder that the configuration has not, and
+                what [`MomoModel`] raises.
+        """
+        needs = {
+            "image": ("bool_masked_pos", bool_masked_pos),
+            "text": ("mlm_index", mlm_index),
+            "pair": ("bool_masked_pos and mlm_index", None if mlm_index is None else bool_masked_pos),
+            "match": ("choose_negatives", choose_negatives),
+        }
+        check_passes(passes, PASSES, needs)
+        if "match" in passes and "contrast" not in passes:
+            raise ValueError(f"the pass 'match' needs 'contrast' beside it, got {list(passes)}")
+        self._check(input_ids, attention_mask, pixel_values, bool_masked_pos, checked)
+        batch = self._embed(input_ids, attention_mask, pixel_values, bool_masked_pos, text_index, mlm_index, mim_index)
+
+        # all that is read before negatives are known, in one run of the encoder
+        pair = Joined.of(batch.seen()) if "pair" in passes else None
+        rows: dict[str, Ragged] = {}
+        if "image" in passes:
+            rows["image"] = batch.patches.keep(batch.seen_patches)
+        if "text" in passes:
+            rows["text"] = batch.words.keep(batch.seen_words)
+        if pair is not None:
+            rows["pair"] = pair.whole
+        if "contrast" in passes:
+            rows |= {"whole image": batch.patches, "whole text": batch.words}
+        encoded = self.momo.encode_visible([(batch.cls, part) for part in rows.values()])
+        states = dict(zip(rows, encoded, strict=True))  # [CLS] (B, D) and tokens (n, D) of each
+
+        # masked patches and tokens
+        output = MomoPreTrainingOutput(self.logit_scale, embeddings={}, pixel_predictions={}, mlm_logits={})
+        if "image" in passes:
+            self._predict(output, "image", batch, states["image"][0], image=states["image"][1])
+        if "text" in passes:
+            self._predict(output, "text", batch, states["text"][0], text=states["text"][1])
+        if pair is not None:
+            image, text = pair.apart(states["pair"][1])
+            self._predict(output, "pair", batch, states["pair"][0], image=image, text=text)
+
+        # images and texts alone, and pairs with the negatives that these suggest
+        if "contrast" in passes:
+            output.embeddings["image"] = self.momo.embed_images(states["whole image"][0])  # (B, P)
+            output.embeddings["text"] = self.momo.embed_texts(states["whole text"][0])  # (B, P)
+        if "match" in passes:
+            negatives = choose_negatives(*output.embeddings.values(), (-self.logit_scale).exp())  # (B,), (B,)
+            output.itm_logits = self._match(batch, *negatives, match_masked)  # (3B, 2)
+        return output
+
+    def _check(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        bool_masked_pos: torch.Tensor | None,
+        checked: bool,
+    ) -> None:
+        if bool_masked_pos is not None and pixel_values is not None:
+            n_patches = patch_count(pixel_values, self.config.patch_size)
+            check_patch_mask(bool_masked_pos, len(pixel_values), n_patches)
+        if checked:
+            return
+        check_inputs(self.momo, input_ids, attention_mask, pixel_values)
+        if input_ids is not None and pixel_values is not None:
+            check_pairs(
+                input_ids,
+                attention_mask,
+                self.config.image_token_id,
+                patch_count(pixel_values, self.config.patch_size),
+            )
+        elif input_ids is not None and input_ids.device.type == "cpu":
+            check_padding(attention_mask)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        bool_masked_pos: torch.Tensor | None,
+        text_index: torch.Tensor | None,
+        mlm_index: torch.Tensor | None,
+        mim_index: torch.Tensor | None,
+    ) -> Embedded:
+        """Stem and tokens once for every pass."""
+        embeddings = self.momo.embeddings
+        rows = len(input_ids if pixel_values is None else pixel_values)  # B
+        batch = Embedded(embeddings.embed_cls(rows)[:, 0], pixel_values)
+        head = 1
+
+        # patches, each image's full
+        if pixel_values is not None:
+            head += patch_count(pixel_values, self.config.patch_size)
+            batch.patches = Ragged.of_rectangle(embeddings.embed_patches(pixel_values))  # B * N
+            if bool_masked_pos is not None:
+                hidden = bool_masked_pos.flatten().nonzero().flatten() if mim_index is None else mim_index  # (K,)
+                batch.hidden_patches = hidden
+                batch.seen_patches = complement(hidden, bool_masked_pos.numel())
+
+        # real tokens only: padding is never embedded
+        if input_ids is not None:
+            ids = input_ids[:, head:]  # (B, W)
+            if text_index is None:
+                text_index = attention_mask[:, head:].flatten().nonzero().flatten()  # (n,)
+            batch.word_slots = text_index % ids.shape[1]
+            tokens = embeddings.embed_tokens(ids.flatten()[text_index], batch.word_slots)  # (n, D)
+            batch.words = Ragged(tokens, text_index // ids.shape[1], rows)
+            if mlm_index is not None:
+                batch.hidden_words = mlm_index
+                batch.seen_words = complement(mlm_index, len(text_index))
+        return batch
+
+    def _predict(
+        self,
+        output: MomoPreTrainingOutput,
+        kind: str,
+        batch: Embedded,
+        cls: torch.Tensor,
+        image: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+    ) -> None:
+        """Decodes what the encoder made of one pass, and says what was masked. Fills `output`."""
+        # one decoder for what there is, or of a pair one for each
+        joint = kind != "pair" or self.config.shared_decoder or self.config.pair_decoder == "joint"
+        image_decoder = self.decoder(kind if joint else "pair_image") if image is not None else None
+        text_decoder = self.decoder(kind if joint else "pair_text") if text is not None else None
+        parts: dict[str, Unseen] = {}
+        if image is not None:
+            table = image_decoder.positions_of(batch.pixel_values).repeat(len(cls), 1)  # (B * N, E)
+            patches = batch.patches
+            parts["image"] = Unseen(image, batch.seen_patches, patches.row, patches.each, table)
+        if text is not None:
+            positions = text_decoder.text_positions[batch.word_slots]  # (n, E)
+            parts["text"] = Unseen(text, batch.seen_words, batch.words.row, None, positions)
+
+        # states of all tokens, (n, E) each
+        if joint:
+            decoder = image_decoder if image is not None else text_decoder
+            states = dict(zip(parts, decoder(cls, list(parts.values())), strict=True))
+        else:
+            decoders = {"image": image_decoder, "text": text_decoder}
+            states = {name: decoders[name](cls, [part])[0] for name, part in parts.items()}
+
+        # of the masked ones alone
+        if image is not None:
+            masked = states["image"].index_select(0, batch.hidden_patches)  # (K, E)
+            output.pixel_predictions[kind] = image_decoder.pixel_head(masked)
+        if text is not None:
+            masked = states["text"].index_select(0, batch.hidden_words)  # (M, E)
+            output.mlm_logits[kind] = self.lm_head(masked)
+
+    def _match(
+        self, batch: Embedded, other_images: torch.Tensor, other_texts: torch.Tensor, masked: bool
+    ) -> torch.Tensor:
+        """Pairs, each text with its negative image, each image with its negative text. -> (3B, 2)."""
+        patches, words = batch.seen() if masked else [batch.patches, batch.words]
+        own = torch.arange(len(batch.cls), device=batch.cls.device)  # (B,)
+        images = torch.cat([own, other_images, own])  # (3B,)
+        texts = torch.cat([own, own, other_texts])  # (3B,)
+        states = self.momo.match_states(batch.cls.repeat(3, 1), patches.select(images), words.select(texts))
+        return self.itm_head(states)
+
+
+__all__ = ["MomoForPreTraining", "MomoPreTrainingOutput"]
