@@ -190,21 +190,15 @@ class MomoForPreTraining(Decoders, RetrievalFeatures, MomoPreTrainedModel):
         bool_masked_pos: torch.Tensor | None,
         checked: bool,
     ) -> None:
+        n_patches = None if pixel_values is None else patch_count(pixel_values, self.config.patch_size)
+        if not checked:
+            check_inputs(self.momo, input_ids, attention_mask, pixel_values)
+            if input_ids is not None and pixel_values is not None:
+                check_pairs(input_ids, attention_mask, self.config.image_token_id, n_patches)
+            elif input_ids is not None and input_ids.device.type == "cpu" and not is_tracing(input_ids):
+                check_padding(attention_mask)
         if bool_masked_pos is not None and pixel_values is not None:
-            n_patches = patch_count(pixel_values, self.config.patch_size)
             check_patch_mask(bool_masked_pos, len(pixel_values), n_patches)
-        if checked:
-            return
-        check_inputs(self.momo, input_ids, attention_mask, pixel_values)
-        if input_ids is not None and pixel_values is not None:
-            check_pairs(
-                input_ids,
-                attention_mask,
-                self.config.image_token_id,
-                patch_count(pixel_values, self.config.patch_size),
-            )
-        elif input_ids is not None and input_ids.device.type == "cpu":
-            check_padding(attention_mask)
 
     def _embed(
         self,

@@ -9,7 +9,7 @@ from tiny_oner import CLS, IMAGE, MASK, VOCAB, joint_batch
 from oner import MomoConfig
 
 # losses of a batch of pairs; others read texts or images
-PAIRED = ("gc", "cmm", "itm")
+PAIRED = ("itc", "cmm", "itm")
 # arguments of examples/pretrain.py, with real images and a model of some thousand weights
 SHRUNK = {
     "model_config": {

@@ -52,6 +52,7 @@ class TowerNames:
         left: What begins a foreign name -> why the family has no place for it.
         cls_word: Where an image's [CLS] is a word: configuration and cls_token (1, 1, D) -> its row (D,).
         fixed_positions: Where positions are not learned: configuration and side of the grid -> (N, D).
+        mae_decoder: What a decoder in MAE's form is called beside the tower, where a family has one.
     """
 
     vision: Pairs
@@ -64,6 +65,7 @@ class TowerNames:
     left: Mapping[str, str] = field(default_factory=dict)
     cls_word: Callable[[PreTrainedConfig, torch.Tensor], torch.Tensor] | None = None
     fixed_positions: Callable[[PreTrainedConfig, int], torch.Tensor] | None = None
+    mae_decoder: str | None = None
 
 
 def vit_fields(shape: TowerShape) -> dict[str, Any]:
@@ -123,17 +125,18 @@ def sines(config: PreTrainedConfig, side: int) -> torch.Tensor:
     return sincos_2d(ticks, ticks, config.hidden_size).float()
 
 
-def oner_cls_word(config: PreTrainedConfig, cls_token: torch.Tensor) -> torch.Tensor:
+def word_of_cls(config: PreTrainedConfig, cls_token: torch.Tensor) -> torch.Tensor:
     # (1, 1, D) -> (D,); divided, since the tower multiplies its words by the same root
     return cls_token.flatten() / (math.sqrt(config.hidden_size) if config.scale_word_embeddings else 1.0)
 
 
-# published towers -> ours, by family
 ONE_TOWER = "the one tower is a ViT's"
-TOWERS = {
-    "codis": dual_towers(two_halves),
-    "oner": TowerNames(
-        # [CLS] is a word, positions are sines, and masked patches have a token of our own
+
+
+def one_tower(mae_decoder: str | None = None) -> TowerNames:
+    """Of every family whose one tower reads images and texts."""
+    return TowerNames(
+        # [CLS] is a word, positions are sines, and masked patches have a token of our own or none
         vision=tuple((left, right) for left, right in VISION if left not in ("cls_token", "pos_embed", "mask_token")),
         # the one tower is filled from the ViT: of a BERT only the words fit
         text=(("embeddings.word_embeddings", "embeddings.word_embeddings"),),
@@ -147,9 +150,17 @@ TOWERS = {
             "embeddings.LayerNorm": "words are not normalised before the tower here",
             "mask_token": "a masked patch is another token here",
         },
-        cls_word=oner_cls_word,
+        cls_word=word_of_cls,
         fixed_positions=sines,
-    ),
+        mae_decoder=mae_decoder,
+    )
+
+
+# published towers -> ours, by family
+TOWERS = {
+    "codis": dual_towers(two_halves),
+    "momo": one_tower(mae_decoder="image_decoder"),
+    "oner": one_tower(),
     "simla": dual_towers(one_stack),
 }
 

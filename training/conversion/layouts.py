@@ -98,6 +98,16 @@ def is_decoder(name: str, found: Found) -> bool:
     return name == "mask_token" and any(MAE_DECODER.fullmatch(other) for other in found)
 
 
+def decoder_names(found: Found) -> Found:
+    """MAE's decoder among `vision_names`, by facebook's names less "decoder_": "embed.weight", "blocks.0..."."""
+    part = {
+        name.removeprefix("decoder.").removeprefix("decoder_"): value
+        for name, value in found.items()
+        if is_decoder(name, found)
+    }
+    return _timm_names(part)
+
+
 def _without_prefix(state: Mapping[str, torch.Tensor], prefixes: tuple[str, ...], of: tuple[str, ...]) -> Found:
     """Names shorn of what transformers' task models put before their tower's."""
     for prefix in prefixes:
@@ -166,4 +176,4 @@ def _timm_names(shorn: Found) -> Found:
     return {TRANSFORMERS_VIT(name) or name: value for name, value in shorn.items()}
 
 
-__all__ = ["Found", "is_decoder", "text_names", "vision_names", "what_was_joined"]
+__all__ = ["Found", "decoder_names", "is_decoder", "text_names", "vision_names", "what_was_joined"]

@@ -17,6 +17,13 @@ VISION = (
     ("blocks.#.mlp.fc2", "layers.#.feed_forward.fc2"),
     ("norm", "norm"),
 )
+# MAE's decoder, by facebook's names less "decoder_" -> a decoder of ours
+MAE_DECODER = (
+    ("mask_token", "mask_token"),
+    ("embed", "embed"),
+    *(pair for pair in VISION if pair[0].startswith("blocks.") or pair[0] == "norm"),
+    ("pred", "pixel_head"),
+)
 # BERT's encoder, with the cross-attention of BLIP's copy of it -> TextEncoder
 BERT = (
     ("embeddings.word_embeddings", "embeddings.word_embeddings"),
@@ -133,4 +140,4 @@ def ties(weights: Iterable[str], prefix: str) -> dict[str, str]:
     return found
 
 
-__all__ = ["BERT", "LANGUAGE_HEAD", "VISION", "Names", "official_names", "stacked_layer", "ties"]
+__all__ = ["BERT", "LANGUAGE_HEAD", "MAE_DECODER", "VISION", "Names", "official_names", "stacked_layer", "ties"]

@@ -16,8 +16,8 @@ from oner.training.publishing.model_loading import damage_of
 
 from .checkpoints import resize_position_table
 from .families import TOWERS, TowerNames, family_of
-from .layouts import Found, is_decoder, text_names, vision_names, what_was_joined
-from .names import LANGUAGE_HEAD, Names
+from .layouts import Found, decoder_names, is_decoder, text_names, vision_names, what_was_joined
+from .names import LANGUAGE_HEAD, MAE_DECODER, Names
 from .reading import read_configuration, read_weights
 from .report import ConversionReport, MissingWeightsError
 from .shapes import TowerShape, text_shape, vision_shape
@@ -261,12 +261,16 @@ def _depths(config: PreTrainedConfig) -> str:
 
 def _fill_vision(model: PreTrainedModel, towers: TowerNames, state: Found) -> ConversionReport:
     filling, names = Filling(model, towers), Names(towers.vision)
+    decoder = getattr(model, towers.mae_decoder or "", None)
+    if decoder is not None:
+        _take_decoder(filling, decoder_names(state))
     for name, (official, tensor) in state.items():
         ours = names(name)
 
         # what has a place only after a change, or none for a known reason, comes before the rest
         if is_decoder(name, state):
-            filling.leave(official, name, "of MAE's decoder, which is left behind")
+            if decoder is None:
+                filling.leave(official, name, "of MAE's decoder, which is left behind")
         elif name == "cls_token" and towers.cls_word is not None:
             _take_cls_word(filling, official, tensor)
         elif name == "pos_embed" and towers.fixed_positions is not None:
@@ -283,6 +287,26 @@ def _fill_vision(model: PreTrainedModel, towers: TowerNames, state: Found) -> Co
         else:
             filling.take(official, filling.tower + ours, tensor)
     return filling.copy(names, towers.vision_in)
+
+
+def _take_decoder(filling: Filling, state: Found) -> None:
+    """MAE's decoder whole, or a word that the file has none."""
+    names = Names(MAE_DECODER)
+    prefix = f"{filling.towers.mae_decoder}."
+    for name, (official, tensor) in state.items():
+        if name == "pos_embed":
+            filling.report.left_over[official] = "positions are fixed sines here"
+        elif (ours := names(name)) is None:
+            filling.leave(official, name, "no part of MAE's decoder")
+        else:
+            filling.take(official, prefix + ours, tensor)
+
+    # a part of it would be worse than none
+    mine = [name for name in filling.model.state_dict() if name.startswith(prefix)]
+    lacking = [name for name in mine if name not in filling.found]
+    if state and lacking:
+        raise MissingWeightsError(f"{len(lacking)} weights are not in the checkpoint: {lacking[:10]}; expected all")
+    filling.report.missing |= dict.fromkeys(lacking, DRAWN)
 
 
 def _take_cls_word(filling: Filling, official: str, cls_token: torch.Tensor) -> None:

@@ -1,10 +1,10 @@
 """MoMo's objective: masked images, masked texts, pairs masked in both, global contrast, matching (Chada et al., 2023).
 
-    MIM  squared error of masked patches, of images                                                 equation 1
-    MLM  cross-entropy of masked tokens, of texts                                                   equation 2
-    CMM  both, of pairs, from what is seen of both                                                  equation 3
-    GC   contrast of images and texts over all processes, with the gradient of all                  equation 4
-    ITM  does this text belong to that image? Negatives are drawn by the similarities of GC         section 3.1
+    MIM  squared error of masked patches, of images                                              equation 1
+    MLM  cross-entropy of masked tokens, of texts                                                equation 2
+    CMM  both, of pairs, from what is seen of both                                               equation 3
+    ITC  global contrast: images and texts of all processes, with the gradient of all            equation 4
+    ITM  does this text belong to that image? Negatives are drawn by the similarities of ITC     section 3.1
 
 Losses decide what a step is made of: MIM reads a batch of images, MLM one of texts, the others one of pairs. Gradients
 of all add up to one step of the optimiser (CMGA, section 3.5).
@@ -32,7 +32,7 @@ from .losses import draw_negatives, in_full, info_nce, masked_language_loss
 from .momentum import MomentumDistillation, checked_weights, recorded, strangers
 from .objective import Batch, Comparison, Example, Objective, Portion, Representations, Taken, Targets, check_choices
 
-LOSSES = ("mlm", "mim", "gc", "cmm", "itm")
+LOSSES = ("mlm", "mim", "itc", "cmm", "itm")
 # the decoder that a loss needs
 DECODES = {"mim": "image", "mlm": "text", "cmm": "pair"}
 # each modality against the other's keys; equation 4 prints the first alone
@@ -46,9 +46,9 @@ class MomoObjectiveArguments:
     BOUNDS: ClassVar[dict[str, str]] = {"loss_weights": "[0, inf)"}
 
     losses: list[str] = field(
-        default_factory=lambda: ["mlm", "cmm", "gc", "itm"],
+        default_factory=lambda: ["mlm", "itc", "cmm", "itm"],
         metadata={
-            "help": "Any of mim, mlm, cmm, gc, itm. Stage 1: mim; 2: mim, mlm; 3: mlm, cmm, gc, itm. A step has a "
+            "help": "Any of mim, mlm, itc, cmm, itm. Stage 1: mim; 2: mim, mlm; 3: mlm, itc, cmm, itm. A step has a "
             "portion `images` with mim, `texts` with mlm, `pairs` with the others."
         },
     )
@@ -59,10 +59,11 @@ class MomoObjectiveArguments:
         default=True, metadata={"help": "Targets of masked patches normalised by patch, as public MAE."}
     )
     contrast: Literal["both", "image_to_text"] = field(
-        default="both", metadata={"help": "Directions of gc: both (FLAVA), or image_to_text, as equation 4 prints it."}
+        default="both",
+        metadata={"help": "Directions of itc: both (FLAVA), or image_to_text, as equation 4 prints it."},
     )
     match_ids: bool = field(
-        default=False, metadata={"help": "Rows of one id are positives of each other in gc, not only the own pair."}
+        default=False, metadata={"help": "Rows of one id are positives of each other in itc, not only the own pair."}
     )
     itm_masked: bool = field(
         default=False, metadata={"help": "itm reads what cmm sees of a pair (FLAVA), which is cheaper than all of it."}
@@ -93,6 +94,8 @@ class MomoPortion(Portion):
 
     def pixel_loss(self, predictions: torch.Tensor, batch: Batch, count: torch.Tensor) -> torch.Tensor:
         """MAE's, of predictions of the masked patches alone: (K, p*p*C) -> 0-dim, a sum over patches by `count`."""
+        if len(predictions) == 0:
+            return in_full(predictions).sum() * 0.0
         targets = patchify(in_full(batch["pixel_values"]), self.config.patch_size).flatten(0, 1)  # (B * N, p*p*C)
         targets = targets.index_select(0, _masked_patches(batch))  # (K, p*p*C)
         if self.arguments.norm_pixels:
@@ -146,7 +149,7 @@ class Pairs(MomoPortion):
     """
 
     name = "pairs"
-    losses = ("gc", "cmm", "itm")
+    losses = ("itc", "cmm", "itm")
 
     def count(self, batch: Batch) -> Batch:
         counts = {}
@@ -164,7 +167,7 @@ class Pairs(MomoPortion):
         self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
     ) -> Representations:
         """Taken in chunks, a chunk draws its negatives from itself, as each of so many processes would."""
-        if counts is None and "gc" not in self.weights:
+        if counts is None and "itc" not in self.weights:
             return Representations()
 
         # masked modelling can be left out where no dropout is drawn over all passes at once
@@ -172,7 +175,7 @@ class Pairs(MomoPortion):
         passes = []
         if "cmm" in self.weights and (whole or self.config.attention_dropout > 0):
             passes.append("pair")
-        if "gc" in self.weights or "itm" in self.weights:
+        if "itc" in self.weights or "itm" in self.weights:
             passes.append("contrast")
         if "itm" in self.weights and whole:
             passes.append("match")
@@ -185,7 +188,7 @@ class Pairs(MomoPortion):
 
         # what meets the rest of the batch, and what each pair pays by itself
         represented = Representations()
-        if "gc" in self.weights:
+        if "itc" in self.weights:
             represented.rows = dict(made.embeddings)  # (B, P) each
             represented.common = {"logit_scale": made.logit_scale}  # (1,)
         if whole:
@@ -216,8 +219,8 @@ class Pairs(MomoPortion):
         return tuple(draw_negatives(side.softmax(1), allowed)[0] for side in (logits.T, logits))
 
     def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
-        """GC against the embeddings of all processes."""
-        if "gc" not in self.weights:
+        """ITC against the embeddings of all processes."""
+        if "itc" not in self.weights:
             return Comparison()
         ids = targets["ids"]  # (B,)
         offset = len(ids) * rank()
@@ -233,7 +236,7 @@ class Pairs(MomoPortion):
         for query, key in directions:
             keys = gather_with_gradient(in_full(rows[key]))  # (G, P)
             losses.append(info_nce(rows[query], keys, temperature, query_ids, key_ids, offset))
-        return Comparison({"gc": torch.stack(losses).mean()})
+        return Comparison({"itc": torch.stack(losses).mean()})
 
 
 PORTIONS = (Texts, Images, Pairs)
@@ -273,8 +276,8 @@ class MomoObjective(Objective):
         tower = student.momo
         unused = {
             tower.embeddings.stem: losses == {"mlm"},
-            tower.image_projection: "gc" not in losses,
-            tower.text_projection: "gc" not in losses,
+            tower.image_projection: "itc" not in losses,
+            tower.text_projection: "itc" not in losses,
             student.itm_head: "itm" not in losses,
             student.lm_head: not losses & {"mlm", "cmm"},
         }
@@ -294,7 +297,7 @@ class MomoObjective(Objective):
             for parameter in module.parameters():
                 if parameter is not token_embeddings:
                     parameter.requires_grad_(False)
-        student.logit_scale.requires_grad_("gc" in losses)
+        student.logit_scale.requires_grad_("itc" in losses)
 
     def __call__(self, student: nn.Module, batches: Batch | Mapping[str, Batch], progress: float) -> Taken:
         """
@@ -338,7 +341,7 @@ class MomoObjective(Objective):
         """Contrast at the logarithm of its keys, which are all processes'; matching as `MomentumDistillation` says."""
         yes = MomentumDistillation.match_labels({"ids": torch.arange(2)}).float().mean()  # (), over (3B,)
         entropy = torch.special.entr(torch.stack([yes, 1 - yes])).sum().item()
-        return {"gc": math.log(batch_size), "itm": entropy}
+        return {"itc": math.log(batch_size), "itm": entropy}
 
 
 class PortionAlone(Objective):
