@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import logging
+from transformers.utils import is_tracing, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_momo import MomoConfig

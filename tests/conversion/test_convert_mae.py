@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from test_convert_towers import MAE, by_facebook, mae_model, mae_positions
+from test_convert_towers import MAE, by_facebook, jittered, mae_positions
 from tiny_momo import tiny_config
-from transformers import ViTMAEForPreTraining
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from oner import MomoForPreTraining
+from oner.training.conversion.reading import read_weights
 from oner.training.conversion.report import MissingWeightsError
 from oner.training.conversion.towers import initialise
 from oner.training.objectives.momo import MomoObjective, MomoObjectiveArguments
 
-HEADS, WIDTH = 4, 32
+WIDTH = 32
 # where a gradient of ours and one of theirs are of the same weight
 TOWER = {
     "embeddings.stem.projection.weight": "vit.embeddings.patch_embeddings.projection.weight",
@@ -32,10 +33,18 @@ DECODER = {
 @pytest.fixture(scope="module")
 def mae() -> ViTMAEForPreTraining:
     torch.manual_seed(0)
-    model = mae_model()
+    sizes = {
+        **MAE,
+        "decoder_intermediate_size": 64,
+        "mask_ratio": 0.75,
+    }  # a decoder's layers are 4 times as wide inside
+    model = jittered(ViTMAEForPreTraining(ViTMAEConfig(**sizes)))
     with torch.no_grad():
+        # far from where MAE begins, so that gradients reach the stem
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        model.vit.embeddings.position_embeddings.copy_(mae_positions(4, 32))
         model.decoder.decoder_pos_embed.copy_(mae_positions(4, MAE["decoder_hidden_size"]))
-    model.config.mask_ratio, model.config.norm_pix_loss = 0.75, True
     return model
 
 
@@ -52,6 +61,7 @@ def converted(mae: ViTMAEForPreTraining, layout: str, folder) -> tuple[MomoForPr
     elif layout == "saved":
         mae.save_pretrained(folder)
         source = str(folder)
+        state = read_weights(source)
     model = student()
     return model, initialise(model, vision=source), state
 
@@ -80,7 +90,7 @@ def test_loss_and_gradient_are_vit_maes(mae, layout, norm_pixels, tmp_path):
     names |= {f"image_decoder.{one}": other for one, other in DECODER.items()}
     for ours, name in names.items():
         expected = gradients[name].grad
-        assert expected.abs().max() > 1e-4, name
+        assert expected.abs().max() > 1e-3, name
         assert (model.get_parameter(ours).grad - expected).abs().max() <= 1e-4, name
     qkv = model.momo.layers[0].attention.qkv.weight.grad
     assert (qkv[WIDTH : 2 * WIDTH] - gradients["vit.layers.0.attention.k_proj.weight"].grad).abs().max() <= 1e-4
