@@ -100,8 +100,8 @@ class MomoConfig(VisionLanguageConfig):
         if self.position_image_size is None:
             self.position_image_size = self.image_size
 
-        # tuples again: JSON has only lists
-        self.decoders = tuple(self.decoders)
+        # a list and a tuple, whatever JSON made of them
+        self.decoders = list(self.decoders)
         self.temperature_range = tuple(self.temperature_range)
         super().__post_init__(**kwargs)
 

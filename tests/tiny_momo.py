@@ -25,6 +25,7 @@ SHRUNK = {
     },
 }
 RUN = {
+    "model_config": {**SHRUNK["model_config"], "decoders": ["pair"]},
     "losses": list(PAIRED),
     "corruption": "drop",
     "mlm_probability": 0.5,

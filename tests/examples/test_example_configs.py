@@ -1,5 +1,6 @@
 """Every example of a run takes two steps, with nothing changed but sizes and places; Accelerate's files load."""
 
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 OTHERS = ("finetune_", "image_tokenizer_")
 CONFIGS = sorted(p for p in (ROOT / "examples" / "configs").glob("*.yaml") if not p.stem.startswith(OTHERS))
 LAUNCHES = sorted((ROOT / "examples" / "configs" / "accelerate").glob("*.yaml"))
+TOKENIZER = ROOT / "examples" / "checkpoints" / "oner-emoji"
 SHRUNK = {
     "batch_size": 8,
     "max_steps": 2,
@@ -41,6 +43,10 @@ def shrink(config: Path, pairs: Path, directory: Path, **overrides) -> list[str]
     for column, stand_in in (("text_column", "captions"), ("id_column", "hexcode")):
         if said.get(column) not in (None, *pq.read_schema(pairs).names):
             overrides[column] = stand_in
+    if said.get("portions"):
+        overrides["portions"] = {name: shrink_portion(told, pairs) for name, told in said["portions"].items()}
+    if said.get("kind") == "images" and said.get("tokenizer"):
+        overrides["tokenizer"] = str(TOKENIZER)  # without texts none can be trained
     values = {
         **SHRUNK,
         **tiny.SHRUNK,
@@ -55,6 +61,13 @@ def shrink(config: Path, pairs: Path, directory: Path, **overrides) -> list[str]
     return ["--config", str(shrunk)]
 
 
+def shrink_portion(told: dict, pairs: Path) -> dict:
+    """A portion over eight rows: captions are its texts."""
+    sizes = {"train_data": [str(pairs)], "batch_size": 8, "attribution": None, "data_weights": None}
+    texts = {"max_text_length": 8} if told.get("max_text_length") else {}
+    return {**told, **sizes, **texts, "text_column": "captions", "repeat": 1}
+
+
 @pytest.fixture(scope="module")
 def first_stage_of(example, pairs, tmp_path_factory):
     """Family -> the model directory that the paper's first stage leaves, made once."""
@@ -62,7 +75,7 @@ def first_stage_of(example, pairs, tmp_path_factory):
 
     def first_stage(family: str) -> Path:
         if family not in made:
-            stages = [path for path in CONFIGS if path.stem.startswith(f"{family}_base")]
+            stages = [path for path in CONFIGS if re.match(f"{family}_(stage1_)?base", path.stem)]
             config = next(path for path in stages if not read_config(path).get("initial_model"))
             forget_accelerator()
             directory = tmp_path_factory.mktemp("first_stage")
@@ -110,6 +123,37 @@ def test_the_papers_numbers_stand_in_its_files():
     assert (second.run.epochs, second.run.batch_size) == (5, 1024)
     assert second.model.model_config == {"image_size": 384}
     assert Path(second.model.initial_model) == Path(first.run.output_dir) / "model"
+
+
+def test_the_papers_numbers_stand_in_momos_stages():
+    """Sections 3.2 to 3.6: a stage begins with the one before, with new decoders."""
+    stages = [
+        parse_arguments(["--config", str(ROOT / "examples" / "configs" / f"momo_stage{number}_base.yaml")])
+        for number in (1, 2, 3)
+    ]
+    for number, (losses, epochs, warmup, rate, decoders) in enumerate(
+        (
+            (["mim"], 1600, 40, 1.5e-4 * 16, ["image"]),
+            (["mlm", "mim"], 100, 10, 5e-5, ["image", "text"]),
+            (["mlm", "itc", "cmm", "itm"], 100, 10, 1e-4, ["text", "pair"]),
+        )
+    ):
+        stage = stages[number]
+        assert stage.objective.losses == losses and stage.model.model_config == {"decoders": decoders}
+        assert (stage.run.epochs, stage.run.warmup_epochs) == (epochs, warmup)
+        size = stage.epoch_of().run.batch_size
+        assert size == 64 * 64 and stage.run.base_learning_rate * size / 256 == pytest.approx(rate)
+        if number:
+            assert Path(stage.model.initial_model) == Path(stages[number - 1].run.output_dir) / "model"
+    shares = {"images": (0.15, 0.75), "texts": (0.15, 0.75), "pairs": (0.75, 0.75)}
+    for stage in stages:
+        for name, portion in stage.portions().items():
+            masking = portion.data.masking
+            assert masking.corruption == "drop"
+            assert (masking.mlm_probability, masking.mim_ratio) == (shares[name][0], [shares[name][1]] * 2)
+    assert stages[1].portions()["images"].run.repeat == 5
+    lengths = {name: portion.data.max_text_length for name, portion in stages[2].portions().items()}
+    assert lengths == {"texts": 512, "pairs": 77}
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
