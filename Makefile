@@ -23,12 +23,13 @@ PIP_OPTIONS ?= --constraint constraints/tested.txt
 # Beside other work, threads that wait by spinning take the time of those that compute.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo scenes icons test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla evidence-codis fuzz scale benchmark kill-test resume-matrix walk dist clean
+.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla evidence-codis fuzz scale benchmark kill-test resume-matrix walk dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
 	@echo 'make scenes             SCENES=40000 composed pictures to train on, and what to judge by, in runs/scenes (2 minutes)'
 	@echo 'make icons              200,000 named icons to train on and to judge by, fetched by npm, in runs/icons (6 minutes of one core)'
+	@echo 'make momo               a small MoMo in three stages: emoji, composed scenes, glosses; in runs/momo_small (slow)'
 	@echo 'make test               install, run the tests offline (15 minutes, 2 cores)'
 	@echo 'make test-lowest        the tests on the oldest releases that setup.cfg admits, in an environment of their own'
 	@echo 'make test-newest        the tests on the newest ones, likewise; what our code calls of the deprecated fails it'
@@ -71,6 +72,13 @@ scenes: $(VENV)/.installed-plots
 	$(PY) examples/data/scenes.py runs/scenes --pairs $(SCENES) --tasks 10000 --workers $(CORES)
 	$(PY) examples/data/scenes.py runs/scenes --pairs 1000 --queries 500 --workers $(CORES) \
 	  --split seen unseen_pairs unseen_style unseen_concepts
+
+momo: $(VENV)/.installed-plots
+	test -f runs/scenes/train.parquet || $(MAKE) scenes
+	test -d runs/momo_small/vocabulary || $(PY) examples/data/vocabulary.py runs/momo_small/vocabulary --size 8000 \
+	  --pairs $(EMOJI)/train.parquet runs/scenes/train.parquet --texts examples/data/glosses/train.parquet
+	for stage in 1 2 3; do OMP_NUM_THREADS=$(CORES) \
+	  $(PY) examples/pretrain.py --config examples/configs/momo_small_stage$$stage.yaml --resume || exit $$?; done
 
 icons: $(VENV)/.installed-icons
 	$(PY) examples/data/icons.py runs/icons --workers $(CORES)

@@ -283,6 +283,10 @@ class DualEncoder(RetrievalFeatures):
 class ImageTextMatching:
     """Beside `RetrievalFeatures`: what a class with the matching head `itm_head` over a dual encoder can be asked."""
 
+    def matching_context(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What `match` reads of images, made once however many texts are held against each. (C, ...) -> (C, S, D)."""
+        return self.get_image_features(pixel_values=pixel_values, return_dict=True).last_hidden_state
+
     def match(
         self,
         input_ids: torch.LongTensor,
@@ -297,7 +301,7 @@ class ImageTextMatching:
         Args:
             input_ids, attention_mask (`(R, T)`): The texts.
             pixel_values: An image for each, R of them.
-            image_states (`(C, S, D)`): `last_hidden_state` of `get_image_features`, kept from before.
+            image_states (`(C, S, D)`): Of `matching_context`, kept from before.
             context_index (`(R,)`): Which image each text is held against; text r against image r if None.
 
         Raises:

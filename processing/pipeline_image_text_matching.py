@@ -15,10 +15,13 @@ from .pipeline_pairs import Pair, PairPipeline, known_options
 
 
 class ImageTextMatchingPipeline(PairPipeline):
-    """Any model with `match(input_ids, attention_mask, image_states=, context_index=)` → logits (n, 2), yes last."""
+    """
+    Any model with `matching_context(pixel_values)`, and `match(input_ids, attention_mask, image_states=,
+    context_index=)` → logits (n, 2), yes last.
+    """
 
     task_name = "image-text-matching"
-    model_methods = ("match", "get_image_features")
+    model_methods = ("match", "matching_context")
 
     def _sanitize_parameters(
         self, allow_urls: bool | None = None, num_workers: int | None = None, **unknown: Any
@@ -41,8 +44,7 @@ class ImageTextMatchingPipeline(PairPipeline):
         }
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
-        features = self.model.get_image_features(pixel_values=model_inputs["pixel_values"])
-        states = features.last_hidden_state  # (c, 1 + N, D)
+        states = self.model.matching_context(model_inputs["pixel_values"])  # (c, S, D)
         logits = self.model.match(
             model_inputs["input_ids"],
             model_inputs["attention_mask"],

@@ -312,6 +312,8 @@ def unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> t
     unknown = total = 0
     words: Counter[str] = Counter()
     texts = list(texts)
+    if not texts:
+        return unknown, total, words  # rows of images have none
     # what is spelled like a special token is letters, as the processor reads it
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     for text, ids, places in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):

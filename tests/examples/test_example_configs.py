@@ -52,6 +52,7 @@ def shrink(config: Path, pairs: Path, directory: Path, **overrides) -> list[str]
         **tiny.SHRUNK,
         **files,
         "train_data": [str(pairs)],
+        "data_weights": None,
         "output_dir": str(directory / "run"),
         "mim_min_block": 1,  # of four patches
         **overrides,

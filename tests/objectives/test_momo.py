@@ -277,6 +277,20 @@ def test_texts_of_one_token_and_rows_with_nothing_hidden():
     assert all(one.grad is not None for one in student.parameters() if one.requires_grad)
 
 
+def test_half_precision_computes_the_same_step():
+    given = {name: {part: value.float() if value.is_floating_point() else value for part, value in batch.items()}
+             for name, batch in batches().items()}  # fmt: skip
+    student, objective = build(ALL)
+    student.float()
+    expected = objective(student, given, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        taken = objective(student, given, 0.5)
+    taken.loss.backward()
+    for name in ALL:
+        assert taken.parts[name].item() == pytest.approx(expected.parts[name].item(), rel=0.05), name
+    assert all(one.grad.isfinite().all() for one in student.parameters() if one.requires_grad)
+
+
 def test_what_a_model_that_knows_nothing_pays():
     told = MomoObjective.uninformed(MomoObjectiveArguments(), batch_size=64, processes=4)
     assert told == {"itc": pytest.approx(math.log(64)), "itm": pytest.approx(0.6365, abs=1e-4)}

@@ -236,6 +236,7 @@ def test_a_large_alphabet_is_kept():
     texts = ["".join(draw.choices(han, [1 / (place + 20) for place in range(2500)], k=12)) for _ in range(4000)]
     with pytest.warns(UserWarning, match=r"47 of 48000 words of the captions \(0.10%\)"):
         trained = train_tokenizer(texts, vocab_size=8192)
+    assert unknown_words(trained, []) == (0, 0, {})  # of images without texts
     unknown, total, words = unknown_words(trained, texts)
     assert (unknown, total) == (47, 48000) and sum(words.values()) == 47  # 8,392 with 1,000 characters
     # as many as there is room for

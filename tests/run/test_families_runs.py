@@ -56,7 +56,7 @@ def test_a_run_logs_its_losses_and_moves_everything(family, undisturbed):
         kept = [name for name in first[stem] if name not in moved(first[stem], last[stem])]
         whole = [name for name in kept if first[stem][name].numel() > 1 and first[stem][name].is_floating_point()]
         # a part of the model that none of these losses reads, and the teacher's copy of it
-        assert len(whole) < 0.1 * len(first[stem]), (stem, whole)
+        assert len(whole) < 0.1 * len(first[stem]) or not first[stem], (stem, whole)
 
 
 def test_its_model_directory_serves_every_class(family, undisturbed):
@@ -135,7 +135,8 @@ def test_nothing_moves_in_a_step_that_is_not_finite(family, example, pairs, tmp_
     assert not torch.equal(before["random"]["cpu"], after["random"]["cpu"])
     assert state["nonfinite"] == {"total": 1, "in_a_row": 1}
     following, state = checkpoint(tmp_path, 4)
-    assert all(moved(after[stem], following[stem]) for stem in ("model", "objective", "optimizer"))
+    kept = [stem for stem in ("model", "objective", "optimizer") if after[stem]]  # not every objective keeps state
+    assert all(moved(after[stem], following[stem]) for stem in kept)
     assert state["nonfinite"] == {"total": 1, "in_a_row": 0}
     told = json.loads((tmp_path / "nonfinite-00000003" / "process-0.json").read_text())
     assert told["step"] == 3 and told["loss"] == "nan"

@@ -8,9 +8,9 @@ temperature: small models, whose matching has hardly begun to learn, gain by tha
 The official code gives all other items one score below; here these stay behind the candidates in the order of the
 first stage, which is the same for R@k up to k and no tie.
 
-Any model serves that has `get_image_features`, whose last_hidden_state is what texts attend, `get_text_features`, and
-`match(input_ids, attention_mask, image_states=..., context_index=...)` -> (R, 2), index 1 = matched; for "sum" also a
-`temperature`.
+Any model serves that has `get_image_features`, `get_text_features`, `matching_context(pixel_values)`, which is what
+texts read of images, and `match(input_ids, attention_mask, image_states=..., context_index=...)` -> (R, 2), index 1 =
+matched; for "sum" also a `temperature`.
 
 Shapes: n pictures, m captions of which u differ, k candidates, R pairs of a batch.
 """
@@ -198,7 +198,7 @@ class RerankingEvaluator(RetrievalEvaluator):
                     continue
                 loaded = processor(images=opened(column[rows], rows.start), return_tensors="pt")
                 pixels = on_device(loaded, model)["pixel_values"]
-                states = model.get_image_features(pixel_values=pixels).last_hidden_state  # (b, 1 + N, D)
+                states = model.matching_context(pixels)  # (b, S, D)
 
                 # pairs of like length together, so that little is padded
                 order = first + lengths[texts[first:last]].argsort(stable=True)
