@@ -1,6 +1,5 @@
 """Every example of a run takes two steps, with nothing changed but sizes and places; Accelerate's files load."""
 
-import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -69,21 +68,30 @@ def shrink_portion(told: dict, pairs: Path) -> dict:
     return {**told, **sizes, **texts, "text_column": "captions", "repeat": 1}
 
 
+def begins_with(config: Path) -> Path:
+    """The first of a file's stages, by what each begins with and leaves; the family's paper run where none left it."""
+    left = {Path(read_config(path)["output_dir"]) / "model": path for path in CONFIGS}
+    family = read_config(config)["family"]
+    papers = [path for path in CONFIGS if path.stem.startswith(f"{family}_base")]
+    while initial := read_config(config).get("initial_model"):
+        config = left.get(Path(initial)) or next(one for one in papers if not read_config(one).get("initial_model"))
+    return config
+
+
 @pytest.fixture(scope="module")
 def first_stage_of(example, pairs, tmp_path_factory):
-    """Family -> the model directory that the paper's first stage leaves, made once."""
-    made: dict[str, Path] = {}
+    """File of a later stage -> the model directory that its first one leaves, made once."""
+    made: dict[Path, Path] = {}
 
-    def first_stage(family: str) -> Path:
-        if family not in made:
-            stages = [path for path in CONFIGS if re.match(f"{family}_(stage1_)?base", path.stem)]
-            config = next(path for path in stages if not read_config(path).get("initial_model"))
+    def first_stage(later: Path) -> Path:
+        config = begins_with(later)
+        if config not in made:
             forget_accelerator()
             directory = tmp_path_factory.mktemp("first_stage")
             example.main(shrink(config, pairs, directory))
             forget_accelerator()
-            made[family] = directory / "run" / "model"
-        return made[family]
+            made[config] = directory / "run" / "model"
+        return made[config]
 
     return first_stage
 
@@ -94,7 +102,7 @@ def test_it_takes_two_steps(config, example, pairs, tmp_path, first_stage_of):
     family = FAMILIES[said.get("family", "oner")]
     tiny = family.tiny.SHRUNK["model_config"]
     if said.get("initial_model"):  # a second stage: after the first, at twice its resolution instead of 384
-        overrides["initial_model"] = str(first_stage_of(family.name))
+        overrides["initial_model"] = str(first_stage_of(config))
         overrides["model_config"] = {"image_size": 2 * tiny["image_size"]}
     example.main(shrink(config, pairs, tmp_path, **overrides))
 
