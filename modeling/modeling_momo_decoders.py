@@ -50,7 +50,7 @@ class Unseen(NamedTuple):
     Attributes:
         seen (`(v, D)`): Its visible tokens, from the encoder.
         places (`(v,)`): Where these stand among all n of its tokens, rising.
-        row (`(n,)`), each: Of all of them, as `Ragged` has it.
+        row (`(n,)`), each: Of all of them, as [`Ragged`] has it.
         positions (`(n, E)`): Theirs.
     """
 
@@ -97,7 +97,12 @@ class MomoDecoder(SineTables):
         return joined.apart(states)
 
     def complete(
-        self, states: torch.Tensor, token_types: torch.Tensor, dropped: torch.Tensor, patches: torch.Tensor | None
+        self,
+        states: torch.Tensor,
+        token_types: torch.Tensor,
+        dropped: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        patches: torch.Tensor | None,
     ) -> torch.Tensor:
         """
         The same of padded sequences, with a place for each position: no shape depends on what is dropped.
@@ -105,6 +110,7 @@ class MomoDecoder(SineTables):
         Args:
             states (`(B, L, D)`): Of the encoder, which did not see what is `dropped` (B, L).
             token_types (`(B, L)`): What each place is.
+            attention_mask (`(B, L)`, *optional*): What this decoder may see.
             patches (`(N, E)`, *optional*): Positions of an image's patches, where there is one.
 
         Returns:
@@ -119,10 +125,9 @@ class MomoDecoder(SineTables):
         if patches is not None:
             table = at_placeholders(patches.expand(len(states), -1, -1), token_types)  # (B, L, E)
             positions = torch.where((token_types == PATCH_TOKEN)[..., None], table, positions)
-        return hidden + positions.to(hidden.dtype)
+        hidden = hidden + positions.to(hidden.dtype)
 
-    def run(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """The layers over padded sequences. (B, L, E) -> (B, L, E)."""
+        # all of it together
         mask = create_bidirectional_mask(self.config, hidden, attention_mask)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask)
@@ -145,6 +150,11 @@ class Decoders(TokenPredictions):
         for name in decoder_names(config, kinds):
             setattr(self, name, MomoDecoder(config, pixels=name not in ("text_decoder", "pair_text_decoder")))
         self.lm_head = WordHead(config)
+
+    @property
+    def pairs_apart(self) -> bool:
+        """Whether each modality of a pair has a decoder of its own."""
+        return self.config.pair_decoder == "separate" and not self.config.shared_decoder
 
     def decoder(self, kind: str) -> MomoDecoder:
         """Of `image`, `text`, `pair`, `pair_image` or `pair_text`. Raises `ValueError` where there is none."""
@@ -203,18 +213,18 @@ class MomoForMaskedLM(Decoders, MomoPreTrainedModel):
         outputs = self.momo(input_ids, attention_mask, pixel_values, dropped=dropped, return_dict=True, **kwargs)
 
         # the decoder has a place for all of it
-        kind = "text" if pixel_values is None else "pair"
-        if kind == "pair" and self.config.pair_decoder == "separate":
-            kind = "pair_text"
+        kind = "text"
+        if pixel_values is not None:
+            kind = "pair_text" if self.pairs_apart else "pair"
         decoder = self.decoder(kind)
         patches = None if pixel_values is None else decoder.positions_of(pixel_values)  # (N, E)
-        hidden = decoder.complete(outputs.last_hidden_state, outputs.token_types, dropped, patches)  # (B, L, E)
         mask = attention_mask
         if kind == "pair_text":
             # which reads the text alone
             text = outputs.token_types != PATCH_TOKEN  # (B, L)
             mask = text if mask is None else (mask != 0) & text
-        logits = self.lm_head(decoder.run(hidden, mask))  # (B, L, V)
+        states = decoder.complete(outputs.last_hidden_state, outputs.token_types, dropped, mask, patches)  # (B, L, E)
+        logits = self.lm_head(states)  # (B, L, V)
         loss = None
         if labels is not None:
             options = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}

@@ -249,7 +249,7 @@ class MomoForPreTraining(Decoders, RetrievalFeatures, MomoPreTrainedModel):
     ) -> None:
         """Decodes what the encoder made of one pass, and says what was masked. Fills `output`."""
         # one decoder for what there is, or of a pair one for each
-        joint = kind != "pair" or self.config.shared_decoder or self.config.pair_decoder == "joint"
+        joint = kind != "pair" or not self.pairs_apart
         image_decoder = self.decoder(kind if joint else "pair_image") if image is not None else None
         text_decoder = self.decoder(kind if joint else "pair_text") if text is not None else None
         parts: dict[str, Unseen] = {}
