@@ -302,6 +302,10 @@ class MomoForSequenceClassification(MomoPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def freeze_unused(self) -> None:
+        """What reads images alone, when fine-tuned: a data-parallel engine would wait for its gradient for ever."""
+        self.momo.embeddings.stem.requires_grad_(False)
+
 
 class MomoForVisualQuestionAnswering(MomoPreTrainedModel):
     """
