@@ -223,10 +223,10 @@ def test_a_step_of_portions_has_the_sum_of_their_gradients(accelerator, chunks):
 
 def test_without_cmga_each_portion_is_a_step_of_its_own():
     _, objective = build(ALL, {"cmga": False})
-    steps = objective.steps()
+    steps = objective.updates()
     assert [list(step.portions) for step in steps] == [["texts"], ["images"], ["pairs"]]
     _, together = build(ALL)
-    assert together.steps() == (together,)
+    assert together.updates() == (together,)
 
 
 def test_negatives_follow_similarity_and_are_never_of_the_own_id():

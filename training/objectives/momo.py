@@ -311,7 +311,7 @@ class MomoObjective(Objective):
         parts = {name: part for one in taken for name, part in one.parts.items()}
         return Taken(sum(one.loss for one in taken), parts, {})
 
-    def steps(self) -> Sequence[Objective]:
+    def updates(self) -> Sequence[Objective]:
         """All portions at once (CMGA), or one after the other."""
         return (self,) if self.arguments.cmga else tuple(PortionAlone(self, name) for name in self.portions)
 

@@ -186,7 +186,7 @@ class Objective(ABC):
     def before_step(self) -> None:  # noqa: B027  most families have nothing to move
         """Called once before the passes of a step, in one go or in chunks: what has to move before it is taken."""
 
-    def steps(self) -> Sequence["Objective"]:
+    def updates(self) -> Sequence["Objective"]:
         """
         What takes a step of the optimiser each, one after the other, within a step of the run: by default all portions
         together. Each has some of this one's portions, and moves before and after its own step.

@@ -185,8 +185,8 @@ class Engine:
     def _train_step(self, batches: dict[str, Batch]) -> Taken:
         self.student.train()
         self.schedule.step_update(self.step)
-        steps = self.objective.steps()
-        taken = [self._optimise(objective, batches, apart=len(steps) > 1) for objective in steps]
+        updates = self.objective.updates()
+        taken = [self._optimise(objective, batches, apart=len(updates) > 1) for objective in updates]
         self.step += 1
         parts = {name: part for one in taken for name, part in one.parts.items()}
         return Taken(torch.stack([one.loss for one in taken]).sum(), parts, {})
