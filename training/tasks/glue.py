@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oner.modeling.modeling_codis import CodisForSequenceClassification
+from oner.modeling.modeling_momo import MomoForSequenceClassification
 from oner.modeling.modeling_oner import OneRForSequenceClassification
 from oner.modeling.modeling_simla_tasks import SimlaForSequenceClassification
 from oner.processing.data.glue_files import open_text_task, text_task
@@ -24,6 +25,7 @@ AutoModelForTexts = FamilyModels(
     "of texts alone",
     {
         "codis": CodisForSequenceClassification,
+        "momo": MomoForSequenceClassification,
         "oner": OneRForSequenceClassification,
         "simla": SimlaForSequenceClassification,
     },
