@@ -4,7 +4,7 @@ What oner itself says of a family, its classes, its objective and the names of i
 is how to make it small; that stands in the family's own tests/tiny_NAME.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -94,6 +94,10 @@ class Family:
 
     def tower(self, model: PreTrainedModel) -> nn.Module:
         return getattr(model, model.base_model_prefix, model)
+
+    @property
+    def has_teacher(self) -> bool:
+        return "ema_momentum" in {entry.name for entry in fields(objective_classes(self.name)[1])}
 
     def objective(self, student: nn.Module, **arguments: Any) -> Objective:
         made = objective_classes(self.name)[1](**{**self.tiny.OBJECTIVE, **arguments})

@@ -25,7 +25,7 @@ SHRUNK = {
     },
 }
 RUN = {
-    "model_config": {**SHRUNK["model_config"], "decoders": ["pair"]},
+    "model_config": {**SHRUNK["model_config"], "decoders": ["pair"], "save_decoders": True},
     "losses": list(PAIRED),
     "corruption": "drop",
     "mlm_probability": 0.5,

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from oner.modeling.vl_embeddings import sincos_2d
+from oner.training.conversion.families import TOWERS
 from oner.training.conversion.report import MissingWeightsError
 from oner.training.conversion.towers import initialise, tower_fields
 from oner.training.cost.estimate import configuration_of
@@ -51,7 +52,8 @@ def jittered(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def given_of(family: str, **fields) -> dict:
-    return {**GIVEN, **({} if family == "oner" else DUAL), **fields}
+    dual = FAMILIES[family].tiny.tiny_config().pair_layout == "separate"
+    return {**GIVEN, **(DUAL if dual else {}), **fields}
 
 
 def fresh(family: str, vision=None, text=None, size: str = "nano", **fields) -> torch.nn.Module:
@@ -64,13 +66,13 @@ def fresh(family: str, vision=None, text=None, size: str = "nano", **fields) -> 
 
 def image_states(family: str, model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     tower = FAMILIES[family].tower(model)
-    return tower(pixel_values=pixels).last_hidden_state if family == "oner" else tower.vision(pixels)
+    return tower.vision(pixels) if hasattr(tower, "vision") else tower(pixel_values=pixels).last_hidden_state
 
 
 def dino_model(family: str) -> Dinov2Model:
-    """Random; for OneR, whose positions are sines, with the sines that it has."""
+    """Random; for a family whose positions are sines, with the sines that it has."""
     dino = jittered(Dinov2Model(Dinov2Config(**DINO)))
-    if family == "oner":
+    if TOWERS[family].fixed_positions is not None:
         ticks = torch.arange(4, dtype=torch.float64)
         with torch.no_grad():
             dino.embeddings.position_embeddings.zero_()
@@ -188,7 +190,7 @@ def test_both_towers_make_the_configuration(tmp_path, family):
     states = image_states(family.name, model, pixels)
     torch.testing.assert_close(states, dino(pixels).last_hidden_state, atol=1e-5, rtol=1e-5)
     assert not report.notes
-    if family.name == "oner":
+    if not hasattr(family.tower(model), "vision"):
         words = family.tower(model).embeddings.word_embeddings.weight
         assert torch.equal(words[5:], bert.embeddings.word_embeddings.weight[5:])
         return

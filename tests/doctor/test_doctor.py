@@ -89,6 +89,7 @@ LEARNS = {
     },
 }
 LEARNS["codis"] = {**LEARNS["simla"], "losses": ["itc", "code", "itm"]}
+LEARNS["momo"] = {"losses": ["itc"], "base_learning_rate": 0.1, "corruption": "drop", "model_config": {"decoders": []}}
 # ten steps show what is wrong from the start
 SHORT = {"epochs": 2, "warmup_epochs": 0, "log_every": 1}
 # illness -> what makes a run of any family ill of it
@@ -137,6 +138,8 @@ def command(family, directory: Path, **options) -> list[str]:
     learns = LEARNS[family.name]
     fields = {**HEALTHY, **learns, **options}
     fields["model_config"] = {**learns["model_config"], **options.get("model_config", {})}
+    if not family.has_teacher:
+        fields.pop("ema_momentum", None)
     return tiny_arguments(directory / "pairs.parquet", directory / "run", family.name, **fields)
 
 
@@ -195,6 +198,8 @@ def test_a_healthy_run_says_nothing(healthy, capsys):
 @pytest.mark.filterwarnings("ignore:the tokenizer of .* does not know:UserWarning")
 @pytest.mark.parametrize("illness", ILL)
 def test_an_ill_run_names_its_illness(family, illness, example, tmp_path, monkeypatch, capsys):
+    if illness == "teacher far behind" and not family.has_teacher:
+        pytest.skip("has no teacher")
     example.main(command(family, tmp_path, **make_ill(tmp_path, monkeypatch, **ILL[illness])))
     # the run's own last word, and the command's status
     assert illness in capsys.readouterr().out.splitlines()[-1]
@@ -217,8 +222,10 @@ def test_an_ill_codebook_names_its_illness(illness, example, tmp_path, monkeypat
     assert illness in names(tmp_path / "run")
 
 
-def test_rows_known_by_heart_alone_are_overfitting(healthy, tmp_path):
+def test_rows_known_by_heart_alone_are_overfitting(family, healthy, tmp_path):
     """The healthy run, told to be judged by rows in which every word means another colour."""
+    if family.name == "momo":
+        pytest.skip("knows nothing by heart after so few steps, of which it drops most of what it could read")
     run = shutil.copytree(healthy, tmp_path / "run")
     state = list_checkpoints(run)[-1] / "state.json"
     values = json.loads(state.read_text())
@@ -271,8 +278,10 @@ def test_what_knowing_nothing_costs(processes):
     assert not objective.uninformed(kind(scale_by_temperature=True), 8, processes)
 
 
-def test_teacher_and_student_apart(healthy):
+def test_teacher_and_student_apart(family, healthy):
     """As by hand, over the weights that both have."""
+    if not family.has_teacher:
+        pytest.skip("has no teacher")
     checkpoint = list_checkpoints(healthy)[-1]
     student = load_file(checkpoint / "model.safetensors")
     teacher = under("teacher.", load_file(checkpoint / "objective.safetensors"))

@@ -55,6 +55,10 @@ def test_a_text_owes_an_image_what_it_reads_and_what_its_words_have_read():
 def test_every_family_has_maps_of_each_pair(family):
     model = family.build(MASKED_LM)
     batch, places, token_ids = masked_pairs(model)
+    if family.name == "momo":
+        with pytest.raises(TypeError, match="on the tower's own states, got one on .*decoder"):
+            masked_relevance(model, batch, places, token_ids)
+        return
     maps = masked_relevance(model, batch, places, token_ids)
     assert maps.shape == (3, 16) and (maps >= 0).all() and (maps.sum(1) > 0).all() and not maps.requires_grad
     # rows of a batch keep to themselves

@@ -24,6 +24,7 @@ def dvae() -> DiscreteVAE:
     return DiscreteVAE(config)
 
 
+PAIRED = ("AutoModelForSequenceClassification", "AutoModelForVisualQuestionAnswering")
 # name -> how to make a model, and two rows of what it is trained on; every class that gives a loss
 CASES = {
     **{
@@ -41,7 +42,17 @@ CASES = {
                 "answer_mask": tiny_tasks.MASK[:2],
             },
         }.items()
-        if auto in family.classes
+        # of one tower a model of texts reads them alone, and answers are classes
+        if auto in family.classes and (auto not in PAIRED or family.tiny.tiny_config().pair_layout == "separate")
+    },
+    **{
+        f"{name}-{auto}": (lambda family=family, auto=auto: family.build(auto), rows)
+        for name, family in FAMILIES.items()
+        for auto, rows in {
+            "AutoModelForSequenceClassification": {**TEXT, **LABELS},
+            "AutoModelForVisualQuestionAnswering": {**PAIR, **LABELS},
+        }.items()
+        if auto in family.classes and family.tiny.tiny_config().pair_layout == "joint"
     },
     "SimlaForVisualReasoning": (
         lambda: tiny_tasks.SimlaForVisualReasoning(tiny_simla.tiny_config(num_labels=2)),
@@ -85,6 +96,9 @@ def one_step(model, batches: list[dict], directory) -> tuple[float, dict]:
 def test_accumulation_over_equal_batches_changes_nothing(name, tmp_path):
     build, batch = CASES[name]
     model = build()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     loss, gradient = one_step(copy.deepcopy(model), [batch], tmp_path)
     again, accumulated = one_step(model, [batch] * 4, tmp_path)
     assert again == pytest.approx(loss, rel=1e-5)

@@ -26,6 +26,7 @@ CASES = [(name, way) for name in FAMILIES for way in WAYS]
 PIPELINES = {"oner": {"image-text-retrieval", "image-feature-extraction", "zero-shot-image-classification"}}
 PIPELINES["simla"] = PIPELINES["oner"] | {"image-text-matching", "visual-grounding"}
 PIPELINES["codis"] = PIPELINES["simla"]
+PIPELINES["momo"] = PIPELINES["oner"] | {"image-text-matching"}
 
 
 def python(folder: Path, *arguments: str) -> None:

@@ -22,7 +22,7 @@ from oner.training.tasks.finetuning import load_task_model, task_objective
 QUEUE = 20
 POSITIONS = "simla.vision.embeddings.position_embeddings"
 # tasks whose objective has a teacher, and of these those with queues
-TAUGHT = sorted(DATA.keys() - {"assignment"})
+TAUGHT = sorted(DATA.keys() - {"assignment", "glue"})
 QUEUED = {"retrieval", "grounding"}
 
 

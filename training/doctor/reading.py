@@ -222,7 +222,9 @@ def read_sample(run: Run, rows: Mapping[str, Rows] | None = None, count: int = 2
 
     # what its model makes of them
     directory = run.directory / "model"
-    model = load_model(AutoModel if images else AutoModelForPreTraining, directory, dtype=torch.float32)
+    # what a family leaves behind, as MoMo its decoders, nothing here reads
+    auto = AutoModel if images else AutoModelForPreTraining
+    model = load_model(auto, directory, draws_heads=True, dtype=torch.float32)
     seen |= _codes(model, told, taken)
     if isinstance(model, RetrievalFeatures):
         processor = AutoProcessor.from_pretrained(directory)

@@ -76,9 +76,12 @@ def masked_relevance(model: Any, batch: dict[str, Tensor], places: Tensor, token
 
     Raises:
         ValueError: a model in training mode, whose attention has dropout.
+        TypeError: a model whose head of words reads a decoder, not the tower: MoMo's.
     """
     if model.training:
         raise ValueError("masked_relevance expects a model in eval mode; call eval() first")
+    if decoders := [name for name, _ in model.named_children() if name.endswith("decoder")]:
+        raise TypeError(f"masked_relevance expects a head of words on the tower's own states, got one on {decoders}")
     rows = torch.arange(len(places), device=places.device)
     with eager_attention(model), torch.enable_grad():
         outputs = model.base_model(**batch, output_attentions=True, return_dict=True)
