@@ -38,7 +38,8 @@ def command(sources: dict[str, str], stage: int, directory: Path, initial: Path 
         kind: {"kind": kind, "train_data": [sources[kind]], "batch_size": 6, **columns[kind], **DROPS[kind]}
         for kind in kinds
     }
-    fields = {"decoders": decoders, **options.pop("model_config", {})}
+    # as the paper has it: decoders are left behind
+    fields = {"decoders": decoders, "save_decoders": False, **options.pop("model_config", {})}
     told = {
         "portions": json.dumps(portions),
         "losses": losses,
