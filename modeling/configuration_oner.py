@@ -155,15 +155,6 @@ class OneRConfig(VisionLanguageConfig):
             raise ValueError(f"a learnable temperature is held at 0.01 or above, got {self.temperature} to start from")
         self._check_special_ids()
 
-    def _check_special_ids(self) -> None:
-        names = ("pad_token_id", "image_token_id", "cls_token_id", "mask_token_id")
-        ids = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        outside = {name: value for name, value in ids.items() if not 0 <= value < self.vocab_size}
-        if outside:
-            raise ValueError(f"{outside} are not ids in [0, {self.vocab_size - 1}] (vocab_size {self.vocab_size})")
-        if len(set(ids.values())) < len(ids):
-            raise ValueError(f"the special ids must differ from each other, got {ids}")
-
     @classmethod
     def from_size(cls, size: str, **overrides) -> "OneRConfig":
         """The configuration of a named size (`ONER_SIZES`), with any field overridden. Raises `ValueError`."""

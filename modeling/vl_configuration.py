@@ -1,4 +1,4 @@
-"""What the configurations of all families share: how they treat the pipelines that a repository names."""
+"""What the configurations of all families share: the pipelines that a repository names, and ids of special tokens."""
 
 from typing import Any
 
@@ -14,6 +14,8 @@ class VisionLanguageConfig(PreTrainedConfig):
     Where it has not, the attribute stays, and `trust_remote_code=True` runs the code.
     """
 
+    # tokens that stand for something else than words
+    special_ids = ("pad_token_id", "image_token_id", "cls_token_id", "mask_token_id")
     # `oner` sets both on the classes that it registers; on those that travel with the weights they stay so
     pipelines_are_registered = False
     # (model, directory) -> nothing: writes all code files beside what a model has saved there
@@ -22,6 +24,15 @@ class VisionLanguageConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self._set_pipelines_aside()
+
+    def _check_special_ids(self) -> None:
+        """Raises `ValueError` unless those that there are lie within the vocabulary and differ."""
+        ids = {name: getattr(self, name) for name in self.special_ids if getattr(self, name) is not None}
+        outside = {name: value for name, value in ids.items() if not 0 <= value < self.vocab_size}
+        if outside:
+            raise ValueError(f"{outside} are not ids in [0, {self.vocab_size - 1}] (vocab_size {self.vocab_size})")
+        if len(set(ids.values())) < len(ids):
+            raise ValueError(f"the special ids must differ from each other, got {ids}")
 
     def save_pretrained(self, *args, **kwargs):
         super().save_pretrained(*args, **kwargs)

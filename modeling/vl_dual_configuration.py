@@ -42,6 +42,7 @@ class DualEncoderConfig(VisionLanguageConfig):
     attribute_map = {"d_model": "hidden_size"}
     # of a pair, text and image are read each as it is
     pair_layout = "separate"
+    special_ids = ("pad_token_id", "image_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
     # layers above the text's own; where there are none, these read images themselves
     num_fusion_layers = 0
     # name -> fields of a named size; a family brings its own
@@ -135,15 +136,6 @@ class DualEncoderConfig(VisionLanguageConfig):
         if not 0 < low <= self.temperature <= high:
             raise ValueError(f"temperature is {self.temperature}; expected it within {(low, high)}, both above 0")
         self._check_special_ids()
-
-    def _check_special_ids(self) -> None:
-        names = ("pad_token_id", "image_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
-        ids = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        outside = {name: value for name, value in ids.items() if not 0 <= value < self.vocab_size}
-        if outside:
-            raise ValueError(f"{outside} are not ids in [0, {self.vocab_size - 1}] (vocab_size {self.vocab_size})")
-        if len(set(ids.values())) < len(ids):
-            raise ValueError(f"the special ids must differ from each other, got {ids}")
 
     @classmethod
     def from_size(cls, size: str, **overrides) -> "DualEncoderConfig":
