@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -27,7 +27,7 @@ from .vl_one_tower import OneTowerEmbeddings, SineTables
 from .vl_outputs import PATCH_TOKEN, TEXT_TOKEN, VisionLanguageModelOutput
 from .vl_ragged import Joined, Ragged, through_layers
 from .vl_saving import SavedWhole
-from .vl_task_heads import PairClassificationHead
+from .vl_task_heads import ImageClassification, PairClassificationHead
 
 
 class MomoPreTrainedModel(SavedWhole, PreTrainedModel):
@@ -241,7 +241,7 @@ class MomoForImageTextRetrieval(CosineRetrieval, MomoPreTrainedModel):
         return self.itm_head(cls)
 
 
-class MomoForImageClassification(MomoPreTrainedModel):
+class MomoForImageClassification(ImageClassification, MomoPreTrainedModel):
     """A linear classifier on [CLS] of an image, or of an image and a text that says where to look."""
 
     main_input_name = "pixel_values"
@@ -252,25 +252,6 @@ class MomoForImageClassification(MomoPreTrainedModel):
         self.momo = MomoModel(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.FloatTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
-        """`logits` (B, classes); `labels` (B,)."""
-        if pixel_values is None:
-            raise ValueError("MomoForImageClassification expects pixel_values, got None")
-        outputs = self.momo(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.last_hidden_state[:, 0])  # (B, classes)
-        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
 
 
 class MomoForSequenceClassification(MomoPreTrainedModel):

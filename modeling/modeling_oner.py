@@ -11,10 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_oner import OneRConfig
@@ -26,7 +24,7 @@ from .vl_layers import PreNormLayer, SelfAttention
 from .vl_one_tower import OneTowerEmbeddings
 from .vl_outputs import PATCH_TOKEN, TEXT_TOKEN, VisionLanguageModelOutput
 from .vl_saving import SavedWhole
-from .vl_task_heads import TextClassification, TextClassificationHead
+from .vl_task_heads import ImageClassification, TextClassification, TextClassificationHead
 
 # a learned scale of cosines is at most 100 (CLIP, section 2.5)
 MAX_LOGIT_SCALE = math.log(100)
@@ -208,7 +206,7 @@ class OneRForMaskedLM(MaskedTokens, OneRPreTrainedModel):
         self.post_init()
 
 
-class OneRForImageClassification(OneRPreTrainedModel):
+class OneRForImageClassification(ImageClassification, OneRPreTrainedModel):
     """A linear classifier on F(I), or on F(I, T) when a text comes along to say where to look."""
 
     main_input_name = "pixel_values"
@@ -220,24 +218,8 @@ class OneRForImageClassification(OneRPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.FloatTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
-        """`logits` (B, classes); `labels` (B,)."""
-        if pixel_values is None:
-            raise ValueError("OneRForImageClassification expects pixel_values, got None")
-        outputs = self.oner(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
-        logits = self.classifier(self.oner.pool(outputs.last_hidden_state, outputs.token_types))  # (B, classes)
-        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def pooled(self, outputs: VisionLanguageModelOutput) -> torch.Tensor:
+        return self.oner.pool(outputs.last_hidden_state, outputs.token_types)
 
 
 class OneRForSequenceClassification(TextClassification, OneRPreTrainedModel):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput, SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from .vl_fusion import FusionLayer, TextEmbeddings, context_mask_of, self_mask
@@ -187,6 +187,33 @@ class PairClassification:
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+
+class ImageClassification:
+    """Forward of a model with a tower and a `classifier` of images, alone or beside a text that says where to look."""
+
+    def pooled(self, outputs: VisionLanguageModelOutput) -> torch.Tensor:
+        """What of the states (B, L, D) is classified, (B, D): [CLS]."""
+        return outputs.last_hidden_state[:, 0]
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """`logits` (B, classes); `labels` (B,)."""
+        if pixel_values is None:
+            raise ValueError(f"{type(self).__name__} expects pixel_values, got None")
+        outputs = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
+        logits = self.classifier(self.pooled(outputs))  # (B, classes)
+        loss = self.loss_function(labels, logits, self.config) if labels is not None else None
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
@@ -418,6 +445,7 @@ __all__ = [
     "AnswerGeneration",
     "AnswerOutput",
     "AnswerRanking",
+    "ImageClassification",
     "PairClassification",
     "PairClassificationHead",
     "TextClassification",
