@@ -1,7 +1,10 @@
 """The only user of torch.distributed. With one process every function here is the identity."""
 
 import atexit
+import gc
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,7 +35,27 @@ def leave_gloo() -> None:
     interpreter for its lock, and the process aborts after its work is done (std::terminate, exit status 134).
     """
     if dist.is_available() and dist.is_initialized() and "gloo" in dist.get_backend():
+        gc.collect()  # a DDP model in a cycle keeps the group and its threads
         dist.destroy_process_group()
+        _wait_for_rest("pt_gloo_runloop", seconds=10)
+
+
+def _wait_for_rest(threads: str, seconds: float) -> None:
+    """Until the threads of that name sleep, where a script still holds their group. Linux tells, others go on."""
+    end, looks = time.monotonic() + seconds, 0
+    while looks < 3 and time.monotonic() < end:
+        states = [_name_and_state(task) for task in Path("/proc/self/task").glob("*/stat")]
+        looks = 0 if (threads, "R") in states else looks + 1
+        time.sleep(0.001)  # lends the interpreter's lock to a thread that waits for it
+
+
+def _name_and_state(task: Path) -> tuple[str, str]:
+    """`12 (pt_gloo_runloop) S 1 ...` of a thread, or of one that has just ended."""
+    try:
+        head, _, tail = task.read_text().rpartition(")")
+    except OSError:
+        return "", ""
+    return head.partition("(")[2], tail.strip()[:1]
 
 
 def backend() -> str:
