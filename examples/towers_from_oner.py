@@ -1,10 +1,12 @@
-"""A SIMLA that sees what a OneR has learned to see: its vision tower is the OneR's trunk, the rest is drawn anew.
+"""A SIMLA or CODIS that sees what a OneR has learned to see: its vision tower is the OneR's trunk, the rest is drawn.
 
-    python examples/simla_from_oner.py examples/checkpoints/oner-scenes runs/simla_scenes_start
+    python examples/towers_from_oner.py examples/checkpoints/oner-scenes runs/simla_scenes_start
+    python examples/towers_from_oner.py examples/checkpoints/oner-scenes runs/codis_scenes_start --family codis
 
 Two small towers that begin from nothing stay for hundreds of steps with backgrounds and sizes; beside a tower that
 knows pictures, words find their place within a hundred (docs/training_small.md). The directory is the `initial_model`
-of examples/configs/simla_scenes.yaml. SIMLA's paper begins with DeiT likewise, which has learned from pictures alone.
+of examples/configs/simla_scenes.yaml or codis_scenes.yaml. Both papers begin with DeiT likewise, which has learned
+from pictures alone.
 
 D width, N patches.
 """
@@ -16,18 +18,25 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor, set_seed
 
-from oner import OneRForPreTraining, SimlaConfig, SimlaForPreTraining
+from oner import CodisConfig, CodisForPreTraining, OneRForPreTraining, SimlaConfig, SimlaForPreTraining
 from oner.training.publishing.model_loading import load_model
 
 INITIALIZER_RANGE = 0.06  # .02 is for 768 wide layers; at 256 the [CLS] of a text would hear little of its words
+# configuration, model, and what the family alone is asked: image tokens (none are here), codes by batches of 128
+FAMILIES = {
+    "simla": (SimlaConfig, SimlaForPreTraining, {"num_visual_codes": 1}),
+    "codis": (CodisConfig, CodisForPreTraining, {"num_fusion_layers": 2, "num_codes": 128}),
+}
 # fields that both configurations have
 TRUNK = ("hidden_size", "num_attention_heads", "intermediate_size", "image_size", "patch_size", "num_channels", "stem")
 WORDS = ("vocab_size", "max_text_length", "pad_token_id", "image_token_id", "cls_token_id", "mask_token_id")
 
 
-def build(trunk: OneRForPreTraining, layers: int, text_layers: int) -> SimlaForPreTraining:
+def build(
+    trunk: OneRForPreTraining, layers: int, text_layers: int, family: str = "simla"
+) -> SimlaForPreTraining | CodisForPreTraining:
     """
-    A SIMLA of the trunk's width and words, whose vision tower is the trunk's first `layers`.
+    A model of the trunk's width and words, whose vision tower is the trunk's first `layers`.
 
     With all of them its image states are the trunk's; with fewer the final norm is of deeper states, and training has
     to mend it. The text tower takes the trunk's words, at its own scale.
@@ -38,8 +47,9 @@ def build(trunk: OneRForPreTraining, layers: int, text_layers: int) -> SimlaForP
     config = trunk.config
     if not 1 <= layers <= config.num_hidden_layers:
         raise ValueError(f"layers is {layers}; expected 1 to the {config.num_hidden_layers} of the OneR")
-    model = SimlaForPreTraining(
-        SimlaConfig(
+    configuration, model_class, own = FAMILIES[family]
+    model = model_class(
+        configuration(
             **{name: getattr(config, name) for name in TRUNK + WORDS},
             num_hidden_layers=layers,
             num_text_layers=text_layers,
@@ -48,7 +58,7 @@ def build(trunk: OneRForPreTraining, layers: int, text_layers: int) -> SimlaForP
             text_attention_dropout=0.0,
             hidden_dropout=0.0,
             sep_token_id=None,
-            num_visual_codes=1,  # no image tokenizer is in this
+            **own,
         )
     )
     with torch.no_grad():
@@ -56,10 +66,10 @@ def build(trunk: OneRForPreTraining, layers: int, text_layers: int) -> SimlaForP
     return model
 
 
-def _fill(model: SimlaForPreTraining, trunk: OneRForPreTraining) -> None:
+def _fill(model: SimlaForPreTraining | CodisForPreTraining, trunk: OneRForPreTraining) -> None:
     # [CLS] is a word of the trunk's, and stands at no place
     embeddings = trunk.oner.embeddings
-    vision = model.simla.vision
+    vision = model.base_model.vision
     vision.embeddings.cls_token.copy_(embeddings.embed_cls(1))  # (1, 1, D)
     vision.embeddings.position_embeddings.zero_()
     vision.embeddings.position_embeddings[0, 1:] = embeddings.image_positions  # (N, D)
@@ -72,13 +82,14 @@ def _fill(model: SimlaForPreTraining, trunk: OneRForPreTraining) -> None:
 
     # words that stood for the same things lie beside each other
     words = embeddings.word_embeddings.weight  # (V, D)
-    model.simla.text.embeddings.word_embeddings.weight.copy_(words / words.std() * INITIALIZER_RANGE)
+    model.base_model.text.embeddings.word_embeddings.weight.copy_(words / words.std() * INITIALIZER_RANGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("oner", help="a OneR's model directory or its name on the Hub")
-    parser.add_argument("output", type=Path, help="folder of the SIMLA")
+    parser.add_argument("output", type=Path, help="folder of the new model")
+    parser.add_argument("--family", choices=FAMILIES, default="simla", help="(default %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the vision tower (default %(default)s)")
     parser.add_argument("--text_layers", type=int, default=2, help="of the text tower (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
@@ -86,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_seed(a.seed)
     trunk = load_model(OneRForPreTraining, a.oner).float()
     processor = AutoProcessor.from_pretrained(a.oner)
-    model = build(trunk, a.layers, a.text_layers)
+    model = build(trunk, a.layers, a.text_layers, a.family)
     model.save_pretrained(a.output)
     processor.save_pretrained(a.output)
     print(f"{a.output}: {model.num_parameters() / 1e6:.1f} M parameters")

@@ -1,4 +1,4 @@
-"""A SIMLA's vision tower out of a OneR: the same image states, and what it cannot have is refused."""
+"""A vision tower out of a OneR: the same image states, and what it cannot have is refused."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from tiny_oner import tiny_config
 from tiny_repository import emoji_rows, model_of, processor_of
 from transformers import AutoProcessor
 
-from oner import OneRForPreTraining, SimlaForPreTraining
+from oner import OneRForPreTraining
 from oner.training.publishing.hub import export_model
 from oner.training.publishing.model_loading import load_model
 
@@ -18,7 +18,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 EMOJI = EXAMPLES / "data" / "emoji"
 sys.path.insert(0, str(EXAMPLES))
 
-from simla_from_oner import build, main  # noqa: E402
+from towers_from_oner import FAMILIES as BUILT  # noqa: E402
+from towers_from_oner import build, main  # noqa: E402
 
 
 @pytest.fixture
@@ -27,13 +28,14 @@ def trunk() -> OneRForPreTraining:
     return OneRForPreTraining(tiny_config(stem="conv")).eval()
 
 
-def test_its_image_states_are_the_trunks(trunk):
+@pytest.mark.parametrize("built", BUILT)
+def test_its_image_states_are_the_trunks(trunk, built):
     size = trunk.config.image_size
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    model = build(trunk, trunk.config.num_hidden_layers, 1).eval()
+    model = build(trunk, trunk.config.num_hidden_layers, 1, built).eval()
     with torch.no_grad():
         expected = trunk.oner(pixel_values=pixels).last_hidden_state
-        assert torch.equal(model.simla.vision(pixels), expected)
+        assert torch.equal(model.base_model.vision(pixels), expected)
 
 
 def test_words_that_were_close_remain_so(trunk):
@@ -42,13 +44,14 @@ def test_words_that_were_close_remain_so(trunk):
     assert torch.allclose(words / words.std(), before / before.std(), atol=1e-5)
 
 
-def test_the_directory_is_one_to_begin_with(tmp_path):
+@pytest.mark.parametrize("built", BUILT)
+def test_the_directory_is_one_to_begin_with(tmp_path, built):
     processor = processor_of(FAMILIES["oner"], emoji_rows(EMOJI))
     export_model(model_of(FAMILIES["oner"], processor), processor, tmp_path / "oner")
-    main([str(tmp_path / "oner"), str(tmp_path / "simla"), "--layers", "2", "--text_layers", "1"])
-    model = load_model(SimlaForPreTraining, str(tmp_path / "simla"))
+    main([str(tmp_path / "oner"), str(tmp_path / "new"), "--family", built, "--layers", "2", "--text_layers", "1"])
+    model = load_model(BUILT[built][1], str(tmp_path / "new"))
     assert (model.config.num_hidden_layers, model.config.num_text_layers) == (2, 1)
-    assert AutoProcessor.from_pretrained(tmp_path / "simla").tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert AutoProcessor.from_pretrained(tmp_path / "new").tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
 
 def test_fewer_layers_are_the_lowest_and_more_are_refused(trunk):
