@@ -1,5 +1,6 @@
 """examples/search.py: run as a reader would run it, and its contact sheet."""
 
+import io
 import os
 import subprocess
 import sys
@@ -168,3 +169,13 @@ def test_captions_fit_their_card(text: str) -> None:
     lines = contact_sheet.wrap(text, face, 200, 2)
     assert 1 <= len(lines) <= 2 and all(face.getlength(line) <= 200 for line in lines)
     assert " ".join(lines) == text or lines[-1].endswith("…")
+
+
+def test_a_runs_sheet_shows_pictures_as_a_table_holds_them() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), "#ff0000").save(stream, "PNG")
+    sheet = contact_sheet.retrieval_sheet([("red", [({"bytes": stream.getvalue(), "path": None}, True)])], "title")
+    middle = 2 * contact_sheet.CELL + contact_sheet.PICTURE // 2, 48 + contact_sheet.PICTURE // 2
+    assert sheet.getpixel(middle) == (255, 0, 0)
+    with pytest.raises(ValueError, match="not a picture"):
+        contact_sheet.retrieval_sheet([("red", [({"bytes": b"no picture"}, True)])], "title")

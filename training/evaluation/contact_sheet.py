@@ -113,8 +113,13 @@ def wrap(text: str, face: Any, width: int, most: int) -> list[str]:
 
 
 def retrieval_sheet(lines: Sequence[tuple[str, Sequence[tuple[Any, bool]]]], title: str) -> Image.Image:
-    """Words at the left of what they found, a line each; `lines` hold the words, and pictures with whether they are
-    right, best first."""
+    """
+    Words at the left of what they found, a line each; `lines` hold the words, and pictures as `open_image` takes them,
+    with whether they are right, best first.
+
+    Raises:
+        ValueError: a picture cannot be read.
+    """
     columns = max(len(found) for _, found in lines)
     side = PICTURE + 2 * GAP
     sheet = Image.new("RGB", (2 * CELL + columns * side + GAP, 48 + len(lines) * side), PAPER)
@@ -131,5 +136,5 @@ def retrieval_sheet(lines: Sequence[tuple[str, Sequence[tuple[Any, bool]]]], tit
             if right:
                 frame = (left, top, left + side - GAP // 2, top + side - GAP // 2)
                 draw.rounded_rectangle(frame, radius=10, outline=ACCENT, width=4)
-            paste(sheet, draw, picture_of(picture), (left + 3 * GAP // 4, top + 3 * GAP // 4))
+            paste(sheet, draw, open_image(picture), (left + 3 * GAP // 4, top + 3 * GAP // 4))
     return sheet
