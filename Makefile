@@ -23,7 +23,7 @@ PIP_OPTIONS ?= --constraint constraints/tested.txt
 # Beside other work, threads that wait by spinning take the time of those that compute.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla evidence-codis fuzz scale benchmark kill-test resume-matrix walk dist clean
+.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test resume-matrix walk dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
@@ -41,6 +41,7 @@ help:
 	@echo 'make evidence           the ablation table, with the CLIP baseline (slow)'
 	@echo 'make evidence-simla     SIMLA'\''s Table 1 on the embedded pairs, five rows, re-ranked (slow)'
 	@echo 'make evidence-codis     CODIS'\''s Table 4 on the embedded pairs, five rows, re-ranked (slow)'
+	@echo 'make evidence-momo      MoMo'\''s Tables 4 and 6 on scenes, emoji and glosses: each stage, three seeds (slow)'
 	@echo 'make fuzz               mutated pictures, captions, files, archives, addresses, indexes: none may crash or hang (slow)'
 	@echo 'make scale              memory of InfoNCE at 32k x 32k, memory and time of cached gradients (slow)'
 	@echo 'make benchmark          docs/performance.json and the tables of docs/performance.md (6 minutes, 2 quiet cores)'
@@ -73,10 +74,12 @@ scenes: $(VENV)/.installed-plots
 	$(PY) examples/data/scenes.py runs/scenes --pairs 1000 --queries 500 --workers $(CORES) \
 	  --split seen unseen_pairs unseen_style unseen_concepts
 
-momo: $(VENV)/.installed-plots
+runs/momo_small/vocabulary:
 	test -f runs/scenes/train.parquet || $(MAKE) scenes
-	test -d runs/momo_small/vocabulary || $(PY) examples/data/vocabulary.py runs/momo_small/vocabulary --size 8000 \
+	$(PY) examples/data/vocabulary.py runs/momo_small/vocabulary --size 8000 \
 	  --pairs $(EMOJI)/train.parquet runs/scenes/train.parquet --texts examples/data/glosses/train.parquet
+
+momo: $(VENV)/.installed-plots | runs/momo_small/vocabulary
 	for stage in 1 2 3; do OMP_NUM_THREADS=$(CORES) \
 	  $(PY) examples/pretrain.py --config examples/configs/momo_small_stage$$stage.yaml --resume || exit $$?; done
 
@@ -120,6 +123,9 @@ evidence-simla: $(VENV)/.installed-all
 
 evidence-codis: $(VENV)/.installed-all
 	$(PY) examples/evidence.py --table codis --output runs/evidence_codis
+
+evidence-momo: $(VENV)/.installed-all | runs/momo_small/vocabulary
+	$(PY) examples/evidence.py --table momo --output runs/evidence_momo
 
 evidence: $(VENV)/.installed-all
 	$(PY) examples/evidence.py

@@ -38,7 +38,8 @@ def finetune_arguments(parser: argparse.ArgumentParser) -> None:
 
         oner finetune --task retrieval --config finetune_retrieval_coco --initial_model runs/simla/model
 
-    Tasks: retrieval, vqa, entailment, assignment, nlvr2, grounding; `--task TASK --help` lists what each may be told.
+    Tasks: retrieval, vqa, answers, entailment, assignment, nlvr2, grounding, glue; `--task TASK --help` lists what
+    each may be told.
     """
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from benchmark_steps import STEPS, Batch, Step, padded
+from benchmark_visible import measure_visible
 from evidence_table import machine_facts
 from performance_table import write_tables
 
@@ -44,7 +45,7 @@ from oner.training.run.parsing import parse_arguments
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples" / "configs" / "benchmark_base_224.yaml"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-OTHERS = ("loader", "checkpoint", "starts", "transport")
+OTHERS = ("loader", "checkpoint", "starts", "transport", "visible")
 # of CODIS (section 4.2.1): the batch and the codebook
 FEATURES, CODES = 512, 4000
 # asked for by name only
@@ -190,7 +191,7 @@ def measure_transport(repeats: int) -> dict[str, Any]:
     device = device_of_run()
     cost = torch.rand(FEATURES, CODES, generator=torch.Generator().manual_seed(0)).to(device)
     timed(lambda: transport_plan(cost), device)
-    seconds = [timed(lambda: transport_plan(cost), device) for _ in range(max(repeats, 5))]
+    seconds = [timed(lambda: transport_plan(cost), device) for _ in range(max(repeats, 3))]
     most = most_alive(lambda: transport_plan(cost))
     return {"seconds": statistics.median(seconds), "bytes": most, "matrices": most / cost.nbytes}
 
@@ -202,6 +203,9 @@ def run_case(name: str, arguments: Arguments, repeats: int) -> dict[str, Any]:
         return measure_checkpoint(arguments)
     if name == "transport":
         return measure_transport(repeats)
+    if name == "visible":
+        device = device_of_run()
+        return measure_visible(device, device.type != "cpu" or has_fast_bf16(), max(repeats, 3))
     return measure_starts() if name == "starts" else measure_step(name, arguments, repeats)
 
 

@@ -95,6 +95,17 @@ def packing(figures: Figures) -> float | None:
     return packed["seconds"] / whole["seconds"] / (packed["tokens"] / whole["tokens"])
 
 
+def kinds(figures: Figures) -> dict[str, dict[str, float]]:
+    """What was measured of dropping, by kind of rows."""
+    case = figures["cases"].get("visible", {})
+    return {} if "error" in case else case
+
+
+def dropping(figures: Figures, part: str) -> float | None:
+    """The worst of images, texts and pairs: time of what drops tokens over the share of work that is left."""
+    return best([case[f"{part}_time"] / case[f"{part}_share"] for case in kinds(figures).values()])
+
+
 def best(values: Sequence[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
@@ -125,6 +136,8 @@ def goal_rows(figures: Figures) -> list[tuple[str, str, float | None, str]]:
         ("MFU over open_clip's, eager", "≥ 1.5", ratio(figures, best_mine, "clip_bf16"), "{:.2f}"),
         ("MFU over open_clip's, compiled", "≥ 1.0", ratio(figures, best_mine, "clip_bf16_compiled"), "{:.2f}"),
         ("packed over padded, over the share of real tokens", "≤ 1.10", packing(figures), "{:.2f}"),
+        ("MoMo's encoder that drops, over the share it sees", "≤ 1.15", dropping(figures, "encoder"), "{:.2f}"),
+        ("MoMo's step that drops, over its share of the work", "≤ 1.15", dropping(figures, "step"), "{:.2f}"),
         ("loader's rate over the step's", "≥ 1.2", loader / fastest if loader and fastest else None, "{:.1f}"),
         ("checkpoint's share, one an epoch of 5.1 M pairs", "< 2 %", stall, "{:.4%}"),
         ("teacher's update, share of the step", "< 3 %", teacher, "{:.2%}"),
@@ -159,6 +172,12 @@ def other_table(figures: Figures) -> str:
         case = cases["transport"]
         figure = f"{1000 * case['seconds']:.0f} ms, {case['bytes'] / 2**20:.1f} MiB: {case['matrices']:.2f} matrices"
         rows.append(["plan of transport, 512 features, 4,000 codes, fp32", figure])
+    for kind, case in kinds(figures).items():
+        figure = ", ".join(
+            f"{part} {case[f'{part}_time']:.1%} of the time for {case[f'{part}_share']:.1%} of the work"
+            for part in ("encoder", "step")
+        )
+        rows.append([f"MoMo that drops: {kind}", figure])
     for name, seconds in cases.get("starts", {}).items():
         rows.append([f"process: `{name}`", f"{seconds:.2f} s" if isinstance(seconds, float) else str(seconds)])
     return table(["what", "figure"], rows)

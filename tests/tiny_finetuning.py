@@ -10,6 +10,7 @@ from tiny_pretraining import ROOT
 
 from oner import (
     CodisForPreTraining,
+    MomoForPreTraining,
     SimlaForPreTraining,
     VisionLanguageImageProcessor,
     VisionLanguageProcessor,
@@ -89,6 +90,12 @@ def write_codis(directory: Path) -> Path:
     return write_pretrained(directory, CodisForPreTraining, **small, **heads, sep_token_id=sep)
 
 
+def write_momo(directory: Path) -> Path:
+    """Of MoMo, without decoders."""
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    return write_pretrained(directory, MomoForPreTraining, **decoder)
+
+
 def karpathy(folder: Path) -> dict[str, object]:
     """dataset_coco.json: eight pictures to train on, one of them in restval, and four to test."""
     images = [
@@ -142,6 +149,11 @@ def questions(folder: Path) -> dict[str, object]:
     told["answer_list"] = write_json(folder / "answer_list.json", candidates)
     told["train_data"], (told["eval_data"], annotations) = told.pop("train2014"), told.pop("val2014")
     return {**told, "eval_annotations": annotations, "answers_in_full": 3}
+
+
+def listed_questions(folder: Path) -> dict[str, object]:
+    """The same, each answer of the list a class."""
+    return {name: value for name, value in questions(folder).items() if name != "answers_in_full"}
 
 
 def entailments(folder: Path) -> dict[str, object]:
@@ -241,10 +253,13 @@ def write_lines(path: Path, lines: list[dict[str, object]]) -> Path:
     return path
 
 
+# tasks that no family with a text tower of its own has
+ONE_TOWER_ALONE = ("answers",)
 # task -> writes its data into a folder and returns the arguments that name them; sixteen rows to train on
 DATA = {
     "retrieval": karpathy,
     "vqa": questions,
+    "answers": listed_questions,
     "entailment": entailments,
     "assignment": pairs_alone,
     "nlvr2": sentences,

@@ -21,6 +21,7 @@ from PIL import Image
 from oner.processing.image_processing_vl import open_image
 from oner.processing.vl_captions import caption_reason
 
+from .excluded_images import image_hash
 from .layouts import Layout, attention_mask, lay_out, patch_grid, real_slots
 from .masking import Hidden
 from .quarantine import MAX_ATTEMPTS, SHOWN, BadRow, BadRowsError
@@ -65,6 +66,7 @@ class Reader:
             back to be full, and one of them is drawn; without, the first L tokens are kept.
         clean_caption: rewrites a text before it is tokenised, as `pre_caption` does.
         max_pixels: largest image that is decoded; None keeps the decoder's own cap.
+        excluded: hashes of images that may not be read, as `image_hash` makes them.
 
     Raises:
         ValueError: nothing to read, or a length below 1.
@@ -81,6 +83,7 @@ class Reader:
         windows: bool = False,
         clean_caption: Callable[[str], str] | None = None,
         max_pixels: int | None = None,
+        excluded: frozenset[str] = frozenset(),
     ) -> None:
         if tokenizer is None and image_transform is None:
             raise ValueError("a reader needs a tokenizer, an image transform or both, got neither")
@@ -95,6 +98,7 @@ class Reader:
         self.max_text_length = max_text_length
         self.windows = windows
         self.clean_caption = clean_caption
+        self.excluded = excluded
         self.cap = {} if max_pixels is None else {"max_pixels": max_pixels}
 
     def read(self, key: RowKey, row: dict[str, Any], rng: np.random.Generator) -> Example | BadRow:
@@ -125,6 +129,8 @@ class Reader:
         found: list[Mapping[str, torch.Tensor]] = []
         for name in self.images:
             try:
+                if self.excluded and image_hash(row[name]) in self.excluded:
+                    return BadRow(f"the picture {_called(row[name])} is excluded")
                 image = open_image(row[name], **self.cap)
             except (ValueError, OSError) as error:
                 return BadRow(f"cannot read the picture {_called(row[name])}: {error}")

@@ -1,9 +1,10 @@
 """What the rows of a task say is right: a label, or answers and what each weighs.
 
-B rows, R answers of all rows, A tokens of the longest answer.
+B rows, R answers of all rows, A tokens of the longest answer, C answers that are classes.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,49 @@ class Answers:
         }
 
 
+class AnswerClasses:
+    """
+    Of questions: how right each answer of a list is, as VQA scores it. An answer that is none of them is lost.
+
+    Args:
+        classes: what may be answered.
+        normalise: brings answers into the form that the score compares.
+    """
+
+    def __init__(self, classes: Sequence[str], normalise: Callable[[str], str]) -> None:
+        self.normalise = normalise
+        # of two classes of one form the first
+        self.places: dict[str, int] = {}
+        for place, one in enumerate(classes):
+            self.places.setdefault(normalise(one), place)
+        self.count = len(classes)
+
+    def reason(self, row: dict[str, Any]) -> str | None:
+        """Blank answers are none."""
+        return None if any(answer.strip() for answer in row["answers"]) else "there is no answer to learn"
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """`labels` (B, C) float32 in [0, 1], times the row's weight; all 0 where no answer of a row is a class."""
+        labels = torch.zeros(len(examples), self.count)  # (B, C)
+        for number, example in enumerate(examples):
+            answers = example.row["answers"]
+            for answer, votes in Counter(map(self.normalise, answers)).items():
+                if (place := self.places.get(answer)) is not None:
+                    labels[number, place] = example.row["weight"] * vote_accuracy(votes, len(answers))
+        return {"labels": labels}
+
+
+def vote_accuracy(votes: int, people: int) -> float:
+    """
+    VQA's accuracy of what `votes` of so many people said: min(votes of the others / 3, 1), mean over whom is left out.
+    One answer alone, as Visual Genome's, is right.
+    """
+    if people == 1:
+        return float(votes)
+    agreeing = votes * min((votes - 1) / 3, 1.0)
+    return (agreeing + (people - votes) * min(votes / 3, 1.0)) / people
+
+
 def weigh_answers(answers: Sequence[str], weight: float = 1.0) -> dict[str, float]:
     """Different answers in their order, and the share of all that says so, times `weight`; blank ones are left out."""
     shares: dict[str, float] = {}
@@ -101,4 +145,4 @@ def encode_answers(
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-__all__ = ["Answers", "Labels", "encode_answers", "weigh_answers"]
+__all__ = ["AnswerClasses", "Answers", "Labels", "encode_answers", "vote_accuracy", "weigh_answers"]

@@ -1,5 +1,7 @@
 """Rows of tasks to batches: the joint layout, one picture or two, labels, and answers with what they weigh."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,17 @@ from oner.processing.data.collation import Collator, Reader
 from oner.processing.data.layouts import JointLayout
 from oner.processing.data.quarantine import BadRow, BadRowsError
 from oner.processing.data.sampling import RowKey
-from oner.processing.data.task_collation import Answers, Labels, encode_answers, weigh_answers
+from oner.processing.data.task_collation import (
+    AnswerClasses,
+    Answers,
+    Labels,
+    encode_answers,
+    vote_accuracy,
+    weigh_answers,
+)
 from oner.processing.data.task_rows import open_entailment, open_questions, open_reasoning
 from oner.processing.vl_tokenizer import train_tokenizer
+from oner.training.evaluation.answers import answer_accuracy, normalise_answer
 
 TEXTS = ["What colour is picture 0 ?", "The picture is bright no. 1", "One is it", "a car", " ".join(COLOURS), "0 1 2"]
 END = 3  # this vocabulary has no [SEP]: [CLS] ends an answer
@@ -144,3 +154,21 @@ def test_chunks_hold_their_own_answers(tmp_path, tokenizer):
         assert all(len(chunk["answer_ids"]) == chunk["answers_per_question"].sum() for chunk in chunks)
     with pytest.raises(ValueError, match="5 rows to split into 6 chunks"):
         split_pairs(batch, 6)
+
+
+def test_answers_of_a_list_are_as_right_as_they_score(tokenizer):
+    """The official evaluation's own number for each answer, of ten people; of one person, what they said."""
+    classes = ["blue", "red car", "7", "the blue", "green"]
+    collator = AnswerClasses(classes, normalise_answer)
+    people = ["Blue."] * 3 + ["a red car"] * 2 + ["seven"] * 4 + ["pink"]
+    rows = [
+        {"answers": people, "weight": 1.0},
+        {"answers": ["green"], "weight": 0.5},
+        {"answers": ["pink"] * 10, "weight": 1.0},
+    ]
+    labels = collator([SimpleNamespace(row=row) for row in rows])["labels"]
+    expected = [answer_accuracy(answer, people) for answer in ("blue", "red car", "7")]
+    torch.testing.assert_close(labels[0], torch.tensor([*expected, 0.0, 0.0]))
+    assert labels[1].tolist() == [0, 0, 0, 0, 0.5] and labels[2].sum() == 0
+    assert [vote_accuracy(votes, 10) for votes in range(5)] == pytest.approx([0, 0.3, 0.6, 0.9, 1])
+    assert collator.reason(rows[2]) is None and "no answer" in collator.reason({"answers": [" "]})

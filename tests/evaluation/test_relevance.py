@@ -10,6 +10,7 @@ from transformers import AutoModelForMaskedLM, AutoProcessor
 
 from oner.training.evaluation.relevance import (
     crossed_relevance,
+    decoder_attentions,
     masked_maps,
     masked_relevance,
     relevance_sheet,
@@ -55,10 +56,6 @@ def test_a_text_owes_an_image_what_it_reads_and_what_its_words_have_read():
 def test_every_family_has_maps_of_each_pair(family):
     model = family.build(MASKED_LM)
     batch, places, token_ids = masked_pairs(model)
-    if family.name == "momo":
-        with pytest.raises(TypeError, match="on the tower's own states, got one on .*decoder"):
-            masked_relevance(model, batch, places, token_ids)
-        return
     maps = masked_relevance(model, batch, places, token_ids)
     assert maps.shape == (3, 16) and (maps >= 0).all() and (maps.sum(1) > 0).all() and not maps.requires_grad
     # rows of a batch keep to themselves
@@ -85,6 +82,29 @@ def test_one_tower_by_its_own_gradients():
         (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)
         row = row + row @ (attention * gradient).relu().mean(1)
     torch.testing.assert_close(masked_relevance(model, batch, places, token_ids), row[:, 0, 1:17].detach())
+
+
+@pytest.mark.parametrize("fields", [{}, {"pair_decoder": "separate"}, {"shared_decoder": True}], ids=str)
+def test_a_decoder_reads_on_where_its_encoder_ended(fields):
+    """MoMo, re-derived over places that are seen: encoder and decoder as one chain of products, from the end."""
+    model = FAMILIES["momo"].build(MASKED_LM, **fields)
+    batch, places, token_ids = masked_pairs(model)
+    model.set_attn_implementation("eager")
+    decoder = model.decoder("pair_text" if model.pairs_apart else "pair")
+    with decoder_attentions(model) as decoding:
+        outputs = model(**batch, output_attentions=True)
+    assert len(decoding) == len(decoder.layers) and len(outputs.attentions) == len(model.momo.layers)
+    score = outputs.logits[torch.arange(3), places + 16, token_ids].sum()
+    row = torch.zeros(3, 1, outputs.logits.shape[1])
+    row[:, 0, places[0] + 16] = 1
+    for attention in reversed([*outputs.attentions, *decoding]):
+        (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)
+        part = (attention * gradient).relu().mean(1)
+        row = row + row @ part
+        if attention is outputs.attentions[-1]:
+            assert part[:, places[0] + 16].abs().sum() == 0, "nothing passes through a place that the encoder dropped"
+    torch.testing.assert_close(masked_relevance(model, batch, places, token_ids), row[:, 0, 1:17].detach())
+    assert not any(layer.attention._forward_hooks for layer in decoder.layers), "the hooks are gone"
 
 
 def test_a_text_that_reads_no_image_owes_it_nothing():

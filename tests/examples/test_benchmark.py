@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from benchmark import CONFIG, LONG, OTHERS, default_cases, in_process  # noqa: E402
 from benchmark_steps import STEPS, padded  # noqa: E402
-from performance_table import TABLES, goal_rows, meets, mfu, packing, peaks, write_tables  # noqa: E402
+from benchmark_visible import KINDS, VisibleStep  # noqa: E402
+from performance_table import TABLES, dropping, goal_rows, meets, mfu, packing, peaks, write_tables  # noqa: E402
 
 from oner import OneRConfig  # noqa: E402
 from oner.training.cost.flops import attention_flops, counted_flops, gemm_peak, linear_flops  # noqa: E402
@@ -149,6 +150,24 @@ def test_padding_fills_every_slot_and_costs_what_it_says():
     assert step.formula(full) == pytest.approx(counted_flops(lambda: step(full)), rel=0.02)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_drops_reads_less_and_its_work_is_counted(kind):
+    """The formula is the counter's, but for attention's own products; the encoder reads what is left."""
+    small = {"image_size": 64, "num_hidden_layers": 2, "decoder_num_hidden_layers": 1, "vocab_size": 200}
+    run = VisibleStep(kind, CPU, half=False, **small, max_text_length=12)
+    for drops in (True, False):
+        batch = run.batch(drops, rows=4)
+        counted = counted_flops(lambda batch=batch: run.step(batch))
+        # forward and backward, two operations each; pixels have no gradient
+        stem = run.tokens(batch)["patches"] * 16**2 * 3 * 192
+        assert 0.8 * counted < 6 * run.work(batch) - 2 * stem < counted
+        assert counted_flops(lambda batch=batch: run.encoder(batch)) < counted
+    tokens = [run.tokens(run.batch(drops, rows=4)) for drops in (True, False)]
+    assert tokens[0]["encoder"] < tokens[1]["encoder"] and tokens[0]["decoder"] == tokens[1]["decoder"]
+    masked = sum(tokens[0][part] for part in ("pixels", "words"))
+    assert tokens[0]["encoder"] == tokens[0]["decoder"] - masked
+
+
 def test_regions_of_student_and_teacher_are_compiled():
     given, config = small_arguments(), OneRConfig(**SMALL)
     model = build_model(given, config)
@@ -209,6 +228,10 @@ def figures() -> dict:
             "loader": {"pairs_per_second": {"0": 5.0, "2": 20.0}},
             "checkpoint": {"seconds": 5.1, "bytes": 2**30},
             "transport": {"seconds": 0.1, "bytes": 2**24, "matrices": 2.05},
+            "visible": {
+                "images": {"encoder_share": 0.25, "encoder_time": 0.26, "step_share": 0.5, "step_time": 0.55},
+                "texts": {"encoder_share": 0.8, "encoder_time": 0.8, "step_share": 0.9, "step_time": 0.81},
+            },
             "starts": {"import oner": 4.5, "oner --help": 0.1},
         },
     }
@@ -228,6 +251,10 @@ def test_goals_by_hand():
     assert values["`oner --help`"] == ("≤ 1 s", pytest.approx(0.1))
     assert values["checkpoint's share, one an epoch of 5.1 M pairs"][1] == pytest.approx(5.1 / (5.1 + 5.1e5))
     assert values["device-hours of the paper's run"][1] is None  # no accelerator
+    assert values["MoMo's encoder that drops, over the share it sees"] == ("≤ 1.15", pytest.approx(1.04))
+    assert values["MoMo's step that drops, over its share of the work"][1] == pytest.approx(1.1)
+    broken = {**figures(), "cases": {"visible": {"error": "exit status 1"}}}
+    assert dropping(broken, "step") is None
 
 
 def test_goals_are_judged():
@@ -244,6 +271,7 @@ def test_tables_are_filled_and_the_rest_is_left(tmp_path):
     assert first.startswith("before\n") and "old" not in first and first.count("text\n") >= len(TABLES)
     assert "| oner_bf16_compiled | exit status 1 |" in first and "60.0%" in first and "**no**" in first
     assert "fp32 | 100 ms, 16.0 MiB: 2.05 matrices |" in first
+    assert "images | encoder 26.0% of the time for 25.0% of the work, step 55.0% of the time for 50.0%" in first
     write_tables(figures(), page)
     assert page.read_text(encoding="utf-8") == first
     page.write_text("nothing")

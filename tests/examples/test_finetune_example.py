@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_finetuning import DATA, write_codis, write_pretrained, write_simla
+from tiny_finetuning import DATA, ONE_TOWER_ALONE, write_codis, write_momo, write_pretrained, write_simla
 from tiny_pretraining import (
     ROOT,
     assert_same_checkpoint,
@@ -35,6 +35,7 @@ pytestmark = [
 # the authors' recipes; those for scenes are tried where these are made, test_scenes_tasks.py
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("finetune_*.yaml"))
 CONFIGS = [path for path in CONFIGS if not path.stem.startswith("finetune_scenes_")]
+TASKS_OF_TWO = [task for task in DATA if task not in ONE_TOWER_ALONE]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,11 @@ def as_line(fields: dict) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def momo(tmp_path_factory) -> Path:
+    return write_momo(tmp_path_factory.mktemp("momo") / "model")
+
+
+@pytest.fixture(scope="module")
 def runs(finetune, pretrained, tmp_path_factory):
     """task -> the folder of its data and of an undisturbed run, what its arguments are, and the run's numbers."""
     made = {}
@@ -92,7 +98,7 @@ def runs(finetune, pretrained, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("task", DATA)
+@pytest.mark.parametrize("task", TASKS_OF_TWO)
 def test_it_trains_exports_and_evaluates(task, runs, pretrained):
     folder, told, metrics = runs(task)
     log = [entry for entry in read_log(folder / "run") if "loss" in entry]
@@ -116,7 +122,7 @@ def test_it_trains_exports_and_evaluates(task, runs, pretrained):
     assert all(file.name in card for file in files)
 
 
-@pytest.mark.parametrize("task", DATA)
+@pytest.mark.parametrize("task", TASKS_OF_TWO)
 def test_the_doctor_reads_its_run(task, runs):
     """Log and checkpoint; four steps leave the teacher where it was, if there is one."""
     run = read_run(runs(task)[0] / "run")
@@ -125,7 +131,7 @@ def test_the_doctor_reads_its_run(task, runs):
     assert notes == ["no sample is looked at: rows of a task are not sampled"]
 
 
-@pytest.mark.parametrize("task", DATA)
+@pytest.mark.parametrize("task", TASKS_OF_TWO)
 def test_it_resumes_exactly(task, runs, finetune, pretrained, tmp_path):
     folder, told, metrics = runs(task)
     shutil.copytree(folder / "run" / "checkpoint-00000002", tmp_path / "checkpoint-00000002")
@@ -136,7 +142,7 @@ def test_it_resumes_exactly(task, runs, finetune, pretrained, tmp_path):
     assert read_log(tmp_path) == read_log(folder / "run")
 
 
-@pytest.mark.parametrize("task", DATA)
+@pytest.mark.parametrize("task", TASKS_OF_TWO)
 def test_evaluate_finds_what_the_run_found(task, runs, tmp_path, capsys):
     folder, told, metrics = runs(task)
     options = {name: value for name, value in told.items() if name not in ("train_data", "split", "queue_size")}
@@ -162,8 +168,9 @@ def test_evaluate_leaves_out_matching_where_there_is_none(pretrained, tmp_path, 
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_configuration_takes_two_steps(path, finetune, pretrained, tmp_path):
+def test_a_configuration_takes_two_steps(path, finetune, pretrained, momo, tmp_path):
     said = read_config(path)
+    pretrained = momo if said["family"] == "momo" else pretrained
     task, arguments = finetune.parse(["--config", str(path)])
     assert task.name == said["task"] and path.stem.startswith(f"finetune_{task.name}")
     flat = arguments.to_dict()
@@ -191,7 +198,7 @@ def codis(tmp_path_factory) -> Path:
     return write_codis(tmp_path_factory.mktemp("codis") / "model")
 
 
-@pytest.mark.parametrize("task", DATA)
+@pytest.mark.parametrize("task", TASKS_OF_TWO)
 def test_codis_is_fine_tuned_for_each_task(task, finetune, codis, tmp_path):
     told = {**DATA[task](tmp_path), "family": "codis", "max_steps": 2}
     metrics = finetune.main(line(task, codis, tmp_path / "run", told))
@@ -202,6 +209,31 @@ def test_codis_is_fine_tuned_for_each_task(task, finetune, codis, tmp_path):
     # a task of texts alone reaches no layer that reads an image
     name = f"codis.text.layers.{'0.attention' if task == 'glue' else '2.cross_attention'}.query.weight"
     assert not torch.equal(before[name], after[name])
+
+
+def test_momo_answers_by_classes_that_its_model_names(finetune, momo, tmp_path):
+    told = {**DATA["answers"](tmp_path), "family": "momo"}
+    metrics = finetune.main(line("answers", momo, tmp_path / "run", told))
+    assert 0 <= metrics["val2014_questions/accuracy"] <= 1
+    directory = tmp_path / "run" / "model"
+    model = load_model(find_task("answers").model, directory)
+    classes = json.loads(told["answer_list"].read_text(encoding="utf-8"))
+    assert [model.config.id2label[place] for place in range(model.config.num_labels)] == classes
+    written = json.loads((tmp_path / "answers" / "val2014_questions.answers.json").read_text(encoding="utf-8"))
+    assert len(written) == 6 and {one["answer"] for one in written} <= set(classes)
+    options = {name: value for name, value in told.items() if name not in ("train_data", "family", "answer_folder")}
+    options |= {"model": directory, "data": options.pop("eval_data"), "device": "cpu", "tasks": "answers"}
+    assert evaluated(as_line({**options, "output": tmp_path / "out"})) == pytest.approx(metrics, abs=1e-6)
+
+
+def test_who_answers_how_is_said(finetune, momo, pretrained, tmp_path):
+    told = DATA["answers"](tmp_path)
+    with pytest.raises(ValueError, match="MomoForVisualQuestionAnswering writes no answers; expected --task answers"):
+        finetune.main(line("vqa", momo, tmp_path / "run", {**told, "family": "momo"}))
+    with pytest.raises(ValueError, match="'simla' has no model that classifies answers .*--task vqa.*expected momo"):
+        finetune.main(line("answers", pretrained, tmp_path / "run", told))
+    with pytest.raises(ValueError, match="expected answer_list, a JSON list of them, got none"):
+        finetune.main(line("answers", momo, tmp_path / "run", {**told, "family": "momo", "answer_list": None}))
 
 
 def test_every_task_of_the_table_is_tried():

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny_momo
 import torch
 from accelerate import Accelerator
 from tiny_oner import randomised
@@ -10,8 +11,13 @@ from tiny_simla import DROPOUT, tiny_config
 from tiny_tasks import ANSWERS, MASK, inputs
 from torch.nn import functional as F
 
-from oner import SimlaForVisualEntailment, SimlaForVisualQuestionAnswering, SimlaForVisualReasoning
-from oner.training.objectives.answers import AnswerObjective, AnswerObjectiveArguments
+from oner import (
+    MomoForVisualQuestionAnswering,
+    SimlaForVisualEntailment,
+    SimlaForVisualQuestionAnswering,
+    SimlaForVisualReasoning,
+)
+from oner.training.objectives.answers import AnswerClassObjective, AnswerObjective, AnswerObjectiveArguments
 from oner.training.objectives.classification import ClassificationObjective
 from oner.training.objectives.task import DistillationArguments
 from oner.training.run.gradient_cache import loss_and_gradients
@@ -91,6 +97,30 @@ def test_answers_by_hand():
                 soft = -(theirs[row, place] * mine[row, place]).sum()
                 expected += WEIGHTS[row] * ((1 - alpha) * hard + alpha * soft) / 3
         torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_classes_of_answers_by_hand():
+    """Binary cross-entropies, in double precision; the teacher's share of what is right."""
+    torch.manual_seed(5)
+    student = randomised(MomoForVisualQuestionAnswering(tiny_momo.tiny_config(num_labels=5))).train()
+    labels = torch.tensor([[0.3, 0.0, 1.0, 0.0, 0.6], [0.0] * 5, [0.0, 1.0, 0.0, 0.0, 0.0]])
+    batch = {**tiny_momo.make_batch([3, 5, 2], draws=False), "labels": labels}
+    for alpha in (0.0, 0.4):
+        objective = AnswerClassObjective(student, DistillationArguments(distillation=alpha))
+        told = labels.double()
+        read = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        if alpha:
+            moved_teacher(objective)
+            told = 0.6 * told + 0.4 * objective.teacher(**read).logits.double().sigmoid()
+        chance = student(**read).logits.double().sigmoid()
+        expected = -(told * chance.log() + (1 - told) * (1 - chance).log()).sum() / 3
+        taken = objective(student, batch, 0.5)
+        torch.testing.assert_close(taken.loss.double(), expected, rtol=1e-5, atol=1e-6)
+    own = student(**read, labels=labels).loss
+    torch.testing.assert_close(
+        own.double(),
+        AnswerClassObjective(student, DistillationArguments(distillation=0.0))(student, batch, 0.5).loss.double(),
+    )
 
 
 def test_alpha_may_be_forgotten_as_the_code_does():

@@ -208,3 +208,15 @@ class AnswerEvaluator:
         pairs = zip(self.asked, answers, strict=True)
         entries = [{"question_id": row["id"], "answer": answer} for row, answer in pairs]
         path.write_text(json.dumps(entries, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class ClassifiedAnswers(AnswerEvaluator):
+    """The same of a model whose `logits` (B, C) choose one of the answers that its configuration names."""
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return {**super().protocol, "answers": "the likeliest of the model's classes"}
+
+    def _write(self, model: Any, processor: Any, inputs: dict[str, torch.Tensor]) -> list[str]:
+        logits = model(**inputs).logits  # (B, C)
+        return [model.config.id2label[place] for place in logits.argmax(-1).tolist()]

@@ -4,15 +4,21 @@ Chefer et al., "Generic attention-model explainability" (ICCV 2021), equations 5
 that speaks for the score is kept, the mean over heads of max(A * d score / d A, 0); relevance is what these parts pass
 on from layer to layer.
 
+A decoder of masked words reads on in the places of its encoder, so that its layers are further layers of one stack. In
+the encoder a masked place is seen by no other, and what it made of itself [MASK] replaces: its attentions there get no
+gradient, and it owes nothing before the decoder.
+
 B pairs, H heads, T positions of a text, S of an image, L of both in one sequence, N = h*w patches (row-major).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oner.modeling.vl_layers import SelfAttention
 from oner.modeling.vl_outputs import PATCH_TOKEN, without_patches
 
 from .attention import eager_attention
@@ -64,6 +70,28 @@ def crossed_relevance(image: Sequence[Tensor], text: Sequence[Tensor], across: S
     return owed
 
 
+def decoders_of(model: Any) -> list[Any]:
+    """What stands between a tower and a head of masked words: MoMo's decoders, of which a batch passes one."""
+    return [module for name, module in model.named_children() if name.endswith("decoder")]
+
+
+@contextmanager
+def decoder_attentions(model: Any) -> Iterator[list[Tensor]]:
+    """The attentions (B, H, L, L) of a model's decoders, layer by layer, as they are computed."""
+    attentions: list[Tensor] = []
+    layers = [module for decoder in decoders_of(model) for module in decoder.modules()]
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output: attentions.append(output[1]))
+        for layer in layers
+        if isinstance(layer, SelfAttention)
+    ]
+    try:
+        yield attentions
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def masked_relevance(model: Any, batch: dict[str, Tensor], places: Tensor, token_ids: Tensor) -> Tensor:
     """
     Relevance (B, N) of the patches for the logit of a token at a masked place of each text.
@@ -76,22 +104,24 @@ def masked_relevance(model: Any, batch: dict[str, Tensor], places: Tensor, token
 
     Raises:
         ValueError: a model in training mode, whose attention has dropout.
-        TypeError: a model whose head of words reads a decoder, not the tower: MoMo's.
     """
     if model.training:
         raise ValueError("masked_relevance expects a model in eval mode; call eval() first")
-    if decoders := [name for name, _ in model.named_children() if name.endswith("decoder")]:
-        raise TypeError(f"masked_relevance expects a head of words on the tower's own states, got one on {decoders}")
     rows = torch.arange(len(places), device=places.device)
-    with eager_attention(model), torch.enable_grad():
-        outputs = model.base_model(**batch, output_attentions=True, return_dict=True)
-        patches = int((outputs.token_types[0] == PATCH_TOKEN).sum())
-        states = without_patches(outputs.last_hidden_state, outputs.last_hidden_state.shape[1] - patches)
-        logits = model.lm_head(states[rows, places])  # (B, V)
+    with eager_attention(model), decoder_attentions(model) as decoding, torch.enable_grad():
+        if decoders_of(model):
+            outputs = model(**batch, output_attentions=True)
+            patches = int((batch["input_ids"][0] == model.config.image_token_id).sum())
+            logits = without_patches(outputs.logits, outputs.logits.shape[1] - patches)[rows, places]  # (B, V)
+        else:
+            outputs = model.base_model(**batch, output_attentions=True, return_dict=True)
+            patches = int((outputs.token_types[0] == PATCH_TOKEN).sum())
+            states = without_patches(outputs.last_hidden_state, outputs.last_hidden_state.shape[1] - patches)
+            logits = model.lm_head(states[rows, places])  # (B, V)
         score = logits.gather(1, token_ids[:, None]).sum()
 
         # rows of a batch keep to themselves, so one gradient serves all of them
-        attentions = list(outputs.attentions)
+        attentions = [*outputs.attentions, *decoding]
         crossing = list(getattr(outputs, "cross_attentions", None) or ())
         parts = kept_parts(score, [*attentions, *crossing])
 

@@ -1,12 +1,13 @@
 """What would people answer: the likelihood of each answer, weighed by who gave it (section 3.4; ALBEF's protocol).
 
 A question pays, over its answers, weight times the sum of (1 - alpha) CE(token) + alpha CE(the teacher's distribution)
-over its tokens; the loss is the mean over questions.
+over its tokens; the loss is the mean over questions. Where answers are classes, each pays a binary cross-entropy.
 """
 
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .losses import in_full
@@ -55,3 +56,18 @@ class AnswerObjective(TaskObjective):
         # the model's loss is a mean over these questions, the batch's `count` may be of more
         mean = student(**inputs, soft_labels=soft, alpha=alpha).loss
         return mean * (len(batch["input_ids"]) / count)
+
+
+class AnswerClassObjective(TaskObjective):
+    """For models whose `logits` (B, C) say of each answer of a list whether it is right, `labels` (B, C) in [0, 1]."""
+
+    part = "answers"
+
+    def loss(self, student: nn.Module, batch: Batch, alpha: float, count: torch.Tensor) -> torch.Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        labels = batch["labels"]  # (B, C)
+        if alpha:
+            soft = in_full(self.teacher(**inputs).logits).sigmoid()  # (B, C)
+            labels = (1 - alpha) * labels + alpha * soft
+        logits = in_full(student(**inputs).logits)  # (B, C)
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / count

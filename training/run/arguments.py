@@ -217,6 +217,13 @@ class SourceArguments:
 
     # what becomes of rows that cannot be used
     max_pixels: int | None = field(default=None, metadata=_help("Largest picture to decode, in pixels."))
+    excluded_images: list[str] = field(
+        default_factory=list,
+        metadata=_help(
+            "Files of hashes, as sha256sum writes them, of pictures that may not be trained on: those of evaluation "
+            "sets. Their rows count as bad ones."
+        ),
+    )
     max_bad_rows: float = field(
         default=0.01,
         metadata=_help("Share of rows that may be unusable; those are replaced and listed, above it the run stops."),

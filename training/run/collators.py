@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 from oner.processing.data.augmentation import CodeView, TrainingImageTransform
 from oner.processing.data.collation import Collator, Corruption, Reader, Targets
+from oner.processing.data.excluded_images import read_hashes
 from oner.processing.data.layouts import ImageLayout, JointLayout, Layout, SeparateLayout, SpecialTokens
 from oner.processing.data.masking import Dropping, Masking, Replacement
 from oner.processing.data.task_collation import Labels
@@ -42,6 +43,7 @@ def pair_collator(
         max_text_length=data.max_text_length or config.max_text_length,
         clean_caption=CAPTION_RULES.get(data.caption_rules),
         max_pixels=data.max_pixels,
+        excluded=read_hashes(data.excluded_images),
     )
 
     # what is hidden, and how the two lie in a batch
@@ -77,7 +79,11 @@ def image_collator(
     """Of images without texts."""
     data = arguments.data
     special = SpecialTokens.of(config, processor.tokenizer)
-    reader = Reader(image_transform=_transform(data, processor, config), max_pixels=data.max_pixels)
+    reader = Reader(
+        image_transform=_transform(data, processor, config),
+        max_pixels=data.max_pixels,
+        excluded=read_hashes(data.excluded_images),
+    )
     corruption = _corruption(data.masking if masking is None else masking, special)
     return _collator(arguments, reader, ImageLayout(config.patch_size), corruption)
 
@@ -108,6 +114,7 @@ def task_collator(
         text="text",
         max_text_length=config.max_text_length,
         max_pixels=data.max_pixels,
+        excluded=read_hashes(data.excluded_images),
     )
     answers = Labels() if targets is None else targets(processor, config)
     return _collator(arguments, reader, _pair_layout(config, special), targets=answers)

@@ -32,7 +32,7 @@ SAVED = "tokenizer.json"  # in it
 # arguments that name what is read beside rows; of the lists each entry
 FILES = (
     *("initial_model", "initial_objective", "initial_vision", "initial_text", "tokenizer", "image_tokenizer"),
-    *("answer_list", "eval_annotations", "refs", "instances", "detections"),
+    *("answer_list", "eval_annotations", "refs", "instances", "detections", "excluded_images"),
 )
 # of a model's directory, what loading does not read
 UNREAD = {".md", ".png", ".py"}

@@ -97,6 +97,8 @@ def evaluator(rows: Sequence[Any], name: str, options: AnswerArguments) -> Answe
 def load_answering(source: str, **options: Any) -> PreTrainedModel:
     """A model whose decoder begins as the tower's last layers and its MLM head, unless `source` has a decoder."""
     model = load_model(AutoModelForVisualQuestionAnswering, source, draws_heads=True, **options)
+    if not hasattr(model, "initialise_from"):
+        raise ValueError(f"{type(model).__name__} writes no answers; expected --task answers, where each is a class")
 
     # a source of another class was pretrained: its decoder has been drawn at random, and is now filled
     if type(model).__name__ not in (AutoConfig.from_pretrained(source).architectures or ()):

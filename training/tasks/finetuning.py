@@ -28,6 +28,7 @@ from oner.training.run.optimization import checkpoint_activations
 TASKS = {
     "retrieval": ("oner.training.tasks.retrieval", "RETRIEVAL"),
     "vqa": ("oner.training.tasks.answers", "VQA"),
+    "answers": ("oner.training.tasks.answer_classes", "ANSWERS"),
     "entailment": ("oner.training.tasks.classification", "ENTAILMENT"),
     "assignment": ("oner.training.tasks.assignment", "ASSIGNMENT"),
     "nlvr2": ("oner.training.tasks.classification", "NLVR2"),
