@@ -109,16 +109,11 @@ def page_of(place: str) -> str:
     """The title of the page that a definition is described on."""
     room, name = place.split(".")[0], place.rsplit(".", 1)[1]
     if room == "modeling":
-        fits = [
-            title for start, title in FAMILIES.items() if name.upper().startswith((start.upper(), f"{title}_".upper()))
-        ]
+        fits = [title for start, title in FAMILIES.items() if name.upper().startswith(start.upper())]
         return fits[0] if fits else "Image tokenizer"
     if room == "training":
-        return (
-            "Evaluation and sheets"
-            if ".evaluation." in place
-            else ("Conversion" if ".conversion." in place else "Training and publishing")
-        )
+        wings = {"evaluation": "Evaluation and sheets", "conversion": "Conversion"}
+        return wings.get(place.split(".")[1], "Training and publishing")
     return "Search and pipelines" if "ipeline" in name or "ndex" in name else "Rows and processors"
 
 
