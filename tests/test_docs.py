@@ -299,6 +299,20 @@ def check_run(script: str, line: list[str]) -> None:
     family.from_size(arguments.model.size, **(arguments.model.model_config or {}))
 
 
+@pytest.mark.slow
+def test_the_readme_shows_what_its_search_answers(workshop, monkeypatch, capsys):
+    """6,185 pictures are embedded: a minute."""
+    blocks = blocks_of("README.md")
+    shown = next(block.text for block in blocks if block.language == "text")
+    lines = [words for block in blocks if block.language == "bash" for words in commands(block)]
+    asked = next(words for words in lines if words[:2] == ["oner", "search"] and words[2].endswith("train.parquet"))
+    run_command([*asked, "--index-cache", "cache"], monkeypatch)
+    answered = capsys.readouterr().out
+    for line in shown.splitlines()[1:]:
+        rank, _, name = line.split(maxsplit=2)
+        assert re.search(rf"^ *{rank} +\S+ +{name}$", answered, re.M), f"{line!r} not in\n{answered}"
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in FOLLOWED])
 def test_commands_of_other_pages_exist(page, workshop):
     """Those of this repository; what they name may be made by long runs."""
