@@ -1,6 +1,8 @@
 """Every public name is documented and in the reference; mkdocs.yml names pages that there are."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,3 +64,19 @@ def test_the_navigation_and_llms_txt_name_pages_that_there_are():
     assert len(pages) > 20 and len(listed) > 15
     for page in (*pages, *listed):
         assert page.startswith("reference/") or (ROOT / "docs" / page).is_file(), page
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    """As `make docs`; where its extra is installed."""
+    pytest.importorskip("mkdocs")
+    result = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    page = (tmp_path / "site/reference/oner.html").read_text(encoding="utf-8")
+    assert 'id="oner.modeling.modeling_oner.OneRModel"' in page
