@@ -358,6 +358,11 @@ def test_the_readme_is_short_and_its_pictures_are_small():
     assert all((ROOT / picture).stat().st_size <= 150_000 for picture in pictures)
 
 
+def test_an_agent_needs_ten_commands_at_most():
+    blocks = [block for block in blocks_of("docs/skill/SKILL.md") if block.language == "bash"]
+    assert 0 < sum(len(commands(block)) for block in blocks) <= 10
+
+
 def test_parameter_counts_of_the_sizes():
     rows = re.findall(r"^\| `OneRConfig.from_size\(\"(\w+)\"\)`.*?\| ([\d.]+) M", text_of("docs/families.md"), re.M)
     assert len(rows) == 5
