@@ -4,6 +4,7 @@ The reference is written from the source, which is read and never imported: neit
 build the site.
 """
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -60,6 +62,23 @@ def paths_of(entries: str | list | dict) -> Iterator[str]:
         return
     for entry in entries.values() if isinstance(entries, dict) else entries:
         yield from paths_of(entry)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Docstrings name classes as transformers' do, [`OneRModel`]: here each becomes a link."""
+    if not page.file.src_uri.startswith("reference/"):
+        return html
+    places = {
+        path.rsplit(".", 1)[1]: f"{public_names.slug(title)}.html#{path}"
+        for title, names in public_names.by_page().items()
+        for path in names.values()
+    }
+
+    def linked(found: re.Match) -> str:
+        name = found[1]
+        return f'<a href="{places[name]}"><code>{name}</code></a>' if name in places else f"<code>{name}</code>"
+
+    return re.sub(r"\[<code>(\w+)</code>\]", linked, html)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
