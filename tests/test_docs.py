@@ -300,6 +300,7 @@ def check_run(script: str, line: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*rows show .* different pictures")
 def test_the_readme_shows_what_its_search_answers(workshop, monkeypatch, capsys):
     """6,185 pictures are embedded: a minute."""
     blocks = blocks_of("README.md")
