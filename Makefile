@@ -23,7 +23,7 @@ PIP_OPTIONS ?= --constraint constraints/tested.txt
 # Beside other work, threads that wait by spinning take the time of those that compute.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test resume-matrix walk dist clean
+.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test resume-matrix walk docs dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
@@ -46,6 +46,7 @@ help:
 	@echo 'make scale              memory of InfoNCE at 32k x 32k, memory and time of cached gradients (slow)'
 	@echo 'make benchmark          docs/performance.json and the tables of docs/performance.md (6 minutes, 2 quiet cores)'
 	@echo 'make walk               which files a picture and its caption go through from disk to loss, for each family'
+	@echo 'make docs               this documentation as a site in build/site, with a reference of every public name'
 	@echo 'make dist               source archive and wheel in dist/'
 
 # The environment is remade only when the metadata changed; each set of extras leaves a stamp.
@@ -70,7 +71,7 @@ demo: $(VENV)/.installed-plots
 	$(EVALUATE) --data $(EMOJI)/train.parquet --gallery $(EMOJI)/test_style.parquet --tasks multimodal
 
 scenes: $(VENV)/.installed-plots
-	$(PY) examples/data/scenes.py runs/scenes --pairs $(SCENES) --tasks 10000 --workers $(CORES)
+	$(PY) examples/data/scenes.py runs/scenes --pairs $(SCENES) --tasks 20000 --workers $(CORES)
 	$(PY) examples/data/scenes.py runs/scenes --pairs 1000 --queries 500 --workers $(CORES) \
 	  --split seen unseen_pairs unseen_style unseen_concepts
 
@@ -141,6 +142,9 @@ benchmark: $(VENV)/.installed-all
 
 walk: $(VENV)/.installed-test
 	@$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/walk.py 2>/dev/null
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 dist: $(VENV)/.installed-test
 	rm -rf dist

@@ -26,8 +26,9 @@ class MomoConfig(VisionLanguageConfig):
 
     Args:
         vocab_size (`int`): BERT's uncased vocabulary, which makes the paper's 110 and 335 M parameters (Table 1).
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps,
-            attention_dropout: The encoder, pre-norm (MAE). `intermediate_size=None` means `4 * hidden_size`.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps: The
+            encoder, pre-norm (MAE). `intermediate_size=None` means `4 * hidden_size`.
+        attention_dropout (`float`): Of its attention.
         image_size, patch_size, num_channels (`int`): Images are square, `image_size` pixels a side.
         position_image_size (`int`, *optional*): Image size at which the 2-D table is defined; the table is
             interpolated from there to `image_size`. Defaults to `image_size`.

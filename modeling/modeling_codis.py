@@ -52,6 +52,8 @@ PASSES = ("contrast", "match", "tokens", "codes")
 
 
 class CodisPreTrainedModel(SavedWhole, DualEncoderPreTrainedModel):
+    """What the classes of the family share: how their weights are drawn and saved, and what transformers may do."""
+
     config: CodisConfig
     base_model_prefix = "codis"
     # one checkpoint serves every class: what a class has no use for is left behind in silence

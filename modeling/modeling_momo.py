@@ -31,6 +31,8 @@ from .vl_task_heads import ImageClassification, PairClassificationHead
 
 
 class MomoPreTrainedModel(SavedWhole, PreTrainedModel):
+    """What the classes of the family share: how their weights are drawn and saved, and what transformers may do."""
+
     config: MomoConfig
     base_model_prefix = "momo"
     main_input_name = "input_ids"

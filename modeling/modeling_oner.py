@@ -54,6 +54,8 @@ class OneREmbeddings(OneTowerEmbeddings):
 
 
 class OneRPreTrainedModel(SavedWhole, PreTrainedModel):
+    """What the classes of the family share: how their weights are drawn and saved, and what transformers may do."""
+
     config: OneRConfig
     base_model_prefix = "oner"
     main_input_name = "input_ids"

@@ -21,6 +21,8 @@ from .vl_saving import SavedWhole
 
 
 class SimlaPreTrainedModel(SavedWhole, DualEncoderPreTrainedModel):
+    """What the classes of the family share: how their weights are drawn and saved, and what transformers may do."""
+
     config: SimlaConfig
     base_model_prefix = "simla"
     # one checkpoint serves every class: what a class has no use for is left behind in silence

@@ -319,5 +319,5 @@ def overfitted(training: float, evaluation: float, rows: int) -> Finding | None:
         f"R@1 among {rows} rows is {training:.1%} of the training's and {evaluation:.1%} of the evaluation's",
         f"{training / TIMES_LESS:.1%} or more of the evaluation's",
         "first try more rows, then fewer epochs; then harder pictures: randaugment and crop_margin were part of what "
-        "took the emoji from 25.5 / 35.1 to 50.2 / 58.4 in an unseen style (README.md, beside 50 epochs more)",
+        "took the emoji from 25.5 / 35.1 to 50.2 / 58.4 in an unseen style (docs/results.md, beside 50 epochs more)",
     )

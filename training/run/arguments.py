@@ -60,6 +60,8 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class ModelArguments:
+    """What is trained, from which weights, and what is published of it."""
+
     # the tokens that a text cannot do without, and two letters
     BOUNDS: ClassVar[dict[str, str]] = {"vocab_size": "[7, inf)", "limit_alphabet": "[1, inf)"}
 
@@ -241,6 +243,8 @@ class DataArguments(SourceArguments):
 
 @dataclass
 class RunArguments:
+    """How long, how fast, on what, and what is kept on the way."""
+
     BOUNDS: ClassVar[dict[str, str]] = {
         # generators take 32 bits, and the process and the step are added
         "seed": "[0, 2147483647]",
