@@ -32,6 +32,7 @@ from .model_loading import write_digests
 from .origins import Origins, check_repo_id, files_of, repository_name, write_provenance
 from .placing import carry_over, check_replaceable, put_in_place, scratch_beside, set_modes
 from .public import plain
+from .sentence_files import write_sentence_files
 
 MODEL_AUTO_CLASSES = (
     "AutoModel",
@@ -332,6 +333,8 @@ def export_model(
         model.save_pretrained(scratch, state_dict=stored_weights(model, dtype))
         processor.save_pretrained(scratch)
         tasks = write_code(model, scratch, processor)
+        if "image-text-retrieval" in tasks:
+            write_sentence_files(scratch)
         paths = write_pictures(pictures or {}, scratch)
         write_facts(scratch, metrics, protocol, training_config)
 
