@@ -300,6 +300,7 @@ def export_model(
     data: Sequence[Mapping[str, Any] | str] | None = None,
     pictures: Mapping[str, Picture] | None = None,
     license: str | None = None,
+    languages: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     repo_id: str | None = None,
     origins: Origins | None = None,
@@ -311,6 +312,7 @@ def export_model(
     - data: one entry per training set, a name or a mapping (name, rows, licence, ...).
     - pictures: caption → PIL image, matplotlib figure, or path; stored in `pictures/`.
     - license: of the weights, as the Hub names it (`apache-2.0`, `cc-by-4.0`, `other`); if none, the card says so.
+    - languages: of the texts, as the Hub names them (`en`), for the card's metadata.
     - dtype: precision in the file, such as `torch.float16` for half its size. The configuration keeps the model's
       own precision, so a plain `from_pretrained` computes in that one.
     - repo_id: the name of the repository, and of the card; the directory's if none, or that above one named `model`.
@@ -349,6 +351,7 @@ def export_model(
             pictures=paths,
             tasks=tasks,
             license=license,
+            languages=languages,
             stored_dtype=str(dtype or model.dtype).removeprefix("torch."),
             compute_dtype=str(model.dtype).removeprefix("torch."),
         )

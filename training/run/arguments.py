@@ -61,7 +61,7 @@ def _help(text: str) -> dict[str, str]:
 @dataclass
 class ModelArguments:
     # the tokens that a text cannot do without, and two letters
-    BOUNDS: ClassVar[dict[str, str]] = {"vocab_size": "[7, inf)", "limit_alphabet": "[1, inf)"}
+    BOUNDS: ClassVar[dict[str, str]] = {"vocab_size": "[7, inf)", "limit_alphabet": "[1, inf)", "lora": "[1, inf)"}
 
     # what is trained
     family: str | None = field(
@@ -116,6 +116,16 @@ class ModelArguments:
         metadata=_help(
             "Most characters of a trained vocabulary; 1,000 or what covers 99.9 % of the captions if none."
         ),
+    )
+
+    # what of it learns
+    lora: int | None = field(
+        default=None,
+        metadata={
+            **_help("Rank of LoRA adapters beside the tower's frozen weights; alone 16; the export has them merged."),
+            "nargs": "?",
+            "const": 16,
+        },
     )
 
     # how its layers compute
@@ -373,6 +383,9 @@ class RunArguments:
     )
     licence: str | None = field(
         default=None, metadata=_help("Licence of the published weights, as the Hub names it; the card says if none.")
+    )
+    language: list[str] = field(
+        default_factory=list, metadata=_help("Languages of the texts, as the Hub names them (en); for the card.")
     )
     repo_id: str | None = field(
         default=None, metadata=_help("Name of the repository, `name` or `owner/name`; that of output_dir if none.")
