@@ -67,8 +67,9 @@ def test_graphs_give_the_models_vectors(directory, graphs, pictures):
         expected = nn.functional.normalize(features, dim=-1).numpy()
         np.testing.assert_allclose(vectors(graphs, kind, inputs), expected, rtol=0, atol=1e-5, err_msg=kind)
         # eight bits turn a vector a little
-        cosines = (vectors(graphs, f"{kind}_int8", inputs) * expected).sum(1)
-        assert (cosines > 0.95).all() and (cosines < 1).all(), (kind, cosines)
+        turned = vectors(graphs, f"{kind}_int8", inputs)
+        cosines = (turned * expected).sum(1)
+        assert (cosines > 0.9).all() and np.abs(turned - expected).max() > 1e-5, (kind, cosines)
 
 
 def test_a_graph_that_differs_is_an_error(directory, tmp_path, monkeypatch, capsys):

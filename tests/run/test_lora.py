@@ -78,18 +78,20 @@ def test_the_export_is_a_plain_model_of_summed_weights(run):
 
 
 def test_a_task_is_learned_so(tmp_path):
-    pretrained = write_pretrained(tmp_path / "pretrained", OneRForPreTraining)
+    pretrained = write_pretrained(tmp_path / "pretrained", OneRForPreTraining, projection_hidden_size=16)
     told = {
         **karpathy(tmp_path / "coco"), "task": "retrieval", "initial_model": pretrained, "lora": 2, "max_steps": 2,
         "batch_size": 4, "warmup_steps": 0, "base_learning_rate": 0.05, "num_workers": 0, "mixed_precision": "no",
-        "family": "oner", "output_dir": tmp_path / "run",
+        "family": "oner", "losses": ["itc", "cmc"], "rerank_k": 0, "output_dir": tmp_path / "run",
     }  # fmt: skip
     del told["queue_size"]
-    metrics = load_example("finetune").main([str(part) for item in told.items() for part in (f"--{item[0]}", item[1])])
+    values = {name: value if isinstance(value, list) else [value] for name, value in told.items()}
+    words = [str(word) for name, value in values.items() for word in (f"--{name}", *value)]
+    metrics = load_example("finetune").main(words)
     before, after = (load_file(place / "model.safetensors") for place in (pretrained, tmp_path / "run" / "model"))
     assert metrics and before.keys() == after.keys()
-    words = "oner.embeddings.word_embeddings.weight"
-    assert torch.equal(before[words], after[words])
+    tokens = "oner.embeddings.word_embeddings.weight"
+    assert torch.equal(before[tokens], after[tokens])
     qkv = f"oner.layers.0{PLACE}.weight"
     assert 0 < torch.linalg.matrix_rank(after[qkv] - before[qkv], atol=1e-6) <= 2
 

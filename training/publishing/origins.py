@@ -152,7 +152,7 @@ def base_models(origins: Origins) -> list[str]:
 
 def hub_datasets(origins: Origins) -> list[str]:
     """Names of those of its data that lie on the Hub; `owner/name` alone may as well be a folder."""
-    places = [str(entry.get("name", "")) for entry in origins.data]
+    places = [entry if isinstance(entry, str) else str(entry.get("name", "")) for entry in origins.data]
     paths = [place.removeprefix(ON_THE_HUB).split("/") for place in places if place.startswith(ON_THE_HUB)]
     return list(dict.fromkeys("/".join(parts[:2]).partition("@")[0] for parts in paths if len(parts) > 1))
 
