@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from PIL import Image
 from tiny_repository import emoji_rows, model_of, processor_of
 from torch import nn
@@ -32,11 +33,11 @@ def pictures(rows) -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def directory(family, rows, tmp_path_factory) -> Path:
-    if family.name not in ("oner", "simla"):
-        pytest.skip("one family of each layout; tests/modeling/test_export.py has the graphs of all")
-    processor = processor_of(family, rows)
-    return export_model(model_of(family, processor), processor, tmp_path_factory.mktemp("model") / family.name)
+def directory(rows, tmp_path_factory) -> Path:
+    """Of one family: tests/modeling/test_export.py has the graphs of all."""
+    processor = processor_of(FAMILIES["oner"], rows)
+    model = model_of(FAMILIES["oner"], processor)
+    return export_model(model, processor, tmp_path_factory.mktemp("model") / "oner")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def vectors(graphs: Path, name: str, inputs: dict[str, torch.Tensor]) -> np.ndar
     return session.run([told["output"]], {key: inputs[key].numpy() for key in told["inputs"]})[0]
 
 
+@pytest.mark.slow
 def test_graphs_give_the_models_vectors(directory, graphs, pictures):
     model = AutoModel.from_pretrained(directory).eval()
     processor = AutoProcessor.from_pretrained(graphs)  # the graphs bring it along
