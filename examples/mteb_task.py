@@ -15,6 +15,7 @@ import datasets
 import mteb
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
@@ -74,7 +75,11 @@ def compare(model: str | Path, rows: Sequence[Any], name: str) -> Iterator[tuple
     evaluator = RetrievalEvaluator(rows, name=name, ks=KS, progress=False)
     own = AutoModelForZeroShotImageClassification.from_pretrained(model).eval()
     ours = dict(evaluator.run(own, AutoProcessor.from_pretrained(model)))
-    encoder = SentenceTransformer(str(model), device="cpu")
+    encoder = SentenceTransformerEncoderWrapper(SentenceTransformer(str(model), device="cpu"))
+    encoder.mteb_model_meta.modalities = [
+        "text",
+        "image",
+    ]  # mteb asks the Hub for them, and takes a directory for text
     for direction in DIRECTIONS:
         result = mteb.evaluate(encoder, make_task(evaluator, direction), cache=None, show_progress_bar=False)
         (scores,) = result.task_results[0].scores["test"]
