@@ -96,6 +96,21 @@ def publish_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--message", default="Upload model", help="of the commit")
 
 
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    A model as ONNX graphs, for programs that have no torch: onnxruntime, a browser, another language.
+
+        oner export runs/photos onnx/ --onnx --int8
+
+    A graph for texts, one for pictures and one for both as one query, each from the processor's tensors to unit
+    vectors, for any number of rows; the processor's files and onnx.json lie beside them (docs/howto_onnx.md).
+    """
+    parser.add_argument("model", help="a model directory or name on the Hub, or the run that left it")
+    parser.add_argument("destination", help="the directory of the graphs, new or an earlier export's")
+    parser.add_argument("--onnx", action="store_true", required=True, help="the format, so far the only one")
+    parser.add_argument("--int8", action="store_true", help="also graphs whose weights have 8 bits")
+
+
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """
     Official checkpoints into model directories and back.
@@ -369,6 +384,11 @@ COMMANDS = {
         "upload a model to the Hub",
         "oner.training.commands.publish",
         publish_arguments,
+    ),
+    "export": Command(
+        "a model as ONNX graphs",
+        "oner.training.commands.export",
+        export_arguments,
     ),
     "convert": Command(
         "official checkpoints of SIMLA and ALBEF into model directories, and back",

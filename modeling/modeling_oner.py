@@ -21,6 +21,7 @@ from .vl_features import CosineRetrieval, MaskedTokens, RetrievalFeatures
 from .vl_heads import ContrastiveHead, HeadLinear, LanguageModelHead
 from .vl_inputs import check_inputs
 from .vl_layers import PreNormLayer, SelfAttention
+from .vl_localization import GroundedPatches
 from .vl_one_tower import OneTowerEmbeddings
 from .vl_outputs import PATCH_TOKEN, TEXT_TOKEN, VisionLanguageModelOutput
 from .vl_saving import SavedWhole
@@ -180,8 +181,11 @@ class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
         return (hidden_states * content).sum(1) / content.sum(1).clamp_min(1)
 
 
-class OneRForImageTextRetrieval(CosineRetrieval, OneRPreTrainedModel):
-    """Pictures against texts by cosine. `AutoModelForZeroShotImageClassification` returns this class."""
+class OneRForImageTextRetrieval(GroundedPatches, CosineRetrieval, OneRPreTrainedModel):
+    """
+    Pictures against texts by cosine, and where in a picture a text is. `AutoModelForZeroShotImageClassification`
+    returns this class.
+    """
 
     def __init__(self, config: OneRConfig):
         super().__init__(config)

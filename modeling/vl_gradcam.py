@@ -94,6 +94,8 @@ def _grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
 class GroundedMatching:
     """Beside `RetrievalFeatures` and `ImageTextMatching`: over a dual encoder with a matching head."""
 
+    grounding_modes = MODES
+
     def ground(
         self,
         input_ids: torch.LongTensor,

@@ -4,7 +4,8 @@
     pipe("photo.png", text="the man on the left")  # {"box": {"xmin": ...}, "score": ..., "map": tensor of (h, w)}
     pipe("photo.png", text="a hat", overlay=True)["overlay"].save("where.png")
 
-The map is Grad-CAM of the model's cross-attention (SIMLA, section 3.5); no box was needed to train it. With `boxes=`,
+The map is what the model's `ground` makes: Grad-CAM of cross-attention (SIMLA, section 3.5), or how near patches lie
+to the words in a tower of one space (OneR, Figure 1); no box was needed to train either. With `boxes=`,
 say of a detector, the box is one of them, by the score that RefCOCO+ is evaluated with: the map's sum inside over the
 root of the area. Without, it is the rectangle of patches that scores highest. A score of 0 says that nothing in the
 picture was found to speak for the text.

@@ -21,6 +21,8 @@ _TEXT_OPTIONS = frozenset(
     ("padding", "truncation", "max_length", "return_tensors", "is_split_into_words", "pad_to_multiple_of")
     + ("split_special_tokens", "return_attention_mask", "return_token_type_ids", "add_special_tokens", "verbose")
 )
+# groups that are looked into by transformers alone, or by nobody: who serves all kinds of models sends all of them
+_OTHER_GROUPS = frozenset(("common_kwargs", "audio_kwargs", "videos_kwargs"))
 
 
 class OneRTextKwargs(TextKwargs, total=False):
@@ -157,7 +159,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         # an option is a text's or an image's, flat or in its group
         image_options = set(self.image_processor.valid_kwargs.__annotations__)
         groups = {"text_kwargs": _TEXT_OPTIONS, "images_kwargs": image_options}
-        flat = set(kwargs) - set(groups) - {"common_kwargs"}
+        flat = set(kwargs) - set(groups) - _OTHER_GROUPS
         unknown = flat - _TEXT_OPTIONS - image_options
         for group, known in groups.items():
             unknown |= set(kwargs.get(group) or {}) - known

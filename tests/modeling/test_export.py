@@ -7,31 +7,14 @@ import pytest
 import torch
 from families import KINDS, MASKED_LM, RETRIEVAL, inputs_of
 from tiny_oner import joint_batch, text_of
-from torch import nn
 from torch.export import Dim
 
-METHODS = {"text": "get_text_features", "image": "get_image_features", "pair": "get_multimodal_features"}
+from oner.training.publishing.onnx_export import METHODS, Embedding, export_program, write_graph
+
+# kind of `families.KINDS` -> graph
+GRAPHS = {"text": "text", "image": "image", "pair": "image_text"}
 # lengths of captions: those that are exported with, and others that the program meets
 EXAMPLE, OTHERS = [5, 3, 4], ([2, 0, 3, 1, 7], [1, 1], [9, 11, 0])
-
-
-class Embedding(nn.Module):
-    """One kind's embedding (B, P), as a server would ask for it: tensors in, a tensor out."""
-
-    def __init__(self, model: nn.Module, kind: str, names: list[str]):
-        super().__init__()
-        self.model, self.method, self.names = model, METHODS[kind], names
-
-    def forward(self, *given: torch.Tensor) -> torch.Tensor:
-        return getattr(self.model, self.method)(**dict(zip(self.names, given, strict=True))).pooler_output
-
-
-def dynamic(inputs: dict[str, torch.Tensor], joint: bool) -> tuple[dict[int, Dim], ...]:
-    """Any number of rows, and any length of ids up to the model's longest."""
-    placed = 16 if joint and "pixel_values" in inputs else 0
-    rows = Dim("batch", min=2, max=64)
-    length = Dim("length", min=2 + placed, max=13 + placed)
-    return tuple({0: rows} if name == "pixel_values" else {0: rows, 1: length} for name in inputs)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -40,10 +23,8 @@ def exported(request, family):
     kind = request.param
     model = family.build(RETRIEVAL)
     batches = [inputs_of(model, kind, joint_batch(lengths)) for lengths in (EXAMPLE, *OTHERS)]
-    module = Embedding(model, kind, list(batches[0])).eval()
-    shapes = dynamic(batches[0], model.config.pair_layout == "joint")
-    program = torch.export.export(module, tuple(batches[0].values()), dynamic_shapes=(shapes,))
-    return module, batches, program
+    module = Embedding(model, METHODS[GRAPHS[kind]], tuple(batches[0])).eval()
+    return module, batches, export_program(module, batches[0], longest=12)
 
 
 @torch.no_grad()
@@ -58,8 +39,7 @@ def test_onnxruntime_gives_the_same(exported, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     module, batches, program = exported
-    names = list(batches[0])
-    torch.onnx.export(program, (), tmp_path / "model.onnx", input_names=names, output_names=["vectors"], verbose=False)
+    write_graph(program, module.names, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     # one row too, which no example of torch.export may be
     alone = {name: value[:1] for name, value in batches[1].items()}

@@ -275,7 +275,6 @@ class TestModels:
         model = oner.OneRForImageTextRetrieval(config)
         for cls, method in (
             (ImageTextMatchingPipeline, "match"),
-            (VisualGroundingPipeline, "ground"),
             (VisualQuestionAnsweringPipeline, "generate_answers"),
             (VisualEntailmentPipeline, "classifier"),
         ):
@@ -284,7 +283,7 @@ class TestModels:
         with pytest.raises(ValueError, match="image-text-matching needs a processor"):
             simla = make_simla(oner.SimlaForImageTextRetrieval, processor)
             ImageTextMatchingPipeline(model=simla, device="cpu")
-        assert set(pipeline_classes(model)) - set(BUILT_IN) == {"image-text-retrieval"}
+        assert set(pipeline_classes(model)) - set(BUILT_IN) == {"image-text-retrieval", "visual-grounding"}
         assert "zero-shot-image-classification" in pipeline_classes(model)
 
     def test_an_export_names_what_its_weights_serve(self, processor, tmp_path):

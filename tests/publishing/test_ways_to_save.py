@@ -23,10 +23,13 @@ WITHOUT = ["model_and_processor", "pipeline", "built_in_pipeline", "trainer", "i
 WAYS = [f"with-{way}" for way in WITH] + [f"without-{way}" for way in WITHOUT]
 CASES = [(name, way) for name in FAMILIES for way in WAYS]
 # which pipelines a family's retrieval model serves, transformers' own two that read images among them
-PIPELINES = {"oner": {"image-text-retrieval", "image-feature-extraction", "zero-shot-image-classification"}}
-PIPELINES["simla"] = PIPELINES["oner"] | {"image-text-matching", "visual-grounding"}
-PIPELINES["codis"] = PIPELINES["simla"]
-PIPELINES["momo"] = PIPELINES["oner"] | {"image-text-matching"}
+EMBEDS = {"image-text-retrieval", "image-feature-extraction", "zero-shot-image-classification"}
+PIPELINES = {
+    "codis": EMBEDS | {"image-text-matching", "visual-grounding"},
+    "momo": EMBEDS | {"image-text-matching"},
+    "oner": EMBEDS | {"visual-grounding"},
+    "simla": EMBEDS | {"image-text-matching", "visual-grounding"},
+}
 
 
 def python(folder: Path, *arguments: str) -> None:

@@ -1,8 +1,6 @@
 """Zero-shot localisation: which patches of a picture lie near a text (Figures 1, 3, 6-8, 10 and 11 of the OneR paper).
 
-"We simply compute the cosine similarities between image patch embeddings and the average-pooled text embedding": both
-come from the final LayerNorm, before any projector, picture and text each in a pass of its own. That means something
-only where both live in one space; in a model of two spaces the maps are noise (Figure 3).
+The cosines are `vl_localization`'s, here for any model with states of pictures and texts.
 
 Shapes: B pictures, N = h*w patches (row-major), L positions ([CLS] first), D width.
 """
@@ -13,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from oner.modeling.vl_localization import mean_of_words, patch_word_cosine
 
 from .sheets import (
     Panel,
@@ -29,25 +28,6 @@ from .sheets import (
     quarter,
     wrapped,
 )
-
-
-def mean_of_words(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """The mean (B, D) of the token states of a text-only pass (B, L, D), without [CLS] (position 0) and padding.
-
-    Raises:
-        ValueError: a text has no tokens.
-    """
-    tokens = attention_mask.bool().clone()  # (B, L)
-    tokens[:, 0] = False
-    count = tokens.sum(-1, keepdim=True)  # (B, 1)
-    if (count == 0).any():
-        raise ValueError(f"text {int((count[:, 0] == 0).nonzero()[0])} has no words, so there is nothing to look for")
-    return (states * tokens[..., None].to(states.dtype)).sum(1) / count.to(states.dtype)  # (B, D)
-
-
-def patch_word_cosine(patches: Tensor, words: Tensor) -> Tensor:
-    """Cosine (B, N) of every patch state (B, N, D) with its row's mean token state (B, D)."""
-    return torch.einsum("bnd,bd->bn", F.normalize(patches.float(), dim=-1), F.normalize(words.float(), dim=-1))
 
 
 def similarity_maps(

@@ -186,7 +186,8 @@ class SceneEvaluator:
         # the whole picture, whatever the processor would crop
         side = model.config.image_size
         maps = {"localization": similarity_maps(model, processor, images, texts, self.batch_size, side)}
-        for mode in OTHER if hasattr(model, "ground") else ():
+        modes = getattr(model, "grounding_modes", ())
+        for mode in [one for one in OTHER if one in modes]:
             maps[f"grounding_{mode}"] = grounding_maps(model, processor, images, texts, self.batch_size, mode=mode)
         for kind, cells in maps.items():
             for name, value in pointed(cells, asked).items():

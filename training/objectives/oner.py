@@ -169,7 +169,8 @@ class OneRObjective(SinglePortion):
         if "mlm" not in self.weights:
             token_embeddings = student.oner.embeddings.word_embeddings.weight
             for parameter in student.lm_head.parameters():
-                parameter.requires_grad_(parameter is token_embeddings)
+                if parameter is not token_embeddings:
+                    parameter.requires_grad_(False)
 
         # without masked patches, their head and the embedding that stands in for them
         if "mim" not in self.weights:

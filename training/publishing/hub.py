@@ -32,6 +32,7 @@ from .model_loading import write_digests
 from .origins import Origins, check_repo_id, files_of, repository_name, write_provenance
 from .placing import carry_over, check_replaceable, put_in_place, scratch_beside, set_modes
 from .public import plain
+from .sentence_files import write_sentence_files
 
 MODEL_AUTO_CLASSES = (
     "AutoModel",
@@ -299,6 +300,7 @@ def export_model(
     data: Sequence[Mapping[str, Any] | str] | None = None,
     pictures: Mapping[str, Picture] | None = None,
     license: str | None = None,
+    languages: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     repo_id: str | None = None,
     origins: Origins | None = None,
@@ -310,6 +312,7 @@ def export_model(
     - data: one entry per training set, a name or a mapping (name, rows, licence, ...).
     - pictures: caption → PIL image, matplotlib figure, or path; stored in `pictures/`.
     - license: of the weights, as the Hub names it (`apache-2.0`, `cc-by-4.0`, `other`); if none, the card says so.
+    - languages: of the texts, as the Hub names them (`en`), for the card's metadata.
     - dtype: precision in the file, such as `torch.float16` for half its size. The configuration keeps the model's
       own precision, so a plain `from_pretrained` computes in that one.
     - repo_id: the name of the repository, and of the card; the directory's if none, or that above one named `model`.
@@ -332,6 +335,8 @@ def export_model(
         model.save_pretrained(scratch, state_dict=stored_weights(model, dtype))
         processor.save_pretrained(scratch)
         tasks = write_code(model, scratch, processor)
+        if "image-text-retrieval" in tasks:
+            write_sentence_files(scratch)
         paths = write_pictures(pictures or {}, scratch)
         write_facts(scratch, metrics, protocol, training_config)
 
@@ -346,6 +351,7 @@ def export_model(
             pictures=paths,
             tasks=tasks,
             license=license,
+            languages=languages,
             stored_dtype=str(dtype or model.dtype).removeprefix("torch."),
             compute_dtype=str(model.dtype).removeprefix("torch."),
         )

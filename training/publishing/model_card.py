@@ -19,11 +19,13 @@ from transformers import AutoModel, PreTrainedModel
 from oner.training.private_names import registered_models
 
 from .digests import sha256_of
-from .origins import Origins, base_models, note_change
+from .origins import Origins, base_models, hub_datasets, note_change
 from .public import plain
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 EVALUATION = re.compile(r"<!-- evaluation -->.*?<!-- /evaluation -->", re.DOTALL)
+# a level that guessing reaches, which tables show beside the model's numbers
+CHANCE = re.compile(r"(?:^|_)chance(?:$|_|@)")
 PIPELINE_TAG = "zero-shot-image-classification"
 # a pipeline of ours -> the Hub's name for what such a model does
 PIPELINE_TAGS = {"image-text-retrieval": PIPELINE_TAG, "image-question-answering": "visual-question-answering"}
@@ -91,12 +93,12 @@ def data_table(data: Sequence[Mapping[str, Any] | str]) -> str:
 
 
 def eval_results(metrics: Mapping[str, float]) -> list[EvalResult]:
-    """The Hub's `model-index` entries of the finite metrics."""
+    """The Hub's `model-index` entries of the finite metrics; what guessing gives is no result of the model."""
     results = []
     for name, value in plain(metrics).items():
         # the index holds numbers; what could not be measured stays in the table alone
         dataset, metric = split_metric(name)
-        if value is None or isinstance(value, (bool, str)):
+        if value is None or isinstance(value, (bool, str)) or CHANCE.search(metric):
             continue
 
         # the Hub sorts results by task; the names of metrics tell which
@@ -137,6 +139,7 @@ def model_card(
     pictures: Mapping[str, str] | None = None,
     tasks: Sequence[str] = (),
     license: str | None = None,
+    languages: Sequence[str] = (),
     stored_dtype: str = "float32",
     compute_dtype: str = "float32",
 ) -> ModelCard:
@@ -144,12 +147,15 @@ def model_card(
     # what the Hub indexes
     config, origins = model.config, origins or Origins()
     name = model_id.rsplit("/", 1)[-1]
+    libraries = ["sentence-transformers"] if "image-text-retrieval" in tasks else []
     metadata = ModelCardData(
         license=license,
+        language=list(languages) or None,
+        datasets=hub_datasets(origins) or None,
         base_model=base_models(origins) or None,
         library_name="transformers",
         pipeline_tag=next((tag for task, tag in PIPELINE_TAGS.items() if task in tasks), None),
-        tags=["oner", config.model_type, "custom_code", *tasks],
+        tags=["oner", config.model_type, "custom_code", *libraries, *tasks],
         model_name=name,
         eval_results=eval_results(metrics or {}) or None,
     )

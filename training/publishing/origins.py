@@ -18,6 +18,7 @@ from .digests import sha256_of
 from .public import plain
 
 PROVENANCE = "results/provenance.json"
+ON_THE_HUB = "hf://datasets/"
 # where models from before there was one name their data's makers
 ATTRIBUTION = "ATTRIBUTION.md"
 # the export's own names, which no file of makers may take
@@ -147,6 +148,13 @@ def base_models(origins: Origins) -> list[str]:
         if Path(name).suffix not in (".pt", ".pth", ".bin", ".safetensors", ".pkl"):
             named.append(name)
     return named
+
+
+def hub_datasets(origins: Origins) -> list[str]:
+    """Names of those of its data that lie on the Hub; `owner/name` alone may as well be a folder."""
+    places = [entry if isinstance(entry, str) else str(entry.get("name", "")) for entry in origins.data]
+    paths = [place.removeprefix(ON_THE_HUB).split("/") for place in places if place.startswith(ON_THE_HUB)]
+    return list(dict.fromkeys("/".join(parts[:2]).partition("@")[0] for parts in paths if len(parts) > 1))
 
 
 def write_provenance(directory: Path, name: str, licence: str | None, origins: Origins) -> None:

@@ -63,7 +63,7 @@ class ModelArguments:
     """What is trained, from which weights, and what is published of it."""
 
     # the tokens that a text cannot do without, and two letters
-    BOUNDS: ClassVar[dict[str, str]] = {"vocab_size": "[7, inf)", "limit_alphabet": "[1, inf)"}
+    BOUNDS: ClassVar[dict[str, str]] = {"vocab_size": "[7, inf)", "limit_alphabet": "[1, inf)", "lora": "[1, inf)"}
 
     # what is trained
     family: str | None = field(
@@ -118,6 +118,16 @@ class ModelArguments:
         metadata=_help(
             "Most characters of a trained vocabulary; 1,000 or what covers 99.9 % of the captions if none."
         ),
+    )
+
+    # what of it learns
+    lora: int | None = field(
+        default=None,
+        metadata={
+            **_help("Rank of LoRA adapters beside the tower's frozen weights; alone 16; the export has them merged."),
+            "nargs": "?",
+            "const": 16,
+        },
     )
 
     # how its layers compute
@@ -384,6 +394,9 @@ class RunArguments:
     )
     licence: str | None = field(
         default=None, metadata=_help("Licence of the published weights, as the Hub names it; the card says if none.")
+    )
+    language: list[str] = field(
+        default_factory=list, metadata=_help("Languages of the texts, as the Hub names them (en); for the card.")
     )
     repo_id: str | None = field(
         default=None, metadata=_help("Name of the repository, `name` or `owner/name`; that of output_dir if none.")

@@ -19,6 +19,7 @@ from oner.training.conversion.towers import initialise, tower_fields
 from oner.training.parallel.distributed import rank
 from oner.training.publishing.model_loading import load_model
 
+from .adapters import add_lora
 from .arguments import Arguments, ModelArguments
 from .inputs import digest_of_tokenizer, kept_tokenizer
 from .optimization import checkpoint_activations
@@ -179,6 +180,8 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
         report = initialise(model, *towers, arguments.model.fold_token_types)
         if rank() == 0:
             logger.warning(report.describe())
+    if arguments.model.lora is not None:
+        add_lora(model, arguments.model.lora)
     if arguments.model.gradient_checkpointing:
         checkpoint_activations(model)
     return model

@@ -16,6 +16,7 @@ from oner.training.publishing.hub import check_stored_dtype, export_model
 from oner.training.publishing.origins import Origins, check_repo_id, read_origins
 from oner.training.publishing.placing import check_replaceable, clear_leftovers
 
+from .adapters import trained, without_adapters
 from .arguments import Arguments
 from .launch import choose_precision, engine_of
 from .loading import RunLoader
@@ -30,8 +31,9 @@ def describe(arguments: Arguments, model: PreTrainedModel, loader: RunLoader, ac
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     start = arguments.model
     origin = f"-{start.size}" if start.initial_model is None else f" from {start.initial_model}"
+    learn = "" if start.lora is None else f" of which {trained(model) / 1e6:.2f} M learn"
     line = (
-        f"{model.config.model_type}{origin}, {millions:.1f} M parameters, "
+        f"{model.config.model_type}{origin}, {millions:.1f} M parameters{learn}, "
         f"{loader.total_steps} steps of {_rows(arguments)} on {accelerator.num_processes} x "
         f"{accelerator.device.type} by {engine_of(accelerator)}, "
         f"precision {choose_precision(arguments.run.mixed_precision)}"
@@ -111,7 +113,7 @@ def export(
         **{evaluator.name: evaluator.protocol for evaluator in evaluators},
     }
     return export_model(
-        model,
+        without_adapters(model),
         processor,
         publication.directory,
         metrics=metrics,
@@ -119,6 +121,7 @@ def export(
         training_config=arguments.to_dict(),
         origins=publication.origins,
         license=arguments.run.licence,
+        languages=arguments.run.language,
         dtype=publication.dtype,
         repo_id=arguments.run.repo_id,
     )

@@ -19,6 +19,7 @@ from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.training.evaluation.embedding import spaced
 from oner.training.objectives.objective import Objective, build_objective, objective_classes
 from oner.training.publishing.model_loading import load_model
+from oner.training.run.adapters import add_lora
 from oner.training.run.arguments import Arguments, DataArguments
 from oner.training.run.collators import Collator
 from oner.training.run.loading import quarantine_of
@@ -184,6 +185,8 @@ def load_task_model(task: Task, arguments: Arguments, config: PreTrainedConfig) 
     if hasattr(tower, "resize_positions") and config.position_image_size != config.image_size:
         tower.resize_positions(config.image_size)
 
+    if model.lora is not None:
+        add_lora(student, model.lora)
     if model.gradient_checkpointing:
         checkpoint_activations(student)
     return student
