@@ -18,6 +18,8 @@ import oner_run_options as run_options
 from oner_evaluate_options import check_evaluation, evaluate_arguments
 from oner_run_options import Mistake, check_nothing_more
 
+BACKENDS = ("exact", "faiss", "lancedb", "qdrant")
+
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     """
@@ -70,12 +72,19 @@ def index_arguments(parser: argparse.ArgumentParser) -> None:
         oner index photos/ photos-index --model runs/photos/model
         oner search photos-index "red fruit" --model runs/photos/model
 
-    It is saved as it grows: a call that was killed goes on where it was when it is made again.
+    It is saved as it grows: a call that was killed goes on where it was when it is made again. Made again later, it
+    embeds what is new or has changed, and drops what is gone. docs/search.md says which backend to choose.
     """
     parser.add_argument("source", help="a folder of pictures, searched recursively, or a table of pairs")
     parser.add_argument("destination", help="the directory of the index")
     parser.add_argument("--model", help="model directory or name on the Hub; the one that ships by default")
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="exact", help="what will search it; exact needs nothing"
+    )
+    parser.add_argument("--kind", choices=["ivf", "hnsw"], help="of faiss: lists (default) or a graph of neighbours")
+    parser.add_argument("--recall", type=float, help="of faiss: the share of the exact top 10 to be found (0.98)")
+    parser.add_argument("--url", help="of lancedb, qdrant: where it is; in the directory of the index by default")
 
 
 def publish_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,10 +26,14 @@ from transformers.modeling_outputs import ModelOutput
 
 from .pipeline_pairs import Unknown, VisionLanguagePipeline, known_options
 from .retrieval_index import RetrievalIndex, space_fingerprint
+from .retrieval_index_files import DTYPES
+from .retrieval_nearest import unit_rows
 from .retrieval_sources import (
     QUERY_KEYS,
+    SHEET_REASON,
     Query,
     gather_queries,
+    is_sheet,
     list_pictures,
     name_of_row,
     read_query,
@@ -49,7 +53,7 @@ class Row:
         item: What answers show.
         query: {"text", "image"}, the picture decoded.
         reason: Why it cannot be read; None if it can.
-        key, embedding: As `UnfinishedIndex` keeps them; the embedding (P,).
+        key, embedding: As `UnfinishedIndex` finds them; the embedding a unit row (P,) in the index's dtype.
     """
 
     item: Any
@@ -252,7 +256,8 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             num_workers: threads that decode pictures.
             dtype: how embeddings are kept, "float16" or "float32"; of a new index.
             directory: where the index is saved, as by `save_index`, and before it is whole what is embedded: a call
-                that was killed goes on where it was when it is made again.
+                that was killed goes on where it was when it is made again. What an index that stands there holds
+                already, unchanged and by this model, is not embedded again; what is gone from the source leaves it.
 
         Raises:
             ValueError: no picture under the folder, an empty source, or not one readable entry.
@@ -268,7 +273,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
 
         # a batch at a time: decoded by threads, then embedded, or known from a call that was killed
         with (
-            unfinished_index(directory, self._space) as known,
+            unfinished_index(directory, self._space, new.dtype) as known,
             ThreadPoolExecutor(max(1, num_workers)) as pool,
             tqdm(total=total, desc="indexing", unit="item", disable=not show_progress) as bar,
         ):
@@ -282,6 +287,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             # it answers only once it is whole
             report_skipped(new, seen)
             self.tell_unknown(unknown, seen)
+            new.counts = known.counts(len(new))
             index = new if old is None else old.extend(new)
             if directory is not None:
                 index.save(directory)
@@ -326,10 +332,12 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             return Row(name_of_row(entry, position), reason=str(error))
         item = query.pop("item")
 
-        # embedded by a call that was killed
+        # embedded by an earlier call
         key = known.key(query)
-        if key in known.rows:
-            return Row(item, key=key, embedding=known.rows[key])
+        if (embedding := known.find(key)) is not None:
+            return Row(item, key=key, embedding=embedding)
+        if is_sheet(query.get("image")):
+            return Row(item, reason=SHEET_REASON)
         try:
             if "image" in query:
                 query["image"] = self.read(query["image"], allow_urls)
@@ -341,12 +349,14 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         """Embeds the rows that are not known yet, and adds all to `index`."""
         missing = [row for row in rows if row.embedding is None]
         embeddings, unknown = self._embed([row.query for row in missing], size, {})
-        for row, embedding in zip(missing, embeddings, strict=True):
-            row.embedding = embedding  # (P,)
-        known.add({row.key: row.embedding for row in missing})
+        known.add(zip([row.key for row in missing], embeddings, strict=True))
+
+        # to unit rows, as the known ones are
+        for row, unit in zip(missing, unit_rows(embeddings).to(DTYPES[index.dtype]), strict=True):
+            row.embedding = unit  # (P,)
         if rows:
             together = torch.stack([row.embedding for row in rows])  # (rows, P)
-            index.add(together, [row.item for row in rows], self.fingerprint, self.model_name)
+            index.add_unit_rows(together, [row.item for row in rows], [row.key for row in rows])
         return unknown
 
 

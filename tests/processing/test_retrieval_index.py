@@ -15,11 +15,10 @@ from oner.processing.retrieval_index import (
     IndexMismatchError,
     RetrievalIndex,
     Snapshot,
-    pack_keys,
     space_fingerprint,
-    unpack_keys,
 )
 from oner.processing.retrieval_index_files import LOCK_FILE
+from oner.processing.retrieval_nearest import pack_keys, unpack_keys
 
 
 def make_index(n: int = 500, width: int = 24, dtype: str = "float16", seed: int = 0) -> RetrievalIndex:

@@ -7,6 +7,7 @@ again until a file's name, size or time changes, or the model does.
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from oner.processing.data.places import expand
 from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline, list_pictures
 from oner.processing.retrieval_index import INDEX_FILE, RetrievalIndexError
 from oner.training.doctor.reading import read_run
-from oner.training.evaluation.contact_sheet import caption_of, draw_sheet, open_table
+from oner.training.evaluation.contact_sheet import caption_of, draw_sheet, save_sheet
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.shipped import shipped_checkpoint
 
 from .folder import pictures_of
-
-TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
+from .table_items import TABLES, TableItems
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(f"\nrank  score  item, of {len(pipe.retrieval_index)} in {(source or place).name}")
     for rank, answer in enumerate(answers, 1):
         print(f"{rank:4d}  {answer['score']:+.3f}  {caption_of(answer['item'])}")
-    draw_sheet(query, answers, len(pipe.retrieval_index)).save(options.out)
+    save_sheet(draw_sheet(query, answers, len(pipe.retrieval_index)), options.out)
     print(f"\ncontact sheet: {options.out}")
     return 0
 
@@ -65,14 +65,14 @@ def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | Non
         pipe.load_index(source)
         return
     files = list_pictures(source) if source.is_dir() else [str(source)]
-    rows = table_rows(str(source)) if source.suffix in TABLES else source
+    rows = TableItems(str(source)) if source.suffix in TABLES else source
     _keep(pipe, [str(source)], files, rows, cache or source.parent / f".{source.name}.oner-index")
 
 
 def index_sources(pipe: ImageTextRetrievalPipeline, sources: Sequence[str], cache: Path) -> None:
     """As `open_index`, of the sources that a run was trained on."""
     files = [file for source in sources for file in _files_of(source)]
-    _keep(pipe, list(sources), files, [row for source in sources for row in table_rows(source)], cache)
+    _keep(pipe, list(sources), files, chain.from_iterable(map(TableItems, sources)), cache)
 
 
 def _files_of(source: str) -> list[str]:
@@ -97,9 +97,3 @@ def _keep(pipe: ImageTextRetrievalPipeline, names: list[str], files: Sequence[st
                 file.unlink(missing_ok=True)  # what is left of a damaged index must not be in the way
     pipe.index(rows, directory=cache)
     listing_file.write_text(json.dumps(listing))
-
-
-def table_rows(table: str) -> list[dict[str, Any]]:
-    """Each pair's picture, and where it stands with its first caption as the answer to show."""
-    rows = enumerate(open_table(table))
-    return [{"image": row["image"], "item": {"table": table, "row": i, "text": row["captions"][0]}} for i, row in rows]
