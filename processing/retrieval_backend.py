@@ -47,17 +47,11 @@ class SearchBackend(ABC):
         """n."""
 
     @abstractmethod
-    def search(
-        self, queries: torch.Tensor, top_k: int = 10, *, where: Where = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries (q, P) of any length → scores (q, k), falling, and the numbers of their items (q, k).
+    def answers(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> list[list[Answer]]:
+        """For each of queries (q, P), of any length, its {"score", "item", "index"}, best first.
 
-        `where` admits some of the items, see `retrieval_filter.py`; k is top_k, or how many it admits.
+        The score is the cosine. `where` admits some of the items, see `retrieval_filter.py`.
         """
-
-    @abstractmethod
-    def items_at(self, indices: Sequence[int]) -> list[Any]:
-        """The items of these numbers."""
 
     @abstractmethod
     def embedding_at(self, index: int) -> torch.Tensor:
@@ -66,15 +60,6 @@ class SearchBackend(ABC):
     @abstractmethod
     def index_of(self, item: Any) -> int | None:
         """The number of an item, of the first if there are several; None if there is none."""
-
-    def answers(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> list[list[Answer]]:
-        """For each of queries (q, P) its {"score", "item", "index"}, best first."""
-        scores, indices = self.search(queries, top_k, where=where)  # (q, k) each
-        items = iter(self.items_at(indices.flatten().tolist()))
-        return [
-            [{"score": score, "item": next(items), "index": index} for score, index in zip(*pair, strict=True)]
-            for pair in zip(scores.tolist(), indices.tolist(), strict=True)
-        ]
 
     def neighbours(self, item: Any, top_k: int = 10, where: Where = None) -> list[Answer]:
         """The nearest of an item that is indexed, given by its number or itself, without it.
@@ -110,6 +95,14 @@ class SearchBackend(ABC):
             got = tuple(queries.shape) if torch.is_tensor(queries) else type(queries).__name__
             raise ValueError(f"expected queries (q, {self.projection_dim}), got {got}")
         self.check_space(queries.shape[1])
+
+
+def answers_of(scores: torch.Tensor, indices: torch.Tensor, items: Sequence[Any]) -> list[list[Answer]]:
+    """Scores and numbers (q, k) → the answers of each query, their items out of all."""
+    return [
+        [{"score": score, "item": items[index], "index": index} for score, index in zip(*pair, strict=True)]
+        for pair in zip(scores.tolist(), indices.tolist(), strict=True)
+    ]
 
 
 def open_backend(name: str, directory: str | Path) -> SearchBackend:
@@ -149,7 +142,7 @@ def _module(name: str) -> Any:
     try:
         return import_module(f".backend_{name}", __package__)
     except ModuleNotFoundError as error:
-        if error.name != f"{__package__}.backend_{name}":
+        if not f"{__package__}.backend_{name}".startswith(str(error.name)):
             raise
         raise ImportError(f"the backend {name!r} comes with oner, not with a model's own code: install oner") from None
 
@@ -159,9 +152,9 @@ def library(name: str, extra: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name != name.split(".")[0]:
             raise
-        raise ImportError(f"this backend needs {name}: pip install 'oner[{extra}]'") from None
+        raise ImportError(f"this backend needs {error.name}: pip install 'oner[{extra}]'") from None
 
 
 def index_state(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,4 +196,13 @@ def current_note(directory: Path, name: str) -> dict[str, Any]:
     return note
 
 
-__all__ = ["BACKENDS", "Answer", "SearchBackend", "build_backend", "build_stale", "built_backends", "open_backend"]
+__all__ = [
+    "BACKENDS",
+    "Answer",
+    "SearchBackend",
+    "answers_of",
+    "build_backend",
+    "build_stale",
+    "built_backends",
+    "open_backend",
+]

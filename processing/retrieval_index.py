@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .retrieval_backend import SearchBackend
+from .retrieval_backend import Answer, SearchBackend, answers_of
 from .retrieval_filter import Where, read_where, rows_admitted
 from .retrieval_index_files import (
     DTYPES,
@@ -243,8 +243,8 @@ class RetrievalIndex(SearchBackend):
         scores, indices = unpack_keys(torch.cat(keys) if keys else torch.empty(0, k, dtype=torch.int64))  # (q, k) each
         return scores, indices if admitted is None else admitted[indices]
 
-    def items_at(self, indices: Sequence[int]) -> list[Any]:
-        return [self.items[index] for index in indices]
+    def answers(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> list[list[Answer]]:
+        return answers_of(*self.search(queries, top_k, where=where), self.items)
 
     def embedding_at(self, index: int) -> torch.Tensor:
         return self.embeddings[index]  # (P,)

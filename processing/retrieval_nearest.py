@@ -59,7 +59,7 @@ def chunk_keys(queries: torch.Tensor, rows: torch.Tensor, k: int, start: int) ->
     kept = min(2 * k + 30, len(rows))
     while True:
         values, places = quick.topk(kept, dim=1)  # (q, kept)
-        exact = _products(queries, rows, places)  # (q, kept) fp64
+        exact = own_products(queries, rows, places)  # (q, kept) fp64
         if kept == len(rows):
             break
 
@@ -85,7 +85,7 @@ def quick_products(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return products
 
 
-def _products(queries: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def own_products(queries: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Each query with its own items, summed one by one, so that no product depends on its neighbours. (q, kept)."""
     step = max(1, PRODUCTS // max(1, places.shape[1] * rows.shape[1]))
     parts = [
@@ -108,4 +108,4 @@ def unit_rows(embeddings: torch.Tensor) -> torch.Tensor:
     return rows / norms
 
 
-__all__ = ["best_keys", "pack_keys", "unit_rows", "unpack_keys"]
+__all__ = ["best_keys", "own_products", "pack_keys", "unit_rows", "unpack_keys"]
