@@ -71,6 +71,8 @@ def is_sheet(picture: Any) -> bool:
     if not isinstance(picture, (str, os.PathLike)) or not os.fspath(picture).lower().endswith(".png"):
         return False
     try:
+        if not os.path.isfile(picture):  # a pipe that nobody writes to would be waited for without end
+            return False
         with open(picture, "rb") as file:
             return SHEET_MARK in file.read(256)
     except (OSError, ValueError):
