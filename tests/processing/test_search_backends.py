@@ -204,6 +204,19 @@ def scored(scores: torch.Tensor, indices: torch.Tensor) -> dict[tuple[int, int],
     return dict(zip(places, scores.flatten().tolist(), strict=True))
 
 
+def test_datasets_finds_the_same_by_its_own_faiss_index(exact: RetrievalIndex) -> None:
+    """As docs/search.md has it."""
+    pytest.importorskip("faiss")
+    from datasets import Dataset
+
+    table = Dataset.from_dict({"number": range(COUNT), "embedding": exact.embeddings.float().numpy()})
+    table.add_faiss_index("embedding", metric_type=0)
+    asked = torch.nn.functional.normalize(queries()[0], dim=0)
+    scores, rows = table.get_nearest_examples("embedding", asked.numpy(), k=5)
+    wanted, numbers = exact.search(asked[None], top_k=5)
+    assert rows["number"] == numbers[0].tolist() and scores.tolist() == pytest.approx(wanted[0].tolist(), abs=1e-5)
+
+
 def test_an_index_too_small_for_lists_is_searched_all_the_same(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     index = RetrievalIndex(WIDTH)
