@@ -9,6 +9,7 @@ changes, swapped for a longer one under a lock; the list of items only grows, an
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from .retrieval_index_files import (
 from .retrieval_nearest import best_keys, unit_rows, unpack_keys
 
 QUERY_BLOCK = 1024
+KEY = re.compile(r"[0-9a-f]{32}")
 
 # of all indexes: it is held for the moment in which one grows, and an index that holds none can be copied
 _growing = threading.Lock()
@@ -185,6 +187,8 @@ class RetrievalIndex(SearchBackend):
         keys = [None] * len(items) if keys is None else list(keys)
         if len(keys) != len(items):
             raise ValueError(f"expected as many keys as items, got {len(keys)} and {len(items)}")
+        if bad := [key for key in keys if key is not None and not KEY.fullmatch(key)]:
+            raise ValueError(f"a key has 32 hexadecimal digits, got {bad[0]!r}")
         self.add_unit_rows(unit_rows(embeddings).to(DTYPES[self.dtype]), items, keys)
 
     def add_unit_rows(self, rows: torch.Tensor, items: list[Any], keys: list[str | None]) -> None:

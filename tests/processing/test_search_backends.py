@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import oner_command_line
 from oner.processing import retrieval_backend
 from oner.processing.retrieval_backend import (
     SearchBackend,
@@ -240,6 +241,10 @@ def test_backends_that_are_not_there_say_what_to_do(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(retrieval_backend, "__package__", "transformers_modules.org.model")
     with pytest.raises(ImportError, match="install oner"):
         open_backend("faiss", tmp_path)
+
+
+def test_the_command_line_offers_all_of_them() -> None:
+    assert oner_command_line.BACKENDS == retrieval_backend.BACKENDS
 
 
 def test_a_backend_that_was_not_built_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from oner.processing.retrieval_backend import build_backend, build_stale
@@ -60,7 +60,7 @@ def passed_over(reasons: Iterable[str], source: Path) -> list[str]:
     counts = Counter(map(shortened, reasons))
     lines = [f"  {count:6d}  {reason}" for reason, count in counts.most_common()]
     if source.is_dir() and (others := other_files(source)):
-        shown = ", ".join(f"{count} {suffix}" for suffix, count in Counter(others).most_common(5))
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         lines.append(f"  {others.total():6d}  files that are no pictures ({shown})")
     return (
         [f"passed over: {counts.total()} that were listed (retrieval_index.json names each)", *lines] if lines else []
@@ -73,7 +73,7 @@ def shortened(reason: str) -> str:
     return re.sub(r"\d+", "N", re.sub(r", starts with b.*", "", reason, flags=re.DOTALL))[:100]
 
 
-def other_files(folder: Path) -> Mapping[str, int]:
+def other_files(folder: Path) -> Counter[str]:
     """How many files under a folder are no pictures, by suffix; hidden ones are not looked at."""
     pictures = set(list_pictures(folder))
     counts: Counter[str] = Counter()

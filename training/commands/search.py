@@ -18,7 +18,7 @@ from transformers import AutoModelForZeroShotImageClassification, AutoProcessor,
 
 from oner.processing.data.places import expand
 from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline, list_pictures
-from oner.processing.retrieval_backend import build_backend, build_stale, built_backends
+from oner.processing.retrieval_backend import SearchBackend, build_backend, build_stale, built_backends
 from oner.processing.retrieval_filter import number_of
 from oner.processing.retrieval_index import INDEX_FILE, RetrievalIndexError
 from oner.training.doctor.reading import read_run
@@ -55,7 +55,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     else:
         print(f"\nrank  score  item, of {len(pipe.retrieval_index)} in {(source or place).name}")
         for rank, answer in enumerate(answers, 1):
-            print(f"{rank:4d}  {answer['score']:+.3f}  {caption_of(answer['item'])}  {shown(answer)['path']}")
+            path = shown(answer)["path"] or ""
+            print(f"{rank:4d}  {answer['score']:+.3f}  {caption_of(answer['item'])}  {path}".rstrip())
     if options.out or not options.json:
         out = options.out or "results.png"
         words = [options.words, options.like and f"like {options.like}", *(said for *_, said in parts_of(options))]
@@ -69,14 +70,23 @@ def ask(pipe: ImageTextRetrievalPipeline, query: dict[str, str], options: argpar
     """The answers to words and picture as one query, to a weighted sum, or those near an item."""
     found = {"top_k": options.top_k, "where": options.where}
     if options.like is not None:
-        number = int(options.like) if options.like.isdecimal() else None
-        path = os.path.abspath(options.like)
-        known = pipe.retrieval_index.index_of(path) if number is None else number
-        return pipe.neighbours(options.like if known is None else known, **found)
+        return pipe.neighbours(named_item(pipe.retrieval_index, options.like), **found)
     if parts := parts_of(options):
         weighted = ([(query, 1.0)] if query else []) + [(one, weight) for one, weight, _ in parts]
         return pipe.combine(weighted, **found)
     return pipe(query, **found, rerank_k=options.rerank, open_item=opened)
+
+
+def named_item(index: SearchBackend, said: str) -> Any:
+    """The number of an item that is called by its number, its path, or itself; what was said if there is none."""
+    if said.isdecimal():
+        return int(said)
+    path = os.path.abspath(said)
+    for item in (path, said):
+        if (number := index.index_of(item)) is not None:
+            return number
+    rows = enumerate(getattr(index, "items", ()))
+    return next((row for row, item in rows if isinstance(item, dict) and item.get("path") == path), said)
 
 
 def parts_of(options: argparse.Namespace) -> list[tuple[dict[str, str], float, str]]:

@@ -4,7 +4,7 @@ Any item that an index holds can be shown: a path, a row of a table, or a text.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from oner.processing.retrieval_sources import SHEET_MARK
 COLUMNS, CELL, GAP, PICTURE = 4, 224, 16, 168
 PAPER, CARD, INK, GREY, EDGE, ACCENT = "#f4f2ee", "#ffffff", "#22252a", "#7a7f87", "#dedbd4", "#c2410c"
 
-open_table = lru_cache(open_rows)
+open_table = lru_cache(partial(open_rows, bad_rows="skip"))
 
 
 def save_sheet(sheet: Image.Image, file: str | Path) -> None:
