@@ -163,11 +163,13 @@ def test_an_index_counts_what_it_passed_over_and_is_asked_in_every_way(
 
     # sums, neighbours and re-ranking
     assert answers_of(capsys, *place, "--minus-image", photos / "picture-4.png")[-1]["index"] == 4
-    both = answers_of(capsys, *place, "thing", "--plus-image", f"5:{photos / 'picture-1.png'}", "--minus", "0.1:two")
+    both = answers_of(
+        capsys, place[0], "thing", *model, "--plus-image", f"5:{photos / 'picture-1.png'}", "--minus", "0.1:two"
+    )
     assert both[0]["index"] == 1
     near = answers_of(capsys, *place, "--like", "3", "--top-k", "2", "--out", tmp_path / "near.png")
     assert len(near) == 2 and 3 not in {one["index"] for one in near} and (tmp_path / "near.png").is_file()
-    assert {one["index"] for one in answers_of(capsys, *place, "thing", "--rerank", "3")} == set(range(6))
+    assert {one["index"] for one in answers_of(capsys, place[0], "thing", *model, "--rerank", "3")} == set(range(6))
 
 
 def test_other_backends_are_built_when_they_are_asked_for(
