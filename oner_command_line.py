@@ -18,6 +18,8 @@ import oner_run_options as run_options
 from oner_evaluate_options import check_evaluation, evaluate_arguments
 from oner_run_options import Mistake, check_nothing_more
 
+BACKENDS = ("exact", "faiss", "lancedb", "qdrant")
+
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     """
@@ -50,6 +52,8 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
         oner search runs/photos "red fruit"                        the pictures that a run was trained on, by its model
         oner search photos/ "made of glass" --image photo.png      a folder, a table of pairs, or a saved index
         oner search "red fruit" --index photos/ --model runs/photos/model
+        oner search photos/ "a horse" --plus 0.7:stripes --minus "a rider" --where licence=MIT
+        oner search photos/ --like photos/apple.jpg --json
 
     The index of a folder or table is kept in a hidden directory beside it and used again until a file's name, size
     or time changes, or the model does.
@@ -59,8 +63,24 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="a picture to look for; with words, both are one query")
     parser.add_argument("--index", help="the place by name: the one word before it is then what to look for")
     parser.add_argument("--model", help="model directory or name on the Hub; the run's, else the one that ships")
+    parser.add_argument(
+        "--plus", action="append", default=[], metavar="[WEIGHT:]WORDS", help="add a query; repeatable"
+    )
+    parser.add_argument("--minus", action="append", default=[], metavar="[WEIGHT:]WORDS", help="subtract a query")
+    parser.add_argument("--plus-image", action="append", default=[], metavar="[WEIGHT:]FILE", help="add a picture")
+    parser.add_argument("--minus-image", action="append", default=[], metavar="[WEIGHT:]FILE", help="subtract one")
+    parser.add_argument("--like", metavar="ITEM", help="the nearest of an item that is indexed: its path or number")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="CONDITION",
+        help="licence=MIT, licence!=MIT|BSD, year>=2020: on columns of a table of pairs; repeatable, all must be met",
+    )  # fmt: skip
+    parser.add_argument("--rerank", type=int, metavar="K", help="compare the best K token by token, patch by patch")
+    parser.add_argument("--backend", choices=BACKENDS, default="exact", help="what searches; docs/search.md compares")
     parser.add_argument("--top-k", "--top_k", type=int, default=12)
-    parser.add_argument("--out", default="results.png", help="where the contact sheet goes")
+    parser.add_argument(
+        "--json", action="store_true", help="print the answers as JSON, and draw no sheet without --out"
+    )
+    parser.add_argument("--out", help="where the contact sheet goes; results.png by default")
     parser.add_argument("--index-cache", help="where to keep the index; beside the source by default")
 
 
@@ -71,12 +91,19 @@ def index_arguments(parser: argparse.ArgumentParser) -> None:
         oner index photos/ photos-index --model runs/photos/model
         oner search photos-index "red fruit" --model runs/photos/model
 
-    It is saved as it grows: a call that was killed goes on where it was when it is made again.
+    It is saved as it grows: a call that was killed goes on where it was when it is made again. Made again later, it
+    embeds what is new or has changed, and drops what is gone. docs/search.md says which backend to choose.
     """
     parser.add_argument("source", help="a folder of pictures, searched recursively, or a table of pairs")
     parser.add_argument("destination", help="the directory of the index")
     parser.add_argument("--model", help="model directory or name on the Hub; the one that ships by default")
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="exact", help="what will search it; exact needs nothing"
+    )
+    parser.add_argument("--kind", choices=["ivf", "hnsw"], help="of faiss: lists (default) or a graph of neighbours")
+    parser.add_argument("--recall", type=float, help="of faiss: the share of the exact top 10 to be found (0.98)")
+    parser.add_argument("--url", help="of lancedb, qdrant: where it is; in the directory of the index by default")
 
 
 def publish_arguments(parser: argparse.ArgumentParser) -> None:
@@ -267,11 +294,22 @@ def check_search(options: argparse.Namespace, rest: Sequence[str], known: Sequen
     where = "--index " if options.index is not None else ""
     if options.place is None:
         raise Mistake("where? expected a run, a folder of pictures, a table of pairs, or a saved index")
-    if not options.words and not options.image:
-        raise Mistake("give words, --image, or both")
+    check_query(options)
     for told, path in ((where, options.place), ("--image ", options.image)):
         if path is not None and not Path(path).exists():
             raise Mistake(f"{told}{path}: no such {'file' if told == '--image ' else 'folder or file'}{beside(path)}")
+
+
+def check_query(options: argparse.Namespace) -> None:
+    """Whether there is one question, and not two. Raises `Mistake`."""
+    asked = bool(options.words or options.image)
+    parts = bool(options.plus or options.minus or options.plus_image or options.minus_image)
+    if not asked and not parts and options.like is None:
+        raise Mistake("give words, --image, or both; or --like an item, or --plus and --minus")
+    if options.like is not None and (asked or parts):
+        raise Mistake("--like is a question of its own; words, pictures, --plus and --minus do not go with it")
+    if options.rerank is not None and (parts or options.like is not None):
+        raise Mistake("--rerank compares one query's tokens and patches; it goes with words, --image, or both")
 
 
 def beside(path: str) -> str:

@@ -4,15 +4,18 @@
     pipe.index("photos/")
     pipe("red fruit", top_k=5)                                     # [{"score": 0.61, "item": ..., "index": 17}, ...]
     pipe("made of glass", image="photos/apple.jpg")                # one query of both: one joint sequence
+    pipe.combine([("a horse", 1.0), ("stripes", 0.7), ("a rider", -0.5)])     # a weighted sum of queries
+    pipe.neighbours("photos/apple.jpg")                            # the nearest of an item that is indexed
+    pipe("red fruit", where=["licence=MIT", "year>=2020"], rerank_k=50)
 
 Strings never have two meanings: in a query a plain str is text; in `index` it is a picture's path (or a folder), in
 `index_texts` a caption. Pictures in a query come as PIL, bytes, pathlib.Path, `image=...` or {"image": ...}.
 
-Shapes: B queries of one kind, L positions, P projection_dim, n indexed items, k answers per query.
+Shapes: B queries of one kind, L positions, D width of states, P projection_dim, n indexed items, k answers per query.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +27,19 @@ import torch
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import ModelOutput
 
-from .pipeline_pairs import Unknown, VisionLanguagePipeline, known_options
+from .pipeline_pairs import Unknown, VisionLanguagePipeline, checked_top_k, known_options
+from .retrieval_backend import Answer, SearchBackend, open_backend
+from .retrieval_filter import Where, read_where
 from .retrieval_index import RetrievalIndex, space_fingerprint
+from .retrieval_index_files import DTYPES
+from .retrieval_late_interaction import RERANK_WEIGHT, OpenItem, check_reranking, late_interaction, query_of_item
+from .retrieval_nearest import unit_rows
 from .retrieval_sources import (
     QUERY_KEYS,
+    SHEET_REASON,
     Query,
     gather_queries,
+    is_sheet,
     list_pictures,
     name_of_row,
     read_query,
@@ -38,6 +48,8 @@ from .retrieval_sources import (
 )
 from .retrieval_unfinished import UnfinishedIndex, unfinished_index
 from .vl_sources import iterate, warn_caller
+
+TOP_K = 5
 
 
 @dataclass
@@ -49,7 +61,7 @@ class Row:
         item: What answers show.
         query: {"text", "image"}, the picture decoded.
         reason: Why it cannot be read; None if it can.
-        key, embedding: As `UnfinishedIndex` keeps them; the embedding (P,).
+        key, embedding: As `UnfinishedIndex` finds them; the embedding a unit row (P,) in the index's dtype.
     """
 
     item: Any
@@ -81,7 +93,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         top_k: answers per query when a call does not say (5).
 
     Attributes:
-        retrieval_index: the index that answers, or None.
+        retrieval_index: the index or other backend that answers, or None.
     """
 
     task_name = "image-text-retrieval"
@@ -90,7 +102,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.retrieval_index: RetrievalIndex | None = None
+        self.retrieval_index: SearchBackend | None = None
         self._fingerprint: str | None = None
 
     @property
@@ -109,14 +121,16 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
     def _sanitize_parameters(
         self,
         top_k: int | None = None,
+        where: Where = None,
         allow_urls: bool | None = None,
         num_workers: int | None = None,
         **unknown: Any,
     ) -> tuple[dict, dict, dict]:
         before = known_options(
-            f"{self.task_name} (with top_k=)", {"allow_urls": allow_urls, "num_workers": num_workers}, unknown
+            f"{self.task_name} (with top_k=, where=)", {"allow_urls": allow_urls, "num_workers": num_workers}, unknown
         )
-        return before, {}, {} if top_k is None else {"top_k": top_k}
+        after = {"top_k": top_k, "where": where}
+        return before, {}, {name: value for name, value in after.items() if value is not None}
 
     def preprocess(self, queries: list[Query], allow_urls: bool = False, num_workers: int = 0) -> dict[str, Any]:
         """B queries, all of the same kind → the processor's batch."""
@@ -128,7 +142,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             inputs["text"] = [query["text"] for query in queries]
         return {"kind": tuple(inputs), **self.processor(**inputs, return_tensors="pt", padding=True).to(self.dtype)}
 
-    def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:
+    def _forward(self, model_inputs: dict[str, Any], states: bool = False) -> ModelOutput:
         kind = model_inputs.pop("kind")
         if kind == ("images",):
             output = self.model.get_image_features(pixel_values=model_inputs["pixel_values"])
@@ -136,16 +150,17 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             names = ("input_ids", "attention_mask") + (("pixel_values",) if "images" in kind else ())
             encode = self.model.get_multimodal_features if "images" in kind else self.model.get_text_features
             output = encode(**{name: model_inputs[name] for name in names})
-        return ModelOutput(embeddings=output.pooler_output)  # (B, P)
+        if not states:
+            return ModelOutput(embeddings=output.pooler_output)  # (B, P)
+        mask = model_inputs.get("attention_mask")  # (B, L)
+        mask = torch.ones(output.last_hidden_state.shape[:2]) if mask is None else mask
+        return ModelOutput(embeddings=output.pooler_output, states=output.last_hidden_state, mask=mask)
 
-    def postprocess(self, model_outputs: Mapping[str, torch.Tensor], top_k: int = 5) -> list[list[dict[str, Any]]]:
+    def postprocess(
+        self, model_outputs: Mapping[str, torch.Tensor], top_k: int = TOP_K, where: Where = None
+    ) -> list[list[Answer]]:
         """Embeddings (B, P) → for each query its k answers, best first."""
-        index = self._ready_index()
-        scores, indices = index.search(model_outputs["embeddings"], top_k=top_k)  # (B, k) each
-        return [
-            [{"score": score, "item": index.items[i], "index": i} for score, i in zip(*pair, strict=True)]
-            for pair in zip(scores.tolist(), indices.tolist(), strict=True)
-        ]
+        return self._ready_index().answers(model_outputs["embeddings"], top_k, where)
 
     def __call__(
         self,
@@ -154,39 +169,124 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         text: str | list[str] | None = None,
         image: Any = None,
         top_k: int | None = None,
+        where: Where = None,
+        rerank_k: int | None = None,
+        rerank_weight: float = RERANK_WEIGHT,
+        open_item: OpenItem = query_of_item,
         batch_size: int | None = None,
         allow_urls: bool | None = None,
         num_workers: int | None = None,
-    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]] | Iterator[list[dict[str, Any]]]:
+    ) -> list[Answer] | list[list[Answer]] | Iterator[list[Answer]]:
         """Answers one query with a list of {"score", "item", "index"}, several with a list of such lists.
 
         Args:
             inputs: a str (text), a picture, {"text": ..., "image": ...}; a list or a data set's column of these; or an
                 iterator of these, which an iterator answers, a batch ahead of what was asked for.
             text, image: the same by name; both together, or `image` beside a str, are one joint query.
+            where: conditions on the columns of items, such as "licence=MIT"; see `retrieval_filter.py`.
+            rerank_k: how many of the best by cosine are looked at again, token by token and patch by patch; None for
+                none. Of one-tower models; see `retrieval_late_interaction.py`.
+            rerank_weight: the share of late interaction in the score by which they are ordered, from 0 to 1.
+            open_item: from an item to the query that shows it, for re-ranking.
             num_workers: threads that decode pictures (0: none of their own).
 
         Raises:
-            ValueError: nothing was indexed, nothing was asked, or a list and a single picture are mixed.
+            ValueError: nothing was indexed, nothing was asked, or a list and a single picture are mixed; a condition
+                that is none; re-ranking by a model of two spaces, or of items that cannot be opened.
         """
         # refused before anything is embedded
         self._ready_index()
+        read_where(where)
+        if rerank_k is not None:
+            check_reranking(self.model.config, checked_top_k(rerank_k), rerank_weight)
 
         # embedded and searched, batch by batch
         queries, single = gather_queries(inputs, text, image)
         options = {"batch_size": batch_size, "allow_urls": allow_urls, "num_workers": num_workers}
-        post = {**self._postprocess_params, **({} if top_k is None else {"top_k": top_k})}
-        answers = self._answers(queries, options, post)
+        by_call = {"top_k": top_k, "where": where}
+        post = {**self._postprocess_params, **{name: value for name, value in by_call.items() if value is not None}}
+        again = None if rerank_k is None else partial(self._rerank, rerank_k, rerank_weight, open_item, options)
+        answers = self._answers(queries, options, post, rerank_k or 0, again)
         if isinstance(inputs, Iterator):
             return answers
         found = list(answers)
         return found[0] if single else found
 
     def _answers(
-        self, queries: Iterator[Query], options: dict[str, Any], post: dict[str, Any]
-    ) -> Iterator[list[dict]]:
+        self,
+        queries: Iterator[Query],
+        options: dict[str, Any],
+        post: dict[str, Any],
+        depth: int,
+        again: Callable[[Query, list[Answer]], list[Answer]] | None,
+    ) -> Iterator[list[Answer]]:
+        top_k = checked_top_k(post.get("top_k", TOP_K))
         while batch := list(islice(queries, self._read_batch_size(options["batch_size"]))):
-            yield from self.postprocess({"embeddings": self.embed(batch, **options)}, **post)
+            outputs = {"embeddings": self.embed(batch, **options)}
+            if again is None:
+                yield from self.postprocess(outputs, **post)
+                continue
+            found = self.postprocess(outputs, **{**post, "top_k": max(top_k, depth)})
+            yield from (again(query, answers)[:top_k] for query, answers in zip(batch, found, strict=True))
+
+    def _rerank(
+        self,
+        rerank_k: int,
+        weight: float,
+        open_item: OpenItem,
+        options: dict[str, Any],
+        query: Query,
+        answers: list[Answer],
+    ) -> list[Answer]:
+        """The first `rerank_k` answers anew, the others behind them as they were; scores of the first are mixed."""
+        first = answers[:rerank_k]
+        (asked,) = self.states([query], **options)  # (S, D)
+        shown = self.states([open_item(answer["item"]) for answer in first], **options)  # (S', D) each
+        late = late_interaction(asked, shown).tolist()  # (rerank_k,)
+        mixed = [
+            {**answer, "score": (1 - weight) * answer["score"] + weight * one, "cosine": answer["score"]}
+            for answer, one in zip(first, late, strict=True)
+        ]
+        return sorted(mixed, key=lambda answer: (-answer["score"], answer["index"])) + answers[rerank_k:]
+
+    def combine(
+        self,
+        queries: Iterable[tuple[Any, float]],
+        *,
+        top_k: int | None = None,
+        where: Where = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answers the weighted sum of the unit embeddings of several queries; a negative weight subtracts.
+
+        Args:
+            queries: (query, weight) pairs; a query of any form, text, picture or both.
+
+        Raises:
+            ValueError: no query, a weight that is no finite number, or a sum that vanishes.
+        """
+        queries = list(queries)
+        if not queries:
+            raise ValueError("nothing was asked: expected pairs of a query and its weight")
+        weights = torch.tensor([float(weight) for _, weight in queries], dtype=torch.float64)  # (q,)
+        if not torch.isfinite(weights).all():
+            raise ValueError(f"weights must be finite numbers, got {weights.tolist()}")
+        rows = self.embed([query for query, _ in queries], **options).to(torch.float64)  # (q, P)
+        together = (weights[:, None] * rows).sum(0, keepdim=True)  # (1, P)
+        if together.norm() < 1e-6:
+            raise ValueError("the weighted queries cancel each other: there is no direction left to search in")
+        return self._ready_index().answers(together, self._top_k(top_k), where)[0]
+
+    def neighbours(self, item: Any, *, top_k: int | None = None, where: Where = None) -> list[Answer]:
+        """The nearest of an item that is indexed, given by itself or its number, without it.
+
+        Raises:
+            ValueError: no such item.
+        """
+        return self._ready_index().neighbours(item, self._top_k(top_k), where)
+
+    def _top_k(self, top_k: int | None) -> int:
+        return checked_top_k(self._postprocess_params.get("top_k", TOP_K) if top_k is None else top_k)
 
     def embed(
         self,
@@ -205,12 +305,36 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         self.tell_unknown(unknown, len(queries))
         return embeddings
 
+    def states(
+        self,
+        queries: Iterable[Any],
+        batch_size: int | None = None,
+        allow_urls: bool | None = None,
+        num_workers: int | None = None,
+    ) -> list[torch.Tensor]:
+        """Any queries → of each the states (S, D) of its tokens and patches, after the last layer, without [CLS]."""
+        queries = [read_query(query) for query in iterate(queries)]
+        by_call = {"allow_urls": allow_urls, "num_workers": num_workers}
+        outputs, _ = self._run(queries, self._read_batch_size(batch_size), by_call, states=True)
+        return [states[mask.bool()][1:].float() for states, mask in outputs]
+
     def _embed(self, queries: list[Query], size: int, by_call: dict[str, Any]) -> tuple[torch.Tensor, list[Unknown]]:
         """As `embed`, of checked queries; and the texts with unknown words."""
+        outputs, unknown = self._run(queries, size, by_call)
+        if not outputs:
+            return torch.empty(0, self.model.config.projection_dim), unknown
+        embeddings = torch.stack(outputs)  # (queries, P), as they were asked
+        return torch.nn.functional.normalize(embeddings, dim=-1), unknown
+
+    def _run(
+        self, queries: list[Query], size: int, by_call: dict[str, Any], states: bool = False
+    ) -> tuple[list[Any], list[Unknown]]:
+        """Of each query its embedding (P,), or its states (L, D) with their mask (L,); and the texts with unknown
+        words."""
         before = self._preprocess_params | {name: value for name, value in by_call.items() if value is not None}
 
         # a batch holds queries of one kind
-        rows: dict[int, torch.Tensor] = {}
+        rows: dict[int, Any] = {}
         unknown: list[Unknown] = []
         for kind in (("text",), ("image",), ("text", "image")):
             places = [i for i, query in enumerate(queries) if tuple(key for key in QUERY_KEYS if key in query) == kind]
@@ -218,12 +342,11 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
                 batch = places[start : start + size]
                 inputs = self.preprocess([queries[i] for i in batch], **before)
                 unknown += self.unknown_words([queries[i].get("text") for i in batch], inputs)
-                output = self.forward(inputs, **self._forward_params)
-                rows.update(zip(batch, output["embeddings"].float(), strict=True))  # (P,) each
-        if not rows:
-            return torch.empty(0, self.model.config.projection_dim), unknown
-        embeddings = torch.stack([rows[i] for i in range(len(queries))])  # (queries, P), as they were asked
-        return torch.nn.functional.normalize(embeddings, dim=-1), unknown
+                during = {**self._forward_params, **({"states": True} if states else {})}
+                output = self.forward(inputs, **during)
+                parts = zip(output["states"], output["mask"], strict=True) if states else output["embeddings"].float()
+                rows.update(zip(batch, parts, strict=True))
+        return [rows[i] for i in range(len(queries))], unknown
 
     # The index
 
@@ -252,14 +375,15 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             num_workers: threads that decode pictures.
             dtype: how embeddings are kept, "float16" or "float32"; of a new index.
             directory: where the index is saved, as by `save_index`, and before it is whole what is embedded: a call
-                that was killed goes on where it was when it is made again.
+                that was killed goes on where it was when it is made again. What an index that stands there holds
+                already, unchanged and by this model, is not embedded again; what is gone from the source leaves it.
 
         Raises:
             ValueError: no picture under the folder, an empty source, or not one readable entry.
             IndexFileError: `directory` holds something else, or another process is indexing into it.
         """
         entries, total = rows_of(source)
-        old = self.retrieval_index if append else None
+        old = self._own_index() if append and self.retrieval_index is not None else None
         new = self._new_index(dtype if old is None else old.dtype)
         allowed = self._preprocess_params.get("allow_urls", False) if allow_urls is None else allow_urls
         size = self._read_batch_size(batch_size)
@@ -268,7 +392,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
 
         # a batch at a time: decoded by threads, then embedded, or known from a call that was killed
         with (
-            unfinished_index(directory, self._space) as known,
+            unfinished_index(directory, self._space, new.dtype) as known,
             ThreadPoolExecutor(max(1, num_workers)) as pool,
             tqdm(total=total, desc="indexing", unit="item", disable=not show_progress) as bar,
         ):
@@ -282,6 +406,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             # it answers only once it is whole
             report_skipped(new, seen)
             self.tell_unknown(unknown, seen)
+            new.counts = known.counts(len(new))
             index = new if old is None else old.extend(new)
             if directory is not None:
                 index.save(directory)
@@ -296,11 +421,14 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
 
     def save_index(self, directory: str | os.PathLike) -> Path:
         """Saves the present index into `directory`; see `RetrievalIndex.save`."""
-        return self._ready_index().save(directory)
+        return self._own_index().save(directory)
 
-    def load_index(self, directory: str | os.PathLike) -> RetrievalIndex:
-        """Loads a saved index and answers from it. Raises IndexMismatchError if another model made it."""
-        index = RetrievalIndex.load(directory)
+    def load_index(self, directory: str | os.PathLike, backend: str = "exact") -> SearchBackend:
+        """Loads a saved index and answers from it, or from another backend that was built in its directory.
+
+        Raises IndexMismatchError if another model made it, and as `open_backend`.
+        """
+        index = RetrievalIndex.load(directory) if backend == "exact" else open_backend(backend, directory)
         index.check_space(self.model.config.projection_dim, self.fingerprint, self.model_name)
         self.retrieval_index = index
         return index
@@ -308,7 +436,14 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
     def _new_index(self, dtype: str) -> RetrievalIndex:
         return RetrievalIndex(self.model.config.projection_dim, self.model_name, self.fingerprint, dtype)
 
-    def _ready_index(self) -> RetrievalIndex:
+    def _own_index(self) -> RetrievalIndex:
+        """The index in memory, which can grow and be saved. Raises ValueError where another backend answers."""
+        index = self._ready_index()
+        if not isinstance(index, RetrievalIndex):
+            raise ValueError(f"{type(index).__module__} only answers; load the index itself: load_index(directory)")
+        return index
+
+    def _ready_index(self) -> SearchBackend:
         if self.retrieval_index is None:
             raise ValueError("there is no index to search: call index(folder), index_texts(...) or load_index(...)")
         return self.retrieval_index
@@ -326,10 +461,12 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             return Row(name_of_row(entry, position), reason=str(error))
         item = query.pop("item")
 
-        # embedded by a call that was killed
+        # embedded by an earlier call
         key = known.key(query)
-        if key in known.rows:
-            return Row(item, key=key, embedding=known.rows[key])
+        if (embedding := known.find(key)) is not None:
+            return Row(item, key=key, embedding=embedding)
+        if is_sheet(query.get("image")):
+            return Row(item, reason=SHEET_REASON)
         try:
             if "image" in query:
                 query["image"] = self.read(query["image"], allow_urls)
@@ -341,12 +478,14 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         """Embeds the rows that are not known yet, and adds all to `index`."""
         missing = [row for row in rows if row.embedding is None]
         embeddings, unknown = self._embed([row.query for row in missing], size, {})
-        for row, embedding in zip(missing, embeddings, strict=True):
-            row.embedding = embedding  # (P,)
-        known.add({row.key: row.embedding for row in missing})
+        known.add(zip([row.key for row in missing], embeddings, strict=True))
+
+        # to unit rows, as the known ones are
+        for row, unit in zip(missing, unit_rows(embeddings).to(DTYPES[index.dtype]), strict=True):
+            row.embedding = unit  # (P,)
         if rows:
             together = torch.stack([row.embedding for row in rows])  # (rows, P)
-            index.add(together, [row.item for row in rows], self.fingerprint, self.model_name)
+            index.add_unit_rows(together, [row.item for row in rows], [row.key for row in rows])
         return unknown
 
 

@@ -9,14 +9,17 @@ changes, swapped for a longer one under a lock; the list of items only grows, an
 import hashlib
 import json
 import os
+import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .retrieval_backend import Answer, SearchBackend, answers_of
+from .retrieval_filter import Where, read_where, rows_admitted
 from .retrieval_index_files import (
     DTYPES,
     INDEX_FILE,
@@ -26,10 +29,10 @@ from .retrieval_index_files import (
     read_index,
     write_index,
 )
+from .retrieval_nearest import best_keys, unit_rows, unpack_keys
 
 QUERY_BLOCK = 1024
-PRODUCTS = 1 << 24  # most products that are held at once
-LOW_32_BITS = 0xFFFFFFFF
+KEY = re.compile(r"[0-9a-f]{32}")
 
 # of all indexes: it is held for the moment in which one grows, and an index that holds none can be copied
 _growing = threading.Lock()
@@ -89,78 +92,19 @@ def floats_of(value: Any) -> Iterator[torch.Tensor]:
             yield tensor
 
 
-def pack_keys(scores: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    """fp32 scores (q, c) of items (q, c) → int64 keys (q, c) that sort as (score, then lower index first).
-
-    The bits of an fp32 number, with those of negative ones mirrored, sort as the number does; they fill the upper
-    half, the item's index, counted down, the lower half. No two keys are equal, so any top-k is a stable one.
-    """
-    bits = (scores + 0.0).contiguous().view(torch.int32)  # (q, c); + 0.0 turns -0.0 into 0.0
-    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(torch.int64)  # (q, c)
-    return ordered * (LOW_32_BITS + 1) + (LOW_32_BITS - items)
-
-
-def unpack_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `pack_keys`: int64 keys (q, k) → fp32 scores (q, k), int64 indices (q, k)."""
-    ordered = (keys >> 32).to(torch.int32)  # (q, k)
-    scores = torch.where(ordered >= 0, ordered, ordered ^ 0x7FFFFFFF).view(torch.float32)
-    return scores, LOW_32_BITS - (keys & LOW_32_BITS)
-
-
-def best_keys(queries: torch.Tensor, blocks: Iterable[torch.Tensor], k: int, chunk: int) -> torch.Tensor:
-    """fp64 queries (q, P), blocks of items (m, P) → the k greatest keys (q, k), falling; see `pack_keys`."""
-    best = torch.empty(len(queries), 0, dtype=torch.int64)  # (q, 0)
-    start = 0
-    for rows in (rows for block in blocks for rows in block.split(chunk)):
-        keys = chunk_keys(queries, rows, k, start)  # (q, up to c)
-        best = torch.cat([best, keys], dim=1)  # (q, up to k + c)
-        best = best.topk(min(k, best.shape[1]), dim=1).values  # (q, up to k)
-        start += len(rows)
-    return best
-
-
-def chunk_keys(queries: torch.Tensor, rows: torch.Tensor, k: int, start: int) -> torch.Tensor:
-    """
-    Keys of a chunk's items, the k greatest among them: fp64 (q, P), (c, P) → (q, at least min(k, c)).
-
-    Products in fp32 choose who may be among the best, products in fp64 decide. An item is left out only if it lies
-    below the k-th by more than the fp32 products of both can be wrong.
-    """
-    quick = queries.to(torch.float32) @ rows.to(torch.float32).T  # (q, c)
-    slack = (rows.shape[1] + 8) * 2.0**-24  # of a sum of P products of unit vectors
-    kept = min(2 * k + 30, len(rows))
-    while True:
-        values, places = quick.topk(kept, dim=1)  # (q, kept)
-        exact = _products(queries, rows, places)  # (q, kept) fp64
-        if kept == len(rows):
-            break
-
-        # a setting of torch may round the quick products further than is reckoned with
-        as_reckoned = bool((values - exact).abs().max() <= slack)
-        if as_reckoned and bool((values[:, -1] < values[:, k - 1] - 2 * slack).all()):
-            break
-        kept = min(4 * kept, len(rows)) if as_reckoned else len(rows)
-    return pack_keys(exact.to(torch.float32), start + places)
-
-
-def _products(queries: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Each query with its own items, summed one by one, so that no product depends on its neighbours. (q, kept)."""
-    step = max(1, PRODUCTS // max(1, places.shape[1] * rows.shape[1]))
-    parts = [
-        (rows[some].to(torch.float64) * asked[:, None]).sum(-1)  # (s, kept)
-        for asked, some in zip(queries.split(step), places.split(step), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-class RetrievalIndex:
-    """Embeddings with their items, searched exactly.
+class RetrievalIndex(SearchBackend):
+    """Embeddings with their items, searched exactly. The other backends are built from a saved one.
 
     Args:
         projection_dim: P, the width of the embeddings.
         model: name or path of the model, for people and messages.
         fingerprint: what identifies the embedding space (`space_fingerprint`); None accepts any.
         dtype: "float16" (default, half the memory) or "float32", how embeddings are kept.
+
+    Attributes:
+        items: what each embedding stands for, JSON values.
+        skipped: {"item", "reason"} of what could not be read.
+        counts: of the call that indexed: rows "embedded", "kept" as they were, and "gone" since. Not saved.
     """
 
     def __init__(
@@ -180,9 +124,11 @@ class RetrievalIndex:
         self.fingerprint = fingerprint
         self.dtype = dtype
 
-        # items, which only grow, and their embeddings
+        # items and their keys, which only grow, and their embeddings
         self.items: list[Any] = []
+        self.keys: list[str | None] = []
         self.skipped: list[dict[str, str]] = []
+        self.counts: dict[str, int] = {}
         self._snapshot = Snapshot((torch.empty(0, projection_dim, dtype=DTYPES[dtype]),), 0)
 
     def __len__(self) -> int:
@@ -205,27 +151,17 @@ class RetrievalIndex:
                 self._snapshot = Snapshot((joined,), snapshot.count)
         return joined
 
-    def check_space(self, projection_dim: int, fingerprint: str | None = None, model: str | None = None) -> None:
-        """Raises IndexMismatchError unless embeddings of this width and fingerprint belong into this index."""
-        if projection_dim != self.projection_dim:
-            raise IndexMismatchError(
-                f"this index holds embeddings of width {self.projection_dim} (model {self.model!r}), "
-                f"got width {projection_dim} (model {model!r})"
-            )
-        if None not in (fingerprint, self.fingerprint) and fingerprint != self.fingerprint:
-            raise IndexMismatchError(
-                f"this index was made by {self.model!r} (fingerprint {self.fingerprint}), got embeddings of {model!r} "
-                f"(fingerprint {fingerprint}): the scores would mean nothing. Index again with the new model."
-            )
-
     def add(
         self,
         embeddings: torch.Tensor,
         items: Iterable[Any],
         fingerprint: str | None = None,
         model: str | None = None,
+        keys: Sequence[str | None] | None = None,
     ) -> None:
         """Appends embeddings (m, P), normalised here, and their m items (paths or any JSON values).
+
+        `keys` name what each was made of, 32 hexadecimal digits or None: what is indexed again is known by them.
 
         Raises:
             IndexMismatchError: another width or fingerprint than the index has.
@@ -248,21 +184,26 @@ class RetrievalIndex:
                 raise TypeError(
                     f"an item must be a path or a JSON value, got {type(item).__name__}: {error}"
                 ) from None
-        rows = unit_rows(embeddings).to(DTYPES[self.dtype])  # (m, P)
+        keys = [None] * len(items) if keys is None else list(keys)
+        if len(keys) != len(items):
+            raise ValueError(f"expected as many keys as items, got {len(keys)} and {len(items)}")
+        if bad := [key for key in keys if key is not None and not KEY.fullmatch(key)]:
+            raise ValueError(f"a key has 32 hexadecimal digits, got {bad[0]!r}")
+        self.add_unit_rows(unit_rows(embeddings).to(DTYPES[self.dtype]), items, keys)
 
+    def add_unit_rows(self, rows: torch.Tensor, items: list[Any], keys: list[str | None]) -> None:
+        """Appends unit rows (m, P) of this dtype as they are, with m checked items and keys."""
         # the items first: whatever a search finds has one
         with _growing:
             self.items.extend(items)
+            self.keys.extend(keys)
             self._snapshot = self._snapshot.grown(rows)
 
     def extend(self, other: "RetrievalIndex") -> "RetrievalIndex":
-        """Appends all of another index of this space and dtype, what it skipped too, at once. Returns itself."""
+        """Appends all of another index of this space and dtype, and what it skipped. Returns itself."""
         self.check_space(other.projection_dim, other.fingerprint, other.model)
-        rows, items = other.embeddings.to(DTYPES[self.dtype]), list(other.items)  # (m, P)
-        with _growing:
-            self.items.extend(items)
-            self.skipped = [*self.skipped, *other.skipped]
-            self._snapshot = self._snapshot.grown(rows)
+        self.add_unit_rows(other.embeddings.to(DTYPES[self.dtype]), list(other.items), list(other.keys))
+        self.note_skipped(other.skipped)
         return self
 
     def note_skipped(self, entries: Iterable[dict[str, str]]) -> None:
@@ -270,7 +211,9 @@ class RetrievalIndex:
         with _growing:
             self.skipped = [*self.skipped, *entries]
 
-    def search(self, queries: torch.Tensor, top_k: int = 10, chunk: int = 16384) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(
+        self, queries: torch.Tensor, top_k: int = 10, chunk: int | None = None, where: Where = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine of every query with every item: exact, `chunk` items at a time.
 
         Products are summed in fp64 and rounded to fp32 once, so equal embeddings get equal scores wherever they
@@ -279,24 +222,42 @@ class RetrievalIndex:
         Args:
             queries: (q, P), normalised here; any float dtype and device.
             top_k: answers wanted; cut to n.
+            where: conditions that items must meet, see `retrieval_filter.py`; m of n do.
         Returns:
-            scores (q, k) fp32, falling, and indices (q, k) int64, k = min(top_k, n); on the CPU.
+            Scores (q, k) fp32, falling, and indices (q, k) int64, on the CPU; k = min(top_k, n), or min(top_k, m).
         """
-        # sizes, and queries of this space
-        for name, value in (("top_k", top_k), ("chunk", chunk)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not torch.is_tensor(queries) or queries.dim() != 2:
-            got = tuple(queries.shape) if torch.is_tensor(queries) else type(queries).__name__
-            raise ValueError(f"expected queries (q, {self.projection_dim}), got {got}")
-        self.check_space(queries.shape[1])
+        self.check_queries(queries, top_k)
+        if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+            raise ValueError(f"chunk must be a positive integer, got {chunk!r}")
+        snapshot = self._snapshot
+        blocks = snapshot.blocks
+        count = snapshot.count
+        admitted = None
+
+        # of a filtered search only the rows that it admits
+        if conditions := read_where(where):
+            admitted = rows_admitted(conditions, self.items[:count])  # (m,)
+            blocks = (self.embeddings[admitted],)  # (m, P)
+            count = len(admitted)
 
         # blocks of queries, so that scores of all items are never held at once
-        snapshot = self._snapshot
-        k = min(top_k, snapshot.count)
+        k = min(top_k, count)
         rows = unit_rows(queries)  # (q, P) fp64
-        blocks = [best_keys(block, snapshot.blocks, k, chunk) for block in rows.split(QUERY_BLOCK)]
-        return unpack_keys(torch.cat(blocks) if blocks else torch.empty(0, k, dtype=torch.int64))
+        keys = [best_keys(block, blocks, k, chunk) for block in rows.split(QUERY_BLOCK)]
+        scores, indices = unpack_keys(torch.cat(keys) if keys else torch.empty(0, k, dtype=torch.int64))  # (q, k) each
+        return scores, indices if admitted is None else admitted[indices]
+
+    def answers(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> list[list[Answer]]:
+        return answers_of(*self.search(queries, top_k, where=where), self.items)
+
+    def embedding_at(self, index: int) -> torch.Tensor:
+        return self.embeddings[index]  # (P,)
+
+    def index_of(self, item: Any) -> int | None:
+        try:
+            return self.items.index(item)
+        except ValueError:
+            return None
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Writes the index into `directory` (made if missing); replaces an index that stands there.
@@ -315,31 +276,20 @@ class RetrievalIndex:
             "skipped": skipped,
             "items": self.items[: snapshot.count],
         }
-        write_index(Path(directory), header, torch.cat(snapshot.blocks))
+        keys = self.keys[: snapshot.count]
+        write_index(Path(directory), header, torch.cat(snapshot.blocks), keys if any(keys) else None)
         return Path(directory)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "RetrievalIndex":
         """Reads a saved index. Raises IndexFileError, which names the file and the key, if anything is not right."""
-        header, embeddings = read_index(Path(directory))
+        header, embeddings, keys = read_index(Path(directory))
         index = cls(header["projection_dim"], header["model"], header["fingerprint"], header["dtype"])
         index._snapshot = Snapshot((embeddings,), len(embeddings))
         index.items = header["items"]
+        index.keys = keys
         index.skipped = header["skipped"]
         return index
-
-
-def unit_rows(embeddings: torch.Tensor) -> torch.Tensor:
-    """(m, P) of any float dtype and device → (m, P) fp64 on the CPU, every row of length one."""
-    rows = embeddings.detach().to("cpu", torch.float64)  # (m, P)
-    norms = rows.norm(dim=1, keepdim=True)  # (m, 1)
-    bad = ~(torch.isfinite(norms) & (norms > 0)).squeeze(1)  # (m,)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"embedding {row} has no direction: its length is {norms[row].item()} (NaN, infinite or zero)"
-        )
-    return rows / norms
 
 
 __all__ = [

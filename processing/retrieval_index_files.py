@@ -1,7 +1,8 @@
 """A retrieval index on the disk: a directory of two files.
 
     retrieval_index.json               format, version, model, fingerprint, counts, items (JSON values), skipped
-    embeddings-<digest>.safetensors    "embeddings" (n, P), fp16 or fp32, unit rows; named in the JSON file
+    embeddings-<digest>.safetensors    "embeddings" (n, P), fp16 or fp32, unit rows; named in the JSON file;
+                                       "keys" (n, 16) bytes, what each was made of: zeros where that is not known
 
 The embeddings are written first, under a name made of their digest, and the JSON file is renamed into place last;
 writers wait for each other, and a reader whose embeddings were replaced meanwhile reads again. So whoever reads the
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ FORMAT_VERSION = 1
 INDEX_FILE = "retrieval_index.json"
 LOCK_FILE = ".retrieval_index.lock"
 TENSOR_NAME = "embeddings"
+KEYS_NAME = "keys"
+KEY_BYTES = 16
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 # what a writer leaves that was replaced, or killed
 LEFTOVER = re.compile(r"embeddings-[0-9a-f]{16}\.safetensors|\.(embeddings-|retrieval_index\.json).*\.tmp")
@@ -49,8 +53,10 @@ class IndexMismatchError(RetrievalIndexError):
     """Embeddings of another model or of another width than the index holds."""
 
 
-def write_index(directory: Path, header: dict[str, Any], embeddings: torch.Tensor) -> None:
-    """Writes what `read_index` reads: a header without format, version and digests, and embeddings (n, P).
+def write_index(
+    directory: Path, header: dict[str, Any], embeddings: torch.Tensor, keys: Sequence[str | None] | None = None
+) -> None:
+    """Writes what `read_index` reads: a header without format, version and digests, embeddings (n, P), and n keys.
 
     Raises IndexFileError if `directory` holds a `retrieval_index.json` that is not ours, or is a file.
     """
@@ -59,7 +65,11 @@ def write_index(directory: Path, header: dict[str, Any], embeddings: torch.Tenso
     directory.mkdir(parents=True, exist_ok=True)
 
     # the embeddings, under a name made of their digest
-    payload = dump_safetensors({TENSOR_NAME: embeddings.contiguous()}, metadata={"format": "pt"})
+    tensors = {TENSOR_NAME: embeddings.contiguous()}
+    if keys is not None:
+        together = b"".join(bytes(KEY_BYTES) if key is None else bytes.fromhex(key) for key in keys)
+        tensors[KEYS_NAME] = torch.frombuffer(bytearray(together), dtype=torch.uint8).view(-1, KEY_BYTES)  # (n, 16)
+    payload = dump_safetensors(tensors, metadata={"format": "pt"})
     digest = hashlib.sha256(payload).hexdigest()
     name = f"embeddings-{digest[:16]}.safetensors"
     header = {"format": FORMAT, "version": FORMAT_VERSION, **header, "embeddings_file": name}
@@ -80,12 +90,12 @@ def write_index(directory: Path, header: dict[str, Any], embeddings: torch.Tenso
                 file.unlink(missing_ok=True)
 
 
-def read_index(directory: Path) -> tuple[dict[str, Any], torch.Tensor]:
-    """The checked header and embeddings (n, P). Raises IndexFileError."""
+def read_index(directory: Path) -> tuple[dict[str, Any], torch.Tensor, list[str | None]]:
+    """The checked header, embeddings (n, P) and n keys. Raises IndexFileError."""
     header = read_header(directory)
     while True:
         try:
-            embeddings = read_embeddings(directory, header)
+            embeddings, keys = read_embeddings(directory, header)
         except IndexFileError:
             # a writer may have replaced them since their name was read
             newer = read_header(directory)
@@ -98,7 +108,7 @@ def read_index(directory: Path) -> tuple[dict[str, Any], torch.Tensor]:
     # last, for what nothing else explains; older files have none
     if header.get("header_sha256", header_digest(header)) != header_digest(header):
         raise IndexFileError(directory / INDEX_FILE, "damaged: not what was saved", key="header_sha256")
-    return header, embeddings
+    return header, embeddings, keys
 
 
 def header_digest(header: dict[str, Any]) -> str:
@@ -171,8 +181,8 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
         raise IndexFileError(path, f"says {header['count']}, but there are {len(header['items'])} items", key="count")
 
 
-def read_embeddings(directory: Path, header: dict[str, Any]) -> torch.Tensor:
-    """The checked embeddings (n, P) that the header names."""
+def read_embeddings(directory: Path, header: dict[str, Any]) -> tuple[torch.Tensor, list[str | None]]:
+    """The checked embeddings (n, P) that the header names, and their n keys, None where there is none."""
     # the very bytes that were saved
     path = directory / header["embeddings_file"]
     if not path.is_file():
@@ -201,7 +211,20 @@ def read_embeddings(directory: Path, header: dict[str, Any]) -> torch.Tensor:
     off = (torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) - 1).abs()  # (n,)
     if (off > UNIT_TOLERANCE).any():
         raise IndexFileError(path, f"row {int(off.argmax())} is not of length one", key=TENSOR_NAME)
-    return rows
+    return rows, read_keys(path, tensors.get(KEYS_NAME), header["count"])
+
+
+def read_keys(path: Path, tensor: torch.Tensor | None, count: int) -> list[str | None]:
+    """Bytes (n, 16), or nothing → n keys of hexadecimal digits."""
+    if tensor is None:
+        return [None] * count
+    if tuple(tensor.shape) != (count, KEY_BYTES) or tensor.dtype != torch.uint8:
+        got = f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise IndexFileError(path, f"expected {(count, KEY_BYTES)} torch.uint8, got {got}", key=KEYS_NAME)
+    digits = tensor.numpy().tobytes().hex()
+    none = "0" * 2 * KEY_BYTES
+    keys = (digits[start : start + len(none)] for start in range(0, len(digits), len(none)))
+    return [None if key == none else key for key in keys]
 
 
 __all__ = ["INDEX_FILE", "IndexFileError", "IndexMismatchError", "RetrievalIndexError", "read_index", "write_index"]

@@ -24,6 +24,9 @@ PICTURE_SUFFIXES = frozenset(
 # how a picture begins whatever its file is called
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
+# what a PNG that we drew says of itself, near its beginning
+SHEET_MARK = b"oner contact sheet"
+SHEET_REASON = "a sheet of pictures that oner drew"
 QUERY_KEYS = ("text", "image")
 ROW_KEYS = ("text", "image", "item")
 
@@ -61,6 +64,19 @@ def is_picture_file(path: str) -> bool:
         return False
     webp = head[:4] == b"RIFF" and head[8:] == b"WEBP"
     return webp or head.startswith(SIGNATURES) or (head[4:8] == b"ftyp" and head[8:] in BRANDS)
+
+
+def is_sheet(picture: Any) -> bool:
+    """Whether a path is that of a PNG which oner drew of other pictures."""
+    if not isinstance(picture, (str, os.PathLike)) or not os.fspath(picture).lower().endswith(".png"):
+        return False
+    try:
+        if not os.path.isfile(picture):  # a pipe that nobody writes to would be waited for without end
+            return False
+        with open(picture, "rb") as file:
+            return SHEET_MARK in file.read(256)
+    except (OSError, ValueError):
+        return False
 
 
 def read_query(query: Any) -> Query:

@@ -1,4 +1,4 @@
-"""What of an index is embedded before it is whole: parts in its directory, from which a killed call goes on.
+"""What of an index is embedded before it is whole, and need not be again: the saved index, and parts beside it.
 
     unfinished/<digest>.safetensors    "embeddings" (m, P) fp32, and the keys of their m rows in the metadata
 
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,16 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as dump_safetensors
 
-from .retrieval_index_files import TENSOR_NAME, IndexFileError, write_in_place
+from .retrieval_index_files import (
+    DTYPES,
+    INDEX_FILE,
+    TENSOR_NAME,
+    IndexFileError,
+    read_header,
+    read_index,
+    write_in_place,
+)
+from .retrieval_nearest import unit_rows
 from .retrieval_sources import Query
 
 PARTS = "unfinished"
@@ -34,19 +43,44 @@ PART_SECONDS = 5.0
 
 class UnfinishedIndex:
     """
+    What is embedded already: the rows of the index that is saved in a directory, and of the parts beside it.
+
     Args:
         directory: of the index; None keeps nothing.
         space: names model and processor.
+        dtype: of the index that is made; rows that were saved in another are embedded again.
+
+    Attributes:
+        rows: embeddings (P,) fp32 of the parts, by key.
+        embedded: how many rows were embedded since it was opened.
+        taken: the numbers of the saved rows that were asked for.
     """
 
-    def __init__(self, directory: Path | None, space: str):
+    def __init__(self, directory: Path | None, space: str, dtype: str = "float16"):
         self.folder = None if directory is None else directory / PARTS
         self.space = space
+        self.dtype = DTYPES[dtype]
+        self.embedded = 0
+        self.taken: set[int] = set()
         self.rows: dict[str, torch.Tensor] = {}
         self._fresh: dict[str, torch.Tensor] = {}
         self._written = time.monotonic()
         for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             self.rows.update(read_part(file))
+        self._saved, self._places = saved_rows(directory, dtype)  # unit rows (n, P), their numbers by key
+
+    def find(self, key: str | None) -> torch.Tensor | None:
+        """The unit row (P,), in the index's dtype, that is known by a key; to the bit as it would be saved again."""
+        if key in self._places:
+            self.taken.add(self._places[key])
+            return self._saved[self._places[key]]
+        return unit_rows(self.rows[key][None])[0].to(self.dtype) if key in self.rows else None
+
+    def counts(self, total: int) -> dict[str, int]:
+        """Of `total` rows that an index has now: those that were embedded, those that were not, and what of the
+        index before is no more."""
+        gone = len(self._saved) - len(self.taken)
+        return {"embedded": self.embedded, "kept": total - self.embedded, "gone": gone}
 
     def key(self, query: Query) -> str | None:
         """Of a row {"text", "image"}; None if nothing is kept, or if what it is of cannot be told."""
@@ -62,9 +96,11 @@ class UnfinishedIndex:
             return None
         return digest.hexdigest()[:32]
 
-    def add(self, rows: Mapping[str | None, torch.Tensor]) -> None:
+    def add(self, rows: Iterable[tuple[str | None, torch.Tensor]]) -> None:
         """Keeps embeddings (P,) by their keys; writes them when there are many, or after a while."""
-        self._fresh.update((key, row) for key, row in rows.items() if key is not None)
+        rows = list(rows)
+        self.embedded += len(rows)
+        self._fresh.update((key, row) for key, row in rows if key is not None)
         if len(self._fresh) >= PART_ROWS or time.monotonic() - self._written > PART_SECONDS:
             self.write()
 
@@ -88,13 +124,15 @@ class UnfinishedIndex:
 
 
 @contextmanager
-def unfinished_index(directory: str | os.PathLike | None, space: str) -> Iterator[UnfinishedIndex]:
+def unfinished_index(
+    directory: str | os.PathLike | None, space: str, dtype: str = "float16"
+) -> Iterator[UnfinishedIndex]:
     """While open, `directory` is this process's to index into; an error leaves what was embedded before it.
 
-    Raises IndexFileError if another process is at it, or `directory` is a file.
+    Raises IndexFileError if another process is at it, or `directory` is a file or holds something else.
     """
     if directory is None:
-        yield UnfinishedIndex(None, space)
+        yield UnfinishedIndex(None, space, dtype)
         return
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -102,7 +140,7 @@ def unfinished_index(directory: str | os.PathLike | None, space: str) -> Iterato
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(directory / BUSY_FILE, timeout=0):
-            unfinished = UnfinishedIndex(directory, space)
+            unfinished = UnfinishedIndex(directory, space, dtype)
             try:
                 yield unfinished
             finally:
@@ -121,6 +159,22 @@ def read_part(file: Path) -> dict[str, torch.Tensor]:
         return {}
     whole = len(keys) == len(rows) and bool(torch.isfinite(rows).all())
     return dict(zip(keys, rows, strict=True)) if whole else {}
+
+
+def saved_rows(directory: Path | None, dtype: str) -> tuple[torch.Tensor, dict[str, int]]:
+    """Unit rows (n, P) of the index that is saved in `directory`, and their numbers by key; none of one that is
+    damaged or kept otherwise. Raises IndexFileError for a file of its name that is not ours."""
+    nothing = torch.empty(0, 0)
+    if directory is None or not (directory / INDEX_FILE).is_file():
+        return nothing, {}
+    read_header(directory)
+    try:
+        header, rows, keys = read_index(directory)
+    except IndexFileError:
+        return nothing, {}
+    if header["dtype"] != dtype:
+        return nothing, {}
+    return rows, {key: place for place, key in enumerate(keys) if key is not None}
 
 
 def content_of(value: Any, name: str) -> Iterator[bytes]:

@@ -1,6 +1,7 @@
 """examples/search.py: run as a reader would run it, and its contact sheet."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import VisionLanguageImageProcessor, open_image
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
+from oner.training.commands.index import passed_over
+from oner.training.commands.table_items import spelled
 from oner.training.evaluation import contact_sheet
 from oner.training.run import shipped
 from oner_command_line import main as command_line
@@ -121,9 +124,102 @@ def test_folder_is_indexed_once_and_again_when_a_file_changes(
     assert "of 6 in .photos.oner-index" in capsys.readouterr().out
 
 
+def index_here(*arguments: Any) -> int:
+    return command_line(["index", *map(str, arguments)])
+
+
+def answers_of(capsys: pytest.CaptureFixture, *arguments: Any) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert run_here(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_an_index_counts_what_it_passed_over_and_is_asked_in_every_way(
+    model_directory: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table with columns, a broken picture and a row without one; then the same again."""
+    monkeypatch.chdir(tmp_path)
+    (photos / "broken.png").write_bytes(b"broken")
+    lines = [f"picture-{number}.png,thing {number},{('MIT', 'BSD')[number % 2]},20{number}0" for number in range(6)]
+    table = photos / "metadata.csv"
+    table.write_text("\n".join(["file_name,text,licence,year", *lines, "broken.png,a,MIT,1", "gone.png,,MIT,1"]))
+    model = ("--model", model_directory)
+    with pytest.warns(UserWarning, match="1 of 7 entries"):
+        assert index_here(table, tmp_path / "index", *model) == 0
+    said = capsys.readouterr().out
+    assert f"6 items in {tmp_path / 'index'}: 6 embedded, 0 as they were" in said
+    assert "passed over: 2 that were listed" in said and "     1  not a picture in a known format\n" in said
+    with pytest.warns(UserWarning, match="1 of 7 entries"):
+        index_here(table, tmp_path / "index", *model)
+    assert "0 embedded, 6 as they were" in capsys.readouterr().out
+
+    # JSON alone on stdout, no sheet, paths; numbers of a csv are numbers
+    place = (tmp_path / "index", *model)
+    asked = ("--image", photos / "picture-4.png")
+    found = answers_of(capsys, *place, *asked, "--where", "licence=MIT", "--where", "year>=2020")
+    assert [one["path"] for one in found][0] == str(photos / "picture-4.png") and found[0]["rank"] == 1
+    assert {one["item"]["row"] for one in found} == {2, 4} and found[0]["item"]["year"] == 2040
+    assert not (tmp_path / "results.png").exists()
+
+    # sums, neighbours and re-ranking
+    assert answers_of(capsys, *place, "--minus-image", photos / "picture-4.png")[-1]["index"] == 4
+    both = answers_of(
+        capsys, place[0], "thing", *model, "--plus-image", f"5:{photos / 'picture-1.png'}", "--minus", "0.1:two"
+    )
+    assert both[0]["index"] == 1
+    near = answers_of(capsys, *place, "--like", "3", "--top-k", "2", "--out", tmp_path / "near.png")
+    assert len(near) == 2 and 3 not in {one["index"] for one in near} and (tmp_path / "near.png").is_file()
+    assert {one["index"] for one in answers_of(capsys, place[0], "thing", *model, "--rerank", "3")} == set(range(6))
+
+
+def test_other_backends_are_built_when_they_are_asked_for(
+    model_directory: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("faiss")
+    model = ("--model", model_directory)
+    asked = ("--image", photos / "picture-4.png", *model)
+    wanted = answers_of(capsys, photos, *asked, "--index-cache", tmp_path / "cache")
+    for _ in range(2):
+        assert answers_of(capsys, photos, *asked, "--index-cache", tmp_path / "cache", "--backend", "faiss") == wanted
+    assert index_here(photos, tmp_path / "index", *model, "--backend", "faiss", "--kind", "hnsw") == 0
+    assert "built faiss over 6 items" in capsys.readouterr().out
+    (photos / "picture-0.png").unlink()
+    index_here(photos, tmp_path / "index", *model)
+    said = capsys.readouterr().out
+    assert "built again: faiss" in said and "1 of the index before are gone or have changed" in said
+    assert len(answers_of(capsys, tmp_path / "index", *asked, "--backend", "faiss")) == 5
+
+
+def test_what_is_passed_over_is_summed_up_by_reason(tmp_path: Path) -> None:
+    for name in ("a.png", "b.txt", "c.txt", "d", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    reasons = [
+        "cannot read '/a/b.png': image file is truncated (12 bytes not processed)",
+        "cannot read '/c.png': image file is truncated (7 bytes not processed)",
+        "cannot read 60 bytes starting with b'\\x89PNG': image file is truncated (7 bytes not processed)",
+        "cannot read '/d.png': not a picture in a known format, starts with b'x'",
+    ]
+    assert passed_over(reasons, tmp_path)[1:] == [
+        "       3  image file is truncated (N bytes not processed)",
+        "       1  not a picture in a known format",
+        "       3  files that are no pictures (2 .txt, 1 without a suffix)",
+    ]
+    assert passed_over([], tmp_path / "a.png") == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [("2020", 2020), ("1.5", 1.5), ("007", "007"), ("1e3", "1e3"), ("", None), ("nan", "nan"), ("MIT", "MIT")],
+)
+def test_cells_of_a_csv_are_numbers_where_they_spell_one(cell: str, value: Any) -> None:
+    assert spelled(cell) == value and type(spelled(cell)) is type(value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ([".", "sun", "--like", "3"], "--like is a question of its own"),
+        ([".", "--plus", "sun", "--rerank", "3"], "--rerank compares one query"),
         ([], "expected a run, a folder of pictures"),
         (["--index", "."], "give words, --image, or both"),
         (["sun", "--index", "nowhere"], "--index nowhere: no such folder or file"),

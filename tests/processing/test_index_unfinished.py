@@ -1,6 +1,8 @@
 """An index that is written as it grows: killed, it goes on where it was; changed rows are embedded again."""
 
+import hashlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +18,9 @@ from transformers import Pipeline, pipeline
 import oner  # noqa: F401  registers the task
 from oner.processing import retrieval_unfinished
 from oner.processing.retrieval_index import IndexFileError, RetrievalIndex
+from oner.processing.retrieval_sources import SHEET_REASON
 from oner.processing.retrieval_unfinished import PARTS, unfinished_index
+from oner.training.evaluation.contact_sheet import draw_sheet, save_sheet
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "examples/checkpoints/oner-emoji")
@@ -107,10 +111,140 @@ def test_only_what_is_the_same_is_taken_over(search, photos, embedded, tmp_path,
     assert index.items == alone.items and (index.embeddings - alone.embeddings).abs().max() < 2e-3
 
     # nothing of another model's
-    index_until(search, monkeypatch, 3, photos, **options)
+    index_until(search, monkeypatch, 3, photos, **{**options, "directory": tmp_path / "other"})
     monkeypatch.setattr(search, "_fingerprint", "another")
-    with unfinished_index(tmp_path / "index", search._space) as known:
-        assert known.rows and known.key({"image": str(photos / "00.png")}) not in known.rows
+    for place in ("index", "other"):
+        with unfinished_index(tmp_path / place, search._space) as known:
+            assert known.find(known.key({"image": str(photos / "00.png")})) is None
+
+
+@pytest.mark.filterwarnings("ignore:1 of 1. entries")
+def test_an_index_made_again_embeds_what_is_new_and_drops_what_is_gone(search, photos, embedded, tmp_path):
+    options = {"batch_size": 4, "show_progress": False, "directory": tmp_path / "index"}
+    first = search.index(photos, **options)
+    assert first.counts == {"embedded": COUNT - 1, "kept": 0, "gone": 0}
+    again = search.index(photos, **options)
+    assert again.counts == {"embedded": 0, "kept": COUNT - 1, "gone": 0}
+    assert torch.equal(again.embeddings, first.embeddings) and again.skipped == first.skipped
+
+    # one has changed, one is new, one has gone
+    (photos / "03.png").write_bytes((photos / "08.png").read_bytes())
+    (photos / "00-new.png").write_bytes((photos / "09.png").read_bytes())
+    (photos / "07.png").unlink()
+    embedded.clear()
+    index = search.index(photos, **options)
+    assert sum(embedded) == 2 and index.counts == {"embedded": 2, "kept": COUNT - 3, "gone": 2}
+    names = ["00-new", *(f"{number:02}" for number in range(COUNT) if number not in (5, 7))]
+    assert [Path(item).stem for item in index.items] == names
+    alone = search.index(photos, batch_size=4, show_progress=False)
+    assert alone.items == index.items and (alone.embeddings - index.embeddings).abs().max() < 2e-3
+
+    # saved and loaded they are still known; in another precision they are not
+    search.load_index(tmp_path / "index")
+    search.save_index(tmp_path / "copy")
+    embedded.clear()
+    search.index(photos, **{**options, "directory": tmp_path / "copy"})
+    assert not embedded
+    assert search.index(photos, **options, dtype="float32").counts["kept"] == 0
+
+
+def test_a_sheet_that_was_drawn_of_pictures_is_passed_over(search, photos, tmp_path):
+    (photos / "05.png").unlink()
+    answer = {"score": 0.5, "item": str(photos / "01.png"), "index": 1}
+    save_sheet(draw_sheet({"text": "sun"}, [answer], 1), photos / "results.png")
+    with pytest.warns(UserWarning, match="1 of 12 entries"):
+        index = search.index(photos, show_progress=False)
+    assert index.skipped == [{"item": str(photos / "results.png"), "reason": SHEET_REASON}]
+
+
+class Width16:
+    """Embeds a text by its digest, as fast as bookkeeping needs."""
+
+    def __call__(self, inputs, **options):
+        rows = [hashlib.sha256(text.encode()).digest()[:16] for text in inputs["texts"]]
+        numbers = torch.tensor([list(row) for row in rows], dtype=torch.float32)  # (B, 16)
+        return {"embeddings": numbers - 127.5}
+
+
+@pytest.fixture
+def quick(search: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """The pipeline with a model that costs nothing."""
+    monkeypatch.setattr(search.model.config, "projection_dim", 16)
+    monkeypatch.setattr(search, "preprocess", lambda queries, **_: {"texts": [query["text"] for query in queries]})
+    monkeypatch.setattr(search, "forward", Width16())
+    return search
+
+
+def check_whole(index: RetrievalIndex, texts: list[str]) -> None:
+    """Every text once, in its order, with its own embedding."""
+    assert index.items == texts and len(set(index.keys)) == len(set(texts)) == len(index)
+    own = torch.nn.functional.normalize(Width16()({"texts": texts})["embeddings"], dim=1)
+    assert (index.embeddings.float() - own).abs().max() < 1e-3
+
+
+def test_many_interruptions_lose_and_double_nothing(quick, tmp_path, monkeypatch):
+    """Eight calls that end somewhere, some with other texts than before; then one that does not."""
+    draw = random.Random(0)
+    texts = [f"text {number}" for number in range(600)]
+    options = {"batch_size": 32, "show_progress": False}
+    for attempt in range(8):
+        if attempt % 3 == 2:
+            texts[draw.randrange(len(texts))] = f"changed {attempt}"
+            texts.insert(draw.randrange(len(texts)), f"new {attempt}")
+        index_texts_until(quick, monkeypatch, draw.randrange(1, 9), texts, directory=tmp_path, **options)
+    check_whole(quick.index_texts(texts, directory=tmp_path, **options), texts)
+    check_whole(RetrievalIndex.load(tmp_path), texts)
+
+
+def index_texts_until(search: Pipeline, monkeypatch: pytest.MonkeyPatch, passes: int, texts: list, **options) -> None:
+    index_until(search, monkeypatch, passes, ({"text": text} for text in texts), **options)
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_and_double_nothing(quick, tmp_path, monkeypatch):
+    """SIGKILL at random moments of embedding, of saving, and of embedding again after texts have changed."""
+    monkeypatch.setattr(retrieval_unfinished, "PART_SECONDS", 0.05)
+    draw = random.Random(0)
+    texts = [f"text {number}" for number in range(60000)]
+    killed = 0
+    for attempt in range(1000):
+        if killed == 20:
+            break
+        if attempt % 4 == 3:
+            texts[draw.randrange(len(texts))] = f"changed {attempt}"
+            texts.insert(draw.randrange(len(texts)), f"new {attempt}")
+        child = os.fork()
+        if not child:
+            quick.index_texts(texts, directory=tmp_path, show_progress=False, num_workers=1)
+            os._exit(0)
+        time.sleep(draw.uniform(0.05, 1.5))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        if (tmp_path / "retrieval_index.json").exists():
+            found = RetrievalIndex.load(tmp_path)  # the old one or the new one, whole
+            assert len(set(found.items)) == len(found) >= 60000
+    assert killed == 20
+    check_whole(quick.index_texts(texts, directory=tmp_path, show_progress=False), texts)
+
+
+@pytest.mark.slow
+def test_one_changed_of_ten_thousand_files_costs_little(search, tmp_path, monkeypatch):
+    """Bookkeeping alone, on processor time: the model costs nothing here."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(10000):
+        (folder / f"{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + str(number).encode())
+    monkeypatch.setattr(search, "read", lambda picture, *_: torch.zeros(3, 4, 4, dtype=torch.uint8))
+    rows = torch.randn(10000, search.model.config.projection_dim)
+    monkeypatch.setattr(search, "preprocess", lambda queries, **_: {"pixel_values": torch.zeros(len(queries))})
+    monkeypatch.setattr(search, "forward", lambda inputs: {"embeddings": rows[: len(inputs["pixel_values"])]})
+    search.index(folder, directory=tmp_path / "index", show_progress=False)
+    (folder / "17.png").write_bytes(b"\x89PNG\r\n\x1a\nanother")
+    start = time.process_time()
+    index = search.index(folder, directory=tmp_path / "index", show_progress=False)
+    spent = time.process_time() - start
+    print(f"one changed of 10,000: {spent:.2f} s of processor time")
+    assert index.counts == {"embedded": 1, "kept": 9999, "gone": 1} and spent < 2
 
 
 def test_every_kind_of_row_has_a_key_of_its_own(tmp_path):

@@ -15,11 +15,10 @@ from oner.processing.retrieval_index import (
     IndexMismatchError,
     RetrievalIndex,
     Snapshot,
-    pack_keys,
     space_fingerprint,
-    unpack_keys,
 )
 from oner.processing.retrieval_index_files import LOCK_FILE
+from oner.processing.retrieval_nearest import pack_keys, unpack_keys
 
 
 def make_index(n: int = 500, width: int = 24, dtype: str = "float16", seed: int = 0) -> RetrievalIndex:
@@ -362,3 +361,14 @@ def test_fingerprint_follows_the_weights_and_not_their_precision() -> None:
     assert space_fingerprint(model.half()) == before
     model[1].running_mean += 1.0
     assert space_fingerprint(model) != before
+
+
+def test_keys_are_saved_beside_their_rows(tmp_path: Path) -> None:
+    index = RetrievalIndex(24)
+    index.add(torch.ones(2, 24), ["a", "b"], keys=["0f" * 16, None])
+    index.add(torch.ones(1, 24), ["c"])
+    assert RetrievalIndex.load(index.save(tmp_path)).keys == ["0f" * 16, None, None] == index.keys
+    with pytest.raises(ValueError, match="as many keys as items, got 1 and 2"):
+        index.add(torch.ones(2, 24), ["a", "b"], keys=["0f" * 16])
+    with pytest.raises(ValueError, match="32 hexadecimal digits, got 'x'"):
+        index.add(torch.ones(1, 24), ["a"], keys=["x"])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from oner.training.doctor.command import word
 from oner.training.doctor.reading import LOG
-from oner.training.evaluation.contact_sheet import retrieval_sheet
+from oner.training.evaluation.contact_sheet import retrieval_sheet, save_sheet
 from oner.training.evaluation.curves import draw_log
 from oner.training.evaluation.embedding import spaced
 from oner.training.evaluation.retrieval import RetrievalEvaluator
@@ -44,7 +44,7 @@ def tell(
     drawn = []
     for path, draw in pictures(Path(output_dir), model, processor, evaluators).items():
         try:
-            draw().save(path)
+            save_sheet(draw(), path)
             drawn.append(str(path))
         except (OSError, ValueError) as error:
             print(f"{path} is not drawn: {error}")

@@ -1,12 +1,21 @@
-"""`oner index`: a corpus embedded once, saved as it grows."""
+"""`oner index`: a corpus embedded once, saved as it grows, and made ready for the backend that will search it."""
 
 import argparse
-from collections.abc import Sequence
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from oner.processing.retrieval_backend import build_backend, build_stale
+from oner.processing.retrieval_sources import list_pictures
 from oner.training.run.shipped import shipped_checkpoint
 
-from .search import TABLES, load_pipeline, table_rows
+from .search import load_pipeline
+from .table_items import TABLES, TableItems
+
+NAMED = re.compile(r"(row \d+: )?(cannot (read|fetch) )?((\d+ bytes starting with b|)(['\"]).*?\6: )?")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -15,11 +24,65 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not source.exists():
         raise FileNotFoundError(f"{options.source}: no such folder or file")
     pipe = load_pipeline(options.model or shipped_checkpoint())
-    rows = table_rows(str(source)) if source.suffix in TABLES else source
+    rows = TableItems(str(source)) if source.suffix in TABLES else source
     index = pipe.index(rows, directory=options.destination, batch_size=options.batch_size)
-    print(f"{len(index)} pictures in {options.destination}, {len(index.skipped)} left out")
-    for one in index.skipped:
-        print(f"  {one['item']}: {one['reason']}")
+
+    # what became of every row and file
+    counts = index.counts
+    print(f"{len(index)} items in {options.destination}: {counts['embedded']} embedded, {counts['kept']} as they were")
+    if counts["gone"]:
+        print(f"{counts['gone']} of the index before are gone or have changed")
+    reasons = [one["reason"] for one in index.skipped] + list(getattr(rows, "bad", {}).values())
+    for line in passed_over(reasons, source):
+        print(line)
+
+    # backends over it
+    for name in build_stale(options.destination):
+        print(f"built again: {name}")
+    if options.backend != "exact":
+        start = time.monotonic()
+        built = build_backend(options.backend, options.destination, **backend_options(options))
+        print(f"built {options.backend} over {len(built)} items in {time.monotonic() - start:.0f} s")
     model = f" --model {options.model}" if options.model else ""
-    print(f'search them: oner search {options.destination} "words"{model}')
+    backend = f" --backend {options.backend}" if options.backend != "exact" else ""
+    print(f'search them: oner search {options.destination} "words"{model}{backend}')
     return 0
+
+
+def backend_options(options: argparse.Namespace) -> dict[str, object]:
+    """What was said of the backend that is built, and nothing of what was not."""
+    said = {"kind": options.kind, "recall": options.recall} if options.backend == "faiss" else {"url": options.url}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def passed_over(reasons: Iterable[str], source: Path) -> list[str]:
+    """Lines of a summary: how many rows were left out for each reason, and how many files are no pictures."""
+    counts = Counter(map(shortened, reasons))
+    lines = [f"  {count:6d}  {reason}" for reason, count in counts.most_common()]
+    if source.is_dir() and (others := other_files(source)):
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        lines.append(f"  {others.total():6d}  files that are no pictures ({shown})")
+    return (
+        [f"passed over: {counts.total()} that were listed (retrieval_index.json names each)", *lines] if lines else []
+    )
+
+
+def shortened(reason: str) -> str:
+    """A reason without what tells one file from another: its name, its first bytes, numbers."""
+    reason = NAMED.sub("", reason, count=1)
+    return re.sub(r"\d+", "N", re.sub(r", starts with b.*", "", reason, flags=re.DOTALL))[:100]
+
+
+def other_files(folder: Path) -> Counter[str]:
+    """How many files under a folder are no pictures, by suffix; hidden ones are not looked at."""
+    pictures = set(list_pictures(folder))
+    counts: Counter[str] = Counter()
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = [name for name in files if not name.startswith(".")]
+        counts.update(
+            Path(name).suffix.lower() or "without a suffix"
+            for name in visible
+            if os.path.join(parent, name) not in pictures
+        )
+    return counts

@@ -6,7 +6,11 @@ again until a file's name, size or time changes, or the model does.
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,16 @@ from transformers import AutoModelForZeroShotImageClassification, AutoProcessor,
 
 from oner.processing.data.places import expand
 from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline, list_pictures
+from oner.processing.retrieval_backend import SearchBackend, build_backend, build_stale, built_backends
+from oner.processing.retrieval_filter import number_of
 from oner.processing.retrieval_index import INDEX_FILE, RetrievalIndexError
 from oner.training.doctor.reading import read_run
-from oner.training.evaluation.contact_sheet import caption_of, draw_sheet, open_table
+from oner.training.evaluation.contact_sheet import caption_of, draw_sheet, picture_of, save_sheet
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.shipped import shipped_checkpoint
 
 from .folder import pictures_of
-
-TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
+from .table_items import TABLES, TableItems
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -31,23 +36,103 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     of_run = (place / "model" / "config.json").is_file()
     pipe = load_pipeline(options.model or (place / "model" if of_run else shipped_checkpoint()))
 
-    # the index, kept from the last time if nothing has changed
+    # the index, kept from the last time if nothing has changed; what is said of it is no answer
     source = pictures_of(place) if of_run else None
     cache = Path(options.index_cache) if options.index_cache else place / "index" if of_run else None
-    if of_run and source is None:
-        index_sources(pipe, [str(one) for one in read_run(place).arguments.epoch_of().data.train_data], cache)
-    else:
-        open_index(pipe, source or place, cache)
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):
+        if of_run and source is None:
+            sources = [str(one) for one in read_run(place).arguments.epoch_of().data.train_data]
+            directory = index_sources(pipe, sources, cache)
+        else:
+            directory = open_index(pipe, source or place, cache)
+        use_backend(pipe, options.backend, directory)
 
-    # the answers as a list and as a sheet
+    # the answers as JSON, or as a list and a sheet
     query = {key: value for key, value in (("text", options.words), ("image", options.image)) if value}
-    answers = pipe(query, top_k=options.top_k)
-    print(f"\nrank  score  item, of {len(pipe.retrieval_index)} in {(source or place).name}")
-    for rank, answer in enumerate(answers, 1):
-        print(f"{rank:4d}  {answer['score']:+.3f}  {caption_of(answer['item'])}")
-    draw_sheet(query, answers, len(pipe.retrieval_index)).save(options.out)
-    print(f"\ncontact sheet: {options.out}")
+    answers = ask(pipe, query, options)
+    if options.json:
+        print(json.dumps([{"rank": rank, **shown(answer)} for rank, answer in enumerate(answers, 1)], indent=1))
+    else:
+        print(f"\nrank  score  item, of {len(pipe.retrieval_index)} in {(source or place).name}")
+        for rank, answer in enumerate(answers, 1):
+            path = shown(answer)["path"] or ""
+            print(f"{rank:4d}  {answer['score']:+.3f}  {caption_of(answer['item'])}  {path}".rstrip())
+    if options.out or not options.json:
+        out = options.out or "results.png"
+        words = [options.words, options.like and f"like {options.like}", *(said for *_, said in parts_of(options))]
+        asked = {**query, "text": " ".join(filter(None, words))} if any(words) else query
+        save_sheet(draw_sheet(asked, answers, len(pipe.retrieval_index)), out)
+        print(f"\ncontact sheet: {out}", file=sys.stderr if options.json else sys.stdout)
     return 0
+
+
+def ask(pipe: ImageTextRetrievalPipeline, query: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The answers to words and picture as one query, to a weighted sum, or those near an item."""
+    found = {"top_k": options.top_k, "where": options.where}
+    if options.like is not None:
+        return pipe.neighbours(named_item(pipe.retrieval_index, options.like), **found)
+    if parts := parts_of(options):
+        weighted = ([(query, 1.0)] if query else []) + [(one, weight) for one, weight, _ in parts]
+        return pipe.combine(weighted, **found)
+    return pipe(query, **found, rerank_k=options.rerank, open_item=opened)
+
+
+def named_item(index: SearchBackend, said: str) -> Any:
+    """The number of an item that is called by its number, its path, or itself; what was said if there is none."""
+    if said.isdecimal():
+        return int(said)
+    path = os.path.abspath(said)
+    for item in (path, said):
+        if (number := index.index_of(item)) is not None:
+            return number
+    rows = enumerate(getattr(index, "items", ()))
+    return next((row for row, item in rows if isinstance(item, dict) and item.get("path") == path), said)
+
+
+def parts_of(options: argparse.Namespace) -> list[tuple[dict[str, str], float, str]]:
+    """What is added and subtracted: queries, their weights, and how they are said."""
+    parts = []
+    for name, kind, sign in (
+        ("plus", "text", 1), ("plus_image", "image", 1), ("minus", "text", -1), ("minus_image", "image", -1)
+    ):  # fmt: skip
+        for said in getattr(options, name):
+            weight, value = weighted(said)
+            parts.append(({kind: value}, sign * weight, f"{'+' if sign > 0 else '-'} {said}"))
+    return parts
+
+
+def weighted(said: str) -> tuple[float, str]:
+    """`0.5:stripes` -> (0.5, "stripes"); without a number in front the weight is 1."""
+    before, colon, after = said.partition(":")
+    weight = number_of(before) if colon and after else None
+    return (1.0, said) if weight is None else (weight, after)
+
+
+def shown(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer with the path of its picture, or of the table that holds it; None if it has none."""
+    item = answer["item"]
+    if isinstance(item, str):
+        path = item if os.path.exists(item) else None
+    else:
+        path = item.get("path", item.get("table")) if isinstance(item, dict) else None
+    return {**answer, "path": path}
+
+
+def opened(item: Any) -> dict[str, Any]:
+    """The picture of an item, also of one in a table; its words where there is none."""
+    picture = picture_of(item)
+    return {"text": caption_of(item)} if picture is None else {"image": picture}
+
+
+def use_backend(pipe: ImageTextRetrievalPipeline, name: str, directory: Path) -> None:
+    """Answers from another backend, built over the index of `directory` if that is not done or no longer true."""
+    if name == "exact":
+        return
+    if name not in built_backends(directory):
+        print(f"building {name} over {len(pipe.retrieval_index)} items")
+        build_backend(name, directory)
+    build_stale(directory)
+    pipe.load_index(directory, backend=name)
 
 
 def load_pipeline(model: str | Path) -> ImageTextRetrievalPipeline:
@@ -59,20 +144,27 @@ def load_pipeline(model: str | Path) -> ImageTextRetrievalPipeline:
     )
 
 
-def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | None) -> None:
-    """Loads a saved index, or the one kept for `source` if nothing changed since, or builds and keeps it."""
+def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | None) -> Path:
+    """Loads a saved index, or the one kept for `source` if nothing changed since, or builds and keeps it.
+
+    Returns:
+        Its directory.
+    """
     if (source / INDEX_FILE).is_file():
         pipe.load_index(source)
-        return
+        return source
     files = list_pictures(source) if source.is_dir() else [str(source)]
-    rows = table_rows(str(source)) if source.suffix in TABLES else source
-    _keep(pipe, [str(source)], files, rows, cache or source.parent / f".{source.name}.oner-index")
+    rows = TableItems(str(source)) if source.suffix in TABLES else source
+    cache = cache or source.parent / f".{source.name}.oner-index"
+    _keep(pipe, [str(source)], files, rows, cache)
+    return cache
 
 
-def index_sources(pipe: ImageTextRetrievalPipeline, sources: Sequence[str], cache: Path) -> None:
+def index_sources(pipe: ImageTextRetrievalPipeline, sources: Sequence[str], cache: Path) -> Path:
     """As `open_index`, of the sources that a run was trained on."""
     files = [file for source in sources for file in _files_of(source)]
-    _keep(pipe, list(sources), files, [row for source in sources for row in table_rows(source)], cache)
+    _keep(pipe, list(sources), files, chain.from_iterable(map(TableItems, sources)), cache)
+    return cache
 
 
 def _files_of(source: str) -> list[str]:
@@ -97,9 +189,3 @@ def _keep(pipe: ImageTextRetrievalPipeline, names: list[str], files: Sequence[st
                 file.unlink(missing_ok=True)  # what is left of a damaged index must not be in the way
     pipe.index(rows, directory=cache)
     listing_file.write_text(json.dumps(listing))
-
-
-def table_rows(table: str) -> list[dict[str, Any]]:
-    """Each pair's picture, and where it stands with its first caption as the answer to show."""
-    rows = enumerate(open_table(table))
-    return [{"image": row["image"], "item": {"table": table, "row": i, "text": row["captions"][0]}} for i, row in rows]

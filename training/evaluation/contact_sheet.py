@@ -4,19 +4,28 @@ Any item that an index holds can be shown: a path, a row of a table, or a text.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import open_image
+from oner.processing.retrieval_sources import SHEET_MARK
 
 COLUMNS, CELL, GAP, PICTURE = 4, 224, 16, 168
 PAPER, CARD, INK, GREY, EDGE, ACCENT = "#f4f2ee", "#ffffff", "#22252a", "#7a7f87", "#dedbd4", "#c2410c"
 
-open_table = lru_cache(open_rows)
+open_table = lru_cache(partial(open_rows, bad_rows="skip"))
+
+
+def save_sheet(sheet: Image.Image, file: str | Path) -> None:
+    """Writes a sheet; a PNG says that it is one, so that no index takes it for a picture."""
+    says = PngInfo()
+    says.add_text("Software", SHEET_MARK.decode())
+    sheet.save(file, **({"pnginfo": says} if Path(file).suffix.lower() == ".png" else {}))
 
 
 def caption_of(item: Any) -> str:

@@ -1,0 +1,160 @@
+"""The backend "lancedb": a table of LanceDB, in the directory of the index or at an address that lancedb knows.
+
+    oner_id, oner_vector, oner_item    number, unit row (P,) fp32 and item as JSON; beside them the items' columns
+
+A table is compared row by row, exactly, until somebody gives it an index of LanceDB's own (`table.create_index`).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .retrieval_backend import Answer, SearchBackend, current_note, library, read_note, write_note
+from .retrieval_filter import ORDERS, Condition, Where, columns_of, number_of, read_where
+from .retrieval_index import RetrievalIndex
+from .retrieval_index_files import read_header
+from .retrieval_nearest import unit_rows
+
+NAME = "lancedb"
+ID, VECTOR, ITEM = "oner_id", "oner_vector", "oner_item"
+AT_ONCE = 8192  # rows of a batch
+KINDS = {bool: "bool_", int: "float64", float: "float64", str: "string"}
+
+
+class Backend(SearchBackend):
+    """
+    Args:
+        table: of lancedb.
+        note: what was kept of it, see `write_note`.
+    """
+
+    def __init__(self, table: Any, note: dict[str, Any]):
+        self.table = table
+        self.projection_dim = note["projection_dim"]
+        self.model = note["model"]
+        self.fingerprint = note["fingerprint"]
+        self._count = note["count"]
+        self._kinds = {field.name: str(field.type) for field in table.schema}
+
+    @classmethod
+    def build(cls, directory: Path, url: str | None = None) -> "Backend":
+        """Writes a new table, then drops the one before."""
+        header = read_header(directory)
+        index = RetrievalIndex.load(directory)
+        before = read_note(directory, NAME) if (directory / f"{NAME}.json").is_file() else None
+
+        # called after what is in it, so that the one before answers until this one is whole
+        name = f"oner_{header['header_sha256'][:16]}"
+        database = library(NAME, NAME).connect(url or str(directory / NAME))
+        schema = schema_of(index)
+        database.create_table(name, data=batches(index, schema), schema=schema, mode="overwrite")
+        write_note(directory, NAME, header, {"url": url}, table=name)
+        if before and before["options"] == {"url": url} and before.get("table") != name:
+            database.drop_table(before["table"], ignore_missing=True)
+        return cls.open(directory)
+
+    @classmethod
+    def open(cls, directory: Path) -> "Backend":
+        note = current_note(directory, NAME)
+        database = library(NAME, NAME).connect(note["options"].get("url") or str(directory / NAME))
+        return cls(database.open_table(note["table"]), note)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def answers(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> list[list[Answer]]:
+        self.check_queries(queries, top_k)
+        condition = " AND ".join(f"({self._sql(one)})" for one in read_where(where))
+        return [self._answer(row, top_k, condition) for row in unit_rows(queries).float()]
+
+    def _answer(self, row: torch.Tensor, top_k: int, condition: str) -> list[Answer]:
+        """The answers to one unit row (P,)."""
+        asked = self.table.search(row.tolist(), vector_column_name=VECTOR).distance_type("dot").limit(top_k)
+        asked = asked.select([ID, ITEM, "_distance"])
+        found = (asked.where(condition, prefilter=True) if condition else asked).to_list()
+        answers = [{"score": 1.0 - one["_distance"], "item": json.loads(one[ITEM]), "index": one[ID]} for one in found]
+        return sorted(answers, key=lambda one: (-one["score"], one["index"]))
+
+    def embedding_at(self, index: int) -> torch.Tensor:
+        (row,) = self.table.search().where(f"{ID} = {int(index)}").select([VECTOR]).limit(1).to_list()
+        return torch.tensor(row[VECTOR])  # (P,)
+
+    def index_of(self, item: Any) -> int | None:
+        found = self.table.search().where(f"{ITEM} = {quoted(written(item))}").select([ID]).limit(self._count)
+        return min((one[ID] for one in found.to_list()), default=None)
+
+    def _sql(self, condition: Condition) -> str:
+        """A condition in LanceDB's SQL. Raises `ValueError` for a column of mixed values."""
+        kind = self._kinds.get(condition.column)
+        if kind is None or condition.column in (ID, VECTOR, ITEM):
+            return "false"
+        if kind == "binary":
+            raise ValueError(f"the column {condition.column!r} mixes numbers and texts; lancedb cannot compare them")
+        column = f"`{condition.column}`"
+        numeric = kind == "double"
+        if condition.operator in ORDERS:
+            return f"{column} {condition.operator} {number_of(condition.values[0])!r}" if numeric else "false"
+
+        # a value of another type equals none of the column's
+        if kind == "bool":
+            values = [value for value in condition.values if value in ("true", "false")]
+        elif numeric:
+            values = [repr(number_of(value)) for value in condition.values if number_of(value) is not None]
+        else:
+            values = [quoted(value) for value in condition.values]
+        equal = " OR ".join(f"{column} = {value}" for value in values)
+        if condition.operator == "=":
+            return equal or "false"
+        return f"NOT ({equal})" if equal else f"{column} IS NOT NULL"
+
+
+def quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def written(item: Any) -> str:
+    return json.dumps(item, ensure_ascii=False, sort_keys=True)
+
+
+def schema_of(index: RetrievalIndex) -> Any:
+    """Of Arrow: ours, and each column of the items by the type of its values; binary, and empty, where they differ."""
+    arrow = library("pyarrow", NAME)
+    kinds: dict[str, set[str]] = {}
+    for item in index.items:
+        for name, value in columns_of(item).items():
+            if type(value) in KINDS and "`" not in name:
+                kinds.setdefault(name, set()).add(KINDS[type(value)])
+    fields = [
+        arrow.field(ID, arrow.int64()),
+        arrow.field(VECTOR, arrow.list_(arrow.float32(), index.projection_dim)),
+        arrow.field(ITEM, arrow.string()),
+    ]
+    for name, found in kinds.items():
+        kind = getattr(arrow, next(iter(found)))() if len(found) == 1 else arrow.binary()
+        fields.append(arrow.field(name, kind))
+    return arrow.schema(fields)
+
+
+def batches(index: RetrievalIndex, schema: Any) -> Iterator[Any]:
+    """The whole index as batches of Arrow."""
+    arrow = library("pyarrow", NAME)
+    rows = index.embeddings  # (n, P)
+    for start in range(0, len(rows), AT_ONCE):
+        some = rows[start : start + AT_ONCE].float()  # (m, P)
+        items = index.items[start : start + len(some)]
+        columns: list[Sequence[Any]] = [
+            arrow.array(range(start, start + len(some)), arrow.int64()),
+            arrow.FixedSizeListArray.from_arrays(arrow.array(some.flatten().numpy()), index.projection_dim),
+            arrow.array(map(written, items), arrow.string()),
+        ]
+        for field in list(schema)[3:]:
+            mixed = arrow.types.is_binary(field.type)
+            values = [None if mixed else columns_of(item).get(field.name) for item in items]
+            columns.append(arrow.array(values, field.type))
+        yield arrow.RecordBatch.from_arrays(columns, schema=schema)
+
+
+__all__ = ["Backend"]

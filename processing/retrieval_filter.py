@@ -1,0 +1,112 @@
+"""Conditions on the columns of indexed items: what `where` of a search admits.
+
+    licence=MIT    licence!=MIT    licence=MIT|BSD    year>=2020
+
+An item that is a mapping has its keys as columns; any other has the one column `item`, which is itself. `=` and `!=`
+compare numbers with numbers, true and false with booleans, and texts letter by letter; `<`, `<=`, `>`, `>=` compare
+numbers alone. An item without a column meets no condition on it. Of several conditions all must be met.
+"""
+
+import math
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ORDERS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+CONDITION = re.compile(r"\s*([^=!<>]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+OWN_COLUMN = "item"
+
+Where = str | Sequence[str] | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """
+    Attributes:
+        column: Whose values are looked at.
+        operator: "=", "!=", "<", "<=", ">" or ">=".
+        values: Texts, of which one must be equal, or none for "!="; for an order the one number.
+    """
+
+    column: str
+    operator: str
+    values: tuple[str, ...]
+
+    def admits(self, value: Any) -> bool:
+        """Whether an item whose column has this value meets it."""
+        if value is None:
+            return False
+        if self.operator in ORDERS:
+            return is_number(value) and ORDERS[self.operator](value, number_of(self.values[0]))
+        return any(equals(value, text) for text in self.values) == (self.operator == "=")
+
+
+def read_where(where: Where) -> tuple[Condition, ...]:
+    """Conditions as texts, one or several, or as {column: value or list of values}.
+
+    Raises:
+        ValueError: a text that is no condition, or an order by what is no number.
+    """
+    if where is None:
+        return ()
+    if isinstance(where, Mapping):
+        return tuple(Condition(str(column), "=", _texts(value)) for column, value in where.items())
+    return tuple(_condition(text) for text in ([where] if isinstance(where, str) else where))
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    return tuple(str(one).lower() if isinstance(one, bool) else str(one) for one in values)
+
+
+def _condition(text: str) -> Condition:
+    if not isinstance(text, str) or not (found := CONDITION.fullmatch(text)):
+        raise ValueError(f"expected a condition such as licence=MIT, licence!=MIT|BSD or year>=2020, got {text!r}")
+    column, sign, right = found.groups()
+    if sign not in ORDERS:
+        return Condition(column, sign, tuple(right.split("|")))
+    if number_of(right) is None:
+        raise ValueError(f"{sign} compares numbers, got {text!r}")
+    return Condition(column, sign, (right,))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def number_of(text: str) -> float | None:
+    """The finite number that a text spells, None if it spells none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def equals(value: Any, text: str) -> bool:
+    """Whether a value of an item is the one that a text spells."""
+    if isinstance(value, bool):
+        return text == str(value).lower()
+    return number_of(text) == value if is_number(value) else value == text
+
+
+def columns_of(item: Any) -> Mapping[str, Any]:
+    """What conditions see of an item."""
+    return item if isinstance(item, Mapping) else {OWN_COLUMN: item}
+
+
+def rows_admitted(conditions: Sequence[Condition], items: Sequence[Any]) -> torch.Tensor:
+    """Numbers (m,) int64 of those of n items that meet all conditions, rising."""
+    met = [
+        place
+        for place, item in enumerate(items)
+        if all(one.admits(columns_of(item).get(one.column)) for one in conditions)
+    ]
+    return torch.tensor(met, dtype=torch.int64)  # (m,)
+
+
+__all__ = ["Condition", "Where", "columns_of", "read_where", "rows_admitted"]

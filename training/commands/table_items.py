@@ -1,0 +1,105 @@
+"""The rows of a table of pairs as an index takes them: each picture, and what its answers show, columns included."""
+
+from collections.abc import Iterator, Mapping
+from datetime import date, time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from oner.processing.data.places import expand
+from oner.processing.data.sources import USUAL, open_rows
+from oner.processing.data.text_tables import READERS
+from oner.processing.retrieval_filter import number_of
+
+TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
+AT_ONCE = 256  # rows that are read together
+OWN = {"table", "row", "path"}  # of every item; a column of such a name keeps its values to itself
+ROLES = {*USUAL["image"], *USUAL["text"]}
+
+
+class TableItems:
+    """
+    Rows {"image", "item"}, read as they are needed. An item is {"table", "row", "text"}, the first caption, with the
+    picture's "path" if it is a file of its own, and with the row's other columns of numbers, texts and booleans.
+
+    Attributes:
+        bad: {row number: reason} of rows that cannot be used, which are left out.
+    """
+
+    def __init__(self, table: str):
+        self.table = table
+        self.rows = open_rows(table, bad_rows="skip")
+        self.bad = dict(self.rows.bad)
+        self.columns = columns_of_table(table)
+
+    def __len__(self) -> int:
+        return len(self.rows) - len(self.bad)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        good = [number for number in range(len(self.rows)) if number not in self.bad]
+        for start in range(0, len(good), AT_ONCE):
+            numbers = good[start : start + AT_ONCE]
+            for number, row in zip(numbers, self.rows.take(numbers), strict=True):
+                yield {"image": row["image"], "item": self._item(number, row)}
+
+    def _item(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        item = {"table": self.table, "row": number, "text": row["captions"][0]}
+        if isinstance(row["image"], str):
+            item["path"] = row["image"]
+        more = {name: values[number] for name, values in self.columns.items() if number < len(values)}
+        return {**{name: value for name, value in more.items() if value is not None}, **item}
+
+
+def columns_of_table(table: str) -> dict[str, list[Any]]:
+    """The plain values of each column of a table file that holds neither pictures nor captions; None for no value."""
+    files = expand(table)
+    files = [Path(file) for file in (files if isinstance(files, list) else [files])]
+    if not all(file.is_file() and file.suffix.lower() in TABLES for file in files):
+        return {}
+    columns: dict[str, list[Any]] = {}
+    before = 0
+    for file in files:
+        rows = _parquet(file) if file.suffix.lower() == ".parquet" else _texts(file)
+        for place, cells in enumerate(rows, before):
+            for name, value in cells.items():
+                values = columns.setdefault(name, [])
+                values += [None] * (place - len(values))
+                values.append(value)
+            before = place + 1
+    return columns
+
+
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    reader = pq.ParquetFile(file)
+    nested = {field.name for field in reader.schema_arrow if field.type.num_fields}
+    names = [name for name in reader.schema_arrow.names if name not in nested | ROLES | OWN]
+    if not names:
+        return
+    for batch in reader.iter_batches(columns=names):
+        yield from ({name: plain(value) for name, value in row.items()} for row in batch.to_pylist())
+
+
+def _texts(file: Path) -> Iterator[dict[str, Any]]:
+    form = "json" if file.suffix.lower() == ".jsonl" else "csv"
+    for cells in READERS[form](file):
+        cells = {} if isinstance(cells, str) else cells
+        kept = {name: value for name, value in cells.items() if name not in ROLES | OWN}
+        yield {name: plain(spelled(value) if form == "csv" else value) for name, value in kept.items()}
+
+
+def spelled(cell: str) -> Any:
+    """The number that a cell of a csv spells as Python would, else its text; None of an empty one."""
+    number = number_of(cell)
+    if number is None:
+        return cell or None
+    return next((value for value in (int(number), number) if str(value) == cell), cell)
+
+
+def plain(value: Any) -> Any:
+    """A number, a text or a boolean, a date as text; None of anything else."""
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    if isinstance(value, float) and value - value != 0:  # NaN and infinity are no JSON
+        return None
+    return value if isinstance(value, (str, int, float, bool)) else None
