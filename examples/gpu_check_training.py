@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oner import OneRConfig, OneRForPreTraining, VisionLanguageImageProcessor, VisionLanguageProcessor
+from oner.processing.grounding_cosine import mean_of_words, patch_word_cosine
 from oner.processing.vl_tokenizer import train_tokenizer
-from oner.training.evaluation.localization import mean_of_words, patch_word_cosine
 from oner.training.objectives.objective import build_objective
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_model

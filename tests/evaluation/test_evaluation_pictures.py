@@ -11,6 +11,7 @@ from tiny_simla_pictures import make_simla
 from oner import SimlaForImageTextRetrieval
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner import OneRForImageTextRetrieval
+from oner.processing.grounding_cosine import mean_of_words
 from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
@@ -34,7 +35,7 @@ from oner.training.evaluation.gap import (
     paired_cosines,
     tsne,
 )
-from oner.training.evaluation.localization import LocalizationEvaluator, mean_of_words, pointing, similarity_maps
+from oner.training.evaluation.localization import LocalizationEvaluator, pointing, similarity_maps
 from oner.training.evaluation.sheets import (
     Panel,
     draw_scenes,

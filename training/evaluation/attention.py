@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from oner.modeling.vl_outputs import PADDING_TOKEN
+from oner.processing.grounding_cosine import patch_grid
 from oner.training.private_names import attention_implementation
 
 from .localization import pointing
@@ -25,7 +26,6 @@ from .sheets import (
     evaluating,
     heat_sheet,
     on_device,
-    patch_grid,
     pictures_as_seen,
     quarter,
     wrapped,

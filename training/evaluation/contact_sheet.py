@@ -12,18 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import open_image
+from oner.processing.retrieval_page import caption_of
 
 COLUMNS, CELL, GAP, PICTURE = 4, 224, 16, 168
 PAPER, CARD, INK, GREY, EDGE, ACCENT = "#f4f2ee", "#ffffff", "#22252a", "#7a7f87", "#dedbd4", "#c2410c"
 
 open_table = lru_cache(open_rows)
-
-
-def caption_of(item: Any) -> str:
-    """The words of an item, a path's stem, or the item as it is."""
-    if isinstance(item, dict):
-        return str(item.get("text", item))
-    return Path(item).stem if isinstance(item, str) and Path(item).suffix else str(item)
 
 
 def picture_of(item: Any) -> Image.Image | None:

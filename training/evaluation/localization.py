@@ -1,10 +1,9 @@
 """Zero-shot localisation: which patches of a picture lie near a text (Figures 1, 3, 6-8, 10 and 11 of the OneR paper).
 
-"We simply compute the cosine similarities between image patch embeddings and the average-pooled text embedding": both
-come from the final LayerNorm, before any projector, picture and text each in a pass of its own. That means something
-only where both live in one space; in a model of two spaces the maps are noise (Figure 3).
+The map of a pair is that of `oner.processing.grounding_cosine`. It means something only where patches and words live
+in one space; in a model of two spaces the maps are noise (Figure 3).
 
-Shapes: B pictures, N = h*w patches (row-major), L positions ([CLS] first), D width.
+Shapes: B pictures, a map of h*w patches.
 """
 
 import warnings
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from oner.processing.grounding_cosine import cosine_maps
 
 from .sheets import (
     Panel,
@@ -24,30 +24,10 @@ from .sheets import (
     heat_sheet,
     images_and_texts,
     on_device,
-    patch_grid,
     pictures_as_seen,
     quarter,
     wrapped,
 )
-
-
-def mean_of_words(states: Tensor, attention_mask: Tensor) -> Tensor:
-    """The mean (B, D) of the token states of a text-only pass (B, L, D), without [CLS] (position 0) and padding.
-
-    Raises:
-        ValueError: a text has no tokens.
-    """
-    tokens = attention_mask.bool().clone()  # (B, L)
-    tokens[:, 0] = False
-    count = tokens.sum(-1, keepdim=True)  # (B, 1)
-    if (count == 0).any():
-        raise ValueError(f"text {int((count[:, 0] == 0).nonzero()[0])} has no words, so there is nothing to look for")
-    return (states * tokens[..., None].to(states.dtype)).sum(1) / count.to(states.dtype)  # (B, D)
-
-
-def patch_word_cosine(patches: Tensor, words: Tensor) -> Tensor:
-    """Cosine (B, N) of every patch state (B, N, D) with its row's mean token state (B, D)."""
-    return torch.einsum("bnd,bd->bn", F.normalize(patches.float(), dim=-1), F.normalize(words.float(), dim=-1))
 
 
 def similarity_maps(
@@ -85,16 +65,8 @@ def similarity_maps(
             pixels = on_device(processor(images=list(images[chosen]), return_tensors="pt", **options), model)
             pixels = pixels["pixel_values"]  # (b, 3, H, W)
             text = on_device(processor(text=texts[chosen], return_tensors="pt", padding=True, truncation=True), model)
-            h, w = patch_grid(pixels, model)
-
-            # final states of two passes, that of pictures without [CLS]
-            outputs = model.get_image_features(pixel_values=pixels, **interpolated)
-            patches = outputs.last_hidden_state[:, 1:]  # (b, N, D)
-            states = model.get_text_features(
-                input_ids=text["input_ids"], attention_mask=text["attention_mask"]
-            ).last_hidden_state  # (b, L, D)
-            cosines = patch_word_cosine(patches, mean_of_words(states, text["attention_mask"]))  # (b, N)
-            maps.append(cosines.reshape(-1, h, w).cpu())
+            heat = cosine_maps(model, text["input_ids"], text["attention_mask"], pixels, **interpolated)  # (b, h, w)
+            maps.append(heat.cpu())
     return torch.cat(maps)
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from oner.modeling.vl_outputs import PATCH_TOKEN, without_patches
+from oner.processing.grounding_cosine import patch_grid
 
 from .attention import eager_attention
-from .sheets import Panel, describe, heat_sheet, on_device, patch_grid, pictures_as_seen, wrapped
+from .sheets import Panel, describe, heat_sheet, on_device, pictures_as_seen, wrapped
 
 
 def kept_parts(score: Tensor, attentions: Sequence[Tensor]) -> list[Tensor]:

@@ -55,13 +55,6 @@ def on_device(batch: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Ten
     }
 
 
-def patch_grid(pixel_values: Tensor, model: torch.nn.Module) -> tuple[int, int]:
-    """(h, w), the patches down and across of `pixel_values` (B, 3, H, W)."""
-    size = model.config.patch_size
-    down, across = size if isinstance(size, list | tuple) else (size, size)
-    return pixel_values.shape[-2] // down, pixel_values.shape[-1] // across
-
-
 def describe(model: torch.nn.Module) -> str:
     """A short name of the model for titles: its directory or Hub name, else class, depth and width.
 
