@@ -116,6 +116,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     A model is a directory or a name on the Hub, of a family of ours or any with `get_text_features` and
     `get_image_features`. Writes compare.md and compare.json.
     """
+    parser.set_defaults(class_names=None)  # rows are pairs, not pictures of classes
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, or names on the Hub")
     parser.add_argument("--data", nargs="+", required=True, help="one or more sources; each is a table of its own")
     add_columns(parser)
