@@ -18,6 +18,7 @@ CSS = """
 #answers .thumbnail-item { display: flex; flex-direction: column; }
 #answers .thumbnail-item img { aspect-ratio: 1; height: auto; }
 #answers .caption-label { position: static; max-width: 100%; white-space: normal; border: none; text-align: left; }
+#answers .caption-label { opacity: 1 !important; }
 @media (max-width: 700px) { #answers .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
 """
 
