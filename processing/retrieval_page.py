@@ -199,11 +199,13 @@ class SearchPage:
         if not words:
             return Located(large, None, "A map shows where words are, and the query had none.")
         if self._ground is not None:
+            # by the contrast, which ranked the answers, where there are several ways
+            modes = getattr(self.pipe.model, "grounding_modes", ("itc",))
+            mode = "itc" if "itc" in modes else modes[0]
             with self._reading:
-                cells = self._ground(picture, text=words, mode="itc")["map"]  # (h, w)
-            return Located(
-                large, overlay_map(large, cells), "Red: what speaks for the words (Grad-CAM of the contrast)."
-            )
+                cells = self._ground(picture, text=words, mode=mode)["map"]  # (h, w)
+            how = {"itc": "Grad-CAM of the contrast"}.get(mode, mode)
+            return Located(large, overlay_map(large, cells), f"Red: what speaks for the words ({how}).")
         if not self._one_tower:
             return Located(large, None, f"{type(self.pipe.model).__name__} makes no maps.")
         with self._reading:
