@@ -15,8 +15,9 @@ from importlib import import_module
 from pathlib import Path
 
 import oner_run_options as run_options
-from oner_evaluate_options import check_evaluation, evaluate_arguments
+from oner_evaluate_options import check_evaluation, compare_arguments, evaluate_arguments
 from oner_run_options import Mistake, check_nothing_more
+from oner_serve_options import check_serving, serve_arguments
 
 BACKENDS = ("exact", "faiss", "lancedb", "qdrant")
 
@@ -407,6 +408,11 @@ COMMANDS = {
         evaluate_arguments,
         check_evaluation,
     ),
+    "compare": Command(
+        "several models on the same rows, in one table",
+        "oner.training.commands.compare",
+        compare_arguments,
+    ),
     "search": Command(
         "pictures by words, by a picture, or by both as one query",
         "oner.training.commands.search",
@@ -417,6 +423,12 @@ COMMANDS = {
         "embed pictures once, to be searched later",
         "oner.training.commands.index",
         index_arguments,
+    ),
+    "serve": Command(
+        "a page to search by words, by a picture, or by both; or a Space of it",
+        "oner.training.commands.serve",
+        serve_arguments,
+        check_serving,
     ),
     "publish": Command(
         "upload a model to the Hub",

@@ -26,6 +26,11 @@ def add_evaluation_sources(parser: argparse.ArgumentParser) -> None:
         help="default: all that the model and the data allow",
     )
     parser.add_argument("--output", help="default: the model directory")
+    add_columns(parser)
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Where a source has its pictures, captions and ids."""
     parser.add_argument("--image_column")
     parser.add_argument("--text_column")
     parser.add_argument("--id_column", help="rows with equal ids are positives of each other (hexcode for the emoji)")
@@ -100,6 +105,26 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", "--eval_limit", type=int, help="use only so many rows of each split, evenly spaced")
     parser.add_argument("--batch_size", "--eval_batch_size", type=int, default=64)
     parser.add_argument("--device", help="default: an accelerator if there is one")
+
+
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    Several models on the same rows, in one table: recall of retrieval both ways, seconds, parameters.
+
+        oner compare runs/photos/model openai/clip-vit-base-patch32 google/siglip-base-patch16-224 --data pairs.parquet
+
+    A model is a directory or a name on the Hub, of a family of ours or any with `get_text_features` and
+    `get_image_features`. Writes compare.md and compare.json.
+    """
+    parser.set_defaults(class_names=None)  # rows are pairs, not pictures of classes
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, or names on the Hub")
+    parser.add_argument("--data", nargs="+", required=True, help="one or more sources; each is a table of its own")
+    add_columns(parser)
+    parser.add_argument("--captions", choices=("all", "first"), default="all")
+    parser.add_argument("--limit", type=int, help="use only so many rows of each source, evenly spaced")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--device", help="default: an accelerator if there is one")
+    parser.add_argument("--output", default=".", help="the folder of both files (default: this one)")
 
 
 def check_evaluation(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import open_image
+from oner.processing.retrieval_page import caption_of
 from oner.processing.retrieval_sources import SHEET_MARK
 
 COLUMNS, CELL, GAP, PICTURE = 4, 224, 16, 168
@@ -26,13 +27,6 @@ def save_sheet(sheet: Image.Image, file: str | Path) -> None:
     says = PngInfo()
     says.add_text("Software", SHEET_MARK.decode())
     sheet.save(file, **({"pnginfo": says} if Path(file).suffix.lower() == ".png" else {}))
-
-
-def caption_of(item: Any) -> str:
-    """The words of an item, a path's stem, or the item as it is."""
-    if isinstance(item, dict):
-        return str(item.get("text", item))
-    return Path(item).stem if isinstance(item, str) and Path(item).suffix else str(item)
 
 
 def picture_of(item: Any) -> Image.Image | None:

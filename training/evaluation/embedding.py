@@ -113,15 +113,22 @@ def embed_images(
 def embed_texts(
     model: Any, processor: Any, texts: Sequence[str], batch_size: int = 256, progress: bool = False
 ) -> Tensor:
-    """f(T), (n, P). Equal texts are embedded once, so that they tie exactly; batches hold texts of like length."""
+    """f(T), (n, P). Equal texts are embedded once, so that they tie exactly; batches hold texts of like length.
+
+    A tokenizer without a mask (SigLIP's) is one whose model reads padding too, and always as much: it pads to its full
+    length.
+    """
 
     # by length, so that little of a batch is padding
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     place = {text: row for row, text in enumerate(unique)}
+    masked = "attention_mask" in processor.tokenizer.model_input_names
+    padding = {"padding": True if masked else "max_length", "truncation": True}
 
     def encode(rows: slice) -> Any:
-        batch = on_device(processor(text=unique[rows], padding=True, truncation=True, return_tensors="pt"), model)
-        return model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        batch = on_device(processor(text=unique[rows], return_tensors="pt", **padding), model)
+        read = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        return model.get_text_features(**read)
 
     embeddings = _embed(model, len(unique), encode, batch_size, "texts", progress)
 

@@ -1,0 +1,179 @@
+"""The search page as gradio is told it, `oner serve`, and a Space that works where there is no oner."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from families import FAMILIES
+from PIL import Image
+from tiny_search import Refused, fake_gradio, handlers_of, search_of
+
+from oner.processing.retrieval_index import RetrievalIndex
+from oner.processing.retrieval_page import SearchPage
+from oner.training.commands.serve import named
+from oner.training.publishing import space_layout
+from oner.training.publishing.hub import export_model
+from oner_command_line import main as command_line
+
+# one with a map of cosines, one with `ground`
+SHOWN = ("oner", pytest.param("simla", marks=pytest.mark.slow))
+# a machine of the Hub: transformers, the Space, and a gradio that takes everything
+ASK = """
+import json, runpy, sys
+from pathlib import Path
+from unittest.mock import MagicMock
+sys.modules["oner"] = None
+sys.modules["gradio"] = MagicMock()
+sys.path.insert(0, sys.argv[1])
+page = runpy.run_path(sys.argv[1] + "/app.py")["page"]
+queries = ("a face", None), ("a face", sys.argv[2])
+found = [page.search(name, *query, top_k=3).found for name in page.sizes for query in queries]
+located = page.locate("a face", found[0][0].item)
+print("FOUND", json.dumps({
+    "sizes": page.sizes,
+    "names": [[one.name for one in three] for three in found],
+    "scores": [[one.score for one in three] for three in found],
+    "places": [one.place for one in found[0]],
+    "map": located.map.size,
+    "shown": [page.preview(one.item).size for one in found[0]],
+}))
+"""
+
+
+@pytest.fixture(scope="module", params=SHOWN)
+def search(request, emoji_folder, tmp_path_factory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp(f"space-{request.param}")
+    made = search_of(FAMILIES[request.param], emoji_folder, folder)
+    made.model = export_model(made.pipe.model, made.processor, folder / "model")
+    return made
+
+
+@pytest.fixture
+def gradio(monkeypatch):
+    fake = fake_gradio()
+    monkeypatch.setitem(sys.modules, "gradio", fake)
+    return fake
+
+
+def test_the_page_shows_answers_and_where_the_words_are(search, gradio):
+    page = SearchPage(search.pipe, search.indexes)
+    space_layout.build_page(page)
+    ask, locate = handlers_of(gradio)
+    gallery, remark, answer, chosen, where, facts = ask("named", "a face", str(search.pictures[0]), 5)
+    assert len(gallery.value) == 5 and "as one query" in remark and (chosen, where, facts) == (None, None, "")
+    for (picture, caption), one in zip(gallery.value, answer.found, strict=True):
+        assert max(picture.size) <= 320 and caption == f"{one.score:+.3f}  {one.name}"
+
+    chosen, where, facts = locate(answer, SimpleNamespace(index=1))
+    assert chosen.size == where.size and facts.startswith("**2.**") and f"{answer.found[1].score:+.4f}" in facts
+    assert locate(None, SimpleNamespace(index=0)) == (None, None, "")
+    assert ask("named", "  ", None, 5)[:2] == (SimpleNamespace(value=[], select=gradio.select, selected_index=None),
+                                               "Give words, a picture, or both.")  # fmt: skip
+
+
+def test_the_page_names_an_upload_that_cannot_be_read_by_its_file_alone(search, gradio, tmp_path):
+    space_layout.build_page(SearchPage(search.pipe, search.indexes))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(Refused, match="broken.png") as refused:
+        handlers_of(gradio)[0]("named", "", str(tmp_path / "broken.png"), 5)
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_markdown_is_left_as_it_is():
+    shown = space_layout.plain("<b>**a_b** [x](y)</b>")
+    assert not set(shown) & set("<>*[]()_")
+
+
+def test_gradio_is_not_imported_before_a_page_is_made_and_its_lack_is_named(monkeypatch, search, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError, match=r"oner\[serve\]"):
+        space_layout.build_page(SearchPage(search.pipe, search.indexes))
+    line = ["serve", str(search.model), str(search.indexes["named"])]
+    assert command_line(line) == 2 and "oner[serve]" in capsys.readouterr().err
+
+
+def test_serve_opens_folders_and_indexes_and_tells_the_address(search, gradio, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for path in search.pictures[:3]:
+        Image.open(path).save(photos / path.name)
+    line = ["serve", str(search.model), str(photos), str(search.indexes["named"]), "--port", "7999"]
+    assert command_line(line) == 0
+    assert "search page: http://x" in capsys.readouterr().out
+    launched = gradio.Blocks.return_value.__enter__.return_value.queue.return_value.launch.call_args.kwargs
+    assert launched["server_name"] == "127.0.0.1" and launched["server_port"] == 7999
+    choices = gradio.Dropdown.call_args.args[0]
+    assert choices == [("photos (3)", "photos"), ("index-named (24)", "index-named")]
+    answer = handlers_of(gradio)[0]("photos", "", str(search.pictures[1]), 3)[2]
+    assert answer.found[0].place == str(photos / "1.png")
+
+
+def test_indexes_of_one_name_are_told_apart():
+    places = {Path("a/photos"): Path("1"), Path("b/photos"): Path("2"), Path("photos.parquet"): Path("3")}
+    assert list(named(places)) == ["photos", "photos 2", "photos 3"]
+
+
+@pytest.fixture(scope="module")
+def space(search, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("spaces") / "space"
+    line = ["serve", str(search.model), *map(str, (search.indexes["named"], search.indexes["words"]))]
+    assert command_line([*line, "--write-space", str(directory), "--limit", "20", "--title", 'It\'s "mine" """']) == 0
+    return directory
+
+
+def test_a_space_answers_without_oner(search, space, tmp_path):
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", ASK, str(space), str(search.pictures[0])]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [one for one in done.stdout.splitlines() if one.startswith("FOUND ")]
+    got = json.loads(line.removeprefix("FOUND "))
+
+    # as the indexes that were written say, asked here
+    assert got["sizes"] == {"index-named": 20, "index-words": 20} and got["map"] == [512, 512]
+    for number, name in enumerate(("index-named", "index-words")):
+        index = RetrievalIndex.load(space / "indexes" / name)
+        for place, query in enumerate(("a face", {"text": "a face", "image": search.pictures[0]})):
+            scores, _ = index.search(search.pipe.embed([query]), top_k=3)
+            assert got["scores"][2 * number + place] == pytest.approx(scores[0].tolist(), abs=1e-5)
+    captions = {row["captions"][0] for row in search.rows}
+    assert {name for three in got["names"] for name in three} <= captions
+    assert all(place.startswith("indexes/index-named/pictures/") for place in got["places"])
+
+
+def test_a_space_is_whole_and_names_no_place_of_this_machine(search, space):
+    header = yaml.safe_load((space / "README.md").read_text().split("---")[1])
+    assert header["sdk"] == "gradio" and header["app_file"] == "app.py" and header["title"] == 'It\'s "mine" """'
+    needed = {line.split(">=")[0] for line in (space / "requirements.txt").read_text().split()}
+    imported = set()
+    for path in [space / "app.py", *space.glob("*/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {module.split(".")[0] for module in modules}
+    imported -= sys.stdlib_module_names | {"oner_page", "gradio"}
+    assert {{"PIL": "pillow"}.get(name, name).replace("_", "-") for name in imported} <= needed
+
+    place = str(search.indexes["named"].parent)
+    written = [path for path in space.rglob("*") if path.suffix in (".py", ".json", ".md", ".txt")]
+    assert len(written) > 20 and not [path for path in written if place in path.read_text(encoding="utf-8")]
+    assert len(list((space / "indexes" / "index-named" / "pictures").iterdir())) == 20
+
+
+def test_a_space_by_name_leaves_the_model_where_it_is(search, tmp_path, monkeypatch):
+    from oner.training.publishing.space import Space, write_space
+
+    shown = Space("owner/photos", {"named": search.indexes["named"]}, lambda item: None, limit=5)
+    assert write_space(shown, tmp_path / "space", search.pipe) == {"named": 5}
+    assert not (tmp_path / "space" / "model").exists()
+    assert 'MODEL = "owner/photos"' in (tmp_path / "space" / "app.py").read_text()
+    header = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])
+    assert header["models"] == ["owner/photos"]
+    with pytest.raises(FileExistsError, match="is there already"):
+        write_space(shown, tmp_path / "space", search.pipe)

@@ -1,0 +1,79 @@
+"""`oner serve`: a page to search indexes by words, by a picture, or by both; or the directory of a Space of it."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline
+from oner.processing.retrieval_index import INDEX_FILE
+from oner.processing.retrieval_page import SearchPage
+from oner.training.evaluation.contact_sheet import picture_of
+from oner.training.evaluation.sheets import describe
+from oner.training.publishing.space import Space, write_space
+from oner.training.publishing.space_layout import build_page, import_gradio, look
+
+from .folder import pictures_of
+from .search import load_pipeline, open_index
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Serves until Ctrl-C, or writes a Space."""
+    if options.write_space is None:
+        import_gradio()  # before the model, so that who lacks it is told at once
+    place = Path(options.model)
+    of_run = (place / "model" / "config.json").is_file()
+    model = str(place / "model") if of_run else options.model
+    pipe = load_pipeline(model)
+    sources = [Path(one).resolve() for one in options.indexes] or [index_of_run(place)]
+    indexes = named({source: index_directory(pipe, source) for source in sources})
+
+    if options.write_space is not None:
+        space = Space(model, indexes, picture_of, options.title, options.limit)
+        for name, count in write_space(space, options.write_space, pipe).items():
+            print(f"{name}: {count} items")
+        print(f"try it: python {options.write_space}/app.py")
+        print(f"publish it: hf upload OWNER/NAME {options.write_space} --repo-type space")
+        return 0
+
+    # gradio chooses a port where none is named
+    page = SearchPage(pipe, indexes, picture_of)
+    blocks = build_page(page, options.title, describe(pipe.model))
+    _, address, _ = blocks.launch(
+        server_name=options.host, server_port=options.port, quiet=True, prevent_thread_lock=True, **look()
+    )
+    print(f"search page: {address}", flush=True)
+    blocks.block_thread()
+    return 0
+
+
+def index_of_run(place: Path) -> Path:
+    """The index that `oner search RUN` left, else the folder that the run was trained on. Raises `ValueError`."""
+    kept = place / "index"
+    source = kept if (kept / INDEX_FILE).is_file() else pictures_of(place)
+    if source is None:
+        raise ValueError(f"{place}: there is nothing to search; name a folder, a table, or a saved index behind it")
+    return source.resolve()
+
+
+def index_directory(pipe: ImageTextRetrievalPipeline, source: Path) -> Path:
+    """The directory of a saved index, or of the one that is kept beside a folder or table, made if need be."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such folder or file; expected a saved index, a folder, or a table")
+    if (source / INDEX_FILE).is_file():
+        return source
+    cache = source.parent / f".{source.name}.oner-index"
+    open_index(pipe, source, cache)
+    return cache
+
+
+def named(directories: dict[Path, Path]) -> dict[str, Path]:
+    """Directories by the names of their sources, told apart where two have one."""
+    indexes: dict[str, Path] = {}
+    for source, directory in directories.items():
+        name = source.stem
+        number = 2
+        while name in indexes:
+            name = f"{source.stem} {number}"
+            number += 1
+        indexes[name] = directory
+    return indexes
