@@ -359,12 +359,24 @@ def work(run: Run, threads: int, data: tuple[Sequence, Sequence], limit: int | N
         "setup": run.setup(),
         "machine": machine_facts(device),
     }
-    partial = run.result.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(run.result)
+    write_result(run, content)
     for checkpoint in run.directory.glob("checkpoint-*"):  # the model stays
         shutil.rmtree(checkpoint)
     return content
+
+
+def write_result(run: Run, content: Mapping[str, Any]) -> None:
+    """Beside its place and renamed into it."""
+    partial = run.result.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(run.result)
+
+
+def measure_again(runs: Sequence[Run], data: tuple[Sequence, Sequence], limit: int | None) -> None:
+    """The finished rows once more, for numbers that they were not asked for when they were trained."""
+    for run in runs:
+        if (content := finished(run)) is not None:
+            write_result(run, {**content, "values": measure(run, data, limit)[0]})
 
 
 def steps_done(run: Run) -> int:
@@ -437,6 +449,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gallery", default=str(ROOT / "examples/data/emoji/train.parquet"))
     parser.add_argument("--id-column", help="default: hexcode; for momo each picture stands alone")
     parser.add_argument("--limit", type=int, help="evaluate on so many rows only, evenly spaced")
+    parser.add_argument("--measure-again", action="store_true", help="rows that are done, by their models; train none")
     parser.add_argument("--output", default="runs/evidence", help="models, logs, one JSON for each finished row")
     parser.add_argument("--docs", default=str(ROOT / "docs"), help="where evidence.md and evidence.json go")
     cores = os.cpu_count() or 1
@@ -463,7 +476,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         [] if a.table == "momo" else open_rows(a.gallery, id_column=a.id_column),
     )
     torch.set_num_threads(a.threads)
-    errors = work_all(missing, a.jobs, a.threads, data, a.limit) if missing else []
+    errors: list[BaseException] = []
+    if a.measure_again:
+        measure_again(runs, data, a.limit)
+    elif missing:
+        errors = work_all(missing, a.jobs, a.threads, data, a.limit)
     contents = [content for run in runs if (content := finished(run)) is not None]
     if contents:
         command = ["python", "examples/evidence.py", *(sys.argv[1:] if argv is None else argv)]

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
 
-from oner.training.evaluation.features import Pool
-from oner.training.evaluation.retrieval import RetrievalEvaluator
+from oner import open_rows
+from oner.training.evaluation.embedding import Column, numbered, row_ids, spaced
+from oner.training.evaluation.features import Pool, image_features
+from oner.training.evaluation.retrieval import RetrievalEvaluator, ask
 from oner.training.evaluation.suite_tasks import SUITE, SuiteOptions
 from oner.training.publishing.model_loading import load_model
 
@@ -33,6 +36,24 @@ def lengths(name: str, config: Mapping[str, Any], fraction: float) -> dict[str, 
     return {part: max(1, round(fraction * config[part])) for part in ("max_steps", "warmup_steps")}
 
 
+def across_styles(tower: Any, processor: Any, pool: Pool, limit: int | None, emoji: Path) -> dict[str, float]:
+    """
+    Whether features know a thing again in another drawing: emoji in a style never seen ask for theirs among the
+    training pictures of all asked concepts, by cosine. recall@k and chance@k.
+    """
+    queries, known = (
+        spaced(open_rows(str(emoji / f"{part}.parquet"), id_column="hexcode"), most)
+        for part, most in (("test_style", limit), ("train", None))
+    )
+    concepts = set(row_ids(queries))
+    gallery = [row for row in known if row["id"] in concepts]
+    asked, given = numbered(row_ids(queries), row_ids(gallery))  # (Q,), (G,)
+    features = (image_features(tower, processor, Column(rows, "image"), pool) for rows in (queries, gallery))
+    vectors = [F.normalize(one, dim=-1) for one in features]  # (Q, D), (G, D)
+    found = ask(*vectors, asked, given, KS)
+    return {name: found[name] for k in KS for name in (f"recall@{k}", f"chance@{k}")}
+
+
 def stage_values(
     directory: Path, config: Mapping[str, Any], rows: Sequence, seed: int, limit: int | None, data: Path
 ) -> tuple[dict[str, float], int]:
@@ -48,7 +69,8 @@ def stage_values(
         data: Folder with `emoji` and `glosses`.
 
     Returns:
-        By name: POOL/PROBE/logistic_accuracy, knn_accuracy and chance, scenes/tr_r@k, ir_r@k and their chance.
+        By name: POOL/PROBE/logistic_accuracy, knn_accuracy and chance; POOL/styles/recall@k and chance@k;
+        scenes/tr_r@k, ir_r@k and their chance.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(directory)
@@ -62,6 +84,8 @@ def stage_values(
             found = dict(SUITE[name](name, replace(options, pool=pool)).run(tower, processor))
             kept = [f"{name}/{value}" for value in ("logistic_accuracy", "knn_accuracy", "chance")]
             values |= {f"{pool}/{value}": found[value] for value in kept}
+        styles = across_styles(tower, processor, pool, limit, data / "emoji")
+        values |= {f"{pool}/styles/{name}": value for name, value in styles.items()}
 
     # projections that nothing trained would ask at random
     if "itc" in config["losses"]:

@@ -71,6 +71,18 @@ def test_no_stage_begins_before_the_one_before_it_has_ended(tmp_path: Path, monk
     assert sorted(begun) == sorted(evidence.BEFORE)
 
 
+def test_finished_rows_are_measured_again_and_none_is_trained(tmp_path: Path, monkeypatch) -> None:
+    import evidence
+
+    stage1, stage2 = evidence.plan(evidence.parse(told(tmp_path, "momo_stage2")))
+    done = {"setup": stage1.setup(), "values": {"old": 0.5}, "loss": 2.0}
+    stage1.result.write_text(json.dumps(done), encoding="utf-8")
+    monkeypatch.setattr(evidence, "measure", lambda run, data, limit: ({"new": float(limit)}, 0))
+    evidence.measure_again([stage1, stage2], ([], []), 7)
+    assert json.loads(stage1.result.read_text(encoding="utf-8")) == {**done, "values": {"new": 7.0}}
+    assert not stage2.result.exists()
+
+
 @pytest.mark.parametrize("losses", [["mim"], ["itc"]])
 def test_features_are_probed_and_what_has_learnt_contrast_retrieves(root: Path, losses: list[str]) -> None:
     pytest.importorskip("sklearn")
@@ -83,6 +95,8 @@ def test_features_are_probed_and_what_has_learnt_contrast_retrieves(root: Path, 
     probed = {
         f"{pool}/{name}/logistic_accuracy" for pool in ("cls", "mean") for name in ("emoji_groups", "supersense")
     }
+    probed |= {f"{pool}/styles/recall@10" for pool in ("cls", "mean")}
+    assert values["cls/styles/recall@10"] > 5 * values["cls/styles/chance@10"]
     assert probed <= values.keys() and all(0 <= value <= 1 for name, value in values.items() if "accuracy" in name)
     assert ("scenes/tr_r@10" in values) == (losses == ["itc"]) and parameters > 1e6
 
@@ -119,4 +133,7 @@ def test_the_page_has_chance_every_row_and_the_papers_numbers(tmp_path: Path) ->
     assert cells["stage 3: texts and pairs"][4:] == ["20.0 ± 14.1"] * 2 + ["75.7", "78.1", "64.0"]
     assert cells["chance"][:6] == ["10.0"] * 6
     page = (tmp_path / "evidence_momo.md").read_text(encoding="utf-8")
+    assert (
+        "| stage 1: images | 20.0 ± 14.1 | 20.0 ± 14.1 | 20.0 ± 14.1 | 20.0 ± 14.1 | - | - | - | - | - | - |" in page
+    )
     assert "| stage 1: images | 0, 1 | nothing | 10 | 1,280 |" in page and "abacus" in page
