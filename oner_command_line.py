@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 import oner_run_options as run_options
-from oner_evaluate_options import check_evaluation, compare_arguments, evaluate_arguments
+from oner_evaluate_options import check_evaluation, compare_arguments, evaluate_arguments, suite_arguments
 from oner_run_options import Mistake, check_nothing_more
 from oner_serve_options import check_serving, serve_arguments
 
@@ -232,50 +232,6 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="The output_dir of a run.")
     parser.add_argument("--rows", type=int, default=256, help="Rows of the sample (default 256); 0: no sample.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
-
-
-def suite_arguments(parser: argparse.ArgumentParser) -> None:
-    """
-    What a model's features are good for: probes of images and texts, and retrieval without training.
-
-        oner suite examples/checkpoints/oner-emoji examples/checkpoints/simla-emoji --output runs/suite
-        oner suite runs/mine/model --tasks table3 --root data --linear
-        oner suite runs/mine/model --images birds train_folder test_folder label
-
-    Tasks: `quick`, the default, which is emoji_groups (of concepts never seen), digits, supersense, hypernym and
-    emoji_retrieval; emoji_groups_style (concepts seen, in a style never seen); and `table3`, the fifteen sets of
-    MoMo's Table 3: imagenet, food101, cifar10, cifar100, cars, aircraft, dtd, pets, caltech101, flowers102, mnist,
-    stl10, eurosat, gtsrb, sst.
-
-    Writes results/suite.md and a JSON file for each task into MODEL, or into --output.
-    """
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="Model directories, or names on the Hub.")
-    parser.add_argument("--tasks", nargs="+", help="Of those above, or their groups.")
-    parser.add_argument("--output", help="Directory of the results; by default each model's own.")
-    parser.add_argument("--data", default="examples/data", help="Folder with emoji and glosses.")
-    parser.add_argument("--root", default="data", help="Folder of the official files of Table 3's sets.")
-    parser.add_argument("--download", action="store_true", help="Let torchvision bring those that are missing.")
-    own = {"action": "append", "nargs": 4}
-    parser.add_argument(
-        "--images", **own, metavar=("NAME", "TRAIN", "TEST", "COLUMN"),
-        help="Probe of your images: folders of a class each, tables, data sets; COLUMN is `label` for folders.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--texts", **own, metavar=("NAME", "TASK", "TRAIN", "TEST"),
-        help="Probe of texts in the official TSV files of a task of GLUE: sst2, mrpc, qqp, mnli, qnli, rte.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pairs", action="append", nargs=2, metavar=("NAME", "SOURCE"),
-        help="Retrieval of your pairs; of Karpathy's JSON (dataset_coco.json) its test split.",
-    )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of each probe (default 0 1 2).")
-    parser.add_argument("--limit", type=int, help="At most so many rows of each part, drawn at random.")
-    parser.add_argument("--pool", default="cls", help="The feature: cls, or mean of patches or tokens.")
-    parser.add_argument("--linear", action="store_true", help="MAE's probe too: batch norm and a linear map by LARS.")
-    parser.add_argument("--linear_epochs", type=int, default=90, help="Of MAE's probe (default 90).")
-    parser.add_argument("--linear_batch_size", type=int, default=16384, help="Of MAE's probe (default 16384).")
-    parser.add_argument("--batch_size", type=int, default=64, help="Rows that a model reads at once.")
-    parser.add_argument("--device", help="cuda where there is one, else cpu.")
 
 
 class Parser(argparse.ArgumentParser):
