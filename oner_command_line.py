@@ -338,7 +338,7 @@ class Command:
             self.check(options, rest, ())
             return options, rest
         parser = self.parser(name)
-        options, rest = parser.parse_known_args(line)
+        options, rest = parser.parse_known_intermixed_args(line)  # words after options too
         self.check(options, rest, list(vars(options)))
         return options, rest
 

@@ -181,3 +181,8 @@ def test_every_command_has_its_module():
     from importlib import import_module
 
     assert all(callable(import_module(command.module).run) for command in COMMANDS.values())
+
+
+def test_words_may_stand_behind_options(tmp_path):
+    options, rest = COMMANDS["search"].read("search", [str(tmp_path), "--top_k", "3", "red fruit"])
+    assert (options.place, options.words, options.top_k, rest) == (str(tmp_path), "red fruit", 3, [])
