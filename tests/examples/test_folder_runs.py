@@ -144,7 +144,7 @@ def test_a_folder_is_trained_on_and_searched(tmp_path, monkeypatch, capsys):
     # its pictures are found by themselves
     first = sorted(photos.iterdir())[0]
     assert command_line(["search", "runs/photos", "--image", str(first), "--top-k", "2"]) == 0
-    assert f"   1  +1.000  {first.stem}\n" in capsys.readouterr().out
+    assert f"   1  +1.000  {first.stem}  {first}\n" in capsys.readouterr().out
     assert (tmp_path / "runs" / "photos" / "index").is_dir() and (tmp_path / "results.png").is_file()
 
 

@@ -186,7 +186,7 @@ def test_many_interruptions_lose_and_double_nothing(quick, tmp_path, monkeypatch
     """Eight calls that end somewhere, some with other texts than before; then one that does not."""
     draw = random.Random(0)
     texts = [f"text {number}" for number in range(600)]
-    options = {"batch_size": 32, "show_progress": False}
+    options = {"batch_size": 8, "show_progress": False}  # 75 passes, more than all calls begin
     for attempt in range(8):
         if attempt % 3 == 2:
             texts[draw.randrange(len(texts))] = f"changed {attempt}"

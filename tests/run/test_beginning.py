@@ -21,8 +21,8 @@ from oner.training.tasks.finetuning import load_task_model, task_objective
 
 QUEUE = 20
 POSITIONS = "simla.vision.embeddings.position_embeddings"
-# tasks whose objective has a teacher, and of these those with queues
-TAUGHT = sorted(DATA.keys() - {"assignment", "glue"})
+# tasks of SIMLA whose objective has a teacher, and of these those with queues
+TAUGHT = sorted(DATA.keys() - {"answers", "assignment", "glue"})
 QUEUED = {"retrieval", "grounding"}
 
 

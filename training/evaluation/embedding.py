@@ -122,7 +122,8 @@ def embed_texts(
     # by length, so that little of a batch is padding
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     place = {text: row for row, text in enumerate(unique)}
-    masked = "attention_mask" in processor.tokenizer.model_input_names
+    tokenizer = getattr(processor, "tokenizer", None)
+    masked = tokenizer is None or "attention_mask" in tokenizer.model_input_names
     padding = {"padding": True if masked else "max_length", "truncation": True}
 
     def encode(rows: slice) -> Any:
