@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .retrieval_backend import Answer, SearchBackend, current_note, library, read_note, write_note
+from .retrieval_backend import Answer, DatabaseBackend, current_note, library, read_note, write_note, written
 from .retrieval_filter import ORDERS, Condition, Where, columns_of, number_of, read_where
 from .retrieval_index import RetrievalIndex
 from .retrieval_index_files import read_header
@@ -24,7 +24,7 @@ AT_ONCE = 8192  # rows of a batch
 KINDS = {bool: "bool_", int: "float64", float: "float64", str: "string"}
 
 
-class Backend(SearchBackend):
+class Backend(DatabaseBackend):
     """
     Args:
         table: of lancedb.
@@ -32,11 +32,8 @@ class Backend(SearchBackend):
     """
 
     def __init__(self, table: Any, note: dict[str, Any]):
+        super().__init__(note)
         self.table = table
-        self.projection_dim = note["projection_dim"]
-        self.model = note["model"]
-        self.fingerprint = note["fingerprint"]
-        self._count = note["count"]
         self._kinds = {field.name: str(field.type) for field in table.schema}
 
     @classmethod
@@ -61,9 +58,6 @@ class Backend(SearchBackend):
         note = current_note(directory, NAME)
         database = library(NAME, NAME).connect(note["options"].get("url") or str(directory / NAME))
         return cls(database.open_table(note["table"]), note)
-
-    def __len__(self) -> int:
-        return self._count
 
     def answers(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> list[list[Answer]]:
         self.check_queries(queries, top_k)
@@ -113,10 +107,6 @@ class Backend(SearchBackend):
 
 def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def written(item: Any) -> str:
-    return json.dumps(item, ensure_ascii=False, sort_keys=True)
 
 
 def schema_of(index: RetrievalIndex) -> Any:

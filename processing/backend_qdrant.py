@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .retrieval_backend import Answer, SearchBackend, current_note, library, read_note, write_note
+from .retrieval_backend import Answer, DatabaseBackend, current_note, library, read_note, write_note, written
 from .retrieval_filter import ORDERS, Condition, Where, columns_of, number_of, read_where
 from .retrieval_index import RetrievalIndex
 from .retrieval_index_files import IndexFileError, read_header
@@ -24,7 +24,7 @@ AT_ONCE = 512  # points of a request
 BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
 
-class Backend(SearchBackend):
+class Backend(DatabaseBackend):
     """
     Args:
         client: of qdrant_client.
@@ -32,12 +32,9 @@ class Backend(SearchBackend):
     """
 
     def __init__(self, client: Any, note: dict[str, Any]):
+        super().__init__(note)
         self.client = client
         self.collection = note["collection"]
-        self.projection_dim = note["projection_dim"]
-        self.model = note["model"]
-        self.fingerprint = note["fingerprint"]
-        self._count = note["count"]
 
     @classmethod
     def build(cls, directory: Path, url: str | None = None) -> "Backend":
@@ -69,9 +66,6 @@ class Backend(SearchBackend):
         if note["options"]["url"] == MEMORY:
             raise IndexFileError(directory / f"{NAME}.json", f"was built in {MEMORY}, which is gone", key="options")
         return cls(connected(note["options"]["url"]), note)
-
-    def __len__(self) -> int:
-        return self._count
 
     def answers(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> list[list[Answer]]:
         self.check_queries(queries, top_k)
@@ -106,10 +100,6 @@ class Backend(SearchBackend):
 def connected(url: str) -> Any:
     client = library("qdrant_client", NAME).QdrantClient
     return client(MEMORY) if url == MEMORY else client(url=url)
-
-
-def written(item: Any) -> str:
-    return json.dumps(item, ensure_ascii=False, sort_keys=True)
 
 
 def points_of(models: Any, index: RetrievalIndex, start: int) -> list[Any]:

@@ -97,6 +97,24 @@ class SearchBackend(ABC):
         self.check_space(queries.shape[1])
 
 
+class DatabaseBackend(SearchBackend):
+    """
+    One whose rows lie in a database of its own.
+
+    Args:
+        note: what was built from which index, see `write_note`.
+    """
+
+    def __init__(self, note: Mapping[str, Any]):
+        self.projection_dim = note["projection_dim"]
+        self.model = note["model"]
+        self.fingerprint = note["fingerprint"]
+        self._count = note["count"]
+
+    def __len__(self) -> int:
+        return self._count
+
+
 def answers_of(scores: torch.Tensor, indices: torch.Tensor, items: Sequence[Any]) -> list[list[Answer]]:
     """Scores and numbers (q, k) → the answers of each query, their items out of all."""
     return [
@@ -157,6 +175,11 @@ def library(name: str, extra: str) -> Any:
         raise ImportError(f"this backend needs {error.name}: pip install 'oner[{extra}]'") from None
 
 
+def written(item: Any) -> str:
+    """An item as a database keeps it, and finds it by."""
+    return json.dumps(item, ensure_ascii=False, sort_keys=True)
+
+
 def index_state(header: Mapping[str, Any]) -> dict[str, Any]:
     """What tells an index from the one it was: of its header, embeddings and items."""
     return {"embeddings_file": header["embeddings_file"], "header_sha256": header.get("header_sha256")}
@@ -199,6 +222,7 @@ def current_note(directory: Path, name: str) -> dict[str, Any]:
 __all__ = [
     "BACKENDS",
     "Answer",
+    "DatabaseBackend",
     "SearchBackend",
     "answers_of",
     "build_backend",

@@ -61,9 +61,7 @@ def index_directory(pipe: ImageTextRetrievalPipeline, source: Path) -> Path:
         raise FileNotFoundError(f"{source}: no such folder or file; expected a saved index, a folder, or a table")
     if (source / INDEX_FILE).is_file():
         return source
-    cache = source.parent / f".{source.name}.oner-index"
-    open_index(pipe, source, cache)
-    return cache
+    return open_index(pipe, source, None)
 
 
 def named(directories: dict[Path, Path]) -> dict[str, Path]:
