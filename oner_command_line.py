@@ -41,8 +41,8 @@ def finetune_arguments(parser: argparse.ArgumentParser) -> None:
 
         oner finetune --task retrieval --config finetune_retrieval_coco --initial_model runs/simla/model
 
-    Tasks: retrieval, vqa, answers, entailment, assignment, nlvr2, grounding, glue; `--task TASK --help` lists what
-    each may be told.
+    Tasks: retrieval, cir, vqa, answers, entailment, assignment, nlvr2, grounding, glue; `--task TASK --help` lists
+    what each may be told.
     """
 
 

@@ -11,6 +11,7 @@ from tiny_pretraining import ROOT
 from oner import (
     CodisForPreTraining,
     MomoForPreTraining,
+    OneRForPreTraining,
     SimlaForPreTraining,
     VisionLanguageImageProcessor,
     VisionLanguageProcessor,
@@ -94,6 +95,11 @@ def write_momo(directory: Path) -> Path:
     """Of MoMo, without decoders."""
     decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     return write_pretrained(directory, MomoForPreTraining, **decoder)
+
+
+def write_oner(directory: Path) -> Path:
+    """Of OneR."""
+    return write_pretrained(directory, OneRForPreTraining, projection_hidden_size=16)
 
 
 def karpathy(folder: Path) -> dict[str, object]:
@@ -234,6 +240,30 @@ def expressions(folder: Path) -> dict[str, object]:
     }
 
 
+def composed(folder: Path) -> dict[str, object]:
+    """CIRR's JSON: sixteen queries to train on, six to evaluate on, each from a picture to the one behind it."""
+    content = [picture for picture, _ in emoji()]
+    for split, rows in (("train", range(16)), ("dev", range(16, 22))):
+        (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+        for number, picture in enumerate(content):
+            (folder / "images" / split / f"{split}-{number}.png").write_bytes(picture)
+        queries = [
+            {
+                "pairid": number,
+                "reference": f"{split}-{number % 12}",
+                "target_hard": f"{split}-{(number + 1) % 12}",
+                "caption": emoji()[(number + 1) % 12][1],
+            }
+            for number in rows
+        ]
+        write_json(folder / f"cap.{split}.json", queries)
+    return {
+        "train_data": folder / "cap.train.json",
+        "eval_data": folder / "cap.dev.json",
+        "image_folder": folder / "images",
+    }
+
+
 def texts(folder: Path) -> dict[str, object]:
     """RTE's TSV files: sixteen pairs of texts to train on, six to evaluate on."""
     named = emoji()
@@ -254,10 +284,11 @@ def write_lines(path: Path, lines: list[dict[str, object]]) -> Path:
 
 
 # tasks that no family with a text tower of its own has
-ONE_TOWER_ALONE = ("answers",)
+ONE_TOWER_ALONE = ("answers", "cir")
 # task -> writes its data into a folder and returns the arguments that name them; sixteen rows to train on
 DATA = {
     "retrieval": karpathy,
+    "cir": composed,
     "vqa": questions,
     "answers": listed_questions,
     "entailment": entailments,

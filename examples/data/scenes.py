@@ -24,7 +24,7 @@ from scenes_drawing import pixel_box, render
 from scenes_hard import HardCaption, draw_hard_captions
 from scenes_languages import LANGUAGES
 from scenes_layout import SPLITS, Layout, draw_layout, generator, pool
-from scenes_rows import as_row, in_order, query_rows, write_queries, write_rows
+from scenes_rows import as_row, in_order, query_rows, triple_row, write_queries, write_rows
 from scenes_statements import relations
 from scenes_tasks import write_tasks
 from scenes_twins import draw_twins
@@ -141,6 +141,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side (default %(default)s)")
     parser.add_argument("--queries", type=int, default=0, metavar="N", help="composed queries a split, with galleries")
+    parser.add_argument(
+        "--triples", type=int, default=0, metavar="N", help="composed queries with targets, to train on"
+    )
     parser.add_argument("--twins", type=int, default=0, metavar="N", help="N scenes and a twin of each, a split")
     parser.add_argument("--tasks", type=int, default=0, metavar="N", help="scenes to fine-tune on, in OUTPUT/tasks")
     parser.add_argument("--languages", nargs="+", choices=[*LANGUAGES, "all"], default=[], help="beside English")
@@ -164,6 +167,9 @@ def main(given: list[str] | None = None) -> None:
         if args.queries:
             queries = in_order(partial(query_rows, **given), args.queries, args.workers)
             write_queries(args.output, split, queries, args.queries)
+        if args.triples:
+            triples = in_order(partial(triple_row, **given), args.triples, args.workers)
+            write_rows(args.output / f"{split}_triples.parquet", triples, args.triples)
         if args.twins:
             couples = in_order(partial(twin_rows, **given, languages=languages), args.twins, args.workers)
             write_rows(args.output / f"{split}_twins.parquet", chain.from_iterable(couples), 2 * args.twins)

@@ -76,6 +76,21 @@ def query_rows(index: int, seed: int, split: str, size: int) -> tuple[dict[str, 
     }, gallery
 
 
+def triple_row(index: int, seed: int, split: str, size: int) -> dict[str, Any]:
+    """Composed query `index` with its target in the row, to train on: no other choice is drawn."""
+    made = query(seed, split, index)
+    asked = _pictured(made.reference, made.id, size)
+    target = _pictured(made.gallery[0], f"{made.id}-0", size)
+    return {
+        "id": made.id,
+        "image": asked["image"],
+        "text": made.words,
+        "target_image": target["image"],
+        "kind": made.kind,
+        "license": licences(made.reference, made.gallery[0]),
+    }
+
+
 def write_queries(
     folder: Path, split: str, queries: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]], total: int
 ) -> None:
@@ -131,9 +146,9 @@ def picture_cell(image: Image.Image, name: str) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": f"{name}.png"}
 
 
-def licences(layout: Layout) -> str:
-    """The licences of all drawings in a picture."""
-    return " AND ".join(sorted({group.sprite.license for group in layout.groups}))
+def licences(*layouts: Layout) -> str:
+    """The licences of all drawings in pictures."""
+    return " AND ".join(sorted({group.sprite.license for layout in layouts for group in layout.groups}))
 
 
 def _pictured(layout: Layout, name: str, size: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_finetuning import DATA, ONE_TOWER_ALONE, write_codis, write_momo, write_pretrained, write_simla
+from tiny_finetuning import DATA, ONE_TOWER_ALONE, write_codis, write_momo, write_oner, write_simla
 from tiny_pretraining import (
     ROOT,
     assert_same_checkpoint,
@@ -19,7 +19,6 @@ from tiny_pretraining import (
 )
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
-from oner import OneRForPreTraining
 from oner.training.doctor.command import examine
 from oner.training.doctor.reading import read_run
 from oner.training.evaluation.results import read_results
@@ -80,6 +79,11 @@ def as_line(fields: dict) -> list[str]:
 @pytest.fixture(scope="module")
 def momo(tmp_path_factory) -> Path:
     return write_momo(tmp_path_factory.mktemp("momo") / "model")
+
+
+@pytest.fixture(scope="module")
+def oner(tmp_path_factory) -> Path:
+    return write_oner(tmp_path_factory.mktemp("oner") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +172,9 @@ def test_evaluate_leaves_out_matching_where_there_is_none(pretrained, tmp_path, 
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_configuration_takes_two_steps(path, finetune, pretrained, momo, tmp_path):
+def test_a_configuration_takes_two_steps(path, finetune, pretrained, momo, oner, tmp_path):
     said = read_config(path)
-    pretrained = momo if said["family"] == "momo" else pretrained
+    pretrained = {"momo": momo, "oner": oner}.get(said["family"], pretrained)
     task, arguments = finetune.parse(["--config", str(path)])
     assert task.name == said["task"] and path.stem.startswith(f"finetune_{task.name}")
     flat = arguments.to_dict()
@@ -183,11 +187,10 @@ def test_a_configuration_takes_two_steps(path, finetune, pretrained, momo, tmp_p
     assert rate == pytest.approx({"retrieval": 1e-5, "grounding": 1e-5}.get(task.name, 2e-5))  # the code's
 
 
-def test_a_family_without_a_matching_head_is_fine_tuned_by_its_own_losses(finetune, tmp_path):
-    pretrained = write_pretrained(tmp_path / "oner", OneRForPreTraining, projection_hidden_size=16)
+def test_a_family_without_a_matching_head_is_fine_tuned_by_its_own_losses(finetune, oner, tmp_path):
     told = {**DATA["retrieval"](tmp_path), "family": "oner", "losses": ["itc", "cmc"], "rerank_k": 0, "max_steps": 2}
     del told["queue_size"]
-    metrics = finetune.main(line("retrieval", pretrained, tmp_path / "run", told))
+    metrics = finetune.main(line("retrieval", oner, tmp_path / "run", told))
     assert "dataset_coco/tr_r@1" in metrics and not any("rerank" in name for name in metrics)
     logged = [entry for entry in read_log(tmp_path / "run") if "loss" in entry]
     assert {"itc", "cmc"} <= logged[-1].keys() and "itm" not in logged[-1]
@@ -224,6 +227,26 @@ def test_momo_answers_by_classes_that_its_model_names(finetune, momo, tmp_path):
     options = {name: value for name, value in told.items() if name not in ("train_data", "family", "answer_folder")}
     options |= {"model": directory, "data": options.pop("eval_data"), "device": "cpu", "tasks": "answers"}
     assert evaluated(as_line({**options, "output": tmp_path / "out"})) == pytest.approx(metrics, abs=1e-6)
+
+
+def test_oner_learns_composed_queries_and_resumes_exactly(finetune, oner, tmp_path):
+    told = {**DATA["cir"](tmp_path), "family": "oner"}
+    metrics = finetune.main(line("cir", oner, tmp_path / "run", told))
+    assert {"cap.dev/composed_both_r@1", "cap.dev/composed_sum_r@1"} <= metrics.keys()
+    logged = [entry for entry in read_log(tmp_path / "run") if "loss" in entry]
+    assert all(entry["composed"] == entry["loss"] for entry in logged)
+    # stopped in the middle
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run" / "checkpoint-00000002", again / "checkpoint-00000002")
+    shutil.copy(tmp_path / "run" / "log.jsonl", again)
+    assert finetune.main([*line("cir", oner, again, told), "--resume"]) == metrics
+    assert_same_checkpoint(tmp_path / "run" / "checkpoint-00000004", again / "checkpoint-00000004")
+    # evaluated by itself; and what is left retrieves
+    options = {name: value for name, value in told.items() if name not in ("train_data", "family")}
+    options |= {"model": tmp_path / "run" / "model", "data": options.pop("eval_data"), "device": "cpu"}
+    found = evaluated(as_line({**options, "tasks": "cir", "output": tmp_path / "out"}))
+    assert found == pytest.approx(metrics, abs=1e-6)
+    assert load_model(AutoModelForZeroShotImageClassification, tmp_path / "run" / "model").config.image_size == 24
 
 
 def test_who_answers_how_is_said(finetune, momo, pretrained, tmp_path):

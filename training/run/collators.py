@@ -95,14 +95,19 @@ def tokenizer_collator(arguments: Arguments, image_size: int) -> Collator:
     return _collator(arguments, Reader(image_transform=transform, max_pixels=data.max_pixels), ImageLayout())
 
 
+def labels(processor: VisionLanguageProcessor, config: PreTrainedConfig) -> Targets:
+    """Of rows with a "label"."""
+    return Labels()
+
+
 def task_collator(
     arguments: Arguments,
     processor: VisionLanguageProcessor,
     config: PreTrainedConfig,
     images: Sequence[str] = ("image",),
-    targets: Callable[[VisionLanguageProcessor, PreTrainedConfig], Targets] | None = None,
+    targets: Callable[[VisionLanguageProcessor, PreTrainedConfig], Targets] | None = labels,
 ) -> Collator:
-    """Of a task's rows: a text that their source has cleaned, one image or several, and what is right."""
+    """Of a task's rows: a text that their source has cleaned, one image or several, and what is right, if told."""
     data = arguments.data
 
     # texts come cleaned, so no caption rules; nothing is hidden
@@ -116,7 +121,7 @@ def task_collator(
         max_pixels=data.max_pixels,
         excluded=read_hashes(data.excluded_images),
     )
-    answers = Labels() if targets is None else targets(processor, config)
+    answers = None if targets is None else targets(processor, config)
     return _collator(arguments, reader, _pair_layout(config, special), targets=answers)
 
 

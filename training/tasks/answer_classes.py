@@ -19,7 +19,7 @@ from oner.training.objectives.task import DistillationArguments
 from oner.training.run.arguments import DataArguments
 from oner.training.run.collators import task_collator
 
-from .classification import FamilyModels
+from .family_models import FamilyModels
 from .finetuning import Task, TaskArguments
 
 # that of transformers' auto class writes its answers in some families; a new family adds its line

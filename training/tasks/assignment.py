@@ -17,7 +17,8 @@ from oner.training.evaluation.sheets import evaluating, on_device
 from oner.training.objectives.assignment import AssignmentObjective, AssignmentObjectiveArguments, assign
 from oner.training.run.collators import pair_collator
 
-from .classification import FamilyModels, load_second_layers
+from .classification import load_second_layers
+from .family_models import FamilyModels
 from .finetuning import Task, TaskArguments
 from .retrieval import open_captions
 

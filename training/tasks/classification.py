@@ -19,6 +19,7 @@ from oner.training.publishing.model_loading import load_model
 from oner.training.run.arguments import DataArguments
 from oner.training.run.collators import task_collator
 
+from .family_models import FamilyModels
 from .finetuning import Task, TaskArguments
 
 TWO_PICTURES = ("image", "second_image")
@@ -34,30 +35,6 @@ class ReasoningArguments(DistillationArguments, TaskArguments):
     distillation_ramp: float = field(
         default=1 / 10, metadata={"help": "Share of the run in which alpha rises from 0 (the first of 10 epochs)."}
     )
-
-
-class FamilyModels:
-    """
-    Stands where transformers has no auto class: loads the model `what` of whichever family a directory is of.
-
-    Args:
-        what: what messages call it.
-        models: by family; a new family adds its own.
-    """
-
-    def __init__(self, what: str, models: dict[str, type[PreTrainedModel]]):
-        self.what = what
-        self.models = models
-
-    def from_pretrained(self, source: str, **options: Any) -> PreTrainedModel:
-        """The model of the family that `source` is of. Raises `ValueError` for a family that has none."""
-        # the run's configuration decides, where there is one
-        config = options.get("config") or AutoConfig.from_pretrained(source)
-        if config.model_type not in self.models:
-            raise ValueError(
-                f"family {config.model_type!r} has no model {self.what}; expected {' or '.join(self.models)}"
-            )
-        return self.models[config.model_type].from_pretrained(source, **options)
 
 
 def load_second_layers(auto: FamilyModels, source: str, **options: Any) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from oner.training.run.optimization import checkpoint_activations
 # task -> module and name of its `Task`; a new task adds its line here
 TASKS = {
     "retrieval": ("oner.training.tasks.retrieval", "RETRIEVAL"),
+    "cir": ("oner.training.tasks.composed", "CIR"),
     "vqa": ("oner.training.tasks.answers", "VQA"),
     "answers": ("oner.training.tasks.answer_classes", "ANSWERS"),
     "entailment": ("oner.training.tasks.classification", "ENTAILMENT"),

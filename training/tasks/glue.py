@@ -17,7 +17,7 @@ from oner.training.objectives.task import DistillationArguments
 from oner.training.run.arguments import DataArguments
 from oner.training.run.collators import text_task_collator
 
-from .classification import FamilyModels
+from .family_models import FamilyModels
 from .finetuning import Task, TaskArguments
 
 # transformers' auto class of texts is that of entailment by a picture for some; a new family adds its line

@@ -1,0 +1,140 @@
+"""Rows of composed retrieval: a picture and words that ask for another picture.
+
+Every row is {"image", "target_image", "text", "id"}. The id is the target's, so that two rows which ask for one
+picture are right for each other; pictures are paths or encoded bytes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+
+from oner.processing.vl_captions import caption_reason
+
+from .listed_rows import ListedRows
+from .row_checks import PairDataError
+from .task_files import Broken, RowFault, field, find_file, first_field, forget_files, read_json
+
+PICTURES = ("image", "target_image")
+GALLERY = "_gallery.parquet"
+QUERIES = "_queries.parquet"
+Row = dict[str, Any]
+
+
+def open_composed(
+    sources: Sequence[str],
+    folder: str | None = None,
+    clean: Callable[[str], str] | None = None,
+    bad_rows: Literal["raise", "skip"] = "raise",
+) -> ListedRows:
+    """
+    Args:
+        sources: each one of
+
+            a parquet table with columns `image`, `text`, `target_image`, and `id` where several rows share a target;
+            `NAME_queries.parquet` with `NAME_gallery.parquet` beside it, whose row `target` is asked for;
+            CIRR's JSON, a list of {"reference", "target_hard", "caption"} with pictures NAME.png;
+            FashionIQ's JSON, a list of {"candidate", "target", "captions"} with pictures NAME.jpg, whose two captions
+            are joined by "and".
+        folder: what the pictures of the JSON files lie in; if none, the file's.
+        clean: how a text is rewritten.
+        bad_rows: as `ListedRows`.
+
+    Raises:
+        PairDataError: a file that is none of these; rows that cannot be used, with their numbers.
+    """
+    forget_files()
+    rows: list[Row] = []
+    for source in sources:
+        read = _of_table if Path(source).suffix == ".parquet" else _of_annotations
+        for row in read(source, folder):
+            text = row["text"]
+            if clean is not None and isinstance(text, str):
+                text = clean(text)
+            rows.append({**row, "text": text, "id": row["id"] if row["id"] is not None else f"row {len(rows)}"})
+    return ListedRows(rows, ", ".join(sources), _reason, bad_rows, PICTURES)
+
+
+def _reason(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a row beside its pictures."""
+    return row.get("fault") or caption_reason(row["text"])
+
+
+def _of_table(source: str, folder: str | None) -> Iterator[Row]:
+    """Rows of a parquet file; the pictures of a query's target come from the gallery beside it."""
+    path = Path(source)
+    try:
+        columns = pq.read_schema(path).names
+    except (OSError, ValueError) as error:
+        raise PairDataError(f"{source}: cannot be read as parquet: {error}") from error
+
+    # queries name a row of their gallery
+    if path.name.endswith(QUERIES) and "target" in columns:
+        _expect(source, columns, ("image", "text", "target"))
+        gallery = path.with_name(path.name.removesuffix(QUERIES) + GALLERY)
+        if not gallery.is_file():
+            raise PairDataError(f"{source}: expected its gallery beside it, {gallery}, and there is no such file")
+        pictures = pq.read_table(gallery, columns=["image"])["image"]  # a column of cells, decoded one by one
+        for query in pq.read_table(path, columns=["image", "text", "target"]).to_pylist():
+            number = query["target"]
+            if not 0 <= number < len(pictures):
+                raise PairDataError(f"{source}: a target is row {number}, and {gallery.name} has {len(pictures)} rows")
+            target = pictures[number].as_py()
+            yield {**_cells(query["image"], target), "text": query["text"], "id": f"{gallery.name} {number}"}
+        return
+
+    # a table that holds both pictures
+    _expect(source, columns, ("image", "text", "target_image"))
+    wanted = ["image", "text", "target_image", *(["id"] if "id" in columns else [])]
+    for row in pq.read_table(path, columns=wanted).to_pylist():
+        yield {**_cells(row["image"], row["target_image"]), "text": row["text"], "id": row.get("id")}
+
+
+def _expect(source: str, columns: Sequence[str], wanted: Sequence[str]) -> None:
+    if lacking := [name for name in wanted if name not in columns]:
+        raise PairDataError(
+            f"{source}: expected the columns {', '.join(wanted)}, got a table without {', '.join(lacking)}: "
+            f"{', '.join(columns)}"
+        )
+
+
+def _cells(*cells: Any) -> Row:
+    """The two pictures of a row: a cell of `datasets` holds bytes or a path, or is one of these itself."""
+    found = [(cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell for cell in cells]
+    return dict(zip(PICTURES, found, strict=True))
+
+
+def _of_annotations(source: str, folder: str | None) -> Iterator[Row]:
+    """Rows of CIRR's or FashionIQ's JSON; what is wrong with one stands in its "fault"."""
+    content = read_json(source)
+    if not isinstance(content, list):
+        raise PairDataError(f"{source}: expected CIRR's or FashionIQ's list of queries, got {type(content).__name__}")
+    home = folder or str(Path(source).parent)
+    for record in content:
+        try:
+            if isinstance(record, Broken) or not isinstance(record, Mapping):
+                raise RowFault(f"expected an object, got {record!r:.80}")
+            yield _annotated(record, home)
+        except RowFault as fault:
+            yield {"image": None, "target_image": None, "text": "", "id": None, "fault": str(fault)}
+
+
+def _annotated(record: Mapping[str, Any], home: str) -> Row:
+    reference = first_field(record, ("reference", "candidate"), (str,))
+    target = first_field(record, ("target_hard", "target"), (str,))
+    if "captions" in record:
+        texts = field(record, "captions", (list,))
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise RowFault(f"'captions' must be a list of texts, got {texts!r:.80}")
+        text = " and ".join(texts)
+    else:
+        text = field(record, "caption", (str,))
+    pictures = (
+        find_file(home, f"{name}.png", f"{name}.jpg", f"{name.split('-')[0]}/{name}.png")
+        for name in (reference, target)
+    )
+    return {**_cells(*pictures), "text": text, "id": target}
+
+
+__all__ = ["PICTURES", "open_composed"]

@@ -1,0 +1,87 @@
+"""Composed retrieval: a picture with words, one sequence, asks for another picture. Not in the papers of the families.
+
+    [NCE(F(I, T), {F(I')} and {F(I)}) + NCE(F(I'), {F(I, T)})] / 2
+
+I is the reference, T says how the target I' differs from it. Targets of other rows are negatives, and so are all
+references: what looks as the reference does must not be enough.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from oner.training.parallel.distributed import gather_with_gradient, gather_without_gradient, rank
+
+from .losses import info_nce
+from .objective import Batch, Comparison, Representations, SinglePortion, Targets
+
+NOBODY = torch.iinfo(torch.int64).min  # no row's id
+
+
+@dataclass
+class ComposedObjectiveArguments:
+    """What a run of composed retrieval chooses."""
+
+    BOUNDS: ClassVar[dict[str, str]] = {"query_temperature": "(0, inf)"}
+
+    query_temperature: float | None = field(
+        default=None, metadata={"help": "Divides the cosines; the model's own temperature if none."}
+    )
+    reference_negatives: bool = field(
+        default=True, metadata={"help": "References are wrong answers too, those of other rows among them."}
+    )
+
+
+class ComposedObjective(SinglePortion):
+    """
+    Over rows of two pictures and a text; `pixel_values` (B, 2, C, H, W) holds the reference, then the target.
+
+    Args:
+        student (`PreTrainedModel`): A tower whose `pooler_output` embeds pictures, and pictures with texts, alike.
+        arguments (`ComposedObjectiveArguments`): Or what derives from it.
+    """
+
+    def __init__(self, student: nn.Module, arguments: ComposedObjectiveArguments):
+        self.arguments = arguments
+        self.config = student.config
+        self.temperature = arguments.query_temperature or student.config.temperature
+        # no patch is masked: an engine over processes would wait for its gradient for ever
+        student.embeddings.patch_mask_token.requires_grad_(False)
+
+    def targets(self, student: nn.Module, batch: Batch, progress: float) -> Targets:
+        return Targets({"ids": batch["ids"]})
+
+    def represent(
+        self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
+    ) -> Representations:
+        reference, target = batch["pixel_values"].unbind(1)  # (B, C, H, W) each
+
+        # the query in one sequence, and what it is held against
+        text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        query = student(**text, pixel_values=reference).pooler_output  # (B, P)
+        if not self.arguments.reference_negatives:
+            return Representations({"query": query, "target": student(pixel_values=target).pooler_output})
+        pictures = student(pixel_values=torch.cat([target, reference])).pooler_output  # (2B, P)
+        target, reference = pictures.chunk(2)  # (B, P) each
+        return Representations({"query": query, "target": target, "reference": reference})
+
+    def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
+        # what the other processes have, with gradient; G rows of all
+        everyone = {name: gather_with_gradient(value) for name, value in rows.items()}  # (G, P) each
+        ids = targets["ids"]  # (B,)
+        all_ids = gather_without_gradient(ids)  # (G,)
+        offset = len(ids) * rank()
+
+        # targets are right for their own id; a reference is nobody's answer
+        keys, key_ids = everyone["target"], all_ids
+        if "reference" in everyone:
+            keys = torch.cat([keys, everyone["reference"]])  # (2G, P)
+            key_ids = torch.cat([all_ids, torch.full_like(all_ids, NOBODY)])  # (2G,)
+        asked = info_nce(rows["query"], keys, self.temperature, ids, key_ids, offset)
+        answered = info_nce(rows["target"], everyone["query"], self.temperature, ids, all_ids, offset)
+        return Comparison({"composed": (asked + answered) / 2})
+
+    def weigh(self, parts: Batch) -> torch.Tensor:
+        return parts["composed"]
