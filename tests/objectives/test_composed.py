@@ -1,0 +1,157 @@
+"""Composed image retrieval: the loss by hand, a batch in pieces, and rows of every form it is published in."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_finetuning import emoji, write_momo
+from tiny_oner import joint_batch, randomised, tiny_config
+
+from oner import OneRModel
+from oner.processing.data.composed_rows import open_composed
+from oner.processing.data.row_checks import PairDataError
+from oner.training.objectives.composed import ComposedObjective, ComposedObjectiveArguments
+from oner.training.run.gradient_cache import loss_and_gradients
+from oner.training.tasks.composed import AutoModelForComposedRetrieval, ComposedArguments, evaluator
+
+
+def student():
+    torch.manual_seed(2)
+    return randomised(OneRModel(tiny_config())).eval()  # statistics of a batch would differ with its pieces
+
+
+def batch(ids=(4, 9, 4, 7)):
+    made = joint_batch([3, 5, 2, 4])
+    pictures = torch.stack([made["pixel_values"], made["pixel_values"].roll(1, 0) * 0.7], 1)  # (B, 2, C, H, W)
+    text = {name: made[name] for name in ("input_ids", "attention_mask")}
+    return {**text, "pixel_values": pictures, "ids": torch.tensor(ids)}
+
+
+def unit(vectors):
+    return torch.nn.functional.normalize(vectors.double(), dim=-1)
+
+
+def by_hand(model, given, temperature, references):
+    """Softmax over targets, and references, that share the id; and over queries the other way."""
+    reference, target = given["pixel_values"].unbind(1)
+    text = {name: given[name] for name in ("input_ids", "attention_mask")}
+    query = unit(model(**text, pixel_values=reference).pooler_output)
+    answers = unit(model(pixel_values=target).pooler_output)
+    same = given["ids"][:, None] == given["ids"][None]
+    keys, right = answers, same
+    if references:
+        keys = torch.cat([answers, unit(model(pixel_values=reference).pooler_output)])
+        right = torch.cat([same, torch.zeros_like(same)], 1)
+
+    def loss(asking, asked, right):
+        chances = (asking @ asked.T / temperature).softmax(1).log()
+        return -((chances * right).sum(1) / right.sum(1)).mean()
+
+    return (loss(query, keys, right) + loss(answers, query, same)) / 2
+
+
+@pytest.mark.parametrize("references", [True, False])
+@pytest.mark.parametrize("temperature", [None, 0.3])
+def test_the_loss_is_the_sum_by_hand(references, temperature):
+    model, given = student(), batch()
+    told = ComposedObjectiveArguments(query_temperature=temperature, reference_negatives=references)
+    taken = ComposedObjective(model, told)(model, given, 0.5)
+    expected = by_hand(model, given, temperature or model.config.temperature, references)
+    assert float(taken.loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
+    assert taken.parts.keys() == {"composed"}
+
+
+def test_a_batch_in_pieces_has_the_gradients_of_the_whole():
+    model, given = student(), batch()
+    objective = ComposedObjective(model, ComposedObjectiveArguments())
+    objective(model, given, 0.5).loss.backward()
+    whole = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    model.zero_grad()
+    loss_and_gradients(Accelerator(cpu=True), objective, model, {"pairs": given}, 0.5, {"pairs": 2})
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) is (name not in whole), name
+        if name in whole:
+            assert torch.allclose(parameter.grad, whole[name], atol=1e-6), name
+    # what no loss reaches is frozen, for engines over processes
+    assert {name for name, one in model.named_parameters() if one.requires_grad} == whole.keys()
+
+
+def test_it_learns_what_to_answer():
+    model, given = student().train(), batch(ids=(1, 2, 3, 4))
+    objective = ComposedObjective(model, ComposedObjectiveArguments())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss = objective(model, given, 0.5).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2
+
+
+def cell(number):
+    return {"bytes": emoji()[number][0], "path": f"{number}.png"}
+
+
+def test_queries_take_their_targets_from_the_gallery(tmp_path):
+    gallery = [{"image": cell(number), "id": str(number)} for number in range(5)]
+    queries = [{"image": cell(7), "text": "with a dog", "target": 3}, {"image": cell(8), "text": "red", "target": 3}]
+    pq.write_table(pa.Table.from_pylist(gallery), tmp_path / "some_gallery.parquet")
+    pq.write_table(pa.Table.from_pylist(queries), tmp_path / "some_queries.parquet")
+    rows = open_composed([str(tmp_path / "some_queries.parquet")])
+    first, second = rows.take([0, 1])
+    assert first["target_image"] == second["target_image"] == emoji()[3][0] and first["image"] == emoji()[7][0]
+    assert first["id"] == second["id"] and rows.ids()[0] == rows.ids()[1]
+    (tmp_path / "some_gallery.parquet").unlink()
+    with pytest.raises(PairDataError, match="expected its gallery beside it, .*some_gallery.parquet"):
+        open_composed([str(tmp_path / "some_queries.parquet")])
+
+
+def test_a_table_holds_both_pictures(tmp_path):
+    table = [{"image": cell(1), "text": "bigger", "target_image": cell(2)}] * 2
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "triples.parquet")
+    rows = open_composed([str(tmp_path / "triples.parquet")], clean=str.upper)
+    assert [row["text"] for row in rows.take([0, 1])] == ["BIGGER", "BIGGER"] and len(set(rows.ids())) == 2
+    pq.write_table(pa.table({"image": ["a.png"], "caption": ["x"]}), tmp_path / "other.parquet")
+    with pytest.raises(PairDataError, match="without text, target_image: image, caption"):
+        open_composed([str(tmp_path / "other.parquet")])
+
+
+@pytest.mark.parametrize(
+    "query, text",
+    [
+        ({"reference": "a", "target_hard": "b", "caption": "is red"}, "is red"),
+        ({"candidate": "a", "target": "b", "captions": ["is red", "has a hat"]}, "is red and has a hat"),
+    ],
+    ids=["CIRR", "FashionIQ"],
+)
+def test_published_annotations_are_read(query, text, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(emoji()[0][0])
+    wrong = [{**query, "captions" if "captions" in query else "caption": 3}, ["a", "b"]]
+    (tmp_path / "cap.json").write_text(json.dumps([query, *wrong]), encoding="utf-8")
+    rows = open_composed([str(tmp_path / "cap.json")], bad_rows="skip")
+    (row,) = rows.take([0])
+    assert (row["image"], row["target_image"]) == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
+    assert row["text"] == text and sorted(rows.bad) == [1, 2]
+    with pytest.raises(PairDataError, match="2 of 3 rows"):
+        open_composed([str(tmp_path / "cap.json")])
+
+
+def test_references_are_in_the_gallery_that_is_asked():
+    rows = [
+        {"image": emoji()[number][0], "target_image": emoji()[number + 3][0], "text": "x", "id": f"{number}"}
+        for number in range(3)
+    ]
+    made = evaluator(rows, "set", ComposedArguments())
+    assert len(made.gallery) == 6 and [query["choices"] for query in made.queries] == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_a_family_without_a_joint_embedding_is_refused(tmp_path):
+    directory = write_momo(tmp_path / "momo")
+    with pytest.raises(ValueError, match="'momo' has no model that embeds a picture with words.*expected oner"):
+        AutoModelForComposedRetrieval.from_pretrained(directory)
