@@ -6,11 +6,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from scenes_reader import NAMES, NUMBERS, SCENES, Seen, colours, stand, wrong
 from test_finetune_example import as_line
-from tiny_finetuning import write_simla
+from tiny_finetuning import write_oner, write_simla
 from tiny_pretraining import ROOT, forget_accelerator, load_example, read_log
 
 from oner.processing.data.grounding_files import open_grounding, read_boxes
@@ -31,7 +32,8 @@ pytestmark = [
     # the tiny model's vocabulary is of other texts, and a run says so
     pytest.mark.filterwarnings("ignore:the tokenizer of .* does not know:UserWarning"),
 ]
-RECIPES = sorted((ROOT / "examples" / "configs").glob("finetune_scenes_*.yaml"))
+COMPOSED = ROOT / "examples" / "configs" / "finetune_scenes_cir.yaml"  # over queries, which are no task's files
+RECIPES = sorted({*(ROOT / "examples" / "configs").glob("finetune_scenes_*.yaml")} - {COMPOSED})
 TRAINING, EVALUATING = 16, 4
 TRAINING_FILES = ("OpenEnded_mscoco_train2014_questions", "mscoco_train2014_annotations")
 
@@ -315,14 +317,37 @@ def test_a_recipe_names_the_files_that_are_made_and_takes_two_steps(path, folder
     assert [line["step"] for line in read_log(tmp_path / "run") if "loss" in line] == [1, 2]
 
 
+def test_composed_queries_with_their_targets_are_trained_on(tmp_path):
+    written = tmp_path / "scenes"
+    scenes.main([str(written), "--pairs", "0", "--triples", "12"])
+    scenes.main([str(written), "--pairs", "0", "--queries", "3", "--split", "unseen_pairs", "unseen_style"])
+    rows = pq.read_table(written / "train_triples.parquet").to_pylist()
+    assert len(rows) == 12 and all(row["image"]["bytes"] != row["target_image"]["bytes"] for row in rows)
+    # the very queries that the longer form writes
+    scenes.main([str(tmp_path / "long"), "--pairs", "0", "--queries", "2"])
+    queries = pq.read_table(tmp_path / "long" / "train_queries.parquet").to_pylist()
+    gallery = pq.read_table(tmp_path / "long" / "train_gallery.parquet").to_pylist()
+    for row, query in zip(rows, queries, strict=False):
+        assert (row["text"], row["image"]) == (query["text"], query["image"])
+        assert row["target_image"]["bytes"] == gallery[query["target"]]["image"]["bytes"]
+
+    said = {name: moved(value, written, "runs/scenes") for name, value in read_config(COMPOSED).items()}
+    small = {"initial_model": str(write_oner(tmp_path / "oner")), "output_dir": str(tmp_path / "run")}
+    small |= {"batch_size": 4, "max_steps": 2, "log_every": 1}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**said, **small}), encoding="utf-8")
+    forget_accelerator()
+    metrics = load_example("finetune").main(["--config", str(tmp_path / "small.yaml")])
+    assert {name.split("/")[0] for name in metrics} == {"unseen_pairs_queries", "unseen_style_queries"}
+
+
 def flat(value) -> list[str]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def moved(value, folder: Path):
-    """Everything of `make scenes` lies in `folder` instead."""
+def moved(value, folder: Path, place: str = "runs/scenes/tasks"):
+    """What `make scenes` leaves at `place` lies in `folder` instead."""
     if isinstance(value, dict):
-        return {name: moved(one, folder) for name, one in value.items()}
+        return {name: moved(one, folder, place) for name, one in value.items()}
     if isinstance(value, list):
-        return [moved(one, folder) for one in value]
-    return value.replace("runs/scenes/tasks", str(folder)) if isinstance(value, str) else value
+        return [moved(one, folder, place) for one in value]
+    return value.replace(place, str(folder)) if isinstance(value, str) else value
