@@ -57,7 +57,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.LongTensor,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.FloatTensor | None = None,
         masked_input_ids: torch.LongTensor | None = None,
         bool_masked_pos: torch.BoolTensor | None = None,
         text_index: torch.LongTensor | None = None,
@@ -71,8 +71,8 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
     ) -> VisionLanguagePreTrainingOutput:
         r"""
         Args:
-            input_ids, attention_mask (`(B, L)`): Pairs in the processor's joint layout.
-            pixel_values (`(B, C, H, W)`): Their pictures.
+            input_ids, attention_mask (`(B, L)`): Pairs in the joint layout; texts alone are [CLS] and tokens.
+            pixel_values (`(B, C, H, W)`): Their pictures; None for texts alone, which have the one stream `text`.
             masked_input_ids (`(B, L)`): The same ids after masking; None for clean inputs (the teacher's).
             bool_masked_pos (`(B, N)`): Masked patches; None for clean pictures.
             text_index (`(n_text,)`): Slots of the real tokens in a flat (B, W). Found from the mask when None; given
@@ -87,10 +87,11 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
             checked: Whether texts and images were looked through before; what masks them is measured in any case.
 
         Raises:
-            ValueError: unknown names, what [`OneRModel`] raises, or two heads asked for a mixed representation.
+            ValueError: unknown names, what [`OneRModel`] raises, two heads asked for a mixed representation, or texts
+                alone for one that needs pictures.
         """
-        self._check_request(representations, masked_streams)
-        n_patches = patch_count(pixel_values, self.config.patch_size)
+        self._check_request(representations, masked_streams, texts_alone=pixel_values is None)
+        n_patches = 0 if pixel_values is None else patch_count(pixel_values, self.config.patch_size)
         if not checked:
             check_inputs(self.oner, input_ids, attention_mask, pixel_values)
             check_pairs(input_ids, attention_mask, self.config.image_token_id, n_patches)
@@ -132,7 +133,9 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
             output.pixel_predictions = {name: self.pixel_head(rows) for name, rows in patches.items()}
         return output
 
-    def _check_request(self, representations: tuple[str, ...], masked_streams: tuple[str, ...]) -> None:
+    def _check_request(
+        self, representations: tuple[str, ...], masked_streams: tuple[str, ...], texts_alone: bool
+    ) -> None:
         for got, known, what in (
             (representations, REPRESENTATIONS, "representations"),
             (masked_streams, MASKED_STREAMS, "masked_streams"),
@@ -141,28 +144,33 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
                 raise ValueError(f"unknown {what} {unknown}; expected any of {list(known)}")
         if self.config.two_heads and (mixed := [name for name in representations if name not in ("image", "text")]):
             raise ValueError(f"two_heads has no head for {mixed}; expected only 'image' and 'text'")
+        if texts_alone and (pictured := [name for name in (*representations, *masked_streams) if name != "text"]):
+            raise ValueError(f"there are no pixel_values for {pictured}; expected only 'text' of texts alone")
 
     def _embed(
         self,
         text_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None,
         bool_masked_pos: torch.Tensor | None,
         text_index: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Stem and tokens once for every stream: [CLS] (B, 1, D), patches (B, N, D), real tokens (n_text, D)."""
         embeddings = self.oner.embeddings
-        patches = embeddings.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
+        cls = embeddings.embed_cls(len(text_ids))  # (B, 1, D)
 
         # real tokens only: padding is never embedded
         text = embeddings.embed_tokens(text_ids.flatten()[text_index], text_index % text_ids.shape[1])  # (n_text, D)
+        if pixel_values is None:
+            return cls.to(text.dtype), None, text
 
         # under autocast the stem gives half precision and the table fp32
+        patches = embeddings.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
         dtype = torch.promote_types(patches.dtype, text.dtype)
-        return embeddings.embed_cls(patches.shape[0]).to(dtype), patches.to(dtype), text.to(dtype)
+        return cls.to(dtype), patches.to(dtype), text.to(dtype)
 
     def _pack(
         self,
-        wanted: list[tuple[str, str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]],
+        wanted: list[tuple[str, str, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]],
         text_index: torch.Tensor,
         text_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, Stream]]:

@@ -21,6 +21,7 @@ SHRUNK = {
     },
 }
 RUN = {"losses": ["itc", "cmc", "mlm", "mim"]}
+PAIRED = ("itc", "xmc", "cic", "cmc", "mlm", "mim")
 # no batch norm, in which a row sees the others
 APART = {"head_norm": "layer", "stem": "linear"}
 DRAWN = {"attention_dropout": 0.1}

@@ -30,7 +30,7 @@ from oner.training.parallel.sharding import own_part
 from .examples import example_pairs
 from .losses import draw_negatives, in_full, info_nce, masked_language_loss
 from .momentum import MomentumDistillation, checked_weights, recorded, strangers
-from .objective import Batch, Comparison, Example, Objective, Portion, Representations, Taken, Targets, check_choices
+from .objective import Batch, Comparison, Example, Objective, Portion, Representations, Targets, check_choices
 
 LOSSES = ("mlm", "mim", "itc", "cmm", "itm")
 # the decoder that a loss needs
@@ -298,18 +298,6 @@ class MomoObjective(Objective):
                 if parameter is not token_embeddings:
                     parameter.requires_grad_(False)
         student.logit_scale.requires_grad_("itc" in losses)
-
-    def __call__(self, student: nn.Module, batches: Batch | Mapping[str, Batch], progress: float) -> Taken:
-        """
-        All of a step but the optimiser and `after_step`, for who has no engine: a batch of each portion by its name,
-        or the batch itself where there is one portion.
-        """
-        self.before_step()
-        if len(self.portions) == 1 and not batches.keys() & self.portions.keys():
-            batches = dict.fromkeys(self.portions, batches)
-        taken = [portion.take(student, batches[name], progress) for name, portion in self.portions.items()]
-        parts = {name: part for one in taken for name, part in one.parts.items()}
-        return Taken(sum(one.loss for one in taken), parts, {})
 
     def updates(self) -> Sequence[Objective]:
         """All portions at once (CMGA), or one after the other."""

@@ -183,6 +183,19 @@ class Objective(ABC):
         """
         return {}
 
+    def __call__(self, student: nn.Module, batches: Batch | Mapping[str, Batch], progress: float) -> Taken:
+        """
+        All of a step but the optimiser and `after_step`, for who has no engine: a batch of each portion by its name,
+        or the batch itself where there is one portion.
+        """
+        self.before_step()
+        if len(self.portions) == 1 and not batches.keys() & self.portions.keys():
+            batches = dict.fromkeys(self.portions, batches)
+        taken = [portion.take(student, batches[name], progress) for name, portion in self.portions.items()]
+        parts = {name: part for one in taken for name, part in one.parts.items()}
+        kept = {name: value for one in taken for name, value in one.kept.items()}
+        return Taken(sum(one.loss for one in taken), parts, kept)
+
     def before_step(self) -> None:  # noqa: B027  most families have nothing to move
         """Called once before the passes of a step, in one go or in chunks: what has to move before it is taken."""
 
@@ -241,12 +254,6 @@ class SinglePortion(Objective, Portion):
     @property
     def portions(self) -> dict[str, Portion]:
         return {self.portion: self}
-
-    def __call__(self, student: nn.Module, batch: Batch, progress: float) -> Taken:
-        """All of a step but the optimiser and `after_step`, for who has no engine."""
-        # the optimiser's step and `after_step` are the caller's
-        self.before_step()
-        return self.take(student, batch, progress)
 
 
 def under(prefix: str, state: Batch) -> Batch:

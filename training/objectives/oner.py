@@ -6,6 +6,8 @@ With q the online network (projector, predictor), k the EMA teacher (projector),
     XMC =  NCE(q(mix), k(mix))                                           equation 2
     CIC = [NCE(q(c), k(mix)) + NCE(q(mix), k(c))] / 2                    equation 3, c = (F(I|T) + F(T|I)) / 2
     CMC = [NCE(q(I,T), k(mix)) + NCE(q(mix), k(I,T))] / 2                equation 4
+
+Texts without pictures have losses of their own, in `oner_texts` (Table 4).
 """
 
 import math
@@ -24,7 +26,8 @@ from oner.training.parallel.sharding import own_part
 
 from .examples import example_pairs
 from .losses import in_full, info_nce, masked_image_loss, masked_language_loss
-from .objective import Batch, Comparison, Example, Representations, SinglePortion, Targets
+from .objective import Batch, Comparison, Example, Portion, Representations, SinglePortion, Targets
+from .oner_texts import TEXT_LOSSES, UnpairedTexts
 from .teacher import EMATeacher
 
 logger = logging.get_logger(__name__)
@@ -38,7 +41,7 @@ CONTRASTS = {
 }
 # the streams in which a masked loss finds its targets
 READS = {"mlm": ("text", "image_text"), "mim": ("image", "image_text")}
-LOSSES = (*CONTRASTS, *READS)
+LOSSES = (*CONTRASTS, *READS, *TEXT_LOSSES)
 
 
 @dataclass
@@ -49,7 +52,10 @@ class OneRObjectiveArguments:
 
     losses: list[str] = field(
         default_factory=lambda: ["itc", "cmc", "mlm", "mim"],
-        metadata={"help": "Any subset of itc, xmc, cic, cmc, mlm, mim (Tables 1, 6 and 7)."},
+        metadata={
+            "help": "Any subset of itc, xmc, cic, cmc, mlm, mim (Tables 1, 6 and 7); text_mlm and text_nce read a "
+            "portion `texts` of unpaired texts beside `pairs` (Table 4)."
+        },
     )
     loss_weights: dict | str | None = field(
         default=None, metadata={"help": "Weight of each loss by name; 1 where not given (the paper names none)."}
@@ -83,7 +89,8 @@ class OneRObjectiveArguments:
 
 class OneRObjective(SinglePortion):
     """
-    One portion, pairs; a learnable scale is held at its bound around a step, and `after_step` moves the teacher.
+    Pairs are a portion, and texts without pictures another where a loss reads them. A learnable scale is held at its
+    bound around a step, and `after_step` moves the teacher.
 
     Args:
         student (`OneRForPreTraining`): Unwrapped, with its weights in place; the teacher starts as its copy.
@@ -91,7 +98,7 @@ class OneRObjective(SinglePortion):
 
     Raises:
         ValueError: an unknown loss or stream, none at all, one twice, or a loss that the model's heads or the masked
-            streams cannot serve.
+            streams cannot serve; losses of texts alone.
     """
 
     def __init__(self, student: nn.Module, arguments: OneRObjectiveArguments):
@@ -105,6 +112,10 @@ class OneRObjective(SinglePortion):
             raise ValueError(f"losses are {arguments.losses}; expected a non-empty subset of {list(LOSSES)}")
         if len(set(arguments.losses)) < len(arguments.losses):
             raise ValueError(f"losses are {arguments.losses}; expected each once (loss_weights makes one count more)")
+        if not set(arguments.losses) - set(TEXT_LOSSES):
+            raise ValueError(
+                f"losses are {arguments.losses}, all of unpaired texts; expected one of pairs beside them"
+            )
         self.contrasts = [name for name in arguments.losses if name in CONTRASTS]
         if self.config.two_heads and any(name != "itc" for name in self.contrasts):
             raise ValueError(f"two_heads serves itc alone (Fig. 2c), got {self.contrasts}")
@@ -130,9 +141,17 @@ class OneRObjective(SinglePortion):
         # the teacher copies the student without the parts that make no keys
         self._freeze_unused(student)
         self.teacher = None
-        if arguments.teacher and self.contrasts:
+        if arguments.teacher and (self.contrasts or "text_nce" in self.weights):
             unused = ("predictor", "text_predictor", "lm_head", "pixel_head")
             self.teacher = EMATeacher(student, arguments.ema_momentum, unused=unused)
+
+        # texts without pictures
+        of_texts = {name: weight for name, weight in self.weights.items() if name in TEXT_LOSSES}
+        self.texts = UnpairedTexts(of_texts, self.config.temperature, self.teacher) if of_texts else None
+
+    @property
+    def portions(self) -> dict[str, Portion]:
+        return {self.portion: self} if self.texts is None else {self.portion: self, "texts": self.texts}
 
     def _context_is_mix(self) -> bool:
         config = self.config
@@ -151,7 +170,7 @@ class OneRObjective(SinglePortion):
         # a parameter that no loss reaches would make a data-parallel engine wait for its gradient for ever
 
         # without contrast, what leads to its embeddings
-        if not self.contrasts:
+        if not self.contrasts and "text_nce" not in self.weights:
             for head in (
                 student.predictor,
                 student.text_predictor,
@@ -166,7 +185,7 @@ class OneRObjective(SinglePortion):
                 student.oner.embeddings.stem.requires_grad_(False)
 
         # without masked tokens, the head, less the matrix that also embeds tokens
-        if "mlm" not in self.weights:
+        if not self.weights.keys() & {"mlm", "text_mlm"}:
             token_embeddings = student.oner.embeddings.word_embeddings.weight
             for parameter in student.lm_head.parameters():
                 if parameter is not token_embeddings:
@@ -179,7 +198,12 @@ class OneRObjective(SinglePortion):
 
     @classmethod
     def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], example: Example) -> dict[str, Batch]:
-        return {cls.portion: example_pairs(config, lengths, example)}
+        texts = example_pairs(config, lengths, example, joint=False)
+        pictures = ("pixel_values", "bool_masked_pos", "mim_index")
+        return {
+            cls.portion: example_pairs(config, lengths, example),
+            "texts": {name: value for name, value in texts.items() if name not in pictures},
+        }
 
     @classmethod
     def uninformed(cls, arguments: OneRObjectiveArguments, batch_size: int, processes: int) -> dict[str, float]:
