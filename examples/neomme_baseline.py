@@ -50,7 +50,7 @@ class NeoMmeBaseline(nn.Module):
                 patch_size=config.patch_size,
                 pad_token_id=config.pad_token_id,
                 image_token_id=config.image_token_id,
-                document_token_id=-1,  # no marker of documents
+                document_token_id=None,  # no marker of documents
             )
         )
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
