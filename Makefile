@@ -23,7 +23,7 @@ PIP_OPTIONS ?= --constraint constraints/tested.txt
 # Beside other work, threads that wait by spinning take the time of those that compute.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format evidence evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test resume-matrix walk docs dist clean
+.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format compare evidence evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test resume-matrix walk docs dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
@@ -38,6 +38,7 @@ help:
 	@echo 'make kill-test          SIGKILLs of runs, exports, indexing, oner convert; a full disk and other losses (slow)'
 	@echo 'make resume-matrix      120 ways to stop and resume, to the bit (slow)'
 	@echo 'make lint | format      ruff, checking or mending'
+	@echo 'make compare            all families and CLIP of the same pairs, and of equal time, three seeds (about 5 hours of one core)'
 	@echo 'make evidence           the ablation table, with the CLIP baseline (slow)'
 	@echo 'make evidence-simla     SIMLA'\''s Table 1 on the embedded pairs, five rows, re-ranked (slow)'
 	@echo 'make evidence-codis     CODIS'\''s Table 4 on the embedded pairs, five rows, re-ranked (slow)'
@@ -118,6 +119,9 @@ lint: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+compare: $(VENV)/.installed-all
+	$(PY) examples/evidence.py --table compare --seconds 240 --threads 1 --output runs/compare
 
 evidence-simla: $(VENV)/.installed-all
 	$(PY) examples/evidence.py --table simla --output runs/evidence_simla

@@ -201,7 +201,8 @@ class Table:
     """
     A family's table: the `rows` it has by default, the stem of its two files, the title of a new one, its page.
 
-    `page(contents, facts)` is the generated part; `main(contents)` the table that is printed.
+    `page(contents, facts)` is the generated part; `main(contents)` the table that is printed; `figure(contents, path)`
+    draws docs/pictures/`stem`.png.
     """
 
     rows: Sequence[str]
@@ -209,6 +210,7 @@ class Table:
     title: str
     page: Callable[[Sequence[Content], Mapping[str, Any]], str]
     main: Callable[[Sequence[Content]], str]
+    figure: Callable[[Sequence[Content], Path], None] | None = None
 
 
 def write_evidence(directory: Path, contents: Sequence[Content], facts: Mapping[str, Any], table: Table) -> str:
@@ -223,6 +225,9 @@ def write_evidence(directory: Path, contents: Sequence[Content], facts: Mapping[
     content = {"facts": facts, "rows": contents}
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     (directory / f"{table.stem}.json").write_text(text, encoding="utf-8")
+    if table.figure is not None:
+        (directory / "pictures").mkdir(exist_ok=True)
+        table.figure(contents, directory / "pictures" / f"{table.stem}.png")
     path = directory / f"{table.stem}.md"
     before, after = f"# {table.title}\n\n", "\n"
     if path.is_file():

@@ -138,6 +138,16 @@ def test_a_rehearsal_is_the_step(precision):
     assert rehearsed.pairs == len(LENGTHS) and rehearsed.targets > 0
 
 
+def test_transport_is_tried_where_a_rehearsal_has_no_contents():
+    layers = {name: value for name, value in FEW_LAYERS.items() if name != "num_visual_codes"}
+    config = json.dumps({**layers, "num_fusion_layers": 1, "num_codes": 8})
+    given = parse_arguments(
+        ["--family", "codis", "--train_data", "none", "--attn_implementation", "eager", "--queue_size", "64"]
+        + ["--batch_size", "8", "--model_config", config]
+    )
+    assert estimate(given, DEVICES["h100"]).flops_per_pair > 1e6
+
+
 def test_a_rehearsal_is_the_step_of_a_family_with_queues_and_codes():
     """Its teacher moves before the step, its queues are tensors beside modules, and its tokenizer is not there."""
     given = simla_arguments()

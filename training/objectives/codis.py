@@ -102,7 +102,7 @@ class CodisObjective(MomentumDistillation):
             transport_plan, beta=arguments.ipot_beta, outer=arguments.ipot_outer, inner=arguments.ipot_inner
         )
         # refused now, and not at the first step
-        self.transport(torch.ones(1, 1))
+        self.transport(torch.ones(1, 1, device="cpu"))  # also where a rehearsal builds all on meta
 
     def freeze_unused(self, student: nn.Module) -> None:
         # module -> whether no loss of this run reaches it

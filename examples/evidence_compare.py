@@ -1,0 +1,189 @@
+"""All families side by side in examples/evidence.py: what is measured of each, and which learning rate each takes."""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from clip_baseline import ClipBaseline, ClipObjective, ClipTower
+from evidence_rows import CLIP, NEOMME, ROWS, Run
+from neomme_baseline import NeoMmeBaseline, NeoMmeTower
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
+
+from oner import open_rows
+from oner.training.cost.estimate import DEVICES, configuration_of, estimate
+from oner.training.cost.flops import counted_flops
+from oner.training.evaluation.embedding import (
+    Column,
+    Row,
+    embed_images,
+    embed_pairs,
+    embed_texts,
+    gallery_vectors,
+    row_ids,
+    spaced,
+)
+from oner.training.evaluation.gap import distribution_gap, paired_cosines
+from oner.training.evaluation.metrics import centroid_distance
+from oner.training.evaluation.reranking import RerankingEvaluator
+from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator, ask
+from oner.training.evaluation.suite_tasks import SUITE, SuiteOptions
+from oner.training.objectives.objective import Example, objective_classes
+from oner.training.publishing.model_loading import load_model
+from oner.training.run.parsing import parse_arguments
+
+# script -> the model that it leaves, and that as probes read it
+BASELINES = {CLIP: (ClipBaseline, ClipTower), NEOMME: (NeoMmeBaseline, NeoMmeTower)}
+# an unseen style of known concepts, and concepts never seen in known styles
+SPLITS = ("test_style", "test_concept")
+HELD_OUT = "train_extra"  # near twins of training pictures; they choose a learning rate, and no table has them
+PROBES = {"pictures": "emoji_groups", "texts": "supersense"}
+FACTORS = (0.5, 1.0, 2.0)  # of a row's own learning rate
+KS = (1, 5, 10)
+CANDIDATES = 32  # of a query, to be matched
+WORDS = 12  # of a caption on average, for operations; the longest of a batch is as long as the model allows
+
+
+class ComposedWays(MultimodalRetrievalEvaluator):
+    """
+    Picture and caption ask for the concept's other pictures: by the picture, by the caption, by the normalised sum of
+    both embeddings, and by both in one pass where a model has that.
+
+    Yields name/composed_{way}_r@k and name/composed_chance@k.
+    """
+
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
+        # the gallery (G, P), and the queries (Q, P) each way
+        gallery = gallery_vectors(model, processor, self.gallery_rows, self.batch_size)
+        asking = Column(self.query_rows, "image", self.asked)
+        picture = embed_images(model, processor, asking, self.batch_size)
+        text = embed_texts(model, processor, self.texts, self.batch_size)
+        ways = {"picture": picture, "text": text, "sum": F.normalize(picture + text, dim=-1)}
+        if hasattr(model, "get_multimodal_features"):
+            ways["joint"] = embed_pairs(model, processor, asking, self.texts, self.batch_size)
+
+        # chance is the same for all
+        matching = (self.query_ids, self.gallery_ids, self.ks, self.query_keys, self.gallery_keys, self.chunk_size)
+        for way, vectors in ways.items():
+            values = ask(vectors, gallery, *matching)
+            yield from ((f"{self.name}/composed_{way}_r@{k}", values[f"recall@{k}"]) for k in self.ks)
+        yield from ((f"{self.name}/composed_chance@{k}", values[f"chance@{k}"]) for k in self.ks)
+
+
+def load(run: Run, device: torch.device) -> tuple[nn.Module, Any]:
+    """The trained model and its processor."""
+    directory = run.directory / "model"
+    if ROWS[run.name].script in BASELINES:
+        model = BASELINES[ROWS[run.name].script][0].from_directory(directory)
+    else:
+        model = load_model(AutoModelForZeroShotImageClassification, directory)
+    return model.to(device).eval(), AutoProcessor.from_pretrained(directory)
+
+
+def load_tower(run: Run, model: nn.Module, device: torch.device) -> nn.Module:
+    """What is below the projections of a trained model."""
+    if ROWS[run.name].script in BASELINES:
+        return BASELINES[ROWS[run.name].script][1](model).eval()
+    return load_model(AutoModel, run.directory / "model", draws_heads=True).to(device).eval()
+
+
+def compare_values(run: Run, limit: int | None, data: Path) -> tuple[dict[str, float], int]:
+    """
+    All numbers of a trained row, and how many parameters it has.
+
+    Args:
+        limit: At most so many rows of each part.
+        data: Folder with `emoji` and `glosses`.
+
+    Returns:
+        By name: {split}/... of retrieval, composed queries and gaps; pictures/... and texts/... of the probes;
+        held_out/... of retrieval; flops_per_pair.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load(run, device)
+    known, held_out = (open_rows(str(data / "emoji" / f"{part}.parquet"), id_column="hexcode")
+                       for part in ("train", HELD_OUT))  # fmt: skip
+    evaluator = RetrievalEvaluator(spaced(held_out, limit), 128, KS, "held_out", "first", progress=False)
+    values = dict(evaluator.run(model, processor))
+
+    # pairs of both splits; pictures in a style never seen are asked for among those of training
+    for split in SPLITS:
+        rows = spaced(open_rows(str(data / "emoji" / f"{split}.parquet"), id_column="hexcode"), limit)
+        values |= pair_values(model, processor, rows, split)
+        concepts = set(row_ids(rows))
+        gallery = [row for row in known if row["id"] in concepts] if split == "test_style" else rows
+        composed = ComposedWays(rows, gallery, 128, KS, split, progress=False)
+        values |= dict(composed.run(model, processor))
+
+    # frozen features of pictures and of texts
+    tower = load_tower(run, model, device)
+    options = SuiteOptions(data=str(data), seeds=(run.seed,), limit=limit)
+    for what, task in PROBES.items():
+        found = SUITE[task](task, options).run(tower, processor)
+        values |= {name.replace(task, what, 1): value for name, value in found}
+    return values | {"flops_per_pair": flops_per_pair(run)}, sum(p.numel() for p in model.parameters())
+
+
+def pair_values(model: Any, processor: Any, rows: Sequence[Row], split: str) -> dict[str, float]:
+    """Retrieval by dot products, re-ranked where the model matches, and the gap: {split}/..."""
+    matches = hasattr(model, "match")
+    told = {"name": split, "captions": "first", "progress": False}
+    evaluator = (
+        RerankingEvaluator(rows, 128, KS, rerank_k=CANDIDATES, **told)
+        if matches
+        else RetrievalEvaluator(rows, 128, KS, **told)
+    )
+    images, captions = (side.cpu() for side in evaluator.embed(model, processor))  # (n, P), (m, P)
+    values = dict(evaluator.numbers(images, captions))
+    if matches:
+        matched = evaluator.matched(model, processor, images, captions)
+        values |= dict(evaluator.reranked(images, captions, matched, evaluator.rerank_score))
+
+    # each picture beside its own caption
+    texts = embed_texts(model, processor, [own[0] for own in evaluator.rows.captions], 512).cpu()  # (n, P)
+    paired, unpaired = paired_cosines(images, texts, evaluator.rows.ids)
+    across, within = distribution_gap(images, texts)
+    gap = {"centroid": centroid_distance(images, texts), "distribution": across, "distribution_within": within}
+    gap |= {"cosine_paired": paired, "cosine_unpaired": unpaired}
+    return values | {f"{split}/gap_{name}": value for name, value in gap.items()}
+
+
+def flops_per_pair(run: Run) -> float:
+    """Operations of a training step for each of its pairs: `oner estimate`'s, and of others counted alike."""
+    command = run.command(threads=1)
+    arguments = parse_arguments(command[command.index("--config") :])
+    if ROWS[run.name].script not in BASELINES:
+        return estimate(arguments, DEVICES["h100"], words=WORDS).flops_per_pair
+
+    # the batch that `estimate` takes: one caption as long as can be
+    config = configuration_of(arguments)
+    batch_size = arguments.run.batch_size
+    lengths = [config.max_text_length] + [min(WORDS, config.max_text_length)] * (batch_size - 1)
+    batch = objective_classes("oner")[0].example_batches(config, lengths, Example(0.0, 0.0))["pairs"]
+    told = {word.removeprefix("--"): True for word in ROWS[run.name].words}
+    model = BASELINES[ROWS[run.name].script][0](config, **told)
+    return counted_flops(lambda: ClipObjective(model)(model, batch, 0.0)[0].backward()) / batch_size
+
+
+def held_out_recall(content: Mapping[str, Any]) -> float:
+    """What a learning rate is chosen by: R@10 of held-out pictures, the mean of both ways."""
+    return fmean(content["values"][f"held_out/{way}_r@10"] for way in ("tr", "ir"))
+
+
+def trials_of(a: argparse.Namespace) -> dict[str, dict[float, str]]:
+    """Each row at each factor of its own learning rate, as rows."""
+    # a row that names a rate has no choice
+    free = [row for row in a.rows if "base_learning_rate=" not in row]
+    return {row: {factor: at_rate(row, factor, a) for factor in FACTORS} for row in free}
+
+
+def at_rate(row: str, factor: float, a: argparse.Namespace) -> str:
+    """The row at a multiple of its own learning rate; at that itself it is the row as it is."""
+    if factor == 1.0:
+        return row
+    rate = factor * Run(row, 0, Path(a.output)).config()["base_learning_rate"]
+    return f"{row}{',' if ':' in row else ':'}base_learning_rate={rate:g}"

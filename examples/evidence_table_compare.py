@@ -1,0 +1,259 @@
+"""docs/compare_families.md and its picture: the families, ALBEF and CLIP of the same pairs, side by side."""
+
+import re
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence_table import Content, by_row, cell, commands, machines, percent, spread, steps_of, two_places
+
+from oner.training.evaluation.sheets import new_figure
+from oner.training.publishing.model_card import markdown_table
+
+SPLITS = {"test_style": "unseen style", "test_concept": "unseen concepts"}
+WAYS = ("tr", "ir")
+KS = (1, 10)
+COMPOSED = {"joint": "both in one pass", "picture": "picture alone", "text": "caption alone", "sum": "sum of the two"}
+COLOURS = ("#2f6fdb", "#e0452b", "#2ca25f", "#8e44ad", "#e69f00", "#111111", "#7f7f7f", "#17a2b8")
+FEWEST = 6  # runs of which a rank correlation is worth telling
+
+
+def title_of(seeds: Sequence[Content]) -> str:
+    """The row's, without its rate, which has a column."""
+    return re.sub(r", base_learning_rate=[^,]+", "", seeds[0]["title"])
+
+
+def has(seeds: Sequence[Content], name: str, form: Callable[[float], str] = percent) -> str:
+    """As `cell`; what a row cannot do is a dash."""
+    return cell(seeds, name, form) if all(name in content["values"] for content in seeds) else "-"
+
+
+def chance(contents: Sequence[Content], name: str) -> str:
+    """Of the first row that knows it."""
+    known = [content["values"][name] for content in contents if name in content["values"]]
+    return percent(known[0]) if known else ""
+
+
+def by_length(contents: Sequence[Content]) -> tuple[list[Content], list[Content]]:
+    """Those of equal pairs, and those of equal seconds."""
+    return (
+        [content for content in contents if content["seconds"] is None],
+        [content for content in contents if content["seconds"] is not None],
+    )
+
+
+def recall(content: Content, split: str = "test_style") -> float:
+    """R@10 by dot products, the mean of both ways."""
+    return statistics.fmean(content["values"][f"{split}/{way}_r@10"] for way in WAYS)
+
+
+def retrieval_table(contents: Sequence[Content], split: str) -> str:
+    """By dot products, and re-ranked."""
+    header = [SPLITS[split], *(f"{way.upper()}@{k}" for way in WAYS for k in KS)]
+    header += [f"re-ranked {way.upper()}@{k}" for way in WAYS for k in KS]
+    lines = [["chance", *(chance(contents, f"{split}/{way}_chance@{k}") for way in WAYS for k in KS), *[""] * 4]]
+    for seeds in by_row(contents).values():
+        line = [title_of(seeds), *(has(seeds, f"{split}/{way}_r@{k}") for way in WAYS for k in KS)]
+        lines.append([*line, *(has(seeds, f"{split}/rerank_{way}_r@{k}") for way in WAYS for k in KS)])
+    return markdown_table(header, lines)
+
+
+def composed_table(contents: Sequence[Content]) -> str:
+    """Picture and caption as one query, R@10 on both splits."""
+    header = ["picture + caption, R@10", *(f"{name}: {way}" for name in SPLITS.values() for way in COMPOSED.values())]
+    lines = [["chance", *(chance(contents, f"{split}/composed_chance@10") for split in SPLITS for _ in COMPOSED)]]
+    for seeds in by_row(contents).values():
+        cells = [has(seeds, f"{split}/composed_{way}_r@10") for split in SPLITS for way in COMPOSED]
+        lines.append([title_of(seeds), *cells])
+    return markdown_table(header, lines)
+
+
+def space_table(contents: Sequence[Content]) -> str:
+    """What frozen features tell, and how far pictures and captions lie apart."""
+    header = ["features and gap", "pictures: logistic", "kNN", "texts: logistic", "kNN"]
+    header += [f"{what}, {name}" for name in SPLITS.values() for what in ("centroid gap", "distribution gap (within)")]
+    probes = [f"{what}/{how}_accuracy" for what in ("pictures", "texts") for how in ("logistic", "knn")]
+    known = [chance(contents, f"{what}/chance") for what in ("pictures", "pictures", "texts", "texts")]
+    lines = [["chance", *known, *[""] * 4]]
+    for seeds in by_row(contents).values():
+        line = [title_of(seeds), *(has(seeds, probe) for probe in probes)]
+        for split in SPLITS:
+            gaps = [has(seeds, f"{split}/gap_{name}", two_places)
+                    for name in ("centroid", "distribution", "distribution_within")]  # fmt: skip
+            line += [gaps[0], f"{gaps[1]} ({gaps[2]})"]
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def cost_table(contents: Sequence[Content]) -> str:
+    """Size, operations, pairs, time and memory of every row."""
+    header = ["cost", "seeds", "rate", "parameters", "GFLOP a pair", "steps", "pairs seen"]
+    header += ["training, s", "as it went, s", "memory, GiB"]
+    lines = []
+    for seeds in by_row(contents).values():
+        first = seeds[0]
+        line = [title_of(seeds), ", ".join(str(content["seed"]) for content in seeds), f"{first['learning_rate']:g}"]
+        line += [f"{first['parameters'] / 1e6:.1f} M", f"{first['values']['flops_per_pair'] / 1e9:.2f}"]
+        for name, form in (
+            ("steps", "{:.0f}"),
+            ("pairs", "{:,.0f}"),
+            ("quiet_seconds", "{:.0f}"),
+            ("train_seconds", "{:.0f}"),
+            ("memory_gib", "{:.1f}"),
+        ):
+            same = len({content[name] for content in seeds}) == 1
+            line.append(spread([content[name] for content in (seeds[:1] if same else seeds)], form.format))
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def tables(contents: Sequence[Content]) -> str:
+    """All of one length of training."""
+    parts = [*(retrieval_table(contents, split) for split in SPLITS), composed_table(contents)]
+    return "\n\n".join([*parts, space_table(contents), cost_table(contents)])
+
+
+def main_table(contents: Sequence[Content]) -> str:
+    """What is printed: the unseen style of each length."""
+    return "\n\n".join(retrieval_table(part, "test_style") for part in by_length(contents) if part)
+
+
+def foretold(contents: Sequence[Content]) -> str:
+    """Whether a gap goes with recall: Spearman's rank correlation over all rows, seeds and lengths, of each split."""
+    from scipy.stats import spearmanr
+
+    if len(contents) < FEWEST:
+        return f"Of fewer than {FEWEST} runs no rank correlation is told."
+    told = []
+    for split, name in SPLITS.items():
+        recalls = [recall(content, split) for content in contents]
+        ranks = []
+        for gap in ("centroid", "distribution"):
+            found = spearmanr(recalls, [content["values"][f"{split}/gap_{gap}"] for content in contents])
+            ranks.append(f"{found.statistic:.2f} with the {gap} gap (p {found.pvalue:.2g})")
+        told.append(f"{name} {' and '.join(ranks)}")
+    return f"Spearman's rank correlation of R@10 (mean of both ways) over {len(contents)} runs: {'; '.join(told)}."
+
+
+def rates_table(rates: Mapping[str, Mapping[str, float]], contents: Sequence[Content]) -> str:
+    """What each multiple of a row's own learning rate found of the held-out pictures."""
+    if not rates:
+        return "Each row takes the learning rate of its own configuration; none was tuned here."
+    titles = {content["row"].partition(":")[0]: content["title"] for content in contents}
+    factors = sorted({factor for found in rates.values() for factor in found}, key=float)
+    lines = [
+        [re.sub(r", base_.*", "", titles.get(row.partition(":")[0], row))]
+        + [percent(found[factor]) if factor in found else "failed" for factor in factors]
+        for row, found in rates.items()
+    ]
+    table = markdown_table(["rate, held-out R@10", *(f"x {factor}" for factor in factors)], lines)
+    return f"""\
+The learning rate of each row is the best of three by R@10 (mean of both ways) on the pictures of
+`train_extra.parquet`, which no row trains on and no other table has, with the first seed:
+
+{table}"""
+
+
+def confounds() -> str:
+    """What differs between the rows besides what they are named for."""
+    return """\
+What is equal: pictures of 64 x 64 pixels in 16 patches, the same vocabulary and longest text, width 192, four layers
+of four heads that read pictures, batches of 128, order of pairs, crops' ranges, schedule (cosine, one epoch of
+warm-up), nothing trained before. **What is not**, and may decide instead of the method:
+
+- Learning rate, weight decay, AdamW's moments, temperature, weights of losses and teachers are those of each family's
+  small configuration, which trains OneR for 8 epochs and SIMLA and CODIS for 32. CLIP and NeoMME have OneR's.
+- Towers: OneR, MoMo and NeoMME read texts with the layers that read pictures; SIMLA, ALBEF and CODIS have two layers
+  for texts besides, CODIS and ALBEF two for fusion, CLIP four for texts. Parameters and operations differ as the table
+  says.
+- Stem: MoMo's is one linear map of a patch, as its paper's, NeoMME's an MLP over it; all others' are the same
+  convolutions, CLIP's too.
+- MoMo is trained in stages, of pictures and texts before pairs. Here it is its third stage without texts from nothing,
+  with half of 16 patches hidden where the paper hides three quarters of 196.
+- SIMLA's image tokenizer was trained on pictures of the same training set, in a run whose time is not counted.
+- Contrast counts twice in OneR (ITC and CMC, and CMC is weighed by 3); half precision and threads are the machine's.
+- Equal seconds are of one machine and of this code: another processor gives other steps.
+- Pooling: probes read [CLS] of each tower, of CLIP's texts its last token, below the projections; of
+  NeoMME the mean of all, which is its embedding as well."""
+
+
+def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
+    """The generated part of docs/compare_families.md."""
+    equal, timed = by_length(contents)
+    given = ", ".join(f"{seconds:g}" for seconds in sorted({content["seconds"] for content in timed}))
+    parts = []
+    if equal:
+        parts.append(f"## Equal pairs\n\nEvery row of a seed: {steps_of(equal)} steps.\n\n{tables(equal)}")
+    if timed:
+        parts.append(
+            f"## Equal seconds\n\nEvery row was given {given} seconds of training: as many steps as its run of equal "
+            f"pairs and the same seed\nwould have made in them, with a schedule that fits these.\n\n{tables(timed)}"
+        )
+    length = "\n\n".join(parts)
+    return f"""\
+![R@10 over seconds of training, for each family](pictures/compare_families.png)
+
+Per cent, mean ± standard deviation over seeds (of the sample; a single seed has none, so small differences may be
+chance). *Unseen style*: emoji of known concepts, drawn by a team that training has not seen. *Unseen concepts*: emoji
+whose concepts training has not seen, seven drawings each. Texts are first captions; right is any text, or picture, of
+the concept. Re-ranked: dot products choose 32 candidates, the matching head puts them in order; *-*: the row cannot.
+
+{length}
+
+*Picture + caption* ask for the concept's pictures in other styles: those in the unseen style among `train.parquet`,
+those of unseen concepts among themselves without the query. *pictures*: group of an emoji of an unseen concept,
+*texts*: WordNet's lexicographer file of a gloss, both from frozen features. *centroid gap*: distance of the centroids
+of normalised pictures and captions; *distribution gap*: how much the two clouds differ beyond that (squared Fréchet
+distance as a share of their variance), and in brackets how much two samples of one cloud do. Operations are of a
+training step, by `oner estimate`. *training*: all steps at the speed of the fastest ten, for other processes of a
+machine only slow a run down, beside what it took; evaluation and start are not in it. Memory is the process's at its
+most.
+
+{foretold(contents)} Rows are families: what goes with a gap need not come of it.
+
+## What may decide instead
+
+{confounds()}
+
+{rates_table(facts.get("rates", {}), contents)}
+
+## How it was made
+
+{facts["jobs"]} row(s) at a time, {facts["threads"]} thread(s) each. Machine: {machines(contents)}.
+
+`{shlex.join(facts["command"])}` ran:
+
+{commands(contents)}
+"""
+
+
+def figure(contents: Sequence[Content], path: Path) -> None:
+    """R@10 over seconds of training on both splits: full marks for equal pairs, open ones for equal seconds."""
+    drawn = new_figure(8.0, 3.6)
+    titles = list(dict.fromkeys(title_of([content]) for content in contents))
+    colours = {title: COLOURS[place % len(COLOURS)] for place, title in enumerate(titles)}
+    for place, (split, name) in enumerate(SPLITS.items()):
+        axes = drawn.add_axes((0.07 + 0.36 * place, 0.14, 0.29, 0.74))
+        for part, filled in zip(by_length(contents), (True, False), strict=True):
+            for seeds in by_row(part).values():
+                times = [content["quiet_seconds"] for content in seeds]
+                recalls = [100 * recall(content, split) for content in seeds]
+                deviation = statistics.stdev(recalls) if len(recalls) > 1 else None
+                title = title_of(seeds)
+                axes.errorbar(
+                    statistics.fmean(times), statistics.fmean(recalls), deviation, fmt="o", markersize=6, capsize=3,
+                    color=colours[title], markerfacecolor=colours[title] if filled else "white",
+                    label=title if filled or not by_length(contents)[0] else None,
+                )  # fmt: skip
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("training, s", fontsize=8)
+        axes.set_xlim(0, 1.1 * max(content["quiet_seconds"] for content in contents))
+        axes.set_ylim(0, 115 * max(recall(content, split) for content in contents) or None)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3, linewidth=0.5)
+    drawn.axes[0].set_ylabel("R@10, mean of both ways, %", fontsize=8)
+    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="center right", fontsize=7, frameon=False)
+    drawn.text(0.99, 0.02, "full: equal pairs; open: equal seconds", ha="right", fontsize=7, color="0.3")
+    drawn.savefig(path)
