@@ -23,7 +23,7 @@ PIP_OPTIONS ?= --constraint constraints/tested.txt
 # Beside other work, threads that wait by spinning take the time of those that compute.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format compare evidence evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test resume-matrix walk docs dist clean
+.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format compare evidence evidence-transfer evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test resume-matrix walk docs dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
@@ -40,6 +40,7 @@ help:
 	@echo 'make lint | format      ruff, checking or mending'
 	@echo 'make compare            all families and CLIP of the same pairs, and of equal time, three seeds (about 5 hours of one core)'
 	@echo 'make evidence           the ablation table, with the CLIP baseline (slow)'
+	@echo 'make evidence-transfer  OneR'\''s Table 4: half of the embedded pairs, with texts of the other half or without (slow)'
 	@echo 'make evidence-simla     SIMLA'\''s Table 1 on the embedded pairs, five rows, re-ranked (slow)'
 	@echo 'make evidence-codis     CODIS'\''s Table 4 on the embedded pairs, five rows, re-ranked (slow)'
 	@echo 'make evidence-momo      MoMo'\''s Tables 4 and 6 on scenes, emoji and glosses: each stage, three seeds (slow)'
@@ -125,6 +126,10 @@ compare: $(VENV)/.installed-all
 
 evidence-simla: $(VENV)/.installed-all
 	$(PY) examples/evidence.py --table simla --output runs/evidence_simla
+
+evidence-transfer: $(VENV)/.installed-all
+	$(PY) examples/data/halves.py runs/halves --glosses
+	$(PY) examples/evidence.py --table transfer --output runs/evidence_transfer
 
 evidence-codis: $(VENV)/.installed-all
 	$(PY) examples/evidence.py --table codis --output runs/evidence_codis

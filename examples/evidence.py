@@ -45,6 +45,7 @@ from evidence_rows import (
     TABLE_1,
     TABLE_4,
     TABLE_6,
+    TRANSFER,
     Run,
     parse_changes,
 )
@@ -59,6 +60,8 @@ from evidence_table_momo import main_table as momo_main_table
 from evidence_table_momo import page as momo_page
 from evidence_table_simla import main_table as simla_main_table
 from evidence_table_simla import page as simla_page
+from evidence_table_transfer import main_table as transfer_main_table
+from evidence_table_transfer import page as transfer_page
 from tqdm.auto import tqdm
 
 from oner import open_rows
@@ -71,6 +74,9 @@ from oner.training.run.parsing import read_config
 
 TABLES = {
     "oner": Table(TABLE_6, "evidence", "Does contextual mixup close the gap?", page, main_table),
+    "transfer": Table(
+        TRANSFER, "evidence_transfer", "Do texts without pictures help?", transfer_page, transfer_main_table
+    ),
     "simla": Table(TABLE_1, "evidence_simla", "What does each loss of SIMLA bring?", simla_page, simla_main_table),
     "codis": Table(TABLE_4, "evidence_codis", "What does CODIS' codebook add?", codis_page, codis_main_table),
     "momo": Table(list(BEFORE), "evidence_momo", "What does each stage of MoMo bring?", momo_page, momo_main_table),
@@ -374,7 +380,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", nargs="+", type=int, help="default: 0 1 2 on an accelerator, for momo and compare, else 0"
     )
-    parser.add_argument("--epochs", type=float, help="default: 20, for compare 6")
+    parser.add_argument("--epochs", type=float, help="default: 20, for compare 6, for transfer 12")
     parser.add_argument("--seconds", type=float, help="and every row once more, trained for so long")
     parser.add_argument("--rates", action="store_true", help="the best of three learning rates; for compare")
     parser.add_argument("--fraction", type=float, default=1.0, help="of momo's steps as its files have them")
@@ -395,7 +401,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     a = parser.parse_args(argv)
     if a.rates and a.table != "compare":
         parser.error("--rates is for --table compare, whose rows are measured on held-out pictures")
-    a.epochs = a.epochs or (6 if a.table == "compare" else 20)
+    a.epochs = a.epochs or {"compare": 6, "transfer": 12}.get(a.table, 20)
     a.rows = a.rows or list(TABLES[a.table].rows)
     a.seeds = a.seeds or ([0, 1, 2] if torch.cuda.is_available() or a.table in ("momo", "compare") else [0])
     a.data = a.data or str(ROOT / DATA.get(a.table, EMBEDDED))

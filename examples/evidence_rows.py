@@ -28,7 +28,7 @@ class Row(NamedTuple):
     words: tuple[str, ...] = ()
 
 
-# in the order of OneR's Tables 6 and 7, SIMLA's Table 1, CODIS' Table 4, MoMo's Tables 4 and 6, and all side by side
+# OneR's Tables 6, 7 and 4, SIMLA's Table 1, CODIS' Table 4, MoMo's Tables 4 and 6, and all side by side
 TITLES = {
     "clip": ("CLIP (open_clip, two towers)", "oner_emoji_itc_cmc.yaml", CLIP),
     "itc": ("ITC", "oner_emoji_itc.yaml"),
@@ -38,6 +38,10 @@ TITLES = {
     "itc_cmc": ("ITC + CMC (OneR)", "oner_emoji_itc_cmc.yaml"),
     "no_mim": ("OneR - MIM", "oner_emoji_no_mim.yaml"),
     "no_mim_mlm": ("OneR - MIM - MLM", "oner_emoji_no_mim_mlm.yaml"),
+    "transfer_two_heads": ("two heads: pairs", "oner_emoji_half_two_heads.yaml"),
+    "transfer_two_heads_texts": ("two heads: pairs, and texts", "oner_emoji_half_two_heads_texts.yaml"),
+    "transfer_one_tower": ("one tower: pairs", "oner_emoji_half.yaml"),
+    "transfer_one_tower_texts": ("one tower: pairs, and texts", "oner_emoji_half_texts.yaml"),
     "simla_itm": ("ITM", "simla_emoji_itm.yaml"),
     "simla_itm_itc": ("ITM + ITC", "simla_emoji_itm_itc.yaml"),
     "simla_itm_itc_mlm": ("ITM + ITC + MLM", "simla_emoji_itm_itc_mlm.yaml"),
@@ -64,10 +68,11 @@ TITLES = {
     "compare_siglip": ("CLIP, sigmoid loss (SigLIP)", "compare_oner.yaml", CLIP, ("--conv_stem", "--sigmoid")),
 }
 ROWS = {name: Row(*told) for name, told in TITLES.items()}
-OTHER_FAMILIES = ("simla_", "codis_", "momo_", "compare_")
-TABLE_6 = [name for name in ROWS if not name.startswith(("no_", *OTHER_FAMILIES))]
+OTHER_TABLES = ("transfer_", "simla_", "codis_", "momo_", "compare_")
+TABLE_6 = [name for name in ROWS if not name.startswith(("no_", *OTHER_TABLES))]
 # one sequence of picture and words is theirs alone, and their page tells of it
-ONE_TOWER = [name for name in ROWS if name != "clip" and not name.startswith(OTHER_FAMILIES)]
+ONE_TOWER = [name for name in ROWS if name != "clip" and not name.startswith(OTHER_TABLES)]
+TRANSFER = [name for name in ROWS if name.startswith("transfer_")]
 TABLE_1 = [name for name in ROWS if name.startswith("simla_")]
 TABLE_4 = [name for name in ROWS if name.startswith("codis_")]
 COMPARED = [name for name in ROWS if name.startswith("compare_")]

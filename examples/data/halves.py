@@ -2,9 +2,9 @@
 
     python examples/data/halves.py runs/halves
 
-Concepts are halved by a digest of their hexcode, so the texts name nothing that the pairs show. `pairs.parquet` has the
-columns of train.parquet; `texts.parquet` has a column `text`: every caption of the other half once, and with `--glosses`
-as many of WordNet's definitions again.
+Concepts are halved by a digest of their hexcode, so the texts name nothing that the pairs show. `pairs.parquet` has
+the columns of train.parquet; `texts.parquet` has a column `text`: every caption of the other half once, and with
+`--glosses` as many of WordNet's definitions again.
 """
 
 import argparse

@@ -1,0 +1,71 @@
+"""docs/evidence_transfer.md: OneR's Table 4 on half of the embedded pairs, with texts of the other half or without."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from evidence_table import KS, Content, by_row, cell, commands, cost_table, machines, percent, steps_of
+
+from oner.training.publishing.model_card import markdown_table
+
+# OneR's Table 4, MS-COCO zero-shot after SBU, and with the captions of CC3M (per cent): TR@1, IR@1
+PAPER = {
+    "transfer_two_heads": (8.88, 5.73),
+    "transfer_two_heads_texts": (10.41, 6.87),
+    "transfer_one_tower": (8.60, 5.77),
+    "transfer_one_tower_texts": (11.31, 7.20),
+}
+WAYS = [f"first/{way}_r@{k}" for way in ("tr", "ir") for k in KS]
+# what texts bring to each architecture: title, row without, row with
+GAINS = (
+    ("gain of two heads", "transfer_two_heads", "transfer_two_heads_texts"),
+    ("gain of one tower", "transfer_one_tower", "transfer_one_tower_texts"),
+)
+
+
+def main_table(contents: Sequence[Content]) -> str:
+    """In the form of the paper's Table 4."""
+    header = ["trained on", *(f"TR@{k}" for k in KS), *(f"IR@{k}" for k in KS), "paper TR@1 / IR@1"]
+    chance = contents[0]["values"]
+    lines = [["chance", *(percent(chance[name.replace("_r@", "_chance@")]) for name in WAYS), ""]]
+    rows = by_row(contents)
+    for row, seeds in rows.items():
+        paper = "{:.2f} / {:.2f}".format(*PAPER[row]) if row in PAPER else ""
+        lines.append([seeds[0]["title"], *(cell(seeds, name) for name in WAYS), paper])
+
+    # differences of the means, where both rows are there
+    for title, without, with_texts in GAINS:
+        if {without, with_texts} <= rows.keys():
+            gains = [f"{100 * (mean(rows[with_texts], name) - mean(rows[without], name)):+.1f}" for name in WAYS]
+            paper = (more - less for more, less in zip(PAPER[with_texts], PAPER[without], strict=True))
+            lines.append([title, *gains, " / ".join(f"{gain:+.2f}" for gain in paper)])
+    return markdown_table(header, lines)
+
+
+def mean(seeds: Sequence[Content], name: str) -> float:
+    return fmean(one["values"][name] for one in seeds)
+
+
+def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
+    """The generated part of docs/evidence_transfer.md."""
+    return f"""\
+{main_table(contents)}
+
+Per cent, on {facts["pictures"]} pictures of `{facts["data"]}` (known concepts in a style never seen; half of them are
+in the pairs, of the others the rows with texts have read the captions), the first caption of each; right is any text,
+or picture, of its concept. *Pairs*: half of the concepts. *Texts*: a batch beside each batch of pairs, of the captions
+of the other half and of WordNet's definitions, masked words alone (`text_mlm`); the paper does not say what it trains
+on them. The last column is the paper's: MS-COCO after SBU, and with the captions of CC3M; what can be compared is the
+sign and the order of the gains.
+
+{cost_table(contents)}
+
+Every row of a seed: the same pairs in the same order, {steps_of(contents)} steps. {facts["jobs"]} row(s) at a time,
+{facts["threads"]} thread(s) each. Machine: {machines(contents)}. Standard deviations are over seeds; a single seed has
+none, so small differences between rows may be chance.
+
+`{shlex.join(facts["command"])}` ran:
+
+{commands(contents)}
+"""
