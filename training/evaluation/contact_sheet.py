@@ -8,13 +8,15 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import open_image
 from oner.processing.retrieval_page import caption_of
 from oner.processing.retrieval_sources import SHEET_MARK
+
+from .fonts import font
 
 COLUMNS, CELL, GAP, PICTURE = 4, 224, 16, 168
 PAPER, CARD, INK, GREY, EDGE, ACCENT = "#f4f2ee", "#ffffff", "#22252a", "#7a7f87", "#dedbd4", "#c2410c"
@@ -52,10 +54,12 @@ def draw_sheet(query: dict[str, str], answers: list[dict[str, Any]], total: int)
         top = head + 2 * GAP + place // columns * (cell_height + GAP)
         card(draw, (left, top, left + CELL, top + cell_height))
         paste(sheet, draw, picture_of(answer["item"]), (left + (CELL - PICTURE) // 2, top + 12))
-        lines = wrap(caption_of(answer["item"]), font(16), CELL - 24, 2)
+        caption = caption_of(answer["item"])
+        face = font(16, caption)
+        lines = wrap(caption, face, CELL - 24, 2)
         middle = top + PICTURE + 42 - 10 * (len(lines) - 1)
         for number, line in enumerate(lines):
-            draw.text((left + CELL // 2, middle + 20 * number), line, INK, font(16), anchor="mm")
+            draw.text((left + CELL // 2, middle + 20 * number), line, INK, face, anchor="mm")
         draw.text((left + CELL // 2, top + cell_height - 18), f"{answer['score']:+.3f}", GREY, font(14), anchor="mm")
         draw.text((left + 10, top + 8), str(place + 1), ACCENT if place == 0 else GREY, font(14))
     return sheet
@@ -70,11 +74,12 @@ def draw_query(sheet: Image.Image, draw: ImageDraw.ImageDraw, query: dict, note:
     left += 28
     kind = "words + picture, one query" if len(query) == 2 else "words" if "text" in query else "picture"
     words = f"“{query['text']}”" if "text" in query else Path(query["image"]).name
-    lines = wrap(words, font(30), right - left - 28, 2 if "image" in query else 1)
+    face = font(30, words)
+    lines = wrap(words, face, right - left - 28, 2 if "image" in query else 1)
     middle = (top + bottom) // 2 - 18 * (len(lines) - 1)
     draw.text((left, middle - 34), kind.upper(), ACCENT, font(13), anchor="lm")
     for number, line in enumerate(lines):
-        draw.text((left, middle + 36 * number), line, INK, font(30), anchor="lm")
+        draw.text((left, middle + 36 * number), line, INK, face, anchor="lm")
     draw.text((left, middle + 36 * len(lines)), note, GREY, font(15), anchor="lm")
 
 
@@ -90,11 +95,6 @@ def paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, picture: Image.Image | 
     scale = PICTURE / max(picture.size)
     picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
     sheet.paste(picture, (corner[0] + (PICTURE - picture.width) // 2, corner[1] + (PICTURE - picture.height) // 2))
-
-
-@lru_cache
-def font(size: int) -> Any:
-    return ImageFont.load_default(size)
 
 
 def wrap(text: str, face: Any, width: int, most: int) -> list[str]:
@@ -130,9 +130,10 @@ def retrieval_sheet(lines: Sequence[tuple[str, Sequence[tuple[Any, bool]]]], tit
     draw.text((GAP, 24), title, GREY, font(15), anchor="lm")
     for number, (words, found) in enumerate(lines):
         top = 48 + number * side
-        written = wrap(words, font(20), 2 * CELL - 3 * GAP, 4)
+        face = font(20, words)
+        written = wrap(words, face, 2 * CELL - 3 * GAP, 4)
         for place, line in enumerate(written):
-            draw.text((GAP, top + side // 2 + 26 * place - 13 * (len(written) - 1)), line, INK, font(20), anchor="lm")
+            draw.text((GAP, top + side // 2 + 26 * place - 13 * (len(written) - 1)), line, INK, face, anchor="lm")
         for place, (picture, right) in enumerate(found):
             left = 2 * CELL + place * side
             card(draw, (left, top, left + side - GAP // 2, top + side - GAP // 2))
