@@ -1,5 +1,6 @@
 """Composed image retrieval: the loss by hand, a batch in pieces, and rows of every form it is published in."""
 
+import copy
 import json
 
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_finetuning import emoji, write_momo
-from tiny_oner import joint_batch, randomised, tiny_config
+from tiny_oner import joint_batch, randomised, text_of, tiny_config
 
 from oner import OneRModel
 from oner.processing.data.composed_rows import open_composed
@@ -77,6 +78,36 @@ def test_a_batch_in_pieces_has_the_gradients_of_the_whole():
             assert torch.allclose(parameter.grad, whole[name], atol=1e-6), name
     # what no loss reaches is frozen, for engines over processes
     assert {name for name, one in model.named_parameters() if one.requires_grad} == whole.keys()
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_what_is_kept_costs_nothing_at_the_start_and_is_the_mean_by_hand_later(chunks):
+    model, given = student(), batch()
+    told = ComposedObjectiveArguments(keep_weight=2.0)
+    objective = ComposedObjective(model, told)
+    objective.teacher.model.eval()
+    before = copy.deepcopy(model)
+    assert float(objective(model, given, 0.5).parts["keep"]) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+
+    def alone(tower):
+        reference, target = given["pixel_values"].unbind(1)
+        words = text_of(given)
+        return [
+            unit(tower(**one).pooler_output) for one in ({"pixel_values": target}, {"pixel_values": reference}, words)
+        ]
+
+    with torch.no_grad():
+        moved = [1 - (one * other).sum(-1) for one, other in zip(alone(model), alone(before), strict=True)]
+    taken = loss_and_gradients(Accelerator(cpu=True), objective, model, {"pairs": given}, 0.5, {"pairs": chunks})
+    expected = float(torch.stack(moved).mean())
+    assert expected > 1e-3 and float(taken.parts["keep"]) == pytest.approx(expected, abs=1e-5)
+    assert float(taken.loss) == pytest.approx(float(taken.parts["composed"]) + 2 * expected, abs=1e-5)
+    objective.after_step()
+    # the start does not follow
+    assert all(map(torch.equal, objective.teacher.model.state_dict().values(), before.state_dict().values()))
 
 
 def test_it_learns_what_to_answer():

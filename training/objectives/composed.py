@@ -3,19 +3,26 @@
     [NCE(F(I, T), {F(I')} and {F(I)}) + NCE(F(I'), {F(I, T)})] / 2
 
 I is the reference, T says how the target I' differs from it. Targets of other rows are negatives, and so are all
-references: what looks as the reference does must not be enough.
+references: what looks as the reference does must not be enough. With `keep_weight` there is also
+
+    keep = mean of 1 - cos(f(x), f0(x)) over pictures and words alone, f0 being the model that the run began with,
+
+so that what was found without queries of two parts is found still.
 """
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from oner.modeling.vl_inputs import patch_count
 from oner.training.parallel.distributed import gather_with_gradient, gather_without_gradient, rank
 
-from .losses import info_nce
+from .losses import in_full, info_nce
 from .objective import Batch, Comparison, Representations, SinglePortion, Targets
+from .teacher import EMATeacher
 
 NOBODY = torch.iinfo(torch.int64).min  # no row's id
 
@@ -24,13 +31,17 @@ NOBODY = torch.iinfo(torch.int64).min  # no row's id
 class ComposedObjectiveArguments:
     """What a run of composed retrieval chooses."""
 
-    BOUNDS: ClassVar[dict[str, str]] = {"query_temperature": "(0, inf)"}
+    BOUNDS: ClassVar[dict[str, str]] = {"query_temperature": "(0, inf)", "keep_weight": "[0, inf)"}
 
     query_temperature: float | None = field(
         default=None, metadata={"help": "Divides the cosines; the model's own temperature if none."}
     )
     reference_negatives: bool = field(
         default=True, metadata={"help": "References are wrong answers too, those of other rows among them."}
+    )
+    keep_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of keep, by which pictures and words alone stay near what they were at the start."},
     )
 
 
@@ -49,9 +60,24 @@ class ComposedObjective(SinglePortion):
         self.temperature = arguments.query_temperature or student.config.temperature
         # no patch is masked: an engine over processes would wait for its gradient for ever
         student.embeddings.patch_mask_token.requires_grad_(False)
+        # the model of the start, which follows nobody
+        self.teacher = EMATeacher(student, momentum=1.0) if arguments.keep_weight else None
 
+    def count(self, batch: Batch) -> Batch:
+        if self.teacher is None:
+            return {}
+        return {"keep": torch.tensor(3 * len(batch["input_ids"]), device=batch["input_ids"].device)}
+
+    @torch.no_grad()
     def targets(self, student: nn.Module, batch: Batch, progress: float) -> Targets:
-        return Targets({"ids": batch["ids"]})
+        """Ids (B,); where they are kept, embeddings of the start (3B, P), laid out as rows (B, 3, P)."""
+        rows = {"ids": batch["ids"]}
+        if self.teacher is None:
+            return Targets(rows)
+        reference, target = batch["pixel_values"].unbind(1)  # (B, C, H, W) each
+        pictures = self.teacher(pixel_values=torch.cat([target, reference])).pooler_output  # (2B, P)
+        words = self.teacher(**_words(batch, self.config.patch_size)).pooler_output  # (B, P)
+        return Targets(rows, {"kept": torch.stack([*pictures.chunk(2), words], 1)})
 
     def represent(
         self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
@@ -61,11 +87,23 @@ class ComposedObjective(SinglePortion):
         # the query in one sequence, and what it is held against
         text = {name: batch[name] for name in ("input_ids", "attention_mask")}
         query = student(**text, pixel_values=reference).pooler_output  # (B, P)
-        if not self.arguments.reference_negatives:
+        if not self.arguments.reference_negatives and self.teacher is None:
             return Representations({"query": query, "target": student(pixel_values=target).pooler_output})
         pictures = student(pixel_values=torch.cat([target, reference])).pooler_output  # (2B, P)
         target, reference = pictures.chunk(2)  # (B, P) each
-        return Representations({"query": query, "target": target, "reference": reference})
+        rows = {"query": query, "target": target}
+        if self.arguments.reference_negatives:
+            rows["reference"] = reference
+        if self.teacher is None:
+            return Representations(rows)
+
+        # what is there alone stays where it was; read in both passes of a batch in chunks, for dropout draws alike
+        words = student(**_words(batch, self.config.patch_size)).pooler_output  # (B, P)
+        alone = in_full(torch.stack([target, reference, words], 1))  # (B, 3, P)
+        if counts is None:
+            return Representations(rows)
+        moved = 1 - F.cosine_similarity(alone, in_full(targets.own["kept"]), dim=-1)  # (B, 3)
+        return Representations(rows, parts={"keep": moved.sum() / counts["keep"]})
 
     def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
         # what the other processes have, with gradient; G rows of all
@@ -84,4 +122,13 @@ class ComposedObjective(SinglePortion):
         return Comparison({"composed": (asked + answered) / 2})
 
     def weigh(self, parts: Batch) -> torch.Tensor:
-        return sum(parts.values())  # of a part of a batch there are none yet
+        weights = {"composed": 1.0, "keep": self.arguments.keep_weight}
+        return sum(weights[name] * part for name, part in parts.items())
+
+
+def _words(batch: Batch, patch_size: int) -> Batch:
+    """The words of the joint layout alone: [CLS] and tokens, (B, 1 + W)."""
+    behind = 1 + patch_count(batch["pixel_values"][:, 0], patch_size)
+    return {
+        name: torch.cat([batch[name][:, :1], batch[name][:, behind:]], 1) for name in ("input_ids", "attention_mask")
+    }
