@@ -38,7 +38,7 @@ from oner.training.doctor.findings import (
     temperature_at_bound,
     waits_for_data,
 )
-from oner.training.doctor.reading import read_run, teacher_distance
+from oner.training.doctor.reading import read_run, read_sample, teacher_distance
 from oner.training.objectives.objective import objective_classes, under
 from oner.training.run.checkpoint import list_checkpoints
 from oner_command_line import main as command_line
@@ -220,6 +220,17 @@ def test_an_ill_simla_names_its_illness(illness, example, tmp_path, monkeypatch)
 def test_an_ill_codebook_names_its_illness(illness, example, tmp_path, monkeypatch):
     example.main(command(FAMILIES["codis"], tmp_path, **make_ill(tmp_path, monkeypatch, **ILL_OF_CODIS[illness])))
     assert illness in names(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_concept_may_come_late_behind_many_pictures_of_others(example, tmp_path):
+    """Its codes are looked at beside its own row, though captions of one concept are one text to retrieval."""
+    write_colours(tmp_path / "pairs.parquet")
+    pq.write_table(pq.read_table(tmp_path / "pairs.parquet").sort_by("hexcode"), tmp_path / "pairs.parquet")
+    example.main(command(FAMILIES["codis"], tmp_path, max_steps=2))
+    sample = read_sample(read_run(tmp_path / "run"))
+    assert len(sample.captions) == 40 and all(len(vectors) == 40 for vectors in sample.embeddings.values())
+    assert len(sample.nearest) == 2 * 8
 
 
 def test_rows_known_by_heart_alone_are_overfitting(family, healthy, tmp_path):

@@ -21,6 +21,7 @@ from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import ImageDecodeError
 from oner.processing.vl_tokenizer import unknown_words
 from oner.training.evaluation.dvae import read_pictures
+from oner.training.evaluation.embedding import Column, embed_images, embed_texts
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.evaluation.sheets import evaluating
 from oner.training.objectives.dvae import DiscreteVAEObjective, DiscreteVAEObjectiveArguments
@@ -256,12 +257,16 @@ def _tokens(processor: Any, portion: Arguments, rows: Sequence[Mapping[str, Any]
 
 
 def _standing(model: PreTrainedModel, processor: Any, portion: Arguments, rows: list[dict[str, Any]]) -> dict:
-    # embeddings of the sample, and recall among as many rows to evaluate on
+    # embeddings of the sample, a text beside each picture although several may say the same
     data, run = portion.data, portion.run
+    clean = CAPTION_RULES.get(data.caption_rules) or str
+    images = embed_images(model, processor, Column(rows, "image"))  # (n, P)
+    texts = embed_texts(model, processor, [clean(row["captions"][0]) for row in rows])  # (n, P)
+    standing = {"embeddings": {"pictures": images, "texts": texts}}
+
+    # recall among as many rows to evaluate on
     options = {"ks": (1,), "captions": "first", "progress": False, "name": "rows"}
     options["clean_caption"] = CAPTION_RULES.get(data.caption_rules)
-    images, texts = RetrievalEvaluator(rows, **options).embed(model, processor)  # (n, P), (m, P)
-    standing = {"embeddings": {"pictures": images, "texts": texts}}
     if not run.eval_data:
         return standing
     columns = (data.image_column, data.text_column, data.id_column)
