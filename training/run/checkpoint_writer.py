@@ -57,7 +57,7 @@ class CheckpointWriter:
 
     def __init__(self) -> None:
         self._copy = HostCopy()
-        # a thread, since safetensors, digests and the disk let the interpreter go on; none is started before the first
+        # a thread, since digests, the disk and safetensors (from 0.8 on) let the interpreter go on meanwhile
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
