@@ -105,6 +105,7 @@ test-slow: $(VENV)/.installed-all
 
 kill-test: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/kill.py
+	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/kill.py --beside --kills 50 --faults disk,read-only,sigterm,worker,process
 
 resume-matrix: $(VENV)/.installed-test
 	$(PYTEST) -m "slow or not slow" tests/run/test_resume_matrix.py

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from oner.training.publishing.public import plain
 from oner.training.run.arguments import Arguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import save_checkpoint
+from oner.training.run.checkpoint_writer import CheckpointWriter
 from oner.training.run.collators import build_collators
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.loading import RunLoader, open_portions
@@ -44,6 +46,7 @@ from oner.training.run.parsing import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "examples" / "configs" / "benchmark_base_224.yaml"
+CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OTHERS = ("loader", "checkpoint", "starts", "transport", "visible")
 # of CODIS (section 4.2.1): the batch and the codebook
@@ -153,10 +156,14 @@ def measure_loader(arguments: Arguments, seconds: float = 6.0) -> dict[str, Any]
     return {"pairs_per_second": rates}
 
 
-def measure_checkpoint(arguments: Arguments) -> dict[str, Any]:
-    """Seconds to save a run of this size: weights, teacher and both moments, with digests, flushed to the disk."""
+def measure_checkpoint(arguments: Arguments, repeats: int) -> dict[str, Any]:
+    """
+    Seconds to save a run of this size: weights, teacher and both moments, with digests, flushed to the disk. Beside
+    the run, a step waits for the `stalls`, the first of which asks the system for memory, and the rest is `beside`;
+    `stalls_cpu` is what the stalls take of a core that nothing else keeps busy.
+    """
     _, config = open_data(arguments)
-    step = STEPS["oner_fp32"](arguments, config, torch.device("cpu"))
+    step = STEPS["oner_fp32"](arguments, config, CPU)
     for parameter in step.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     step.optimizer.step()
@@ -165,9 +172,20 @@ def measure_checkpoint(arguments: Arguments) -> dict[str, Any]:
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs) as folder:
         tensors = {"model": step.model.state_dict(), "objective": step.objective.state_dict(), "optimizer": moments}
-        seconds = timed(lambda: save_checkpoint(folder, 1, tensors, {"step": 1}), torch.device("cpu"))
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    return {"seconds": seconds, "bytes": size}
+        size = sum(value.nbytes for content in tensors.values() for value in content.values())
+        write = partial(save_checkpoint, folder, 1, state={"step": 1})
+        seconds = [timed(lambda: write(tensors=tensors), CPU) for _ in range(repeats)]
+        stalls = []
+        busy = []
+        beside = []
+        with CheckpointWriter() as writer:
+            for _ in range(1 + repeats):
+                before = time.thread_time()
+                stalls.append(timed(lambda: writer.start(tensors, lambda copy: write(tensors=copy, copied=True)), CPU))
+                busy.append(time.thread_time() - before)
+                beside.append(timed(writer.wait, CPU))
+    waits = {"stalls": stalls, "stalls_cpu": busy, "beside": beside}
+    return {"seconds": min(seconds), "all_seconds": seconds, "bytes": size, **waits}
 
 
 def measure_starts(repeats: int = 3) -> dict[str, Any]:
@@ -200,7 +218,7 @@ def run_case(name: str, arguments: Arguments, repeats: int) -> dict[str, Any]:
     if name == "loader":
         return measure_loader(arguments)
     if name == "checkpoint":
-        return measure_checkpoint(arguments)
+        return measure_checkpoint(arguments, max(repeats, 3))
     if name == "transport":
         return measure_transport(repeats)
     if name == "visible":

@@ -140,9 +140,16 @@ def goal_rows(figures: Figures) -> list[tuple[str, str, float | None, str]]:
         ("MoMo's step that drops, over its share of the work", "≤ 1.15", dropping(figures, "step"), "{:.2f}"),
         ("loader's rate over the step's", "≥ 1.2", loader / fastest if loader and fastest else None, "{:.1f}"),
         ("checkpoint's share, one an epoch of 5.1 M pairs", "< 2 %", stall, "{:.4%}"),
+        ("a step's wait for a checkpoint written beside it", "≤ 0.5 s", waiting(figures), "{:.2f} s"),
         ("teacher's update, share of the step", "< 3 %", teacher, "{:.2%}"),
         ("`oner --help`", "≤ 1 s", cases.get("starts", {}).get("oner --help"), "{:.2f} s"),
     ]
+
+
+def waiting(figures: Figures) -> float | None:
+    """Seconds of a step's wait for a copy of the state, the least after the first, which asks for its memory."""
+    stalls = figures["cases"].get("checkpoint", {}).get("stalls")
+    return None if stalls is None else min(stalls[1:])
 
 
 def goal_table(figures: Figures) -> str:
@@ -168,6 +175,10 @@ def other_table(figures: Figures) -> str:
     if "seconds" in cases.get("checkpoint", {}):
         case = cases["checkpoint"]
         rows.append(["checkpoint", f"{case['seconds']:.1f} s for {case['bytes'] / GIB:.2f} GiB"])
+        if (stall := waiting(figures)) is not None:
+            first, beside = case["stalls"][0], min(case["beside"])
+            figure = f"a wait of {stall:.2f} s, the first {first:.2f} s; {beside:.1f} s beside the steps"
+            rows.append(["checkpoint, `async_checkpoints`", figure])
     if "matrices" in cases.get("transport", {}):
         case = cases["transport"]
         figure = f"{1000 * case['seconds']:.0f} ms, {case['bytes'] / 2**20:.1f} MiB: {case['matrices']:.2f} matrices"

@@ -119,14 +119,7 @@ class SimlaForPreTraining(
         Raises:
             ValueError: unknown passes, one that lacks what it needs, and what [`SimlaModel`] raises.
         """
-        needs = {
-            "tokens": ("masked_input_ids", masked_input_ids),
-            "patches": ("bool_masked_pos", bool_masked_pos),
-            "match": ("choose_negatives", choose_negatives),
-        }
-        check_passes(passes, PASSES, needs)
-        if "match" in passes and "contrast" not in passes:
-            raise ValueError(f"the pass 'match' needs 'contrast' beside it, got {list(passes)}")
+        check_needs(passes, masked_input_ids, bool_masked_pos, choose_negatives)
         if not checked:
             check_inputs(self.simla, input_ids, attention_mask, pixel_values)
         check_masks(input_ids, pixel_values, masked_input_ids, bool_masked_pos, self.config.patch_size)
@@ -140,9 +133,7 @@ class SimlaForPreTraining(
         # each alone, in the contrastive space
         text_states = None
         if "contrast" in passes:
-            text_states = self.simla.encode_texts(input_ids, attention_mask)  # (B, T, D)
-            output.image_embeds = self.simla.embed_images(image_states)  # (B, P)
-            output.text_embeds = self.simla.embed_texts(text_states)  # (B, P)
+            text_states = self._embed_each(output, input_ids, attention_mask)  # (B, T, D)
 
         # texts that read a clean image: pairs, their negatives, masked texts
         negatives = None
@@ -154,11 +145,10 @@ class SimlaForPreTraining(
         # masked images that read a clean text
         if "patches" in passes:
             if text_context is None:
-                text_context = self._text_context(input_ids, attention_mask, text_states)  # (B, T, D)
-            output.text_context = text_context
-            output.mim_logits = self._predict_codes(
-                pixel_values, bool_masked_pos, mim_places, text_context, attention_mask
-            )
+                text_context = self._text_context(input_ids, attention_mask, text_states)
+            output.text_context = text_context  # (B, T, D)
+            masked_images = (pixel_values, bool_masked_pos, mim_places)
+            output.mim_logits = self._predict_codes(*masked_images, text_context, attention_mask)  # (K, Z)
 
         # what an image calls for, and what a pair attends
         if "concepts" in passes:
@@ -166,6 +156,15 @@ class SimlaForPreTraining(
         if "keywords" in passes:
             output.keyword_attention = self._keyword_attention(input_ids, attention_mask, image_states)  # (B, H, T)
         return output
+
+    def _embed_each(
+        self, output: SimlaPreTrainingOutput, text_ids: torch.Tensor, text_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Unit vectors of images and texts go into the output; what the texts were encoded to is returned."""
+        text_states = self.simla.encode_texts(text_ids, text_mask)  # (B, T, D)
+        output.image_embeds = self.simla.embed_images(output.image_states)  # (B, P)
+        output.text_embeds = self.simla.embed_texts(text_states)  # (B, P)
+        return text_states
 
     def _concept_input(self, output: SimlaPreTrainingOutput, image_states: torch.Tensor) -> torch.Tensor:
         if self.config.concept_input == "cls":
@@ -214,6 +213,23 @@ class SimlaForPreTraining(
         if mim_places is not None:
             states = states.flatten(0, 1).index_select(0, mim_places)  # (K, D)
         return self.mim_head(states)
+
+
+def check_needs(
+    passes: tuple[str, ...],
+    masked_input_ids: torch.Tensor | None,
+    bool_masked_pos: torch.Tensor | None,
+    choose_negatives: ChooseNegatives | None,
+) -> None:
+    """Raises `ValueError` for passes that are unknown, or lack what they need."""
+    needs = {
+        "tokens": ("masked_input_ids", masked_input_ids),
+        "patches": ("bool_masked_pos", bool_masked_pos),
+        "match": ("choose_negatives", choose_negatives),
+    }
+    check_passes(passes, PASSES, needs)
+    if "match" in passes and "contrast" not in passes:
+        raise ValueError(f"the pass 'match' needs 'contrast' beside it, got {list(passes)}")
 
 
 __all__ = ["SimlaForPreTraining", "SimlaPreTrainingOutput"]

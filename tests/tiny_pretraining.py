@@ -6,17 +6,21 @@ import importlib.util
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from families import FAMILIES
 
+from oner.training.run import engine
 from oner.training.run.checkpoint import load_checkpoint
+from oner.training.run.checkpoint_writer import CheckpointWriter
 from oner_command_line import COMMANDS as COMMAND_LINE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +101,31 @@ def tiny_arguments(pairs: Path, output_dir: Path, family: str = "oner", **overri
             values = value if isinstance(value, list | tuple) else [value]
             line += [f"--{name}", *map(str, values)]
     return line
+
+
+def write_as_late_as_can_be(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """
+    A checkpoint that is written beside the run is so only when the run waits for it, steps later. Returns a list that
+    fills with the steps of those written.
+    """
+    asked, steps = threading.Event(), []
+    wait, save = CheckpointWriter.wait, engine.save_checkpoint
+
+    def asking(self):
+        asked.set()
+        try:
+            wait(self)
+        finally:
+            asked.clear()
+
+    def late(directory, step, *arguments, **named):
+        assert asked.wait(120), "nobody waited for the checkpoint"
+        steps.append(step)
+        return save(directory, step, *arguments, **named)
+
+    monkeypatch.setattr(CheckpointWriter, "wait", asking)
+    monkeypatch.setattr(engine, "save_checkpoint", late)
+    return steps
 
 
 def forget_accelerator() -> None:

@@ -31,7 +31,7 @@ MIDDLE, LAST = "checkpoint-00000002", "checkpoint-00000006"
 
 def job(directory: Path, engine: str, name: str, model: dict, start: str | None = None) -> dict:
     """A run; or, from the second step of the run `start`, the rest of it in a directory of its own."""
-    options = {**OPTIONS, "model_config": model}
+    options = {**OPTIONS, "model_config": model, "async_checkpoints": "dropout" in name}
     if start is not None:
         shutil.copytree(directory / start / MIDDLE, directory / name / MIDDLE)
         options["resume"] = "auto"

@@ -65,7 +65,8 @@ def launch(directory: Path, jobs: list[dict], processes: int = 2) -> None:
 def jobs_of(engine: str, directory: Path, sources: tuple[str, ...]) -> list[dict]:
     """Everything that is asked of an engine, and the last three steps from each source's third."""
     variants = [
-        {"name": engine},
+        # what is spread is gathered, and written while the run goes on
+        {"name": engine, "async_checkpoints": engine != "one"},
         {"name": f"{engine}-chunks", "max_steps": 3, "gradient_cache_chunks": 2},
         {"name": f"{engine}-bf16", "max_steps": 3, "mixed_precision": "bf16"},
         {"name": f"{engine}-spoilt", "max_steps": 3, "spoilt": 2},

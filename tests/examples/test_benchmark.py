@@ -226,7 +226,7 @@ def figures() -> dict:
             "clip_bf16_compiled": case("bfloat16", 700.0, 1.0),
             "oner_fp32": case("float32", 80.0, 1.0, peak_flops=100.0),
             "loader": {"pairs_per_second": {"0": 5.0, "2": 20.0}},
-            "checkpoint": {"seconds": 5.1, "bytes": 2**30},
+            "checkpoint": {"seconds": 5.1, "bytes": 2**30, "stalls": [2.0, 0.4, 0.3], "beside": [6.0, 5.0, 5.5]},
             "transport": {"seconds": 0.1, "bytes": 2**24, "matrices": 2.05},
             "visible": {
                 "images": {"encoder_share": 0.25, "encoder_time": 0.26, "step_share": 0.5, "step_time": 0.55},
@@ -250,6 +250,7 @@ def test_goals_by_hand():
     assert values["teacher's update, share of the step"][1] == pytest.approx(0.02)
     assert values["`oner --help`"] == ("≤ 1 s", pytest.approx(0.1))
     assert values["checkpoint's share, one an epoch of 5.1 M pairs"][1] == pytest.approx(5.1 / (5.1 + 5.1e5))
+    assert values["a step's wait for a checkpoint written beside it"] == ("≤ 0.5 s", 0.3)
     assert values["device-hours of the paper's run"][1] is None  # no accelerator
     assert values["MoMo's encoder that drops, over the share it sees"] == ("≤ 1.15", pytest.approx(1.04))
     assert values["MoMo's step that drops, over its share of the work"][1] == pytest.approx(1.1)
@@ -271,6 +272,7 @@ def test_tables_are_filled_and_the_rest_is_left(tmp_path):
     assert first.startswith("before\n") and "old" not in first and first.count("text\n") >= len(TABLES)
     assert "| oner_bf16_compiled | exit status 1 |" in first and "60.0%" in first and "**no**" in first
     assert "fp32 | 100 ms, 16.0 MiB: 2.05 matrices |" in first
+    assert "| a wait of 0.30 s, the first 2.00 s; 5.0 s beside the steps |" in first
     assert "images | encoder 26.0% of the time for 25.0% of the work, step 55.0% of the time for 50.0%" in first
     write_tables(figures(), page)
     assert page.read_text(encoding="utf-8") == first

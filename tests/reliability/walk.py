@@ -49,12 +49,14 @@ BUILDING = {
     "Inputs.__init__",
     "tracker_options",
 }
-# what watches: arguments, the checkpoint to go on from, steps that are not finite
+# what watches: arguments, the checkpoint to go on from and the one being written, steps that are not finite
 WATCHING = {
     "quarantine_of",
     "Arguments.portions",
     "Engine._resume",
     "NonFiniteGuard.before",
+    "CheckpointWriter.__enter__",
+    "CheckpointWriter.__exit__",
     "exchanging_gradients",
 }
 ASIDE = BUILDING | WATCHING

@@ -11,7 +11,13 @@ import transformers
 from safetensors.torch import load_file
 from test_bad_rows_in_training import spoil
 from test_nonfinite import moved, spoil_loss
-from tiny_pretraining import assert_same_checkpoint, forget_accelerator, read_log, tiny_arguments
+from tiny_pretraining import (
+    assert_same_checkpoint,
+    forget_accelerator,
+    read_log,
+    tiny_arguments,
+    write_as_late_as_can_be,
+)
 
 from oner.processing.data.quarantine import read_quarantine
 from oner.training.publishing.model_loading import load_model
@@ -76,11 +82,11 @@ def test_its_model_directory_serves_every_class(family, undisturbed):
         assert found >= len(family.tower(model).state_dict()) - 1  # tied words are stored once
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(("chunks", "beside"), [(1, False), (2, True)], ids=["whole", "chunks, saved beside"])
 def test_stopped_and_resumed_is_never_stopped(
-    family, example, pairs, undisturbed, tmp_path, tmp_path_factory, monkeypatch, chunks
+    family, example, pairs, undisturbed, tmp_path, tmp_path_factory, monkeypatch, chunks, beside
 ):
-    """Weights, moments, teacher, queues, generators and the log; in one piece, and in pieces."""
+    """Weights, moments, teacher, queues, generators and the log; in one piece, and in pieces while it is saved."""
     whole, options = undisturbed, {"gradient_cache_chunks": chunks, "model_config": family.tiny.APART}
     if chunks > 1:
         whole = tmp_path_factory.mktemp("whole")
@@ -88,6 +94,9 @@ def test_stopped_and_resumed_is_never_stopped(
         forget_accelerator()
     else:
         options = {}
+    if beside:
+        options["async_checkpoints"] = True
+        write_as_late_as_can_be(monkeypatch)
     log = Engine._log
     for stop in (2, 5):
 
@@ -102,7 +111,9 @@ def test_stopped_and_resumed_is_never_stopped(
         forget_accelerator()
         assert list_checkpoints(tmp_path)[-1].name == f"checkpoint-{stop:08d}"
     example.main(command(family, pairs, tmp_path, resume="auto", **options))
-    assert_same_checkpoint(list_checkpoints(whole)[-1], list_checkpoints(tmp_path)[-1])
+    assert len(list_checkpoints(whole)) == STEPS
+    for one in list_checkpoints(whole):
+        assert_same_checkpoint(one, tmp_path / one.name)
     assert read_log(tmp_path) == read_log(whole)
 
 

@@ -92,3 +92,17 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), alone_in(tmp_path / "file" / "run", CPU):
         time.sleep(0)
+
+
+def test_a_directory_that_became_read_only_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+    def refuse(self, missing_ok=False):
+        raise OSError(30, "Read-only file system", str(self))
+
+    with pytest.raises(KeyError, match="what ended it"):
+        with alone_in(tmp_path, torch.device("cpu")):
+            monkeypatch.setattr(Path, "unlink", refuse)
+            raise KeyError("what ended it")
+    # the file that stays locks nobody out
+    monkeypatch.undo()
+    with alone_in(tmp_path, torch.device("cpu")):
+        assert (tmp_path / "run.lock").is_file()

@@ -110,6 +110,8 @@ def command(sources: dict[str, dict], source: str, workers: int, chunks: int, ou
     options = {
         **sources[source],
         "num_workers": workers,
+        # beside data workers, checkpoints are written beside the steps
+        "async_checkpoints": workers > 0,
         "gradient_cache_chunks": chunks,
         "save_every_epochs": 0.2,
         "keep_checkpoints": 2,

@@ -42,8 +42,8 @@ def full_shapes(module: nn.Module) -> dict[str, torch.Size]:
 @torch.no_grad()
 def full_state(module: nn.Module) -> State:
     """
-    A module's weights and buffers on the CPU: whole on the first process, {} on the others. What is plain and lies on
-    the CPU already is not copied.
+    A module's weights and buffers: whole on the first process, {} on the others. What is plain is the module's own
+    tensor, where it lies; what was spread is gathered on the CPU.
     """
     return _collect((name, _whole(value)) for name, value in module.state_dict(keep_vars=True).items())
 
@@ -134,21 +134,27 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
 
 
 def _collect(named: Iterable[tuple[str, torch.Tensor]]) -> State:
-    """Copied to the CPU one after another, so that no more than one whole tensor lies on the device."""
+    """One after another, so that no more than one that was gathered lies on the device."""
     state = {}
     for name, value in named:
         if rank() == 0:
-            state[name] = value.detach().cpu()
+            state[name] = value.detach()
     return state
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor: itself where nothing is spread, else gathered, for the first process on the CPU."""
     if not is_zero_3(tensor):
-        return fsdp_whole(tensor)
+        whole = fsdp_whole(tensor)
+        return tensor if whole is tensor else _on_host(whole)
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([tensor]):
-        return tensor.detach().clone()
+        return _on_host(tensor.detach().clone())
+
+
+def _on_host(whole: torch.Tensor) -> torch.Tensor:
+    return whole.cpu() if rank() == 0 else whole
 
 
 def _zero_3_part(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -226,7 +232,7 @@ def _zero_state(zero: Any) -> tuple[State, Groups]:
             for name, value in held[flat].items() if flat in held else ():
                 is_part = torch.is_tensor(value) and value.shape == flat.shape
                 whole = safe_get_full_optimizer_state(parameter, name) if is_part else torch.as_tensor(value)
-                yield f"{index}.{name}", whole.clone()
+                yield f"{index}.{name}", _on_host(whole.clone())
 
     # groups as torch writes them, their parameters counted through
     tensors = _collect(entries())

@@ -361,6 +361,9 @@ class RunArguments:
         default=1, metadata=_help("Epochs between checkpoints, a step at the least; 0: only at the end.")
     )
     keep_checkpoints: int = field(default=2, metadata=_help("How many of the last checkpoints to keep."))
+    async_checkpoints: bool = field(
+        default=False, metadata=_help("Write them beside the steps, from a copy of the state in the host's memory.")
+    )
 
     # what happens after a stop, or after numbers that are not finite
     resume: str | None = field(

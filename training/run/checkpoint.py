@@ -42,6 +42,7 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
     state: Mapping[str, Any],
     keep: int = 2,
+    copied: bool = False,
 ) -> Path:
     """
     Writes `directory/checkpoint-STEP` and removes all but the last `keep`.
@@ -49,6 +50,7 @@ def save_checkpoint(
     Args:
         tensors: File stem -> tensors by name; one safetensors file each.
         state: What else there is to keep, JSON-serialisable.
+        copied: The tensors are a `HostCopy`, and no other copy is made of them.
 
     An old one that cannot be removed stays, and a warning names it.
 
@@ -62,7 +64,7 @@ def save_checkpoint(
     sweep(directory)
     partial = _unused(directory / f".{final.name}.partial")
     try:
-        _write(partial, tensors, state)
+        _write(partial, tensors, state, copied)
         if final.exists():
             _discard(final)
         partial.rename(final)
@@ -80,6 +82,17 @@ def save_checkpoint(
         except OSError as error:
             logger.warning_once(f"{old} is no longer needed, but cannot be removed: {error}")
     return final
+
+
+def check_finite(step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Raises `FloatingPointError`: a run that goes on from NaN stays NaN."""
+    for stem in ("model", "objective"):
+        spoiled = [n for n, v in tensors[stem].items() if v.is_floating_point() and not v.isfinite().all()]
+        if spoiled:
+            raise FloatingPointError(
+                f"not saved: at step {step} NaN or infinity is in {len(spoiled)} tensors of the {stem}: "
+                f"{spoiled[:5]}; lower the learning rate"
+            )
 
 
 def sweep(directory: str | Path) -> None:
@@ -111,13 +124,16 @@ def _unused(path: Path) -> Path:
     return path if not os.path.lexists(path) else next(one for one in numbered if not os.path.lexists(one))
 
 
-def _write(directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
+def _write(
+    directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], copied: bool
+) -> None:
     # a safetensors file for each stem
     directory.mkdir(parents=True)
     for stem, content in tensors.items():
         # a clone of its own for each: safetensors refuses tied tensors, and a checkpoint has no use for ties
-        save_file({name: value.detach().cpu().clone().contiguous() for name, value in content.items()},
-                  directory / f"{stem}.safetensors")  # fmt: skip
+        if not copied:
+            content = {name: value.detach().cpu().clone().contiguous() for name, value in content.items()}
+        save_file(content, directory / f"{stem}.safetensors")
     text = json.dumps({**state, FILES: sorted(tensors)}, indent=1)
     (directory / STATE).write_text(text, encoding="utf-8")
 

@@ -3,10 +3,12 @@
 for each step: learning rate, loss and backward of each portion, clip, step, teachers, log, evaluate, save
 """
 
+import copy
 import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from oner.training.parallel.sharding import full_optimizer_state, full_state
 from .arguments import Arguments
 from .checkpoint import (
     CheckpointError,
+    check_finite,
     load_weights,
     random_state,
     read_checkpoint,
@@ -33,6 +36,7 @@ from .checkpoint import (
     set_aside,
     sweep,
 )
+from .checkpoint_writer import CheckpointWriter, Tensors
 from .data_workers import STOPPING, Waiting
 from .gradient_cache import loss_and_gradients
 from .inputs import Inputs
@@ -118,6 +122,7 @@ class Engine:
         self._reminded = 0.0
         self.metrics: dict[str, float] = {}
         self.log = RunLog(self.output_dir / "log.jsonl")
+        self.writer = CheckpointWriter()
         self.guard = NonFiniteGuard(self.output_dir, run.max_nonfinite_steps, self.model, self.objective)
         set_seed(run.seed + rank())
 
@@ -129,7 +134,10 @@ class Engine:
         try:
             self.accelerator.init_trackers(**tracker_options(self.arguments))
             self._resume()
-            self._loop()
+            # whatever ends the loop, what is being written is finished first
+            with self.writer:
+                self._loop()
+                self._together(self.writer.wait)
             with self.whole_model() as model:
                 self.model = model  # to be exported by one process, which cannot do it with a part
             self.accelerator.end_training()
@@ -263,6 +271,7 @@ class Engine:
         if alone and self.step:
             self.guard.settle()
             self._save()
+            self.writer.wait()
         if late or not alone:
             kept = f"saved at step {self.step}" if alone and self.step else "the last checkpoint stands"
             raise DataStalledError(f"{what}; {kept}")
@@ -322,6 +331,7 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
+        """A checkpoint of this step; with `async_checkpoints` it may stand only when `writer.wait` returns."""
         device = self.accelerator.device
         generators = {
             name: gather_without_gradient(value[None].to(device)).cpu() for name, value in random_state().items()
@@ -335,25 +345,6 @@ class Engine:
             "optimizer": moments,
             "random": generators,
         }
-        error = None
-        if self.accelerator.is_main_process:
-            try:
-                self._write_checkpoint(tensors, groups)
-            except (CheckpointError, FloatingPointError) as caught:
-                error = caught
-        # all end together: the others would wait for the first one's next word
-        if any_process(error is not None, device):
-            raise error or CheckpointError(f"the first process could not save step {self.step}")
-
-    def _write_checkpoint(self, tensors: dict[str, dict[str, torch.Tensor]], groups: list[dict[str, Any]]) -> None:
-        # a run that goes on from NaN stays NaN
-        for stem in ("model", "objective"):
-            spoiled = [n for n, v in tensors[stem].items() if v.is_floating_point() and not v.isfinite().all()]
-            if spoiled:
-                raise FloatingPointError(
-                    f"not saved: at step {self.step} NaN or infinity is in {len(spoiled)} tensors of the {stem}: "
-                    f"{spoiled[:5]}; lower the learning rate"
-                )
         state = {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -366,8 +357,28 @@ class Engine:
             "nonfinite": self.guard.state_dict(),
             "metrics": self.metrics,
         }
+        if self.run.async_checkpoints:
+            write = partial(self._write_checkpoint, copy.deepcopy(state), copied=True)
+            self._together(lambda: self.writer.start(tensors, write))
+        else:
+            self._together(lambda: self._write_checkpoint(state, tensors))
+
+    def _write_checkpoint(self, state: dict[str, Any], tensors: Tensors, copied: bool = False) -> None:
+        """By the first process, perhaps while the run goes on: of the engine it reads what stays as it is."""
+        check_finite(state["step"], tensors)
         self.log.flush()
-        save_checkpoint(self.output_dir, self.step, tensors, state, keep=self.run.keep_checkpoints)
+        save_checkpoint(self.output_dir, state["step"], tensors, state, self.run.keep_checkpoints, copied)
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """What the first process does about checkpoints. All end together: the others would wait for its next word."""
+        error = None
+        if self.accelerator.is_main_process:
+            try:
+                action()
+            except (CheckpointError, FloatingPointError) as caught:
+                error = caught
+        if any_process(error is not None, self.accelerator.device):
+            raise error or CheckpointError(f"the first process could not save step {self.step}")
 
     def _resume(self) -> None:
         path = choose_checkpoint(self.output_dir, self.run.resume, self.accelerator.device)

@@ -49,7 +49,9 @@ def alone_in(output_dir: str | Path, device: torch.device) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            (Path(output_dir) / LOCK).unlink(missing_ok=True)
+            # a directory that cannot be written is told by the error that ended the run, and keeps the file
+            with contextlib.suppress(OSError):
+                (Path(output_dir) / LOCK).unlink()
             os.close(descriptor)
 
 

@@ -20,7 +20,7 @@ HARMLESS = {
     "resume", "allow_changes", "output_dir", "log_every", "report_to", "keep_checkpoints", "num_workers",
     "max_bad_rows",
     "max_nonfinite_steps", "export_dtype", "licence", "language", "repo_id", "data_licence", "attribution",
-    "run_name", "tracker_project", "data_timeout",
+    "run_name", "tracker_project", "data_timeout", "async_checkpoints",
 }  # fmt: skip
 
 
