@@ -10,7 +10,7 @@ from pathlib import Path
 
 from oner.processing.retrieval_backend import build_backend, build_stale
 from oner.processing.retrieval_sources import list_pictures
-from oner.training.run.shipped import shipped_checkpoint
+from oner.training.publishing.shipped import shipped_checkpoint
 
 from .search import load_pipeline
 from .table_items import TABLES, TableItems

@@ -2,18 +2,15 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from oner.training.publishing.hub import push_to_hub
+from oner.training.publishing.shipped import find_model
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Uploads the directory, or the `model` in it where it is that of a run."""
-    directory = Path(options.model)
-    if (directory / "model" / "config.json").is_file():
-        directory = directory / "model"
     address = push_to_hub(
-        directory,
+        find_model(options.model),
         options.repository,
         private=options.private,
         revision=options.revision,

@@ -9,6 +9,7 @@ from oner.processing.retrieval_index import INDEX_FILE
 from oner.processing.retrieval_page import SearchPage
 from oner.training.evaluation.contact_sheet import picture_of
 from oner.training.evaluation.sheets import describe
+from oner.training.publishing.shipped import find_model
 from oner.training.publishing.space import Space, write_space
 from oner.training.publishing.space_layout import build_page, import_gradio, look
 
@@ -21,8 +22,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.write_space is None:
         import_gradio()  # before the model, so that who lacks it is told at once
     place = Path(options.model)
-    of_run = (place / "model" / "config.json").is_file()
-    model = str(place / "model") if of_run else options.model
+    model = find_model(place)
     pipe = load_pipeline(model)
     sources = [Path(one).resolve() for one in options.indexes] or [index_of_run(place)]
     indexes = named({source: index_directory(pipe, source) for source in sources})
