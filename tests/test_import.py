@@ -39,6 +39,7 @@ SAID = {
     "estmate": ("'estmate' is none of train, ", 2),
     "estmate --count 2": ("did you mean estimate?", 2),
     "train --help": ("--help-all lists the other", 0),
+    "train --help-all": ("the losses of momo", 0),
     "train --help-all --family simla": ("the losses of simla", 0),
     "finetune --task vqa --help": ("--answer_list", 0),
     "evaluate --help": ("--rerank_weight", 0),
