@@ -149,7 +149,7 @@ def suite_arguments(parser: argparse.ArgumentParser) -> None:
     """
     What a model's features are good for: probes of images and texts, and retrieval without training.
 
-        oner suite examples/checkpoints/oner-emoji examples/checkpoints/simla-emoji --output runs/suite
+        oner suite oner-emoji simla-emoji --output runs/suite
         oner suite runs/mine/model --tasks table3 --root data --linear
         oner suite runs/mine/model --images birds train_folder test_folder label
 
