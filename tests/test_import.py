@@ -45,6 +45,8 @@ SAID = {
     "evaluate --help": ("--rerank_weight", 0),
     "search --help": ("both are one query", 0),
     "index --help": ("goes on where it was", 0),
+    "index nowhere photos-index": ("nowhere: no such folder or file", 2),
+    "doctor nowhere": ("nowhere: no such folder or file", 2),
     "serve --help": ("--write-space", 0),
     "serve nowhere": ("nowhere is no run", 2),
     "serve model nowhere": ("nowhere: no such folder", 2),
