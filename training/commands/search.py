@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
 from oner.processing.data.places import expand
@@ -135,13 +136,14 @@ def use_backend(pipe: ImageTextRetrievalPipeline, name: str, directory: Path) ->
     pipe.load_index(directory, backend=name)
 
 
-def load_pipeline(model: str | Path) -> ImageTextRetrievalPipeline:
+def load_pipeline(model: str | Path, device: torch.device | None = None) -> ImageTextRetrievalPipeline:
     """The pipeline of a model directory, of a run, of a checkpoint that ships, or of a name on the Hub."""
     source = find_model(model)
     return pipeline(
         "image-text-retrieval",
         model=load_model(AutoModelForZeroShotImageClassification, source),
         processor=AutoProcessor.from_pretrained(source),
+        device=device,
     )
 
 
