@@ -10,8 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import reduce
 
 from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline
 from oner.processing.retrieval_backend import build_backend, build_stale
@@ -66,7 +67,7 @@ def embed_share(pipe: ImageTextRetrievalPipeline, rows: Any, options: argparse.N
     share = (state.process_index, state.num_processes)
     told = {"batch_size": options.batch_size, "show_progress": state.is_main_process}
     index = pipe.index(rows, directory=options.destination, share=share, **told)
-    return sum(gather_object([index.counts["embedded"]]))
+    return int(reduce(torch.tensor(index.counts["embedded"], device=state.device), "sum"))
 
 
 def backend_options(options: argparse.Namespace) -> dict[str, object]:
