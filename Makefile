@@ -23,7 +23,7 @@ PIP_OPTIONS ?= --constraint constraints/tested.txt
 # Beside other work, threads that wait by spinning take the time of those that compute.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format compare evidence evidence-transfer evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test resume-matrix walk docs dist clean
+.PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format compare evidence evidence-transfer evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test wheel-test resume-matrix walk docs dist clean
 
 help:
 	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
@@ -36,6 +36,7 @@ help:
 	@echo 'make test-slow          the tests marked slow'
 	@echo 'make test-transformers  the model tests of the installed transformers, from its source archive'
 	@echo 'make kill-test          SIGKILLs of runs, exports, indexing, oner convert; a full disk and other losses (slow)'
+	@echo 'make wheel-test         the wheel in a new environment, far from the checkout: commands, mistakes, 600 pictures (slow)'
 	@echo 'make resume-matrix      120 ways to stop and resume, to the bit (slow)'
 	@echo 'make lint | format      ruff, checking or mending'
 	@echo 'make compare            all families and CLIP of the same pairs, and of equal time, three seeds (about 5 hours of one core)'
@@ -106,6 +107,9 @@ test-slow: $(VENV)/.installed-all
 kill-test: $(VENV)/.installed-test
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/kill.py
 	$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/reliability/kill.py --beside --kills 50 --faults disk,read-only,sigterm,worker,process
+
+wheel-test: $(VENV)/.installed-test
+	$(PY) tests/reliability/installed.py --fresh
 
 resume-matrix: $(VENV)/.installed-test
 	$(PYTEST) -m "slow or not slow" tests/run/test_resume_matrix.py

@@ -17,7 +17,7 @@ from pathlib import Path
 import oner_run_options as run_options
 from oner_evaluate_options import check_evaluation, compare_arguments, evaluate_arguments, suite_arguments
 from oner_run_options import Mistake, check_nothing_more
-from oner_serve_options import check_serving, serve_arguments
+from oner_serve_options import add_page, check_publishing, check_serving, serve_arguments
 
 BACKENDS = ("exact", "faiss", "lancedb", "qdrant")
 
@@ -63,7 +63,7 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="?", help="what to look for")
     parser.add_argument("--image", help="a picture to look for; with words, both are one query")
     parser.add_argument("--index", help="the place by name: the one word before it is then what to look for")
-    parser.add_argument("--model", help="model directory or name on the Hub; the run's, else the one that ships")
+    parser.add_argument("--model", help="a model directory, a run, or a name on the Hub; oner-emoji ships")
     parser.add_argument(
         "--plus", action="append", default=[], metavar="[WEIGHT:]WORDS", help="add a query; repeatable"
     )
@@ -91,13 +91,14 @@ def index_arguments(parser: argparse.ArgumentParser) -> None:
 
         oner index photos/ photos-index --model runs/photos/model
         oner search photos-index "red fruit" --model runs/photos/model
+        accelerate launch -m oner_command_line index photos/ photos-index     each process embeds a share
 
     It is saved as it grows: a call that was killed goes on where it was when it is made again. Made again later, it
     embeds what is new or has changed, and drops what is gone. docs/search.md says which backend to choose.
     """
     parser.add_argument("source", help="a folder of pictures, searched recursively, or a table of pairs")
     parser.add_argument("destination", help="the directory of the index")
-    parser.add_argument("--model", help="model directory or name on the Hub; the one that ships by default")
+    parser.add_argument("--model", help="a model directory, a run, or a name on the Hub; oner-emoji ships")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument(
         "--backend", choices=BACKENDS, default="exact", help="what will search it; exact needs nothing"
@@ -112,16 +113,23 @@ def publish_arguments(parser: argparse.ArgumentParser) -> None:
     Upload a model directory as a repository on the Hub, made if it is not there.
 
         oner publish runs/photos owner/photos --private
+        oner publish runs/photos owner/search --space            a page that searches the pictures of the run
+        oner publish owner/photos owner/search art/ --space      a page over a folder, a table, or an index
 
     The account is that of `hf auth login`. Nothing is uploaded that is not a whole export, and none of its files
     names a path of this machine (SECURITY.md).
     """
     parser.add_argument("model", help="a model directory, or the run that left it")
     parser.add_argument("repository", help="owner/name")
+    parser.add_argument(
+        "indexes", nargs="*", metavar="INDEX", help="of a Space: what it searches, as `oner serve` does"
+    )
+    parser.add_argument("--space", action="store_true", help="a Space: the page of `oner serve`, with small pictures")
+    add_page(parser)
     parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
     parser.add_argument("--revision", help="branch to upload to")
     parser.add_argument("--create_pr", action="store_true", help="as a pull request")
-    parser.add_argument("--message", default="Upload model", help="of the commit")
+    parser.add_argument("--message", help="of the commit")
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -293,6 +301,14 @@ def check_training(options: argparse.Namespace, rest: Sequence[str], known: Sequ
     check_run(options, rest[1:] if folders else rest, known)
 
 
+def check_place(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
+    """Whether the first that is named, of a doctor its run and of an index its source, is there. Raises `Mistake`."""
+    check_nothing_more(options, rest, known)
+    place = options.run if "run" in options else options.source
+    if not Path(place).exists():
+        raise Mistake(f"{place}: no such folder or file{beside(place)}")
+
+
 @dataclass(frozen=True)
 class Command:
     """
@@ -379,6 +395,7 @@ COMMANDS = {
         "embed pictures once, to be searched later",
         "oner.training.commands.index",
         index_arguments,
+        check_place,
     ),
     "serve": Command(
         "a page to search by words, by a picture, or by both; or a Space of it",
@@ -387,9 +404,10 @@ COMMANDS = {
         check_serving,
     ),
     "publish": Command(
-        "upload a model to the Hub",
+        "upload a model to the Hub, or a page that searches with it",
         "oner.training.commands.publish",
         publish_arguments,
+        check_publishing,
     ),
     "export": Command(
         "a model as ONNX graphs",
@@ -411,6 +429,7 @@ COMMANDS = {
         "what ails a run, in words, and what helped where it was tried",
         "oner.training.doctor.command",
         doctor_arguments,
+        check_place,
     ),
     "suite": Command(
         "what a model's features are good for: probes and retrieval, in one table",
@@ -428,7 +447,8 @@ def is_refusal(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return isinstance(error, OSError) or (
+    # started by -m this module has another name
+    return isinstance(error, OSError | Mistake) or (
         trace is not None and trace.tb_frame.f_globals["__name__"].startswith("oner")
     )
 

@@ -16,7 +16,9 @@ OWN_EVALUATIONS = tuple(task for task in run_options.tasks() if task not in EVAL
 
 def add_evaluation_sources(parser: argparse.ArgumentParser) -> None:
     """What is evaluated, on what, and where the answers go."""
-    parser.add_argument("--model", required=True, help="a model directory, or a name on the Hub")
+    parser.add_argument(
+        "--model", required=True, help="a model directory, a run, one that ships, or a name on the Hub"
+    )
     parser.add_argument("--data", nargs="+", required=True, help="one or more sources; each is a split of its own")
     parser.add_argument("--gallery", help="a source with other pictures of the same concepts")
     parser.add_argument(
@@ -25,7 +27,7 @@ def add_evaluation_sources(parser: argparse.ArgumentParser) -> None:
         choices=[*EVALUATIONS, *OWN_EVALUATIONS],
         help="default: all that the model and the data allow",
     )
-    parser.add_argument("--output", help="default: the model directory")
+    parser.add_argument("--output", help="default: the model directory; runs/NAME for one that ships or of the Hub")
     add_columns(parser)
 
 
@@ -117,7 +119,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     `get_image_features`. Writes compare.md and compare.json.
     """
     parser.set_defaults(class_names=None)  # rows are pairs, not pictures of classes
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, or names on the Hub")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, runs, or names on the Hub")
     parser.add_argument("--data", nargs="+", required=True, help="one or more sources; each is a table of its own")
     add_columns(parser)
     parser.add_argument("--captions", choices=("all", "first"), default="all")
@@ -147,7 +149,7 @@ def suite_arguments(parser: argparse.ArgumentParser) -> None:
     """
     What a model's features are good for: probes of images and texts, and retrieval without training.
 
-        oner suite examples/checkpoints/oner-emoji examples/checkpoints/simla-emoji --output runs/suite
+        oner suite oner-emoji simla-emoji --output runs/suite
         oner suite runs/mine/model --tasks table3 --root data --linear
         oner suite runs/mine/model --images birds train_folder test_folder label
 
@@ -160,7 +162,7 @@ def suite_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Model directories, or names on the Hub.")
     parser.add_argument("--tasks", nargs="+", help="Of those above, or their groups.")
-    parser.add_argument("--output", help="Directory of the results; by default each model's own.")
+    parser.add_argument("--output", help="Directory of the results; as of `oner evaluate` by default.")
     parser.add_argument("--data", default="examples/data", help="Folder with emoji and glosses.")
     parser.add_argument("--root", default="data", help="Folder of the official files of Table 3's sets.")
     parser.add_argument("--download", action="store_true", help="Let torchvision bring those that are missing.")

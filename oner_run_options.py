@@ -292,13 +292,19 @@ def help_text(name: str, description: str, line: Sequence[str]) -> str:
     shown = groups if "help_all" in told else {title: [options[one] for one in few] for title, few in FIRST.items()}
     if "help_all" not in told and task in tasks():
         shown[f"the task {task}"] = groups[f"the task {task}"]
-    for title, group in shown.items():
-        section = parser.add_argument_group(title)
-        for option in group:
-            section.add_argument(f"--{option.name}", **_shown(option))
+    parts = [parser.format_help(), *(_group_text(title, group) for title, group in shown.items())]
     if "help_all" not in told:
         left = len(options) - sum(map(len, FIRST.values()))
-        parser.epilog = f"--help-all lists the other {left}, all of which a YAML file may hold."
+        parts.append(f"--help-all lists the other {left}, all of which a YAML file may hold.\n")
+    return "\n".join(parts)
+
+
+def _group_text(title: str, group: Sequence[Option]) -> str:
+    """A group of the help, by a parser of its own: options of two families may have one name."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    section = parser.add_argument_group(title)
+    for option in group:
+        section.add_argument(f"--{option.name}", **_shown(option))
     return parser.format_help()
 
 

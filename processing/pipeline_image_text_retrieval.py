@@ -361,6 +361,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         dtype: str = "float16",
         show_progress: bool = True,
         directory: str | os.PathLike | None = None,
+        share: tuple[int, int] | None = None,
     ) -> RetrievalIndex:
         """Embeds pictures (or pictures with texts) and keeps them as the index that answers.
 
@@ -377,12 +378,16 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             directory: where the index is saved, as by `save_index`, and before it is whole what is embedded: a call
                 that was killed goes on where it was when it is made again. What an index that stands there holds
                 already, unchanged and by this model, is not embedded again; what is gone from the source leaves it.
+            share: (r, n): every n-th row from r on is embedded, and left for a call without it, when all n are done.
 
         Raises:
             ValueError: no picture under the folder, an empty source, or not one readable entry.
             IndexFileError: `directory` holds something else, or another process is indexing into it.
         """
         entries, total = rows_of(source)
+        if share is not None:
+            entries = islice(entries, share[0], None, share[1])
+            total = total and len(range(share[0], total, share[1]))
         old = self._own_index() if append and self.retrieval_index is not None else None
         new = self._new_index(dtype if old is None else old.dtype)
         allowed = self._preprocess_params.get("allow_urls", False) if allow_urls is None else allow_urls
@@ -392,7 +397,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
 
         # a batch at a time: decoded by threads, then embedded, or known from a call that was killed
         with (
-            unfinished_index(directory, self._space, new.dtype) as known,
+            unfinished_index(directory, self._space, new.dtype, 0 if share is None else share[0]) as known,
             ThreadPoolExecutor(max(1, num_workers)) as pool,
             tqdm(total=total, desc="indexing", unit="item", disable=not show_progress) as bar,
         ):
@@ -404,9 +409,11 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
                 bar.update(len(batch))
 
             # it answers only once it is whole
+            new.counts = known.counts(len(new))
+            if share is not None:
+                return new
             report_skipped(new, seen)
             self.tell_unknown(unknown, seen)
-            new.counts = known.counts(len(new))
             index = new if old is None else old.extend(new)
             if directory is not None:
                 index.save(directory)

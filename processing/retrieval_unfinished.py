@@ -2,6 +2,7 @@
 
     unfinished/<digest>.safetensors    "embeddings" (m, P) fp32, and the keys of their m rows in the metadata
 
+Several processes may write such parts at once, each of its share of the rows; one that indexes afterwards finds all.
 A row's key is a digest of what was embedded and by what: the same file at another place in the list is found again, a
 file that changed since is not.
 """
@@ -36,7 +37,9 @@ from .retrieval_nearest import unit_rows
 from .retrieval_sources import Query
 
 PARTS = "unfinished"
+# the first also keeps a process that indexes alone away
 BUSY_FILE = ".indexing.lock"
+BUSY_SHARE_FILE = ".indexing-{}.lock"
 PART_ROWS = 4096
 PART_SECONDS = 5.0
 
@@ -125,9 +128,10 @@ class UnfinishedIndex:
 
 @contextmanager
 def unfinished_index(
-    directory: str | os.PathLike | None, space: str, dtype: str = "float16"
+    directory: str | os.PathLike | None, space: str, dtype: str = "float16", share: int = 0
 ) -> Iterator[UnfinishedIndex]:
-    """While open, `directory` is this process's to index into; an error leaves what was embedded before it.
+    """While open, `directory` is this process's to index into, or a share of it; an error leaves what was embedded
+    before it.
 
     Raises IndexFileError if another process is at it, or `directory` is a file or holds something else.
     """
@@ -139,7 +143,7 @@ def unfinished_index(
         raise IndexFileError(directory, "is a file; an index is saved into a directory")
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(directory / BUSY_FILE, timeout=0):
+        with FileLock(directory / (BUSY_SHARE_FILE.format(share) if share else BUSY_FILE), timeout=0):
             unfinished = UnfinishedIndex(directory, space, dtype)
             try:
                 yield unfinished

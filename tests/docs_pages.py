@@ -10,6 +10,7 @@ An HTML comment above a block, which a rendered page does not show, says it:
     <!-- test: file NAME -->        any: written as NAME into the folder where everything runs
     <!-- test: recorded -->         python: run, the Hub's API replaced by one that writes down what it is asked
     <!-- test: without oner -->     python: run in a process that cannot import oner
+    <!-- test: needs PACKAGES -->   python: run where these packages of the extras are installed
 """
 
 import re
@@ -25,19 +26,27 @@ FOLLOWED = (
     "docs/evaluation.md",
     "docs/families.md",
     "docs/howto_bigger_machines.md",
+    "docs/howto_ecosystem.md",
     "docs/howto_finetune.md",
+    "docs/howto_lora.md",
     "docs/howto_momo_stages.md",
+    "docs/howto_onnx.md",
     "docs/howto_own_folder.md",
     "docs/howto_own_shards.md",
     "docs/howto_publish.md",
     "docs/howto_read_the_numbers.md",
     "docs/howto_resume.md",
     "docs/howto_search.md",
+    "docs/howto_serve.md",
+    "docs/howto_trainer.md",
     "docs/results.md",
+    "docs/search.md",
     "docs/skill/SKILL.md",
     "docs/training.md",
 )
-PAGES = sorted({*FOLLOWED, "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))})
+# it exports three graphs, twice
+SLOW = ("docs/howto_onnx.md",)
+PAGES = sorted({*FOLLOWED, "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))})
 
 
 class Block(NamedTuple):

@@ -144,7 +144,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     return unpacked, next(folder.glob("*.whl"))
 
 
-BESIDE = ("oner_command_line.py", "oner_evaluate_options.py", "oner_run_options.py")
+BESIDE = {path.name for path in ROOT.glob("oner_*.py")}
 
 
 def files_of(room: str) -> set[str]:

@@ -19,6 +19,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import commands_page  # noqa: E402
+import notebooks  # noqa: E402
 import public_names  # noqa: E402
 
 ROOMS = ("modeling", "processing", "training")
@@ -64,6 +65,16 @@ def paths_of(entries: str | list | dict) -> Iterator[str]:
         yield from paths_of(entry)
 
 
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Below the title of a notebook's page, where the notebook is."""
+    folder, _, name = page.file.src_uri.rpartition("/")
+    if folder != notebooks.FOLDER.name:
+        return markdown
+    title, rest = markdown.split("\n", 1)
+    name = name.removesuffix(".md")
+    return f"{title}\n[For Jupyter]({name}.ipynb), [as a script]({name}.py)\n\n{rest}"
+
+
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Docstrings name classes as transformers' do, [`OneRModel`]: here each becomes a link."""
     if not page.file.src_uri.startswith("reference/"):
@@ -82,7 +93,10 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the reference, whose pages are no files of docs/."""
+    """Adds what is no file of docs/: the pages of the reference, and the notebooks as Jupyter reads them."""
     for path, _, text in pages():
         files.append(File.generated(config, path, content=text))
+    for script in sorted(notebooks.FOLDER.glob("*.py")):
+        path = f"{notebooks.FOLDER.name}/{script.stem}.ipynb"
+        files.append(File.generated(config, path, content=notebooks.notebook(script)))
     return files

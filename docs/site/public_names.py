@@ -19,6 +19,7 @@ MORE = {
     "training.evaluation.zero_shot": ["ZeroShotClassificationEvaluator"],
     "training.objectives.objective": ["Objective", "SinglePortion"],
     "training.publishing.hub": ["export_model", "push_to_hub"],
+    "training.publishing.shipped": ["find_model", "shipped_checkpoint"],
     "training.run.arguments": ["DataArguments", "ModelArguments", "RunArguments"],
 }
 

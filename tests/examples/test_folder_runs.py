@@ -1,9 +1,6 @@
 """`oner train FOLDER` and what follows: captions by name, the tenth held out, the run, the search of its pictures."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,26 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
-from tiny_pretraining import ROOT, load_example, tiny_arguments
+from tiny_folder import write_named
+from tiny_pretraining import load_example, tiny_arguments
 
 from oner.training.commands import folder as folders
 from oner.training.commands.folder import FolderError, concepts, describe, hold_out, read_folder, words_of
 from oner.training.evaluation.curves import draw_log, read_series
 from oner.training.run.parsing import parse_arguments, read_config
 from oner_command_line import main as command_line
-
-EMOJI = ROOT / "examples" / "data" / "emoji" / "test_style.parquet"
-
-
-def write_named(folder: Path, count: int) -> Path:
-    """Pictures called by their captions, numbered where these are equal; every sixth by the one before it."""
-    folder.mkdir(parents=True)
-    rows = pq.read_table(EMOJI).slice(0, count).to_pylist()
-    for number, row in enumerate(rows):
-        words = rows[number - 1 if number % 6 == 5 else number]["captions"][0]
-        name = "_".join("".join(letter for letter in words if letter.isalnum() or letter == " ").split())
-        (folder / f"{name}_{number:03d}.png").write_bytes(row["image"]["bytes"])
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -196,34 +181,3 @@ def test_a_fault_of_another_library_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr("oner.training.doctor.command.run", fail)
     with pytest.raises(ValueError, match="Expecting"):
         command_line(["doctor", str(tmp_path)])
-
-
-@pytest.mark.slow
-def test_the_whole_road_from_the_wheel(tmp_path):
-    """A wheel, an environment of its own, 600 pictures, three commands, nowhere near the checkout."""
-    build = f"from setuptools import build_meta as b; print(b.build_wheel({str(tmp_path)!r}))"
-    for name in ("modeling", "processing", "training", "oner", "examples"):
-        (tmp_path / "tree").mkdir(exist_ok=True)
-        os.symlink(ROOT / name, tmp_path / "tree" / name)
-    for path in ROOT.iterdir():
-        if path.is_file():
-            os.symlink(path, tmp_path / "tree" / path.name)
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "tree", check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv")], check=True)
-    # the packages of this environment, whether or not it is itself one that leans on another
-    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
-    (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel)], check=True)
-
-    write_named(tmp_path / "photos", 600)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    for words in (["train", "photos"], ["search", "runs/photos", "red fruit", "--image", "photo.png"]):
-        Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
-        done = subprocess.run(
-            [tmp_path / "venv" / "bin" / "oner", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert str(ROOT) not in done.stdout
-    assert "of 600 in photos" in done.stdout and (tmp_path / "results.png").is_file()

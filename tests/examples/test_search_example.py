@@ -22,7 +22,9 @@ from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.commands.index import passed_over
 from oner.training.commands.table_items import spelled
 from oner.training.evaluation import contact_sheet
-from oner.training.run import shipped
+from oner.training.evaluation.results import results_directory
+from oner.training.publishing import shipped
+from oner.training.run.parsing import parse_arguments
 from oner_command_line import main as command_line
 
 ROOT = Path(__file__).parents[2]
@@ -242,6 +244,37 @@ def test_a_missing_shipped_model_says_how_to_get_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shipped, "FOLDERS", (tmp_path,))
     with pytest.raises(FileNotFoundError, match="make demo"):
         shipped.shipped_checkpoint()
+    assert shipped.find_model("oner-emoji") == "oner-emoji"  # the Hub may know it
+
+
+def test_a_model_is_named_by_its_directory_its_run_or_as_one_that_ships(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ships = shipped.shipped_checkpoint()
+    assert shipped.find_model("oner-emoji") == str(ships) and (ships / "model.safetensors").is_file()
+    assert shipped.find_model("owner/oner-emoji") == "owner/oner-emoji"
+    with pytest.raises(FileNotFoundError, match="those that do: .*oner-emoji"):
+        shipped.shipped_checkpoint("oner-emoij")
+    assert parse_arguments(["--initial_model", "oner-emoji", "--train_data", "pairs"]).model.initial_model == str(
+        ships
+    )
+
+    # what lies here comes first
+    (tmp_path / "runs/mine/model").mkdir(parents=True)
+    (tmp_path / "runs/mine/model/config.json").write_text("{}")
+    (tmp_path / "oner-emoji").mkdir()
+    assert shipped.find_model("runs/mine") == "runs/mine/model"
+    assert shipped.find_model("runs/mine/model") == "runs/mine/model"
+    assert shipped.find_model("oner-emoji") == "oner-emoji"
+
+
+def test_results_go_where_they_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert results_directory("mine", "mine/model") == Path("mine/model")
+    assert results_directory("oner-emoji", "/somewhere/oner-emoji") == Path("runs/oner-emoji")
+    assert results_directory("owner/name", "owner/name") == Path("runs/owner/name")
 
 
 def test_sheet_shows_query_and_answers_in_an_even_grid(photos: Path, pictures: list[Image.Image]) -> None:

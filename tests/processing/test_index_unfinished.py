@@ -299,3 +299,41 @@ def test_a_killed_process_leaves_what_it_embedded(search, tmp_path):
         assert len(known.rows) >= 96 and all(key in known.rows for key in keys)
         kept = torch.stack([known.rows[key] for key in keys[:32]])
         torch.testing.assert_close(kept, search.embed(map(caption, range(32))), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 12 entries")
+def test_shares_of_several_processes_become_the_index_of_one(search, photos, embedded, tmp_path, monkeypatch):
+    """To the bit, also where a share was killed and embedded again; and no row is embedded twice."""
+    options = {"batch_size": 3, "show_progress": False}
+    alone = search.index(photos, directory=tmp_path / "alone", **options)
+    shared = tmp_path / "shared"
+    embedded.clear()
+    index_until(search, monkeypatch, 1, photos, directory=shared, share=(1, 2), **options)
+    for place in (1, 0):
+        assert len(search.index(photos, directory=shared, share=(place, 2), **options)) == (6, 5)[place]
+        assert not (shared / "retrieval_index.json").exists()
+    index = search.index(photos, directory=shared, **options)
+    assert sum(embedded) == COUNT - 1 and index.counts == {"embedded": 0, "kept": COUNT - 1, "gone": 0}
+    assert index.items == alone.items and index.keys == alone.keys and index.skipped == alone.skipped
+    assert torch.equal(index.embeddings, alone.embeddings) and not (shared / PARTS).exists()
+
+    # shares of one place, or an index beside the first share, are refused
+    with unfinished_index(shared, "space", share=1):
+        with pytest.raises(IndexFileError, match="another process is indexing into it"):
+            search.index(photos, directory=shared, share=(1, 2), **options)
+        search.index(photos, directory=shared, share=(0, 2), **options)
+    with unfinished_index(shared, "space"), pytest.raises(IndexFileError, match="another process"):
+        search.index(photos, directory=shared, share=(0, 2), **options)
+
+
+@pytest.mark.slow
+def test_two_processes_index_a_folder(photos, tmp_path):
+    """As `accelerate launch` starts them, and what they leave is what one process would."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    line = [*launch, "oner_command_line", "index", str(photos), str(tmp_path / "index")]
+    for said in (f"{COUNT - 1} items in {tmp_path / 'index'}: {COUNT - 1} embedded, 0 as they were", "0 embedded"):
+        done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert said in done.stdout and done.stdout.count("search them: ") == 1
+    assert len(RetrievalIndex.load(tmp_path / "index")) == COUNT - 1

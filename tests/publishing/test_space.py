@@ -177,3 +177,70 @@ def test_a_space_by_name_leaves_the_model_where_it_is(search, tmp_path, monkeypa
     assert header["models"] == ["owner/photos"]
     with pytest.raises(FileExistsError, match="is there already"):
         write_space(shown, tmp_path / "space", search.pipe)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[dict]:
+    """What the Hub's API was asked, the uploaded files' names among it."""
+    asked = []
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None: ...
+
+        def create_repo(self, repo_id: str, **options) -> None:
+            asked.append({"made": repo_id, **options})
+
+        def upload_folder(self, folder_path: Path, **options) -> SimpleNamespace:
+            asked.append({"files": sorted(path.name for path in folder_path.iterdir()), **options})
+            return SimpleNamespace(commit_url="https://hub/spaces/commit/1")
+
+    monkeypatch.setattr("oner.training.publishing.hub.HfApi", Api)
+    return asked
+
+
+def test_a_space_is_published_as_one_commit(search, asked, capsys):
+    line = ["publish", str(search.model), "owner/search", str(search.indexes["words"]), "--space", "--private"]
+    assert command_line([*line, "--limit", "3"]) == 0
+    made, uploaded = asked
+    kind = {"repo_type": "space", "space_sdk": "gradio"}
+    assert made == {"made": "owner/search", "private": True, "exist_ok": True, **kind}
+    assert uploaded["repo_type"] == "space" and uploaded["commit_message"] == "Upload Space"
+    assert {"app.py", "README.md", "requirements.txt", "indexes", "model"} <= set(uploaded["files"])
+    said = capsys.readouterr().out
+    assert "index-words: 3 items" in said and "https://hub/spaces/commit/1" in said
+
+
+def test_a_hub_that_does_not_answer_is_said_in_a_line(search, monkeypatch, capsys):
+    class TransportError(Exception): ...
+
+    class ConnectError(TransportError): ...
+
+    class Api:
+        endpoint = "https://hub"
+
+        def __init__(self, token: str | None = None) -> None: ...
+
+        def create_repo(self, repo_id: str, **options) -> None:
+            raise ConnectError("no such name")
+
+    monkeypatch.setattr("oner.training.publishing.hub.HfApi", Api)
+    assert command_line(["publish", str(search.model), "owner/photos"]) == 2
+    assert capsys.readouterr().err == "oner publish: https://hub does not answer: no such name\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["owner/photos", "owner/search", "nowhere", "--space"], "nowhere: no such folder or file"),
+        (["owner/photos", "owner/search", "--space"], "owner/photos is no run; expected what is searched behind it"),
+        (
+            ["owner/photos", "owner/search", "photos/"],
+            "unexpected 'photos/'; what is searched goes along with --space",
+        ),
+        (["MODEL", "no name", "INDEX", "--space"], "no name"),
+    ],
+)
+def test_what_cannot_be_published_is_told_before_anything_is(line, says, search, asked, capsys):
+    places = {"MODEL": str(search.model), "INDEX": str(search.indexes["words"])}
+    assert command_line(["publish", *(places.get(word, word) for word in line)]) == 2
+    assert says in capsys.readouterr().err and not asked

@@ -19,6 +19,7 @@ from oner.training.evaluation.suite import model_name
 from oner.training.publishing.model_card import markdown_table
 from oner.training.publishing.model_loading import load_model
 from oner.training.publishing.public import plain
+from oner.training.publishing.shipped import find_model
 
 from .evaluate import read
 
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Prints the table, and writes it and the numbers behind it."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     evaluators = build(options)
+    options.models = list(map(find_model, options.models))
     results = [result for source in options.models for result in measure(source, evaluators, options.device)]
     found = "\n\n".join(table(split, results) for split in evaluators)
     print(f"\n{found}")

@@ -34,12 +34,13 @@ from oner.training.evaluation.languages import LanguagesEvaluator
 from oner.training.evaluation.localization import LocalizationEvaluator
 from oner.training.evaluation.prompts import load_class_names, usual_templates
 from oner.training.evaluation.reranking import RerankingEvaluator
-from oner.training.evaluation.results import read_results, write_results
+from oner.training.evaluation.results import read_results, results_directory, write_results
 from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
 from oner.training.evaluation.zero_shot import ZeroShotClassificationEvaluator
 from oner.training.publishing.hub import write_pictures
 from oner.training.publishing.model_card import add_evaluation
 from oner.training.publishing.model_loading import load_model
+from oner.training.publishing.shipped import find_model
 from oner.training.run.arguments import DataArguments
 from oner.training.run.collators import CAPTION_RULES
 from oner.training.tasks.finetuning import TASKS as FINETUNED
@@ -107,6 +108,8 @@ def complete(a: argparse.Namespace, rest: Sequence[str]) -> argparse.Namespace:
         a.told = replace(told, **{one.name: getattr(a, one.name) for one in fields(kind) if hasattr(a, one.name)})
     if a.class_names is not None:
         a.tasks = a.tasks or ["bootstrap"]
+    told, a.model = a.model, find_model(a.model)
+    a.output = a.output or str(results_directory(told, a.model))
     a.bootstrap_rows = a.bootstrap_rows or None
     a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return a
@@ -150,7 +153,7 @@ def record(
     a: argparse.Namespace, facts: dict[str, Any], evaluator: Evaluator, model: Any, processor: Any
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Run one task on one split and write its files: the numbers, and the paths of the pictures by caption."""
-    output, split = Path(a.output or a.model), facts["split"]
+    output, split = Path(a.output), facts["split"]
     numbers, pictures = {}, {}
     for name, value in evaluator.run(model, processor):
         name = name if name.startswith(f"{split}/") else f"{split}/{name}"
@@ -195,7 +198,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str,
         numbers, drawn = record(a, facts, evaluator, model, processor)
         values |= numbers
         pictures |= drawn
-    output = Path(a.output or a.model)
+    output = Path(a.output)
     if output == Path(a.model) and (output / "README.md").is_file():
         add_evaluation(output, read_results(output), pictures)
     width = max(map(len, values), default=0)

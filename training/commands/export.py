@@ -8,13 +8,12 @@ from transformers import AutoModel, AutoProcessor
 
 from oner.training.publishing.model_loading import load_model
 from oner.training.publishing.onnx_export import export_onnx
+from oner.training.publishing.shipped import find_model
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Writes the graphs of a model directory, or of the `model` in it where it is that of a run."""
-    source = options.model
-    if (Path(source) / "model" / "config.json").is_file():
-        source = str(Path(source) / "model")
+    """Writes the graphs of a model, and says how far each is from torch."""
+    source = find_model(options.model)
     model = load_model(AutoModel, source).eval()
     processor = AutoProcessor.from_pretrained(source)
     for name, distance in export_onnx(model, processor, options.destination, options.int8):

@@ -22,8 +22,8 @@ import yaml
 from oner.processing.data.same_pictures import picture_digest
 from oner.processing.data.sources import TABLES, open_rows
 from oner.processing.pipeline_image_text_retrieval import list_pictures
+from oner.training.publishing.shipped import shipped_checkpoint, shipped_config
 from oner.training.run.parsing import read_config
-from oner.training.run.shipped import shipped_checkpoint, shipped_config
 
 CONFIG = "oner_folder"
 FEWEST = 20  # pictures below which a tenth is no measure of anything

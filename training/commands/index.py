@@ -6,15 +6,23 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+
+from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline
 from oner.processing.retrieval_backend import build_backend, build_stale
 from oner.processing.retrieval_sources import list_pictures
-from oner.training.run.shipped import shipped_checkpoint
+from oner.training.publishing.shipped import shipped_checkpoint
 
 from .search import load_pipeline
 from .table_items import TABLES, TableItems
 
+PATIENCE = timedelta(days=7)  # of a process that is done before the others
 NAMED = re.compile(r"(row \d+: )?(cannot (read|fetch) )?((\d+ bytes starting with b|)(['\"]).*?\6: )?")
 
 
@@ -23,13 +31,18 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     source = Path(options.source).resolve()
     if not source.exists():
         raise FileNotFoundError(f"{options.source}: no such folder or file")
-    pipe = load_pipeline(options.model or shipped_checkpoint())
+    state = PartialState(timeout=PATIENCE) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    pipe = load_pipeline(options.model or shipped_checkpoint(), state and state.device)
     rows = TableItems(str(source)) if source.suffix in TABLES else source
+    elsewhere = 0 if state is None else embed_share(pipe, rows, options, state)
+    if state is not None and not state.is_main_process:
+        return 0
     index = pipe.index(rows, directory=options.destination, batch_size=options.batch_size)
 
     # what became of every row and file
     counts = index.counts
-    print(f"{len(index)} items in {options.destination}: {counts['embedded']} embedded, {counts['kept']} as they were")
+    embedded = counts["embedded"] + elsewhere
+    print(f"{len(index)} items in {options.destination}: {embedded} embedded, {len(index) - embedded} as they were")
     if counts["gone"]:
         print(f"{counts['gone']} of the index before are gone or have changed")
     reasons = [one["reason"] for one in index.skipped] + list(getattr(rows, "bad", {}).values())
@@ -47,6 +60,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     backend = f" --backend {options.backend}" if options.backend != "exact" else ""
     print(f'search them: oner search {options.destination} "words"{model}{backend}')
     return 0
+
+
+def embed_share(pipe: ImageTextRetrievalPipeline, rows: Any, options: argparse.Namespace, state: PartialState) -> int:
+    """Embeds this process's share of the rows; returns how many all embedded, once they are done."""
+    share = (state.process_index, state.num_processes)
+    told = {"batch_size": options.batch_size, "show_progress": state.is_main_process}
+    index = pipe.index(rows, directory=options.destination, share=share, **told)
+    return int(reduce(torch.tensor(index.counts["embedded"], device=state.device), "sum"))
 
 
 def backend_options(options: argparse.Namespace) -> dict[str, object]:

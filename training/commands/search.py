@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
 from oner.processing.data.places import expand
@@ -24,7 +25,7 @@ from oner.processing.retrieval_index import INDEX_FILE, RetrievalIndexError
 from oner.training.doctor.reading import read_run
 from oner.training.evaluation.contact_sheet import caption_of, draw_sheet, picture_of, save_sheet
 from oner.training.publishing.model_loading import load_model
-from oner.training.run.shipped import shipped_checkpoint
+from oner.training.publishing.shipped import find_model, shipped_checkpoint
 
 from .folder import pictures_of
 from .table_items import TABLES, TableItems
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """`oner search`."""
     place = Path(options.place).resolve()
     of_run = (place / "model" / "config.json").is_file()
-    pipe = load_pipeline(options.model or (place / "model" if of_run else shipped_checkpoint()))
+    pipe = load_pipeline(options.model or (place if of_run else shipped_checkpoint()))
 
     # the index, kept from the last time if nothing has changed; what is said of it is no answer
     source = pictures_of(place) if of_run else None
@@ -135,12 +136,14 @@ def use_backend(pipe: ImageTextRetrievalPipeline, name: str, directory: Path) ->
     pipe.load_index(directory, backend=name)
 
 
-def load_pipeline(model: str | Path) -> ImageTextRetrievalPipeline:
-    """The pipeline of a model directory, or of a name on the Hub."""
+def load_pipeline(model: str | Path, device: torch.device | None = None) -> ImageTextRetrievalPipeline:
+    """The pipeline of a model directory, of a run, of a checkpoint that ships, or of a name on the Hub."""
+    source = find_model(model)
     return pipeline(
         "image-text-retrieval",
-        model=load_model(AutoModelForZeroShotImageClassification, str(model)),
-        processor=AutoProcessor.from_pretrained(model),
+        model=load_model(AutoModelForZeroShotImageClassification, source),
+        processor=AutoProcessor.from_pretrained(source),
+        device=device,
     )
 
 

@@ -9,6 +9,7 @@ from oner.processing.retrieval_index import INDEX_FILE
 from oner.processing.retrieval_page import SearchPage
 from oner.training.evaluation.contact_sheet import picture_of
 from oner.training.evaluation.sheets import describe
+from oner.training.publishing.shipped import find_model
 from oner.training.publishing.space import Space, write_space
 from oner.training.publishing.space_layout import build_page, import_gradio, look
 
@@ -18,22 +19,13 @@ from .search import load_pipeline, open_index
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Serves until Ctrl-C, or writes a Space."""
-    if options.write_space is None:
-        import_gradio()  # before the model, so that who lacks it is told at once
-    place = Path(options.model)
-    of_run = (place / "model" / "config.json").is_file()
-    model = str(place / "model") if of_run else options.model
-    pipe = load_pipeline(model)
-    sources = [Path(one).resolve() for one in options.indexes] or [index_of_run(place)]
-    indexes = named({source: index_directory(pipe, source) for source in sources})
-
     if options.write_space is not None:
-        space = Space(model, indexes, picture_of, options.title, options.limit)
-        for name, count in write_space(space, options.write_space, pipe).items():
-            print(f"{name}: {count} items")
+        write_page(options, options.write_space)
         print(f"try it: python {options.write_space}/app.py")
         print(f"publish it: hf upload OWNER/NAME {options.write_space} --repo-type space")
         return 0
+    import_gradio()  # before the model, so that who lacks it is told at once
+    _, pipe, indexes = open_search(options)
 
     # gradio chooses a port where none is named
     page = SearchPage(pipe, indexes, picture_of)
@@ -44,6 +36,23 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(f"search page: {address}", flush=True)
     blocks.block_thread()
     return 0
+
+
+def open_search(options: argparse.Namespace) -> tuple[str, ImageTextRetrievalPipeline, dict[str, Path]]:
+    """Where `options.model` lies, its pipeline, and by name what of `options.indexes`, or of the run, is searched."""
+    place = Path(options.model)
+    model = find_model(place)
+    pipe = load_pipeline(model)
+    sources = [Path(one).resolve() for one in options.indexes] or [index_of_run(place)]
+    return model, pipe, named({source: index_directory(pipe, source) for source in sources})
+
+
+def write_page(options: argparse.Namespace, directory: str | Path) -> None:
+    """The directory of a Space of what `options` name, and a line for each index."""
+    model, pipe, indexes = open_search(options)
+    space = Space(model, indexes, picture_of, options.title, options.limit)
+    for name, count in write_space(space, directory, pipe).items():
+        print(f"{name}: {count} items")
 
 
 def index_of_run(place: Path) -> Path:

@@ -70,6 +70,14 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def results_directory(told: str, source: str) -> Path:
+    """
+    Where results go unless it is said: into the model directory; into runs/NAME where it was told by the name of one
+    that ships or that lies on the Hub, neither of which is written into.
+    """
+    return Path(source) if Path(told).exists() else Path("runs") / told
+
+
 def write_results(
     path: str | Path,
     values: Mapping[str, float],

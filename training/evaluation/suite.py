@@ -11,11 +11,12 @@ from transformers import AutoModel, AutoModelForZeroShotImageClassification, Aut
 
 from oner.training.publishing.model_loading import load_model
 from oner.training.publishing.public import plain
+from oner.training.publishing.shipped import find_model
 
 from .features import Pool
 from .image_sets import SETS
 from .linear_probe import LinearRecipe
-from .results import write_results
+from .results import results_directory, write_results
 from .retrieval import RetrievalEvaluator
 from .suite_tasks import QUICK, SUITE, SuiteOptions, image_probe, pairs_retrieval, text_probe
 
@@ -42,12 +43,13 @@ def run(a: argparse.Namespace, rest: Sequence[str]) -> int:
     Raises:
         ValueError: an unknown task, data that are not there, a damaged model.
     """
+    named, a.models = a.models, list(map(find_model, a.models))
     check_choices(a)
     evaluators = dict(build(a, options_of(a)))
     found: Results = {}
-    for source in a.models:
+    for told, source in zip(named, a.models, strict=True):
         name = model_name(source)
-        directory = Path(source) if a.output is None else Path(a.output, name)
+        directory = results_directory(told, source) if a.output is None else Path(a.output, name)
         found[name] = measure(source, directory, evaluators, a.device)
         write_table(directory, {name: found[name]}, a)
     if a.output is not None:

@@ -49,6 +49,9 @@ GENERAL = ("AutoModel", "AutoModelForPreTraining")
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # JSON that holds words of a vocabulary, which may look like anything
 VOCABULARIES = ("tokenizer.json", "vocab.json")
+# what a repository is made as
+MODEL = {"repo_type": "model"}
+SPACE = {"repo_type": "space", "space_sdk": "gradio"}
 Picture = Image.Image | str | Path | Any  # Any: a matplotlib Figure, which this module does not import
 
 
@@ -401,15 +404,37 @@ def push_to_hub(
         raise FileNotFoundError(f"{directory} is no exported model, it lacks {', '.join(missing)}; see export_model")
 
     rename_card(directory, repo_id)
-
-    # one commit for all files
-    api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=directory,
-        commit_message=commit_message,
-        revision=revision,
-        create_pr=create_pr,
+    return upload(
+        directory, repo_id, private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr
     )
-    return commit.commit_url
+
+
+def upload(
+    directory: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    kind: Mapping[str, str] = MODEL,
+    token: str | None = None,
+    **commit: Any,
+) -> str:
+    """
+    One commit of all files of a directory to a repository, which is made if need be; returns the commit's address.
+
+    Args:
+        kind: What a new repository is, as `create_repo` takes it; `repo_type` is of the commit too.
+        commit: As `upload_folder` takes them: message, revision, `create_pr`.
+
+    Raises:
+        ConnectionError: the Hub does not answer.
+    """
+    check_repo_id(repo_id)
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True, **kind)
+        made = api.upload_folder(repo_id=repo_id, folder_path=directory, repo_type=kind["repo_type"], **commit)
+    except Exception as error:
+        # of httpx or httpx2, as the release of huggingface_hub is
+        if any(cls.__name__ == "TransportError" for cls in type(error).__mro__):
+            raise ConnectionError(f"{api.endpoint} does not answer: {error}") from error
+        raise
+    return made.commit_url

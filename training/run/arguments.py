@@ -74,7 +74,7 @@ class ModelArguments:
 
     # what it starts from; from scratch where all of these are none
     initial_model: str | None = field(
-        default=None, metadata=_help("Directory or Hub id to start from (weights, processor), as the 384 stage does.")
+        default=None, metadata=_help("Directory, run, Hub id or one that ships: weights and processor to start from.")
     )
     initial_objective: str | None = field(
         default=None,

@@ -13,10 +13,10 @@ from transformers import AutoConfig, HfArgumentParser
 
 from oner.processing.data.places import regular
 from oner.training.objectives.objective import OBJECTIVES, objective_classes
+from oner.training.publishing.shipped import find_model, shipped_config
 
 from .argument_checks import check
 from .arguments import DATA, Arguments, ModelArguments, RunArguments, data_arguments, flat, hints_of
-from .shipped import shipped_config
 from .values import fit, read_json
 
 # what a file says of its train_data, which is not said of others
@@ -119,6 +119,8 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
         for name in ("model_config", "portions", "loss_weights"):
             if isinstance(getattr(part, name, None), str):
                 setattr(part, name, read_json(name, getattr(part, name)))
+    if arguments.model.initial_model is not None:
+        arguments.model.initial_model = find_model(arguments.model.initial_model)
     check(arguments)
     return arguments
 
@@ -126,4 +128,4 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
 def _family_of(initial_model: str | None) -> str:
     if initial_model is None:
         raise ValueError(f"which family? expected --family, or `family` in the file, out of {', '.join(OBJECTIVES)}")
-    return AutoConfig.from_pretrained(initial_model).model_type
+    return AutoConfig.from_pretrained(find_model(initial_model)).model_type
