@@ -226,6 +226,7 @@ def test_cells_of_a_csv_are_numbers_where_they_spell_one(cell: str, value: Any) 
         (["--index", "."], "give words, --image, or both"),
         (["sun", "--index", "nowhere"], "--index nowhere: no such folder or file"),
         (["sun", "--index", ".", "--image", "no.png"], "--image no.png: no such file"),
+        ([".", "sun", "--out", "sheets"], "--out is 'sheets'; expected the name of a picture, such as answers.png"),
     ],
 )
 def test_wrong_arguments(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
 from oner.processing.data.places import expand
@@ -32,7 +33,9 @@ from .table_items import TABLES, TableItems
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """`oner search`."""
+    """`oner search`. Raises `ValueError` for a sheet that could not be written, before anything is read."""
+    if options.out and Path(options.out).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out is {options.out!r}; expected the name of a picture, such as answers.png")
     place = Path(options.place).resolve()
     of_run = (place / "model" / "config.json").is_file()
     pipe = load_pipeline(options.model or (place if of_run else shipped_checkpoint()))
