@@ -18,6 +18,7 @@ from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipe
 from oner.processing.retrieval_backend import build_backend, build_stale
 from oner.processing.retrieval_sources import list_pictures
 from oner.training.publishing.shipped import shipped_checkpoint
+from oner.training.run.arguments import read_launch
 
 from .search import load_pipeline
 from .table_items import TABLES, TableItems
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     source = Path(options.source).resolve()
     if not source.exists():
         raise FileNotFoundError(f"{options.source}: no such folder or file")
-    state = PartialState(timeout=PATIENCE) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    state = PartialState(timeout=PATIENCE) if read_launch().processes > 1 else None
     pipe = load_pipeline(options.model or shipped_checkpoint(), state and state.device)
     rows = TableItems(str(source)) if source.suffix in TABLES else source
     elsewhere = 0 if state is None else embed_share(pipe, rows, options, state)
