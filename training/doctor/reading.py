@@ -260,9 +260,11 @@ def _standing(model: PreTrainedModel, processor: Any, portion: Arguments, rows: 
     # embeddings of the sample, a text beside each picture although several may say the same
     data, run = portion.data, portion.run
     clean = CAPTION_RULES.get(data.caption_rules) or str
-    images = embed_images(model, processor, Column(rows, "image"))  # (n, P)
-    texts = embed_texts(model, processor, [clean(row["captions"][0]) for row in rows])  # (n, P)
-    standing = {"embeddings": {"pictures": images, "texts": texts}}
+    embeddings = {"pictures": embed_images(model, processor, Column(rows, "image"))}  # (n, P)
+    if portion.data.kind == "pairs":
+        captions = [clean(row["captions"][0]) for row in rows]
+        embeddings["texts"] = embed_texts(model, processor, captions)  # (n, P)
+    standing = {"embeddings": embeddings}
 
     # recall among as many rows to evaluate on
     options = {"ks": (1,), "captions": "first", "progress": False, "name": "rows"}
