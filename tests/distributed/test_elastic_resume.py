@@ -64,18 +64,27 @@ def runs(tmp_path_factory) -> Path:
             job(directory, "ddp", "two with dropout on two", DROPOUT, start="two with dropout"),
         ],
     )
-    launch(directory, 3, [job(directory, "ddp", "two on three", MODEL, start="two")])
     main([job(directory, "one", "two on one", MODEL, start="two")])
     forget_accelerator()
     return directory
+
+
+@pytest.fixture(scope="module")
+def three(runs) -> Path:
+    launch(runs, 3, [job(runs, "ddp", "two on three", MODEL, start="two")])
+    return runs
 
 
 def losses(directory: Path) -> list[float]:
     return [line["loss"] for line in read_log(directory)]
 
 
-@pytest.mark.parametrize("name", ["one on two", "two on one", "two on three"])
-def test_another_number_of_processes_gives_the_same_losses(runs, name):
+@pytest.mark.parametrize(
+    "name, where",
+    [("one on two", "runs"), ("two on one", "runs"), pytest.param("two on three", "three", marks=pytest.mark.slow)],
+)
+def test_another_number_of_processes_gives_the_same_losses(name, where, request):
+    runs = request.getfixturevalue(where)
     expected = losses(runs / "one")
     assert len(set(expected)) == 6
     assert losses(runs / "two") == pytest.approx(expected, rel=1e-6)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+# two processes are compared with one in every run of the tests
+pytestmark = pytest.mark.slow
 PROCESSES = 4
 PLACES = [Path(__file__).resolve().parents[2], Path(__file__).resolve().parents[1]]
 
