@@ -164,6 +164,18 @@ def steps_of(contents: Sequence[Content]) -> str:
     return " or ".join(map(str, sorted({content["steps"] for content in contents})))
 
 
+def how_made(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
+    """The end of a page whose rows read the same pairs: what is equal, the machine, the commands."""
+    return f"""\
+Every row of a seed: the same pairs in the same order, {steps_of(contents)} steps. {facts["jobs"]} row(s) at a time,
+{facts["threads"]} thread(s) each. Machine: {machines(contents)}. Standard deviations are over seeds; a single seed has
+none, so small differences between rows may be chance.
+
+`{shlex.join(facts["command"])}` ran:
+
+{commands(contents)}"""
+
+
 def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
     """The generated part of OneR's docs/evidence.md."""
     return f"""\

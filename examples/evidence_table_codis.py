@@ -1,6 +1,5 @@
 """docs/evidence_codis.md: the paper's Table 4 on the embedded pairs, with what its codebook did beside it."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,12 +7,10 @@ from evidence_table import (
     Content,
     by_row,
     cell,
-    commands,
     cost_table,
-    machines,
+    how_made,
     reranked_table,
     stages_table,
-    steps_of,
     two_places,
 )
 
@@ -64,11 +61,5 @@ log K (4.85 for the 128 of the shipped configurations).
 
 {cost_table(contents)}
 
-Every row of a seed: the same pairs in the same order, {steps_of(contents)} steps. {facts["jobs"]} row(s) at a time,
-{facts["threads"]} thread(s) each. Machine: {machines(contents)}. Standard deviations are over seeds; a single seed has
-none, so small differences between rows may be chance.
-
-`{shlex.join(facts["command"])}` ran:
-
-{commands(contents)}
+{how_made(contents, facts)}
 """

@@ -1,10 +1,9 @@
 """docs/evidence_simla.md: the paper's Table 1 on the embedded pairs, with what re-ranking adds beside it."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evidence_table import Content, commands, cost_table, machines, reranked_table, stages_table, steps_of
+from evidence_table import Content, cost_table, how_made, reranked_table, stages_table
 
 # SIMLA's Table 1, Flickr30k true zero-shot after 4 M pairs, re-ranked (per cent): TR@1, TR@10, IR@1, IR@10
 PAPER = {
@@ -36,11 +35,5 @@ trains, so that its candidates are chosen by chance.
 
 {cost_table(contents)}
 
-Every row of a seed: the same pairs in the same order, {steps_of(contents)} steps. {facts["jobs"]} row(s) at a time,
-{facts["threads"]} thread(s) each. Machine: {machines(contents)}. Standard deviations are over seeds; a single seed has
-none, so small differences between rows may be chance.
-
-`{shlex.join(facts["command"])}` ran:
-
-{commands(contents)}
+{how_made(contents, facts)}
 """

@@ -1,11 +1,10 @@
 """docs/evidence_transfer.md: OneR's Table 4 on half of the embedded pairs, with texts of the other half or without."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from evidence_table import KS, Content, by_row, cell, commands, cost_table, machines, percent, steps_of
+from evidence_table import KS, Content, by_row, cell, cost_table, how_made, percent
 
 from oner.training.publishing.model_card import markdown_table
 
@@ -61,11 +60,5 @@ sign and the order of the gains.
 
 {cost_table(contents)}
 
-Every row of a seed: the same pairs in the same order, {steps_of(contents)} steps. {facts["jobs"]} row(s) at a time,
-{facts["threads"]} thread(s) each. Machine: {machines(contents)}. Standard deviations are over seeds; a single seed has
-none, so small differences between rows may be chance.
-
-`{shlex.join(facts["command"])}` ran:
-
-{commands(contents)}
+{how_made(contents, facts)}
 """
