@@ -60,7 +60,17 @@ def _open_clip() -> Any:
     return open_clip
 
 
-class ClipBaseline(nn.Module):
+class Baseline(nn.Module):
+    """A model that is no family's, sized by `config`."""
+
+    def save(self, directory: str | Path) -> None:
+        """Weights, and the configuration that they were sized by."""
+        self.config.save_pretrained(directory)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, Path(directory) / WEIGHTS)
+
+
+class ClipBaseline(Baseline):
     """open_clip's `CLIP` at the size of `config`, behind the interface of a retrieval model.
 
     Args:
@@ -111,12 +121,6 @@ class ClipBaseline(nn.Module):
         model = cls(OneRConfig.from_pretrained(directory), **kind)
         model.load_state_dict(weights)
         return model
-
-    def save(self, directory: str | Path) -> None:
-        """Weights, and the configuration that they were sized by."""
-        self.config.save_pretrained(directory)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, Path(directory) / WEIGHTS)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor, Batch]:
         """Normalised pictures (B, P), normalised texts (B, P), and of their products the factor and any bias, (1,)."""

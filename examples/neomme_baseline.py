@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from clip_baseline import WEIGHTS, fit
-from safetensors.torch import load_file, save_file
+from clip_baseline import WEIGHTS, Baseline, fit
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import NeoMMEConfig, NeoMMEModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -28,7 +28,7 @@ from oner.training.run.parsing import parse_arguments
 from oner.training.run.summary import STOPPED
 
 
-class NeoMmeBaseline(nn.Module):
+class NeoMmeBaseline(Baseline):
     """A `NeoMMEModel` of the width, depth, heads, patches and vocabulary of `config`, behind a retrieval model's
     interface; embeddings are its mean-pooled states."""
 
@@ -61,12 +61,6 @@ class NeoMmeBaseline(nn.Module):
         model = cls(OneRConfig.from_pretrained(directory))
         model.load_state_dict(load_file(Path(directory) / WEIGHTS))
         return model
-
-    def save(self, directory: str | Path) -> None:
-        """Weights, and the configuration that they were sized by."""
-        self.config.save_pretrained(directory)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, Path(directory) / WEIGHTS)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor, Batch]:
         """Normalised pictures (B, D), normalised texts (B, D), and the factor on their products, (1,)."""
