@@ -43,7 +43,7 @@ help:
 	@echo 'make evidence           the ablation table, with the CLIP baseline (slow)'
 	@echo 'make evidence-transfer  OneR'\''s Table 4: half of the embedded pairs, with texts of the other half or without (slow)'
 	@echo 'make evidence-simla     SIMLA'\''s Table 1 on the embedded pairs, five rows, re-ranked (slow)'
-	@echo 'make evidence-codis     CODIS'\''s Table 4 on the embedded pairs, five rows, re-ranked (slow)'
+	@echo 'make evidence-codis     CODIS'\'' Table 4 on composed scenes, five rows, three seeds, re-ranked (slow)'
 	@echo 'make evidence-momo      MoMo'\''s Tables 4 and 6 on scenes, emoji and glosses: each stage, three seeds (slow)'
 	@echo 'make fuzz               mutated pictures, captions, files, archives, addresses, indexes: none may crash or hang (slow)'
 	@echo 'make scale              memory of InfoNCE at 32k x 32k, memory and time of cached gradients (slow)'
@@ -136,7 +136,13 @@ evidence-transfer: $(VENV)/.installed-all
 	$(PY) examples/data/halves.py runs/halves --glosses
 	$(PY) examples/evidence.py --table transfer --output runs/evidence_transfer
 
-evidence-codis: $(VENV)/.installed-all
+runs/codis_scenes_start:
+	test -f runs/scenes/train.parquet || $(MAKE) scenes
+	test -f runs/scenes/train_twins.parquet || \
+	  $(PY) examples/data/scenes.py runs/scenes --pairs 0 --twins 60000 --workers $(CORES)
+	$(PY) examples/towers_from_oner.py examples/checkpoints/oner-scenes $@ --family codis
+
+evidence-codis: $(VENV)/.installed-all | runs/codis_scenes_start
 	$(PY) examples/evidence.py --table codis --output runs/evidence_codis
 
 evidence-momo: $(VENV)/.installed-all | runs/momo_small/vocabulary

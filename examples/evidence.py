@@ -84,11 +84,12 @@ TABLES = {
         COMPARED, "compare_families", "The families side by side", compare_page, compare_main_table, compare_figure
     ),
 }
-# what rows are measured on, unless told
-DATA = {"momo": "runs/scenes/seen.parquet"}
+# what rows are measured on, unless told: the embedded emoji, or scenes, each of which stands alone
 EMBEDDED = "examples/data/emoji/test_style.parquet"
+SCENES = {"momo": "runs/scenes/seen.parquet", "codis": "runs/scenes/unseen_pairs.parquet"}
 WATCHED = ("codes_used", "plan_entropy")  # of a log, where a run has a codebook
-RERANK_K = 128
+# candidates that matching puts in order; a scene's patches are four times an emoji's
+RERANK_K, RERANK_K_SCENES = 128, 16
 
 
 def run_of(row: str, seed: int, a: argparse.Namespace) -> Run:
@@ -223,7 +224,9 @@ def watched(run: Run) -> dict[str, float]:
     return {f"log/{name}": fmean(values.values()) for name, values in series.items() if values}
 
 
-def evaluate(model: Any, processor: Any, rows: Sequence, gallery: Sequence, multimodal: bool) -> dict[str, float]:
+def evaluate(
+    model: Any, processor: Any, rows: Sequence, gallery: Sequence, multimodal: bool, rerank_k: int = RERANK_K
+) -> dict[str, float]:
     """All numbers of a row: `first/...` and `all/...` retrieval, `gap/...`, `joint/...` for picture + caption.
 
     A model that matches pairs puts the best of `first/` in order too.
@@ -235,7 +238,7 @@ def evaluate(model: Any, processor: Any, rows: Sequence, gallery: Sequence, mult
     for captions in ("first", "all"):
         how = {"name": captions, "captions": captions, "progress": False}
         if captions == "first" and hasattr(model, "match"):
-            evaluator = RerankingEvaluator(rows, 128, rerank_k=RERANK_K, **how)
+            evaluator = RerankingEvaluator(rows, 128, rerank_k=rerank_k, **how)
         else:
             evaluator = RetrievalEvaluator(rows, 128, **how)
         values |= dict(evaluator.run(model, processor))
@@ -264,7 +267,8 @@ def measure(run: Run, data: tuple[Sequence, Sequence], limit: int | None) -> tup
         values, parameters = compare_values(run, limit, ROOT / "examples" / "data")
         return values | watched(run), parameters
     model, processor = load(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    values = evaluate(model, processor, *data, multimodal=run.name in ONE_TOWER) | watched(run)
+    rerank_k = RERANK_K_SCENES if run.name in TABLE_4 else RERANK_K
+    values = evaluate(model, processor, *data, run.name in ONE_TOWER, rerank_k) | watched(run)
     return values, sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -378,19 +382,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", help=f"of {', '.join(ROWS)}, or name:key=value,...")
     parser.add_argument("--questions", action="store_true", help="also the rows that ask why naive contrast fails")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, help="default: 0 1 2 on an accelerator, for momo and compare, else 0"
+        "--seeds", nargs="+", type=int, help="default: 0 1 2 on an accelerator, for momo, codis and compare, else 0"
     )
-    parser.add_argument("--epochs", type=float, help="default: 20, for compare 6, for transfer 12")
+    parser.add_argument("--epochs", type=float, help="default: 20, for compare 6, for transfer 12; codis counts steps")
     parser.add_argument("--seconds", type=float, help="and every row once more, trained for so long")
     parser.add_argument("--rates", action="store_true", help="the best of three learning rates; for compare")
     parser.add_argument("--fraction", type=float, default=1.0, help="of momo's steps as its files have them")
-    parser.add_argument("--steps", type=int, help="length in steps instead of epochs")
+    parser.add_argument("--steps", type=int, help="length in steps instead of epochs; default for codis: 120")
     parser.add_argument("--head-norm", choices=("batch", "layer", "none"), help="of all rows but CLIP")
     parser.add_argument("--head-statistics", choices=("shared", "separate"), help="of all rows but CLIP")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all rows")
-    parser.add_argument("--data", help="default: test_style of the embedded pairs; for momo runs/scenes/seen.parquet")
+    parser.add_argument("--data", help="default: test_style of the embedded pairs; for momo and codis scenes")
     parser.add_argument("--gallery", default=str(ROOT / "examples/data/emoji/train.parquet"))
-    parser.add_argument("--id-column", help="default: hexcode; for momo each picture stands alone")
+    parser.add_argument("--id-column", help="default: hexcode; each scene stands alone")
     parser.add_argument("--limit", type=int, help="evaluate on so many rows only, evenly spaced")
     parser.add_argument("--measure-again", action="store_true", help="rows that are done, by their models; train none")
     parser.add_argument("--output", default="runs/evidence", help="models, logs, one JSON for each finished row")
@@ -401,11 +405,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     a = parser.parse_args(argv)
     if a.rates and a.table != "compare":
         parser.error("--rates is for --table compare, whose rows are measured on held-out pictures")
+    if a.table == "codis" and a.epochs is None:
+        a.steps = a.steps or 120
     a.epochs = a.epochs or {"compare": 6, "transfer": 12}.get(a.table, 20)
     a.rows = a.rows or list(TABLES[a.table].rows)
-    a.seeds = a.seeds or ([0, 1, 2] if torch.cuda.is_available() or a.table in ("momo", "compare") else [0])
-    a.data = a.data or str(ROOT / DATA.get(a.table, EMBEDDED))
-    a.id_column = a.id_column or ("__row__" if a.table == "momo" else "hexcode")
+    a.seeds = a.seeds or ([0, 1, 2] if torch.cuda.is_available() or a.table in ("momo", "codis", "compare") else [0])
+    a.data = a.data or str(ROOT / SCENES.get(a.table, EMBEDDED))
+    a.id_column = a.id_column or ("__row__" if a.table in SCENES else "hexcode")
     a.jobs = a.jobs or (1 if torch.cuda.is_available() or a.table == "compare" else min(cores, 4))
     a.threads = a.threads or max(1, cores // a.jobs)
     a.output = str(Path(a.output).resolve())
@@ -418,8 +424,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan(a)  # refuses what it does not know before anything is read
     data = (
         spaced(open_rows(a.data, id_column=a.id_column), a.limit),
-        # pictures of the same concepts, of which stages know nothing
-        [] if a.table == "momo" else open_rows(a.gallery, id_column=a.id_column),
+        # pictures of the same concepts, which scenes have not
+        [] if a.table in SCENES else open_rows(a.gallery, id_column=a.id_column),
     )
     torch.set_num_threads(a.threads)
     errors: list[BaseException] = []
@@ -436,7 +442,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if contents:
         command = ["python", "examples/evidence.py", *(sys.argv[1:] if argv is None else argv)]
         facts = {"command": command, "jobs": a.jobs, "threads": a.threads, "data": Path(a.data).name}
-        facts |= {"pictures": len(data[0]), "gallery": Path(a.gallery).name, "rerank_k": RERANK_K, "rates": rates}
+        facts |= {"pictures": len(data[0]), "gallery": Path(a.gallery).name, "rates": rates}
+        facts |= {"rerank_k": RERANK_K_SCENES if a.table == "codis" else RERANK_K}
         print(write_evidence(Path(a.docs), contents, facts, TABLES[a.table]))
     return len(errors)
 

@@ -1,4 +1,4 @@
-"""docs/evidence_codis.md: the paper's Table 4 on the embedded pairs, with what its codebook did beside it."""
+"""docs/evidence_codis.md: the paper's Table 4 on composed scenes, with what its codebook did beside it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,9 +46,9 @@ def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
     return f"""\
 {main_table(contents)}
 
-Per cent, on {facts["pictures"]} pictures of `{facts["data"]}` (known concepts in a style never seen), the first
-caption of each; right is any text, or picture, of its concept. Dot products choose {facts["rerank_k"]} candidates, the
-matching head puts them in order. The last column is the paper's: MS-COCO after 4 M images at base size; what can be
+Per cent, on {facts["pictures"]} scenes of `{facts["data"]}` (no picture of training shows such a pair of things), the
+first caption of each; right is the own. Dot products choose {facts["rerank_k"]} candidates, the matching head puts them
+in order. The last column is the paper's: MS-COCO after 4 M images at base size; what can be
 compared is the order of the rows, not the numbers. Matching and masked tokens are in every row.
 
 {stages_table(contents, "Alignment")}
