@@ -47,9 +47,10 @@ def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
 {main_table(contents)}
 
 Per cent, on {facts["pictures"]} scenes of `{facts["data"]}` (no picture of training shows such a pair of things), the
-first caption of each; right is the own. Dot products choose {facts["rerank_k"]} candidates, the matching head puts them
-in order. The last column is the paper's: MS-COCO after 4 M images at base size; what can be
-compared is the order of the rows, not the numbers. Matching and masked tokens are in every row.
+first caption of each; right is the own. Dot products choose {facts["rerank_k"]} candidates, the matching head puts
+them in order. The last column is the paper's: MS-COCO after 4 M images at base size; what can be compared is the order
+of the rows, not the numbers. Every row begins beside a vision tower that has seen scenes, and has matching and masked
+tokens.
 
 {stages_table(contents, "Alignment")}
 

@@ -11,6 +11,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,17 @@ def test_the_readme_is_short_and_its_pictures_are_small():
     pictures = [link for link in links_of("README.md") if link.endswith(".png")]
     assert len(pictures) >= 2
     assert all((ROOT / picture).stat().st_size <= 150_000 for picture in pictures)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/suite.md"])
+def test_tables_of_what_ships_are_made_of_its_results(page, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    tables = import_module("shipped_tables")
+    text = text_of(page)
+    for name, build in tables.TABLES[page].items():
+        assert tables.between_marks(text, name, build()) == text, "python examples/shipped_tables.py"
+    with pytest.raises(ValueError, match="expected the marks"):
+        tables.between_marks(text, "nothing", "")
 
 
 def test_an_agent_needs_ten_commands_at_most():

@@ -1,0 +1,170 @@
+"""Tables of README.md and docs/suite.md, from the results that lie beside the shipped checkpoints: no figure is typed.
+
+    python examples/shipped_tables.py
+
+writes each between its marks. A checkpoint's results are what evaluate.py, abilities.py and `oner suite` left of it.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from oner.training.evaluation.suite import table as suite_table
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINTS = ROOT / "examples" / "checkpoints"
+
+
+class Shipped(NamedTuple):
+    """A checkpoint and how good it is; [a number's name] stands for that number in per cent."""
+
+    name: str
+    told: str
+
+
+class Family(NamedTuple):
+    name: str
+    what: str
+    shipped: tuple[Shipped, ...]
+
+
+SCENES = "unseen pairs of things [unseen_pairs/tr_r@10] / [unseen_pairs/ir_r@10] %"
+STYLE = "unseen style [unseen_style/tr_r@10] / [unseen_style/ir_r@10] %"
+EMOJI = "[test_style/tr_r@10] / [test_style/ir_r@10] % of 1,259, style never seen"
+FAMILIES = (
+    Family(
+        "OneR (Jang, Kong et al., AAAI 2023)",
+        "one transformer for text, picture, and both",
+        (
+            Shipped(
+                "oner-emoji",
+                "right caption / picture among the first ten of 1,259, drawing style never seen: "
+                "[test_style/tr_r@10] / [test_style/ir_r@10] % (chance 0.8)",
+            ),
+            Shipped(
+                "oner-icons",
+                "text → icon among the first ten: [unseen_names/ir_r@10] % of 4,890 of names never seen (chance 1), "
+                "[unseen_sets_5000/ir_r@10] % of 5,000 of sets never seen (chance .2)",
+            ),
+            Shipped(
+                "oner-scenes",
+                f"the same among 1,000 scenes: {SCENES}, {STYLE}, unseen things [unseen_concepts/tr_r@10] / "
+                "[unseen_concepts/ir_r@10] % (chance 1)",
+            ),
+        ),
+    ),
+    Family(
+        "SIMLA (Khan et al., ECCV 2022)",
+        "two towers in one space, and cross-attention that matches, grounds and answers",
+        (
+            Shipped("simla-emoji", EMOJI),
+            Shipped(
+                "simla-scenes",
+                f"{SCENES}, {STYLE}; points at the right quarter in [unseen_pairs/grounding_itc/quarter] % (chance "
+                "[unseen_pairs/grounding_itc/quarter_chance])",
+            ),
+        ),
+    ),
+    Family(
+        "CODIS (Duan et al., CVPR 2022), ALBEF (Li et al., NeurIPS 2021)",
+        "alignment through a learned codebook, by optimal transport",
+        (Shipped("codis-scenes", f"ALBEF's published files convert in and out; {SCENES}, {STYLE}"),),
+    ),
+    Family(
+        "MoMo (Chada et al., 2023)",
+        "one encoder that learns from pictures, texts and pairs, in three stages",
+        (Shipped("momo-small", f"an hour of one core: {EMOJI}; [what each stage brings](docs/evidence_momo.md)"),),
+    ),
+)
+# of README's second table: what a probe of frozen features is asked
+PROBES = {
+    "digits": "digits",
+    "emoji_groups": "groups of emoji",
+    "supersense": "topics of glosses",
+    "hypernym": "hypernyms",
+}
+
+
+def results_of(name: str) -> dict[str, float]:
+    """Every number in a checkpoint's results but the suite's."""
+    values: dict[str, float] = {}
+    for path in sorted((CHECKPOINTS / name / "results").glob("*.json")):
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not path.name.startswith("suite."):
+            # a run's own numbers last: they are of all rows
+            values = {**content.get("values", {}), **values, **content.get("metrics", {})}
+    return values
+
+
+def suite_of(name: str) -> dict[str, dict[str, float]]:
+    """Task of the suite -> its numbers; those that were measured."""
+    paths = sorted((CHECKPOINTS / name / "results").glob("suite.*.json"))
+    return {path.name.split(".")[1]: json.loads(path.read_text(encoding="utf-8"))["values"] for path in paths}
+
+
+def filled(shipped: Shipped) -> str:
+    """Its words with the numbers in place. Raises `KeyError` for one that was not measured."""
+    values = results_of(shipped.name)
+    # a link has a round bracket behind it
+    return re.sub(r"\[([^\]]+)\](?!\()", lambda name: f"{100 * values[name[1]]:.0f}", shipped.told)
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose cells are Markdown themselves, as `markdown_table`'s are not."""
+    rows = ["| " + " | ".join(line) + " |" for line in [header, *lines]]
+    return "\n".join([rows[0], "|---" * len(header) + "|", *rows[1:]])
+
+
+def families_table() -> str:
+    lines = []
+    for family in FAMILIES:
+        for place, shipped in enumerate(family.shipped):
+            first = [family.name, family.what] if place == 0 else ["", ""]
+            lines.append([*first, f"`{shipped.name}`", filled(shipped)])
+    return markdown(["family", "what it is", "what ships", "how good that is"], lines)
+
+
+def probes_table() -> str:
+    """Logistic regression of frozen features, mean and deviation over seeds."""
+    found = {shipped.name: suite_of(shipped.name) for family in FAMILIES for shipped in family.shipped}
+    measured = {name: tasks for name, tasks in found.items() if tasks}
+    chance = next(iter(measured.values()))
+    lines = [["chance", *(f"{100 * chance[task]['chance']:.0f}" for task in PROBES)]]
+    for name, tasks in measured.items():
+        numbers = [(tasks[task]["logistic_accuracy"], tasks[task]["logistic_accuracy_sd"]) for task in PROBES]
+        lines.append([f"`{name}`", *(f"{100 * mean:.0f}±{100 * deviation:.1f}" for mean, deviation in numbers)])
+    return markdown(["probe of frozen features", *PROBES.values()], lines)
+
+
+def whole_suite() -> str:
+    """The suite's own table of every checkpoint that was measured."""
+    names = [shipped.name for family in FAMILIES for shipped in family.shipped]
+    return suite_table({name: tasks for name in names if (tasks := suite_of(name))})
+
+
+TABLES = {"README.md": {"families": families_table, "suite": probes_table}, "docs/suite.md": {"suite": whole_suite}}
+
+
+def between_marks(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the marks of a table. Raises `ValueError` where they are missing."""
+    begin, end = f"<!-- {name}: by examples/shipped_tables.py -->\n", f"<!-- /{name} -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"expected the marks {begin.strip()} and {end}")
+    return f"{head}{begin}{content}\n{end}{tail}"
+
+
+def main() -> None:
+    for page, tables in TABLES.items():
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        for name, build in tables.items():
+            text = between_marks(text, name, build())
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
