@@ -116,7 +116,8 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
         oner compare runs/photos/model openai/clip-vit-base-patch32 google/siglip-base-patch16-224 --data pairs.parquet
 
     A model is a directory or a name on the Hub, of a family of ours or any with `get_text_features` and
-    `get_image_features`. Writes compare.md and compare.json.
+    `get_image_features`. Writes compare.md and compare.json; --sheets draws all models side by side: where each sees
+    a caption in its picture (maps), and how pictures and captions lie in its space (gap).
     """
     parser.set_defaults(class_names=None)  # rows are pairs, not pictures of classes
     parser.add_argument("models", nargs="+", metavar="MODEL", help="model directories, runs, or names on the Hub")
@@ -126,7 +127,8 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="use only so many rows of each source, evenly spaced")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", help="default: an accelerator if there is one")
-    parser.add_argument("--output", default=".", help="the folder of both files (default: this one)")
+    parser.add_argument("--sheets", nargs="+", choices=("maps", "gap"), help="compare_SPLIT_maps.png, ..._gap.png")
+    parser.add_argument("--output", default=".", help="the folder of all files (default: this one)")
 
 
 def check_evaluation(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, RETRIEVAL
+from PIL import Image, ImageStat
 from tiny_repository import emoji_rows, model_of, processor_of
 from transformers import (
+    AutoModelForZeroShotImageClassification,
     AutoProcessor,
     CLIPConfig,
     CLIPImageProcessor,
@@ -20,6 +22,7 @@ from transformers import (
     SiglipProcessor,
 )
 
+from oner.training.evaluation.beside import Named, clip_maps, map_columns
 from oner.training.evaluation.embedding import embed_texts
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.publishing.hub import export_model
@@ -133,6 +136,50 @@ def test_texts_of_a_tokenizer_without_a_mask_do_not_depend_on_their_neighbours(m
     assert ids.shape[1] == LENGTH
     whole = model.get_text_features(input_ids=ids).pooler_output
     torch.testing.assert_close(alone, torch.nn.functional.normalize(whole, dim=-1))
+
+
+def test_models_are_drawn_side_by_side(models, emoji_folder, tmp_path):
+    drawn = [str(models[name]) for name in ("oner", "simla", "clip")]
+    rows = ["--data", str(emoji_folder / "test_concept.parquet"), "--id_column", "hexcode", "--limit", "12"]
+    line = [*rows, "--device", "cpu", "--output", str(tmp_path), "--sheets", "maps", "gap"]
+    assert command_line(["compare", *drawn, *line]) == 0
+    for kind in ("maps", "gap"):
+        path = tmp_path / f"compare_test_concept_{kind}.png"
+        picture = Image.open(path).convert("RGB")
+        assert max(ImageStat.Stat(picture).stddev) > 10
+
+
+def test_simla_points_in_two_ways(models, emoji_folder):
+    name = models["simla"]
+    model, processor = (
+        AutoModelForZeroShotImageClassification.from_pretrained(name),
+        AutoProcessor.from_pretrained(name),
+    )
+    picture = Image.linear_gradient("L").convert("RGB")
+    columns = list(map_columns(Named("it", model, processor), [picture], ["a face"]))
+    assert [panel.above for (panel,) in columns] == ["it\nitm", "it\nitc"]
+
+
+def test_a_clip_patch_goes_the_way_of_its_cls(models):
+    """So a map is the cosine that [CLS] would have, had it the state of the patch."""
+    model = CLIPModel.from_pretrained(models["clip"]).eval()
+    processor = AutoProcessor.from_pretrained(models["clip"])
+    picture = Image.linear_gradient("L").convert("RGB").resize((SIDE, SIDE))
+    (found,) = clip_maps(model, processor, [picture], ["a face"])
+    batch = processor(images=[picture], text=["a face"], return_tensors="pt")
+    with torch.no_grad():
+        words = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output[0]
+        states = model.vision_model(batch["pixel_values"]).last_hidden_state[0]
+        way = model.visual_projection(model.vision_model.post_layernorm(states))
+        torch.testing.assert_close(way[0], model.get_image_features(batch["pixel_values"]).pooler_output[0])
+    cosines = [torch.cosine_similarity(patch, words, dim=0) for patch in way[1:]]
+    torch.testing.assert_close(found.flatten(), torch.stack(cosines))
+
+
+def test_a_model_that_cannot_point_is_named(models):
+    model = SiglipModel.from_pretrained(models["siglip"])
+    with pytest.raises(TypeError, match="theirs is a SiglipModel"):
+        next(map_columns(Named("theirs", model, None), [], []))
 
 
 def test_two_sources_of_one_name_are_refused(models, emoji_folder, tmp_path, capsys):

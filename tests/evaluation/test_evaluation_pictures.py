@@ -17,9 +17,11 @@ from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.evaluation import sheets as evaluation_sheets
 from oner.training.evaluation.attention import (
     AttentionEvaluator,
+    attention_maps,
     cls_attention,
     cls_attention_rows,
     eager_attention,
+    head_maps,
     share_in_quarter,
 )
 from oner.training.evaluation.composed import ComposedEvaluator, composed_queries, nearest
@@ -231,6 +233,14 @@ class TestAttention:
         for name in ("share_on_named_without_words", "share_on_named_with_words", "share_to_words"):
             assert 0 < results[f"attention/{name}"] < 1
         assert_not_blank(results["attention/sheet"])
+        assert_not_blank(results["attention/heads_sheet"])
+
+    def test_the_mean_of_the_heads_is_the_map_of_the_layer(self, model, processor, rows):
+        images = [row["image"] for row in rows[:3]]
+        for layer in (0, -1):
+            heads = head_maps(model, processor, images, layer)
+            assert heads.shape == (3, 4, 4, 4)
+            torch.testing.assert_close(heads.mean(1), attention_maps(model, processor, images, layer=layer))
 
 
 class TestComposed:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
+from oner.training.evaluation.beside import SHEETS, Named
 from oner.training.evaluation.results import checkpoint_facts, library_versions, model_facts
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.evaluation.suite import model_name
@@ -37,6 +38,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     found = "\n\n".join(table(split, results) for split in evaluators)
     print(f"\n{found}")
     for path in write(Path(options.output), found, results, evaluators, options):
+        print(path)
+    for path in draw(options, evaluators):
         print(path)
     return 0
 
@@ -71,6 +74,22 @@ def measure(source: str, evaluators: dict[str, RetrievalEvaluator], device: str)
             "checkpoint": checkpoint_facts(source),
             **model_facts(model),
         }
+
+
+def draw(a: argparse.Namespace, evaluators: dict[str, RetrievalEvaluator]) -> Iterator[Path]:
+    """The sheets asked for, of the rows of each split: compare_SPLIT_KIND.png, all models side by side."""
+    if not a.sheets:
+        return
+    models = [
+        Named(name, load_model(AutoModelForZeroShotImageClassification, source).to(a.device).eval(), processor)
+        for name, source in zip(names_of(a.models), a.models, strict=True)
+        for processor in [AutoProcessor.from_pretrained(source)]
+    ]
+    for split, evaluator in evaluators.items():
+        for kind in a.sheets:
+            path = Path(a.output) / f"compare_{split}_{kind}.png"
+            SHEETS[kind](models, evaluator.rows).savefig(path)
+            yield path
 
 
 def table(split: str, results: Sequence[dict[str, Any]]) -> str:

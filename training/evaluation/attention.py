@@ -97,6 +97,31 @@ def cls_attention(model: Any, processor: Any, image: Any, text: str | None = Non
     return attention_maps(model, processor, [image], None if text is None else [text], layer)[0]
 
 
+def head_maps(model: Any, processor: Any, images: Sequence[Any], layer: int = -1) -> Tensor:
+    """Attention (B, heads, h, w) of [CLS] to the patches of pictures alone, head by head, not renormalised."""
+    with evaluating(model), eager_attention(model):
+        batch = on_device(processor(images=list(images), return_tensors="pt"), model)
+        attention = model.base_model(**batch, output_attentions=True).attentions[layer]  # (B, heads, L, L)
+        h, w = patch_grid(batch["pixel_values"], model)
+    return attention[:, :, 0, 1 : 1 + h * w].float().cpu().unflatten(-1, (h, w))  # (B, heads, h, w)
+
+
+def heads_sheet(model: Any, processor: Any, images: Sequence[Any], layer: int = -1) -> Any:
+    """A Figure with one row for each picture: the picture, then what [CLS] looks at in each head (SIMLA, Figure 2).
+
+    Under each map stands the share of the head's attention that the patches got.
+    """
+    rows = []
+    for seen, heads in zip(
+        pictures_as_seen(images, processor), head_maps(model, processor, images, layer), strict=True
+    ):
+        maps = [Panel(seen, heat, f"head {i + 1}", f"{heat.sum():.0%} on patches") for i, heat in enumerate(heads)]
+        rows.append([Panel(seen, above="picture"), *maps])
+    where = "last layer" if layer == -1 else f"layer {layer}"
+    title = f"{describe(model)}: attention of [CLS] to the patches, {where}, head by head; each map on its own scale"
+    return heat_sheet(rows, title)
+
+
 def attention_sheet(
     model: Any, processor: Any, images: Sequence[Any], texts: Sequence[Sequence[str]], layer: int = -1
 ) -> Any:
@@ -177,7 +202,7 @@ class AttentionEvaluator:
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
         """Yields the share of attention on the named quarter without and with its caption (even spread: 25 %), how
-        often the highest patch lies there, the share that goes to the caption itself, and the sheet."""
+        often the highest patch lies there, the share that goes to the caption itself, and two sheets."""
         scenes = draw_scenes(self.rows, self.scenes, self.seed)
         images = [scene.image for scene in scenes]
         asked = [scene.asked for scene in scenes]
@@ -202,3 +227,4 @@ class AttentionEvaluator:
         pictures = [image for image, _ in queries]
         texts = [texts for _, texts in queries]
         yield f"{self.name}/sheet", attention_sheet(model, processor, pictures, texts, self.layer)
+        yield f"{self.name}/heads_sheet", heads_sheet(model, processor, pictures, self.layer)

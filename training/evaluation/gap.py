@@ -18,6 +18,10 @@ from .metrics import centroid_distance
 from .sheets import Row, describe, new_figure, one_of_each_id
 
 KINDS = ("image", "text", "both")
+# colour, marker, name of each in a picture
+LOOKS = {
+    "image": ("#2f6fdb", "o", "image"), "text": ("#e0452b", "s", "text"), "both": ("#2ca25f", "^", "image + text")
+}  # fmt: skip
 
 
 def embed_rows(model: Any, processor: Any, rows: Sequence[Row], batch_size: int = 64) -> dict[str, Tensor]:
@@ -168,6 +172,24 @@ def tsne(vectors: Tensor, perplexity: float = 30.0, seed: int = 0) -> Tensor:
     return torch.from_numpy(drawn.fit_transform(vectors.double().numpy())).float()
 
 
+def draw_clouds(axes: Any, points: Mapping[str, Tensor], links: int) -> None:
+    """Clouds (B, 2) of some of `KINDS` on matplotlib `axes`, in the paper's colours; lines join `links` pairs."""
+    for one, two in zip(points["image"][:links].tolist(), points["text"][:links].tolist(), strict=True):
+        axes.plot(*zip(one, two, strict=True), color="0.6", linewidth=0.5, zorder=1)
+    for kind, place in points.items():
+        colour, marker, label = LOOKS[kind]
+        axes.scatter(
+            place[:, 0].numpy(), place[:, 1].numpy(), s=13, c=colour, marker=marker, alpha=0.7, linewidths=0,
+            label=label, zorder=2,
+        )  # fmt: skip
+
+    # t-SNE's axes have no unit
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set(color="0.8", linewidth=0.6)
+
+
 def gap_figure(embeddings: Mapping[str, Tensor], title: str, note: str = "", links: int = 25, seed: int = 0) -> Any:
     """A Figure with the t-SNE of pictures, words and both, in the paper's colours; thin lines join `links` pairs.
 
@@ -182,21 +204,7 @@ def gap_figure(embeddings: Mapping[str, Tensor], title: str, note: str = "", lin
 
     figure = new_figure(7.0, 7.2)
     axes = figure.add_axes((0.03, 0.12, 0.94, 0.79))
-    for one, two in zip(image[:links].tolist(), text[:links].tolist(), strict=True):
-        axes.plot(*zip(one, two, strict=True), color="0.6", linewidth=0.5, zorder=1)
-    looks = {"image": ("#2f6fdb", "o", image), "text": ("#e0452b", "s", text), "both": ("#2ca25f", "^", both)}
-    names = {"image": "image", "text": "text", "both": "image + text"}
-    for kind, (colour, marker, place) in looks.items():
-        axes.scatter(
-            place[:, 0].numpy(), place[:, 1].numpy(), s=13, c=colour, marker=marker, alpha=0.7, linewidths=0,
-            label=names[kind], zorder=2,
-        )  # fmt: skip
-
-    # t-SNE's axes have no unit
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for side in axes.spines.values():
-        side.set(color="0.8", linewidth=0.6)
+    draw_clouds(axes, {"image": image, "text": text, "both": both}, links)
     axes.legend(  # below the plot, where it hides no point
         loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, fontsize=9, frameon=False, markerscale=1.8
     )
