@@ -1,8 +1,8 @@
-"""Tables of README.md and docs/suite.md, from the results that lie beside the shipped checkpoints: no figure is typed.
+"""Tables of README.md, docs/suite.md and docs/abilities.md, from the results beside the shipped checkpoints.
 
     python examples/shipped_tables.py
 
-writes each between its marks. A checkpoint's results are what evaluate.py, abilities.py and `oner suite` left of it.
+writes each between its marks: no figure of them is typed. A checkpoint's results are what evaluate.py, abilities.py and `oner suite` left of it.
 """
 
 import json
@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from abilities import ABILITIES, shown
 
 from oner.training.evaluation.suite import table as suite_table
 
@@ -144,7 +146,31 @@ def whole_suite() -> str:
     return suite_table({name: tasks for name in names if (tasks := suite_of(name))})
 
 
-TABLES = {"README.md": {"families": families_table, "suite": probes_table}, "docs/suite.md": {"suite": whole_suite}}
+def abilities_table() -> str:
+    """A line for each ability on unseen pairs and on the unseen style: chance, the aim, each checkpoint."""
+    names = [shipped.name for family in FAMILIES for shipped in family.shipped if shipped.name.endswith("-scenes")]
+    found = {name: results_of(name) for name in names}
+    lines = []
+    for split in ("unseen_pairs", "unseen_style"):
+        lines.append([f"**{split.replace('_', ' ')}**", *[""] * (2 + len(names))])
+        for ability in ABILITIES:
+            values = [values.get(f"{split}/{ability.value}") for values in found.values()]
+            if any(value is not None for value in values):
+                # chance is a number of the data, the same for all
+                chance = next(
+                    (one[name] for one in found.values() if (name := f"{split}/{ability.chance}") in one),
+                    ability.chance if isinstance(ability.chance, float) else None,
+                )
+                told = [chance, ability.aim_on(split), *values]
+                lines.append([ability.name, *(shown(value, ability.percent) for value in told)])
+    return markdown(["ability", "chance", "aim", *names], lines)
+
+
+TABLES = {
+    "README.md": {"families": families_table, "suite": probes_table},
+    "docs/suite.md": {"suite": whole_suite},
+    "docs/abilities.md": {"abilities": abilities_table},
+}
 
 
 def between_marks(text: str, name: str, content: str) -> str:

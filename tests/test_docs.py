@@ -380,7 +380,7 @@ def test_the_readme_is_short_and_its_pictures_are_small():
     assert all((ROOT / picture).stat().st_size <= 150_000 for picture in pictures)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/suite.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/abilities.md", "docs/suite.md"])
 def test_tables_of_what_ships_are_made_of_its_results(page, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     tables = import_module("shipped_tables")
