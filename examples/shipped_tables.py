@@ -2,7 +2,8 @@
 
     python examples/shipped_tables.py
 
-writes each between its marks: no figure of them is typed. A checkpoint's results are what evaluate.py, abilities.py and `oner suite` left of it.
+writes each between its marks: no figure of them is typed. A checkpoint's results are what evaluate.py, abilities.py
+and `oner suite` left of it.
 """
 
 import json
