@@ -105,6 +105,7 @@ def test_loads_elsewhere_and_gives_the_same(mode, exported, picture, expected, t
     assert expected["retrieval.both"].std() > 0 and expected["pipeline.retrieval"].numel() == 2
 
 
+@pytest.mark.slow_but_one
 def test_pushed_model_loads_from_the_hub(exported, picture, expected, tmp_path, monkeypatch):
     """Push to a Hub of our own, then load by name: `remote` downloads weights and code."""
     server, url = serve()
