@@ -1,19 +1,26 @@
 """Rows of composed retrieval: a picture and words that ask for another picture.
 
-Every row is {"image", "target_image", "text", "id"}. The id is the target's, so that two rows which ask for one
-picture are right for each other; pictures are paths or encoded bytes.
+Every row is {"image", "target_image", "text", "id", "reference_id"}. The id is the target's, so that two rows that ask
+for one picture are right for each other. A reference that is some row's target has that one's id, for it answers those
+rows. Pictures are paths or encoded bytes.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
+import torch
 
 from oner.processing.vl_captions import caption_reason
 
+from .collation import Example
 from .listed_rows import ListedRows
-from .row_checks import PairDataError
+from .places import located
+from .row_checks import PairDataError, id_reason
+from .same_pictures import picture_digest
+from .sampling import concept_id
 from .task_files import Broken, RowFault, field, find_file, first_field, forget_files, read_json
 
 PICTURES = ("image", "target_image")
@@ -32,12 +39,13 @@ def open_composed(
     Args:
         sources: each one of
 
-            a parquet table with columns `image`, `text`, `target_image`, and `id` where several rows share a target;
+            a parquet table with columns `image`, `text`, `target_image`, and `id` where pictures that differ are one
+            target; without it each target picture is one;
             `NAME_queries.parquet` with `NAME_gallery.parquet` beside it, whose row `target` is asked for;
             CIRR's JSON, a list of {"reference", "target_hard", "caption"} with pictures NAME.png;
             FashionIQ's JSON, a list of {"candidate", "target", "captions"} with pictures NAME.jpg, whose two captions
             are joined by "and".
-        folder: what the pictures of the JSON files lie in; if none, the file's.
+        folder: what the paths of pictures are relative to; if none, their file's.
         clean: how a text is rewritten.
         bad_rows: as `ListedRows`.
 
@@ -52,18 +60,47 @@ def open_composed(
             text = row["text"]
             if clean is not None and isinstance(text, str):
                 text = clean(text)
-            rows.append({**row, "text": text, "id": row["id"] if row["id"] is not None else f"row {len(rows)}"})
+            rows.append({**row, "text": text})
+    _identify(rows)
     return ListedRows(rows, ", ".join(sources), _reason, bad_rows, PICTURES)
+
+
+def _identify(rows: Sequence[Row]) -> None:
+    """Gives every row the ids of its two pictures, in place: its own where it has one, else what the picture is."""
+    answers: dict[int, Any] = {}  # digest of a target -> its id
+    for number, row in enumerate(rows):
+        digest = picture_digest(row["target_image"])
+        if row["id"] is None:
+            row["id"] = f"row {number}" if digest is None else f"picture {digest}"
+        if digest is not None and id_reason(row["id"]) is None:
+            answers.setdefault(digest, row["id"])
+    for number, row in enumerate(rows):
+        digest = picture_digest(row["image"])
+        alone = f"reference {number}" if digest is None else f"picture {digest}"
+        row["reference_id"] = answers.get(digest, alone)
 
 
 def _reason(row: Mapping[str, Any]) -> str | None:
     """What is wrong with a row beside its pictures."""
-    return row.get("fault") or caption_reason(row["text"])
+    return row.get("fault") or caption_reason(row["text"]) or id_reason(row["id"])
+
+
+class References:
+    """What a batch says of the references: whose target each is, if any row's."""
+
+    def reason(self, row: dict[str, Any]) -> str | None:
+        """None: every row has its reference."""
+        return None
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """`reference_ids` (B,) int64, of the same ids as the batch's own, which are the targets'."""
+        return {"reference_ids": torch.tensor([concept_id(one.row["reference_id"]) for one in examples])}  # (B,)
 
 
 def _of_table(source: str, folder: str | None) -> Iterator[Row]:
     """Rows of a parquet file; the pictures of a query's target come from the gallery beside it."""
     path = Path(source)
+    home = folder or str(path.parent)
     try:
         columns = pq.read_schema(path).names
     except (OSError, ValueError) as error:
@@ -78,17 +115,17 @@ def _of_table(source: str, folder: str | None) -> Iterator[Row]:
         pictures = pq.read_table(gallery, columns=["image"])["image"]  # a column of cells, decoded one by one
         for query in pq.read_table(path, columns=["image", "text", "target"]).to_pylist():
             number = query["target"]
-            if not 0 <= number < len(pictures):
+            if not isinstance(number, int) or not 0 <= number < len(pictures):
                 raise PairDataError(f"{source}: a target is row {number}, and {gallery.name} has {len(pictures)} rows")
             target = pictures[number].as_py()
-            yield {**_cells(query["image"], target), "text": query["text"], "id": f"{gallery.name} {number}"}
+            yield {**_cells(home, query["image"], target), "text": query["text"], "id": None}
         return
 
     # a table that holds both pictures
     _expect(source, columns, ("image", "text", "target_image"))
     wanted = ["image", "text", "target_image", *(["id"] if "id" in columns else [])]
     for row in pq.read_table(path, columns=wanted).to_pylist():
-        yield {**_cells(row["image"], row["target_image"]), "text": row["text"], "id": row.get("id")}
+        yield {**_cells(home, row["image"], row["target_image"]), "text": row["text"], "id": row.get("id")}
 
 
 def _expect(source: str, columns: Sequence[str], wanted: Sequence[str]) -> None:
@@ -99,10 +136,11 @@ def _expect(source: str, columns: Sequence[str], wanted: Sequence[str]) -> None:
         )
 
 
-def _cells(*cells: Any) -> Row:
+def _cells(home: str, *cells: Any) -> Row:
     """The two pictures of a row: a cell of `datasets` holds bytes or a path, or is one of these itself."""
     found = [(cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell for cell in cells]
-    return dict(zip(PICTURES, found, strict=True))
+    placed = [located(os.path.join(home, cell)) if isinstance(cell, str) else cell for cell in found]
+    return dict(zip(PICTURES, placed, strict=True))
 
 
 def _of_annotations(source: str, folder: str | None) -> Iterator[Row]:
@@ -134,7 +172,7 @@ def _annotated(record: Mapping[str, Any], home: str) -> Row:
         find_file(home, f"{name}.png", f"{name}.jpg", f"{name.split('-')[0]}/{name}.png")
         for name in (reference, target)
     )
-    return {**_cells(*pictures), "text": text, "id": target}
+    return {**dict(zip(PICTURES, pictures, strict=True)), "text": text, "id": None}
 
 
-__all__ = ["PICTURES", "open_composed"]
+__all__ = ["PICTURES", "References", "open_composed"]

@@ -12,7 +12,8 @@ from tiny_finetuning import emoji, write_momo
 from tiny_oner import joint_batch, randomised, text_of, tiny_config
 
 from oner import OneRModel
-from oner.processing.data.composed_rows import open_composed
+from oner.processing.data.collation import Example
+from oner.processing.data.composed_rows import References, open_composed
 from oner.processing.data.row_checks import PairDataError
 from oner.training.objectives.composed import ComposedObjective, ComposedObjectiveArguments
 from oner.training.run.gradient_cache import loss_and_gradients
@@ -28,7 +29,9 @@ def batch(ids=(4, 9, 4, 7)):
     made = joint_batch([3, 5, 2, 4])
     pictures = torch.stack([made["pixel_values"], made["pixel_values"].roll(1, 0) * 0.7], 1)  # (B, 2, C, H, W)
     text = {name: made[name] for name in ("input_ids", "attention_mask")}
-    return {**text, "pixel_values": pictures, "ids": torch.tensor(ids)}
+    # the second row's reference is the target of the last, the third's of its own and the first
+    references = torch.tensor([-1, ids[3], ids[0], -2])
+    return {**text, "pixel_values": pictures, "ids": torch.tensor(ids), "reference_ids": references}
 
 
 def unit(vectors):
@@ -36,7 +39,7 @@ def unit(vectors):
 
 
 def by_hand(model, given, temperature, references):
-    """Softmax over targets, and references, that share the id; and over queries the other way."""
+    """Softmax over targets and references, right where they share the id; and over queries the other way."""
     reference, target = given["pixel_values"].unbind(1)
     text = {name: given[name] for name in ("input_ids", "attention_mask")}
     query = unit(model(**text, pixel_values=reference).pooler_output)
@@ -45,7 +48,7 @@ def by_hand(model, given, temperature, references):
     keys, right = answers, same
     if references:
         keys = torch.cat([answers, unit(model(pixel_values=reference).pooler_output)])
-        right = torch.cat([same, torch.zeros_like(same)], 1)
+        right = torch.cat([same, given["ids"][:, None] == given["reference_ids"][None]], 1)
 
     def loss(asking, asked, right):
         chances = (asking @ asked.T / temperature).softmax(1).log()
@@ -137,6 +140,12 @@ def test_queries_take_their_targets_from_the_gallery(tmp_path):
     first, second = rows.take([0, 1])
     assert first["target_image"] == second["target_image"] == emoji()[3][0] and first["image"] == emoji()[7][0]
     assert first["id"] == second["id"] and rows.ids()[0] == rows.ids()[1]
+    for target in (None, -1, 5):
+        pq.write_table(
+            pa.Table.from_pylist([queries[0], {**queries[1], "target": target}]), tmp_path / "some_queries.parquet"
+        )
+        with pytest.raises(PairDataError, match=f"a target is row {target}, and some_gallery.parquet has 5 rows"):
+            open_composed([str(tmp_path / "some_queries.parquet")])
     (tmp_path / "some_gallery.parquet").unlink()
     with pytest.raises(PairDataError, match="expected its gallery beside it, .*some_gallery.parquet"):
         open_composed([str(tmp_path / "some_queries.parquet")])
@@ -146,7 +155,7 @@ def test_a_table_holds_both_pictures(tmp_path):
     table = [{"image": cell(1), "text": "bigger", "target_image": cell(2)}] * 2
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "triples.parquet")
     rows = open_composed([str(tmp_path / "triples.parquet")], clean=str.upper)
-    assert [row["text"] for row in rows.take([0, 1])] == ["BIGGER", "BIGGER"] and len(set(rows.ids())) == 2
+    assert [row["text"] for row in rows.take([0, 1])] == ["BIGGER", "BIGGER"] and len(set(rows.ids())) == 1
     pq.write_table(pa.table({"image": ["a.png"], "caption": ["x"]}), tmp_path / "other.parquet")
     with pytest.raises(PairDataError, match="without text, target_image: image, caption"):
         open_composed([str(tmp_path / "other.parquet")])
@@ -173,13 +182,40 @@ def test_published_annotations_are_read(query, text, tmp_path):
         open_composed([str(tmp_path / "cap.json")])
 
 
-def test_references_are_in_the_gallery_that_is_asked():
-    rows = [
-        {"image": emoji()[number][0], "target_image": emoji()[number + 3][0], "text": "x", "id": f"{number}"}
-        for number in range(3)
-    ]
+def chain(folder, as_paths):
+    """Three queries, the target of each the reference of the next; the last asks for what the first does."""
+    pictures = [emoji()[number][0] for number in range(3)]
+    if as_paths:
+        for number, content in enumerate(pictures):
+            (folder / f"{number}.png").write_bytes(content)
+        pictures = [f"{number}.png" for number in range(3)]
+    steps = [(0, 1), (1, 2), (2, 1)]
+    rows = [{"image": pictures[a], "target_image": pictures[b], "text": f"is {b}"} for a, b in steps]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "chain.parquet")
+    return open_composed([str(folder / "chain.parquet")])
+
+
+@pytest.mark.parametrize("as_paths", [False, True])
+def test_a_reference_that_is_a_target_has_its_id_and_one_place_in_the_gallery(as_paths, tmp_path):
+    rows = chain(tmp_path, as_paths)
+    first, second, third = rows.take([0, 1, 2])
+    assert first["id"] == third["id"] == second["reference_id"] and second["id"] == third["reference_id"]
+    assert len({first["id"], second["id"], first["reference_id"]}) == 3
+    assert References()([Example(None, row, None) for row in rows.take([1])])["reference_ids"] == rows.ids()[0]
     made = evaluator(rows, "set", ComposedArguments())
-    assert len(made.gallery) == 6 and [query["choices"] for query in made.queries] == [[0, 3], [1, 4], [2, 5]]
+    assert len(made.gallery) == 3 and [query["choices"] for query in made.queries] == [[0, 1], [2, 0], [0, 2]]
+
+
+def test_ids_of_a_table_are_its_references_too_and_must_be_ids(tmp_path):
+    table = [{"image": cell(number), "text": "x", "target_image": cell(number + 1), "id": 7} for number in range(2)]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "triples.parquet")
+    rows = open_composed([str(tmp_path / "triples.parquet")])
+    assert [row["reference_id"] == 7 for row in rows.take([0, 1])] == [False, True]
+    # two pictures of one id stay two in the gallery
+    assert len(evaluator(rows, "set", ComposedArguments()).gallery) == 3
+    pq.write_table(pa.Table.from_pylist([{**row, "id": 0.5} for row in table]), tmp_path / "triples.parquet")
+    with pytest.raises(PairDataError, match="the id must be an int or a string, got float"):
+        open_composed([str(tmp_path / "triples.parquet")])
 
 
 def test_a_family_without_a_joint_embedding_is_refused(tmp_path):

@@ -3,7 +3,8 @@
     [NCE(F(I, T), {F(I')} and {F(I)}) + NCE(F(I'), {F(I, T)})] / 2
 
 I is the reference, T says how the target I' differs from it. Targets of other rows are negatives, and so are all
-references: what looks as the reference does must not be enough. With `keep_weight` there is also
+references: what looks as the reference does must not be enough. A reference that is the target of a row is right for
+it, as CIRR's and FashionIQ's often are. With `keep_weight` there is also
 
     keep = mean of 1 - cos(f(x), f0(x)) over pictures and words alone, f0 being the model that the run began with,
 
@@ -23,8 +24,6 @@ from oner.training.parallel.distributed import gather_with_gradient, gather_with
 from .losses import in_full, info_nce
 from .objective import Batch, Comparison, Representations, SinglePortion, Targets
 from .teacher import EMATeacher
-
-NOBODY = torch.iinfo(torch.int64).min  # no row's id
 
 
 @dataclass
@@ -47,7 +46,8 @@ class ComposedObjectiveArguments:
 
 class ComposedObjective(SinglePortion):
     """
-    Over rows of two pictures and a text; `pixel_values` (B, 2, C, H, W) holds the reference, then the target.
+    Over rows of two pictures and a text; `pixel_values` (B, 2, C, H, W) holds the reference, then the target, and
+    `reference_ids` (B,) says of which rows, by their `ids`, a reference is the target.
 
     Args:
         student (`PreTrainedModel`): A tower whose `pooler_output` embeds pictures, and pictures with texts, alike.
@@ -70,8 +70,10 @@ class ComposedObjective(SinglePortion):
 
     @torch.no_grad()
     def targets(self, student: nn.Module, batch: Batch, progress: float) -> Targets:
-        """Ids (B,); where they are kept, embeddings of the start (3B, P), laid out as rows (B, 3, P)."""
+        """Ids (B,) of targets and references; where they are kept, embeddings of the start as rows (B, 3, P)."""
         rows = {"ids": batch["ids"]}
+        if self.arguments.reference_negatives:
+            rows["reference_ids"] = batch["reference_ids"]
         if self.teacher is None:
             return Targets(rows)
         reference, target = batch["pixel_values"].unbind(1)  # (B, C, H, W) each
@@ -112,11 +114,11 @@ class ComposedObjective(SinglePortion):
         all_ids = gather_without_gradient(ids)  # (G,)
         offset = len(ids) * rank()
 
-        # targets are right for their own id; a reference is nobody's answer
+        # targets are right for their own id, a reference for whoever asks for that very picture
         keys, key_ids = everyone["target"], all_ids
         if "reference" in everyone:
             keys = torch.cat([keys, everyone["reference"]])  # (2G, P)
-            key_ids = torch.cat([all_ids, torch.full_like(all_ids, NOBODY)])  # (2G,)
+            key_ids = torch.cat([all_ids, gather_without_gradient(targets["reference_ids"])])  # (2G,)
         asked = info_nce(rows["query"], keys, self.temperature, ids, key_ids, offset)
         answered = info_nce(rows["target"], everyone["query"], self.temperature, ids, all_ids, offset)
         return Comparison({"composed": (asked + answered) / 2})

@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from oner.modeling.modeling_oner import OneRModel
-from oner.processing.data.composed_rows import PICTURES, open_composed
+from oner.processing.data.composed_rows import PICTURES, References, open_composed
 from oner.processing.data.listed_rows import ListedRows
+from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.training.evaluation.composed_queries import ComposedQueriesEvaluator
+from oner.training.evaluation.embedding import picture_key
 from oner.training.objectives.composed import ComposedObjective, ComposedObjectiveArguments
 from oner.training.run.arguments import DataArguments
 from oner.training.run.collators import CAPTION_RULES, task_collator
@@ -31,21 +35,32 @@ def open_rows(sources: Sequence[str], options: ComposedArguments, data: DataArgu
     return open_composed(sources, options.image_folder, clean, "skip" if training else "raise")
 
 
+def references(processor: VisionLanguageProcessor, config: PreTrainedConfig) -> References:
+    """What a batch says beside its pictures and texts."""
+    return References()
+
+
 def evaluator(rows: Sequence[Any], name: str, options: ComposedArguments) -> ComposedQueriesEvaluator:
-    """Targets and references of all rows are the gallery, as in CIRR; the reference is what each is chosen against."""
-    rows = list(rows)
-    gallery = [{"image": row["target_image"], "id": row["id"]} for row in rows]
-    gallery += [{"image": row["image"], "id": f"reference {number}"} for number, row in enumerate(rows)]
-    queries = [
-        {
-            **{key: row[key] for key in ("image", "text")},
-            "target": number,
-            "choices": [number, len(rows) + number],
-            "names": ["target", "reference"],
-            "kind": "query",
-        }
-        for number, row in enumerate(rows)
-    ]
+    """
+    Targets and references of all rows are the gallery, each picture once; the reference is what each query is chosen
+    against, and stays in what is searched, as in FashionIQ (CIRR leaves it out).
+    """
+    # one place for each picture of an id: what is a reference here may be the target there
+    gallery: list[dict[str, Any]] = []
+    places: dict[tuple[str, Any], int] = {}
+
+    def place_of(image: Any, identity: Any) -> int:
+        place = places.setdefault((picture_key(image), identity), len(gallery))
+        if place == len(gallery):
+            gallery.append({"image": image, "id": identity})
+        return place
+
+    queries = []
+    for row in rows:
+        target = place_of(row["target_image"], row["id"])
+        choices = [target, place_of(row["image"], row["reference_id"])]
+        asked = {"image": row["image"], "text": row["text"], "target": target, "choices": choices}
+        queries.append({**asked, "names": ["target", "reference"], "kind": "query"})
     return ComposedQueriesEvaluator(queries, gallery, options.eval_batch_size, name=name, progress=False)
 
 
@@ -54,7 +69,7 @@ CIR = Task(
     model=AutoModelForComposedRetrieval,
     arguments=ComposedArguments,
     open_rows=open_rows,
-    collator=partial(task_collator, images=PICTURES, targets=None),  # pixel_values (B, 2, 3, H, W)
+    collator=partial(task_collator, images=PICTURES, targets=references),  # pixel_values (B, 2, 3, H, W)
     evaluator=evaluator,
     objective=ComposedObjective,
 )
