@@ -20,9 +20,9 @@ from oner.training.run.gradient_cache import loss_and_gradients
 from oner.training.tasks.composed import AutoModelForComposedRetrieval, ComposedArguments, evaluator
 
 
-def student():
+def student(**fields):
     torch.manual_seed(2)
-    return randomised(OneRModel(tiny_config())).eval()  # statistics of a batch would differ with its pieces
+    return randomised(OneRModel(tiny_config(**fields))).eval()  # statistics of a batch would differ with its pieces
 
 
 def batch(ids=(4, 9, 4, 7)):
@@ -68,9 +68,13 @@ def test_the_loss_is_the_sum_by_hand(references, temperature):
     assert taken.parts.keys() == {"composed"}
 
 
-def test_a_batch_in_pieces_has_the_gradients_of_the_whole():
-    model, given = student(), batch()
-    objective = ComposedObjective(model, ComposedObjectiveArguments())
+@pytest.mark.parametrize("keep_weight", [0.0, 1.0])
+@pytest.mark.parametrize("two_heads", [False, True])
+def test_a_batch_in_pieces_has_the_gradients_of_the_whole(two_heads, keep_weight):
+    model, given = student(two_heads=two_heads), batch()
+    objective = ComposedObjective(model, ComposedObjectiveArguments(keep_weight=keep_weight))
+    for teacher in objective.teachers():
+        teacher.model.eval()
     objective(model, given, 0.5).loss.backward()
     whole = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
     model.zero_grad()

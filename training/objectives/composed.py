@@ -58,8 +58,10 @@ class ComposedObjective(SinglePortion):
         self.arguments = arguments
         self.config = student.config
         self.temperature = arguments.query_temperature or student.config.temperature
-        # no patch is masked: an engine over processes would wait for its gradient for ever
+        # what nothing reaches: an engine over processes would wait for its gradient for ever
         student.embeddings.patch_mask_token.requires_grad_(False)
+        if student.text_projector is not None and not arguments.keep_weight:
+            student.text_projector.requires_grad_(False)
         # the model of the start, which follows nobody
         self.teacher = EMATeacher(student, momentum=1.0) if arguments.keep_weight else None
 
