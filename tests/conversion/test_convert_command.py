@@ -261,6 +261,30 @@ def test_other_places_of_weights(tmp_path):
         read_weights(tmp_path / "empty")
 
 
+def test_a_file_in_half_precision_trains_in_full(tmp_path, official):
+    torch.save({"model": {name: tensor.half() for name, tensor in official.items()}}, tmp_path / "half.pth")
+    assert main(["convert", "--from", "simla", str(tmp_path / "half.pth"), str(tmp_path / "out"), *TINY]) == 0
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    objective = SimlaObjective(model, SimlaObjectiveArguments(queue_size=Q))
+    objective.load_state_dict(load_file(tmp_path / "out" / "objective.safetensors"))
+    kinds = {name: tensor.dtype for name, tensor in objective.state_dict().items()}
+    whole = {"queue.ids", "queue.pointer"}
+    assert {name for name, kind in kinds.items() if kind != torch.float32} == whole
+    assert all(kinds[name] == torch.int64 for name in whole)
+
+
+def test_a_released_file_without_twins_and_queues_at_its_top(tmp_path, capsys):
+    """As ALBEF's authors released what they fine-tuned: weights alone, under no "model"."""
+    state = {
+        name: one for name, one in filled(retrieval_shapes()).items() if "_m." not in name and "queue" not in name
+    }
+    torch.save(state, tmp_path / "mscoco.pth")
+    assert main(["convert", "--from", "simla", str(tmp_path / "mscoco.pth"), str(tmp_path / "out"), *TINY]) == 0
+    assert "0 missing in the file" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "objective.safetensors").exists()
+    AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -65,7 +65,10 @@ class FeatureQueue:
         return {**self.rows, "ids": self.ids, "pointer": self.pointer}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raises `RuntimeError` with the names and shapes that are not the queue's."""
+        """
+        Keys of a half become the queue's fp32, ids and pointer whole numbers, whatever file they come from. Raises
+        `RuntimeError` with the names and shapes that are not the queue's.
+        """
         # what does not fit, all of it in one message
         own = self.state_dict()
         wrong = {name: "missing" for name in own.keys() - state.keys()}
@@ -78,10 +81,11 @@ class FeatureQueue:
         if wrong:
             raise RuntimeError(f"the state does not fit the queue: {dict(sorted(wrong.items()))}")
         device = self.pointer.device
-        # copies, since what was read from a file may be shared with its reader
-        self.rows = {name: state[name].to(device, copy=True) for name in self.rows}
-        self.ids = state["ids"].to(device, copy=True)
-        self.pointer = state["pointer"].to(device, copy=True)
+        # copies, since what was read from a file may be shared with its reader; fp64 stays fp64
+        kinds = {name: torch.promote_types(old.dtype, state[name].dtype) for name, old in self.rows.items()}
+        self.rows = {name: state[name].to(device, kind, copy=True) for name, kind in kinds.items()}
+        self.ids = state["ids"].to(device, torch.long, copy=True)
+        self.pointer = state["pointer"].to(device, torch.long, copy=True)
 
 
 def _overwritten(
