@@ -129,6 +129,8 @@ def _of_table(source: str, folder: str | None) -> Iterator[Row]:
 
 
 def _expect(source: str, columns: Sequence[str], wanted: Sequence[str]) -> None:
+    if several := [name for name in wanted if columns.count(name) > 1]:
+        raise PairDataError(f"{source}: several columns are called {several[0]!r}; expected one of that name")
     if lacking := [name for name in wanted if name not in columns]:
         raise PairDataError(
             f"{source}: expected the columns {', '.join(wanted)}, got a table without {', '.join(lacking)}: "

@@ -234,6 +234,8 @@ def _parquet(files: Sequence[Path], columns: dict[str, str]) -> Iterator[pa.Tabl
         found = pq.read_schema(file)
         if missing := [column for column in wanted if column not in found.names]:
             raise PairDataError(f"{file}: no column {missing[0]!r}; columns found: {', '.join(found.names)}")
+        if several := [column for column in wanted if found.names.count(column) > 1]:
+            raise PairDataError(f"{file}: several columns are called {several[0]!r}; expected one of that name")
         schemas.append(pa.schema([(column, _plain(found.field(column).type)) for column in wanted]))
     schema = pa.unify_schemas(schemas, promote_options="permissive")
 

@@ -203,6 +203,13 @@ def test_one_sentence_a_row_as_an_object(home):
         open_rows(data, text_column="sentence.raw")
 
 
+def test_a_column_that_stands_twice_in_parquet_is_named(home):
+    cells = [pa.array([b"x"]), pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.table(cells, names=["image", "caption", "caption"]), home / "twice.parquet")
+    with pytest.raises(PairDataError, match="several columns are called 'caption'; expected one"):
+        open_rows(home / "twice.parquet")
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("stored", "name"),
