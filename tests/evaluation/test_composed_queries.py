@@ -72,8 +72,17 @@ def test_a_tie_is_lost_and_a_model_without_joint_pass_has_three_ways():
 
 def test_what_are_no_queries_is_refused(pairs):
     queries, gallery, *_ = laid_down(False)
-    with pytest.raises(ValueError, match="choice is row 47, and the gallery has 40 rows"):
+    with pytest.raises(ValueError, match="query 10: a choice is row 40, and the gallery has 40 rows"):
         ComposedQueriesEvaluator(queries, gallery[:40])
+    for wrong, message in (
+        ({"choices": [-48, 1], "target": -48, "names": ROLES[:2]}, "a choice is row -48, and the gallery has 48 rows"),
+        ({"choices": [1, 0], "target": 0, "names": ROLES[:2]}, "first choice is row 1, and its target row 0"),
+        ({"choices": [0, 1], "target": 0, "names": ROLES[:1]}, "expected two at least, and a name for each"),
+        ({"choices": [0], "target": 0, "names": ROLES[:1]}, "expected two at least"),
+        ({"choices": [None, 1], "target": None, "names": ROLES[:2]}, "a choice is row None"),
+    ):
+        with pytest.raises(ValueError, match=f"query 1: .*{message}"):
+            ComposedQueriesEvaluator([queries[0], {**queries[1], **wrong}], gallery)
     with pytest.raises(ValueError, match="no queries"):
         ComposedQueriesEvaluator([], gallery)
     with pytest.raises(PairDataError, match="expected composed queries, got a table without target, choices"):

@@ -38,6 +38,19 @@ def open_queries(source: str | PathLike, limit: int | None = None) -> list[dict[
     return spaced(pq.read_table(source, columns=list(COLUMNS)).to_pylist(), limit)
 
 
+def _fault(query: Row, pictures: int) -> str | None:
+    """Why a query cannot be asked of a gallery of so many pictures; None if it can."""
+    choices, names = query["choices"], query["names"]
+    if choices is None or names is None or len(choices) < 2 or len(choices) != len(names):
+        return f"its choices are {choices}, called {names}; expected two at least, and a name for each"
+    if choices[0] != query["target"]:
+        return f"its first choice is row {choices[0]}, and its target row {query['target']}; expected the target first"
+    for choice in choices:
+        if not isinstance(choice, int) or not 0 <= choice < pictures:
+            return f"a choice is row {choice}, and the gallery has {pictures} rows"
+    return None
+
+
 class ComposedQueriesEvaluator:
     """Does a picture with words find what neither finds alone, nor the sum of their embeddings?
 
@@ -49,7 +62,8 @@ class ComposedQueriesEvaluator:
     the choices where the target is not; and name/composed_both_over_better and .._over_sum, ratios at the largest k.
 
     Raises:
-        ValueError: no queries, or a choice that the gallery does not have.
+        ValueError: no queries, or one that cannot be asked, by its number: choices that the gallery does not have, of
+            which the target is not the first, or that are fewer than two or not named one by one.
     """
 
     def __init__(
@@ -63,9 +77,9 @@ class ComposedQueriesEvaluator:
     ) -> None:
         if len(queries) == 0:
             raise ValueError("there are no queries to evaluate on")
-        highest = max(max(query["choices"]) for query in queries)
-        if highest >= len(gallery):
-            raise ValueError(f"a query's choice is row {highest}, and the gallery has {len(gallery)} rows")
+        for number, query in enumerate(queries):
+            if reason := _fault(query, len(gallery)):
+                raise ValueError(f"query {number}: {reason}")
         self.queries = queries
         self.gallery = gallery
         self.batch_size = batch_size
