@@ -291,6 +291,10 @@ def _as_texts(text: Any, split: bool) -> list[Any]:
         if not good:
             hint = "a list of words" if split else "a str (lists of words need is_split_into_words=True)"
             raise ValueError(f"text {index} is {item!r:.60} of type {type(item).__name__}, expected {hint}")
+        try:
+            "".join(item).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"text {index} is {item!r:.60}, which holds a lone surrogate; expected Unicode") from None
     return [list(item) if split else item for item in text]
 
 

@@ -206,6 +206,8 @@ def test_input_errors(processor, images, texts):
         ({"text": []}, ValueError, "got an empty list"),
         ({"images": []}, ValueError, "empty list"),
         ({"text": ["a", None]}, ValueError, "text 1 is None of type NoneType, expected a str"),
+        ({"text": ["a", "b\ud800"]}, ValueError, "text 1 is .* a lone surrogate; expected Unicode"),
+        ({"text": ["b\ud800"], "is_split_into_words": True}, ValueError, "text 0 is .* a lone surrogate"),
         ({"text": [["a"], ["b"]]}, ValueError, "need is_split_into_words=True"),
         ({"text": 3}, ValueError, "got int"),
         ({"text": "a", "is_split_into_words": True}, ValueError, "got str"),
