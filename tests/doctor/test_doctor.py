@@ -40,7 +40,9 @@ from oner.training.doctor.findings import (
 )
 from oner.training.doctor.reading import read_run, read_sample, teacher_distance
 from oner.training.objectives.objective import objective_classes, under
+from oner.training.publishing.public import plain
 from oner.training.run.checkpoint import list_checkpoints
+from oner.training.run.parsing import parse_arguments
 from oner_command_line import main as command_line
 
 COLOURS = {
@@ -287,6 +289,18 @@ def test_what_knowing_nothing_costs(processes):
     objective, kind = objective_classes("oner")
     assert objective.uninformed(kind(), 8, processes)["cmc"] == pytest.approx(math.log(8))
     assert not objective.uninformed(kind(scale_by_temperature=True), 8, processes)
+
+
+def test_contrast_is_of_the_pairs_whose_portion_an_epoch_is_not(tmp_path):
+    """MoMo's third stage counts epochs of texts, of which a batch may hold more."""
+    told = plain(parse_arguments(["--config", "momo_small_stage3", "--output_dir", str(tmp_path)]).to_dict())
+    told["portions"]["pairs"]["batch_size"] = 16
+    assert told["epoch_portion"] == "texts" and told["portions"]["texts"]["batch_size"] == 64
+    (tmp_path / "model" / "results").mkdir(parents=True)
+    (tmp_path / "model" / "results" / "training_config.json").write_text(json.dumps(told), encoding="utf-8")
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "itc": 2.7}) + "\n", encoding="utf-8")
+    run = read_run(tmp_path)
+    assert run.uninformed == {"itc": pytest.approx(math.log(16))} and run.negatives == 15
 
 
 def test_teacher_and_student_apart(family, healthy):

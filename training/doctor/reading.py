@@ -51,7 +51,7 @@ class Run:
         uninformed: Loss by name of a model that knows nothing, of the losses that the log has.
         distance: Between teacher and student as a share of the student's norm, where there is a teacher.
         temperature, bounds: The model's learnable one, where it is held in a range.
-        rows: Of a process's batch.
+        rows: Of a process's batch, of pairs where there are any.
         num_codes: Of the codebook that the run trains; 0 without one.
     """
 
@@ -125,9 +125,10 @@ def read_run(directory: str | Path) -> Run:
         raise ValueError(f"{directory}: no checkpoint and no model/results, so it is not known what this run was told")
     arguments, objective = arguments_of(told)
 
-    # what its losses come to without knowledge
+    # what its losses come to without knowledge; pairs are contrasted, whichever portion an epoch is of
     processes = _processes(checkpoints[-1]) if checkpoints else 1
-    batch_size = arguments.epoch_of().run.batch_size
+    pairs = [portion for portion in arguments.portions().values() if portion.data.kind == "pairs"]
+    batch_size = (pairs or [arguments.epoch_of()])[0].run.batch_size
     uninformed = objective.uninformed(arguments.objective, batch_size, processes) if objective else {}
     known = {name for line in lines for name in line}
     return Run(
