@@ -22,6 +22,7 @@ class ListedRows(PairRows):
         reason: row -> what is wrong with it beside its pictures, or None.
         bad_rows: "raise", or "skip": a bad row keeps its number and stands in `bad`.
         images: the keys under which a row holds images; a task may have two, or none.
+        looked_for: whether these have been looked for already, and `reason` tells of those that are not there.
 
     Raises:
         PairDataError: no rows; bad rows with "raise": the first ten, and how many there are.
@@ -36,6 +37,7 @@ class ListedRows(PairRows):
         reason: Callable[[Mapping[str, Any]], str | None] | None = None,
         bad_rows: Literal["raise", "skip"] = "raise",
         images: Sequence[str] = ("image",),
+        looked_for: bool = False,
     ) -> None:
         if not len(rows):
             raise PairDataError(f"{name}: no rows")
@@ -45,8 +47,8 @@ class ListedRows(PairRows):
         self.pictures = tuple(images)
 
         # its images, and what else its task checks
-        find = _finder(images)
-        checks = (find,) if reason is None else (find, reason)
+        find = None if looked_for else _finder(images)
+        checks = [check for check in (find, reason) if check is not None]
         self.bad = {}
         for number, row in enumerate(rows):
             if wrong := "; ".join(filter(None, (check(row) for check in checks))):

@@ -117,7 +117,7 @@ def open_questions(
 
     # a question without an id has its row's number, negative so that it is no other question's
     numbered = (one if one["id"] is not None else {**one, "id": -1 - row} for row, one in enumerate(drafts()))
-    return _opened(TableRows(numbered, QUESTION_COLUMNS), sources, bad_rows)
+    return _opened(TableRows(numbered, QUESTION_COLUMNS), sources, bad_rows, ("image",))
 
 
 def _told_apart(sources: Sequence[str]) -> tuple[dict[Any, dict[str, Any]] | None, list[tuple[str, Any]]]:
@@ -332,7 +332,7 @@ def _open_sentences(
     numbered = (one if one["id"] is not None else {**one, "id": f"row {row}"} for row, one in enumerate(drafts()))
     text = ("text", "id", "fault")
     columns = pa.schema({**dict.fromkeys((*images, *text), pa.string()), "label": pa.int64()})
-    return _opened(TableRows(numbered, columns), sources, bad_rows)
+    return _opened(TableRows(numbered, columns), sources, bad_rows, images)
 
 
 def _drafted(
@@ -372,9 +372,11 @@ def _drafted(
     return {**draft, "fault": "; ".join(missing) or None}
 
 
-def _opened(rows: TableRows, sources: Sequence[str], bad_rows: Literal["raise", "skip"]) -> ListedRows:
+def _opened(
+    rows: TableRows, sources: Sequence[str], bad_rows: Literal["raise", "skip"], images: Sequence[str]
+) -> ListedRows:
     # pictures have been looked for: a row with another fault may have lost the name of its own
-    return ListedRows(rows, _named(sources), lambda row: row["fault"], bad_rows, images=())
+    return ListedRows(rows, _named(sources), lambda row: row["fault"], bad_rows, images, looked_for=True)
 
 
 def _named(sources: Sequence[str]) -> str:

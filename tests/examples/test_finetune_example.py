@@ -19,12 +19,14 @@ from tiny_pretraining import (
 )
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 
+from oner.processing.data.row_checks import PairDataError
+from oner.processing.data.rows import PairRows
 from oner.training.doctor.command import examine
 from oner.training.doctor.reading import read_run
 from oner.training.evaluation.results import read_results
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.parsing import read_config
-from oner.training.tasks.finetuning import TASKS, find_task
+from oner.training.tasks.finetuning import TASKS, build_evaluator, find_task
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerator"),
@@ -272,6 +274,21 @@ def test_what_is_missing_is_said(finetune, pretrained, tmp_path):
         finetune.main(line("retrieval", pretrained, tmp_path / "run", {**told, "initial_model": None}))
     with pytest.raises(ValueError, match=f"unknown task 'cooking'; expected one of {', '.join(TASKS)}"):
         find_task("cooking")
+
+
+@pytest.mark.parametrize("task", sorted(DATA.keys() - {"glue"}))
+def test_a_picture_to_evaluate_on_that_cannot_be_read_is_named_before_a_step(task, finetune, tmp_path):
+    family = {"answers": "momo", "cir": "oner"}.get(task, "simla")
+    entry, arguments = finetune.parse(line(task, tmp_path, tmp_path / "run", DATA[task](tmp_path), family=family))
+    source = arguments.run.eval_data[0]
+    rows = entry.open_rows([source], arguments.objective, arguments.data, False)
+    last = getattr(rows, "pictures", ("image",))[-1]
+    before = rows.digest() if isinstance(rows, PairRows) else None
+    Path(rows[1][last]).write_bytes(b"\x89PNG\r\n\x1a\n, and no more")
+    # a run that is resumed is told that its pictures have changed
+    assert before is None or rows.digest() != before
+    with pytest.raises(PairDataError, match=r"rows cannot be used(?s:.*)row 1: cannot read"):
+        build_evaluator(entry, source, arguments.objective, arguments.data)
 
 
 def test_a_file_may_name_the_task(finetune, pretrained, tmp_path):

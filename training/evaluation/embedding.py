@@ -55,26 +55,52 @@ def _embed(
     return embeddings
 
 
-def check_pictures(rows: Sequence[Row], name: str, threads: int = 4) -> None:
+def check_pictures(
+    rows: Sequence[Row],
+    name: str,
+    keys: Sequence[str] = ("image",),
+    numbers: Sequence[int] | None = None,
+    threads: int = 4,
+) -> None:
     """
     Decodes every picture once. A score over fewer rows is another score, so in an evaluation a bad row is never left
     out; this names it before a run begins, not when it evaluates for the first time.
 
+    Args:
+        keys: under which a row holds pictures.
+        numbers: of the rows that are looked at; all if None.
+
     Raises:
         PairDataError: pictures that cannot be read, the first ten with their numbers, and how many there are.
     """
+    # rows may share a file
+    known: dict[str, str | None] = {}
 
-    def reason(number: int) -> str | None:
+    def wrong(image: Any) -> str | None:
+        path = image if isinstance(image, str) else ""
+        if path in known:
+            return known[path]
         try:
-            open_image(rows[number]["image"])
+            open_image(image)
         except ImageDecodeError as error:
-            return str(error)
+            reason = str(error)
+        else:
+            reason = None
+        if path:
+            known[path] = reason
+        return reason
+
+    def reason_of(number: int) -> str | None:
+        row = rows[number]
+        return "; ".join(filter(None, (wrong(row[key]) for key in keys))) or None
 
     # Pillow releases the lock while it decodes, so threads are enough
+    looked_at = range(len(rows)) if numbers is None else numbers
     with ThreadPoolExecutor(threads) as pool:
-        bad = [(number, text) for number, text in enumerate(pool.map(reason, range(len(rows)))) if text is not None]
+        reasons = zip(looked_at, pool.map(reason_of, looked_at), strict=True)
+        bad = [(number, text) for number, text in reasons if text is not None]
     if bad:
-        raise PairDataError(report(name, bad[:SHOWN], len(bad), len(rows)))
+        raise PairDataError(report(name, bad[:SHOWN], len(bad), len(looked_at)))
 
 
 def opened(images: Iterable[Any], first: int) -> list[Any]:

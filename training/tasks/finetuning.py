@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from oner.processing.data.captions_apart import CaptionsApart
 from oner.processing.data.rows import PairRows
 from oner.processing.processing_vl import VisionLanguageProcessor
-from oner.training.evaluation.embedding import spaced
+from oner.training.evaluation.embedding import check_pictures, spaced
 from oner.training.objectives.objective import Objective, build_objective, objective_classes
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.adapters import add_lora
@@ -149,9 +149,15 @@ def open_task_rows(task: Task, arguments: Arguments) -> PairRows:
 
 
 def build_evaluator(task: Task, source: str, options: TaskArguments, data: DataArguments) -> Evaluator:
-    """The task's evaluator of a source of rows, named after it. Raises `PairDataError` for a row that is bad."""
+    """
+    The task's evaluator of a source of rows, named after it. Raises `PairDataError` for a row that is bad, and for a
+    picture that cannot be read: a run would else end where it evaluates, and again whenever it is resumed.
+    """
     # the same rows each time, however few
     rows: Any = task.open_rows([source], options, data, False)
+    pictures = rows.pictures if isinstance(rows, PairRows) else ("image",)
+    if pictures:
+        check_pictures(rows, source, pictures, spaced(range(len(rows)), options.eval_limit))
     if options.eval_limit is not None:
         rows = spaced(rows, options.eval_limit)
     return task.evaluator(rows, Path(source).stem, options)

@@ -15,7 +15,6 @@ from oner.processing.data.grounding_files import open_grounding, read_boxes
 from oner.processing.data.listed_rows import ListedRows
 from oner.processing.data.masking import UNMASKED
 from oner.processing.data.row_checks import PairDataError
-from oner.training.evaluation.embedding import check_pictures
 from oner.training.evaluation.grounding import GroundingEvaluator
 from oner.training.run.arguments import DataArguments
 from oner.training.run.collators import CAPTION_RULES, pair_collator
@@ -58,12 +57,11 @@ def open_rows(
     if training:
         return open_grounding(list(sources), options.image_folder, clean=clean, bad_rows="skip")
 
-    # to evaluate on: all three files, and every picture
+    # to evaluate on: all three files
     files = {name: getattr(options, name) for name in ("refs", "instances", "detections")}
     if missing := [name for name, path in files.items() if path is None]:
         raise PairDataError(f"grounding is scored by boxes: expected refs, instances and detections, got no {missing}")
     rows = open_grounding(list(sources), options.image_folder, read_boxes(**files), clean)
-    check_pictures(rows, rows.name)
 
     # one file holds all splits
     if options.eval_split is None:

@@ -18,7 +18,7 @@ from oner.processing.data.masking import UNMASKED
 from oner.processing.data.mixture import PairMixture
 from oner.processing.data.rows import PairRows
 from oner.processing.data.sources import open_rows
-from oner.training.evaluation.embedding import check_pictures, spaced
+from oner.training.evaluation.embedding import spaced
 from oner.training.evaluation.reranking import RerankingEvaluator
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.run.arguments import DataArguments
@@ -79,7 +79,6 @@ def open_captions(
         return CaptionsApart(rows) if data.captions_apart else rows
 
     # an evaluator takes them as they are
-    check_pictures(rows, rows.name)
     clean = CAPTION_RULES.get(data.caption_rules)
     all_rows = spaced(rows)
     if clean is None:
