@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from tiny_pretraining import tiny_arguments
@@ -16,7 +17,9 @@ from oner.training.run.collators import (
     COLLATORS,
     image_collator,
     pair_collator,
+    task_collator,
     text_collator,
+    text_task_collator,
     tokenizer_collator,
 )
 from oner.training.run.loading import open_portions
@@ -74,6 +77,21 @@ def test_a_masking_of_its_own(made):
     told = dataclasses.replace(arguments, data=dataclasses.replace(arguments.data, max_text_length=2))
     short = text_collator(told, processor, config)
     assert short.reader.windows and short(items)["input_ids"].shape == (5, 3)
+
+
+@pytest.mark.parametrize("make", [pair_collator, text_collator, task_collator, text_task_collator])
+def test_a_length_that_is_told_cuts_every_text(make, made):
+    arguments, processor, config, items = made
+    told = dataclasses.replace(arguments, data=dataclasses.replace(arguments.data, max_text_length=2))
+    rows = [(key, {**row, "text": "a text of more words", "label": 0}) for key, row in items]
+    collator = make(told, processor, config)
+    assert (
+        max(
+            len(one.tokens)
+            for one in collator.reader.tokenize([collator.reader.read(*one, np.random.default_rng(0)) for one in rows])
+        )
+        == 2
+    )
 
 
 def test_a_family_names_its_layout(made):

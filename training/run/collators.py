@@ -117,7 +117,7 @@ def task_collator(
         _transform(data, processor, config),
         images=images,
         text="text",
-        max_text_length=config.max_text_length,
+        max_text_length=data.max_text_length or config.max_text_length,
         max_pixels=data.max_pixels,
         excluded=read_hashes(data.excluded_images),
     )
