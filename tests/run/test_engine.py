@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoModelForZeroShotImageClassification, Aut
 from oner.modeling.vl_embeddings import interpolate_positions, sincos_2d
 from oner.processing.data.sources import open_rows
 from oner.processing.vl_tokenizer import train_tokenizer
+from oner.training.evaluation.retrieval import RetrievalEvaluator
 from oner.training.run import launch
 from oner.training.run.arguments import RunArguments
 from oner.training.run.building import build_model
@@ -278,6 +279,22 @@ def test_evaluating_does_not_change_the_run(example, pairs, undisturbed, tmp_pat
     example.main(tiny_arguments(pairs, tmp_path, **EVERY_STEP | {"eval_every_epochs": 0.4, "eval_data": [pairs]}))
     one, other = load_checkpoint(last(undisturbed))[0], load_checkpoint(last(tmp_path))[0]
     assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
+
+
+def test_an_evaluation_that_fails_loses_no_step(example, pairs, undisturbed, tmp_path, monkeypatch):
+    options = {**EVERY_STEP, "save_every_epochs": 9, "eval_data": [pairs], "eval_every_epochs": 1, "resume": "auto"}
+
+    def fail(self, model, processor):
+        raise RuntimeError("no memory is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RetrievalEvaluator, "run", fail)
+        with pytest.raises(RuntimeError, match="no memory is left"):
+            example.main(tiny_arguments(pairs, tmp_path, **options))
+    assert last(tmp_path).name == "checkpoint-00000005"
+    assert example.main(tiny_arguments(pairs, tmp_path, **options))
+    weights, expected = (load_checkpoint(last(run))[0]["model"] for run in (tmp_path, undisturbed))
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
 
 
 def test_a_tracker_gets_the_numbers(example, pairs, tmp_path):

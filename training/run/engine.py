@@ -325,10 +325,21 @@ class Engine:
             return
         with self.whole_model() as model:
             if self.accelerator.is_main_process:
-                self.metrics = dict(self.evaluate(model))
+                self.metrics = self._measured(model)
                 tqdm.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
         self._write(self.metrics)
         self.accelerator.wait_for_everyone()
+
+    def _measured(self, model: PreTrainedModel) -> dict[str, float]:
+        """What `evaluate` finds. If it fails, what was trained up to here is kept, for a run that is resumed."""
+        try:
+            return dict(self.evaluate(model))
+        except Exception:
+            # several processes cannot gather a state now, and after the last step a run would end without its numbers
+            if self.accelerator.num_processes == 1 and self.step < self.total_steps:
+                self.guard.settle()
+                self._save()
+            raise
 
     def _save(self) -> None:
         """A checkpoint of this step; with `async_checkpoints` it may stand only when `writer.wait` returns."""
