@@ -85,10 +85,15 @@ def naive_loss(student: nn.Module, objective: OneRObjective, batch: dict[str, to
             "cmc": [("image_text", "mix"), ("mix", "image_text")],
         }
         for name in objective.contrasts:
-            losses = [_contrast(queries[query], keys[key], temperature, ids) for query, key in pairs[name]]
-            parts[name] = sum(losses) / len(losses)
-            if arguments.scale_by_temperature:
-                parts[name] = parts[name] * 2 * temperature
+            # the whole embedding, then its first coordinates alone
+            for part, dim in [(name, None), *((f"{name}@{dim}", dim) for dim in arguments.matryoshka_dims)]:
+                losses = [
+                    _contrast(queries[query][:, :dim], keys[key][:, :dim], temperature, ids)
+                    for query, key in pairs[name]
+                ]
+                parts[part] = sum(losses) / len(losses)
+                if arguments.scale_by_temperature:
+                    parts[part] = parts[part] * 2 * temperature
     if "mlm" in objective.weights:
         parts["mlm"] = (
             _words(student, masked["text"], 1, batch) + _words(student, masked["image_text"], 17, batch)
@@ -143,8 +148,21 @@ def _pixels(student: nn.Module, states: torch.Tensor, batch: dict) -> torch.Tens
 OPTIONS = [
     {"losses": ["itc", "cmc", "mlm", "mim"]},
     {"losses": ["itc", "xmc", "cmc", "mlm", "mim"], "match_ids": True},
-    {"losses": ["itc", "mlm"], "match_ids": True, "scale_by_temperature": True, "learnable_temperature": True},
-    {"losses": ["itc", "xmc"], "match_ids": True, "teacher": False, "gather_gradient": True},
+    {
+        "losses": ["itc", "mlm"],
+        "match_ids": True,
+        "scale_by_temperature": True,
+        "learnable_temperature": True,
+        "matryoshka_dims": [3],
+        "matryoshka_weights": [0.7],
+    },
+    {
+        "losses": ["itc", "xmc"],
+        "match_ids": True,
+        "teacher": False,
+        "gather_gradient": True,
+        "matryoshka_dims": [2, 5],
+    },
     {"losses": ["itc", "cmc", "mim"], "contrast_masked": False},
     {"losses": ["cmc", "mlm"], "teacher": False},
     {"losses": ["mlm", "mim"]},

@@ -54,7 +54,9 @@ def test_any_number_of_pieces_makes_the_step_of_the_oracle(accelerator, options,
             accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": pieces}
         )
         assert_same_step((loss, gradients(student)), expected)
-        assert list(parts) == [name for name in objective.contrasts] + [n for n in ("mlm", "mim") if n in parts]
+        widths = objective.arguments.matryoshka_dims
+        contrasts = [part for name in objective.contrasts for part in (name, *(f"{name}@{dim}" for dim in widths))]
+        assert list(parts) == contrasts + [name for name in ("mlm", "mim") if name in parts]
         assert set(parts) == set(objective.weights) and not any(part.requires_grad for part in parts.values())
         assert objective.weigh(parts).item() == pytest.approx(loss.item(), rel=1e-12)
 

@@ -235,18 +235,22 @@ class CodisObjective(MomentumDistillation):
         compared = Comparison()
         for loss in TERMS:
             if loss in self.weights:
-                compared.parts[loss] = self._alignment(loss, rows, common, targets, progress)
+                alignment = partial(self._alignment, loss, rows, common, targets, progress)
+                compared.parts |= self.widths.parts(loss, alignment)
                 compared.kept = self.newest(targets)
         if "code" in self.weights:
             compared.parts |= self._codes(rows, common["temperature"])
         return compared
 
-    def _alignment(self, loss: str, rows: Batch, common: Batch, targets: Batch, progress: float) -> torch.Tensor:
-        """Equations 4 and 5, or ALBEF's 2 to 4."""
+    def _alignment(
+        self, loss: str, rows: Batch, common: Batch, targets: Batch, progress: float, dim: int | None
+    ) -> torch.Tensor:
+        """Equations 4 and 5, or ALBEF's 2 to 4, over the first `dim` coordinates; over all if None."""
         soft = self.arguments.alignment_targets == "soft"
         alpha = 1.0 if soft else self.alpha(progress)
         terms = [
-            self.contrast(name, other, rows, common, targets, alpha, queue_only=soft) for name, other in TERMS[loss]
+            self.contrast(name, other, rows, common, targets, alpha, queue_only=soft, dim=dim)
+            for name, other in TERMS[loss]
         ]
         scale = {"half": 0.5, "sum": 1.0, "mean": 1 / len(terms)}[self.arguments.alignment_reduction]
         return scale * torch.stack(terms).sum()

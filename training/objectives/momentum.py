@@ -17,6 +17,7 @@ from oner.training.parallel.sharding import own_part
 
 from .feature_queue import NO_ID, FeatureQueue
 from .losses import distilled_contrast, draw_negatives, in_full
+from .matryoshka import MatryoshkaArguments, NestedWidths, cut
 from .objective import Batch, Comparison, SinglePortion, check_choices, under
 from .teacher import EMATeacher
 
@@ -25,7 +26,7 @@ ACROSS = (("image", "text"), ("text", "image"))
 
 
 @dataclass
-class MomentumArguments:
+class MomentumArguments(MatryoshkaArguments):
     """Teacher, queues, and what counts as a positive."""
 
     BOUNDS: ClassVar[dict[str, str]] = {
@@ -71,7 +72,8 @@ class MomentumDistillation(SinglePortion):
         unused: Submodules of the student that the teacher is not asked for.
 
     Raises:
-        ValueError: unknown losses, none, or one twice; weights of other losses; shares out of range.
+        ValueError: unknown losses, none, or one twice; weights of other losses; shares out of range; widths that
+            [`NestedWidths`] refuses.
     """
 
     # losses that read the queues
@@ -95,6 +97,10 @@ class MomentumDistillation(SinglePortion):
         self.queue = None
         if self.contrasts & set(self.weights):
             self.queue = FeatureQueue(("image", "text"), arguments.queue_size, self.config.projection_dim)
+
+        # contrasts of embeddings that are cut, each a part of the loss by itself
+        self.widths = NestedWidths(arguments, self.config.projection_dim, self.weights, self.contrasts)
+        self.weights = self.widths.weights
 
     @abstractmethod
     def freeze_unused(self, student: nn.Module) -> None:
@@ -155,8 +161,12 @@ class MomentumDistillation(SinglePortion):
         if "itc" not in self.weights:
             return Comparison()
         alpha = self.alpha(progress)
-        losses = [self.contrast(name, other, rows, common, targets, alpha) for name, other in ACROSS]
-        return Comparison({"itc": torch.stack(losses).mean()}, self.newest(targets))
+
+        def itc(dim: int | None) -> torch.Tensor:
+            losses = [self.contrast(name, other, rows, common, targets, alpha, dim=dim) for name, other in ACROSS]
+            return torch.stack(losses).mean()
+
+        return Comparison(self.widths.parts("itc", itc), self.newest(targets))
 
     def contrast(
         self,
@@ -167,6 +177,7 @@ class MomentumDistillation(SinglePortion):
         targets: Batch,
         alpha: float,
         queue_only: bool = False,
+        dim: int | None = None,
     ) -> torch.Tensor:
         """
         One side against the keys of another, or of its own: this process's (B, P), then the queue's (M, P). 0-dim.
@@ -174,20 +185,21 @@ class MomentumDistillation(SinglePortion):
         Args:
             alpha: The weight of soft targets.
             queue_only: Against the queue's keys alone, among which no row has its own.
+            dim: Over the first coordinates alone; all if None.
         """
         # who is right for whom
-        own = targets[f"key of {other}"]  # (B, P)
+        own = cut(targets[f"key of {other}"], dim)  # (B, P), or (B, dim) here and below
         ids = targets["ids"]  # (B,)
         positives = None
         if self.arguments.match_ids and not queue_only:
             positives = ids[:, None] == torch.cat([ids, self.queue.ids])[None, :]  # (B, B + M)
 
         # the other's keys
-        keys = self.queue.rows[other].to(own.dtype)  # (M, P)
+        keys = cut(self.queue.rows[other].to(own.dtype), dim)  # (M, P)
         if not queue_only:
             keys = torch.cat([own, keys])  # (B + M, P)
-        teacher = targets[f"key of {name}"]  # (B, P)
-        return distilled_contrast(rows[name], teacher, keys, common["temperature"], alpha, positives)
+        teacher = cut(targets[f"key of {name}"], dim)  # (B, P)
+        return distilled_contrast(cut(rows[name], dim), teacher, keys, common["temperature"], alpha, positives)
 
     def newest(self, targets: Batch) -> Batch:
         """Keys (G, P) and ids (G,) of all processes, for the queues."""

@@ -13,7 +13,7 @@ B rows, N patches, n tokens of a batch, K masked patches, M masked tokens, P emb
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Literal
@@ -29,6 +29,7 @@ from oner.training.parallel.sharding import own_part
 
 from .examples import example_pairs
 from .losses import draw_negatives, in_full, info_nce, masked_language_loss
+from .matryoshka import MatryoshkaArguments, NestedWidths, cut
 from .momentum import MomentumDistillation, checked_weights, recorded, strangers
 from .objective import Batch, Comparison, Example, Objective, Portion, Representations, Targets, check_choices
 
@@ -40,7 +41,7 @@ DIRECTIONS = (("image", "text"), ("text", "image"))
 
 
 @dataclass
-class MomoObjectiveArguments:
+class MomoObjectiveArguments(MatryoshkaArguments):
     """What section 3 leaves to choose."""
 
     BOUNDS: ClassVar[dict[str, str]] = {"loss_weights": "[0, inf)"}
@@ -83,10 +84,11 @@ class MomoPortion(Portion):
     name: str
     losses: tuple[str, ...]
 
-    def __init__(self, config: PreTrainedConfig, arguments: MomoObjectiveArguments, weights: Mapping[str, float]):
+    def __init__(self, config: PreTrainedConfig, arguments: MomoObjectiveArguments, widths: NestedWidths):
         self.config = config
         self.arguments = arguments
-        self.weights = {name: weight for name, weight in weights.items() if name in self.losses}
+        self.widths = widths
+        self.weights = widths.weights_of(self.losses)
 
     def weigh(self, parts: Batch) -> torch.Tensor:
         """What is no loss by itself is only watched."""
@@ -232,11 +234,16 @@ class Pairs(MomoPortion):
         # each side against the other's keys
         temperature = (-common["logit_scale"]).exp()  # (1,)
         directions = DIRECTIONS if self.arguments.contrast == "both" else DIRECTIONS[:1]
-        losses = []
-        for query, key in directions:
-            keys = gather_with_gradient(in_full(rows[key]))  # (G, P)
-            losses.append(info_nce(rows[query], keys, temperature, query_ids, key_ids, offset))
-        return Comparison({"itc": torch.stack(losses).mean()})
+        keys = {key: gather_with_gradient(in_full(rows[key])) for _, key in directions}  # (G, P) each
+
+        def itc(dim: int | None) -> torch.Tensor:
+            losses = [
+                info_nce(cut(rows[query], dim), cut(keys[key], dim), temperature, query_ids, key_ids, offset)
+                for query, key in directions
+            ]
+            return torch.stack(losses).mean()
+
+        return Comparison(self.widths.parts("itc", itc))
 
 
 PORTIONS = (Texts, Images, Pairs)
@@ -251,22 +258,26 @@ class MomoObjective(Objective):
         arguments (`MomoObjectiveArguments`): Losses and their readings.
 
     Raises:
-        ValueError: unknown losses, none, or one twice; weights of other losses; a loss without its decoder.
+        ValueError: unknown losses, none, or one twice; weights of other losses; a loss without its decoder; widths
+            that [`NestedWidths`] refuses.
     """
 
     def __init__(self, student: nn.Module, arguments: MomoObjectiveArguments):
         self.arguments = arguments
         self.config = student.config
         self.student = student
-        self.weights = checked_weights(arguments, LOSSES)
+        weights = checked_weights(arguments, LOSSES)
         check_choices(arguments)
+        # contrasts of embeddings that are cut are parts of the loss by themselves
+        self.widths = NestedWidths(arguments, self.config.projection_dim, weights, ("itc",))
+        self.weights = self.widths.weights
         needed = [DECODES[name] for name in self.weights if name in DECODES]
         if missing := [kind for kind in needed if kind not in self.config.decoders]:
             raise ValueError(
                 f"losses are {arguments.losses}, which need decoders {needed}; the model has "
                 f"{list(self.config.decoders)}: add {missing} to decoders of its configuration"
             )
-        parts = (kind(self.config, arguments, self.weights) for kind in PORTIONS)
+        parts = (kind(self.config, arguments, self.widths) for kind in PORTIONS)
         self.portions = {portion.name: portion for portion in parts if portion.weights}
         self._freeze_unused(student)
 

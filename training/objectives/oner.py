@@ -13,6 +13,7 @@ Texts without pictures have losses of their own, in `oner_texts` (Table 4).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from oner.training.parallel.sharding import own_part
 
 from .examples import example_pairs
 from .losses import in_full, info_nce, masked_image_loss, masked_language_loss
+from .matryoshka import MatryoshkaArguments, NestedWidths, cut
 from .objective import Batch, Comparison, Example, Portion, Representations, SinglePortion, Targets
 from .oner_texts import TEXT_LOSSES, UnpairedTexts
 from .teacher import EMATeacher
@@ -45,7 +47,7 @@ LOSSES = (*CONTRASTS, *READS, *TEXT_LOSSES)
 
 
 @dataclass
-class OneRObjectiveArguments:
+class OneRObjectiveArguments(MatryoshkaArguments):
     """What the paper's section "One Representation" and appendix C leave to choose."""
 
     BOUNDS: ClassVar[dict[str, str]] = {"loss_weights": "[0, inf)", "ema_momentum": "[0, 1]"}
@@ -98,7 +100,7 @@ class OneRObjective(SinglePortion):
 
     Raises:
         ValueError: an unknown loss or stream, none at all, one twice, or a loss that the model's heads or the masked
-            streams cannot serve; losses of texts alone.
+            streams cannot serve; losses of texts alone; widths that [`NestedWidths`] refuses.
     """
 
     def __init__(self, student: nn.Module, arguments: OneRObjectiveArguments):
@@ -138,6 +140,10 @@ class OneRObjective(SinglePortion):
                 "to mean."
             )
 
+        # contrasts of embeddings that are cut, each a part of the loss by itself
+        self.widths = NestedWidths(arguments, self.config.projection_dim, self.weights, (*CONTRASTS, "text_nce"))
+        self.weights = self.widths.weights
+
         # the teacher copies the student without the parts that make no keys
         self._freeze_unused(student)
         self.teacher = None
@@ -146,8 +152,8 @@ class OneRObjective(SinglePortion):
             self.teacher = EMATeacher(student, arguments.ema_momentum, unused=unused)
 
         # texts without pictures
-        of_texts = {name: weight for name, weight in self.weights.items() if name in TEXT_LOSSES}
-        self.texts = UnpairedTexts(of_texts, self.config.temperature, self.teacher) if of_texts else None
+        of_texts = self.widths.weights_of(TEXT_LOSSES)
+        self.texts = UnpairedTexts(self.widths, self.config.temperature, self.teacher) if of_texts else None
 
     @property
     def portions(self) -> dict[str, Portion]:
@@ -305,15 +311,19 @@ class OneRObjective(SinglePortion):
         temperature = (-common["logit_scale"]).exp() if common else self.config.temperature
 
         # each contrast is the mean of its directions
-        parts = {}
-        for name in self.contrasts:
+        def contrast(name: str, dim: int | None) -> torch.Tensor:
             losses = [
-                info_nce(rows[query], keys[key], temperature, query_ids, key_ids, offset)
+                info_nce(cut(rows[query], dim), cut(keys[key], dim), temperature, query_ids, key_ids, offset)
                 for query, key in CONTRASTS[name]
             ]
-            parts[name] = torch.stack(losses).mean()
+            loss = torch.stack(losses).mean()
             if self.arguments.scale_by_temperature:
-                parts[name] = (parts[name] * 2 * temperature).squeeze()  # a learnable one has shape (1,)
+                loss = (loss * 2 * temperature).squeeze()  # a learnable one has shape (1,)
+            return loss
+
+        parts = {}
+        for name in self.contrasts:
+            parts |= self.widths.parts(name, partial(contrast, name))
         return Comparison(parts)
 
     def weigh(self, parts: Batch) -> torch.Tensor:

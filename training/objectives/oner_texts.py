@@ -6,14 +6,13 @@ The paper does not say what it trains on them. Here, by name:
     text_nce  NCE(q(T masked), k(T)): the teacher's key of the clean text, which the framework gives for nothing
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
 from oner.training.parallel.distributed import gather_without_gradient, rank
 
 from .losses import in_full, info_nce, masked_language_loss
+from .matryoshka import NestedWidths, cut
 from .objective import Batch, Comparison, Portion, Representations, Targets
 from .teacher import EMATeacher
 
@@ -26,13 +25,14 @@ class UnpairedTexts(Portion):
     A batch of texts, [CLS] and tokens (B, 1 + W), with their masked twin.
 
     Args:
-        weights: Of the losses of texts that the run has, by name.
+        widths: Of contrasts, with the weights of all losses of the run.
         temperature: Of the cosines, where the student does not learn it.
         teacher: Makes the keys; the student itself does if None.
     """
 
-    def __init__(self, weights: Mapping[str, float], temperature: float, teacher: EMATeacher | None):
-        self.weights = weights
+    def __init__(self, widths: NestedWidths, temperature: float, teacher: EMATeacher | None):
+        self.widths = widths
+        self.weights = widths.weights_of(TEXT_LOSSES)
         self.temperature = temperature
         self.teacher = teacher
 
@@ -79,7 +79,11 @@ class UnpairedTexts(Portion):
         keys = gather_without_gradient(targets["text"])  # (G, P)
         temperature = (-common["logit_scale"]).exp() if common else self.temperature
         offset = len(targets["text"]) * rank()
-        return Comparison({"text_nce": info_nce(rows["text"], keys, temperature, offset=offset)})
+
+        def text_nce(dim: int | None) -> torch.Tensor:
+            return info_nce(cut(rows["text"], dim), cut(keys, dim), temperature, offset=offset)
+
+        return Comparison(self.widths.parts("text_nce", text_nce))
 
     def weigh(self, parts: Batch) -> torch.Tensor:
         return sum(self.weights[name] * part for name, part in parts.items())
