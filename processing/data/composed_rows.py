@@ -82,7 +82,7 @@ def _identify(rows: Sequence[Row]) -> None:
 
 def _reason(row: Mapping[str, Any]) -> str | None:
     """What is wrong with a row beside its pictures."""
-    return row.get("fault") or caption_reason(row["text"]) or id_reason(row["id"])
+    return row.get("fault") or caption_reason(row["text"], "text") or id_reason(row["id"])
 
 
 class References:
@@ -115,10 +115,9 @@ def _of_table(source: str, folder: str | None) -> Iterator[Row]:
         pictures = pq.read_table(gallery, columns=["image"])["image"]  # a column of cells, decoded one by one
         for query in pq.read_table(path, columns=["image", "text", "target"]).to_pylist():
             number = query["target"]
-            if not isinstance(number, int) or not 0 <= number < len(pictures):
-                raise PairDataError(f"{source}: a target is row {number}, and {gallery.name} has {len(pictures)} rows")
-            target = pictures[number].as_py()
-            yield {**_cells(home, query["image"], target), "text": query["text"], "id": None}
+            fault = _target_reason(number, gallery.name, len(pictures))
+            target = None if fault else pictures[number].as_py()
+            yield {**_cells(home, query["image"], target), "text": query["text"], "id": None, "fault": fault}
         return
 
     # a table that holds both pictures
@@ -126,6 +125,15 @@ def _of_table(source: str, folder: str | None) -> Iterator[Row]:
     wanted = ["image", "text", "target_image", *(["id"] if "id" in columns else [])]
     for row in pq.read_table(path, columns=wanted).to_pylist():
         yield {**_cells(home, row["image"], row["target_image"]), "text": row["text"], "id": row.get("id")}
+
+
+def _target_reason(number: Any, gallery: str, count: int) -> str | None:
+    """What is wrong with a query's target, a row of a gallery of `count`; None if nothing."""
+    if number is None:
+        return "the target is null"
+    if isinstance(number, bool) or not isinstance(number, int):
+        return f"the target must be a row of {gallery}, got {type(number).__name__} {number!r:.40}"
+    return None if 0 <= number < count else f"the target is row {number}, and {gallery} has {count} rows"
 
 
 def _expect(source: str, columns: Sequence[str], wanted: Sequence[str]) -> None:

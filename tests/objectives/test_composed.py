@@ -155,6 +155,71 @@ def test_queries_take_their_targets_from_the_gallery(tmp_path):
         open_composed([str(tmp_path / "some_queries.parquet")])
 
 
+def write_queries(folder, queries) -> str:
+    """A gallery of three, the second without a picture, and queries that are each right but for what they change."""
+    gallery = [{"image": cell(0)}, {"image": None}, {"image": cell(2)}]
+    pq.write_table(pa.Table.from_pylist(gallery), folder / "some_gallery.parquet")
+    table = [{"image": cell(7), "text": "with a dog", "target": 2, **query} for query in queries]
+    pq.write_table(pa.Table.from_pylist(table), folder / "some_queries.parquet")
+    return str(folder / "some_queries.parquet")
+
+
+@pytest.mark.parametrize(
+    "query, expected",
+    [
+        ({"target": None}, "the target is null"),
+        ({"target": 3}, "the target is row 3, and some_gallery.parquet has 3 rows"),
+        ({"target": -1}, "the target is row -1"),
+        ({"target": 1}, "the picture is null"),
+        ({"image": None}, "the picture is null"),
+        ({"image": {"bytes": b"", "path": None}}, "the picture is null"),
+        ({"text": None}, "the text is null"),
+        ({"text": " "}, "the text is empty"),
+    ],
+)
+def test_a_bad_query_is_named_and_leaves_the_others(query, expected, tmp_path):
+    source = write_queries(tmp_path, [{}, query, {"target": 0}])
+    rows = open_composed([source], bad_rows="skip")
+    assert list(rows.bad) == [1] and expected in rows.bad[1]
+    assert len(rows.ids()) == 3 and [row["target_image"] for row in rows.take([0, 2])] == [
+        cell(2)["bytes"],
+        cell(0)["bytes"],
+    ]
+    with pytest.raises(PairDataError, match="1 of 3 rows"):
+        open_composed([source])
+
+
+@pytest.mark.parametrize(
+    "column, value, expected",
+    [
+        ("target", 2.0, "the target must be a row of some_gallery.parquet, got float 2.0"),
+        ("target", "2", "got str '2'"),
+        ("target", True, "got bool True"),
+        ("text", 7, "the text must be a string"),
+        ("image", 7, "the picture must be bytes, a path"),
+    ],
+)
+def test_a_column_of_another_type_is_named_row_by_row(column, value, expected, tmp_path):
+    rows = open_composed([write_queries(tmp_path, [{column: value}] * 2)], bad_rows="skip")
+    assert sorted(rows.bad) == [0, 1] and expected in rows.bad[0]
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"target_image": None}, "the picture is null"),
+        ({"text": None}, "the text is null"),
+        ({"id": 2.5}, "the id must be an int or a string, got float"),
+        ({"id": [1]}, "the id must be an int or a string, got list"),
+    ],
+)
+def test_a_bad_row_of_both_pictures_is_named(change, expected, tmp_path):
+    row = {"image": cell(1), "text": "bigger", "target_image": cell(2), "id": None}
+    pq.write_table(pa.Table.from_pylist([row, {**row, **change}]), tmp_path / "triples.parquet")
+    rows = open_composed([str(tmp_path / "triples.parquet")], bad_rows="skip")
+    assert list(rows.bad) == [1] and expected in rows.bad[1] and len(rows.ids()) == 2
+
+
 def test_a_table_holds_both_pictures(tmp_path):
     table = [{"image": cell(1), "text": "bigger", "target_image": cell(2)}] * 2
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "triples.parquet")
