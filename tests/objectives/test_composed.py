@@ -38,16 +38,16 @@ def unit(vectors):
     return torch.nn.functional.normalize(vectors.double(), dim=-1)
 
 
-def by_hand(model, given, temperature, references):
-    """Softmax over targets and references, right where they share the id; and over queries the other way."""
+def by_hand(model, given, temperature, references, dim=None):
+    """Softmax over targets and references, right where they share the id; and the other way; of `dim` coordinates."""
     reference, target = given["pixel_values"].unbind(1)
     text = {name: given[name] for name in ("input_ids", "attention_mask")}
-    query = unit(model(**text, pixel_values=reference).pooler_output)
-    answers = unit(model(pixel_values=target).pooler_output)
+    query = unit(model(**text, pixel_values=reference).pooler_output[:, :dim])
+    answers = unit(model(pixel_values=target).pooler_output[:, :dim])
     same = given["ids"][:, None] == given["ids"][None]
     keys, right = answers, same
     if references:
-        keys = torch.cat([answers, unit(model(pixel_values=reference).pooler_output)])
+        keys = torch.cat([answers, unit(model(pixel_values=reference).pooler_output[:, :dim])])
         right = torch.cat([same, given["ids"][:, None] == given["reference_ids"][None]], 1)
 
     def loss(asking, asked, right):
@@ -66,6 +66,15 @@ def test_the_loss_is_the_sum_by_hand(references, temperature):
     expected = by_hand(model, given, temperature or model.config.temperature, references)
     assert float(taken.loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
     assert taken.parts.keys() == {"composed"}
+
+
+def test_narrower_vectors_have_the_same_loss_of_their_own():
+    model, given = student(), batch()
+    told = ComposedObjectiveArguments(query_temperature=0.005, matryoshka_dims=[3], matryoshka_weights=[0.5])
+    taken = ComposedObjective(model, told)(model, given, 0.5)
+    whole, narrow = (float(by_hand(model, given, 0.005, True, dim).detach()) for dim in (None, 3))
+    assert float(taken.parts["composed@3"]) == pytest.approx(narrow, abs=1e-4) and abs(whole - narrow) > 1e-3
+    assert float(taken.loss.detach()) == pytest.approx(whole + narrow / 2, abs=2e-4)
 
 
 @pytest.mark.parametrize("keep_weight", [0.0, 1.0])

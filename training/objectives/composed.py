@@ -22,12 +22,13 @@ from oner.modeling.vl_inputs import patch_count
 from oner.training.parallel.distributed import gather_with_gradient, gather_without_gradient, rank
 
 from .losses import in_full, info_nce
+from .matryoshka import MatryoshkaArguments, NestedWidths, cut
 from .objective import Batch, Comparison, Representations, SinglePortion, Targets
 from .teacher import EMATeacher
 
 
 @dataclass
-class ComposedObjectiveArguments:
+class ComposedObjectiveArguments(MatryoshkaArguments):
     """What a run of composed retrieval chooses."""
 
     BOUNDS: ClassVar[dict[str, str]] = {"query_temperature": "(0, inf)", "keep_weight": "[0, inf)"}
@@ -52,12 +53,17 @@ class ComposedObjective(SinglePortion):
     Args:
         student (`PreTrainedModel`): A tower whose `pooler_output` embeds pictures, and pictures with texts, alike.
         arguments (`ComposedObjectiveArguments`): Or what derives from it.
+
+    Raises:
+        ValueError: widths that [`NestedWidths`] refuses.
     """
 
     def __init__(self, student: nn.Module, arguments: ComposedObjectiveArguments):
         self.arguments = arguments
         self.config = student.config
         self.temperature = arguments.query_temperature or student.config.temperature
+        weights = {"composed": 1.0, "keep": arguments.keep_weight}
+        self.widths = NestedWidths(arguments, self.config.projection_dim, weights, ("composed",))
         # what nothing reaches: an engine over processes would wait for its gradient for ever
         student.embeddings.patch_mask_token.requires_grad_(False)
         if student.text_projector is not None and not arguments.keep_weight:
@@ -121,13 +127,17 @@ class ComposedObjective(SinglePortion):
         if "reference" in everyone:
             keys = torch.cat([keys, everyone["reference"]])  # (2G, P)
             key_ids = torch.cat([all_ids, gather_without_gradient(targets["reference_ids"])])  # (2G,)
-        asked = info_nce(rows["query"], keys, self.temperature, ids, key_ids, offset)
-        answered = info_nce(rows["target"], everyone["query"], self.temperature, ids, all_ids, offset)
-        return Comparison({"composed": (asked + answered) / 2})
+
+        def composed(dim: int | None) -> torch.Tensor:
+            query, target = cut(rows["query"], dim), cut(rows["target"], dim)  # (B, P) or (B, dim)
+            asked = info_nce(query, cut(keys, dim), self.temperature, ids, key_ids, offset)
+            answered = info_nce(target, cut(everyone["query"], dim), self.temperature, ids, all_ids, offset)
+            return (asked + answered) / 2
+
+        return Comparison(self.widths.parts("composed", composed))
 
     def weigh(self, parts: Batch) -> torch.Tensor:
-        weights = {"composed": 1.0, "keep": self.arguments.keep_weight}
-        return sum(weights[name] * part for name, part in parts.items())
+        return sum(self.widths.weights[name] * part for name, part in parts.items())
 
 
 def _words(batch: Batch, patch_size: int) -> Batch:
