@@ -15,7 +15,7 @@ from PIL import Image
 from oner import VisionLanguageImageProcessor, VisionLanguageProcessor, train_tokenizer
 from oner.training.evaluation.results import read_results, write_results
 from oner.training.publishing.hub import export_model, push_to_hub
-from oner.training.publishing.model_card import add_evaluation, fence_for, inline, slug
+from oner.training.publishing.model_card import add_evaluation, fence_for, inline, model_card, slug
 
 INJECTED = {
     "data": ["a\n---\nlicense: evil\n---\n", "<img src=x onerror=alert(1)>", "{{ 7*7 }}", "<!-- /evaluation -->"],
@@ -57,6 +57,16 @@ def test_nothing_that_is_told_becomes_mark_up(model, processor, tmp_path):
     assert card.text.count("<!-- evaluation -->") == card.text.count("<!-- /evaluation -->") == 1
     assert "SECRET" not in text and "alice" not in text and not re.search(r"(?<!\\)\]\(http", text)
     assert text.count("\n````yaml\n") == text.count("\n````\n") == 1, "the fence is longer than what it holds"
+
+
+def test_it_says_to_which_widths_vectors_may_be_cut_where_they_were_trained_for_it(model):
+    def text(**told) -> str:
+        return model_card(model, "org/name", tasks=["image-text-retrieval"], **told).text
+
+    told = text(training_config={"matryoshka_dims": [2, 4]})
+    assert "the first 2, 4 coordinates are embeddings" in told and "SentenceTransformer(MODEL, truncate_dim=4)" in told
+    for nothing in ({}, {"training_config": {}}, {"training_config": {"matryoshka_dims": []}}):
+        assert "truncate_dim" not in text(**nothing)
 
 
 def test_configurations_pass_the_gate_too(model, processor, tmp_path):

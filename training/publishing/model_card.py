@@ -128,6 +128,11 @@ def codes_of(model: PreTrainedModel) -> int:
     return 0 if codebook is None else len(codebook.weight)
 
 
+def widths_of(training_config: Mapping[str, Any]) -> list[int]:
+    """The widths that a run trained its embeddings to be cut to; none where it did not."""
+    return [width for width in training_config.get("matryoshka_dims") or () if isinstance(width, int)]
+
+
 def model_card(
     model: PreTrainedModel,
     model_id: str,
@@ -179,6 +184,7 @@ def model_card(
         max_text_length=config.max_text_length,
         tasks=list(tasks),
         codes=codes_of(model),
+        widths=widths_of(training_config or {}),
         metrics_table=metrics_table(metrics) if metrics else None,
         protocol=protocol,
         pictures=picture_lines(pictures or {}),
