@@ -1,7 +1,8 @@
 """One pre-training step of OneR, all streams in one call: the figure's five inputs side by side in one batch.
 
-B pairs, N patches, W slots of a text, L = 1 + N + W, n tokens of the packed batch, D width, P embedding width,
-M masked tokens, V vocabulary. F(X|Y): X's tokens as queries, Y's as keys and values (equation 3); F(X) = F(X|X).
+B pairs, N patches, K of them kept, W slots of a text, L = 1 + N + W, n tokens of the packed batch, D width,
+P embedding width, M masked tokens, V vocabulary. F(X|Y): X's tokens as queries, Y's as keys and values (equation 3);
+F(X) = F(X|X).
 """
 
 from dataclasses import replace
@@ -14,7 +15,7 @@ from .configuration_oner import OneRConfig
 from .modeling_oner import OneRModel, OneRPreTrainedModel
 from .vl_features import RetrievalFeatures, TokenPredictions
 from .vl_heads import ContrastiveHead, LanguageModelHead, PixelHead
-from .vl_inputs import check_inputs, check_masks, check_pairs, patch_count
+from .vl_inputs import check_inputs, check_kept_patches, check_masks, check_pairs, patch_count
 from .vl_layers import Stream, attends_unpadded, sequences_of, split_streams
 from .vl_outputs import VisionLanguagePreTrainingOutput
 
@@ -60,6 +61,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         pixel_values: torch.FloatTensor | None = None,
         masked_input_ids: torch.LongTensor | None = None,
         bool_masked_pos: torch.BoolTensor | None = None,
+        kept_patches: torch.LongTensor | None = None,
         text_index: torch.LongTensor | None = None,
         mlm_index: torch.LongTensor | None = None,
         representations: tuple[str, ...] = ("image", "text", "mix", "image_text"),
@@ -75,6 +77,8 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
             pixel_values (`(B, C, H, W)`): Their pictures; None for texts alone, which have the one stream `text`.
             masked_input_ids (`(B, L)`): The same ids after masking; None for clean inputs (the teacher's).
             bool_masked_pos (`(B, N)`): Masked patches; None for clean pictures.
+            kept_patches (`(B, K)`): Places of the patches that the streams read, each with its own position; None for
+                all. Pictures with masked patches are read whole, for the masked ones are predicted.
             text_index (`(n_text,)`): Slots of the real tokens in a flat (B, W). Found from the mask when None; given
                 by the collator so that neither a compiled graph nor an accelerator has to stop for it.
             mlm_index (`(M,)`): Which of these tokens are to be predicted; no `mlm_logits` when None.
@@ -87,8 +91,8 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
             checked: Whether texts and images were looked through before; what masks them is measured in any case.
 
         Raises:
-            ValueError: unknown names, what [`OneRModel`] raises, two heads asked for a mixed representation, or texts
-                alone for one that needs pictures.
+            ValueError: unknown names, what [`OneRModel`] raises, two heads asked for a mixed representation, texts
+                alone for one that needs pictures, or kept patches where every stream has masked ones.
         """
         self._check_request(representations, masked_streams, texts_alone=pixel_values is None)
         n_patches = 0 if pixel_values is None else patch_count(pixel_values, self.config.patch_size)
@@ -96,6 +100,10 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
             check_inputs(self.oner, input_ids, attention_mask, pixel_values)
             check_pairs(input_ids, attention_mask, self.config.image_token_id, n_patches)
         check_masks(input_ids, pixel_values, masked_input_ids, bool_masked_pos, self.config.patch_size)
+        if kept_patches is not None:
+            check_kept_patches(kept_patches, len(input_ids), n_patches)
+            if contrast_masked and bool_masked_pos is not None:
+                raise ValueError("got kept_patches and bool_masked_pos for the same streams; expected one of the two")
         text_mask = attention_mask[:, 1 + n_patches :]  # (B, W)
         if text_index is None:
             text_index = text_mask.flatten().nonzero().flatten()  # (n_text,)
@@ -103,13 +111,14 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         # what is asked for, and from which inputs
         masks_anything = masked_input_ids is not None or bool_masked_pos is not None
         ids = masked_input_ids if masked_input_ids is not None else input_ids
-        masked = self._embed(ids[:, 1 + n_patches :], pixel_values, bool_masked_pos, text_index)
+        read = kept_patches if bool_masked_pos is None else None
+        masked = self._embed(ids[:, 1 + n_patches :], pixel_values, bool_masked_pos, read, text_index)
         contrast_names = {source for name in representations for source in SOURCES[name]}
         modelled = set(masked_streams) if masks_anything else set()
         if contrast_masked or not masks_anything:
             wanted = [(name, name, masked) for name in sorted(contrast_names | modelled)]
         else:
-            clean = self._embed(input_ids[:, 1 + n_patches :], pixel_values, None, text_index)
+            clean = self._embed(input_ids[:, 1 + n_patches :], pixel_values, None, kept_patches, text_index)
             wanted = [(name, name, clean) for name in sorted(contrast_names)]
             wanted += [("masked " + name, name, masked) for name in sorted(modelled)]
 
@@ -152,9 +161,10 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         text_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         bool_masked_pos: torch.Tensor | None,
+        kept_patches: torch.Tensor | None,
         text_index: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Stem and tokens once for every stream: [CLS] (B, 1, D), patches (B, N, D), real tokens (n_text, D)."""
+        """Stem and tokens once for every stream: [CLS] (B, 1, D), patches (B, N or K, D), real tokens (n_text, D)."""
         embeddings = self.oner.embeddings
         cls = embeddings.embed_cls(len(text_ids))  # (B, 1, D)
 
@@ -163,8 +173,12 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         if pixel_values is None:
             return cls.to(text.dtype), None, text
 
-        # under autocast the stem gives half precision and the table fp32
+        # the stem sees the whole picture: its convolutions need the neighbours of a patch, its norm those of inference
         patches = embeddings.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
+        if kept_patches is not None:
+            patches = patches.take_along_dim(kept_patches[..., None], 1)  # (B, K, D)
+
+        # under autocast the stem gives half precision and the table fp32
         dtype = torch.promote_types(patches.dtype, text.dtype)
         return cls.to(dtype), patches.to(dtype), text.to(dtype)
 

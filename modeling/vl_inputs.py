@@ -202,6 +202,17 @@ def check_masks(
         check_patch_mask(bool_masked_pos, pixel_values.shape[0], patch_count(pixel_values, patch_size))
 
 
+def check_kept_patches(kept_patches: torch.Tensor, batch_size: int, n_patches: int) -> None:
+    """Places of the patches that are read, as many of each picture: int64 (B, K), K at most N."""
+    shape = tuple(kept_patches.shape)
+    fits = len(shape) == 2 and shape[0] == batch_size and 1 <= shape[1] <= n_patches
+    if not fits or kept_patches.dtype != torch.int64:
+        raise ValueError(
+            f"kept_patches are {kept_patches.dtype} of shape {shape}; expected int64 of shape ({batch_size}, K), "
+            f"places of 1 to {n_patches} patches of each picture"
+        )
+
+
 def check_padding(attention_mask: torch.Tensor) -> None:
     """A token's place is counted from [CLS] on, so padding may only stand behind the text, (B, L)."""
     real = attention_mask != 0

@@ -5,7 +5,7 @@ gradient. B rows, P embedding width.
 """
 
 import torch
-from tiny_oner import joint_batch, randomised, text_of, tiny_config
+from tiny_oner import joint_batch, naive_layer, randomised, text_of, tiny_config
 from torch import nn
 
 from oner import OneRForPreTraining
@@ -15,7 +15,7 @@ FIRST_WORD = 17  # after [CLS] and sixteen patches
 
 
 def uneven_batch(rows: int, seed: int, repeat_ids: bool) -> dict[str, torch.Tensor]:
-    """Captions of 0 to 6 words, a random third of them masked, 0 to 9 masked patches a row. fp64 pixels."""
+    """Captions of 0 to 6 words, a random third of them masked, 0 to 9 masked patches a row, 6 kept. fp64 pixels."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 7, (rows,), generator=generator).tolist()
     batch = joint_batch([*lengths[1:], 6], seed=seed, dtype=torch.float64)
@@ -33,6 +33,7 @@ def uneven_batch(rows: int, seed: int, repeat_ids: bool) -> dict[str, torch.Tens
         torch.randint(0, max(2, rows // 2), (rows,), generator=generator) if repeat_ids else 7 * torch.arange(rows)
     )
     batch["rows"] = torch.arange(rows)
+    batch["kept_patches"] = torch.rand(rows, 16, generator=generator).argsort(1)[:, :6].sort(1).values
     return batch
 
 
@@ -62,15 +63,20 @@ def naive_loss(student: nn.Module, objective: OneRObjective, batch: dict[str, to
         batch = {**batch, "masked_input_ids": batch["input_ids"]}
     if "mim" not in objective.weights:
         batch = {**batch, "bool_masked_pos": torch.zeros_like(batch["bool_masked_pos"])}
-    masked = {kind: _states(student, batch, kind, True) for kind in ("image", "text", "image_text")}
+    keep = arguments.image_keep != 1
+    masked = {
+        kind: _states(student, batch, kind, True, keep and "mim" not in objective.weights)
+        for kind in ("image", "text", "image_text")
+    }
     parts = {}
     if objective.contrasts:
         online = masked
         if not arguments.contrast_masked:
-            online = {kind: _states(student, batch, kind, False) for kind in masked}
+            online = {kind: _states(student, batch, kind, False, keep) for kind in masked}
         network = student if objective.teacher is None else objective.teacher.model
         with torch.set_grad_enabled(arguments.gather_gradient):
-            clean = {kind: _states(network, batch, kind, False)[:, 0] for kind in masked}
+            kept_keys = keep and arguments.keep_in_keys
+            clean = {kind: _states(network, batch, kind, False, kept_keys)[:, 0] for kind in masked}
             clean["mix"] = (clean["image"] + clean["text"]) / 2
             keys = {kind: network.oner.projector(state) for kind, state in clean.items()}
         online = {kind: states[:, 0] for kind, states in online.items()}
@@ -103,15 +109,31 @@ def naive_loss(student: nn.Module, objective: OneRObjective, batch: dict[str, to
     return sum(objective.weights[name] * part for name, part in parts.items()).squeeze()
 
 
-def _states(model: nn.Module, batch: dict, kind: str, masked: bool) -> torch.Tensor:
-    """One stream from one call of the tower. -> (B, L, D)"""
+def _states(model: nn.Module, batch: dict, kind: str, masked: bool, kept: bool = False) -> torch.Tensor:
+    """One stream from one call of the tower, or with only the kept patches in sight of each other. -> (B, L, D)"""
     ids = "masked_input_ids" if masked else "input_ids"
     inputs = text_of(batch, ids) if kind == "text" else {"pixel_values": batch["pixel_values"]}
     if kind == "image_text":
         inputs = {"input_ids": batch[ids], "attention_mask": batch["attention_mask"], **inputs}
     if masked and kind != "text":
         inputs["bool_masked_pos"] = batch["bool_masked_pos"]
+    if kept and kind != "text":
+        return _kept_states(model, batch["kept_patches"], inputs)
     return model.oner(**inputs).last_hidden_state
+
+
+def _kept_states(model: nn.Module, kept: torch.Tensor, inputs: dict) -> torch.Tensor:
+    """The tower layer by layer over whole sequences, in which no place sees a patch that is not kept. -> (B, L, D)"""
+    ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    masks = {name: inputs[name] for name in ("bool_masked_pos",) if name in inputs}
+    states, _ = model.oner.embeddings(ids, attention_mask, inputs["pixel_values"], **masks)
+    seen = torch.ones(states.shape[:2], dtype=torch.bool) if ids is None else attention_mask != 0
+    for row, places in enumerate(kept.tolist()):
+        for patch in range(16):
+            seen[row, 1 + patch] = patch in places
+    for layer in model.oner.layers:
+        states = naive_layer(layer, states, states, seen)
+    return model.oner.norm(states)
 
 
 def _contrast(queries: torch.Tensor, keys: torch.Tensor, temperature, ids: list[int]) -> torch.Tensor:
@@ -144,7 +166,7 @@ def _pixels(student: nn.Module, states: torch.Tensor, batch: dict) -> torch.Tens
     return total / max(1, len(places))
 
 
-# what a loss may be made of; each is tried with four sizes of a process's share
+# what a loss may be made of; each is tried with four sizes of a process's share, kept patches with one
 OPTIONS = [
     {"losses": ["itc", "cmc", "mlm", "mim"]},
     {"losses": ["itc", "xmc", "cmc", "mlm", "mim"], "match_ids": True},
@@ -167,8 +189,14 @@ OPTIONS = [
     {"losses": ["cmc", "mlm"], "teacher": False},
     {"losses": ["mlm", "mim"]},
     {"losses": ["xmc", "mlm"], "loss_weights": {"xmc": 3.0, "mlm": 0.5}, "learnable_temperature": True},
+    {"losses": ["itc", "cmc", "mlm"], "image_keep": 0.4},
+    {"losses": ["itc", "cmc", "mim"], "contrast_masked": False, "image_keep": 0.4, "keep_in_keys": True},
 ]
-SHAPES = [(options, share) for options in range(len(OPTIONS)) for share in (1, 2, 3, 5)]
+SHAPES = [
+    (options, share)
+    for options, arguments in enumerate(OPTIONS)
+    for share in ((3,) if "image_keep" in arguments else (1, 2, 3, 5))
+]
 
 
 def build_shape(options: int, dtype: torch.dtype = torch.float64) -> tuple[OneRForPreTraining, OneRObjective]:

@@ -43,7 +43,9 @@ def collator_of(tokenizer, image_transform=None, layout=JointLayout, seed=3, sou
     special = special_of(tokenizer, **taken(options, ["image", "cls", "mask", "pad", "vocab_size"]))
     where = layout(special, options.pop("patch_size", 8))
     corruption = Dropping(masking) if masking.corruption == "drop" else Replacement(masking, special)
-    return Collator(Reader(tokenizer, image_transform, **options), where, corruption, seed=seed, source=source)
+    keep = options.pop("image_keep", 1.0)
+    reader = Reader(tokenizer, image_transform, **options)
+    return Collator(reader, where, corruption, seed=seed, source=source, image_keep=keep)
 
 
 def taken(options, names):

@@ -161,6 +161,11 @@ def choose(count: int, chosen: int, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
+def keep_patches(n_patches: int, keep: float, rng: np.random.Generator) -> np.ndarray:
+    """Places of floor(keep N) patches at random, one at least, rising: (K,) int64."""
+    return np.flatnonzero(choose(n_patches, max(1, whole_share(n_patches, keep)), rng))
+
+
 def mask_tokens(
     token_ids: np.ndarray,
     rng: np.random.Generator,

@@ -205,6 +205,15 @@ def test_cached_gradients_keep_less_and_work_more():
     assert cached.memory["weights"] == plain.memory["weights"]
 
 
+def test_patches_that_are_not_kept_are_not_counted():
+    given = ("--losses", "itc", "cmc")
+    half, whole = (
+        rehearse(made, configuration_of(made), LENGTHS)
+        for made in (arguments(*given, "--image_keep", share) for share in ("0.5", "1"))
+    )
+    assert half.targets == whole.targets and half.flops < whole.flops and half.activations < whole.activations
+
+
 def test_what_chunks_repeat_is_the_first_pass_alone():
     """Of SIMLA that embeds both sides for contrast; fusion and heads run once."""
     given = simla_arguments("--gradient_cache_chunks", "2", "--batch_size", "12")

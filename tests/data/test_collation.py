@@ -118,6 +118,27 @@ def test_masked_patches_are_listed_by_place_whole_and_in_chunks(rows, tokenizer)
             )
 
 
+def test_kept_patches_are_an_exact_share_and_change_nothing_else(rows, tokenizer):
+    items = items_of(rows, range(24), progress=0.5)
+    whole = collator(tokenizer)(items)
+    for keep, count in ((0.5, 8), (0.25, 4), (0.99, 15), (0.01, 1)):
+        batch = collator(tokenizer, image_keep=keep)(items)
+        kept = batch.pop("kept_patches")
+        assert kept.shape == (24, count) and kept.dtype == torch.int64
+        assert (kept.diff(dim=1) > 0).all() and kept.min() >= 0 and kept.max() < N
+        assert len({tuple(row) for row in kept.tolist()}) > min(count, N - count)  # each picture its own
+        assert batch.keys() == whole.keys() and all(torch.equal(batch[name], whole[name]) for name in whole)
+
+    # by seed, epoch and row, whatever the batch and its chunks
+    make = collator(tokenizer, image_keep=0.5)
+    kept = make(items)["kept_patches"]
+    assert torch.equal(make(items[5:9])["kept_patches"], kept[5:9])
+    chunks = split_pairs(make(items), 3)
+    assert torch.equal(torch.cat([chunk["kept_patches"] for chunk in chunks]), kept)
+    later = make(items_of(rows, range(24), epoch=1, progress=0.5))["kept_patches"]
+    assert not torch.equal(later, kept)
+
+
 def test_patches_are_masked_in_blocks_when_asked(rows, tokenizer):
     """A picture of 16 x 16 patches with BEiT's numbers, and nothing else drawn otherwise."""
     options = {"image_transform": TrainingImageTransform(128), "mim_ratio": (75 / 256, 75 / 256)}

@@ -51,6 +51,8 @@ VARIANTS = {
     "xmc": ({}, {"losses": ["itc", "xmc", "mlm"]}),
     "cic": ({"context_states": "co_attention"}, {"losses": ["itc", "cic", "mlm", "mim"]}),
     "clean contrast": ({}, {"contrast_masked": False}),
+    "kept patches": ({}, {"losses": ["itc", "cmc", "mlm"], "image_keep": 0.5}),
+    "kept patches in clean contrast": ({}, {"contrast_masked": False, "image_keep": 0.5, "keep_in_keys": True}),
     "two heads": ({"two_heads": True}, {"losses": ["itc"]}),
     "projected mix": ({"mixup_space": "projected"}, {}),
     "one linear head": ({"projector_layers": 1, "predictor_layers": 0}, {}),
@@ -75,7 +77,7 @@ def test_formula_and_counter_agree(variant):
     config, objective_arguments = OneRConfig(**{**SMALL, **fields}), OneRObjectiveArguments(**chosen)
     model = build_model(small_arguments(), config).train()
     objective = build_objective("oner", model, objective_arguments)
-    batch = example_pairs(config, LENGTHS, Example())
+    batch = example_pairs(config, LENGTHS, Example(image_keep=objective_arguments.image_keep))
     counted = counted_flops(lambda: objective(model, batch, 0.5)[0].backward())
     assert oner_step_flops(config, objective_arguments, shape_of(batch)).total == pytest.approx(counted, rel=0.02)
 

@@ -4,10 +4,12 @@ B pairs, N patches, W token slots of a text, n tokens of all texts, M masked tok
 feed-forward, V vocabulary, P embedding width, H hidden width of the heads.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner_pretraining import SOURCES
+from oner.processing.data.masking import whole_share
 from oner.training.objectives.oner import CONTRASTS, READS, OneRObjectiveArguments
 
 from .flops import attention_flops, linear_flops
@@ -49,11 +51,14 @@ def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape
 
     # the trunk: one pass where contrasts read masked streams too, or two stems where they do not
     contrast_streams = _streams(queries)
+    patches = _patches(config)
+    kept = max(1, whole_share(patches, arguments.image_keep))
     student = _stem(config, shape)
     if arguments.contrast_masked or not masks:
-        student += _trunk(config, shape, sorted(contrast_streams | modelled))
+        student += _trunk(config, shape, sorted(contrast_streams | modelled), kept)
     else:
-        student += _stem(config, shape) + _trunk(config, shape, [*contrast_streams, *modelled])
+        student += _stem(config, shape) + _trunk(config, shape, contrast_streams, kept)
+        student += _trunk(config, shape, modelled, patches if "mim" in arguments.losses else kept)
 
     # heads of the contrasts, of masked tokens and of masked patches
     student += _heads(config, shape, queries, predict=True)
@@ -73,7 +78,8 @@ def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape
     # the teacher makes the keys, and predicts nothing
     teacher = 0.0
     if contrasts:
-        teacher = _stem(config, shape) + _trunk(config, shape, sorted(_streams(keys)))
+        read = kept if arguments.keep_in_keys else patches
+        teacher = _stem(config, shape) + _trunk(config, shape, _streams(keys), read)
         teacher += _heads(config, shape, keys, predict=False)
 
     # keys carry no gradient: the loss goes back on one side only
@@ -112,26 +118,26 @@ def _first_convolution(config: OneRConfig, shape: PairShape) -> float:
     return linear_flops(shape.pairs * (config.image_size // 2) ** 2, 9 * config.num_channels, wide)
 
 
-def _trunk(config: OneRConfig, shape: PairShape, streams: list[str]) -> float:
-    """All layers over packed streams: linear maps over real tokens, attention over padded rows."""
+def _trunk(config: OneRConfig, shape: PairShape, streams: Iterable[str], patches: int) -> float:
+    """All layers over packed streams: linear maps over real tokens, attention over padded rows; `patches` are read."""
     width = config.hidden_size
     pairs = shape.pairs
     tokens = attention = 0.0
     for stream in streams:
         own, _, other = stream.partition("|")
-        rows, length = _length(config, shape, own)
+        rows, length = _length(shape, own, patches)
         tokens += rows
-        attention += attention_flops(pairs, length, _length(config, shape, other or own)[1], width)
+        attention += attention_flops(pairs, length, _length(shape, other or own, patches)[1], width)
     maps = linear_flops(tokens, width, 4 * width + 2 * config.intermediate_size)
     return config.num_hidden_layers * (maps + attention)
 
 
-def _length(config: OneRConfig, shape: PairShape, stream: str) -> tuple[int, int]:
+def _length(shape: PairShape, stream: str, patches: int) -> tuple[int, int]:
     """Real tokens of a stream over the batch, and its padded length."""
     rows, length = shape.pairs, 1
     if "image" in stream:
-        rows += shape.pairs * _patches(config)
-        length += _patches(config)
+        rows += shape.pairs * patches
+        length += patches
     if "text" in stream:
         rows += shape.words
         length += shape.slots

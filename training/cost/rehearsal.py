@@ -79,7 +79,8 @@ def rehearse(
 
         # a batch of the given lengths, and what is in memory before the step
         masking = arguments.data.masking
-        masked = Example(masking.mlm_probability, sum(masking.mim_ratio) / 2)
+        keep = getattr(arguments.objective, "image_keep", 1.0)
+        masked = Example(masking.mlm_probability, sum(masking.mim_ratio) / 2, image_keep=keep)
         batches = family.example_batches(config, lengths, masked)
         inputs = [tensor for batch in batches.values() for tensor in batch.values()]
         owned = {storage_id(tensor) for module in _modules(model, objective) for tensor in _tensors(module)}

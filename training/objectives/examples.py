@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from oner.processing.data.masking import keep_patches
+
 from .objective import Batch, Example
 
 
@@ -60,6 +62,8 @@ def example_pairs(config: PreTrainedConfig, lengths: Sequence[int], example: Exa
         "ids": np.arange(pairs),
         "rows": np.arange(pairs),
     }
+    if example.image_keep != 1:
+        arrays["kept_patches"] = np.stack([keep_patches(n_patches, example.image_keep, rng) for _ in range(pairs)])
     batch = {name: torch.tensor(array) for name, array in arrays.items()}
     return {**batch, "pixel_values": grey_images(config, pairs)}
 

@@ -141,11 +141,12 @@ class Portion(ABC):
 
 @dataclass(frozen=True)
 class Example:
-    """How much of an example batch is masked: tokens and patches, as shares; and its seed."""
+    """How much of an example batch is masked: tokens and patches, as shares; the share of patches kept; its seed."""
 
     mlm_probability: float = 0.15
     mim_ratio: float = 0.3
     seed: int = 0
+    image_keep: float = 1.0
 
 
 class Objective(ABC):

@@ -7,7 +7,8 @@ With q the online network (projector, predictor), k the EMA teacher (projector),
     CIC = [NCE(q(c), k(mix)) + NCE(q(mix), k(c))] / 2                    equation 3, c = (F(I|T) + F(T|I)) / 2
     CMC = [NCE(q(I,T), k(mix)) + NCE(q(mix), k(I,T))] / 2                equation 4
 
-Texts without pictures have losses of their own, in `oner_texts` (Table 4).
+Texts without pictures have losses of their own, in `oner_texts` (Table 4). Streams that predict no patch may read some
+of them only (`image_keep`; Li et al., FLIP, 2023, section 3).
 """
 
 import math
@@ -50,7 +51,7 @@ LOSSES = (*CONTRASTS, *READS, *TEXT_LOSSES)
 class OneRObjectiveArguments(MatryoshkaArguments):
     """What the paper's section "One Representation" and appendix C leave to choose."""
 
-    BOUNDS: ClassVar[dict[str, str]] = {"loss_weights": "[0, inf)", "ema_momentum": "[0, 1]"}
+    BOUNDS: ClassVar[dict[str, str]] = {"loss_weights": "[0, inf)", "ema_momentum": "[0, 1]", "image_keep": "(0, 1]"}
 
     losses: list[str] = field(
         default_factory=lambda: ["itc", "cmc", "mlm", "mim"],
@@ -87,6 +88,17 @@ class OneRObjectiveArguments(MatryoshkaArguments):
         metadata={"help": "Streams with masked modelling (Fig. 5: all three)."},
     )
     norm_pixels: bool = field(default=True, metadata={"help": "MIM targets normalised by patch, as public MAE."})
+    image_keep: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of each picture's patches, drawn anew each time, that the streams read (FLIP); those with "
+            "masked patches read all. Less work; a short run with all of them follows (initial_model)."
+        },
+    )
+    keep_in_keys: bool = field(
+        default=False,
+        metadata={"help": "The teacher's keys come of the kept patches too; else of whole pictures, as in a search."},
+    )
 
 
 class OneRObjective(SinglePortion):
@@ -100,7 +112,8 @@ class OneRObjective(SinglePortion):
 
     Raises:
         ValueError: an unknown loss or stream, none at all, one twice, or a loss that the model's heads or the masked
-            streams cannot serve; losses of texts alone; widths that [`NestedWidths`] refuses.
+            streams cannot serve; losses of texts alone; widths that [`NestedWidths`] refuses; patches kept for streams
+            that predict some.
     """
 
     def __init__(self, student: nn.Module, arguments: OneRObjectiveArguments):
@@ -128,6 +141,11 @@ class OneRObjective(SinglePortion):
         if arguments.gather_gradient and arguments.teacher:
             raise ValueError("gather_gradient needs teacher: false, since a teacher's keys carry no gradient")
         self._check_masked_streams()
+        if arguments.image_keep != 1 and "mim" in self.weights and arguments.contrast_masked:
+            raise ValueError(
+                f"image_keep is {arguments.image_keep}, and mim predicts patches in the streams of contrast; expected "
+                f"losses without mim, or contrast_masked: false, which gives it streams of its own"
+            )
 
         # the representations that the contrasts ask of the student, and of whoever makes the keys
         pairs = [pair for name in self.contrasts for pair in CONTRASTS[name]]
@@ -232,6 +250,7 @@ class OneRObjective(SinglePortion):
         masks_alone = counts is not None or self.config.attention_dropout > 0
         online = student(
             **_clean(batch),
+            **self._kept(batch),
             masked_input_ids=batch["masked_input_ids"] if "mlm" in self.weights else None,
             mlm_index=batch["mlm_index"] if "mlm" in self.weights and counts is not None else None,
             bool_masked_pos=batch["bool_masked_pos"] if "mim" in self.weights else None,
@@ -245,7 +264,7 @@ class OneRObjective(SinglePortion):
         rows = dict(online.embeddings)  # (B, P) each
         if self.arguments.gather_gradient and self.contrasts:
             options = {"representations": self.keys, "masked_streams": (), "predict": False}
-            keys = student(**_clean(batch), **options, checked=True)  # (B, P) each
+            keys = student(**_clean(batch), **self._kept(batch, keys=True), **options, checked=True)  # (B, P) each
             rows.update({f"key of {name}": value for name, value in keys.embeddings.items()})
         common = {}
         if self.contrasts and online.logit_scale is not None:
@@ -277,6 +296,17 @@ class OneRObjective(SinglePortion):
             parts["mim"] = torch.stack(losses).mean()
         return parts
 
+    def _kept(self, batch: Batch, keys: bool = False) -> Batch:
+        """The patches to read where not all are, for queries or for keys."""
+        if self.arguments.image_keep == 1 or (keys and not self.arguments.keep_in_keys):
+            return {}
+        if "kept_patches" not in batch:
+            raise ValueError(
+                f"image_keep is {self.arguments.image_keep}, and the batch has no kept_patches; expected those of a "
+                f"collator that was told the same"
+            )
+        return {"kept_patches": batch["kept_patches"]}  # (B, K)
+
     def _masked_streams(self) -> tuple[str, ...]:
         """Only streams that a masked loss reads are worth their pass."""
         reads = {stream for name, streams in READS.items() if name in self.weights for stream in streams}
@@ -290,7 +320,7 @@ class OneRObjective(SinglePortion):
             # the teacher, or the student itself
             network = student if self.teacher is None else self.teacher
             options = {"representations": self.keys, "masked_streams": (), "predict": False}
-            keys = network(**_clean(batch), **options)  # (B, P) each
+            keys = network(**_clean(batch), **self._kept(batch, keys=True), **options)  # (B, P) each
             targets.update({f"key of {name}": in_full(value) for name, value in keys.embeddings.items()})
         return Targets(targets)
 

@@ -46,9 +46,10 @@ def pair_collator(
         excluded=read_hashes(data.excluded_images),
     )
 
-    # what is hidden, and how the two lie in a batch
+    # what is hidden, how the two lie in a batch, and what is read of images, where an objective has a say in that
     corruption = _corruption(data.masking if masking is None else masking, special)
-    return _collator(arguments, reader, _pair_layout(config, special), corruption)
+    image_keep = getattr(arguments.objective, "image_keep", 1.0)
+    return _collator(arguments, reader, _pair_layout(config, special), corruption, image_keep=image_keep)
 
 
 def text_collator(
@@ -143,9 +144,10 @@ def _collator(
     layout: Layout,
     corruption: Corruption | None = None,
     targets: Targets | None = None,
+    image_keep: float = 1.0,
 ) -> Collator:
     source = ", ".join(arguments.data.train_data)
-    return Collator(reader, layout, corruption, targets, arguments.run.seed, source)
+    return Collator(reader, layout, corruption, targets, arguments.run.seed, source, image_keep)
 
 
 def _pair_layout(config: PreTrainedConfig, special: SpecialTokens) -> Layout:
