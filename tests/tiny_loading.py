@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from oner.processing.data.augmentation import Crop, TrainingImageTransform
 from oner.processing.data.collation import Collator, Reader
 from oner.processing.data.layouts import JointLayout, SpecialTokens
-from oner.processing.data.masking import Dropping, Masking, Replacement
+from oner.processing.data.masking import ALL_PATCHES, Dropping, Masking, Replacement
 from oner.processing.data.quarantine import StandIns
 from oner.processing.data.sampling import PairBatchSampler
 from oner.processing.data.sources import PairTrainingSet
@@ -43,9 +43,9 @@ def collator_of(tokenizer, image_transform=None, layout=JointLayout, seed=3, sou
     special = special_of(tokenizer, **taken(options, ["image", "cls", "mask", "pad", "vocab_size"]))
     where = layout(special, options.pop("patch_size", 8))
     corruption = Dropping(masking) if masking.corruption == "drop" else Replacement(masking, special)
-    keep = options.pop("image_keep", 1.0)
+    keeping = options.pop("keeping", ALL_PATCHES)
     reader = Reader(tokenizer, image_transform, **options)
-    return Collator(reader, where, corruption, seed=seed, source=source, image_keep=keep)
+    return Collator(reader, where, corruption, seed=seed, source=source, keeping=keeping)
 
 
 def taken(options, names):

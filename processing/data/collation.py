@@ -23,7 +23,7 @@ from oner.processing.vl_captions import caption_reason
 
 from .excluded_images import image_hash
 from .layouts import Layout, attention_mask, lay_out, patch_grid, real_slots
-from .masking import Hidden, keep_patches
+from .masking import ALL_PATCHES, Hidden, Keeping, keep_patches
 from .quarantine import MAX_ATTEMPTS, SHOWN, BadRow, BadRowsError
 from .row_checks import CAPTION, TEXT
 from .sampling import RowKey, concept_id
@@ -262,10 +262,10 @@ class Collator:
         targets: what a task adds.
         seed: seed of the run.
         source: name of the data, for error messages.
-        image_keep: share of an image's patches that are kept to be read; 1: all, and the batch says nothing of it.
+        keeping: which patches of an image are kept to be read; a share of 1: all, and the batch says nothing of it.
 
     Raises:
-        ValueError: texts without a layout for them, a corruption of patches of an unknown size, or a share of them.
+        ValueError: texts without a layout for them, or a corruption or a share of patches of an unknown size.
     """
 
     def __init__(
@@ -276,22 +276,22 @@ class Collator:
         targets: Targets | None = None,
         seed: int = 0,
         source: str = "the data set",
-        image_keep: float = 1.0,
+        keeping: Keeping = ALL_PATCHES,
     ) -> None:
         if (reader.tokenizer is None) != (layout.special is None):
             wanted = "a layout of texts" if layout.special is None else "a tokenizer"
             raise ValueError(f"{type(layout).__name__} and the reader do not fit: expected {wanted}")
         if corruption is not None and reader.image_transform is not None and layout.patch_size is None:
             raise ValueError("a corruption of images needs the layout's patch_size, got none")
-        if image_keep != 1 and (reader.image_transform is None or layout.patch_size is None):
-            raise ValueError(f"image_keep is {image_keep}; expected 1 where there are no patches to keep")
+        if keeping.share != 1 and (reader.image_transform is None or layout.patch_size is None):
+            raise ValueError(f"{keeping.share} of an image's patches are kept; expected images and their patch_size")
         self.reader = reader
         self.layout = layout
         self.corruption = corruption
         self.targets = targets
         self.seed = seed
         self.source = source
-        self.image_keep = image_keep
+        self.keeping = keeping
 
     def __call__(self, items: Sequence[tuple]) -> dict[str, Any]:
         """Batch of `items`, (RowKey, row) or (RowKey, row, stand-ins).
@@ -340,8 +340,10 @@ class Collator:
             batch |= self.targets(examples)
 
         # which patches are kept: the last draw, so that nothing else of a row depends on it
-        if self.image_keep != 1:
-            kept = [keep_patches(grid[0] * grid[1], self.image_keep, example.rng) for example in examples]
+        if self.keeping.share != 1:
+            n_patches = grid[0] * grid[1]
+            count = self.keeping.count(n_patches, items[0][0].progress)  # K, of all rows
+            kept = [keep_patches(n_patches, count, example.rng) for example in examples]
             batch["kept_patches"] = torch.from_numpy(np.stack(kept))  # (B, K)
         ids = [concept_id(example.row.get("id", example.key.row)) for example in examples]
         batch["ids"] = torch.tensor(ids, dtype=torch.int64)  # (B,)

@@ -161,9 +161,23 @@ def choose(count: int, chosen: int, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def keep_patches(n_patches: int, keep: float, rng: np.random.Generator) -> np.ndarray:
-    """Places of floor(keep N) patches at random, one at least, rising: (K,) int64."""
-    return np.flatnonzero(choose(n_patches, max(1, whole_share(n_patches, keep)), rng))
+class Keeping(NamedTuple):
+    """Which share of an image's patches is kept to be read, and from which share of the run on all of them are."""
+
+    share: float = 1.0
+    until: float = 1.0
+
+    def count(self, n_patches: int, progress: float) -> int:
+        """K: floor(share N), one at least; N at the end of the run."""
+        return max(1, whole_share(n_patches, self.share)) if progress < self.until else n_patches
+
+
+ALL_PATCHES = Keeping()
+
+
+def keep_patches(n_patches: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Places of `count` patches at random, rising: (K,) int64."""
+    return np.flatnonzero(choose(n_patches, count, rng))
 
 
 def mask_tokens(

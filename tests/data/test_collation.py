@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from oner.processing.data.augmentation import CodeView, TrainingImageTransform
 from oner.processing.data.chunks import split_pairs
+from oner.processing.data.masking import Keeping
 from oner.processing.data.sampling import PairBatchSampler, RowKey, concept_id
 from oner.processing.data.sources import PairTrainingSet, open_rows
 from oner.processing.image_processing_vl import open_image
@@ -122,7 +123,7 @@ def test_kept_patches_are_an_exact_share_and_change_nothing_else(rows, tokenizer
     items = items_of(rows, range(24), progress=0.5)
     whole = collator(tokenizer)(items)
     for keep, count in ((0.5, 8), (0.25, 4), (0.99, 15), (0.01, 1)):
-        batch = collator(tokenizer, image_keep=keep)(items)
+        batch = collator(tokenizer, keeping=Keeping(keep))(items)
         kept = batch.pop("kept_patches")
         assert kept.shape == (24, count) and kept.dtype == torch.int64
         assert (kept.diff(dim=1) > 0).all() and kept.min() >= 0 and kept.max() < N
@@ -130,13 +131,17 @@ def test_kept_patches_are_an_exact_share_and_change_nothing_else(rows, tokenizer
         assert batch.keys() == whole.keys() and all(torch.equal(batch[name], whole[name]) for name in whole)
 
     # by seed, epoch and row, whatever the batch and its chunks
-    make = collator(tokenizer, image_keep=0.5)
+    make = collator(tokenizer, keeping=Keeping(0.5, until=0.8))
     kept = make(items)["kept_patches"]
     assert torch.equal(make(items[5:9])["kept_patches"], kept[5:9])
     chunks = split_pairs(make(items), 3)
     assert torch.equal(torch.cat([chunk["kept_patches"] for chunk in chunks]), kept)
     later = make(items_of(rows, range(24), epoch=1, progress=0.5))["kept_patches"]
     assert not torch.equal(later, kept)
+
+    # at the end of the run all of them
+    last = make(items_of(rows, range(24), progress=0.8))["kept_patches"]
+    assert torch.equal(last, torch.arange(N).expand(24, N))
 
 
 def test_patches_are_masked_in_blocks_when_asked(rows, tokenizer):

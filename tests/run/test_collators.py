@@ -12,6 +12,7 @@ from oner.processing.data.augmentation import Crop
 from oner.processing.data.layouts import ImageLayout, JointLayout, SeparateLayout
 from oner.processing.data.masking import UNMASKED, Dropping, Masking, Replacement
 from oner.processing.data.sampling import RowKey
+from oner.training.objectives.oner import OneRObjectiveArguments
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.collators import (
     COLLATORS,
@@ -47,6 +48,16 @@ def test_options_are_filled_from_a_flat_command_line():
         parser.parse_args_into_dataclasses(["--mim_masking", "rows"])
     for kind in (Crop, Masking):
         assert all(one.metadata["help"] for one in dataclasses.fields(kind))
+
+
+def test_the_objective_says_which_patches_are_kept(made):
+    arguments, processor, config, items = made
+    n_patches = (config.image_size // config.patch_size) ** 2
+    for keep, until, count in ((0.5, 1.0, n_patches // 2), (0.5, 0.4, n_patches), (1.0, 1.0, None)):
+        told = OneRObjectiveArguments(losses=["itc"], image_keep=keep, image_keep_until=until)
+        batch = pair_collator(dataclasses.replace(arguments, objective=told), processor, config)(items)
+        assert ("kept_patches" in batch) == (count is not None)
+        assert count is None or batch["kept_patches"].shape == (5, count)
 
 
 def test_each_kind_of_rows_has_its_layout_and_corruption(made):

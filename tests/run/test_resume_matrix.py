@@ -117,7 +117,7 @@ def command(sources: dict[str, dict], source: str, workers: int, chunks: int, ou
         "keep_checkpoints": 2,
         "max_steps": 10,
         # beside pieces, patches are left out of the streams of contrast
-        **({"image_keep": 0.5, "contrast_masked": False} if chunks > 1 else {}),
+        **({"image_keep": 0.5, "image_keep_until": 0.7, "contrast_masked": False} if chunks > 1 else {}),
         # dropout, so that the generators count; no batch norm, which sees pieces
         "model_config": {"attention_dropout": 0.1, "head_norm": "layer", "stem": "linear"},
     }

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from oner.modeling.configuration_oner import OneRConfig
 from oner.modeling.modeling_oner_pretraining import SOURCES
-from oner.processing.data.masking import whole_share
 from oner.training.objectives.oner import CONTRASTS, READS, OneRObjectiveArguments
 
 from .flops import attention_flops, linear_flops
@@ -40,7 +39,7 @@ class StepFlops:
 
 
 def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape: PairShape) -> StepFlops:
-    """The step of `OneRObjective` over `OneRForPreTraining`, with `gather_gradient` off."""
+    """The step of `OneRObjective` over `OneRForPreTraining`, with `gather_gradient` off, at the run's beginning."""
     # what the losses read: representations to compare, and streams with masks
     contrasts = [name for name in arguments.losses if name in CONTRASTS]
     queries = {query for name in contrasts for query, _ in CONTRASTS[name]}
@@ -52,7 +51,7 @@ def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape
     # the trunk: one pass where contrasts read masked streams too, or two stems where they do not
     contrast_streams = _streams(queries)
     patches = _patches(config)
-    kept = max(1, whole_share(patches, arguments.image_keep))
+    kept = arguments.keeping.count(patches, 0.0)
     student = _stem(config, shape)
     if arguments.contrast_masked or not masks:
         student += _trunk(config, shape, sorted(contrast_streams | modelled), kept)

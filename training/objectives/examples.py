@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from oner.processing.data.masking import keep_patches
+from oner.processing.data.masking import Keeping, keep_patches
 
 from .objective import Batch, Example
 
@@ -63,7 +63,8 @@ def example_pairs(config: PreTrainedConfig, lengths: Sequence[int], example: Exa
         "rows": np.arange(pairs),
     }
     if example.image_keep != 1:
-        arrays["kept_patches"] = np.stack([keep_patches(n_patches, example.image_keep, rng) for _ in range(pairs)])
+        count = Keeping(example.image_keep).count(n_patches, 0.0)  # K
+        arrays["kept_patches"] = np.stack([keep_patches(n_patches, count, rng) for _ in range(pairs)])
     batch = {name: torch.tensor(array) for name, array in arrays.items()}
     return {**batch, "pixel_values": grey_images(config, pairs)}
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from oner.modeling.modeling_oner import MAX_LOGIT_SCALE
+from oner.processing.data.masking import Keeping
 from oner.training.parallel.distributed import gather_with_gradient, gather_without_gradient, rank
 from oner.training.parallel.sharding import own_part
 
@@ -51,7 +52,12 @@ LOSSES = (*CONTRASTS, *READS, *TEXT_LOSSES)
 class OneRObjectiveArguments(MatryoshkaArguments):
     """What the paper's section "One Representation" and appendix C leave to choose."""
 
-    BOUNDS: ClassVar[dict[str, str]] = {"loss_weights": "[0, inf)", "ema_momentum": "[0, 1]", "image_keep": "(0, 1]"}
+    BOUNDS: ClassVar[dict[str, str]] = {
+        "loss_weights": "[0, inf)",
+        "ema_momentum": "[0, 1]",
+        "image_keep": "(0, 1]",
+        "image_keep_until": "[0, 1]",
+    }
 
     losses: list[str] = field(
         default_factory=lambda: ["itc", "cmc", "mlm", "mim"],
@@ -92,13 +98,21 @@ class OneRObjectiveArguments(MatryoshkaArguments):
         default=1.0,
         metadata={
             "help": "Share of each picture's patches, drawn anew each time, that the streams read (FLIP); those with "
-            "masked patches read all. Less work; a short run with all of them follows (initial_model)."
+            "masked patches read all."
         },
+    )
+    image_keep_until: float = field(
+        default=1.0, metadata={"help": "Share of the run after which all patches are read; FLIP ends so."}
     )
     keep_in_keys: bool = field(
         default=False,
         metadata={"help": "The teacher's keys come of the kept patches too; else of whole pictures, as in a search."},
     )
+
+    @property
+    def keeping(self) -> Keeping:
+        """Which patches the collator keeps."""
+        return Keeping(self.image_keep, self.image_keep_until)
 
 
 class OneRObjective(SinglePortion):

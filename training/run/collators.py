@@ -8,7 +8,7 @@ from oner.processing.data.augmentation import CodeView, TrainingImageTransform
 from oner.processing.data.collation import Collator, Corruption, Reader, Targets
 from oner.processing.data.excluded_images import read_hashes
 from oner.processing.data.layouts import ImageLayout, JointLayout, Layout, SeparateLayout, SpecialTokens
-from oner.processing.data.masking import Dropping, Masking, Replacement
+from oner.processing.data.masking import ALL_PATCHES, Dropping, Keeping, Masking, Replacement
 from oner.processing.data.task_collation import Labels
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_captions import pre_caption
@@ -48,8 +48,8 @@ def pair_collator(
 
     # what is hidden, how the two lie in a batch, and what is read of images, where an objective has a say in that
     corruption = _corruption(data.masking if masking is None else masking, special)
-    image_keep = getattr(arguments.objective, "image_keep", 1.0)
-    return _collator(arguments, reader, _pair_layout(config, special), corruption, image_keep=image_keep)
+    keeping = getattr(arguments.objective, "keeping", ALL_PATCHES)
+    return _collator(arguments, reader, _pair_layout(config, special), corruption, keeping=keeping)
 
 
 def text_collator(
@@ -144,10 +144,10 @@ def _collator(
     layout: Layout,
     corruption: Corruption | None = None,
     targets: Targets | None = None,
-    image_keep: float = 1.0,
+    keeping: Keeping = ALL_PATCHES,
 ) -> Collator:
     source = ", ".join(arguments.data.train_data)
-    return Collator(reader, layout, corruption, targets, arguments.run.seed, source, image_keep)
+    return Collator(reader, layout, corruption, targets, arguments.run.seed, source, keeping)
 
 
 def _pair_layout(config: PreTrainedConfig, special: SpecialTokens) -> Layout:
