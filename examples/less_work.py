@@ -117,12 +117,12 @@ class Runs:
             "save_every_epochs": 0,
             "tokenizer": str(self.output / "tokenizer"),
         }
-        if not (self.output / "tokenizer").is_dir():
+        if not (self.output / "tokenizer" / "tokenizer_config.json").is_file():
             self.train_tokenizer()
 
     def train_tokenizer(self) -> None:
         """One for all runs, on the captions."""
-        arguments = parse_arguments(self.arguments("tokenizer", 0, {"tokenizer": None}))
+        arguments = parse_arguments(self.arguments("vocabulary", 0, {"tokenizer": None}))
         processor, _ = build_processor_and_config(arguments, open_portions(arguments))
         processor.tokenizer.save_pretrained(self.output / "tokenizer")
 
