@@ -217,8 +217,8 @@ def lines(runs: Runs) -> list[list[str]]:
         share = (way.until * cheap + (1 - way.until) * seconds["whole"]) / seconds["whole"] * steps / a.steps
         found = [runs.recall(title, way, steps, seed) for seed in a.seeds]
         recalls = [" ".join(f"{100 * one[name]:.1f}" for one in found) for name in RECALLS]
-        mean = statistics.fmean(one[name] for one in found for name in RECALLS)
-        table.append([title, f"{cheap:.3f}", f"{100 * share:.0f} %", *recalls, f"{100 * mean:.1f}"])
+        mean = f"{100 * statistics.fmean(one[name] for one in found for name in RECALLS):.1f}" if found else ""
+        table.append([title, f"{cheap:.3f}", f"{100 * share:.0f} %", *recalls, mean])
         print(markdown_table(HEADER, table), flush=True)
     return table
 
@@ -231,7 +231,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", nargs="*", type=float, default=[0.55], help="Whole pictures too for shares of --steps."
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="None: seconds alone, and nothing trained.")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=7, help="Turns of the steps that are timed.")
     parser.add_argument("--full_size", action="store_true", help="The model and batch of oner_scenes.yaml.")
