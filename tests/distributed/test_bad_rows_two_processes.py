@@ -76,6 +76,7 @@ def folders(tmp_path):
     return tmp_path / "one", tmp_path / "two"
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_stand_ins_of_one(tmp_path, folders):
     pairs = spoil(tmp_path / "pairs.parquet", set(range(0, 40, 4)))
     (whole,) = run(1, 0, folders[0], pairs)

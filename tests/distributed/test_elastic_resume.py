@@ -14,6 +14,7 @@ from tiny_pretraining import ROOT, assert_same_checkpoint, forget_accelerator, r
 
 from oner.training.run.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
 # twelve rows, which one, two and three processes share evenly; no batch norm, whose statistics are a process's own
 OPTIONS = {
     "batch_size": 12,
@@ -81,7 +82,7 @@ def losses(directory: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     "name, where",
-    [("one on two", "runs"), ("two on one", "runs"), pytest.param("two on three", "three", marks=pytest.mark.slow)],
+    [("one on two", "runs"), ("two on one", "runs"), ("two on three", "three")],
 )
 def test_another_number_of_processes_gives_the_same_losses(name, where, request):
     runs = request.getfixturevalue(where)

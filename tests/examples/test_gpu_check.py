@@ -43,6 +43,7 @@ def test_speed_and_checks_give_figures_side_by_side_with_what_failed(tmp_path):
     assert "pairs_per_second" in speed["open_clip_eager"] or "open_clip" in speed["open_clip_eager"]["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SCENES.is_file(), reason="examples/data/scenes.py draws the scenes")
 def test_a_model_is_trained_measured_and_packed(tmp_path):
     training = check(tmp_path, "--parts", "training")["training"]

@@ -220,7 +220,7 @@ def test_own_context_is_the_plain_pass(kind):
     """F(X|X) = F(X), through the module's own crossing."""
     model, batch = build(), joint_batch(LENGTHS, slots=6)
     text_mask = batch["attention_mask"][:, 17:]
-    embedded = model._embed(batch["input_ids"][:, 17:], batch["pixel_values"], None, batch["text_index"])
+    embedded = model._embed(batch["input_ids"][:, 17:], batch["pixel_values"], None, None, batch["text_index"])
     wanted = [(kind, kind, embedded), (f"{kind}|{kind}", f"{kind}|{kind}", embedded)]
     packed, streams = model._pack(wanted, batch["text_index"], text_mask)
     packed = model._encode(packed, streams, text_mask)

@@ -20,6 +20,7 @@ def kill(root: Path, report: Path, *options: str) -> dict[str, Any]:
     return json.loads(report.read_text())
 
 
+@pytest.mark.slow
 def test_killed_runs_and_lost_disks_and_workers(root, tmp_path):
     faults = "disk,sigterm,worker,export,index,convert,convert-back"
     told = kill(root, tmp_path / "report.json", "--faults", faults, "--writings", "1")
