@@ -39,6 +39,10 @@ class Ability:
     aim_unseen_style: float | None = None
     percent: bool = True
 
+    def chance_on(self, split: str, values: dict[str, float]) -> float | None:
+        """A number of its own, or one of those measured on the split."""
+        return values.get(f"{split}/{self.chance}") if isinstance(self.chance, str) else self.chance
+
     def aim_on(self, split: str) -> float | None:
         if split == "unseen_concepts":
             return None
@@ -134,7 +138,7 @@ def cell(ability: Ability, split: str, values: dict[str, float]) -> str:
     value = values.get(f"{split}/{ability.value}")
     if value is None:
         return ""
-    chance = values.get(f"{split}/{ability.chance}") if isinstance(ability.chance, str) else ability.chance
+    chance = ability.chance_on(split, values)
     aim = ability.aim_on(split)
     notes = [shown(chance, ability.percent)] * (chance is not None)
     notes += [f"≥ {shown(aim, ability.percent)}"] * (aim is not None)

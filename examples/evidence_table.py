@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from page_marks import between_marks
 
 from oner.training.evaluation.results import library_versions
 from oner.training.publishing.model_card import markdown_table
@@ -241,11 +242,11 @@ def write_evidence(directory: Path, contents: Sequence[Content], facts: Mapping[
         (directory / "pictures").mkdir(exist_ok=True)
         table.figure(contents, directory / "pictures" / f"{table.stem}.png")
     path = directory / f"{table.stem}.md"
-    before, after = f"# {table.title}\n\n", "\n"
-    if path.is_file():
-        whole = path.read_text(encoding="utf-8")
-        if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
-            raise ValueError(f"{path} lacks the marks {BEGIN!r} and {END!r} between which the tables go")
-        before, after = whole.partition(BEGIN)[0], whole.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n{table.page(contents, facts)}{END}{after}", encoding="utf-8")
+    new = f"# {table.title}\n\n{BEGIN}\n{END}\n"
+    whole = path.read_text(encoding="utf-8") if path.is_file() else new
+    try:
+        whole = between_marks(whole, BEGIN, END, f"\n{table.page(contents, facts)}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    path.write_text(whole, encoding="utf-8")
     return table.main(contents)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from abilities import ABILITIES, shown
+from page_marks import between_marks
 
 from oner.training.evaluation.suite import table as suite_table
 
@@ -157,11 +158,9 @@ def abilities_table() -> str:
         for ability in ABILITIES:
             values = [values.get(f"{split}/{ability.value}") for values in found.values()]
             if any(value is not None for value in values):
-                # chance is a number of the data, the same for all
-                chance = next(
-                    (one[name] for one in found.values() if (name := f"{split}/{ability.chance}") in one),
-                    ability.chance if isinstance(ability.chance, float) else None,
-                )
+                # chance is a number of the data, the same for all who were asked
+                chances = [ability.chance_on(split, one) for one in found.values()]
+                chance = next((one for one in chances if one is not None), None)
                 told = [chance, ability.aim_on(split), *values]
                 lines.append([ability.name, *(shown(value, ability.percent) for value in told)])
     return markdown(["ability", "chance", "aim", *names], lines)
@@ -174,14 +173,10 @@ TABLES = {
 }
 
 
-def between_marks(text: str, name: str, content: str) -> str:
-    """`text` with `content` between the marks of a table. Raises `ValueError` where they are missing."""
+def with_table(text: str, name: str, content: str) -> str:
+    """`text` with `content` as the table of that name. Raises `ValueError` where its marks are missing."""
     begin, end = f"<!-- {name}: by examples/shipped_tables.py -->\n", f"<!-- /{name} -->"
-    head, found, rest = text.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"expected the marks {begin.strip()} and {end}")
-    return f"{head}{begin}{content}\n{end}{tail}"
+    return between_marks(text, begin, end, f"{content}\n")
 
 
 def main() -> None:
@@ -189,7 +184,7 @@ def main() -> None:
         path = ROOT / page
         text = path.read_text(encoding="utf-8")
         for name, build in tables.items():
-            text = between_marks(text, name, build())
+            text = with_table(text, name, build())
         path.write_text(text, encoding="utf-8")
 
 

@@ -386,9 +386,9 @@ def test_tables_of_what_ships_are_made_of_its_results(page, monkeypatch):
     tables = import_module("shipped_tables")
     text = text_of(page)
     for name, build in tables.TABLES[page].items():
-        assert tables.between_marks(text, name, build()) == text, "python examples/shipped_tables.py"
+        assert tables.with_table(text, name, build()) == text, "python examples/shipped_tables.py"
     with pytest.raises(ValueError, match="expected the marks"):
-        tables.between_marks(text, "nothing", "")
+        tables.with_table(text, "nothing", "")
 
 
 def test_an_agent_needs_ten_commands_at_most():
