@@ -14,7 +14,6 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,14 @@ import yaml
 from benchmark_steps import ObjectiveStep
 from benchmark_visible import seconds_of
 
-from oner.training.commands.train import build_evaluators
-from oner.training.objectives.objective import build_objective
+from oner.training.commands.train import main as trained
 from oner.training.publishing.model_card import markdown_table
-from oner.training.run.building import build_model, build_processor_and_config
+from oner.training.run.building import build_processor_and_config
 from oner.training.run.collators import build_collators
-from oner.training.run.engine import Engine
-from oner.training.run.launch import choose_precision, make_accelerator
+from oner.training.run.launch import choose_precision
 from oner.training.run.loading import RunLoader, open_portions
 from oner.training.run.parsing import parse_arguments
+from oner.training.run.summary import STOPPED
 
 CONFIG = Path(__file__).resolve().parent / "configs" / "oner_scenes.yaml"
 # a model that one thread trains in minutes; the rate is for its width
@@ -145,6 +143,8 @@ class Runs:
         for number, options in enumerate(way.runs(steps, peak)):
             line = self.arguments(f"{title} {steps} part{number}", seed, {**options, **before})
             values = trained(line)
+            if values is None:
+                raise SystemExit(STOPPED)  # by a signal: nothing is written of it
             before = {"initial_model": str(Path(line[1]).parent / "model"), "tokenizer": None}
         found = {name.split("/")[1]: value for name, value in values.items()}
         result.write_text(json.dumps(found))
@@ -175,32 +175,6 @@ class Runs:
             step({name: value.to(device) for name, value in next(batches)["pairs"].items()})
 
         return call
-
-
-def trained(line: Sequence[str]) -> dict[str, float]:
-    """As `oner train`, without what that publishes: the last evaluation; the model lies in `model`."""
-    arguments = parse_arguments(line)
-    accelerator = make_accelerator(arguments.run)
-    rows = open_portions(arguments)
-    processor, config = build_processor_and_config(arguments, rows)
-    model = build_model(arguments, config)
-    loader = RunLoader(arguments, rows, build_collators(arguments, processor, config))
-    objective = build_objective(arguments.model.family, model, arguments.objective)
-    evaluators = build_evaluators(arguments)
-    engine = Engine(
-        accelerator=accelerator,
-        model=model,
-        objective=objective,
-        arguments=arguments,
-        loader=loader,
-        total_steps=loader.total_steps,
-        epoch_steps=loader.epoch_steps,
-        evaluate=lambda student: chain.from_iterable(one.run(student, processor) for one in evaluators),
-    )
-    values = engine.fit()
-    for part in (engine.model, processor):
-        part.save_pretrained(Path(arguments.run.output_dir) / "model")
-    return values
 
 
 def lines(runs: Runs) -> list[list[str]]:
