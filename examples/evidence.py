@@ -258,6 +258,11 @@ def evaluate(
     return values
 
 
+def candidates(run: Run) -> int:
+    """How many of them matching puts in order."""
+    return RERANK_K_SCENES if run.name in TABLE_4 else RERANK_K
+
+
 def measure(run: Run, data: tuple[Sequence, Sequence], limit: int | None) -> tuple[dict[str, float], int]:
     """All numbers of a trained row, and how many parameters it has."""
     if run.name in BEFORE:
@@ -267,8 +272,7 @@ def measure(run: Run, data: tuple[Sequence, Sequence], limit: int | None) -> tup
         values, parameters = compare_values(run, limit, ROOT / "examples" / "data")
         return values | watched(run), parameters
     model, processor = load(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    rerank_k = RERANK_K_SCENES if run.name in TABLE_4 else RERANK_K
-    values = evaluate(model, processor, *data, run.name in ONE_TOWER, rerank_k) | watched(run)
+    values = evaluate(model, processor, *data, run.name in ONE_TOWER, candidates(run)) | watched(run)
     return values, sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -443,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = ["python", "examples/evidence.py", *(sys.argv[1:] if argv is None else argv)]
         facts = {"command": command, "jobs": a.jobs, "threads": a.threads, "data": Path(a.data).name}
         facts |= {"pictures": len(data[0]), "gallery": Path(a.gallery).name, "rates": rates}
-        facts |= {"rerank_k": RERANK_K_SCENES if a.table == "codis" else RERANK_K}
+        facts |= {"rerank_k": candidates(runs[0])}
         print(write_evidence(Path(a.docs), contents, facts, TABLES[a.table]))
     return len(errors)
 

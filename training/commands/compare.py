@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
+from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, PreTrainedModel
 
 from oner.training.evaluation.beside import SHEETS, Named
 from oner.training.evaluation.results import checkpoint_facts, library_versions, model_facts
@@ -56,10 +56,15 @@ def build(a: argparse.Namespace) -> dict[str, RetrievalEvaluator]:
     return evaluators
 
 
+def load(source: str, device: str) -> tuple[PreTrainedModel, Any]:
+    """A model, ready to embed, and its processor."""
+    model = load_model(AutoModelForZeroShotImageClassification, source).to(device).eval()
+    return model, AutoProcessor.from_pretrained(source)
+
+
 def measure(source: str, evaluators: dict[str, RetrievalEvaluator], device: str) -> Iterator[dict[str, Any]]:
     """What one model does on each split; the seconds are those of embedding it all, pictures decoded."""
-    model = load_model(AutoModelForZeroShotImageClassification, source).to(device).eval()
-    processor = AutoProcessor.from_pretrained(source)
+    model, processor = load(source, device)
     for split, evaluator in evaluators.items():
         started = time.perf_counter()
         images, captions = (side.cpu() for side in evaluator.embed(model, processor))  # (n, P), (m, P)
@@ -80,11 +85,7 @@ def draw(a: argparse.Namespace, evaluators: dict[str, RetrievalEvaluator]) -> It
     """The sheets asked for, of the rows of each split: compare_SPLIT_KIND.png, all models side by side."""
     if not a.sheets:
         return
-    models = [
-        Named(name, load_model(AutoModelForZeroShotImageClassification, source).to(a.device).eval(), processor)
-        for name, source in zip(names_of(a.models), a.models, strict=True)
-        for processor in [AutoProcessor.from_pretrained(source)]
-    ]
+    models = [Named(name, *load(source, a.device)) for name, source in zip(names_of(a.models), a.models, strict=True)]
     for split, evaluator in evaluators.items():
         for kind in a.sheets:
             path = Path(a.output) / f"compare_{split}_{kind}.png"
