@@ -293,6 +293,15 @@ def test_sheet_shows_query_and_answers_in_an_even_grid(photos: Path, pictures: l
     assert contact_sheet.picture_of(str(photos / "gone.png")) is None
 
 
+def test_rows_of_one_picture_are_shown_without_a_warning(tmp_path: Path, pictures: list[Image.Image], recwarn) -> None:
+    pictures[0].save(tmp_path / "one.png")
+    table = tmp_path / "pairs.csv"
+    table.write_text("image,text\none.png,red\none.png,blue\n", encoding="utf-8")
+    shown = contact_sheet.picture_of({"table": str(table), "row": 1})
+    assert shown.size == pictures[0].size
+    assert not [str(one.message) for one in recwarn if "different pictures" in str(one.message)]
+
+
 @pytest.mark.parametrize("text", ["sun", "a caption that is longer than two lines of a card, by far", "x" * 99])
 def test_captions_fit_their_card(text: str) -> None:
     face = contact_sheet.font(16)

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+from oner.processing.data.same_pictures import ROW
 from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import open_image
 from oner.processing.retrieval_page import caption_of
@@ -21,7 +22,8 @@ from .fonts import font
 COLUMNS, CELL, GAP, PICTURE = 4, 224, 16, 168
 PAPER, CARD, INK, GREY, EDGE, ACCENT = "#f4f2ee", "#ffffff", "#22252a", "#7a7f87", "#dedbd4", "#c2410c"
 
-open_table = lru_cache(partial(open_rows, bad_rows="skip"))
+# a sheet asks for pictures and not for ids, so that rows of one picture are no news
+open_table = lru_cache(partial(open_rows, bad_rows="skip", id_column=ROW))
 
 
 def save_sheet(sheet: Image.Image, file: str | Path) -> None:
