@@ -1,7 +1,7 @@
-"""What a run may be told, read from the source of its dataclasses and not by importing them.
+"""The options of a run, read from the source of their dataclasses without importing them.
 
-Importing `oner` takes seconds, for torch and transformers come along. A typo, a wrong number, a file that is not there
-and `--help` are answered without. What passes here is parsed by `oner.training.run.parsing`, which has the last word.
+Importing `oner` takes seconds because it imports torch and transformers. Typos, wrong numbers, missing files
+and `--help` are handled without it. Lines that pass here are parsed by `oner.training.run.parsing`, which decides.
 """
 
 import argparse
@@ -13,41 +13,41 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# installed, the rooms lie inside the package; in a checkout beside it
-ROOMS = HERE / "oner" if (HERE / "oner" / "training").is_dir() else HERE
-CONFIGS = ROOMS / "configs" if ROOMS != HERE else HERE / "examples" / "configs"
-RUN = ROOMS / "training" / "run" / "arguments.py"
-OBJECTIVES = ROOMS / "training" / "objectives" / "objective.py"
-TASKS = ROOMS / "training" / "tasks" / "finetuning.py"
-# dataclasses of every run, and what `--help-all` calls their options
+# installed, modeling/, processing/ and training/ are inside the package; in a checkout they are beside it
+PACKAGES = HERE / "oner" if (HERE / "oner" / "training").is_dir() else HERE
+CONFIGS = PACKAGES / "configs" if PACKAGES != HERE else HERE / "examples" / "configs"
+RUN = PACKAGES / "training" / "run" / "arguments.py"
+OBJECTIVES = PACKAGES / "training" / "objectives" / "objective.py"
+TASKS = PACKAGES / "training" / "tasks" / "finetuning.py"
+# dataclasses of every run, and the titles of their options in `--help-all`
 KINDS = {
     "ModelArguments": "the model",
     "SourceArguments": "the data",
-    "Crop": "how pictures are cropped",
-    "Masking": "what is masked",
+    "Crop": "cropping and augmentation of images",
+    "Masking": "masking",
     "RunArguments": "the run",
 }
-# what `--help` shows, in groups
+# the options that `--help` shows, in groups
 FIRST = {
-    "what is read": ("train_data", "eval_data", "text_column", "id_column"),
-    "what is trained": ("config", "initial_model", "family", "size"),
-    "how": ("epochs", "batch_size", "base_learning_rate", "mixed_precision"),
-    "where, and again": ("output_dir", "resume", "seed"),
+    "data": ("train_data", "eval_data", "text_column", "id_column"),
+    "model": ("config", "initial_model", "family", "size"),
+    "training": ("epochs", "batch_size", "base_learning_rate", "mixed_precision"),
+    "output and resuming": ("output_dir", "resume", "seed"),
 }
 NUMBERS = {"int": int, "float": float}
 
 
 class Mistake(ValueError):
-    """What was told cannot be; the message says what, where, and what may have been meant."""
+    """An error in what the user typed; the message says what and where, and suggests a correction."""
 
 
 @dataclass(frozen=True)
 class Option:
     """
     Attributes:
-        kind: Of its values: "int", "float", "str", "bool" or "dict", without `| None` and `list[]`.
-        default: As the source writes it.
-        choices: Of a Literal.
+        kind: Type of its values: "int", "float", "str", "bool" or "dict", without `| None` and `list[]`.
+        default: As written in the source.
+        choices: Values of a Literal.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Option:
 
 @dataclass
 class Source:
-    """The classes of a file, and where it has others from."""
+    """The classes of a source file, and the files that it imports others from."""
 
     path: Path
     tree: ast.Module = field(init=False)
@@ -69,7 +69,7 @@ class Source:
         self.tree = ast.parse(self.path.read_text(encoding="utf-8"))
 
     def options_of(self, name: str) -> Iterator[Option]:
-        """Those of a dataclass, its bases' first, wherever they stand."""
+        """Options of a dataclass, those of its bases first, in whichever file they are."""
         for node in self.tree.body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 inherited = [one for base in node.bases for one in self.options_of(ast.unparse(base))]
@@ -80,7 +80,7 @@ class Source:
                 yield from Source(self._file_of(node)).options_of(name)
 
     def value_of(self, name: str) -> ast.expr:
-        """What a module's name is assigned."""
+        """The value assigned to a name of the module."""
         for node in self.tree.body:
             if isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -89,7 +89,7 @@ class Source:
         raise KeyError(f"{self.path}: no {name}")
 
     def _file_of(self, node: ast.ImportFrom) -> Path:
-        folder = self.path.parent if node.level else ROOMS
+        folder = self.path.parent if node.level else PACKAGES
         return folder.joinpath(*node.module.removeprefix("oner.").split(".")).with_suffix(".py")
 
 
@@ -118,12 +118,12 @@ def families() -> tuple[str, ...]:
 
 
 def tasks() -> tuple[str, ...]:
-    """Names of the tasks that can be fine-tuned for."""
+    """Names of the fine-tuning tasks."""
     return tuple(ast.literal_eval(Source(TASKS).value_of("TASKS")))
 
 
 def run_options(family: str | None = None, task: str | None = None) -> dict[str, list[Option]]:
-    """The options of a run in their groups; of all families where none is named, and with those of a task."""
+    """The options of a run in groups: of one family or of all, and with those of a task if one is named."""
     groups = {title: list(Source(RUN).options_of(kind)) for kind, title in KINDS.items()}
     for name, (module, _, arguments) in ast.literal_eval(Source(OBJECTIVES).value_of("OBJECTIVES")).items():
         if family in (None, name):
@@ -134,7 +134,7 @@ def run_options(family: str | None = None, task: str | None = None) -> dict[str,
 
 
 def task_options(task: str) -> list[Option]:
-    """Those of a task's own dataclass."""
+    """Options of a task's own dataclass."""
     module, name = ast.literal_eval(Source(TASKS).value_of("TASKS"))[task]
     source = Source(_module(module))
     told = {keyword.arg: keyword.value for keyword in source.value_of(name).keywords}
@@ -142,11 +142,11 @@ def task_options(task: str) -> list[Option]:
 
 
 def _module(name: str) -> Path:
-    return ROOMS.joinpath(*name.removeprefix("oner.").split(".")).with_suffix(".py")
+    return PACKAGES.joinpath(*name.removeprefix("oner.").split(".")).with_suffix(".py")
 
 
 def given(line: Sequence[str]) -> dict[str, list[str]]:
-    """`--name value ...` by name, in the spelling of the dataclasses; what stands before the first is under ""."""
+    """`--name value ...` by name, spelled as in the dataclasses; words before the first name are under ""."""
     told: dict[str, list[str]] = {"": []}
     name = ""
     for word in line:
@@ -160,7 +160,7 @@ def given(line: Sequence[str]) -> dict[str, list[str]]:
 
 
 def find_config(name: str) -> Path:
-    """A file as it is named, else one that ships under this name. Raises `Mistake`."""
+    """The file of this path, else the shipped configuration of this name. Raises `Mistake`."""
     if Path(name).is_file():
         return Path(name)
     shipped = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
@@ -171,7 +171,7 @@ def find_config(name: str) -> Path:
 
 
 def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
-    """The file's values over those of its bases; nothing of what cannot be read, which the parser will say."""
+    """The file's values over those of its bases; unreadable files are left to the parser to report."""
     import yaml  # of what is not in the standard library only this, and only here
 
     try:
@@ -186,7 +186,7 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
 
 
 def check_nothing_more(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
-    """Raises `Mistake` for what no option takes."""
+    """Raises `Mistake` for arguments that belong to no option."""
     if rest:
         raise Mistake(f"unknown arguments {list(rest)}{meant(rest[0].lstrip('-'), known, '--')}")
 
@@ -223,7 +223,7 @@ def check_line(line: Sequence[str], others: Sequence[str] = ()) -> None:
 
 
 def check_names(line: Sequence[str], known: dict[str, Option], others: Sequence[str] = ()) -> None:
-    """That each `--name` is one of these, and its values of its kind. Raises `Mistake`."""
+    """Checks that each `--name` is known and that its values have the right type. Raises `Mistake`."""
     flags = [f"no_{option.name}" for option in known.values() if option.kind == "bool"]
     for name, words in given(line).items():
         if name and name not in (*known, *flags, *others):
@@ -244,7 +244,7 @@ def _check_values(option: Option, words: Sequence[str]) -> None:
 
 
 def _check_places(file: Path | None, values: dict[str, Any], told: dict[str, list[str]]) -> None:
-    """What a file that ships names of the repository is not there outside a checkout of it."""
+    """Checks for files of the repository that a shipped configuration names and that are missing here."""
     missing = {}
     for name, value in values.items():
         for place in value if isinstance(value, list) else [value]:
@@ -267,18 +267,20 @@ def _last(told: dict[str, list[str]], name: str) -> str | None:
 
 
 def meant(name: str, known: Any, dashes: str = "") -> str:
-    """The known name that is nearest, as the end of a message."""
+    """The nearest known name, as the end of a message."""
     close = difflib.get_close_matches(str(name), list(known), 1, 0.6)
     return f"; did you mean {dashes}{close[0]}?" if close else ""
 
 
 def help_text(name: str, description: str, line: Sequence[str]) -> str:
-    """What `oner NAME --help` or `--help-all` prints, with the family and the task that the line names."""
+    """The text of `oner NAME --help` or `--help-all`, for the family and the task named in the line."""
     told = given(line)
     family, task = _last(told, "family"), _last(told, "task")
     groups = run_options(family if family in families() else None, task if task in tasks() else None)
     options = {option.name: option for group in groups.values() for option in group}
-    options["config"] = Option("config", "str", "A YAML file of these, or the name of one that ships.", "None")
+    options["config"] = Option(
+        "config", "str", "A YAML file with these options, or the name of a shipped one.", "None"
+    )
     parser = argparse.ArgumentParser(
         prog=f"oner {name}",
         usage=f"oner {name} " + ("FOLDER [--name value ...]\n       oner train " if name == "train" else "")
@@ -295,12 +297,12 @@ def help_text(name: str, description: str, line: Sequence[str]) -> str:
     parts = [parser.format_help(), *(_group_text(title, group) for title, group in shown.items())]
     if "help_all" not in told:
         left = len(options) - sum(map(len, FIRST.values()))
-        parts.append(f"--help-all lists the other {left}, all of which a YAML file may hold.\n")
+        parts.append(f"--help-all lists the other {left}; a YAML file may set all of them.\n")
     return "\n".join(parts)
 
 
 def _group_text(title: str, group: Sequence[Option]) -> str:
-    """A group of the help, by a parser of its own: options of two families may have one name."""
+    """A group of the help, with its own parser: options of two families may have the same name."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     section = parser.add_argument_group(title)
     for option in group:

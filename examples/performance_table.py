@@ -135,13 +135,13 @@ def goal_rows(figures: Figures) -> list[tuple[str, str, float | None, str]]:
         ("device-hours of the paper's run", "≤ 48 (H100)", paper_hours(figures) if gpu else None, "{:.0f}"),
         ("MFU over open_clip's, eager", "≥ 1.5", ratio(figures, best_mine, "clip_bf16"), "{:.2f}"),
         ("MFU over open_clip's, compiled", "≥ 1.0", ratio(figures, best_mine, "clip_bf16_compiled"), "{:.2f}"),
-        ("packed over padded, over the share of real tokens", "≤ 1.10", packing(figures), "{:.2f}"),
-        ("MoMo's encoder that drops, over the share it sees", "≤ 1.15", dropping(figures, "encoder"), "{:.2f}"),
-        ("MoMo's step that drops, over its share of the work", "≤ 1.15", dropping(figures, "step"), "{:.2f}"),
-        ("loader's rate over the step's", "≥ 1.2", loader / fastest if loader and fastest else None, "{:.1f}"),
-        ("checkpoint's share, one an epoch of 5.1 M pairs", "< 2 %", stall, "{:.4%}"),
-        ("a step's wait for a checkpoint written beside it", "≤ 0.5 s", waiting(figures), "{:.2f} s"),
-        ("teacher's update, share of the step", "< 3 %", teacher, "{:.2%}"),
+        ("packed over padded time, over the share of real tokens", "≤ 1.10", packing(figures), "{:.2f}"),
+        ("MoMo's encoder: time over share of tokens", "≤ 1.15", dropping(figures, "encoder"), "{:.2f}"),
+        ("MoMo's step: time over share of work", "≤ 1.15", dropping(figures, "step"), "{:.2f}"),
+        ("pairs/s of the loader over the step's", "≥ 1.2", loader / fastest if loader and fastest else None, "{:.1f}"),
+        ("time of one checkpoint per 5.1 M pairs", "< 2 %", stall, "{:.4%}"),
+        ("a step's wait for a background checkpoint", "≤ 0.5 s", waiting(figures), "{:.2f} s"),
+        ("teacher update, share of the step", "< 3 %", teacher, "{:.2%}"),
         ("`oner --help`", "≤ 1 s", cases.get("starts", {}).get("oner --help"), "{:.2f} s"),
     ]
 
@@ -177,20 +177,20 @@ def other_table(figures: Figures) -> str:
         rows.append(["checkpoint", f"{case['seconds']:.1f} s for {case['bytes'] / GIB:.2f} GiB"])
         if (stall := waiting(figures)) is not None:
             first, beside = case["stalls"][0], min(case["beside"])
-            figure = f"a wait of {stall:.2f} s, the first {first:.2f} s; {beside:.1f} s beside the steps"
+            figure = f"a step waits {stall:.2f} s, the first time {first:.2f} s; written in {beside:.1f} s"
             rows.append(["checkpoint, `async_checkpoints`", figure])
     if "matrices" in cases.get("transport", {}):
         case = cases["transport"]
         figure = f"{1000 * case['seconds']:.0f} ms, {case['bytes'] / 2**20:.1f} MiB: {case['matrices']:.2f} matrices"
-        rows.append(["plan of transport, 512 features, 4,000 codes, fp32", figure])
+        rows.append(["transport plan, 512 features, 4,000 codes, fp32", figure])
     for kind, case in kinds(figures).items():
         figure = ", ".join(
             f"{part} {case[f'{part}_time']:.1%} of the time for {case[f'{part}_share']:.1%} of the work"
             for part in ("encoder", "step")
         )
-        rows.append([f"MoMo that drops: {kind}", figure])
+        rows.append([f"MoMo with dropping: {kind}", figure])
     for name, seconds in cases.get("starts", {}).items():
-        rows.append([f"process: `{name}`", f"{seconds:.2f} s" if isinstance(seconds, float) else str(seconds)])
+        rows.append([f"start of `{name}`", f"{seconds:.2f} s" if isinstance(seconds, float) else str(seconds)])
     return table(["what", "figure"], rows)
 
 

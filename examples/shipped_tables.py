@@ -22,7 +22,7 @@ CHECKPOINTS = ROOT / "examples" / "checkpoints"
 
 
 class Shipped(NamedTuple):
-    """A checkpoint and how good it is; [a number's name] stands for that number in per cent."""
+    """A checkpoint and its results; `[name]` in `told` stands for the result of that name in per cent."""
 
     name: str
     told: str
@@ -34,59 +34,64 @@ class Family(NamedTuple):
     shipped: tuple[Shipped, ...]
 
 
-SCENES = "unseen pairs of things [unseen_pairs/tr_r@10] / [unseen_pairs/ir_r@10] %"
+SCENES = "unseen concept pairs [unseen_pairs/tr_r@10] / [unseen_pairs/ir_r@10] %"
 STYLE = "unseen style [unseen_style/tr_r@10] / [unseen_style/ir_r@10] %"
-EMOJI = "[test_style/tr_r@10] / [test_style/ir_r@10] % of 1,259, style never seen"
+EMOJI = "[test_style/tr_r@10] / [test_style/ir_r@10] % among 1,259, unseen style"
 FAMILIES = (
     Family(
         "OneR (Jang, Kong et al., AAAI 2023)",
-        "one transformer for text, picture, and both",
+        "one transformer for text, images, and both together",
         (
             Shipped(
                 "oner-emoji",
-                "right caption / picture among the first ten of 1,259, drawing style never seen: "
+                "R@10 image→text / text→image among 1,259 emoji in an unseen drawing style: "
                 "[test_style/tr_r@10] / [test_style/ir_r@10] % (chance 0.8)",
             ),
             Shipped(
                 "oner-icons",
-                "text → icon among the first ten: [unseen_names/ir_r@10] % of 4,890 of names never seen (chance 1), "
-                "[unseen_sets_5000/ir_r@10] % of 5,000 of sets never seen (chance .2)",
+                "R@10 text→image: [unseen_names/ir_r@10] % among 4,890 icons with unseen names (chance 1), "
+                "[unseen_sets_5000/ir_r@10] % among 5,000 from unseen icon sets (chance .2)",
             ),
             Shipped(
                 "oner-scenes",
-                f"the same among 1,000 scenes: {SCENES}, {STYLE}, unseen things [unseen_concepts/tr_r@10] / "
+                f"R@10 both ways among 1,000 scenes: {SCENES}, {STYLE}, unseen concepts [unseen_concepts/tr_r@10] / "
                 "[unseen_concepts/ir_r@10] % (chance 1)",
             ),
         ),
     ),
     Family(
         "SIMLA (Khan et al., ECCV 2022)",
-        "two towers in one space, and cross-attention that matches, grounds and answers",
+        "two towers in one space, with cross-attention for matching, grounding and question answering",
         (
             Shipped("simla-emoji", EMOJI),
             Shipped(
                 "simla-scenes",
-                f"{SCENES}, {STYLE}; points at the right quarter in [unseen_pairs/grounding_itc/quarter] % (chance "
+                f"{SCENES}, {STYLE}; points to the right quadrant in [unseen_pairs/grounding_itc/quarter] % (chance "
                 "[unseen_pairs/grounding_itc/quarter_chance])",
             ),
         ),
     ),
     Family(
         "CODIS (Duan et al., CVPR 2022), ALBEF (Li et al., NeurIPS 2021)",
-        "alignment through a learned codebook, by optimal transport",
-        (Shipped("codis-scenes", f"ALBEF's published files convert in and out; {SCENES}, {STYLE}"),),
+        "alignment through a learned codebook, with optimal transport",
+        (Shipped("codis-scenes", f"ALBEF's published checkpoints can be imported and exported; {SCENES}, {STYLE}"),),
     ),
     Family(
         "MoMo (Chada et al., 2023)",
-        "one encoder that learns from pictures, texts and pairs, in three stages",
-        (Shipped("momo-small", f"an hour of one core: {EMOJI}; [what each stage brings](docs/evidence_momo.md)"),),
+        "one encoder trained on images, texts and pairs, in three stages",
+        (
+            Shipped(
+                "momo-small",
+                f"trained for an hour on one core: {EMOJI}; [what each stage adds](docs/evidence_momo.md)",
+            ),
+        ),
     ),
 )
 # of README's second table: what a probe of frozen features is asked
 PROBES = {
     "digits": "digits",
-    "emoji_groups": "groups of emoji",
-    "supersense": "topics of glosses",
+    "emoji_groups": "emoji groups",
+    "supersense": "gloss topics",
     "hypernym": "hypernyms",
 }
 
@@ -127,7 +132,7 @@ def families_table() -> str:
         for place, shipped in enumerate(family.shipped):
             first = [family.name, family.what] if place == 0 else ["", ""]
             lines.append([*first, f"`{shipped.name}`", filled(shipped)])
-    return markdown(["family", "what it is", "what ships", "how good that is"], lines)
+    return markdown(["family", "what it is", "what ships", "results"], lines)
 
 
 def probes_table() -> str:

@@ -248,14 +248,14 @@ def test_goals_by_hand():
     assert values["MFU over open_clip's, eager"][1] == pytest.approx(2.0)
     assert values["MFU over open_clip's, compiled"][1] == pytest.approx(6 / 7)
     assert packing(figures()) == pytest.approx((1 / 2) / (100 / 210))
-    assert values["loader's rate over the step's"][1] == pytest.approx(2.0)
-    assert values["teacher's update, share of the step"][1] == pytest.approx(0.02)
+    assert values["pairs/s of the loader over the step's"][1] == pytest.approx(2.0)
+    assert values["teacher update, share of the step"][1] == pytest.approx(0.02)
     assert values["`oner --help`"] == ("≤ 1 s", pytest.approx(0.1))
-    assert values["checkpoint's share, one an epoch of 5.1 M pairs"][1] == pytest.approx(5.1 / (5.1 + 5.1e5))
-    assert values["a step's wait for a checkpoint written beside it"] == ("≤ 0.5 s", 0.3)
+    assert values["time of one checkpoint per 5.1 M pairs"][1] == pytest.approx(5.1 / (5.1 + 5.1e5))
+    assert values["a step's wait for a background checkpoint"] == ("≤ 0.5 s", 0.3)
     assert values["device-hours of the paper's run"][1] is None  # no accelerator
-    assert values["MoMo's encoder that drops, over the share it sees"] == ("≤ 1.15", pytest.approx(1.04))
-    assert values["MoMo's step that drops, over its share of the work"][1] == pytest.approx(1.1)
+    assert values["MoMo's encoder: time over share of tokens"] == ("≤ 1.15", pytest.approx(1.04))
+    assert values["MoMo's step: time over share of work"][1] == pytest.approx(1.1)
     broken = {**figures(), "cases": {"visible": {"error": "exit status 1"}}}
     assert dropping(broken, "step") is None
 
@@ -274,7 +274,7 @@ def test_tables_are_filled_and_the_rest_is_left(tmp_path):
     assert first.startswith("before\n") and "old" not in first and first.count("text\n") >= len(TABLES)
     assert "| oner_bf16_compiled | exit status 1 |" in first and "60.0%" in first and "**no**" in first
     assert "fp32 | 100 ms, 16.0 MiB: 2.05 matrices |" in first
-    assert "| a wait of 0.30 s, the first 2.00 s; 5.0 s beside the steps |" in first
+    assert "| a step waits 0.30 s, the first time 2.00 s; written in 5.0 s |" in first
     assert "images | encoder 26.0% of the time for 25.0% of the work, step 55.0% of the time for 50.0%" in first
     write_tables(figures(), page)
     assert page.read_text(encoding="utf-8") == first

@@ -1,4 +1,4 @@
-"""What a run may be told: dataclasses. `parsing.py` fills them from a flat YAML file and the command line."""
+"""The arguments of a run, as dataclasses. `parsing.py` fills them from a flat YAML file and the command line."""
 
 import copy
 import dataclasses
@@ -17,13 +17,13 @@ from .values import fit
 @dataclass(frozen=True)
 class Launch:
     """
-    What a launcher (torchrun, `accelerate launch`) left in the environment, where Accelerate reads it too.
+    Settings that a launcher (torchrun, `accelerate launch`) put into the environment; Accelerate reads them too.
 
     Args:
-        ranked: It numbered this process among others.
-        cpu: It was told to take the CPU.
-        fsdp, deepspeed, megatron: Engines it was asked for.
-        processes: How many it started, on all machines; 1 if it is not there.
+        ranked: It gave this process a rank.
+        cpu: It was told to use the CPU.
+        fsdp, deepspeed, megatron: Engines that were requested.
+        processes: Number of processes on all machines; 1 without a launcher.
     """
 
     ranked: bool
@@ -34,12 +34,12 @@ class Launch:
     processes: int
 
 
-# where torchrun and the launchers of MPI say how many processes there are
+# environment variables in which torchrun and MPI launchers store the number of processes
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def read_launch() -> Launch:
-    """Read now, not at import: a launcher may run in this very process."""
+    """Read when called, not at import: a launcher may run in the same process."""
 
     def flag(name: str) -> bool:
         return os.environ.get(f"ACCELERATE_{name}", "").lower() in ("true", "1", "yes")
@@ -60,38 +60,37 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class ModelArguments:
-    """What is trained, from which weights, and what is published of it."""
+    """What is trained, and from which weights."""
 
-    # the tokens that a text cannot do without, and two letters
+    # the special tokens of a text, and two letters
     BOUNDS: ClassVar[dict[str, str]] = {"vocab_size": "[7, inf)", "limit_alphabet": "[1, inf)", "lora": "[1, inf)"}
 
     # what is trained
     family: str | None = field(
-        default=None, metadata=_help("Which system: its model and its objective; that of initial_model if none.")
+        default=None, metadata=_help("Model family: its model and its objective; if none, that of initial_model.")
     )
-    size: str = field(default="base", metadata=_help("Named size of the family, when training from scratch."))
-    model_config: dict | str | None = field(default=None, metadata=_help("Fields of the model's configuration."))
+    size: str = field(default="base", metadata=_help("Named size of the model, when training from scratch."))
+    model_config: dict | str | None = field(default=None, metadata=_help("Fields of the model configuration."))
 
-    # what it starts from; from scratch where all of these are none
+    # what it starts from; from scratch if all of these are none
     initial_model: str | None = field(
-        default=None, metadata=_help("Directory, run, Hub id or one that ships: weights and processor to start from.")
+        default=None,
+        metadata=_help("Weights and processor to start from: directory, run, Hub id or shipped checkpoint."),
     )
     initial_objective: str | None = field(
         default=None,
         metadata=_help(
-            "Teacher and queues to start from: a file as `oner convert` writes it, or its directory; "
-            "objective.safetensors of initial_model if it has one and this is not given. none: a fresh teacher."
+            "Teacher and queues to start from: a file written by `oner convert`, or its directory; if not given, "
+            "objective.safetensors of initial_model if it has one. none: a new teacher."
         ),
     )
     initial_vision: str | None = field(
         default=None,
-        metadata=_help(
-            "A ViT, DeiT, MAE or DINOv2 for the tower that reads images, and its shape: file, directory or Hub id."
-        ),
+        metadata=_help("ViT, DeiT, MAE or DINOv2 weights and shape for the image tower: file, directory or Hub id."),
     )
     initial_text: str | None = field(
         default=None,
-        metadata=_help("A BERT or MiniLM for texts likewise, of one tower its words; its vocabulary is `tokenizer`."),
+        metadata=_help("BERT or MiniLM for the text tower (one tower: its words only); vocabulary: `tokenizer`."),
     )
     fold_token_types: bool = field(
         default=True,
@@ -99,32 +98,32 @@ class ModelArguments:
     )
     tokenizer: str | None = field(
         default=None,
-        metadata=_help("A BERT vocabulary (vocab.txt) or saved tokenizer; trained on the captions if none."),
+        metadata=_help("BERT vocabulary (vocab.txt) or saved tokenizer; if none, one is trained on the captions."),
     )
-    vocab_size: int = field(default=30522, metadata=_help("Upper bound of a trained vocabulary."))
+    vocab_size: int = field(default=30522, metadata=_help("Maximum size of a trained vocabulary."))
     lower_case: bool | None = field(
         default=None,
-        metadata=_help("Fold case in a vocab.txt or trained vocabulary; as the file says, or yes, if none."),
+        metadata=_help("Lower-case texts, for a vocab.txt or trained vocabulary; if none, as the file says, or yes."),
     )
     strip_accents: bool | None = field(
         default=None,
         metadata=_help(
-            "Drop the marks of Latin, Greek and Cyrillic letters (a vocab.txt: of all scripts); if none, as the file "
-            "says, or with lower_case unless the captions are Vietnamese."
+            "Drop the accents of Latin, Greek and Cyrillic letters (vocab.txt: of all scripts); if none, as the file "
+            "says, or as lower_case unless the captions are Vietnamese."
         ),
     )
     limit_alphabet: int | None = field(
         default=None,
         metadata=_help(
-            "Most characters of a trained vocabulary; 1,000 or what covers 99.9 % of the captions if none."
+            "Maximum characters in a trained vocabulary; if none, 1,000 or enough for 99.9 % of the captions."
         ),
     )
 
-    # what of it learns
+    # which weights are trained
     lora: int | None = field(
         default=None,
         metadata={
-            **_help("Rank of LoRA adapters beside the tower's frozen weights; alone 16; the export has them merged."),
+            **_help("Train LoRA adapters of this rank (16 without a value), tower frozen; merged in the export."),
             "nargs": "?",
             "const": 16,
         },
@@ -132,14 +131,14 @@ class ModelArguments:
 
     # how its layers compute
     attn_implementation: str | None = field(
-        default=None, metadata=_help("eager, sdpa, flash_attention_2, flex_attention; transformers chooses if none.")
+        default=None, metadata=_help("eager, sdpa, flash_attention_2, flex_attention; if none, transformers chooses.")
     )
-    gradient_checkpointing: bool = field(default=False, metadata=_help("Trade a second forward for memory."))
+    gradient_checkpointing: bool = field(default=False, metadata=_help("Recompute activations to save memory."))
 
 
 @dataclass
 class SourceArguments:
-    """What a run reads, beside how images are cropped and what is masked."""
+    """What a run reads, except for the cropping of images and the masking."""
 
     BOUNDS: ClassVar[dict[str, str]] = {
         "data_weights": "(0, inf)",
@@ -153,18 +152,18 @@ class SourceArguments:
 
     # what is read, and from where
     kind: Literal["pairs", "images", "texts"] = field(
-        default="pairs", metadata=_help("What a row is: an image with captions, an image, or a text.")
+        default="pairs", metadata=_help("Kind of a row: an image with captions, an image, or a text.")
     )
     train_data: list[str] = field(
         default_factory=list,
         metadata=_help(
-            "Files, patterns of them, shards (cc-{00..15}.tar), folders, names known to `datasets`, "
-            "hf://datasets/NAME/FILE; several are a mixture."
+            "Files, glob patterns, shards (cc-{00..15}.tar), folders, names known to `datasets`, "
+            "hf://datasets/NAME/FILE; several form a mixture."
         ),
     )
     data_weights: list[float] | None = field(
         default=None,
-        metadata=_help("Share of each entry of train_data, on any scale; by their numbers of rows if none."),
+        metadata=_help("Relative share of each entry of train_data; if none, in proportion to their rows."),
     )
     data_licence: str | None = field(default=None, metadata=_help("Licence of the pairs, for the model card."))
     attribution: str | None = field(
@@ -173,79 +172,80 @@ class SourceArguments:
 
     # which rows and columns of it
     split: str | None = field(default=None, metadata=_help("Split of a data set that has several."))
-    data_config: str | None = field(default=None, metadata=_help("Configuration of a data set on the Hub, likewise."))
+    data_config: str | None = field(default=None, metadata=_help("Configuration of a data set that has several."))
     data_revision: str | None = field(default=None, metadata=_help("Branch, tag or commit of a data set on the Hub."))
-    image_column: str | None = field(default=None, metadata=_help("Column of pictures; found by its usual names."))
-    text_column: str | None = field(default=None, metadata=_help("Column of captions, one or a list a row."))
-    id_column: str | None = field(default=None, metadata=_help("Rows that share an id are positives of each other."))
-    streaming: bool = field(default=False, metadata=_help("Read once in order; resuming can then not be exact."))
-    one_row_per_id: bool = field(default=False, metadata=_help("Never two rows of one id in a batch."))
+    image_column: str | None = field(default=None, metadata=_help("Column of images; none: by its usual names."))
+    text_column: str | None = field(default=None, metadata=_help("Column of captions: one caption or a list per row."))
+    id_column: str | None = field(default=None, metadata=_help("Rows with the same id here are positives."))
+    streaming: bool = field(default=False, metadata=_help("Read the data once, in order; resuming is then not exact."))
+    one_row_per_id: bool = field(default=False, metadata=_help("Never put two rows with the same id into a batch."))
     captions_apart: bool = field(
         default=False,
-        metadata=_help("An epoch shows each caption of a row as a pair of its own, not one that is drawn."),
+        metadata=_help("An epoch shows each caption of a row as a separate pair, instead of one random caption."),
     )
     image_repeats: bool = field(
-        default=False, metadata=_help("captions_apart may put several captions of one image into a batch.")
+        default=False, metadata=_help("Let captions_apart put several captions of one image into a batch.")
     )
     rows_together: int = field(
         default=1,
         metadata=_help(
-            "So many rows that follow each other are always in a batch together, such as pictures that differ in one "
-            "thing: each other's hard negatives."
+            "This many consecutive rows are always in the same batch, such as images that differ in one "
+            "detail: hard negatives of each other."
         ),
     )
 
-    # what becomes of an image
+    # processing of images
     eval_crop: float = field(
         default=1.0,
         metadata=_help(
-            "timm's crop_pct, kept in the processor: below 1, pictures are resized to image_size / eval_crop and "
-            "their middle is taken, which shows things as large as training crops do; 1 squeezes the whole picture."
+            "timm's crop_pct, saved in the processor. Below 1, images are resized to image_size / eval_crop and "
+            "centre-cropped, so that objects are as large as in training crops; 1 squeezes the whole image."
         ),
     )
     image_normalization: Literal["imagenet", "clip"] | None = field(
         default=None,
         metadata=_help(
-            "imagenet or clip: mean and deviation of the colours, kept in the processor; if none, imagenet's, or what "
-            "the processor of initial_model says. ALBEF and SIMLA take clip's."
+            "imagenet or clip: mean and deviation of the colours, saved in the processor; if none, imagenet, or as in "
+            "the processor of initial_model. ALBEF and SIMLA use clip."
         ),
     )
     code_crop: Literal["common", "independent"] | None = field(
         default=None,
         metadata=_help(
-            "A second view of 8 pixels a patch, for a tokenizer of pictures: common, the same crop (BEiT), or "
+            "Second view with 8 pixels per patch, for an image tokenizer: common, the same crop (BEiT), or "
             "independent (SIMLA's code)."
         ),
     )
 
-    # what becomes of a text
+    # processing of texts
     max_text_length: int | None = field(
         default=None,
-        metadata=_help("Longest text in tokens, the model's own if none; a row of texts is read in windows of it."),
+        metadata=_help("Maximum text length in tokens; if none, the model's; longer text rows are read in windows."),
     )
     caption_rules: Literal["albef"] | None = field(
-        default=None, metadata=_help("albef: captions in lower case, without marks, of 30 words; as written if none.")
+        default=None,
+        metadata=_help("albef: lower-case captions without punctuation, at most 30 words; none: as written."),
     )
 
-    # what becomes of rows that cannot be used
-    max_pixels: int | None = field(default=None, metadata=_help("Largest picture to decode, in pixels."))
+    # rows that cannot be used
+    max_pixels: int | None = field(default=None, metadata=_help("Largest image to decode, in pixels."))
     excluded_images: list[str] = field(
         default_factory=list,
         metadata=_help(
-            "Files of hashes, as sha256sum writes them, of pictures that may not be trained on: those of evaluation "
-            "sets. Their rows count as bad ones."
+            "Files of hashes, as written by sha256sum, of images that must not be trained on: those of evaluation "
+            "sets. Their rows count as bad rows."
         ),
     )
     max_bad_rows: float = field(
         default=0.01,
-        metadata=_help("Share of rows that may be unusable; those are replaced and listed, above it the run stops."),
+        metadata=_help("Maximum share of unusable rows, which are replaced and listed; above it the run stops."),
     )
-    num_workers: int = field(default=2, metadata=_help("Data workers a process."))
+    num_workers: int = field(default=2, metadata=_help("Data workers per process."))
 
 
 @dataclass
 class DataArguments(SourceArguments):
-    """All that is told of a portion's data; flat in a file and on a command line."""
+    """All arguments of a portion's data; flat in a file and on the command line."""
 
     crop: Crop = field(default_factory=Crop)
     masking: Masking = field(default_factory=Masking)
@@ -253,10 +253,10 @@ class DataArguments(SourceArguments):
 
 @dataclass
 class RunArguments:
-    """How long, how fast, on what, and what is kept on the way."""
+    """Length, learning rate, precision, logging, checkpoints, evaluation and export of a run."""
 
     BOUNDS: ClassVar[dict[str, str]] = {
-        # generators take 32 bits, and the process and the step are added
+        # generators take 32 bits; process and step numbers are added to the seed
         "seed": "[0, 2147483647]",
         "repeat": "[1, inf)",
         "epochs": "(0, inf)",
@@ -282,112 +282,111 @@ class RunArguments:
         "eval_every_epochs": "[0, inf)",
     }
 
-    # where the run writes, and what decides every draw
-    output_dir: str = field(default="runs/oner", metadata=_help("Checkpoints, log.jsonl, and the final `model/`."))
-    seed: int = field(default=0, metadata=_help("Decides weights, order, captions, crops and masks."))
+    # where the run writes, and the seed of all random draws
+    output_dir: str = field(default="runs/oner", metadata=_help("Checkpoints, log.jsonl, the final `model/`."))
+    seed: int = field(default=0, metadata=_help("Seed of initial weights, row order, captions, crops and masks."))
 
-    # what a step takes
+    # what a step consists of
     portions: dict | str | None = field(
         default=None,
         metadata=_help(
-            "Batches of several kinds in a step: by name, in their order, what each is told beside or instead of the "
-            "rest: arguments of the data, batch_size, repeat, gradient_cache_chunks. One portion if none."
+            "Several kinds of batches in a step, by name and in order: for each, arguments that it adds or overrides "
+            "(data arguments, batch_size, repeat, gradient_cache_chunks). If none, there is one portion."
         ),
     )
     epoch_portion: str | None = field(
-        default=None, metadata=_help("The portion that an epoch is of; the first if none.")
+        default=None, metadata=_help("Portion whose rows define an epoch; none: the first.")
     )
-    repeat: int = field(default=1, metadata=_help("How often an epoch reads its rows."))
+    repeat: int = field(default=1, metadata=_help("How many times an epoch reads each row."))
 
     # how long the run is, and how large a step
-    epochs: float = field(default=1, metadata=_help("Length of the run."))
-    max_steps: int | None = field(default=None, metadata=_help("Length in steps instead of epochs."))
-    batch_size: int = field(default=256, metadata=_help("Rows a step over all processes."))
+    epochs: float = field(default=1, metadata=_help("Length of the run in epochs."))
+    max_steps: int | None = field(default=None, metadata=_help("Length of the run in steps instead of epochs."))
+    batch_size: int = field(default=256, metadata=_help("Global batch size: rows per step over all processes."))
     gradient_cache_chunks: int = field(
         default=1,
         metadata=_help(
-            "Chunks in which a process's share of a batch passes the model; loss and gradient are the whole batch's "
-            "(GradCache). More chunks, less memory, for one more forward."
+            "Process each process's share of a batch in this many chunks, with loss and gradient of the whole batch "
+            "(GradCache). Saves memory, for one more forward pass."
         ),
     )
 
     # the learning rate over the run: peak, end, shape, warm-up
     base_learning_rate: float = field(
         default=1e-4,
-        metadata=_help("The rate is this times batch_size / 256; of several portions, the batch that an epoch is of."),
+        metadata=_help("Learning rate for a batch of 256; scaled by batch_size / 256 (of epoch_portion if several)."),
     )
-    min_learning_rate: float = field(default=0.0, metadata=_help("Where the cosine ends."))
+    min_learning_rate: float = field(default=0.0, metadata=_help("Learning rate at the end of the cosine."))
     schedule: Literal["cosine", "albef"] = field(
         default="cosine",
         metadata=_help(
-            "cosine: falls with each step. albef: climbs in stairs of 100 steps, is level to the end of the first "
-            "epoch, and falls with each one after."
+            "cosine: decays with each step. albef: warms up in stairs of 100 steps, is constant to the end of the "
+            "first epoch, and decays with each later epoch."
         ),
     )
     warmup_epochs: float = field(
         default=0,
-        metadata=_help("Linear warm-up of the cosine; of a stream, a share of max_steps below 1."),
+        metadata=_help("Linear warm-up of the cosine, in epochs; for a stream, a share of max_steps below 1."),
     )
     warmup_steps: int | None = field(
-        default=None, metadata=_help("Length of the warm-up in steps instead of epochs; of albef, 2000 if none.")
+        default=None, metadata=_help("Warm-up in steps instead of epochs; for albef, 2000 if none.")
     )
     warmup_learning_rate: float = field(
-        default=0.0, metadata=_help("Where the warm-up begins; ALBEF's and SIMLA's at 1e-5.")
+        default=0.0, metadata=_help("Learning rate at the start of the warm-up; ALBEF and SIMLA use 1e-5.")
     )
 
     # AdamW
-    weight_decay: float = field(default=0.05, metadata=_help("AdamW's."))
+    weight_decay: float = field(default=0.05, metadata=_help("AdamW's weight decay."))
     decay_norm_and_bias: bool = field(
-        default=False, metadata=_help("Decay 1-D parameters too, literally as MoCo-v3's code does.")
+        default=False, metadata=_help("Decay 1-D parameters too, as MoCo-v3's code does.")
     )
-    adam_beta1: float = field(default=0.9, metadata=_help("AdamW's first moment."))
-    adam_beta2: float = field(default=0.999, metadata=_help("AdamW's second moment."))
-    max_grad_norm: float | None = field(default=None, metadata=_help("Clip the gradient's norm; the paper does not."))
+    adam_beta1: float = field(default=0.9, metadata=_help("AdamW's decay of the first moment."))
+    adam_beta2: float = field(default=0.999, metadata=_help("AdamW's decay of the second moment."))
+    max_grad_norm: float | None = field(default=None, metadata=_help("Clip the gradient norm; OneR's paper does not."))
 
     # how it computes
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = field(
-        default="auto", metadata=_help("no, bf16, fp16, or auto: bf16 where the hardware multiplies it, else no.")
+        default="auto", metadata=_help("no, bf16, fp16, or auto: bf16 if the hardware supports it, else no.")
     )
-    compile: bool = field(default=False, metadata=_help("torch.compile of the layers."))
+    compile: bool = field(default=False, metadata=_help("Compile the layers with torch.compile."))
 
     # what it writes while it runs
     log_every: int = field(default=10, metadata=_help("Steps between lines of log.jsonl."))
-    report_to: list[str] = field(default_factory=list, metadata=_help("Trackers of Accelerate: tensorboard, wandb..."))
-    tracker_project: str = field(default="oner", metadata=_help("The project that the trackers file the run under."))
+    report_to: list[str] = field(default_factory=list, metadata=_help("Accelerate trackers: tensorboard, wandb..."))
+    tracker_project: str = field(default="oner", metadata=_help("Project name for the trackers."))
     run_name: str | None = field(
-        default=None, metadata=_help("What the trackers that name runs call this one; their own choice if none.")
+        default=None, metadata=_help("Name of the run in the trackers; if none, they choose one.")
     )
     save_every_epochs: float = field(
-        default=1, metadata=_help("Epochs between checkpoints, a step at the least; 0: only at the end.")
+        default=1, metadata=_help("Epochs between checkpoints, at least one step; 0: only at the end.")
     )
-    keep_checkpoints: int = field(default=2, metadata=_help("How many of the last checkpoints to keep."))
+    keep_checkpoints: int = field(default=2, metadata=_help("Number of most recent checkpoints to keep."))
     async_checkpoints: bool = field(
-        default=False, metadata=_help("Write them beside the steps, from a copy of the state in the host's memory.")
+        default=False, metadata=_help("Write checkpoints in the background, from a copy of the state in host memory.")
     )
 
-    # what happens after a stop, or after numbers that are not finite
+    # what happens after a stop, or after non-finite numbers
     resume: str | None = field(
         default=None,
         metadata={
-            **_help("Alone, or `auto`: the last whole checkpoint of output_dir, if any; or a checkpoint's path."),
+            **_help("Without a value, or `auto`: the last intact checkpoint of output_dir, if any; or a path."),
             "nargs": "?",
             "const": "auto",
         },
     )
     max_nonfinite_steps: int = field(
-        default=3, metadata=_help("Updates in a row that may be skipped, for NaN or infinity, before the run stops.")
+        default=3,
+        metadata=_help("Consecutive updates that may be skipped because of NaN or infinity before the run stops."),
     )
     data_timeout: float | None = field(
-        default=1800, metadata=_help("Seconds to wait for a batch before the run saves and stops; for ever if none.")
+        default=1800, metadata=_help("Seconds to wait for a batch before the run saves and stops; none: no limit.")
     )
-    allow_changes: bool = field(
-        default=False, metadata=_help("Resume although the configuration or what the run reads differs.")
-    )
+    allow_changes: bool = field(default=False, metadata=_help("Resume even if the configuration or the data differ."))
 
-    # what it measures while it runs, and the weights it leaves
-    eval_data: list[str] = field(default_factory=list, metadata=_help("Files for retrieval while training."))
+    # evaluation during the run
+    eval_data: list[str] = field(default_factory=list, metadata=_help("Sources for retrieval during training."))
     eval_captions: Literal["all", "first"] = field(
-        default="all", metadata=_help("Which captions of a row are texts of the evaluation.")
+        default="all", metadata=_help("Which captions of a row the evaluation uses.")
     )
     eval_every_epochs: float = field(default=1, metadata=_help("Epochs between evaluations; 0: only at the end."))
 
@@ -396,23 +395,26 @@ class RunArguments:
         default="float32", metadata=_help("Precision of the published weights.")
     )
     licence: str | None = field(
-        default=None, metadata=_help("Licence of the published weights, as the Hub names it; the card says if none.")
+        default=None,
+        metadata=_help("Licence of the published weights, by its name on the Hub; the card states if there is none."),
     )
     language: list[str] = field(
-        default_factory=list, metadata=_help("Languages of the texts, as the Hub names them (en); for the card.")
+        default_factory=list,
+        metadata=_help("Languages of the texts, by their codes on the Hub (en), for the model card."),
     )
     repo_id: str | None = field(
-        default=None, metadata=_help("Name of the repository, `name` or `owner/name`; that of output_dir if none.")
+        default=None,
+        metadata=_help("Repository name for the card, `name` or `owner/name`; if none, that of output_dir."),
     )
 
 
-# what of a run a portion may have for itself
+# fields of a run that a portion may set for itself
 PORTION_FIELDS = ("batch_size", "repeat", "gradient_cache_chunks")
 
 
 @dataclass
 class Arguments:
-    """Everything a run was told; `objective` is the family's own dataclass."""
+    """All arguments of a run; `objective` is the family's own dataclass."""
 
     model: ModelArguments
     data: DataArguments
@@ -421,30 +423,28 @@ class Arguments:
 
     def portions(self) -> dict[str, "Arguments"]:
         """
-        The arguments of each portion of a step, in their order. A portion's own seed decides its order, captions,
-        crops and masks; the first one's is the run's.
+        The arguments of each portion of a step, in order. A portion's seed determines its row order, captions,
+        crops and masks; the first portion uses the run's seed.
 
         Raises:
-            ValueError: a portion is told what no portion can be.
+            ValueError: a portion sets an argument that portions do not have.
         """
         if self.run.portions is None:
             return {self.data.kind: self}
         return {name: self._portion(name, options) for name, options in self.run.portions.items()}
 
     def _portion(self, name: str, options: dict[str, Any]) -> "Arguments":
-        # what a portion may have for itself: all of its data, and a few fields of the run
+        # a portion may set all data arguments, and a few fields of the run
         hints = {**hints_of(*DATA), **{known: hints_of(RunArguments)[known] for known in PORTION_FIELDS}}
         if foreign := sorted(set(options) - set(hints)):
-            raise ValueError(
-                f"portion {name!r} is told {foreign}; expected arguments of the data, or {PORTION_FIELDS}"
-            )
+            raise ValueError(f"portion {name!r} sets {foreign}; expected data arguments, or {PORTION_FIELDS}")
         values = {key: fit(key, value, hints[key], f"portion {name!r}") for key, value in options.items()}
 
-        # the first portion keeps the run's seed, the others draw from seeds of their own, stable in their name
+        # the first portion keeps the run's seed; the others derive theirs from the run's seed and their name
         first = name == next(iter(self.run.portions))
         seed = self.run.seed if first else concept_id(f"{self.run.seed}/{name}")
 
-        # a portion's arguments hold no portions again
+        # the arguments of a portion contain no portions
         own = {key: value for key, value in values.items() if key in PORTION_FIELDS}
         return dataclasses.replace(
             self,
@@ -453,7 +453,7 @@ class Arguments:
         )
 
     def epoch_of(self) -> "Arguments":
-        """Those of the portion that an epoch is of. Raises `ValueError` for one that is not there."""
+        """The arguments of the portion that defines an epoch. Raises `ValueError` if there is no such portion."""
         portions = self.portions()
         name = self.run.epoch_portion or next(iter(portions))
         if name not in portions:
@@ -465,25 +465,25 @@ class Arguments:
         return {name: value for part in self._parts() for name, value in flat(part).items()}
 
     def defaults(self) -> dict[str, Any]:
-        """What each argument is where nothing was said of it, likewise flat: what runs did before it existed."""
+        """The default of each argument, also flat: the behaviour of runs from before the argument existed."""
         return {name: value for part in self._parts() for name, value in flat(type(part)()).items()}
 
     def _parts(self) -> tuple[Any, ...]:
         return self.model, self.data, self.run, self.objective
 
 
-# what the arguments of the data are made of
+# the dataclasses that the data arguments consist of
 DATA = (SourceArguments, Crop, Masking)
 
 
 def data_arguments(values: Mapping[str, Any]) -> DataArguments:
-    """Those of flat values."""
+    """Builds the data arguments from flat values."""
     sources, crop, masking = ({key: value for key, value in values.items() if key in hints_of(kind)} for kind in DATA)
     return DataArguments(**sources, crop=Crop(**crop), masking=Masking(**masking))
 
 
 def flat(part: Any) -> dict[str, Any]:
-    """A dataclass as a mapping in which those that it holds are laid out beside its own fields."""
+    """A dataclass as a mapping, with the fields of nested dataclasses at the same level as its own."""
     # one level: no two fields of nested dataclasses share a name
     values: dict[str, Any] = {}
     for one in dataclasses.fields(part):
@@ -493,5 +493,5 @@ def flat(part: Any) -> dict[str, Any]:
 
 
 def hints_of(*kinds: type) -> dict[str, Any]:
-    """Field -> its type, of dataclasses."""
+    """Field -> its type, for the given dataclasses."""
     return {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
