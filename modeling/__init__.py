@@ -1,4 +1,4 @@
-"""Models: configurations and `PreTrainedModel` classes. Each file travels to the Hub inside every published model."""
+"""Models: configurations and `PreTrainedModel` classes. Every published model contains these files."""
 
 from .configuration_codis import CODIS_SIZES, CodisConfig
 from .configuration_dvae import DISCRETE_VAE_SIZES, DiscreteVAEConfig

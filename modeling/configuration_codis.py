@@ -1,4 +1,4 @@
-"""Configuration of CODIS, and of ALBEF, which is CODIS without its codebook. Readings of the paper are fields."""
+"""Configuration of CODIS, and of ALBEF, which is CODIS without its codebook. What the paper leaves open is a field."""
 
 from typing import ClassVar, Literal
 

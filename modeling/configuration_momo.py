@@ -1,4 +1,4 @@
-"""Configuration of MoMo. Every reading of the paper that is open to doubt is a field, with its source beside it."""
+"""Configuration of MoMo. Everything that the paper leaves open is a field, with its source."""
 
 from typing import Literal
 
@@ -29,14 +29,15 @@ class MomoConfig(VisionLanguageConfig):
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps: The
             encoder, pre-norm (MAE). `intermediate_size=None` means `4 * hidden_size`.
         attention_dropout (`float`): Of its attention.
-        image_size, patch_size, num_channels (`int`): Images are square, `image_size` pixels a side.
-        position_image_size (`int`, *optional*): Image size at which the 2-D table is defined; the table is
+        image_size, patch_size, num_channels (`int`): Images are square, with sides of `image_size` pixels.
+        position_image_size (`int`, *optional*): Image size for which the 2-D table is defined; the table is
             interpolated from there to `image_size`. Defaults to `image_size`.
-        position_interpolation (`"bicubic"` or `"recompute"`): Bicubic as MAE does, or sines where the middles of the
-            patches lie on the old grid.
-        max_text_length (`int`): Longest text in tokens, without [CLS]: documents of 512 (FLAVA; the paper is silent).
-        scale_word_embeddings (`bool`): Multiply tokens by sqrt(D) before the fixed sines are added (Vaswani et al.,
-            2017, section 3.4). The paper is silent; default off.
+        position_interpolation (`"bicubic"` or `"recompute"`): Bicubic as in MAE, or sines at the centres of the
+            patches on the old grid.
+        max_text_length (`int`): Maximum text length in tokens, without [CLS]: documents of 512 (FLAVA; the paper does
+            not say).
+        scale_word_embeddings (`bool`): Multiply word embeddings by sqrt(D) before the fixed sines are added (Vaswani
+            et al., 2017, section 3.4). The paper does not say; off by default.
         initializer_range (`float`): Standard deviation of word and mask embeddings (MAE, BERT: 0.02).
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads (`int`): Each decoder (section 3.3;
             the heads are MAE's).
@@ -49,16 +50,16 @@ class MomoConfig(VisionLanguageConfig):
         save_decoders (`bool`): Whether saved weights hold the decoders, which [`MomoForMaskedLM`] needs. The paper
             discards them after each stage; checkpoints of a run hold them in any case.
         projection_dim (`int`): Width of the contrastive space (FLAVA: 768; the paper is silent).
-        temperature (`float`): The learnable temperature of contrast at the start (CLIP, FLAVA: 0.07).
-        temperature_range (`tuple[float, float]`): It is held within before each step (FLAVA's code holds the logarithm
-            of its inverse in [0, 4.6052]).
+        temperature (`float`): Initial value of the learnable contrastive temperature (CLIP, FLAVA: 0.07).
+        temperature_range (`tuple[float, float]`): It is clamped to this range before each step (FLAVA's code clamps
+            the logarithm of its inverse to [0, 4.6052]).
         pad_token_id, image_token_id, cls_token_id, mask_token_id (`int`): Ids in BERT's vocabulary; the image
             placeholder is `[unused0]`.
     """
 
     model_type = "momo"
     attribute_map = {"d_model": "hidden_size"}
-    # a pair is one sequence, with a placeholder for each patch among its ids
+    # a pair is one sequence of ids, with a placeholder for each patch
     pair_layout = "joint"
     # a convolution would let what is dropped be seen by its neighbours
     stem = "linear"
@@ -107,7 +108,7 @@ class MomoConfig(VisionLanguageConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Raises `ValueError` naming the fields that do not fit together."""
+        """Raises `ValueError` with the names of fields that are inconsistent."""
         # encoder and decoders
         for prefix in ("", "decoder_"):
             width = getattr(self, f"{prefix}hidden_size")

@@ -1,4 +1,4 @@
-"""Configuration of OneR. Every reading of the paper that is open to doubt is a field, with its source beside it."""
+"""Configuration of OneR. Everything that the paper leaves open is a field, with its source."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from .vl_configuration import VisionLanguageConfig
 
 # name -> (hidden_size, num_hidden_layers, num_attention_heads, projection_hidden_size, projection_dim).
-# base, large and huge are MAE's encoders, tiny and small DeiT's; nano is for pictures of 64 pixels and two CPU cores.
+# base, large and huge are MAE's encoders, tiny and small DeiT's; nano is for images of 64 pixels and two CPU cores.
 ONER_SIZES = {
     "nano": (256, 4, 4, 1024, 256),
     "tiny": (192, 12, 3, 4096, 256),
@@ -25,46 +25,47 @@ class OneRConfig(VisionLanguageConfig):
     BERT's tokens, MoCo-v3's heads (appendix C).
 
     Args:
-        vocab_size (`int`): Tokens, BERT's uncased vocabulary by default.
+        vocab_size (`int`): Number of tokens; BERT's uncased vocabulary by default.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps:
-            The pre-norm trunk (MAE). `intermediate_size=None` means `4 * hidden_size`.
-        image_size, patch_size, num_channels (`int`): Pictures are square, `image_size` pixels a side.
+            The pre-norm transformer layers (MAE). `intermediate_size=None` means `4 * hidden_size`.
+        image_size, patch_size, num_channels (`int`): Images are square, with sides of `image_size` pixels.
         stem (`"conv"` or `"linear"`): Learnable ConvStem (appendix C; channels D/8, D/4, D/2, D as in MoCo-v3's code)
             or the plain patch projection of ViT.
         mask_before_stem (`bool`): Also zero the masked pixels before the stem. The stem's receptive field (31 pixels)
-            exceeds a patch, so masking after it leaks a rim of the masked patch. The paper is silent; default off.
-        position_image_size (`int`, *optional*): Picture size at which the 2-D table is defined; the table is
+            exceeds a patch, so masking after it leaks the border of the masked patch. The paper does not say; off by
+            default.
+        position_image_size (`int`, *optional*): Image size for which the 2-D table is defined; the table is
             interpolated from there to `image_size` (appendix C, the 384 stage). Defaults to `image_size`.
-        position_interpolation (`"bicubic"` or `"recompute"`): Bicubic as MAE does, or sines where the middles of the
-            patches lie on the old grid.
-        max_text_length (`int`): Longest text in tokens, without [CLS]. The paper is silent.
-        scale_word_embeddings (`bool`): Multiply tokens by sqrt(D) before the fixed sines are added (Vaswani et al.,
-            2017, section 3.4). The paper is silent; default off.
+        position_interpolation (`"bicubic"` or `"recompute"`): Bicubic as in MAE, or sines at the centres of the
+            patches on the old grid.
+        max_text_length (`int`): Maximum text length in tokens, without [CLS]. The paper does not say.
+        scale_word_embeddings (`bool`): Multiply word embeddings by sqrt(D) before the fixed sines are added (Vaswani
+            et al., 2017, section 3.4). The paper does not say; off by default.
         initializer_range (`float`): Standard deviation of word and mask embeddings (MAE, BERT: 0.02).
         pooling (`"cls"` or `"mean"`): F(X): the final [CLS] state ("[CLS] prepended", Fig. 1) or the mean over patches
             and tokens (appendix A, equation 16).
         projection_dim, projection_hidden_size, projector_layers, predictor_layers (`int`): MoCo-v3's heads, 3 and 2
-            layers. `projector_layers=1` is a plain linear map, `predictor_layers=0` no predictor.
-        head_norm (`"batch"`, `"layer"` or `"none"`): Normalisation inside the heads. Not in the paper; MoCo-v3: batch.
-        head_statistics (`"shared"` or `"separate"`): Whether one head call sees all streams (one set of batch
-            statistics) or each stream its own. Separate statistics remove the mean modality gap while training and
-            bring it back at evaluation, so the default is shared.
+            layers. `projector_layers=1` is a single linear layer, `predictor_layers=0` means no predictor.
+        head_norm (`"batch"`, `"layer"` or `"none"`): Normalisation in the heads. Not in the paper; MoCo-v3: batch.
+        head_statistics (`"shared"` or `"separate"`): Whether one head call processes all streams (one set of batch
+            statistics) or each stream has its own. Separate statistics remove the mean modality gap in training and
+            restore it at evaluation, so the default is shared.
         two_heads (`bool`): A projector and predictor for each modality: the paper's baseline "ITC (two heads)".
-        mixup_space (`"hidden"`, `"projected"` or `"normalized"`): Where (F(I)+F(T))/2 is taken (equation 2): of
-            hidden states, literally; of projector outputs; of their unit vectors.
-        context_states (`"own"`, `"co_attention"` or `"last_layer"`): Whose keys and values F(X|Y) attends at each
-            layer (equation 3): Y's own stream; the other crossed stream; Y's own, at the last layer only.
+        mixup_space (`"hidden"`, `"projected"` or `"normalized"`): Where (F(I)+F(T))/2 is computed (equation 2): on
+            hidden states, literally; on projector outputs; on their unit vectors.
+        context_states (`"own"`, `"co_attention"` or `"last_layer"`): The keys and values that F(X|Y) attends to at
+            each layer (equation 3): Y's own stream; the other crossed stream; Y's own stream, at the last layer only.
         context_cls (`bool`): Whether the context's [CLS] is among the keys of F(X|Y).
         temperature (`float`): InfoNCE temperature (MoCo-v3's ViT: 0.2).
-        learnable_temperature (`bool`): CLIP's learnable scale instead, started at `temperature`, and held at 100 or
-            below as CLIP holds it.
+        learnable_temperature (`bool`): CLIP's learnable scale instead, initialised from `temperature` and clamped to
+            at most 100, as in CLIP.
         pad_token_id, image_token_id, cls_token_id, mask_token_id (`int`): Ids in BERT's vocabulary; the image
             placeholder is `[unused0]`.
     """
 
     model_type = "oner"
     attribute_map = {"d_model": "hidden_size"}
-    # a pair is one sequence, with a placeholder for each patch among its ids
+    # a pair is one sequence of ids, with a placeholder for each patch
     pair_layout = "joint"
 
     vocab_size: int = 30522
@@ -112,7 +113,7 @@ class OneRConfig(VisionLanguageConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Raises `ValueError` naming the fields that do not fit together."""
+        """Raises `ValueError` with the names of fields that are inconsistent."""
         # the tower
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

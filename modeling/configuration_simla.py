@@ -1,4 +1,4 @@
-"""Configuration of SIMLA. Every reading of the paper, or difference between paper and code, is a field."""
+"""Configuration of SIMLA. Everything that the paper leaves open, or the code does differently, is a field."""
 
 from typing import ClassVar, Literal
 

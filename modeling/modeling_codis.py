@@ -52,11 +52,11 @@ PASSES = ("contrast", "match", "tokens", "codes")
 
 
 class CodisPreTrainedModel(SavedWhole, DualEncoderPreTrainedModel):
-    """What the classes of the family share: how their weights are drawn and saved, and what transformers may do."""
+    """Base of the family's classes: weight initialisation, saving, and the features that transformers supports."""
 
     config: CodisConfig
     base_model_prefix = "codis"
-    # one checkpoint serves every class: what a class has no use for is left behind in silence
+    # all classes load the same checkpoint: weights that a class does not use are ignored without a warning
     _keys_to_ignore_on_load_unexpected = [
         r"(vision|text)_projection\.", r"^(itm|lm)_head\.", r"^temperature$", r"^(classifier|decoder)\.",
         r"^codebook\.", r"^assignment_head\.",
@@ -77,7 +77,7 @@ class CodisModel(DualEncoder, CodisPreTrainedModel):
 
     Args:
         config (`CodisConfig`): The configuration.
-        add_pooling_layer (`bool`, defaults to `True`): Whether to have the projections.
+        add_pooling_layer (`bool`, defaults to `True`): Whether to add the projections.
     """
 
     @capture_outputs
@@ -101,8 +101,8 @@ class CodisModel(DualEncoder, CodisPreTrainedModel):
         the two unit embeddings: the family's own answer to pairs is the matching score.
 
         Raises:
-            ValueError: neither input, an image of a wrong size, too long a text, ids out of range, placeholders among
-                them, padding elsewhere than on the right, NaN pixels.
+            ValueError: neither input is given, an image has the wrong size, a text is too long, ids are out of range
+                or contain placeholders, padding is not on the right, or pixels are NaN.
         """
         check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding)
         if input_ids is not None and attention_mask is None:
@@ -248,7 +248,7 @@ class CodisForPreTraining(
             choose_negatives: For "match"; called once the embeddings are there. A pure function of tensors.
             keys (`(B, P)` twice): For "codes": the teacher's features of images and texts, or None to ask the own.
             image_states (`(B, S, D)`): Taken instead of the own.
-            checked: Whether texts and images were looked through before; what masks them is measured in any case.
+            checked: Whether texts and images were already validated; the shapes of masks are checked in any case.
 
         Raises:
             ValueError: unknown passes, one that lacks what it needs, and what [`CodisModel`] raises.

@@ -145,7 +145,7 @@ class DiscreteVAE(SavedWhole, PreTrainedModel):
     base_model_prefix = "discrete_vae"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    # Trainer divides a loss by its accumulation steps where the model does not
+    # Trainer then divides the loss by the accumulation steps
     accepts_loss_kwargs = False
     _no_split_modules = ["ResidualBlock"]
     # as DALL-E's code under half precision: codes are told apart, and looked up, in fp32

@@ -31,7 +31,7 @@ from .vl_task_heads import ImageClassification, PairClassificationHead
 
 
 class MomoPreTrainedModel(SavedWhole, PreTrainedModel):
-    """What the classes of the family share: how their weights are drawn and saved, and what transformers may do."""
+    """Base of the family's classes: weight initialisation, saving, and the features that transformers supports."""
 
     config: MomoConfig
     base_model_prefix = "momo"
@@ -39,7 +39,7 @@ class MomoPreTrainedModel(SavedWhole, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["PreNormLayer"]
-    # Trainer divides a loss by its accumulation steps where the model does not
+    # Trainer then divides the loss by the accumulation steps
     accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -47,7 +47,7 @@ class MomoPreTrainedModel(SavedWhole, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PreNormLayer, "attentions": SelfAttention}
-    # one checkpoint serves every class: what a class has no use for is left behind in silence
+    # all classes load the same checkpoint: weights that a class does not use are ignored without a warning
     _keys_to_ignore_on_load_unexpected = [
         r"(image|text)_projection\.", r"^(itm|lm)_head\.", r"^logit_scale$", r"^classifier\.",
         r"^(shared|image|text|pair|pair_image|pair_text)_decoder\.",
@@ -86,7 +86,7 @@ class MomoModel(RetrievalFeatures, MomoPreTrainedModel):
 
     Args:
         config (`MomoConfig`): The configuration.
-        add_pooling_layer (`bool`, defaults to `True`): Whether to have the projections.
+        add_pooling_layer (`bool`, defaults to `True`): Whether to add the projections.
     """
 
     def __init__(self, config: MomoConfig, add_pooling_layer: bool = True):
@@ -121,12 +121,12 @@ class MomoModel(RetrievalFeatures, MomoPreTrainedModel):
         then hold these two passes before the pair's own.
 
         Raises:
-            ValueError: neither input, an image of a wrong size, too long a text, ids out of range, NaN pixels, or
-                placeholders that do not match the patches.
+            ValueError: neither input is given, an image has the wrong size, a text is too long, ids are out of range,
+                pixels are NaN, or placeholders do not match the patches.
         """
         check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding)
 
-        # one sequence of whatever there is
+        # one sequence of the given inputs
         hidden_states, token_types = self.embeddings(input_ids, attention_mask, pixel_values)
         mask = attention_mask if input_ids is not None else None  # (B, L)
         if dropped is not None:

@@ -180,7 +180,7 @@ class MomoForMaskedLM(Decoders, MomoPreTrainedModel):
     look at.
     """
 
-    # the mean is over all the tokens of a step, however they are spread over its batches
+    # the loss is a mean over all tokens of a step, however they are distributed over its batches
     accepts_loss_kwargs = True
     _tied_weights_keys = {"lm_head.decoder.weight": "momo.embeddings.word_embeddings.weight"}
 
@@ -201,8 +201,9 @@ class MomoForMaskedLM(Decoders, MomoPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """
-        `logits` (B, L, V) speak of the positions of `input_ids`; `labels` (B, L), -100 where there is no loss. The
-        loss is a sum over `num_items_in_batch`, which Trainer counts over the batches of a step; the mean when None.
+        `logits` (B, L, V) correspond to the positions of `input_ids`; `labels` (B, L) are -100 where there is no loss.
+        The loss is the sum divided by `num_items_in_batch`, which Trainer counts over the batches of a step; the mean
+        if None.
 
         Raises:
             ValueError: no ids, an image without a decoder of pairs, and what the tower raises.

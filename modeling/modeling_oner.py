@@ -1,6 +1,6 @@
 """OneR: one transformer, one representation space for images, text and the two mixed (Jang et al., 2022).
 
-B pairs, L positions, N = h*w patches, T tokens of a text, D width, P embedding width, V vocabulary. A sequence is
+B pairs, L positions, N = h*w patches, T tokens of a text, D width, P embedding width, V vocabulary size. A sequence is
 [CLS], N patches, T tokens; either part may be missing. The same weights read all three kinds.
 """
 
@@ -32,7 +32,7 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class OneREmbeddings(OneTowerEmbeddings):
-    """With a token that stands in for masked patches."""
+    """Token and patch embeddings with a learned mask token for patches."""
 
     def __init__(self, config: OneRConfig):
         super().__init__(config)
@@ -55,7 +55,7 @@ class OneREmbeddings(OneTowerEmbeddings):
 
 
 class OneRPreTrainedModel(SavedWhole, PreTrainedModel):
-    """What the classes of the family share: how their weights are drawn and saved, and what transformers may do."""
+    """Base of the family's classes: weight initialisation, saving, and the features that transformers supports."""
 
     config: OneRConfig
     base_model_prefix = "oner"
@@ -63,7 +63,7 @@ class OneRPreTrainedModel(SavedWhole, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["PreNormLayer"]
-    # Trainer divides a loss by its accumulation steps where the model does not
+    # Trainer then divides the loss by the accumulation steps
     accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -71,14 +71,16 @@ class OneRPreTrainedModel(SavedWhole, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PreNormLayer, "attentions": SelfAttention}
-    # one checkpoint serves every class: what a class has no use for is left behind in silence
+    # all classes load the same checkpoint: weights that a class does not use are ignored without a warning
     _keys_to_ignore_on_load_unexpected = [
         r"predictor\.", r"projector\.", r"lm_head\.", r"pixel_head\.", r"classifier\.", r"^logit_scale$",
     ]  # fmt: skip
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """MAE's initialisation: Xavier for linear maps, N(0, .02) for tokens; torch's own for convolutions."""
+        """
+        MAE's initialisation: Xavier for linear layers, N(0, .02) for embeddings; torch's default for convolutions.
+        """
         # transformers calls this only for modules that hold parameters themselves, so each case is a leaf
         if isinstance(module, (HeadLinear, PatchProjection)):
             module.reset()
@@ -108,12 +110,12 @@ class OneRPreTrainedModel(SavedWhole, PreTrainedModel):
 
 class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
     """
-    The tower. Reads text, pictures, or both; `pooler_output` is the retrieval embedding, not normalised: the
-    projector's output, in the space of the teacher's keys.
+    The tower. Takes text, images, or both; `pooler_output` is the retrieval embedding, not normalised: the
+    projector's output, in the same space as the teacher's keys.
 
     Args:
         config (`OneRConfig`): The configuration.
-        add_pooling_layer (`bool`, defaults to `True`): Whether to have the projector(s).
+        add_pooling_layer (`bool`, defaults to `True`): Whether to add the projector(s).
     """
 
     def __init__(self, config: OneRConfig, add_pooling_layer: bool = True):
@@ -140,30 +142,30 @@ class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
     ) -> VisionLanguageModelOutput:
         r"""
         Args:
-            input_ids (`(B, L)`): [CLS], a placeholder per patch if there are pictures, tokens, padding on the right.
+            input_ids (`(B, L)`): [CLS], one placeholder per patch if there are images, tokens, padding on the right.
             attention_mask (`(B, L)`): 1 for real tokens, 0 for padding.
-            pixel_values (`(B, C, H, W)`): Normalised pictures; alone they are laid out as [CLS] and patches.
-            bool_masked_pos (`(B, N)`): Patches to replace by the mask token.
-            interpolate_pos_encoding: Accept other picture sizes by interpolating the 2-D positions.
+            pixel_values (`(B, C, H, W)`): Normalised images; without ids the sequence is [CLS] and patches.
+            bool_masked_pos (`(B, N)`): True for patches to replace by the mask token.
+            interpolate_pos_encoding: Accept other image sizes by interpolating the 2-D positions.
 
         Raises:
-            ValueError: neither input, a picture of a wrong size, too long a text, ids out of range, NaN pixels, or
-                placeholders that do not match the patches.
+            ValueError: neither input is given, an image has the wrong size, a text is too long, ids are out of range,
+                pixels are NaN, or placeholders do not match the patches.
         """
         check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding, bool_masked_pos)
 
-        # one sequence of whatever there is
+        # one sequence of the given inputs
         hidden_states, token_types = self.embeddings(
             input_ids, attention_mask, pixel_values, bool_masked_pos=bool_masked_pos
         )
 
-        # the trunk, (B, L, D)
+        # transformer layers, (B, L, D)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask if input_ids is not None else None)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=mask, **kwargs)
         hidden_states = self.norm(hidden_states)
 
-        # F(X), in the contrastive space
+        # F(X), projected into the contrastive space
         pooled = None
         if self.projector is not None:
             text_only = pixel_values is None and self.text_projector is not None
@@ -183,7 +185,7 @@ class OneRModel(RetrievalFeatures, OneRPreTrainedModel):
 
 class OneRForImageTextRetrieval(GroundedPatches, CosineRetrieval, OneRPreTrainedModel):
     """
-    Pictures against texts by cosine, and where in a picture a text is. `AutoModelForZeroShotImageClassification`
+    Scores images against texts by cosine, and locates a text in an image. `AutoModelForZeroShotImageClassification`
     returns this class.
     """
 
@@ -201,7 +203,7 @@ class OneRForImageTextRetrieval(GroundedPatches, CosineRetrieval, OneRPreTrained
 
 
 class OneRForMaskedLM(MaskedTokens, OneRPreTrainedModel):
-    """BERT's language-model head on the tower, with a picture to look at if there is one."""
+    """Masked language modelling: BERT's head on the tower, for texts with or without an image."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "oner.embeddings.word_embeddings.weight"}
 
@@ -213,7 +215,7 @@ class OneRForMaskedLM(MaskedTokens, OneRPreTrainedModel):
 
 
 class OneRForImageClassification(ImageClassification, OneRPreTrainedModel):
-    """A linear classifier on F(I), or on F(I, T) when a text comes along to say where to look."""
+    """Image classification: a linear layer on F(I), or on F(I, T) if a text is given to say where to look."""
 
     main_input_name = "pixel_values"
 
@@ -229,7 +231,7 @@ class OneRForImageClassification(ImageClassification, OneRPreTrainedModel):
 
 
 class OneRForSequenceClassification(TextClassification, OneRPreTrainedModel):
-    """What is a text, or what are two to each other (GLUE)? By F(T) below the projector."""
+    """Classification of texts or text pairs (GLUE): a linear layer on F(T) before the projector."""
 
     def __init__(self, config: OneRConfig):
         super().__init__(config)
@@ -242,7 +244,7 @@ class OneRForSequenceClassification(TextClassification, OneRPreTrainedModel):
         return self.oner.pool(outputs.last_hidden_state, outputs.token_types)
 
     def freeze_unused(self) -> None:
-        """What reads images: a data-parallel engine would wait for its gradient for ever."""
+        """Modules that read images: a data-parallel engine would wait for their gradients for ever."""
         self.oner.embeddings.stem.requires_grad_(False)
         self.oner.embeddings.patch_mask_token.requires_grad_(False)
 

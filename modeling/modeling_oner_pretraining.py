@@ -1,8 +1,8 @@
-"""One pre-training step of OneR, all streams in one call: the figure's five inputs side by side in one batch.
+"""One pretraining step of OneR with all streams in one call: the five inputs of the paper's figure in one batch.
 
 B pairs, N patches, K of them kept, W slots of a text, L = 1 + N + W, n tokens of the packed batch, D width,
-P embedding width, M masked tokens, V vocabulary. F(X|Y): X's tokens as queries, Y's as keys and values (equation 3);
-F(X) = F(X|X).
+P embedding width, M masked tokens, V vocabulary size. F(X|Y): X's tokens as queries, Y's as keys and values (equation
+3); F(X) = F(X|X).
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .vl_outputs import VisionLanguagePreTrainingOutput
 
 REPRESENTATIONS = ("image", "text", "mix", "image_text", "context")
 MASKED_STREAMS = ("image", "text", "image_text")
-# the streams that a representation is made of
+# representation -> the streams that it is computed from
 SOURCES = {
     "image": ("image",),
     "text": ("text",),
@@ -33,8 +33,9 @@ SOURCES = {
 
 class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedModel):
     """
-    The tower with everything that is trained: projector and predictor (MoCo-v3), language-model head tied to the
-    tokens, pixel head. It computes representations and logits; losses, teacher and negatives are the objective's.
+    The tower with all trained heads: projector and predictor (MoCo-v3), a language-model head tied to the
+    word embeddings, a pixel head. It computes representations and logits; losses, teacher and negatives belong to the
+    objective.
     """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "oner.embeddings.word_embeddings.weight"}
@@ -74,25 +75,25 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         r"""
         Args:
             input_ids, attention_mask (`(B, L)`): Pairs in the joint layout; texts alone are [CLS] and tokens.
-            pixel_values (`(B, C, H, W)`): Their pictures; None for texts alone, which have the one stream `text`.
+            pixel_values (`(B, C, H, W)`): Their images; None for texts alone, which have only the stream `text`.
             masked_input_ids (`(B, L)`): The same ids after masking; None for clean inputs (the teacher's).
-            bool_masked_pos (`(B, N)`): Masked patches; None for clean pictures.
-            kept_patches (`(B, K)`): Places of the patches that the streams read, each with its own position; None for
-                all. Pictures with masked patches are read whole, for the masked ones are predicted.
-            text_index (`(n_text,)`): Slots of the real tokens in a flat (B, W). Found from the mask when None; given
-                by the collator so that neither a compiled graph nor an accelerator has to stop for it.
-            mlm_index (`(M,)`): Which of these tokens are to be predicted; no `mlm_logits` when None.
+            bool_masked_pos (`(B, N)`): True for masked patches; None for clean images.
+            kept_patches (`(B, K)`): Indices of the patches that the streams read, which keep their positions; None for
+                all. Images with masked patches are read whole, because the masked ones are predicted.
+            text_index (`(n_text,)`): Indices of the real tokens in a flat (B, W). Computed from the mask when None;
+                given by the collator so that neither a compiled graph nor an accelerator has to synchronise for it.
+            mlm_index (`(M,)`): Which of these tokens to predict; without it there are no `mlm_logits`.
             representations: Contrastive embeddings to return, of `image`, `text`, `mix` (their mean), `image_text`
                 (the concatenated sequence), `context` (the mean of F(I|T) and F(T|I)).
             masked_streams: Streams with masked modelling, of `image`, `text`, `image_text`.
             contrast_masked: Whether the contrastive embeddings come from the masked inputs, in the same pass
                 (appendix C, "a single forward pass"), or from clean ones in streams of their own.
             predict: Apply the predictor (online network) or stop at the projector (teacher).
-            checked: Whether texts and images were looked through before; what masks them is measured in any case.
+            checked: Whether texts and images were already validated; the shapes of masks are checked in any case.
 
         Raises:
-            ValueError: unknown names, what [`OneRModel`] raises, two heads asked for a mixed representation, texts
-                alone for one that needs pictures, or kept patches where every stream has masked ones.
+            ValueError: unknown names, errors of [`OneRModel`], a mixed representation with two heads, texts
+                alone for a representation that needs images, or kept patches where every stream has masked ones.
         """
         self._check_request(representations, masked_streams, texts_alone=pixel_values is None)
         n_patches = 0 if pixel_values is None else patch_count(pixel_values, self.config.patch_size)
@@ -108,7 +109,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         if text_index is None:
             text_index = text_mask.flatten().nonzero().flatten()  # (n_text,)
 
-        # what is asked for, and from which inputs
+        # the requested representations, and the streams that they need
         masks_anything = masked_input_ids is not None or bool_masked_pos is not None
         ids = masked_input_ids if masked_input_ids is not None else input_ids
         read = kept_patches if bool_masked_pos is None else None
@@ -173,7 +174,8 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         if pixel_values is None:
             return cls.to(text.dtype), None, text
 
-        # the stem sees the whole picture: its convolutions need the neighbours of a patch, its norm those of inference
+        # the stem sees the whole image: its convolutions need a patch's neighbours, its norm the statistics of
+        # inference
         patches = embeddings.embed_patches(pixel_values, bool_masked_pos)  # (B, N, D)
         if kept_patches is not None:
             patches = patches.take_along_dim(kept_patches[..., None], 1)  # (B, K, D)
@@ -188,7 +190,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         text_index: torch.Tensor,
         text_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, Stream]]:
-        """Streams end to end in (n, D): each its [CLS] (and patches) as a rectangle, then its text, if any."""
+        """Concatenates streams into (n, D): for each, [CLS] (and patches) as a rectangle, then its text, if any."""
         tokens, streams = [], {}
         for name, kind, (cls, patches, text) in wanted:
             queries = kind.split("|")[0]
@@ -207,17 +209,17 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         return torch.cat(tokens), streams
 
     def _encode(self, packed: torch.Tensor, streams: dict[str, Stream], text_mask: torch.Tensor) -> torch.Tensor:
-        """The trunk over all streams. (n, D) -> (n, D)."""
+        """The transformer layers over all streams. (n, D) -> (n, D)."""
         listed = list(streams.values())
         if "|" not in "".join(streams) and attends_unpadded(self.config, listed, packed, self.training):
-            # each row's tokens side by side, once for all layers
+            # reorder once for all layers so that each row's tokens are contiguous
             places, sequences = sequences_of(listed, text_mask)
             packed = torch.empty_like(packed).index_copy(0, places, packed)  # (n, D)
             for layer in self.oner.layers:
                 packed = layer(packed, None, sequences)
             return self.oner.norm(packed.index_select(0, places))
 
-        # each stream padded for its own call, attending itself or its context
+        # each stream padded for its own attention call, over itself or its context
         own = []
         for stream in streams.values():
             stream.set_mask(self.config, stream.key_mask(text_mask), like=packed)
@@ -227,7 +229,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
             for name, stream in streams.items()
         ]
 
-        # with "last_layer" the context comes in at the end only
+        # with "last_layer" only the last layer uses the context
         last = len(self.oner.layers) - 1
         for number, layer in enumerate(self.oner.layers):
             early = self.config.context_states == "last_layer" and number < last
@@ -237,7 +239,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
     def _cross(
         self, name: str, stream: Stream, streams: dict[str, Stream], text_mask: torch.Tensor, packed: torch.Tensor
     ) -> Stream:
-        """F(X|Y): the stream "X|Y" with keys and values of Y's own stream, or of "Y|X" in co-attention."""
+        """F(X|Y): the stream "X|Y" with keys and values from Y's own stream, or from "Y|X" with co-attention."""
         query, key = name.split("|")
         context = streams[f"{key}|{query}" if self.config.context_states == "co_attention" else key]
         crossed = replace(stream, context=context.name)
@@ -249,7 +251,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         if self.config.pooling == "cls":
             return prefix[:, 0]
 
-        # patches from the rectangle, tokens by the row that each belongs to
+        # sum patches from the rectangle, and tokens by the row that they belong to
         total, count = prefix[:, 1:].sum(1), prefix.new_full((stream.batch_size, 1), prefix.shape[1] - 1)
         if text is not None:
             row = stream.text_index // stream.text_slots
@@ -265,12 +267,12 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         predict: bool,
     ) -> dict[str, torch.Tensor]:
         """Pooled states through the heads, mixed where `mixup_space` says (equations 2 to 4). -> (B, P) each."""
-        # F(X) of every stream that is needed, once
+        # F(X) of every stream that is needed, computed once
         sources = sorted({source for name in representations for source in SOURCES[name]})
         parts = {"mix": ("image", "text"), "context": ("image|text", "text|image")}
         states = {name: self._pool(*tokens[name], streams[name]) for name in sources}  # (B, D) each
 
-        # mixed before the projector, or behind it with or without a norm
+        # mix before the projector, or after it with or without normalisation
         space = self.config.mixup_space
         if space == "hidden":
             states = {name: self._mean(states, parts.get(name, (name,))) for name in representations}
@@ -290,7 +292,7 @@ class OneRForPreTraining(TokenPredictions, RetrievalFeatures, OneRPreTrainedMode
         self, head: ContrastiveHead, text_head: ContrastiveHead | None, states: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """(B, ·) each -> (B, P) each, in one call of the head so that all streams share its batch statistics."""
-        # a head for each modality, a batch for each stream, or one batch for all
+        # one head per modality, one call per stream, or one call for all
         if text_head is not None:
             return {name: (text_head if name == "text" else head)(state) for name, state in states.items()}
         if self.config.head_statistics == "separate":

@@ -21,11 +21,11 @@ from .vl_saving import SavedWhole
 
 
 class SimlaPreTrainedModel(SavedWhole, DualEncoderPreTrainedModel):
-    """What the classes of the family share: how their weights are drawn and saved, and what transformers may do."""
+    """Base of the family's classes: weight initialisation, saving, and the features that transformers supports."""
 
     config: SimlaConfig
     base_model_prefix = "simla"
-    # one checkpoint serves every class: what a class has no use for is left behind in silence
+    # all classes load the same checkpoint: weights that a class does not use are ignored without a warning
     _keys_to_ignore_on_load_unexpected = [
         r"(vision|text)_projection\.", r"^(itm|lm|mim|concept)_head\.", r"^temperature$", r"^(classifier|decoder)\.",
     ]  # fmt: skip
@@ -33,11 +33,11 @@ class SimlaPreTrainedModel(SavedWhole, DualEncoderPreTrainedModel):
 
 class SimlaModel(DualEncoder, SimlaPreTrainedModel):
     """
-    Both encoders and the projections into the contrastive space. Reads text, images, or pairs.
+    Both encoders and the projections into the contrastive space. Takes text, images, or pairs.
 
     Args:
         config (`SimlaConfig`): The configuration.
-        add_pooling_layer (`bool`, defaults to `True`): Whether to have the projections.
+        add_pooling_layer (`bool`, defaults to `True`): Whether to add the projections.
     """
 
     masks_images = True
@@ -57,17 +57,17 @@ class SimlaModel(DualEncoder, SimlaPreTrainedModel):
             input_ids (`(B, T)`): [CLS], the text's tokens, padding on the right.
             attention_mask (`(B, T)`): 1 for real tokens, 0 for padding.
             pixel_values (`(B, C, H, W)`): Normalised images.
-            bool_masked_pos (`(B, N)`): Patches to replace by the mask token.
+            bool_masked_pos (`(B, N)`): True for patches to replace by the mask token.
             interpolate_pos_encoding: Accept other image sizes by interpolating the positions.
 
         A pair's `last_hidden_state` (B, N + T, D) is [CLS] of the multimodal encoder, the patches of the visual one,
         and the tokens of the multimodal one; `token_types` says which is which. Its `pooler_output` (B, P) is the mean
-        of the two unit embeddings, for SIMLA has no embedding of the two together: its own answer to pairs is the
+        of the two unit embeddings, because SIMLA has no joint embedding: its output for a pair is the
         matching score.
 
         Raises:
-            ValueError: neither input, an image of a wrong size, too long a text, ids out of range, placeholders among
-                them, padding elsewhere than on the right, NaN pixels.
+            ValueError: neither input is given, an image has the wrong size, a text is too long, ids are out of range
+                or contain placeholders, padding is not on the right, or pixels are NaN.
         """
         check_inputs(self, input_ids, attention_mask, pixel_values, interpolate_pos_encoding, bool_masked_pos)
         if input_ids is not None and attention_mask is None:
@@ -98,8 +98,8 @@ class SimlaModel(DualEncoder, SimlaPreTrainedModel):
 
 class SimlaForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetrieval, SimlaPreTrainedModel):
     """
-    Pictures against texts by cosine, then the best of them by matching (section 3.6: the slower encoder re-ranks).
-    `AutoModelForZeroShotImageClassification` returns this class.
+    Scores images against texts by cosine, and re-ranks the best by matching (section 3.6: the slower encoder
+    re-ranks). `AutoModelForZeroShotImageClassification` returns this class.
     """
 
     def __init__(self, config: SimlaConfig):
@@ -115,7 +115,7 @@ class SimlaForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetr
 
 
 class SimlaForMaskedLM(MaskedTokens, SimlaPreTrainedModel):
-    """BERT's language-model head on the multimodal encoder, or on the text encoder when there is no picture."""
+    """Masked language modelling: BERT's head on the multimodal encoder, or on the text encoder without an image."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "simla.text.embeddings.word_embeddings.weight"}
 

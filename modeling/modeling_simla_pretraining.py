@@ -114,7 +114,7 @@ class SimlaForPreTraining(
                 what else it compares with was made before.
             image_states (`(B, S, D)`), text_context (`(B, T, D)`): Taken instead of the own, as the teacher takes the
                 student's for keywords and masked patches (SIMLA's code).
-            checked: Whether texts and images were looked through before; what masks them is measured in any case.
+            checked: Whether texts and images were already validated; the shapes of masks are checked in any case.
 
         Raises:
             ValueError: unknown passes, one that lacks what it needs, and what [`SimlaModel`] raises.

@@ -1,4 +1,4 @@
-"""What the configurations of all families share: the pipelines that a repository names, and ids of special tokens."""
+"""Base of all configurations: the pipelines that a repository names, and ids of special tokens."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ from transformers import PreTrainedConfig
 
 class VisionLanguageConfig(PreTrainedConfig):
     """
-    Keeps `custom_pipelines`, the list in config.json of the pipelines whose code lies beside the weights.
+    Handles `custom_pipelines`, the list in config.json of pipelines whose code is stored with the weights.
 
-    `pipeline()` asks for trust as soon as a configuration has that attribute, even where an installed package serves
-    the task. So where `oner` has registered its pipelines the list is set aside on load, and written back on save.
-    Where it has not, the attribute stays, and `trust_remote_code=True` runs the code.
+    `pipeline()` asks for trust if a configuration has that attribute, even if an installed package provides
+    the task. So if `oner` has registered its pipelines, the list is removed on load and written back on save.
+    Otherwise the attribute stays, and `trust_remote_code=True` runs the code.
     """
 
-    # tokens that stand for something else than words
+    # tokens that do not stand for words
     special_ids = ("pad_token_id", "image_token_id", "cls_token_id", "mask_token_id")
-    # `oner` sets both on the classes that it registers; on those that travel with the weights they stay so
+    # `oner` sets both on the classes that it registers; classes loaded from a model repository keep these values
     pipelines_are_registered = False
     # (model, directory) -> nothing: writes all code files beside what a model has saved there
     write_code = None

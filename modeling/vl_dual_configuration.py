@@ -1,4 +1,4 @@
-"""What the configurations of families with a ViT for images and a BERT for texts share: SIMLA, CODIS, ALBEF."""
+"""Base configuration of families with a ViT for images and a BERT for texts: SIMLA, CODIS, ALBEF."""
 
 from typing import ClassVar, Literal
 
@@ -10,8 +10,8 @@ from .vl_configuration import VisionLanguageConfig
 @strict
 class DualEncoderConfig(VisionLanguageConfig):
     r"""
-    The defaults are ALBEF's: ViT-B/16 and BERT-base. A family says how many layers read a text and which of them read
-    an image too.
+    The defaults are ALBEF's: ViT-B/16 and BERT-base. A family defines how many layers read a text and which of them
+    also read an image.
 
     Args:
         vocab_size (`int`): BERT's uncased vocabulary by default.
@@ -21,33 +21,34 @@ class DualEncoderConfig(VisionLanguageConfig):
         hidden_dropout: The text and multimodal encoder, a post-norm BERT of the same width and activation. None means
             as many heads as the visual encoder, and `4 * hidden_size`.
         max_position_embeddings (`int`): Learned positions of the text encoder.
-        max_text_length (`int`): Longest text in tokens, without [CLS] (ALBEF's code: 25 with it).
-        image_size, patch_size, num_channels (`int`): Images are square, `image_size` pixels a side.
+        max_text_length (`int`): Maximum text length in tokens, without [CLS] (ALBEF's code: 25 with it).
+        image_size, patch_size, num_channels (`int`): Images are square, with sides of `image_size` pixels.
         stem (`"linear"` or `"conv"`): ViT's patch projection, or early convolutions, which learn faster from few pairs
             (Xiao et al., 2021; of none of these papers).
         position_image_size (`int`, *optional*): Image size of the learned table of positions, which is interpolated
             from there to `image_size` (bicubic, as ALBEF does it). Defaults to `image_size`.
         initializer_range (`float`): Standard deviation of weights, embeddings and tokens (ViT, BERT: 0.02).
         projection_dim (`int`): Width of the contrastive space.
-        temperature (`float`): The learnable divisor of cosines at the start (ALBEF's code: 0.07).
-        temperature_range (`tuple[float, float]`): It is held within, before each step (ALBEF's code: 0.001, 0.5).
-        grounding_layer (`int`): Cross-attention layer of Grad-CAM, from 0 (ALBEF: 8). Deeper than the model has layers
-            means its last.
-        answer_decoder_layers (`int`): Layers of the decoder that answers questions (ALBEF's code: 6).
+        temperature (`float`): Initial value of the learnable temperature (ALBEF's code: 0.07).
+        temperature_range (`tuple[float, float]`): It is clamped to this range before each step (ALBEF's code: 0.001,
+            0.5).
+        grounding_layer (`int`): Cross-attention layer for Grad-CAM, from 0 (ALBEF: 8). If the model has fewer layers,
+            the last one.
+        answer_decoder_layers (`int`): Layers of the decoder that generates answers (ALBEF's code: 6).
         pad_token_id, image_token_id, cls_token_id, sep_token_id, mask_token_id (`int`): Ids in BERT's vocabulary; the
             image placeholder is `[unused0]`. [SEP] ends answers only: a text is [CLS] and its tokens (ALBEF's code).
             A vocabulary without [SEP] says None.
     """
 
     attribute_map = {"d_model": "hidden_size"}
-    # of a pair, text and image are read each as it is
+    # text and image of a pair are separate inputs
     pair_layout = "separate"
     special_ids = ("pad_token_id", "image_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
-    # layers above the text's own; where there are none, these read images themselves
+    # layers above the text-only ones; without them, the text layers read images themselves
     num_fusion_layers = 0
-    # name -> fields of a named size; a family brings its own
+    # name -> fields of a named size; each family defines its own
     sizes: ClassVar[dict[str, dict[str, int]]] = {}
-    # what must be 1 at least
+    # fields that must be at least 1
     counts: ClassVar[tuple[str, ...]] = ("num_hidden_layers", "num_text_layers", "max_text_length")
 
     vocab_size: int = 30522
@@ -102,7 +103,7 @@ class DualEncoderConfig(VisionLanguageConfig):
         return (self.image_size // self.patch_size) ** 2
 
     def validate_architecture(self):
-        """Raises `ValueError` naming the fields that do not fit together."""
+        """Raises `ValueError` with the names of fields that are inconsistent."""
         # both towers
         for name in ("num_attention_heads", "text_attention_heads"):
             if self.hidden_size % getattr(self, name):

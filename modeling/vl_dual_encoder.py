@@ -158,7 +158,7 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # Trainer divides a loss by its accumulation steps where the model does not
+    # Trainer then divides the loss by the accumulation steps
     accepts_loss_kwargs = False
     _no_split_modules = ["PreNormLayer", "FusionLayer"]
     _supports_sdpa = True
@@ -201,7 +201,7 @@ class DualEncoder(RetrievalFeatures):
 
     Args:
         config (`PreTrainedConfig`): Of the family.
-        add_pooling_layer (`bool`, defaults to `True`): Whether to have the projections.
+        add_pooling_layer (`bool`, defaults to `True`): Whether to add the projections.
 
     Attributes:
         masks_images (`bool`): Whether the family ever completes masked images, by a token in place of patches.

@@ -1,4 +1,4 @@
-"""Where sequences begin: fixed sine tables and the two ways from pixels to patches.
+"""Input embeddings: fixed sine tables and the two ways from pixels to patches.
 
 B pictures, C channels, (h, w) patch grid, N = h*w patches, L tokens, D width, p patch side.
 """
@@ -36,7 +36,9 @@ def interpolate_positions(table: torch.Tensor, grid: tuple[int, int], target: tu
 
 
 class PatchProjection(nn.Conv2d):
-    """One linear map of each patch, initialised as such (Xavier over the flat patch, as MAE)."""
+    """
+    A convolution that is one linear layer per patch, initialised as such (Xavier over the flat patch, as in MAE).
+    """
 
     def reset(self) -> None:
         bound = math.sqrt(6 / (self.weight[0].numel() + self.out_channels))
@@ -72,7 +74,7 @@ class ConvStem(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.device.type == "cuda":
-            # tensor cores convolve with channels last: else every convolution turns its pictures there and back
+            # tensor cores need channels last: otherwise every convolution converts its images there and back
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return run_layers(self.layers, pixel_values).flatten(2).transpose(1, 2)  # (B, N, D)
 

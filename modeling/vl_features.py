@@ -1,4 +1,4 @@
-"""What a class over any family's tower is asked for: embeddings by name, retrieval by cosine, masked tokens.
+"""Methods shared by the classes of all families: embeddings by name, retrieval by cosine, masked tokens.
 
 B rows, L positions of `input_ids`, P embedding width, D width, V tokens of the vocabulary.
 """
@@ -15,7 +15,7 @@ from .vl_outputs import ImageTextRetrievalOutput, VisionLanguageModelOutput, wit
 
 
 class RetrievalFeatures:
-    """Beside `PreTrainedModel`: the tower is the attribute that `base_model_prefix` names, or the model itself."""
+    """Mixin for a `PreTrainedModel` whose tower is the attribute `base_model_prefix`, or the model itself."""
 
     @property
     def tower(self) -> nn.Module:
@@ -30,8 +30,8 @@ class RetrievalFeatures:
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
-        Text alone: (B, L) -> `pooler_output` (B, P). A family that reads pairs in the joint layout accepts a text in
-        it, and passes over the placeholders. Raises `ValueError` when pictures come along.
+        Embeds texts: (B, L) -> `pooler_output` (B, P). A family with the joint layout also accepts a text in
+        that layout, and ignores the placeholders. Raises `ValueError` if images are given.
         """
         check_text_alone(pixel_values)
 
@@ -48,8 +48,8 @@ class RetrievalFeatures:
         self, pixel_values: torch.FloatTensor, input_ids: torch.LongTensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """
-        Pictures alone: (B, C, H, W) -> `pooler_output` (B, P). `input_ids` may hold [CLS] and the placeholders of the
-        joint layout. Raises `ValueError` when a text comes along.
+        Embeds images: (B, C, H, W) -> `pooler_output` (B, P). `input_ids` may contain [CLS] and the placeholders of
+        the joint layout. Raises `ValueError` if a text is given.
         """
         check_images_alone(input_ids, pixel_values, self.config)
         return self._features(self.tower(input_ids=input_ids, pixel_values=pixel_values, return_dict=True, **kwargs))
@@ -63,8 +63,8 @@ class RetrievalFeatures:
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
-        Picture and text, as the family reads pairs: `pooler_output` (B, P), of a tower for each the mean of the two
-        unit embeddings. Raises `ValueError` when either is missing.
+        Embeds image-text pairs: `pooler_output` (B, P); for families with two towers it is the mean of the two
+        unit embeddings. Raises `ValueError` if either is missing.
         """
         if pixel_values is None or input_ids is None:
             raise ValueError("get_multimodal_features expects both input_ids and pixel_values")
@@ -89,7 +89,9 @@ class RetrievalFeatures:
 
 
 class CosineRetrieval(RetrievalFeatures):
-    """Pictures against texts. A class of it has `scaled`: cosines (pictures, texts) to logits by its temperature."""
+    """
+    Scores images against texts. Subclasses define `scaled`: cosines (images, texts) to logits by the temperature.
+    """
 
     @can_return_tuple
     def forward(
@@ -101,15 +103,15 @@ class CosineRetrieval(RetrievalFeatures):
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageTextRetrievalOutput:
         r"""
-        Each modality is embedded alone, so the numbers of texts and pictures may differ.
+        Each modality is embedded separately, so the numbers of texts and images may differ.
 
         Args:
-            input_ids, attention_mask (`(texts, L)`): [CLS] and tokens; placeholders are passed over.
-            pixel_values (`(pictures, C, H, W)`): Normalised pictures.
-            return_loss: Also the symmetric InfoNCE of the pairs; expects as many texts as pictures.
+            input_ids, attention_mask (`(texts, L)`): [CLS] and tokens; placeholders are ignored.
+            pixel_values (`(images, C, H, W)`): Normalised images.
+            return_loss: Also return the symmetric InfoNCE of the pairs; needs as many texts as images.
 
         Raises:
-            ValueError: as the family's tower; `return_loss` without pairs.
+            ValueError: errors of the family's tower; `return_loss` without pairs.
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("got neither input_ids nor pixel_values; expected text, pictures, or both")
@@ -138,7 +140,7 @@ class CosineRetrieval(RetrievalFeatures):
 
 
 def pair_loss(logits: torch.Tensor | None) -> torch.Tensor:
-    """Symmetric InfoNCE of pairs, logits (pictures, texts). Raises `ValueError` without as many texts as pictures."""
+    """Symmetric InfoNCE of pairs, from logits (images, texts). Raises `ValueError` if their numbers differ."""
     if logits is None or logits.shape[0] != logits.shape[1]:
         got = "one modality" if logits is None else f"{logits.shape[0]} pictures and {logits.shape[1]} texts"
         raise ValueError(f"return_loss expects pairs, got {got}")
@@ -147,7 +149,9 @@ def pair_loss(logits: torch.Tensor | None) -> torch.Tensor:
 
 
 class TokenPredictions:
-    """Beside `PreTrainedModel`: `lm_head` is a `LanguageModelHead`, whose decoder may be the embeddings themselves."""
+    """
+    Mixin for a `PreTrainedModel` with a `LanguageModelHead` as `lm_head`, whose decoder may be tied to the embeddings.
+    """
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
@@ -157,9 +161,9 @@ class TokenPredictions:
 
 
 class MaskedTokens(TokenPredictions):
-    """The language-model head on every state of the tower, which the attribute of `base_model_prefix` is."""
+    """Masked language modelling: the head on every state of the tower, which is the attribute `base_model_prefix`."""
 
-    # the mean is over all the tokens of a step, however they are spread over its batches
+    # the loss is a mean over all tokens of a step, however they are distributed over its batches
     accepts_loss_kwargs = True
 
     @can_return_tuple
@@ -173,8 +177,9 @@ class MaskedTokens(TokenPredictions):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """
-        `logits` (B, L, V) speak of the positions of `input_ids`; `labels` (B, L), -100 where there is no loss. The
-        loss is a sum over `num_items_in_batch`, which Trainer counts over the batches of a step; the mean when None.
+        `logits` (B, L, V) correspond to the positions of `input_ids`; `labels` (B, L) are -100 where there is no loss.
+        The loss is the sum divided by `num_items_in_batch`, which Trainer counts over the batches of a step; the mean
+        if None.
         """
         if input_ids is None:
             raise ValueError(f"{type(self).__name__} expects input_ids, got None")

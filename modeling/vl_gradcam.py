@@ -1,7 +1,7 @@
-"""Grad-CAM of attention: which patches made a pair match, or made a concept be seen.
+"""Grad-CAM of attention: which patches made a pair match, or made the model detect a concept.
 
 SIMLA, section 3.5 and the supplement's Figure 2; the formula is ALBEF's and SIMLA's code. With attention A and a
-score, the map is A * max(d score / d A, 0): what was attended and, attended more, would raise the score.
+score, the map is A * max(d score / d A, 0): attended positions whose attention increases the score.
 
 B pairs, H heads, T positions of a text ([CLS] first), N = h*w patches, L queries, S keys, V vocabulary.
 """
@@ -83,7 +83,7 @@ def pool_positions(maps: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.T
 
 
 def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """What autograd takes: a copy of a tensor that was made under `inference_mode`."""
+    """A copy that autograd accepts of a tensor that was created under `inference_mode`."""
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
@@ -106,11 +106,11 @@ class GroundedMatching:
         pool: str = "padded",
     ) -> torch.Tensor:
         r"""
-        Where in a picture its text is (section 3.5): Grad-CAM maps (B, h, w), not negative, on no fixed scale.
+        Locates texts in images (section 3.5): Grad-CAM maps (B, h, w), non-negative, without a fixed scale.
 
         Args:
             input_ids, attention_mask (`(B, T)`): The texts.
-            pixel_values (`(B, C, H, W)`): The pictures.
+            pixel_values (`(B, C, H, W)`): The images.
             layer: From 0; `config.grounding_layer` by default.
             mode: "itm": cross-attention of `layer`, by the logit that the pair matches. "itc": self-attention of the
                 visual encoder's [CLS] in its `layer`, by the contrastive similarity of the pair.
@@ -118,7 +118,7 @@ class GroundedMatching:
                 each position's, (B, T, h, w), in the order [CLS], tokens.
 
         Raises:
-            ValueError: a model in training mode, no pictures, an unknown mode or pool, or a layer it does not have.
+            ValueError: the model is in training mode, there are no images, or the mode, pool or layer does not exist.
         """
         _check_request(self, mode, pool, pixel_values)
         with torch.inference_mode(False), torch.no_grad():
@@ -186,7 +186,7 @@ class GroundedConcepts:
         encoder's [CLS] attends. The paper does not name the layer: `config.grounding_layer`, as for the other maps.
 
         Args:
-            pixel_values (`(B, C, H, W)`): The pictures.
+            pixel_values (`(B, C, H, W)`): The images.
             token_ids (`(B,)`): One of the vocabulary for each.
 
         Raises:

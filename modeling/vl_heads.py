@@ -1,4 +1,4 @@
-"""What sits on top of a trunk and is trained with it: contrastive, masked-language and masked-image heads."""
+"""Heads on top of the transformer layers: contrastive, masked-language and masked-image heads."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 
 from .vl_layers import run_layers
 
-# width and affine or not -> what normalises behind a linear map of a head
+# (width, affine) -> the normalisation after a linear layer of a head
 HEAD_NORMS = {
     "batch": lambda width, affine: nn.BatchNorm1d(width, affine=affine),
     "layer": lambda width, affine: nn.LayerNorm(width, elementwise_affine=affine),
@@ -18,8 +18,9 @@ HEAD_NORMS = {
 
 class HeadLinear(nn.Linear):
     """
-    A linear map that keeps torch's own initialisation: MoCo-v3 makes its heads after the trunk's. A class of its own,
-    because transformers asks a model of custom code to initialise only modules that hold parameters themselves.
+    A linear layer with torch's default initialisation: MoCo-v3 creates its heads after initialising the trunk. It is a
+    separate class because transformers initialises, in models with custom code, only modules that directly hold
+    parameters.
     """
 
     def reset(self) -> None:
@@ -31,7 +32,7 @@ class HeadLinear(nn.Linear):
 
     @torch.no_grad()
     def resized(self, out_features: int) -> "HeadLinear":
-        """The same map with more outputs, the new ones drawn, or with fewer."""
+        """The same layer with more outputs, the new ones random, or with fewer."""
         options = {"device": self.weight.device, "dtype": self.weight.dtype}
         head = HeadLinear(self.in_features, out_features, self.bias is not None, **options)
         head.requires_grad_(self.weight.requires_grad)
@@ -45,8 +46,9 @@ class HeadLinear(nn.Linear):
 
 class ContrastiveHead(nn.Sequential):
     """
-    MoCo-v3's projector or predictor: `num_layers` linear maps, normalisation and ReLU between them, normalisation
-    without affine at the end. (R, D) -> (R, P). Zero layers is the identity; one layer is a linear map alone.
+    MoCo-v3's projector or predictor: `num_layers` linear layers, normalisation and ReLU between them, normalisation
+    without affine parameters at the end. (R, D) -> (R, P). Zero layers mean the identity; one layer is just a linear
+    layer.
     """
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int, norm: str):
@@ -71,12 +73,12 @@ class ContrastiveHead(nn.Sequential):
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, input_dim: int, num_layers: int) -> "ContrastiveHead":
-        """A head to `projection_dim`, as the configuration's widths and norm have it."""
+        """A head to `projection_dim`, with the configuration's widths and norm."""
         return cls(input_dim, config.projection_hidden_size, config.projection_dim, num_layers, config.head_norm)
 
 
 class LanguageModelHead(nn.Module):
-    """BERT's: dense, GELU, norm, then the embeddings themselves with a bias. (..., D) -> (..., V)."""
+    """BERT's head: dense, GELU, norm, then the tied embeddings with a bias. (..., D) -> (..., V)."""
 
     def __init__(self, config: PreTrainedConfig, layer_norm_eps: float | None = None):
         super().__init__()
@@ -93,7 +95,7 @@ class LanguageModelHead(nn.Module):
 
 
 class PixelHead(nn.Linear):
-    """A patch's pixels from its state, without a decoder. (..., D) -> (..., p*p*C)."""
+    """Predicts a patch's pixels from its state, without a decoder. (..., D) -> (..., p*p*C)."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config.hidden_size, config.patch_size**2 * config.num_channels)

@@ -1,4 +1,4 @@
-"""What a forward pass refuses, in words: what was got and what is expected. Every function raises `ValueError`.
+"""Checks of the inputs of a forward pass. Every function raises a `ValueError` that says what was given and expected.
 
 B rows, L positions, N = patches of a picture, C channels, H x W pixels, p patch side.
 """
@@ -17,8 +17,8 @@ def check_inputs(
     bool_masked_pos: torch.Tensor | None = None,
 ) -> None:
     """
-    What a tower is about to read, against its configuration; values only where looking costs nothing. Called where a
-    user's input enters, once, and by none of the passes behind.
+    Checks a tower's inputs against its configuration; values only where reading them is free. Called once, where a
+    user's input enters, and not by later passes.
     """
     config = model.config
     if input_ids is None and pixel_values is None:

@@ -1,4 +1,4 @@
-"""The transformer every family stacks, and the packing of several streams into one batch of tokens.
+"""The transformer layers of every family, and the packing of several streams into one batch of tokens.
 
 B pairs, L = S + W positions of a stream, S prefix positions ([CLS], or [CLS] and patches), W slots of a text, D width,
 X any width, H heads, d = D / H, n tokens of the packed batch.
@@ -24,15 +24,15 @@ except ImportError:  # torch before 2.10, which pads instead
 @dataclass
 class Stream:
     """
-    One stream of a packed batch: a rectangle of B x S prefix tokens, then the real tokens of B texts, end to end.
+    One stream of a packed batch: a rectangle of B x S prefix tokens, then the real tokens of B texts, concatenated.
 
     Attributes:
-        name (`str`): What other streams call it.
+        name (`str`): Name by which other streams refer to it.
         batch_size, prefix (`int`): B and S.
         text_slots (`int`): W, slots a text has when padded; 0 for a stream without text.
         text_index (`torch.LongTensor` of shape `(n_text,)`, *optional*): Slot of each real token in the flat (B, W).
-        context (`str`, *optional*): Whose keys and values this stream attends; its own when None. F(X|Y).
-        attention_mask: What the attention implementation in use wants for (this stream, its context).
+        context (`str`, *optional*): Stream whose keys and values this one attends to; its own if None. F(X|Y).
+        attention_mask: Mask for (this stream, its context), in the form that the attention implementation needs.
     """
 
     name: str
@@ -74,7 +74,9 @@ class Stream:
         return mask
 
     def implementation(self, config: PreTrainedConfig) -> str:
-        """The attention in use; sdpa for F(X|Y) under flash, whose padding helper takes queries and keys for one."""
+        """
+        The attention implementation; sdpa for F(X|Y) under flash, whose padding helper assumes equal queries and keys.
+        """
         flash = self.context is not None and "flash" in config._attn_implementation
         return "sdpa" if flash else config._attn_implementation
 
@@ -97,7 +99,7 @@ class Stream:
             inputs_embeds=queries,
             attention_mask=key_mask,
             encoder_hidden_states=keys,
-            # whether a mask can be left out is read from its values: an accelerator would wait for the answer
+            # deciding from its values whether a mask can be omitted would make an accelerator synchronise
             allow_is_bidirectional_skip=like.device.type == "cpu",
         )
 
@@ -105,11 +107,11 @@ class Stream:
 @dataclass
 class Sequences:
     """
-    Sequences of unequal length end to end, each of which attends itself: FlashAttention's form, without any padding.
+    Concatenated sequences of unequal length, each attending to itself: FlashAttention's form, without padding.
 
     Attributes:
         starts (`torch.IntTensor` of shape `(R + 1,)`): Where each of the R sequences begins; last, where all end.
-        longest (`int`): No sequence has more tokens; known to the host, which therefore need not ask the device.
+        longest (`int`): Maximum sequence length; known on the host, so that it need not synchronise with the device.
     """
 
     starts: torch.Tensor
@@ -118,8 +120,8 @@ class Sequences:
 
 def sequences_of(streams: list[Stream], text_mask: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
     """
-    Where the tokens of packed streams go for each row's to lie side by side: place of each (n,), and the sequences.
-    `text_mask` (B, W) says which slots hold a token. A token's place follows from how many come before it, for
+    New index (n,) of each token of packed streams so that the tokens of a row are contiguous, and the sequences.
+    `text_mask` (B, W) says which slots hold a token. A token's index is the number of tokens before it, because
     `text_index` ascends.
     """
     counts = text_mask.sum(1)  # (B,)
@@ -146,7 +148,9 @@ def sequences_of(streams: list[Stream], text_mask: torch.Tensor) -> tuple[torch.
 
 
 def attends_unpadded(config: PreTrainedConfig, streams: list[Stream], like: torch.Tensor, training: bool) -> bool:
-    """Whether the kernel for unequal lengths serves: on CUDA, in half precision, each stream by itself."""
+    """
+    Whether the kernel for unequal lengths can be used: on CUDA, in half precision, without cross-stream attention.
+    """
     if varlen_attn is None or like.device.type != "cuda" or config._attn_implementation != "sdpa":
         return False
 
@@ -189,7 +193,7 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(Q K^T / sqrt(d)) V, equation 8. (B, H, L, d) -> (B, L, H, d) and weights (B, H, L, L)."""
-    # the scale on the smaller factor; softmax sums in fp32 whatever it is given, so its result needs no cast
+    # scale the smaller factor; softmax sums in fp32 for any input dtype, so its result needs no cast
     scores = (query * scaling) @ key.transpose(2, 3)  # (B, H, L, L)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -248,19 +252,19 @@ class SelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         qkv = self.qkv(hidden_states)  # (B, L, 3D) or (n, 3D)
 
-        # unpadded sequences, by the kernel for unequal lengths
+        # unpadded sequences, with the kernel for unequal lengths
         if isinstance(streams, Sequences):
             query, key, value = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # (n, H, d) each
             starts, longest = streams.starts, streams.longest
             output = varlen_attn(query, key, value, starts, starts, longest, longest, scale=self.scaling)
             return self.proj(output.flatten(-2)), None  # (n, D)
 
-        # one padded sequence a row
+        # one padded sequence per row
         if streams is None:
             output, weights = self._attend(*self._heads(qkv), attention_mask, **kwargs)
             return self.proj(output), weights
 
-        # packed streams, each padded for its own call, with its own keys or its context's
+        # packed streams, each padded for its own call, with its own keys or those of its context
         parts = split_streams(qkv, streams)
         heads = {stream.name: self._heads(stream.pad(*parts[stream.name])) for stream in streams}
         rows = []
@@ -275,8 +279,8 @@ class SelfAttention(nn.Module):
 @dataclass
 class Watch:
     """
-    One pass's request for the probabilities of an attention layer. It travels with the pass, so that the module, which
-    other threads may be running, is left as it is.
+    A request for the attention probabilities of a layer in one forward pass. It is passed along as an argument, so
+    that the module, which other threads may be using, is not changed.
 
     Attributes:
         attention (`nn.Module`): The layer.
@@ -291,10 +295,10 @@ class Watch:
 def attend(
     attention: nn.Module, watch: Watch | None, hidden_states: torch.Tensor, *args, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`attention(hidden_states, ...)`, noted in `watch` if that asks for this layer."""
+    """`attention(hidden_states, ...)`, recorded in `watch` if it requests this layer."""
     if watch is None or watch.attention is not attention:
         return attention(hidden_states, *args, **kwargs)
-    # a leaf: the gradient with respect to the weights needs nothing of what lies below
+    # a leaf: the gradient with respect to the attention weights needs nothing of the layers before
     leaf = hidden_states.detach().requires_grad_()
     output, weights = attention(leaf, *args, implementation="eager", **kwargs)
     watch.weights.append(weights)
@@ -306,8 +310,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 def run_layers(layers: nn.Sequential, states: torch.Tensor) -> torch.Tensor:
     """
-    `layers(states)`, but that batch norms which are frozen while others learn, as under an adapter, are frozen with
-    their statistics: these are not saved with an adapter. A teacher, which runs without gradient, keeps its batch's.
+    `layers(states)`, except that batch norms that are frozen while others train, as with an adapter, also freeze
+    their statistics, because an adapter does not save these. A teacher, which runs without gradient, uses batch
+    statistics.
     """
     norms = [layer for layer in layers if isinstance(layer, BATCH_NORMS)]
     learns = any(parameter.requires_grad for norm in norms for parameter in norm.parameters())

@@ -53,7 +53,7 @@ class GroundedPatches:
 
         Args:
             input_ids, attention_mask (`(B, L)`): The texts; placeholders are passed over.
-            pixel_values (`(B, C, H, W)`): The pictures.
+            pixel_values (`(B, C, H, W)`): The images.
             mode: "cosine".
 
         Raises:

@@ -1,4 +1,4 @@
-"""Where one tower for pictures, texts and pairs begins: words, patches, one [CLS], and fixed sines for their places.
+"""Embeddings of a single tower for images, texts and pairs: words, patches, one [CLS], and fixed sine positions.
 
 B rows, L positions of a sequence, N = h*w patches, T tokens of a text, D width. A sequence is [CLS], N patches, T
 tokens; either part may be missing.
@@ -59,7 +59,9 @@ class SineTables(nn.Module):
 
 
 class OneTowerEmbeddings(SineTables):
-    """Tokens and patches, with fixed sines added: the only part of a tower that knows one modality from the other."""
+    """
+    Token and patch embeddings with fixed sines: the only part of a single tower that distinguishes the modalities.
+    """
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config, config.hidden_size)

@@ -1,4 +1,4 @@
-"""What models return. B pairs, L positions, N patches, W slots for a text's tokens, D width, P embedding width,
+"""Model outputs. B pairs, L positions, N patches, W slots for a text's tokens, D width, P embedding width,
 M masked tokens, V tokens of the vocabulary."""
 
 from dataclasses import dataclass
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_outputs import ModelOutput
 
-# what a place of a sequence is, in `token_types`
+# type of a position, in `token_types`
 CLS_TOKEN, PATCH_TOKEN, TEXT_TOKEN, PADDING_TOKEN = range(4)
 
 
 @dataclass
 class VisionLanguageModelOutput(ModelOutput):
     """
-    Places are [CLS], the patches of an image, the tokens of a text, and padding; a text alone has no patches and an
-    image alone no tokens: L is 1 + W, 1 + N, or 1 + N + W. `token_types` says what each is.
+    Positions are [CLS], the patches of an image, the tokens of a text, and padding; a text alone has no patches and an
+    image alone has no tokens: L is 1 + W, 1 + N, or 1 + N + W. `token_types` gives the type of each.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, L, D)`): States after the final norm.
         pooler_output (`torch.FloatTensor` of shape `(B, P)`): The retrieval embedding, not normalised.
-        hidden_states, attentions: As everywhere in transformers, when asked for.
+        hidden_states, attentions: As everywhere in transformers, if requested.
         token_types (`torch.LongTensor` of shape `(B, L)`): 0 [CLS], 1 patch, 2 token of a text, 3 padding.
-        cross_attentions: Of a text to an image, where a family has layers for it, when attentions are asked for.
+        cross_attentions: From text to image, if the family has such layers and attentions are requested.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -34,7 +34,7 @@ class VisionLanguageModelOutput(ModelOutput):
 
 def token_types_of(image_states: torch.Tensor | None, text_mask: torch.Tensor | None) -> torch.Tensor:
     """
-    What each place is, (B, L), where image and text are read apart.
+    The type of each position, (B, L), for families that read image and text separately.
 
     Args:
         image_states (`(B, 1 + N, D)`): Of [CLS] and patches; None without an image.

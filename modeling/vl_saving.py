@@ -1,4 +1,4 @@
-"""What a saved model needs beside its weights: every way to save one leaves a repository whose classes load.
+"""The files that a saved model needs besides its weights: every way of saving writes a repository that loads.
 
 transformers copies the code of the class that is saved. A repository offers more: the family's other classes, its
 processor, its pipelines. Where `oner` is, it writes them all; where the code came with the weights, it goes along.
@@ -23,7 +23,7 @@ PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.
 
 
 class SavedWhole:
-    """Stands before `PreTrainedModel` among a family's bases; its configuration is a `VisionLanguageConfig`."""
+    """Must come before `PreTrainedModel` among a family's bases; the configuration is a `VisionLanguageConfig`."""
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -1,11 +1,11 @@
-"""One representation for text, images and the two mixed: unified vision-language models for transformers.
+"""Unified vision-language models for transformers: one representation for text, images and both combined.
 
 Importing this package registers its families with transformers' auto classes and its tasks with `pipeline`.
 """
 
 import os as _os
 
-# in a source checkout the rooms stand beside this folder; installed, they lie inside it
+# in a source checkout, modeling/, processing/ and training/ are beside this folder; installed, inside it
 _root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
 if not _os.path.isdir(_os.path.join(__path__[0], "modeling")) and _os.path.isdir(_os.path.join(_root, "modeling")):
     __path__.append(_root)
@@ -59,7 +59,7 @@ from .registration import register_family, register_pipelines  # noqa: E402
 
 __version__ = "0.1.0"
 
-# family -> what transformers' auto classes give for it; a new family adds its entry here
+# family -> the classes that transformers' auto classes return for it; a new family adds its entry here
 FAMILIES = {
     "codis": {
         "AutoConfig": CodisConfig,
@@ -106,7 +106,7 @@ FAMILIES = {
         "AutoImageProcessor": VisionLanguageImageProcessor,
         "AutoProcessor": VisionLanguageProcessor,
     },
-    # no family, but a part that SIMLA's needs: the image tokenizer
+    # not a family: the image tokenizer that SIMLA needs
     "discrete_vae": {"AutoConfig": DiscreteVAEConfig, "AutoModel": DiscreteVAE},
 }
 

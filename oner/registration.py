@@ -1,4 +1,4 @@
-"""Families and tasks enter transformers' registries: its auto classes, and what `pipeline` takes by name."""
+"""Registers families with transformers' auto classes, and tasks with `pipeline`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from .processing.pipelines_built_in import BUILT_IN
 # name of an auto class -> the family's class
 Family = Mapping[str, type]
 
-# pipeline -> auto class of the models that serve it; its `task_name` is what `pipeline` calls it
+# pipeline -> auto class of the models that it works with; its `task_name` is its name in `pipeline`
 PIPELINES = {
     ImageTextRetrievalPipeline: transformers.AutoModelForZeroShotImageClassification,
     ImageTextMatchingPipeline: transformers.AutoModelForZeroShotImageClassification,
@@ -28,13 +28,13 @@ PIPELINES = {
 
 
 def register_family(model_type: str, classes: Family) -> None:
-    """A family's classes with the auto classes; each is also marked as one whose code travels with what it saves."""
+    """Registers a family's classes with the auto classes, and marks them to save their code with the weights."""
     config = classes["AutoConfig"]
     transformers.AutoConfig.register(model_type, config, exist_ok=True)
     config.register_for_auto_class()
-    # so that `pipeline` takes the ones registered below, without trust in code that lies beside the weights
+    # so that `pipeline` uses the ones registered below, without trust_remote_code
     config.pipelines_are_registered = True
-    # and so that every way to save leaves a whole repository
+    # and so that every way of saving writes a complete repository
     config.write_code = staticmethod(_write_code)
 
     for name, model in classes.items():
@@ -60,7 +60,7 @@ def _write_code(model: PreTrainedModel, directory: Path) -> None:
 
 
 def register_pipelines() -> None:
-    """The tasks that transformers does not have, and those of its own that would read pictures another way."""
+    """Registers tasks that transformers lacks, and replaces its own that would read images differently."""
     for pipeline, models in PIPELINES.items():
         PIPELINE_REGISTRY.register_pipeline(
             pipeline.task_name, pipeline_class=pipeline, pt_model=models, type="multimodal"

@@ -1,6 +1,6 @@
-"""Batches and answers: processor, data, masks, the retrieval pipeline and its index. Hub-portable, like modeling.
+"""Batches and answers: processor, data, masks, the retrieval pipeline and its index. Published with every model.
 
-A name is imported when it is used: a processor needs neither `datasets` nor timm, which take half a second each.
+Names are imported when they are used: a processor needs neither `datasets` nor timm, which take half a second each.
 """
 
 from importlib import import_module as _import_module

@@ -1,10 +1,10 @@
-"""Pipeline "image-text-matching": does a text belong to a picture?
+"""Pipeline "image-text-matching": does a text belong to an image?
 
     pipe = pipeline("image-text-matching", model="org/simla-base")
     pipe("photo.png", text="a red apple")                # {"score": 0.98, "text": "a red apple"}
     pipe("photo.png", text=["a red apple", "a tree"])    # one for each
 
-Unlike a cosine, the score is a probability, of a model that has read both together (ALBEF, SIMLA: the ITM head).
+Unlike a cosine, the score is a probability, from a model that reads both together (ALBEF, SIMLA: the ITM head).
 """
 
 from typing import Any

@@ -1,15 +1,16 @@
-"""Pipeline "image-text-retrieval": index pictures, texts or both, then ask by text, by picture, or by both at once.
+"""Pipeline "image-text-retrieval": index images, texts or both, then query by text, by image, or by both at once.
 
     pipe = pipeline("image-text-retrieval", model="org/oner-base")
     pipe.index("photos/")
     pipe("red fruit", top_k=5)                                     # [{"score": 0.61, "item": ..., "index": 17}, ...]
     pipe("made of glass", image="photos/apple.jpg")                # one query of both: one joint sequence
     pipe.combine([("a horse", 1.0), ("stripes", 0.7), ("a rider", -0.5)])     # a weighted sum of queries
-    pipe.neighbours("photos/apple.jpg")                            # the nearest of an item that is indexed
+    pipe.neighbours("photos/apple.jpg")                            # nearest neighbours of an indexed item
     pipe("red fruit", where=["licence=MIT", "year>=2020"], rerank_k=50)
 
-Strings never have two meanings: in a query a plain str is text; in `index` it is a picture's path (or a folder), in
-`index_texts` a caption. Pictures in a query come as PIL, bytes, pathlib.Path, `image=...` or {"image": ...}.
+The meaning of a string is never ambiguous: in a query a plain str is text; in `index` it is an image path (or a
+folder), in `index_texts` a caption. Images in a query are PIL images, bytes, pathlib.Path, `image=...` or {"image":
+...}.
 
 Shapes: B queries of one kind, L positions, D width of states, P projection_dim, n indexed items, k answers per query.
 """
@@ -55,11 +56,11 @@ TOP_K = 5
 @dataclass
 class Row:
     """
-    One entry of an index in the making.
+    One entry of an index that is being built.
 
     Attributes:
-        item: What answers show.
-        query: {"text", "image"}, the picture decoded.
+        item: What answers contain.
+        query: {"text", "image"}, with the image decoded.
         reason: Why it cannot be read; None if it can.
         key, embedding: As `UnfinishedIndex` finds them; the embedding a unit row (P,) in the index's dtype.
     """
@@ -72,7 +73,7 @@ class Row:
 
 
 def report_skipped(index: RetrievalIndex, seen: int) -> None:
-    """Warns once of the entries that could not be read; raises if there is no other."""
+    """Warns once about entries that could not be read; raises if there are no others."""
     if seen == 0:
         raise ValueError("nothing to index: the list is empty")
     skipped = index.skipped
@@ -87,10 +88,10 @@ def report_skipped(index: RetrievalIndex, seen: int) -> None:
 
 
 class ImageTextRetrievalPipeline(VisionLanguagePipeline):
-    """Index, then ask. Any model with `get_text_features`, `get_image_features` and `get_multimodal_features`.
+    """Retrieval pipeline for any model with `get_text_features`, `get_image_features` and `get_multimodal_features`.
 
     Args (besides `VisionLanguagePipeline`'s):
-        top_k: answers per query when a call does not say (5).
+        top_k: default number of answers per query (5).
 
     Attributes:
         retrieval_index: the index or other backend that answers, or None.
@@ -180,21 +181,21 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         """Answers one query with a list of {"score", "item", "index"}, several with a list of such lists.
 
         Args:
-            inputs: a str (text), a picture, {"text": ..., "image": ...}; a list or a data set's column of these; or an
-                iterator of these, which an iterator answers, a batch ahead of what was asked for.
-            text, image: the same by name; both together, or `image` beside a str, are one joint query.
+            inputs: a str (text), an image, {"text": ..., "image": ...}; a list or a dataset column of these; or an
+                iterator of these, for which an iterator is returned that reads one batch ahead.
+            text, image: the same by name; both together, or `image` with a str, form one joint query.
             where: conditions on the columns of items, such as "licence=MIT"; see `retrieval_filter.py`.
-            rerank_k: how many of the best by cosine are looked at again, token by token and patch by patch; None for
-                none. Of one-tower models; see `retrieval_late_interaction.py`.
-            rerank_weight: the share of late interaction in the score by which they are ordered, from 0 to 1.
-            open_item: from an item to the query that shows it, for re-ranking.
-            num_workers: threads that decode pictures (0: none of their own).
+            rerank_k: how many of the best by cosine to re-rank by comparing tokens with patches; None for
+                none. For single-tower models; see `retrieval_late_interaction.py`.
+            rerank_weight: weight of late interaction in the re-ranking score, from 0 to 1.
+            open_item: maps an item to a query with its image or text, for re-ranking.
+            num_workers: threads that decode images (0: no extra threads).
 
         Raises:
-            ValueError: nothing was indexed, nothing was asked, or a list and a single picture are mixed; a condition
-                that is none; re-ranking by a model of two spaces, or of items that cannot be opened.
+            ValueError: nothing is indexed, no query is given, or a list and a single image are mixed; a condition
+                is invalid; re-ranking with a two-tower model, or of items that cannot be opened.
         """
-        # refused before anything is embedded
+        # check before anything is embedded
         self._ready_index()
         read_where(where)
         if rerank_k is not None:
@@ -238,7 +239,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         query: Query,
         answers: list[Answer],
     ) -> list[Answer]:
-        """The first `rerank_k` answers anew, the others behind them as they were; scores of the first are mixed."""
+        """Re-ranks the first `rerank_k` answers, with combined scores; the others follow in their old order."""
         first = answers[:rerank_k]
         (asked,) = self.states([query], **options)  # (S, D)
         shown = self.states([open_item(answer["item"]) for answer in first], **options)  # (S', D) each
@@ -257,13 +258,13 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         where: Where = None,
         **options: Any,
     ) -> list[Answer]:
-        """Answers the weighted sum of the unit embeddings of several queries; a negative weight subtracts.
+        """Searches by a weighted sum of the unit embeddings of several queries; a negative weight subtracts.
 
         Args:
             queries: (query, weight) pairs; a query of any form, text, picture or both.
 
         Raises:
-            ValueError: no query, a weight that is no finite number, or a sum that vanishes.
+            ValueError: there is no query, a weight is not finite, or the sum is zero.
         """
         queries = list(queries)
         if not queries:
@@ -278,10 +279,10 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         return self._ready_index().answers(together, self._top_k(top_k), where)[0]
 
     def neighbours(self, item: Any, *, top_k: int | None = None, where: Where = None) -> list[Answer]:
-        """The nearest of an item that is indexed, given by itself or its number, without it.
+        """Nearest neighbours of an indexed item, given by itself or its number, without the item.
 
         Raises:
-            ValueError: no such item.
+            ValueError: there is no such item.
         """
         return self._ready_index().neighbours(item, self._top_k(top_k), where)
 
@@ -295,7 +296,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         allow_urls: bool | None = None,
         num_workers: int | None = None,
     ) -> torch.Tensor:
-        """Any queries, kinds mixed → retrieval embeddings (number of queries, P), fp32, unit rows, on the CPU.
+        """Queries of any kinds → retrieval embeddings (number of queries, P), fp32, unit rows, on the CPU.
 
         Words that the vocabulary lacks are named in a warning.
         """
@@ -312,7 +313,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         allow_urls: bool | None = None,
         num_workers: int | None = None,
     ) -> list[torch.Tensor]:
-        """Any queries → of each the states (S, D) of its tokens and patches, after the last layer, without [CLS]."""
+        """Any queries → for each, the states (S, D) of its tokens and patches after the last layer, without [CLS]."""
         queries = [read_query(query) for query in iterate(queries)]
         by_call = {"allow_urls": allow_urls, "num_workers": num_workers}
         outputs, _ = self._run(queries, self._read_batch_size(batch_size), by_call, states=True)
@@ -363,25 +364,25 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         directory: str | os.PathLike | None = None,
         share: tuple[int, int] | None = None,
     ) -> RetrievalIndex:
-        """Embeds pictures (or pictures with texts) and keeps them as the index that answers.
+        """Embeds images (or images with texts) and makes them the index that answers queries.
 
-        What cannot be read is left out, warned about once, and listed with its reason in `index.skipped`. Pictures are
-        decoded to the model's size one by one, so that a batch of large ones needs no more memory than a few.
+        Unreadable entries are skipped with one warning, and listed with the reason in `index.skipped`. Images are
+        decoded to the model's size one by one, so that a batch of large images needs little memory.
 
         Args:
             source: a folder (searched recursively); or an iterable of paths, PIL pictures, bytes, addresses (with
                 allow_urls) or rows {"image", "text", "item"}: a row with both is one joint embedding, and "item", if
                 given, is the JSON value that answers show; or a data set of `datasets` with such columns.
-            append: add to the present index instead of replacing it, once all is embedded.
-            num_workers: threads that decode pictures.
-            dtype: how embeddings are kept, "float16" or "float32"; of a new index.
-            directory: where the index is saved, as by `save_index`, and before it is whole what is embedded: a call
-                that was killed goes on where it was when it is made again. What an index that stands there holds
-                already, unchanged and by this model, is not embedded again; what is gone from the source leaves it.
-            share: (r, n): every n-th row from r on is embedded, and left for a call without it, when all n are done.
+            append: add to the current index instead of replacing it, once all is embedded.
+            num_workers: threads that decode images.
+            dtype: how a new index stores embeddings, "float16" or "float32".
+            directory: where to save the index, as `save_index` does, and the finished parts before it is complete: if
+                a call is killed, the same call continues from there. Unchanged entries of an index that is already
+                there, made by this model, are not embedded again; entries that are gone from the source are dropped.
+            share: (r, n): embed only every n-th row from r on; a call without it merges them when all n are done.
 
         Raises:
-            ValueError: no picture under the folder, an empty source, or not one readable entry.
+            ValueError: there is no image in the folder, the source is empty, or no entry is readable.
             IndexFileError: `directory` holds something else, or another process is indexing into it.
         """
         entries, total = rows_of(source)

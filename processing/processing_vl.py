@@ -1,8 +1,8 @@
-"""Text, pictures or both to a batch: as one sequence ``[CLS] [IMG]*N w1 ... wT [PAD]*``, or each as it is.
+"""Turns texts, images or both into a batch: as one sequence ``[CLS] [IMG]*N w1 ... wT [PAD]*``, or separately.
 
 Shapes: B examples, H x W pixels, P patch size, N = (H / P) * (W / P) patches row-major, T tokens of a text,
 L = 1 + N + T positions in the joint layout, else L = 1 + T. In the joint layout ``input_ids``, ``attention_mask`` and
-the model's ``last_hidden_state`` speak of the same L positions; the model puts patch embeddings where the placeholders
+the model's ``last_hidden_state`` have the same L positions; the model puts patch embeddings where the placeholders
 stand.
 Source: OneR, section "One Representation": text and patches "into one sequence", one [CLS], no separator.
 """
@@ -26,7 +26,9 @@ _OTHER_GROUPS = frozenset(("common_kwargs", "audio_kwargs", "videos_kwargs"))
 
 
 class OneRTextKwargs(TextKwargs, total=False):
-    """split_special_tokens: whether special tokens spelled out in a text are read as plain letters (default True)."""
+    """
+    split_special_tokens: whether to read special tokens spelled out in a text as plain characters (default True).
+    """
 
     split_special_tokens: bool | None
 
@@ -39,16 +41,16 @@ class VisionLanguageProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class VisionLanguageProcessor(ProcessorMixin):
-    """Joins ``VisionLanguageImageProcessor`` and a WordPiece tokenizer into one batch maker.
+    """Combines ``VisionLanguageImageProcessor`` and a WordPiece tokenizer.
 
     Args:
-        image_processor: gives ``pixel_values`` and knows ``patch_size``.
+        image_processor: computes ``pixel_values``; has a ``patch_size``.
         tokenizer: has [PAD], [CLS], [UNK] and the image token.
         image_token: the placeholder; by default the tokenizer's own ``image_token``, else ``[IMG]`` or ``[unused0]``.
-        max_text_length: tokens kept of a text, [CLS] not counted.
-        joint_layout: whether a picture has a placeholder for each of its patches among the ids, as a model of one
-            tower reads pairs. False: ids are of the text alone, as a model with a tower for each reads them. The
-            configuration's ``pair_layout`` says which.
+        max_text_length: maximum number of tokens of a text, without [CLS].
+        joint_layout: whether the ids contain a placeholder for each patch of an image, as models with one
+            tower read pairs. False: ids are of the text only, as models with two towers read them. The
+            configuration's ``pair_layout`` determines it.
 
     Raises:
         ValueError: the tokenizer lacks a needed token, or ``max_text_length`` is not positive.
@@ -82,29 +84,29 @@ class VisionLanguageProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: Any = None, **kwargs: Unpack[VisionLanguageProcessorKwargs]
     ) -> BatchFeature:
-        """Makes a batch of texts, of pictures, or of pairs.
+        """Makes a batch of texts, of images, or of pairs.
 
         Args:
             images: one source or a list of them, anything ``open_image`` reads; or a batch (B, C, H, W).
-            text: a str or a list of str, or a data set's column of them; with ``is_split_into_words=True`` a list of
+            text: a str or a list of str, or a dataset column of them; with ``is_split_into_words=True`` a list of
                 words or a list of such lists.
             return_tensors: "pt" (default), "np", or None for lists.
             padding: True or "longest" (default), "max_length" (texts to max_length), or False.
-            truncation: whether tokens beyond ``max_length`` are cut (default True); placeholders never are.
-            max_length: tokens kept, [CLS] and placeholders not counted; ``max_text_length`` by default.
+            truncation: whether to truncate texts to ``max_length`` (default True); placeholders are never cut.
+            max_length: maximum number of tokens, without [CLS] and placeholders; default ``max_text_length``.
             pad_to_multiple_of: rounds L up.
-            split_special_tokens: True by default: "[IMG]" or "[MASK]" inside a text are letters and brackets.
-                False lets a text name [MASK]; the image token, [CLS] and [PAD] stay out of reach.
+            split_special_tokens: if True (default), "[IMG]" or "[MASK]" in a text are plain characters.
+                If False, a text may contain [MASK]; the image token, [CLS] and [PAD] remain plain characters.
             size, do_center_crop, resample, device, ...: options of the image processor.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` (B, L) int64, and with pictures ``pixel_values`` (B, 3, H, W) float.
-            Without ``joint_layout`` pictures alone have no ids. There may be more or fewer texts than pictures, to be
-            held against each other by a model for retrieval; the ids are then of the texts alone, whatever the layout.
+            ``input_ids`` and ``attention_mask`` (B, L) int64, and with images ``pixel_values`` (B, 3, H, W) float.
+            Without ``joint_layout``, images alone have no ids. If the numbers of texts and images differ, a retrieval
+            model scores all against all; the ids are then of the texts only, whatever the layout.
 
         Raises:
-            ValueError: neither given, a text is not a str, empty lists.
-            TypeError: an option that nothing here understands.
+            ValueError: neither is given, a text is not a str, or a list is empty.
+            TypeError: an unknown option.
             ImageDecodeError: see ``open_image``.
         """
         # what was asked, every option known
@@ -146,7 +148,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def num_image_tokens(self, height: int, width: int) -> int:
-        """N, the placeholders of a picture of ``height`` x ``width`` pixels."""
+        """N, the number of placeholders for an image of ``height`` x ``width`` pixels."""
         patch_size = self.image_processor.patch_size
         return (height // patch_size) * (width // patch_size)
 
@@ -155,7 +157,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values"]
 
     def _check_options(self, kwargs: dict[str, Any]) -> None:
-        """Unknown options raise: transformers would warn once and go on with the defaults."""
+        """Raises for unknown options: transformers would warn once and use the defaults."""
         # an option is a text's or an image's, flat or in its group
         image_options = set(self.image_processor.valid_kwargs.__annotations__)
         groups = {"text_kwargs": _TEXT_OPTIONS, "images_kwargs": image_options}
