@@ -275,7 +275,7 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text("step one\n")
     assert command_line(["doctor", str(tmp_path)]) == 2
     assert command_line(["doctor", str(tmp_path), "--no_such_thing"]) == 2
-    assert word(tmp_path).startswith("doctor: could not look")
+    assert word(tmp_path).startswith("doctor: could not check")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -366,14 +366,14 @@ def test_codes_are_judged_by_what_a_sample_can_hold():
     """Four places cannot hold five hundred codes; and a code that is in every place is all that there is."""
     assert codes_dead(torch.arange(4), 512) is None
     found = codes_dead(torch.zeros(40, 16, dtype=torch.long), 512)
-    assert found.measured == "1 of 512 codes in 640 places, entropy 0.00 nats"
+    assert found.measured == "1 of 512 codes in 640 positions, entropy 0.00 nats"
 
 
 def test_a_log_tells_of_codes_and_plans():
     """128 features among 128 codes: an even choice has 81 of them nearest of any; all plans even have log 128."""
     lines = [{"codes_used": share, "plan_entropy": 4.8} for share in (0.9, 0.9, 0.9, 0.25)]
     found = codes_unused(lines, 128, 128)
-    assert found.measured.startswith("32.0 of 128 codes") and found.expected.endswith("uses 81.1")
+    assert found.measured.startswith("32.0 of 128 codes") and found.expected.endswith("gives 81.1")
     assert codes_unused(lines[:3] + lines[:1], 128, 128) is None and codes_unused(lines[:3], 128, 128) is None
     # eight features can use eight codes at most, and a share is of these
     assert codes_unused([{"codes_used": 0.6}] * 4, 128, 8) is None

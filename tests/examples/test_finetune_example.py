@@ -134,7 +134,7 @@ def test_the_doctor_reads_its_run(task, runs):
     run = read_run(runs(task)[0] / "run")
     found, notes = examine(run.directory)
     assert ("teacher far behind" in [finding.name for finding in found]) is (run.distance is not None)
-    assert notes == ["no sample is looked at: rows of a task are not sampled"]
+    assert notes == ["no sample is checked: rows of a task are not sampled"]
 
 
 @pytest.mark.parametrize("task", TASKS_OF_TWO)

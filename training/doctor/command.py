@@ -1,4 +1,4 @@
-"""`oner doctor RUN`, and the word at the end of a run."""
+"""`oner doctor RUN`, and the one-line summary at the end of a run."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ from .reading import Run, Sample, read_run, read_sample
 
 
 def findings_of(run: Run, sample: Sample | None = None) -> list[Finding]:
-    """Every diagnosis of what was read; without a sample those of log and checkpoint."""
+    """All diagnoses; without a sample, those of log and checkpoint."""
     # log and checkpoint
     found = [
         matching_says_no(run.lines, run.uninformed),
@@ -88,41 +88,41 @@ def examine(
     directory: str | Path, rows: Mapping[str, Rows] | None = None, count: int = 256
 ) -> tuple[list[Finding], list[str]]:
     """
-    What ails a run, and what could not be looked at.
+    The problems of a run, and notes on the checks that could not be made.
 
     Args:
-        directory: Its output_dir.
-        rows: Training rows by portion, where they are open already.
-        count: Rows of the sample; 0 for none.
+        directory: The run's output_dir.
+        rows: Training rows by portion, if they are already open.
+        count: Number of rows to sample; 0 for none.
 
     Raises:
-        ValueError: no directory of a run.
+        ValueError: the directory is not a run.
     """
     run = read_run(directory)
     notes, sample = [], None
     if not run.finished:
-        notes.append("it has left no model yet: temperature, embeddings and codes are not looked at")
+        notes.append("there is no model yet: temperature, embeddings and codes are not checked")
     if count:
         try:
             sample = read_sample(run, rows, count)
         except (ValueError, OSError, PairDataError, ModelDirectoryError) as error:
-            notes.append(f"no sample is looked at: {error}")
+            notes.append(f"no sample is checked: {error}")
     return findings_of(run, sample), notes
 
 
 def word(directory: str | Path, rows: Mapping[str, Rows] | None = None) -> str:
-    """A line for the end of a run, which nothing that goes wrong here may spoil."""
+    """One line for the end of a run; errors here must not make the run fail."""
     try:
         found, _ = examine(directory, rows)
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        return f"doctor: could not look at this run: {error}"
+        return f"doctor: could not check this run: {error}"
     if not found:
         return "doctor: nothing found"
     return f"doctor: {'; '.join(finding.name for finding in found)} (oner doctor {directory} tells more)"
 
 
 def describe(found: Sequence[Finding], notes: Sequence[str]) -> str:
-    """Findings as text, a paragraph each."""
+    """Findings as text, one paragraph each."""
     paragraphs = [
         f"{finding.name}\n  measured  {finding.measured}\n  expected  {finding.expected}\n  cure      {finding.cure}"
         for finding in found
@@ -132,7 +132,7 @@ def describe(found: Sequence[Finding], notes: Sequence[str]) -> str:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """`oner doctor`: 1 where anything was found, else 0."""
+    """`oner doctor`: returns 1 if a problem was found, else 0."""
     if rest:
         raise ValueError(f"unknown arguments {list(rest)}; `oner doctor --help` lists those there are")
     found, notes = examine(options.run, count=options.rows)
