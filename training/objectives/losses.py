@@ -1,4 +1,4 @@
-"""Losses as pure functions on tensors, computed in fp32 (fp64 stays fp64) whatever the inputs are.
+"""Losses as pure functions of tensors, computed in fp32 (fp64 stays fp64) for any input dtype.
 
 B queries of this process, K keys of all processes, P embedding width, M masked tokens, V vocabulary, N patches.
 """
@@ -9,12 +9,12 @@ from torch.autograd.function import once_differentiable
 
 from oner.modeling.vl_embeddings import patchify
 
-# cosines that InfoNCE holds at a time, in a few tensors of so many fp32 numbers: 64 MiB each
+# number of cosines that InfoNCE computes at a time, in a few fp32 tensors of 64 MiB each
 BLOCK_COSINES = 1 << 24
 
 
 def in_full(tensor: torch.Tensor) -> torch.Tensor:
-    """fp32, or fp64 where it is that already: the precision of every loss."""
+    """Converts to fp32, or keeps fp64: the precision of every loss."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -28,20 +28,21 @@ def info_nce(
     block: int = BLOCK_COSINES,
 ) -> torch.Tensor:
     r"""
-    InfoNCE, NCE(l, r) of equation 1: cross-entropy of cos(q, k) / T against the own key. The B x K cosines exist in
-    blocks of rows only, with the gradient taken on the way, so that memory grows with B + K and nothing is done twice.
+    InfoNCE, NCE(l, r) of equation 1: cross-entropy of cos(q, k) / T with each query's own key as label. The B x K
+    cosines are computed in blocks of rows, together with their gradient, so that memory grows with B + K and nothing
+    is computed twice.
 
     Args:
-        queries (`(B, P)`), keys (`(K, P)`): Normalised here. Keys carry gradient if the caller lets them.
+        queries (`(B, P)`), keys (`(K, P)`): Normalised here. Keys may carry gradient.
         temperature: T, a number or a tensor of one element, which may carry gradient.
         query_ids (`(B,)`), key_ids (`(K,)`): With ids, all keys of a query's id are positives of equal weight (ALBEF's
             targets); without, key `offset + i` is the positive of query i.
-        offset: Where this process's keys begin among the gathered ones (label = i + B * rank, MoCo-v3).
-        block: Cosines to hold at a time, at least one row of K.
+        offset: Index of this process's first key among the gathered ones (label = i + B * rank, MoCo-v3).
+        block: Number of cosines to compute at a time, at least one row of K.
 
     Raises:
-        ValueError: query_ids without key_ids; a query without any positive key (looked at on the CPU only: reading
-            values would make an accelerator wait; there the loss is NaN).
+        ValueError: query_ids without key_ids; a query without a positive key (checked on the CPU only: reading
+            values would synchronise an accelerator; there the loss is NaN).
     """
     if query_ids is not None and key_ids is None:
         raise ValueError("got query_ids without key_ids; expected the id of every key")
@@ -54,7 +55,7 @@ def info_nce(
     else:
         scale = torch.full((), 1 / temperature, dtype=queries.dtype, device=queries.device)
 
-    # as many rows of cosines at a time as a block holds
+    # as many rows of cosines at a time as fit into a block
     rows = max(1, block // max(1, len(keys)))
     with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (queries, keys, scale))
     return _BlockwiseNCE.apply(queries, keys, scale, query_ids, key_ids, offset, rows, with_gradient)
@@ -62,9 +63,9 @@ def info_nce(
 
 class _BlockwiseNCE(torch.autograd.Function):
     """
-    Rows of queries against all keys, a block of rows at a time: a row's log-sum-exp needs no other row, so that its
-    gradient is known as soon as its loss is. Own code: torch's chunked cross-entropy is for a vocabulary and labels,
-    and knows neither several positives nor the gradient of a temperature.
+    Rows of queries against all keys, one block of rows at a time: a row's log-sum-exp needs no other row, so its
+    gradient is known together with its loss. Own code, because torch's chunked cross-entropy is for a vocabulary and
+    labels, and supports neither several positives nor the gradient of a temperature.
     """
 
     @staticmethod
@@ -73,7 +74,7 @@ class _BlockwiseNCE(torch.autograd.Function):
         toward_queries = torch.empty_like(queries) if with_gradient else None
         toward_keys = torch.zeros_like(keys) if with_gradient else None
         toward_scale = torch.zeros_like(scale)
-        # else the products would be taken in half precision
+        # otherwise the products would be computed in half precision
         with torch.autocast(queries.device.type, enabled=False):
             for first in range(0, len(queries), rows):
                 block = slice(first, first + rows)
@@ -94,7 +95,7 @@ class _BlockwiseNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        # the slopes are known already; what follows the loss only scales them
+        # the gradients are known already; the incoming gradient only scales them
         slopes = [
             slope * gradient if needed else None
             for slope, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
@@ -105,7 +106,7 @@ class _BlockwiseNCE(torch.autograd.Function):
 def _targets(
     logits: torch.Tensor, query_ids: torch.Tensor | None, key_ids: torch.Tensor | None, label: int, block: slice
 ) -> torch.Tensor:
-    """The label of each row (rows,) int64, or the weight of each key (rows, K), each row of sum 1."""
+    """The label of each row (rows,) int64, or the weight of each key (rows, K), where rows sum to 1."""
     if query_ids is None:
         return torch.arange(label, label + len(logits), device=logits.device)
     positives = (query_ids[block, None] == key_ids[None, :]).to(logits.dtype)  # (rows, K)
@@ -116,7 +117,7 @@ def _targets(
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (rows, K), in the place of the logits, and the sum over rows of their cross-entropy."""
+    """Log-probabilities (rows, K), written over the logits, and the sum over rows of their cross-entropy."""
     logits = logits.sub_(logits.logsumexp(1, keepdim=True))
     if targets.ndim == 1:
         return logits, -logits.gather(1, targets[:, None]).sum()
@@ -124,7 +125,7 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.T
 
 
 def _slopes(logs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Probability less target, the gradient at the logits (rows, K), in the place of the log-probabilities."""
+    """Probability minus target, the gradient at the logits (rows, K), written over the log-probabilities."""
     slopes = logs.exp_()
     if targets.ndim == 1:
         return slopes.scatter_add_(1, targets[:, None], slopes.new_full((len(slopes), 1), -1.0))
@@ -135,8 +136,9 @@ def masked_language_loss(
     logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """
-    Cross-entropy over the masked tokens (M, V), (M,): their sum over `count`, the mean if there is none given; zero,
-    with a graph, when there are no tokens. The count of a batch in chunks, or on several processes, is the whole's.
+    Cross-entropy over the masked tokens (M, V), (M,): their sum divided by `count`, or the mean if None; zero,
+    with a graph, if there are no tokens. For a batch in chunks or on several processes, count is that of the whole
+    batch.
     """
     if len(labels) == 0:
         return in_full(logits).sum() * 0.0
@@ -152,7 +154,7 @@ def masked_image_loss(
     count: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    MAE's: mean squared error per patch, summed over the masked ones and divided by `count`, or by their number.
+    MAE's loss: mean squared error per patch, summed over masked patches and divided by `count`, or by their number.
     `norm_pixels` normalises each target patch by its mean and unbiased variance.
     (B, N, p*p*C), (B, C, H, W), (B, N) bool -> scalar.
     """
@@ -178,10 +180,10 @@ def distilled_contrast(
     Equations 2 to 4, one direction: the mean over rows of H(y, p), y = (1 - a) * one-hot + a * p_m.
 
     Args:
-        queries (`(B, P)`), teacher (`(B, P)`): Unit vectors, the student's and the teacher's of the same things.
+        queries (`(B, P)`), teacher (`(B, P)`): Unit vectors of the same inputs by the student and by the teacher.
         keys (`(K, P)`): The teacher's unit vectors of the other modality; row b's own is key b.
-        temperature: tau, the divisor; the targets take it without gradient.
-        positives (`(B, K)` bool): All keys of a query's own id, of equal weight (ALBEF's fine-tuning), instead of b.
+        temperature: tau, the divisor; the targets use it without gradient.
+        positives (`(B, K)` bool): All keys with the query's id, with equal weight (ALBEF's fine-tuning), instead of b.
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries, teacher, keys = in_full(queries), in_full(teacher), in_full(keys)
@@ -207,8 +209,8 @@ def distilled_cross_entropy(
     soft_logs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Equation 7: labels (M,) and a teacher's distribution, of logits (M, V); their sum over `count`, the mean if None.
-    `soft_logs` (M, V) are log-probabilities to take for the soft term instead of the logits' own.
+    Equation 7: cross-entropy of logits (M, V) with labels (M,) and a teacher's distribution; sum divided by `count`,
+    or the mean if None. `soft_logs` (M, V) are log-probabilities to take for the soft term instead of the logits' own.
     """
     if len(labels) == 0:
         return in_full(logits).sum() * 0.0
@@ -224,7 +226,7 @@ def distilled_cross_entropy(
 def distilled_presence(
     logits: torch.Tensor, targets: torch.Tensor, teacher_logits: torch.Tensor | None, alpha: float
 ) -> torch.Tensor:
-    """Equations 8 and 9: which of V tokens a picture calls for, binary each. (B, V) -> (B,), means over tokens."""
+    """Equations 8 and 9: binary cross-entropy for each of V tokens of an image. (B, V) -> (B,), means over tokens."""
     logits = in_full(logits)
     loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")  # (B, V)
     if alpha:
@@ -255,7 +257,7 @@ def keyword_targets(
 
 def draw_negatives(weights: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    One column of each row by its weights, among the allowed; evenly where their weights have all vanished.
+    Draws one allowed column per row by its weights; uniformly if all of them are zero.
 
     Draws from torch's generator, which checkpoints keep. (B, B), (B, B) bool -> columns (B,), and whether there was
     one to draw (B,).
@@ -264,7 +266,8 @@ def draw_negatives(weights: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.
     vanished = weights.sum(1, keepdim=True) <= 0  # (B, 1)
     weights = torch.where(vanished, allowed.to(weights.dtype), weights)
     possible = allowed.any(1)  # (B,)
-    # a row that has none draws any: whoever asked leaves it out
+    # a row without allowed columns draws any; the caller ignores it
     weights = torch.where(possible[:, None], weights, torch.ones_like(weights))
-    # torch.multinomial's own draw, the first of exponential arrivals, without its look at the values: that waits
+    # the same draw as torch.multinomial (first of exponential arrivals), without its check of the values, which
+    # synchronises
     return (weights / torch.empty_like(weights).exponential_()).argmax(1), possible

@@ -1,6 +1,6 @@
 """Momentum distillation: contrast with queues, hard negatives and soft targets by an EMA teacher (ALBEF, section 3.3).
 
-What SIMLA and every family descended from ALBEF share. B pairs, P embedding width, D width.
+Shared by SIMLA and all families based on ALBEF. B pairs, P embedding width, D width.
 """
 
 import math
@@ -21,13 +21,13 @@ from .matryoshka import MatryoshkaArguments, NestedWidths, cut
 from .objective import Batch, Comparison, SinglePortion, check_choices, under
 from .teacher import EMATeacher
 
-# each modality against the other's keys
+# each modality is contrasted with the keys of the other
 ACROSS = (("image", "text"), ("text", "image"))
 
 
 @dataclass
 class MomentumArguments(MatryoshkaArguments):
-    """Teacher, queues, and what counts as a positive."""
+    """Options of teacher, queues and positives."""
 
     BOUNDS: ClassVar[dict[str, str]] = {
         "loss_weights": "[0, inf)",
@@ -38,38 +38,39 @@ class MomentumArguments(MatryoshkaArguments):
     }
 
     loss_weights: dict | str | None = field(
-        default=None, metadata={"help": "Weight of each loss by name; 1 where not given (equation 10)."}
+        default=None, metadata={"help": "Weight of each loss by name; default 1 (equation 10)."}
     )
     ema_momentum: float = field(default=0.995, metadata={"help": "Momentum of the teacher (section 2.5)."})
     distillation: float = field(default=0.4, metadata={"help": "alpha, the weight of soft targets (section 2.5)."})
     distillation_ramp: float = field(
         default=1 / 30,
-        metadata={"help": "Share of the run in which alpha rises from 0 (section 2.5: the first of 30 epochs)."},
+        metadata={"help": "Share of the run over which alpha rises from 0 (section 2.5: one of 30 epochs)."},
     )
-    queue_size: int = field(default=65536, metadata={"help": "M, keys that each queue holds (section 2.5)."})
+    queue_size: int = field(default=65536, metadata={"help": "M, number of keys in each queue (section 2.5)."})
     match_ids: bool = field(
-        default=False, metadata={"help": "Keys of one id are positives of each other in ITC (ALBEF's fine-tuning)."}
+        default=False,
+        metadata={"help": "Keys with the same id are positives in ITC (ALBEF's fine-tuning)."},
     )
     enqueue_ids: bool = field(
         default=True,
-        metadata={"help": "Queues keep ids, for match_ids; SIMLA's fine-tuning code forgets to, and has false."},
+        metadata={"help": "Queues store ids, for match_ids; false reproduces a bug of SIMLA's fine-tuning code."},
     )
 
 
 class MomentumDistillation(SinglePortion):
     """
-    One portion, pairs. The temperature is held in its range and the teacher moves before a step, the queues after it.
-    A subclass asks the teacher in `targets` and makes the student's pass in `represent`. Its rows are "image" and
+    One portion, pairs. Before a step, the temperature is clamped and the teacher updated; after it, the queues are.
+    A subclass runs the teacher in `targets` and the student in `represent`. Its rows are "image" and
     "text" (B, P), its targets "key of image", "key of text" (B, P) and "ids" (B,); all but ids are unit vectors. What
     is common is the `temperature`.
 
-    A batch may bring recorded draws, `negative_images` and `negative_texts` (B,), which are taken instead of the own.
+    A batch may contain recorded draws, `negative_images` and `negative_texts` (B,), which replace random ones.
 
     Args:
-        student: Unwrapped, with its weights in place and a `temperature`; the teacher starts as its copy.
-        arguments (`MomentumArguments`): Or what derives from it, with `losses`.
+        student: Unwrapped, with weights loaded and a `temperature`; the teacher starts as its copy.
+        arguments (`MomentumArguments`): Or a subclass, with `losses`.
         known: Every loss of the family.
-        unused: Submodules of the student that the teacher is not asked for.
+        unused: Submodules of the student that the teacher does not need.
 
     Raises:
         ValueError: unknown losses, none, or one twice; weights of other losses; shares out of range; widths that
@@ -89,7 +90,7 @@ class MomentumDistillation(SinglePortion):
             if not 0 <= getattr(arguments, name) <= 1:
                 raise ValueError(f"{name} is {getattr(arguments, name)}; expected a share in [0, 1]")
 
-        # the teacher copies the student once it is known what of it is trained
+        # the teacher copies the student after unused parts are frozen
         self.freeze_unused(student)
         self.teacher = EMATeacher(student, arguments.ema_momentum, unused=unused)
 
@@ -98,13 +99,13 @@ class MomentumDistillation(SinglePortion):
         if self.contrasts & set(self.weights):
             self.queue = FeatureQueue(("image", "text"), arguments.queue_size, self.config.projection_dim)
 
-        # contrasts of embeddings that are cut, each a part of the loss by itself
+        # contrastive losses on truncated embeddings, each a separate part of the loss
         self.widths = NestedWidths(arguments, self.config.projection_dim, self.weights, self.contrasts)
         self.weights = self.widths.weights
 
     @abstractmethod
     def freeze_unused(self, student: nn.Module) -> None:
-        """Takes the gradient from what no loss reaches: a data-parallel engine would wait for it for ever."""
+        """Freezes parameters that no loss uses: a data-parallel engine would wait for ever for their gradients."""
 
     @classmethod
     def uninformed(cls, arguments: Any, batch_size: int, processes: int) -> dict[str, float]:
@@ -131,17 +132,17 @@ class MomentumDistillation(SinglePortion):
         self, batch: Batch, keys: Batch, images: torch.Tensor, texts: torch.Tensor, temperature: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        A hard negative image of each text, then a text of each image, never of the own id: columns (B,) each.
+        A hard negative image for each text, and a text for each image, never with the same id: columns (B,) each.
 
         Args:
-            keys: The teacher's, made before the student's pass, which asks for negatives in its middle.
+            keys: The teacher's keys, computed before the student's pass, which needs negatives in its middle.
             images, texts (`(B, P)`): The student's features.
         """
         if recorded(batch):
             return batch["negative_images"], batch["negative_texts"]
         allowed = strangers(batch["ids"])  # (B, B)
 
-        # drawn by the student's features and the teacher's keys, images first
+        # drawn by similarity of the student's features and the teacher's keys, images first
         drawn = []
         for queries, key in ((texts, "key of image"), (images, "key of text")):
             weights = (in_full(queries) @ keys[key].T / temperature).softmax(1)  # (B, B)
@@ -150,7 +151,7 @@ class MomentumDistillation(SinglePortion):
 
     @staticmethod
     def match_labels(batch: Batch) -> torch.Tensor:
-        """Yes for the pairs, no for each text's and each image's negative, -100 where a pair has none. -> (3B,)."""
+        """Labels: yes for pairs, no for each text's and image's negative, -100 if a pair has none. -> (3B,)."""
         ids = batch["ids"]
         possible = torch.ones_like(ids, dtype=torch.bool) if recorded(batch) else strangers(ids).any(1)  # (B,)
         negatives = torch.where(possible, 0, -100)  # (B,)
@@ -180,14 +181,14 @@ class MomentumDistillation(SinglePortion):
         dim: int | None = None,
     ) -> torch.Tensor:
         """
-        One side against the keys of another, or of its own: this process's (B, P), then the queue's (M, P). 0-dim.
+        One modality against the keys of another, or of its own: this process's (B, P), then the queue's (M, P). 0-dim.
 
         Args:
-            alpha: The weight of soft targets.
-            queue_only: Against the queue's keys alone, among which no row has its own.
-            dim: Over the first coordinates alone; all if None.
+            alpha: Weight of soft targets.
+            queue_only: Only the queue's keys, which do not contain the row's own.
+            dim: Use only the first `dim` coordinates; all if None.
         """
-        # who is right for whom
+        # positives of each query
         own = cut(targets[f"key of {other}"], dim)  # (B, P), or (B, dim) here and below
         ids = targets["ids"]  # (B,)
         positives = None
@@ -210,7 +211,7 @@ class MomentumDistillation(SinglePortion):
         return {name: gather_without_gradient(value) for name, value in own.items()}
 
     def weigh(self, parts: Batch) -> torch.Tensor:
-        """What is no loss of this run is only watched."""
+        """Values that are not losses of this run are only logged."""
         return sum(self.weights[name] * part for name, part in parts.items() if name in self.weights)
 
     def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:
@@ -254,10 +255,10 @@ def checked_weights(arguments: Any, known: Sequence[str]) -> dict[str, float]:
 
 
 def recorded(batch: Batch) -> bool:
-    """Whether the batch brings its negatives."""
+    """Whether the batch contains recorded negatives."""
     return "negative_images" in batch and "negative_texts" in batch
 
 
 def strangers(ids: torch.Tensor) -> torch.Tensor:
-    """Which columns are of another id, (B, B) bool; a row is never a stranger to itself."""
+    """Which columns have a different id, (B, B) bool."""
     return (ids[:, None] != ids[None, :]).fill_diagonal_(False)

@@ -36,7 +36,7 @@ from .objective import Batch, Comparison, Example, Objective, Portion, Represent
 LOSSES = ("mlm", "mim", "itc", "cmm", "itm")
 # the decoder that a loss needs
 DECODES = {"mim": "image", "mlm": "text", "cmm": "pair"}
-# each modality against the other's keys; equation 4 prints the first alone
+# each modality is contrasted with the keys of the other; equation 4 prints the first alone
 DIRECTIONS = (("image", "text"), ("text", "image"))
 
 
@@ -54,7 +54,7 @@ class MomoObjectiveArguments(MatryoshkaArguments):
         },
     )
     loss_weights: dict | str | None = field(
-        default=None, metadata={"help": "Weight of each loss by name; 1 where not given (the paper names none)."}
+        default=None, metadata={"help": "Weight of each loss by name; default 1 (the paper gives none)."}
     )
     norm_pixels: bool = field(
         default=True, metadata={"help": "Targets of masked patches normalised by patch, as public MAE."}
@@ -282,7 +282,7 @@ class MomoObjective(Objective):
         self._freeze_unused(student)
 
     def _freeze_unused(self, student: nn.Module) -> None:
-        # a parameter that no loss reaches would make a data-parallel engine wait for its gradient for ever
+        # a data-parallel engine would wait for ever for the gradient of a parameter that no loss uses
         losses = set(self.weights)
         tower = student.momo
         unused = {

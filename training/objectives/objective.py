@@ -1,7 +1,8 @@
-"""What the engine knows of a family: losses to minimise, something to do around the step, and state to keep.
+"""The interface between engine and family: losses to minimise, hooks around the step, and state to save.
 
-A step takes one batch of each *portion*: of most families one portion of pairs, of others texts and pairs, say. Each
-portion is taken in the order targets, represent, compare, weigh; its gradients add up, and the optimiser steps once.
+A step takes one batch of each *portion*: most families have one portion, pairs; others have, for example, texts and
+pairs. Each portion is processed in the order targets, represent, compare, weigh; gradients are accumulated, and the
+optimiser steps once.
 """
 
 from abc import ABC, abstractmethod
@@ -26,19 +27,20 @@ OBJECTIVES = {
     "oner": ("oner.training.objectives.oner", "OneRObjective", "OneRObjectiveArguments"),
     "simla": ("oner.training.objectives.simla", "SimlaObjective", "SimlaObjectiveArguments"),
 }
-# tensors by name: what a collator makes of rows, and whatever else goes by name between the passes of a step
+# tensors by name: the output of a collator, and whatever else is passed by name between the parts of a step
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass
 class Targets:
     """
-    What a batch is held against, made before the student's pass and without gradient.
+    The targets of a batch, computed before the student's pass and without gradient.
 
     Attributes:
-        rows: By name, (B, ...): what rows of the whole batch are compared with, such as a teacher's keys, and ids.
-            Those of a batch in chunks are laid end to end.
-        own: By name, (B, ...): what only these rows read, such as a teacher's states; it stays with its chunk.
+        rows: By name, (B, ...): tensors that rows of the whole batch are compared with, such as a teacher's keys, and
+            ids. For a batch in chunks, they are concatenated.
+        own: By name, (B, ...): tensors that only these rows need, such as a teacher's states; they stay with their
+            chunk.
     """
 
     rows: Batch = field(default_factory=dict)
@@ -48,14 +50,15 @@ class Targets:
 @dataclass
 class Representations:
     """
-    What a pass of the student gives for some rows of a batch.
+    The output of a student pass for some rows of a batch.
 
     Attributes:
-        rows: By name, (B, ...) each with gradient: what the loss compares with other rows, of the batch or of other
-            processes. Those of a batch in chunks are laid end to end.
-        common: By name, what every chunk gives alike, for it belongs to the model and to no row: a temperature.
-        parts: By name, 0-dim with gradient: what each row pays by itself, summed over these rows and divided by the
-            count of the whole batch, so that the sum over its chunks, and the mean over processes, is the whole's.
+        rows: By name, (B, ...) each with gradient: tensors that the loss compares with other rows, of the batch or of
+            other processes. For a batch in chunks, they are concatenated.
+        common: By name, values that are the same for every chunk because they belong to the model: a temperature.
+        parts: By name, 0-dim with gradient: losses that each row contributes by itself, summed over these rows and
+            divided by the count of the whole batch, so that the sum over chunks and the mean over processes is the
+            value for the whole batch.
     """
 
     rows: Batch = field(default_factory=dict)
@@ -66,11 +69,11 @@ class Representations:
 @dataclass
 class Comparison:
     """
-    What comparing a whole batch gives.
+    The result of comparing a whole batch.
 
     Attributes:
-        parts: By name, 0-dim: the parts of the loss that see the whole batch.
-        kept: By name, what `after_step` takes along, such as the newest keys of a queue; without gradient.
+        parts: By name, 0-dim: the parts of the loss that need the whole batch.
+        kept: By name, tensors for `after_step`, such as the newest keys of a queue; without gradient.
     """
 
     parts: Batch = field(default_factory=dict)
@@ -78,7 +81,7 @@ class Comparison:
 
 
 class Taken(NamedTuple):
-    """A batch taken: its loss with gradient, the parts to log (0-dim, detached), and what `after_step` takes along."""
+    """Result for a batch: its loss with gradient, the parts to log (0-dim, detached), and tensors for `after_step`."""
 
     loss: torch.Tensor
     parts: Batch
@@ -87,19 +90,19 @@ class Taken(NamedTuple):
 
 class Portion(ABC):
     """
-    The losses of one kind of batch. The mean of the processes' losses is the loss of the global batch. `take` takes a
-    batch in one pass; `gradient_cache` takes it in chunks, by the very methods that `take` is made of.
+    The losses of one kind of batch. The mean of the processes' losses is the loss of the global batch. `take`
+    processes a batch in one pass; `gradient_cache` processes it in chunks, with the same methods that `take` calls.
     """
 
     def take(self, student: nn.Module, batch: Batch, progress: float) -> Taken:
         """One pass over a batch. `student` may be wrapped by an engine."""
-        # what the batch is held against comes first: the student may need it in the middle of its pass
+        # targets come first: the student may need them in the middle of its pass
         targets = self.targets(student, batch, progress)  # rows (B, ...)
 
-        # older torch hands casts of weights that were made without gradient to the pass that needs one
+        # older torch reuses weight casts made without gradient in the pass that needs a gradient
         torch.clear_autocast_cache()
 
-        # the student's one pass, and what of it meets other rows
+        # one student pass, then the comparison with other rows
         online = self.represent(student, batch, targets, progress, mean_counts(self.count(batch)))  # rows (B, ...)
         compared = self.compare(online.rows, online.common, targets.rows, progress)
 
@@ -108,15 +111,15 @@ class Portion(ABC):
         return Taken(self.weigh(parts), {name: part.detach() for name, part in parts.items()}, compared.kept)
 
     def split(self, batch: Batch, chunks: int) -> list[Batch]:
-        """A batch on the CPU in `chunks` of consecutive rows, as even as can be."""
+        """Splits a batch on the CPU into `chunks` of consecutive rows, as even as possible."""
         return split_pairs(batch, chunks)
 
     def count(self, batch: Batch) -> Batch:
-        """How many things each of `Representations.parts` is a mean of, 0-dim on the batch's device."""
+        """The number of terms that each of `Representations.parts` averages, 0-dim on the batch's device."""
         return {}
 
     def targets(self, student: nn.Module, batch: Batch, progress: float) -> Targets:
-        """What this batch is held against, of these rows only, without gradient. A teacher speaks here, first."""
+        """The targets of these rows, without gradient. Called first; a teacher runs here."""
         return Targets()
 
     @abstractmethod
@@ -124,24 +127,24 @@ class Portion(ABC):
         self, student: nn.Module, batch: Batch, targets: Targets, progress: float, counts: Batch | None = None
     ) -> Representations:
         """
-        One pass of the student. `counts` holds means over processes of `count` of the whole batch. Without it only
-        `rows` and `common` are asked for, and must come out as they do with it: a batch in chunks is represented
-        twice, with torch's generators set back in between, and nothing else may draw.
+        One student pass. `counts` are the means over processes of `count` for the whole batch. Without it only
+        `rows` and `common` are needed, and must be the same as with it: a batch in chunks is represented
+        twice, with torch's generators reset in between, and no other randomness is allowed.
         """
 
     def compare(self, rows: Batch, common: Batch, targets: Batch, progress: float) -> Comparison:
-        """The parts of the loss that see the whole batch; processes gather here, with or without gradient."""
-        # of most fine-tuning tasks: no row meets another
+        """The parts of the loss that need the whole batch; processes gather here, with or without gradient."""
+        # for most fine-tuning tasks, rows are independent
         return Comparison()
 
     @abstractmethod
     def weigh(self, parts: Batch) -> torch.Tensor:
-        """The loss, a weighted sum of whichever parts are given."""
+        """The loss: a weighted sum of the given parts."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """How much of an example batch is masked: tokens and patches, as shares; the share of patches kept; its seed."""
+    """Masking of an example batch: shares of masked tokens and patches, share of patches kept, and seed."""
 
     mlm_probability: float = 0.15
     mim_ratio: float = 0.3
@@ -151,11 +154,11 @@ class Example:
 
 class Objective(ABC):
     """
-    Student, teachers and losses of one family. It owns no trainable parameter and knows no engine.
+    Student, teachers and losses of one family. It has no trainable parameters and does not depend on the engine.
 
     Attributes:
-        portions: By name, in the order in which a step takes them. No two name a part, or what they keep, alike.
-        teacher: The only one of most families; what an objective has besides, it moves, saves and loads itself.
+        portions: By name, in the order of a step. Names of parts and of kept tensors are unique across portions.
+        teacher: The single teacher of most families; an objective updates, saves and loads any other state itself.
     """
 
     portions: Mapping[str, Portion]
@@ -163,31 +166,34 @@ class Objective(ABC):
 
     @classmethod
     def without_files(cls, arguments: Any) -> Any:
-        """The same arguments of an objective, less what it would read from disk: `example_batches` bring it along."""
+        """
+        The objective's arguments without files to read from disk, whose contents `example_batches` provide instead.
+        """
         return arguments
 
     @classmethod
     def example_batches(cls, config: PreTrainedConfig, lengths: Sequence[int], example: Example) -> dict[str, Batch]:
         """
-        A step's batches with random tokens and grey images, as the collators make them of texts of these lengths.
+        The batches of a step with random tokens and grey images, as the collators make them for texts of these
+        lengths.
 
         Raises:
-            ValueError: an objective that brings none, such as that of a fine-tuning task.
+            ValueError: the objective has none, such as that of a fine-tuning task.
         """
         raise ValueError(f"{cls.__name__} brings no example batches, so its step cannot be rehearsed")
 
     @classmethod
     def uninformed(cls, arguments: Any, batch_size: int, processes: int) -> dict[str, float]:
         """
-        What parts of the loss come to, in nats, where a model answers by frequencies alone and looks at nothing: by
-        name, those of which it can be said. `batch_size` is of all `processes`.
+        The values of parts of the loss, in nats, for a model that predicts frequencies without looking at its input:
+        by name, where this is known. `batch_size` is that of all `processes`.
         """
         return {}
 
     def __call__(self, student: nn.Module, batches: Batch | Mapping[str, Batch], progress: float) -> Taken:
         """
-        All of a step but the optimiser and `after_step`, for who has no engine: a batch of each portion by its name,
-        or the batch itself where there is one portion.
+        A whole step except the optimiser and `after_step`, for use without an engine: a batch for each portion by
+        name, or just the batch if there is one portion.
         """
         self.before_step()
         if len(self.portions) == 1 and not batches.keys() & self.portions.keys():
@@ -198,26 +204,27 @@ class Objective(ABC):
         return Taken(sum(one.loss for one in taken), parts, kept)
 
     def before_step(self) -> None:  # noqa: B027  most families have nothing to move
-        """Called once before the passes of a step, in one go or in chunks: what has to move before it is taken."""
+        """Called once before the passes of a step, whole or in chunks, for updates that must come before it."""
 
     def updates(self) -> Sequence["Objective"]:
         """
-        What takes a step of the optimiser each, one after the other, within a step of the run: by default all portions
-        together. Each has some of this one's portions, and moves before and after its own step.
+        Objectives that each take an optimiser step, one after the other, within a step of the run: by default all
+        portions together. Each has some of this one's portions, and its hooks are called before and after its own
+        step.
         """
         return (self,)
 
     def teachers(self) -> Iterable[EMATeacher]:
-        """Teachers that follow the student: an engine that spreads the student over processes spreads them alike."""
+        """Teachers that follow the student: an engine that shards the student shards them in the same way."""
         return () if self.teacher is None else (self.teacher,)
 
     def after_step(self, applied: torch.Tensor | None = None, kept: Batch | None = None) -> None:  # noqa: B027
         """
-        Called once after each step of the optimiser: teachers and queues move here.
+        Called once after each optimiser step: teachers and queues are updated here.
 
         Args:
-            applied (0-dim): 1 where the update was applied and 0 where it was not, for it held NaN or infinity: then
-                nothing may move. It lies on the device, so that asking it makes no accelerator wait. None: applied.
+            applied (0-dim): 1 if the update was applied, 0 if it was skipped because of NaN or infinity: then
+                nothing may change. It stays on the device, to avoid a synchronisation. None: applied.
             kept: `Comparison.kept` of all portions.
         """
 
@@ -227,7 +234,7 @@ class Objective(ABC):
         return self
 
     def state_dict(self) -> Batch:
-        """What a checkpoint holds besides the student, by name."""
+        """The state that a checkpoint saves besides the student, by name."""
         return {} if self.teacher is None else {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
 
     def load_state_dict(self, state: Batch) -> None:
@@ -236,8 +243,8 @@ class Objective(ABC):
 
     def begin_with(self, state: Batch) -> list[str]:
         """
-        Takes what it has a place for of another run's state, before an engine has it. What of its own that state lacks
-        stays as it is. Returns the names taken; raises `RuntimeError` for other shapes, by name.
+        Loads matching entries of another run's state, before an engine wraps the objective. Entries that this state
+        lacks keep their values. Returns the loaded names; raises `RuntimeError` with names for different shapes.
         """
         if self.teacher is None:
             return []
@@ -258,29 +265,29 @@ class SinglePortion(Objective, Portion):
 
 
 def under(prefix: str, state: Batch) -> Batch:
-    """The entries of a state whose names begin with `prefix`, without it."""
+    """The entries of a state whose names start with `prefix`, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def objective_classes(family: str) -> tuple[type, type]:
-    """The objective of a family and its arguments' dataclass. Raises `ValueError` that lists the known families."""
+    """The objective class of a family and its arguments' dataclass. Raises `ValueError` with the known families."""
     if family not in OBJECTIVES:
         raise ValueError(f"unknown family {family!r}; expected one of {', '.join(OBJECTIVES)}")
 
-    # imported only now: a family's objective may import much, and `--help` needs none
+    # imported only here: an objective may import much, and `--help` needs none of it
     module_name, objective, arguments = OBJECTIVES[family]
     module = import_module(module_name)
     return getattr(module, objective), getattr(module, arguments)
 
 
 def check_choices(arguments: Any) -> None:
-    """Raises `ValueError` for a field of a dataclass that is none of the values that its `Literal` lists."""
+    """Raises `ValueError` for a dataclass field with a value that is not in its `Literal`."""
     for name, hint in get_type_hints(type(arguments)).items():
-        # a dataclass does not check what its type hints say
+        # dataclasses do not check type hints
         if get_origin(hint) is Literal and getattr(arguments, name) not in get_args(hint):
             raise ValueError(f"{name} is {getattr(arguments, name)!r}; expected one of {list(get_args(hint))}")
 
 
 def build_objective(family: str, student: nn.Module, arguments: Any) -> Objective:
-    """The objective over an unwrapped student with its weights in place."""
+    """Builds the objective for an unwrapped student whose weights are loaded."""
     return objective_classes(family)[0](student, arguments)

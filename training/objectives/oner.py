@@ -7,8 +7,8 @@ With q the online network (projector, predictor), k the EMA teacher (projector),
     CIC = [NCE(q(c), k(mix)) + NCE(q(mix), k(c))] / 2                    equation 3, c = (F(I|T) + F(T|I)) / 2
     CMC = [NCE(q(I,T), k(mix)) + NCE(q(mix), k(I,T))] / 2                equation 4
 
-Texts without pictures have losses of their own, in `oner_texts` (Table 4). Streams that predict no patch may read some
-of them only (`image_keep`; Li et al., FLIP, 2023, section 3).
+Texts without images have their own losses, in `oner_texts` (Table 4). Streams that predict no patches may read only
+some of them (`image_keep`; Li et al., FLIP, 2023, section 3).
 """
 
 import math
@@ -36,21 +36,21 @@ from .teacher import EMATeacher
 
 logger = logging.get_logger(__name__)
 
-# ctr(A, B): which online representation meets which of the teacher's
+# ctr(A, B): which online representation is contrasted with which teacher representation
 CONTRASTS = {
     "itc": (("image", "text"), ("text", "image")),
     "xmc": (("mix", "mix"),),
     "cic": (("context", "mix"), ("mix", "context")),
     "cmc": (("image_text", "mix"), ("mix", "image_text")),
 }
-# the streams in which a masked loss finds its targets
+# the streams in which a masked loss is computed
 READS = {"mlm": ("text", "image_text"), "mim": ("image", "image_text")}
 LOSSES = (*CONTRASTS, *READS, *TEXT_LOSSES)
 
 
 @dataclass
 class OneRObjectiveArguments(MatryoshkaArguments):
-    """What the paper's section "One Representation" and appendix C leave to choose."""
+    """Choices that the paper's section "One Representation" and appendix C leave open."""
 
     BOUNDS: ClassVar[dict[str, str]] = {
         "loss_weights": "[0, inf)",
@@ -63,50 +63,50 @@ class OneRObjectiveArguments(MatryoshkaArguments):
         default_factory=lambda: ["itc", "cmc", "mlm", "mim"],
         metadata={
             "help": "Any subset of itc, xmc, cic, cmc, mlm, mim (Tables 1, 6 and 7); text_mlm and text_nce read a "
-            "portion `texts` of unpaired texts beside `pairs` (Table 4)."
+            "portion `texts` of unpaired texts in addition to `pairs` (Table 4)."
         },
     )
     loss_weights: dict | str | None = field(
-        default=None, metadata={"help": "Weight of each loss by name; 1 where not given (the paper names none)."}
+        default=None, metadata={"help": "Weight of each loss by name; default 1 (the paper gives none)."}
     )
     ema_momentum: float = field(default=0.996, metadata={"help": "Constant momentum of the teacher (appendix C)."})
     teacher: bool = field(
-        default=True, metadata={"help": "Keys from the EMA teacher; false: from the student itself, without gradient."}
+        default=True,
+        metadata={"help": "Keys from the EMA teacher; false: from the student, without gradient."},
     )
     match_ids: bool = field(
-        default=False, metadata={"help": "Rows of one concept id are positives of each other, not only the own pair."}
+        default=False,
+        metadata={"help": "Rows with the same id are positives of each other, not only the pair."},
     )
     scale_by_temperature: bool = field(
-        default=False, metadata={"help": "MoCo-v3's factor 2T on InfoNCE; not in the paper's equations."}
+        default=False, metadata={"help": "Multiply InfoNCE by 2T as MoCo-v3 does; not in the paper's equations."}
     )
     gather_gradient: bool = field(
         default=False,
-        metadata={
-            "help": "Keys of all processes with gradient, as CLIP has them: the student's own, so teacher is false."
-        },
+        metadata={"help": "Gather keys from all processes with gradient, as in CLIP; needs teacher: false."},
     )
     contrast_masked: bool = field(
         default=True,
-        metadata={"help": "Contrast the masked inputs in the same pass (appendix C) or clean ones in a pass beside."},
+        metadata={"help": "Contrast masked inputs in the same pass (appendix C); false: clean ones in extra streams."},
     )
     masked_streams: list[str] = field(
         default_factory=lambda: ["image", "text", "image_text"],
         metadata={"help": "Streams with masked modelling (Fig. 5: all three)."},
     )
-    norm_pixels: bool = field(default=True, metadata={"help": "MIM targets normalised by patch, as public MAE."})
+    norm_pixels: bool = field(default=True, metadata={"help": "Normalise MIM targets by patch, as public MAE."})
     image_keep: float = field(
         default=1.0,
         metadata={
-            "help": "Share of each picture's patches, drawn anew each time, that the streams read (FLIP); those with "
+            "help": "Share of each image's patches, drawn anew each time, that the streams read (FLIP); streams with "
             "masked patches read all."
         },
     )
     image_keep_until: float = field(
-        default=1.0, metadata={"help": "Share of the run after which all patches are read; FLIP ends so."}
+        default=1.0, metadata={"help": "Share of the run after which all patches are read, as FLIP does at the end."}
     )
     keep_in_keys: bool = field(
         default=False,
-        metadata={"help": "The teacher's keys come of the kept patches too; else of whole pictures, as in a search."},
+        metadata={"help": "Teacher keys from the kept patches too; false: from whole images, as in search."},
     )
 
     @property
@@ -117,12 +117,12 @@ class OneRObjectiveArguments(MatryoshkaArguments):
 
 class OneRObjective(SinglePortion):
     """
-    Pairs are a portion, and texts without pictures another where a loss reads them. A learnable scale is held at its
-    bound around a step, and `after_step` moves the teacher.
+    One portion of pairs, and one of texts without images if a loss uses them. A learnable scale is clamped to its
+    bound around a step, and `after_step` updates the teacher.
 
     Args:
-        student (`OneRForPreTraining`): Unwrapped, with its weights in place; the teacher starts as its copy.
-        arguments (`OneRObjectiveArguments`): Losses and their readings.
+        student (`OneRForPreTraining`): Unwrapped, with weights loaded; the teacher starts as its copy.
+        arguments (`OneRObjectiveArguments`): Losses and their options.
 
     Raises:
         ValueError: an unknown loss or stream, none at all, one twice, or a loss that the model's heads or the masked
@@ -135,7 +135,7 @@ class OneRObjective(SinglePortion):
         self.config = student.config
         self.student = student
 
-        # the losses: known ones, each once, that this model's heads serve
+        # check the losses: known, each once, and supported by this model's heads
         unknown = [name for name in arguments.losses if name not in LOSSES]
         if unknown or not arguments.losses:
             raise ValueError(f"losses are {arguments.losses}; expected a non-empty subset of {list(LOSSES)}")
@@ -161,7 +161,7 @@ class OneRObjective(SinglePortion):
                 f"losses without mim, or contrast_masked: false, which gives it streams of its own"
             )
 
-        # the representations that the contrasts ask of the student, and of whoever makes the keys
+        # the representations that the contrasts need from the student, and from the model that computes keys
         pairs = [pair for name in self.contrasts for pair in CONTRASTS[name]]
         self.queries = tuple(sorted({query for query, _ in pairs}))
         self.keys = tuple(sorted({key for _, key in pairs}))
@@ -172,11 +172,11 @@ class OneRObjective(SinglePortion):
                 "to mean."
             )
 
-        # contrasts of embeddings that are cut, each a part of the loss by itself
+        # contrastive losses on truncated embeddings, each a separate part of the loss
         self.widths = NestedWidths(arguments, self.config.projection_dim, self.weights, (*CONTRASTS, "text_nce"))
         self.weights = self.widths.weights
 
-        # the teacher copies the student without the parts that make no keys
+        # the teacher copies the student without the parts that keys do not need
         self._freeze_unused(student)
         self.teacher = None
         if arguments.teacher and (self.contrasts or "text_nce" in self.weights):
@@ -205,9 +205,9 @@ class OneRObjective(SinglePortion):
                 raise ValueError(f"{name} needs one of {list(streams)}, but masked_streams are {streams_asked}")
 
     def _freeze_unused(self, student: nn.Module) -> None:
-        # a parameter that no loss reaches would make a data-parallel engine wait for its gradient for ever
+        # a data-parallel engine would wait for ever for the gradient of a parameter that no loss uses
 
-        # without contrast, what leads to its embeddings
+        # without contrast, the heads for its embeddings
         if not self.contrasts and "text_nce" not in self.weights:
             for head in (
                 student.predictor,
@@ -222,14 +222,14 @@ class OneRObjective(SinglePortion):
             if self._masked_streams() == ("text",):
                 student.oner.embeddings.stem.requires_grad_(False)
 
-        # without masked tokens, the head, less the matrix that also embeds tokens
+        # without masked tokens, the head except for the matrix tied to the embeddings
         if not self.weights.keys() & {"mlm", "text_mlm"}:
             token_embeddings = student.oner.embeddings.word_embeddings.weight
             for parameter in student.lm_head.parameters():
                 if parameter is not token_embeddings:
                     parameter.requires_grad_(False)
 
-        # without masked patches, their head and the embedding that stands in for them
+        # without masked patches, their head and the mask token
         if "mim" not in self.weights:
             student.pixel_head.requires_grad_(False)
             student.oner.embeddings.patch_mask_token.requires_grad_(False)
@@ -245,7 +245,7 @@ class OneRObjective(SinglePortion):
 
     @classmethod
     def uninformed(cls, arguments: OneRObjectiveArguments, batch_size: int, processes: int) -> dict[str, float]:
-        """Contrasts at the logarithm of their keys, which are all processes'; not where they are scaled."""
+        """Contrastive losses: the logarithm of the number of keys of all processes; not if they are scaled."""
         if arguments.scale_by_temperature:
             return {}
         return {name: math.log(batch_size) for name in CONTRASTS}
@@ -274,7 +274,7 @@ class OneRObjective(SinglePortion):
             checked=bool(targets.rows.keys() - {"ids"}),  # by whoever made the keys, who read the same
         )
 
-        # queries, with keys of the student itself where those carry gradient
+        # queries, and keys by the student itself if they carry gradient
         rows = dict(online.embeddings)  # (B, P) each
         if self.arguments.gather_gradient and self.contrasts:
             options = {"representations": self.keys, "masked_streams": (), "predict": False}
@@ -311,7 +311,7 @@ class OneRObjective(SinglePortion):
         return parts
 
     def _kept(self, batch: Batch, keys: bool = False) -> Batch:
-        """The patches to read where not all are, for queries or for keys."""
+        """The patches to read if not all, for queries or for keys."""
         if self.arguments.image_keep == 1 or (keys and not self.arguments.keep_in_keys):
             return {}
         if "kept_patches" not in batch:
@@ -322,7 +322,7 @@ class OneRObjective(SinglePortion):
         return {"kept_patches": batch["kept_patches"]}  # (B, K)
 
     def _masked_streams(self) -> tuple[str, ...]:
-        """Only streams that a masked loss reads are worth their pass."""
+        """The streams that a masked loss needs; others are skipped."""
         reads = {stream for name, streams in READS.items() if name in self.weights for stream in streams}
         return tuple(name for name in self.arguments.masked_streams if name in reads)
 
@@ -375,7 +375,7 @@ class OneRObjective(SinglePortion):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        # in place, as CLIP does: clamped in the loss it would get no gradient and never come down
+        # in place, as CLIP does: clamped in the loss it would get no gradient and never decrease
         if self.config.learnable_temperature:
             own_part(self.student.logit_scale).clamp_(max=MAX_LOGIT_SCALE)
 

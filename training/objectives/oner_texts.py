@@ -1,9 +1,9 @@
-"""Texts without pictures, beside OneR's pairs: more of one modality for both (Table 4).
+"""Losses on texts without images in addition to OneR's pairs (Table 4).
 
-The paper does not say what it trains on them. Here, by name:
+The paper does not say which losses it uses on them. Here, by name:
 
     text_mlm  masked tokens of the text stream, as in a pair
-    text_nce  NCE(q(T masked), k(T)): the teacher's key of the clean text, which the framework gives for nothing
+    text_nce  NCE(q(T masked), k(T)): contrast with the teacher's key of the clean text
 """
 
 import torch
@@ -26,8 +26,8 @@ class UnpairedTexts(Portion):
 
     Args:
         widths: Of contrasts, with the weights of all losses of the run.
-        temperature: Of the cosines, where the student does not learn it.
-        teacher: Makes the keys; the student itself does if None.
+        temperature: Temperature of the cosines, if the student does not learn it.
+        teacher: Computes the keys; if None, the student does.
     """
 
     def __init__(self, widths: NestedWidths, temperature: float, teacher: EMATeacher | None):
@@ -56,7 +56,7 @@ class UnpairedTexts(Portion):
         if counts is None and "text_nce" not in self.weights:
             return Representations()
 
-        # one stream, masked, whatever is read off it
+        # one masked stream for both losses
         words = "text_mlm" in self.weights
         online = student(
             **_text(batch),
