@@ -1,8 +1,8 @@
-"""Zero-shot localisation: which patches of a picture lie near a text (Figures 1, 3, 6-8, 10 and 11 of the OneR paper).
+"""Zero-shot localisation: which patches of an image are close to a text (Figures 1, 3, 6-8, 10, 11 of OneR's paper).
 
-The cosines are `vl_localization`'s, here for any model with states of pictures and texts.
+The cosines are those of `vl_localization`, here for any model with states of images and texts.
 
-Shapes: B pictures, N = h*w patches (row-major), L positions ([CLS] first), D width.
+Shapes: B images, N = h*w patches (row-major), L positions ([CLS] first), D width.
 """
 
 import warnings
@@ -38,13 +38,13 @@ def similarity_maps(
     batch_size: int = 64,
     image_size: int | None = None,
 ) -> Tensor:
-    """Raw cosines (B, h, w), on the CPU, of the patches of picture i with text i; a single str serves all pictures.
+    """Raw cosines (B, h, w), on the CPU, of the patches of image i with text i; a single str is used for all images.
 
-    Another `image_size` than the processor's gives a finer or coarser grid, with interpolated positions. Above the
-    model's own it looks better and points worse, since nothing was trained at it; a warning says so.
+    An `image_size` other than the processor's gives a finer or coarser grid, with interpolated positions. Above the
+    model's own it looks better but localises worse, because nothing was trained at it; a warning says so.
 
     Raises:
-        ValueError: numbers of pictures and texts differ, or a text has no tokens.
+        ValueError: the numbers of images and texts differ, or a text has no tokens.
     """
     texts = [texts] * len(images) if isinstance(texts, str) else list(texts)
     if len(images) != len(texts) or not texts:
@@ -60,14 +60,14 @@ def similarity_maps(
     maps = []
     with evaluating(model):
         for start in range(0, len(texts), batch_size):
-            # pictures and texts of the batch, in tensors of their own
+            # images and texts of the batch, in separate tensors
             chosen = slice(start, start + batch_size)
             pixels = on_device(processor(images=list(images[chosen]), return_tensors="pt", **options), model)
             pixels = pixels["pixel_values"]  # (b, 3, H, W)
             text = on_device(processor(text=texts[chosen], return_tensors="pt", padding=True, truncation=True), model)
             h, w = patch_grid(pixels, model)
 
-            # final states of two passes, that of pictures without [CLS]
+            # final states of two passes, those of images without [CLS]
             outputs = model.get_image_features(pixel_values=pixels, **interpolated)
             patches = outputs.last_hidden_state[:, 1:]  # (b, N, D)
             states = model.get_text_features(
@@ -83,8 +83,8 @@ def _resized(image_size: int | None) -> dict[str, Any]:
 
 
 def pointing(maps: Tensor, asked: Sequence[int]) -> tuple[float, float]:
-    """Share of maps (B, h, w) whose highest patch lies in the quarter asked for, and the mean of the map inside
-    that quarter less its mean over the whole picture."""
+    """Share of maps (B, h, w) whose highest patch lies in the requested quarter, and the mean of the map inside
+    that quarter minus its mean over the whole image."""
     height, width = maps.shape[1:]
     hits = 0
     lifts = 0.0
@@ -105,17 +105,17 @@ def localization_sheet(
     image_size: int | None = None,
     note: str = "",
 ) -> Any:
-    """A Figure with one row for each picture: the picture, then its map for each of its texts; `note` ends the title.
+    """A figure with one row per image: the image, then its map for each of its texts; `note` ends the title.
 
-    The range of raw cosines stands under each map, since the colours are min-maxed map by map.
+    The range of raw cosines is shown under each map, because colours are min-max scaled per map.
     """
-    # every picture with each of its texts
+    # every image with each of its texts
     seen = pictures_as_seen(images, processor, **_resized(image_size))
     pairs = [(i, text) for i, asked in enumerate(texts) for text in asked]
     asked = [images[i] for i, _ in pairs]
     maps = similarity_maps(model, processor, asked, [text for _, text in pairs], image_size=image_size)
 
-    # a line of panels a picture
+    # one line of panels per image
     rows = [[Panel(picture, above="picture")] for picture in seen]
     for (i, text), heat in zip(pairs, maps, strict=True):
         rows[i].append(Panel(seen[i], heat, wrapped(text), f"cosine {heat.min():.2f} to {heat.max():.2f}"))
@@ -128,15 +128,16 @@ def localization_sheet(
 
 
 class LocalizationEvaluator:
-    """How often the map of a caption peaks on its picture among four (chance 25 %), and sheets of maps.
+    """How often the map of a caption has its maximum on the caption's image among four (chance 25 %), and sheets of
+    maps.
 
-    The scenes of four are this project's measure; the paper judges its maps by eye.
+    Scenes of four images are this project's measure; the paper shows its maps without a measure.
 
     Args:
         rows: `{"image", "captions", "id"}`.
-        queries: (picture, texts to ask of it) for a sheet of the caller's choice, else pictures of `rows` with their
-            own caption and two foreign ones.
-        scenes: how many pictures of four are scored.
+        queries: (image, texts) for a sheet of the caller's choice, else images of `rows` with their
+            own caption and two of other images.
+        scenes: number of four-image scenes to score.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class LocalizationEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """The evaluation protocol, for the results file."""
         return {
             "task": "pointing at one of four pictures by its caption: does the highest patch lie on it",
             "map": "cosine of final patch states with the mean of the final word states of a text-only pass",
@@ -168,7 +169,7 @@ class LocalizationEvaluator:
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
         """Yields the pointing accuracy, its chance level, the mean lift in cosine, and two sheets."""
-        # the caption of one quarter, asked of the whole scene
+        # the caption of one quarter, for the whole scene
         scenes = draw_scenes(self.rows, self.scenes, self.seed)
         asked = [scene.asked for scene in scenes]
         texts = [scene.words[scene.asked] for scene in scenes]
@@ -177,7 +178,7 @@ class LocalizationEvaluator:
         yield f"{self.name}/pointing_chance", 0.25
         yield f"{self.name}/cosine_lift", lift
 
-        # pictures with several texts
+        # images with several texts
         images, asked_of = images_and_texts(self.queries, self.rows, self.shown, self.seed)
         note = "First map: its own caption; the others: of other pictures" if self.queries is None else ""
         yield f"{self.name}/sheet", localization_sheet(model, processor, images, asked_of, note=note)

@@ -1,7 +1,7 @@
-"""Retrieval: pictures ask captions (TR), captions ask pictures (IR), picture + caption ask pictures (OneR, Fig 1).
+"""Retrieval: images query captions (TR), captions query images (IR), image + caption query images (OneR, Fig 1).
 
-Shapes: n pictures, m captions, P width of the projection. Scores are cosines; all values are in [0, 1] but ranks
-(from 1) and the gap. Positives are rows of the same concept id; a row without id is a concept of its own, which is the
+Shapes: n images, m captions, P width of the projection. Scores are cosines; all values are in [0, 1] except ranks
+(from 1) and the gap. Positives are rows with the same concept id; a row without id is a separate concept, which is the
 protocol of COCO and Flickr (ALBEF, CLIP_benchmark).
 """
 
@@ -49,10 +49,10 @@ def ask(
 def caption_table(
     rows: Sequence[Row], captions: Literal["all", "first"], clean: Callable[[str], str] | None = None
 ) -> tuple[list[str], list[int]]:
-    """The captions of rows, rewritten by `clean`, and the row of each.
+    """The captions of rows, rewritten by `clean`, and the row index of each.
 
-    A caption that an earlier row of the same concept has brought already is left out: several drawings of one concept
-    share their captions, and a gallery full of copies would measure nothing. Within a row nothing is left out.
+    A caption that an earlier row of the same concept already has is omitted: several drawings of one concept
+    share their captions, and a gallery full of copies would measure nothing. Within a row nothing is omitted.
 
     Raises:
         ValueError: a row without captions.
@@ -61,13 +61,13 @@ def caption_table(
     owners = []
     seen = set()
     for number, (row, concept) in enumerate(zip(rows, row_ids(rows), strict=True)):
-        # the row's captions as they are asked
+        # the row's captions as used in queries
         own = list(row["captions"])[: 1 if captions == "first" else None]
         own = own if clean is None else [clean(text) for text in own]
         if not own:
             raise ValueError(f"row {number} has no captions")
 
-        # those that no earlier row of the concept has
+        # keep those that no earlier row of the concept has
         new = [text for text in own if (concept, text) not in seen]
         seen.update((concept, text) for text in own)
         texts += new
@@ -76,15 +76,15 @@ def caption_table(
 
 
 class RetrievalEvaluator:
-    """Text and image retrieval over `rows`, every row a picture with one or more captions; rows that show the same
-    picture of a concept are one, with the captions of all.
+    """Text and image retrieval over `rows`, each an image with one or more captions; rows with the same
+    image and concept are merged, with the captions of all.
 
-    TR: each picture ranks all captions; right is any caption of its concept. IR: each caption ranks all pictures;
-    right is any picture of its concept. `captions`: "all" of a row's captions are texts, or only the "first".
-    `clean_caption` rewrites them first, as they were in training.
+    TR: each image ranks all captions; any caption of its concept is right. IR: each caption ranks all images;
+    any image of its concept is right. `captions`: use "all" captions of a row, or only the "first".
+    `clean_caption` rewrites them first, as in training.
 
     Yields name/tr_r@k, name/ir_r@k, their chance (name/tr_chance@k ...), the median ranks, name/r_mean (mean over both
-    directions and all k, ALBEF's r_mean) and name/gap, the distance between the centroids of pictures and captions.
+    directions and all k, ALBEF's r_mean) and name/gap, the distance between the centroids of images and captions.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class RetrievalEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """The evaluation protocol, for the results file."""
         return {
             "task": "image-text retrieval, dot products of normalised embeddings, no re-ranking",
             "captions": self.captions,
@@ -134,17 +134,17 @@ class RetrievalEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
-        """Embed both sides and yield (name, value)."""
+        """Embed both modalities and yield (name, value)."""
         yield from self.numbers(*self.embed(model, processor))
 
     def embed(self, model: Any, processor: Any) -> tuple[Tensor, Tensor]:
-        """The pictures (n, P) and the captions (m, P), normalised."""
+        """Embeddings of the images (n, P) and the captions (m, P), normalised."""
         images = embed_images(model, processor, Column(self.rows, "image"), self.batch_size, self.progress)
         return images, embed_texts(model, processor, self.texts, 4 * self.batch_size, self.progress)
 
     def numbers(self, images: Tensor, captions: Tensor) -> Iterator[tuple[str, float]]:
         """The scores of embeddings (n, P) and (m, P), as (name, value)."""
-        # pictures ask captions, captions ask pictures
+        # image queries against captions, caption queries against images
         directions = {
             "tr": ask(images, captions, self.image_ids, self.text_ids, self.ks, chunk_size=self.chunk_size),
             "ir": ask(captions, images, self.text_ids, self.image_ids, self.ks, chunk_size=self.chunk_size),
@@ -155,19 +155,19 @@ class RetrievalEvaluator:
                 yield f"{self.name}/{direction}_chance@{k}", values[f"chance@{k}"]
             yield f"{self.name}/{direction}_median_rank", values["median_rank"]
 
-        # one number for both directions, and how far the two clouds lie apart
+        # one number for both directions, and the modality gap
         recalls = [values[f"recall@{k}"] for values in directions.values() for k in self.ks]
         yield f"{self.name}/r_mean", sum(recalls) / len(recalls)
         yield f"{self.name}/gap", centroid_distance(images, captions)
 
 
 class MultimodalRetrievalEvaluator:
-    """Does picture + caption find its concept's other pictures better than the picture or the caption alone?
+    """Does image + caption retrieve other images of its concept better than the image or the caption alone?
 
-    Queries are `query_rows` three ways: f(I, T) with picture and caption as one sequence, f(I), and f(T). With
-    `captions="first"` a row asks once, with `"all"` once with each of its captions. The gallery is the pictures of
-    `gallery_rows` (default: the same rows), f(I) or with `gallery="both"` f(I, T). The query's own picture is
-    excluded, right is any other picture of its concept. Queries whose concept has no other picture are left out.
+    Queries are `query_rows` in three forms: f(I, T) with image and caption as one sequence, f(I), and f(T). With
+    `captions="first"` a row gives one query, with `"all"` one per caption. The gallery is the images of
+    `gallery_rows` (default: the same rows), f(I) or with `gallery="both"` f(I, T). The query's own image is
+    excluded; any other image of its concept is right. Queries whose concept has no other image are left out.
 
     Yields name/multimodal_both_r@k, ..._image_r@k, ..._text_r@k, ..._chance@k, the median ranks, and ..._queries.
     """
@@ -198,7 +198,7 @@ class MultimodalRetrievalEvaluator:
         self.progress = progress
         self.captions = captions
 
-        # the pictures that the gallery has of each concept; a key says which are the same picture
+        # the gallery's images of each concept; equal keys mean the same image
         query_keys = [picture_key(row["image"]) for row in self.query_rows]
         gallery_keys = [picture_key(row["image"]) for row in self.gallery_rows]
         pictures: dict[Any, set[str]] = {}
@@ -207,7 +207,7 @@ class MultimodalRetrievalEvaluator:
         for concept, key in zip(gallery_concepts, gallery_keys, strict=True):
             pictures.setdefault(concept, set()).add(key)
 
-        # rows with something to find
+        # rows that have something to retrieve
         self.asked = [
             number
             for number, (concept, key) in enumerate(zip(concepts, query_keys, strict=True))
@@ -219,7 +219,7 @@ class MultimodalRetrievalEvaluator:
                 f"{len(self.gallery_rows)} gallery rows: rows of one concept must share an id"
             )
 
-        # a query is a picture, by its place in `asked`, and one of its captions
+        # a query is an image, by its index in `asked`, and one of its captions
         of_rows = [self.query_rows[number]["captions"] for number in self.asked]
         of_rows = [texts[:1] if captions == "first" else texts for texts in of_rows]
         self.texts = [text for texts in of_rows for text in texts]
@@ -232,7 +232,7 @@ class MultimodalRetrievalEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """The evaluation protocol, for the results file."""
         return {
             "task": "pictures of the same concept from picture + caption, picture alone, caption alone",
             "queries": len(self.texts),
@@ -245,7 +245,7 @@ class MultimodalRetrievalEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
-        """Embed the gallery once and the queries three ways, and yield (name, value)."""
+        """Embed the gallery once and the queries in three forms, and yield (name, value)."""
         # the gallery, (G, P)
         options = {"batch_size": self.batch_size, "progress": self.progress}
         if self.gallery == "image":
@@ -255,7 +255,7 @@ class MultimodalRetrievalEvaluator:
             gallery_texts = [row["captions"][0] for row in self.gallery_rows]
             gallery = embed_pairs(model, processor, all_pictures, gallery_texts, **options)
 
-        # the queries, (Q, P) each; a picture with several captions is embedded once for f(I)
+        # the queries, (Q, P) each; an image with several captions is embedded once for f(I)
         pictures = Column(self.query_rows, "image", self.asked)
         asking = Column(self.query_rows, "image", [self.asked[place] for place in self.pictures])
         queries = {

@@ -1,10 +1,10 @@
 """Zero-shot classification by prompts, and OneR's bootstrapped language guidance (Table 3).
 
-Shapes: n pictures, C classes, K candidates a picture, P width of the projection. Scores are cosines.
+Shapes: n images, C classes, K candidates per image, P width of the projection. Scores are cosines.
 
 Zero-shot (SLIP): the embedding of a class is the mean of its normalised prompt embeddings, normalised again.
-Guidance: the K = 10 classes nearest to f(I) are each concatenated to the picture, and the ten are put in order by
-s'_c = cos(f(I, t_c), f(t_c)); the other classes follow in their old order. No label is used on the way.
+Guidance: the K = 10 classes nearest to f(I) are each concatenated with the image, and the ten are ordered by
+s'_c = cos(f(I, t_c), f(t_c)); the other classes follow in their old order. No label is used.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ def class_embeddings(
     progress: bool = False,
 ) -> Tensor:
     """(C, P), L2-normalised: per class the mean over templates and synonyms of normalised prompt embeddings."""
-    # all prompts in one list, cut into classes again afterwards
+    # all prompts in one list, split by class again afterwards
     prompts = [fill(templates, name) for name in class_names]
     flat = [prompt for group in prompts for prompt in group]
     embeddings = embed_texts(model, processor, flat, batch_size, progress).split([len(group) for group in prompts])
@@ -39,7 +39,7 @@ def class_embeddings(
 
 
 def rerank(scores: Tensor, candidates: Tensor, guided: Tensor) -> Tensor:
-    """Put each row's candidates before all other classes, in the order of their guided scores.
+    """Puts each row's candidates before all other classes, in the order of their guided scores.
 
     Args:
         scores: (n, C) cosines.
@@ -49,31 +49,31 @@ def rerank(scores: Tensor, candidates: Tensor, guided: Tensor) -> Tensor:
     Returns:
         (n, C): guided scores shifted to lie above every other class; the others keep their scores.
     """
-    # the least guided score lands 1 above the highest of all others
+    # the lowest guided score becomes 1 higher than the highest of all others
     shift = scores.max() - guided.min() + 1
     return scores.scatter(1, candidates, guided.to(scores.dtype) + shift)
 
 
 class ZeroShotClassificationEvaluator:
-    """Top-k accuracy of pictures against prompts of class names; with `bootstrap`, of guided scores as well.
+    """Top-k accuracy of images against prompts of class names; with `bootstrap`, of guided scores as well.
 
     Args:
-        images: (n) pictures, or rows with an "image".
-        labels: (n) class numbers, indices into `class_names`.
-        class_names: a name or a list of synonyms a class (`prompts.load_class_names`).
+        images: (n) images, or rows with an "image".
+        labels: (n) class indices into `class_names`.
+        class_names: a name or a list of synonyms per class (`prompts.load_class_names`).
         templates: strings with one "{}", or the name of a shipped set (`prompts.load_templates`); SLIP's seven.
-        bootstrap: also re-rank the first `candidates` classes with f(I, t_c), `candidates` more passes a picture.
+        bootstrap: also re-rank the first `candidates` classes with f(I, t_c), with `candidates` more passes per image.
         guided_score: order the candidates by s' ("guided") or by s + s' ("sum").
-        guided_text: t_c is the class in `guided_template` ("prompt") or its bare name ("name"); of synonyms the first.
+        guided_text: t_c is the class in `guided_template` ("prompt") or its bare name ("name"); the first of synonyms.
         guided_target: s' compares with f(t_c) ("text") or with the class's ensemble embedding ("ensemble").
-        bootstrap_rows: guide only so many evenly spaced pictures; None guides all.
-        keep_aspect: take the middle square of a picture, as SLIP does, where the processor may squeeze it.
-        shown: pictures on the sheet of guidance, 0 for none.
+        bootstrap_rows: guide only this many evenly spaced images; None guides all.
+        keep_aspect: centre-crop images to a square, as SLIP does, instead of squeezing them.
+        shown: images on the contact sheet of guidance, 0 for none.
 
-    Yields name/zero_shot_top<k>, name/zero_shot_chance<k>; with `bootstrap` also name/bootstrap_top<k>, beside it
-    name/bootstrap_without_top<k> (the plain scores of the same pictures), name/bootstrap_gained and bootstrap_lost
-    (pictures that are right at first place only after, and only before), name/bootstrap_mcnemar_p (how often chance
-    alone would part them so far), and the sheet name/bootstrap_sheet.
+    Yields name/zero_shot_top<k>, name/zero_shot_chance<k>; with `bootstrap` also name/bootstrap_top<k>,
+    name/bootstrap_without_top<k> (plain scores of the same images), name/bootstrap_gained and bootstrap_lost
+    (images that are right at rank 1 only after, and only before guidance), name/bootstrap_mcnemar_p (the probability
+    that chance alone gives such a difference), and the contact sheet name/bootstrap_sheet.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ZeroShotClassificationEvaluator:
         if not 1 <= candidates:
             raise ValueError(f"candidates must be at least 1, got {candidates}")
 
-        # pictures and classes; of rows only the pictures, read when they are embedded
+        # images and classes; images of rows are read when they are embedded
         self.guided_rows = spaced(range(len(images)), bootstrap_rows)
         rows = len(images) > 0 and isinstance(images[0], Mapping) and "image" in images[0]
         self.images = Column(images, "image") if rows else images
@@ -135,7 +135,7 @@ class ZeroShotClassificationEvaluator:
     def from_rows(
         cls, rows: Sequence[Row], names: Mapping[Hashable, ClassName] | None = None, **options: Any
     ) -> "ZeroShotClassificationEvaluator":
-        """Every concept id of `rows` is a class, named by `names[id]` or by the first caption of its first row."""
+        """Makes each concept id of `rows` a class, named by `names[id]` or by the first caption of its first row."""
         # classes are numbered in order of appearance
         numbers: dict[Hashable, int] = {}
         class_names: list[ClassName] = []
@@ -149,7 +149,7 @@ class ZeroShotClassificationEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """The evaluation protocol, for the results file."""
         facts = {
             "task": "zero-shot classification, class embedding = normalised mean of normalised prompt embeddings",
             "pictures": len(self.labels),
@@ -168,8 +168,8 @@ class ZeroShotClassificationEvaluator:
         return facts
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
-        """Embed pictures and prompts and yield (name, value), and the sheet last."""
-        # all pictures against all classes
+        """Embed images and prompts and yield (name, value), and the contact sheet last."""
+        # all images against all classes
         crop = middle_square(model) if self.keep_aspect else {}
         images = embed_images(model, processor, self.images, self.batch_size, self.progress, **crop)  # (n, P)
         classes = class_embeddings(
@@ -183,7 +183,7 @@ class ZeroShotClassificationEvaluator:
         if not self.bootstrap:
             return
 
-        # guidance of some pictures, beside the plain scores of the same ones
+        # guidance of some images, with the plain scores of the same ones
         rows = self.guided_rows
         scores, labels = scores[rows], self.labels[rows]
         pictures = [self.images[row] for row in rows]  # as they lie, not decoded
@@ -195,7 +195,7 @@ class ZeroShotClassificationEvaluator:
             yield f"{self.name}/bootstrap_top{k}", after[f"top{k}"]
             yield f"{self.name}/bootstrap_without_top{k}", without[f"top{k}"]
 
-        # is the difference more than chance? right means alone at the first place
+        # is the difference more than chance? right means alone at rank 1
         first = [hits(class_standing(table, labels), (1,))[:, 0] == 1 for table in (scores, reranked)]  # (n,) each
         changed = mcnemar(*first)
         yield f"{self.name}/bootstrap_gained", float(changed.gained)
@@ -215,8 +215,8 @@ class ZeroShotClassificationEvaluator:
     def guide(
         self, model: Any, processor: Any, pictures: Sequence[Any], scores: Tensor, classes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Pictures (n), scores (n, C), class embeddings (C, P) -> the first K classes of each row and the scores that
-        order them anew, (n, K) each."""
+        """Images (n), scores (n, C), class embeddings (C, P) -> the first K classes of each row and the scores that
+        re-rank them, (n, K) each."""
         # t_c, and what f(I, t_c) is compared with
         template = self.guided_template if self.guided_text == "prompt" else "{}"
         texts = [fill([template], name)[0] for name in self.class_names]
@@ -224,7 +224,7 @@ class ZeroShotClassificationEvaluator:
         if self.guided_target == "text":
             targets = embed_texts(model, processor, texts, 4 * self.batch_size)
 
-        # each picture with the texts of its K best classes
+        # each image with the texts of its K best classes
         old, candidates = scores.topk(self.candidates, dim=1)  # both (n, K)
         asked = [texts[column] for column in candidates.flatten().tolist()]
         crop = middle_square(model) if self.keep_aspect else {}
