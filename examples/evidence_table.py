@@ -168,7 +168,7 @@ def steps_of(contents: Sequence[Content]) -> str:
 def how_made(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
     """The end of a page whose rows read the same pairs: what is equal, the machine, the commands."""
     return f"""\
-Every row of a seed: the same pairs in the same order, {steps_of(contents)} steps. {facts["jobs"]} row(s) at a time,
+All rows of a seed use the same pairs in the same order, {steps_of(contents)} steps. {facts["jobs"]} row(s) at a time,
 {facts["threads"]} thread(s) each. Machine: {machines(contents)}. Standard deviations are over seeds; a single seed has
 none, so small differences between rows may be chance.
 
@@ -182,25 +182,26 @@ def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
     return f"""\
 {main_table(contents)}
 
-Per cent, on {facts["pictures"]} pictures of `{facts["data"]}` (known concepts in a style never seen). A text is a
-picture's first caption; right is any text, or picture, of its concept. *gap*: distance between the centroids of
-normalised pictures and captions; it shrinks when a space loses its modalities, but also when it collapses, which
-*cosine of pairs / others* shows. *told apart*: how often the nearer centroid names the modality of a picture or a
-caption right (50: no gap, 100: two clouds). The last column is the paper's: zero-shot MS-COCO after CC3M at base size;
-what can be compared is the order of the rows, not the numbers.
+Per cent, on {facts["pictures"]} images of `{facts["data"]}` (known concepts in an unseen style). Texts are first
+captions; any text or image of the same concept is right. *gap*: distance between the centroids of normalised images
+and captions; it shrinks if the modalities merge, but also if the space collapses, which *cosine of pairs / others*
+shows. *told apart*: how often the nearer centroid gives the right modality of an image or a caption (50: no gap, 100:
+separate clouds). The last column is from the paper: zero-shot MS-COCO after CC3M at base size. You can compare the
+order of the rows, but not the numbers.
 
 {more_table(contents)}
 
-TR and IR with all captions of a picture. Picture + caption: one sequence asks for the concept's pictures in other
-styles among `{facts["gallery"]}`; beside it each half alone. A two-tower model has no embedding of a sequence of both.
-With two heads such a sequence goes through the pictures' head, which was never trained on it. CLIP is open_clip's
-model and loss: learnable temperature from .07, clean inputs, no teacher, no masked modelling. One-tower rows include
-masked modelling, unless they say otherwise (- MIM, - MLM).
+TR and IR with all captions of an image. Picture + caption: one sequence retrieves images of the same concept in other
+styles from `{facts["gallery"]}`; the next columns use the image or the caption alone. A two-tower model cannot embed
+such a sequence. With two heads, the sequence goes through the image head, which was never trained on it. CLIP is
+open_clip's model and loss: learnable temperature from .07, clean inputs, no teacher, no masked modelling. One-tower
+rows include masked modelling unless stated otherwise (- MIM, - MLM).
 
 {cost_table(contents)}
 
-Every row of a seed: the same pairs in the same order, {steps_of(contents)} steps; rows that change the batch
-see other batches. {facts["jobs"]} row(s) at a time, {facts["threads"]} thread(s) each. Machine: {machines(contents)}.
+All rows of a seed use the same pairs in the same order, {steps_of(contents)} steps; rows that change the batch
+size see other batches. {facts["jobs"]} row(s) at a time, {facts["threads"]} thread(s) each.
+Machine: {machines(contents)}.
 Standard deviations are over seeds; a single seed has none, so small differences between rows may be chance.
 
 `{shlex.join(facts["command"])}` ran:

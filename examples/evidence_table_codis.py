@@ -46,19 +46,19 @@ def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
     return f"""\
 {main_table(contents)}
 
-Per cent, on {facts["pictures"]} scenes of `{facts["data"]}` (no picture of training shows such a pair of things), the
-first caption of each; right is the own. Dot products choose {facts["rerank_k"]} candidates, the matching head puts
-them in order. The last column is the paper's: MS-COCO after 4 M images at base size; what can be compared is the order
-of the rows, not the numbers. Every row begins beside a vision tower that has seen scenes, and has matching and masked
-tokens.
+Per cent, on {facts["pictures"]} scenes of `{facts["data"]}` (no training image contains such a concept pair) with
+their first captions; only the scene's own caption or image is right. Dot products select {facts["rerank_k"]}
+candidates, and the matching head orders them. The last column is from the paper: MS-COCO after 4 M images at base
+size. You can compare the order of the rows, but not the numbers. Every row starts from a vision tower trained on
+scenes, and includes matching and masked tokens.
 
 {stages_table(contents, "Alignment")}
 
 {codes_table(contents)}
 
-Means over the run of what its log says of a batch: the share of codes that are the nearest of a feature, among those
-that could be, and the entropy of a feature's shares in the plan of transport, where even shares over K codes have
-log K (4.85 for the 128 of the shipped configurations).
+Means over the run of values that the log gives for each batch: the number of codes that are nearest to some feature,
+as a share of the possible number, and the entropy of a feature's distribution in the transport plan; for K codes the
+uniform distribution has log K (4.85 for the 128 of the shipped configurations).
 
 {cost_table(contents)}
 

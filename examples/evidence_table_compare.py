@@ -150,33 +150,33 @@ def rates_table(rates: Mapping[str, Mapping[str, float]], contents: Sequence[Con
     ]
     table = markdown_table(["rate, held-out R@10", *(f"x {factor}" for factor in factors)], lines)
     return f"""\
-The learning rate of each row is the best of three by R@10 (mean of both ways) on the pictures of
-`train_extra.parquet`, which no row trains on and no other table has, with the first seed:
+The learning rate of each row is the best of three by R@10 (mean of both directions) on the images of
+`train_extra.parquet`, which no row trains on and no other table uses, with the first seed:
 
 {table}"""
 
 
 def confounds() -> str:
-    """What differs between the rows besides what they are named for."""
+    """Differences between the rows other than the method."""
     return """\
-What is equal: pictures of 64 x 64 pixels in 16 patches, the same vocabulary and longest text, width 192, four layers
-of four heads that read pictures, batches of 128, order of pairs, crops' ranges, schedule (cosine, one epoch of
-warm-up), nothing trained before. **What is not**, and may decide instead of the method:
+Equal for all rows: images of 64 x 64 pixels in 16 patches, vocabulary, longest text, width 192, four layers of four
+heads for images, batches of 128, order of pairs, crop ranges, schedule (cosine, one epoch of warm-up), training
+from scratch. **Not equal**, and possibly the reason for a difference instead of the method:
 
-- Learning rate, weight decay, AdamW's moments, temperature, weights of losses and teachers are those of each family's
-  small configuration, which trains OneR for 8 epochs and SIMLA and CODIS for 32. CLIP and NeoMME have OneR's.
-- Towers: OneR, MoMo and NeoMME read texts with the layers that read pictures; SIMLA, ALBEF and CODIS have two layers
-  for texts besides, CODIS and ALBEF two for fusion, CLIP four for texts. Parameters and operations differ as the table
-  says.
-- Stem: MoMo's is one linear map of a patch, as its paper's, NeoMME's an MLP over it; all others' are the same
-  convolutions, CLIP's too.
-- MoMo is trained in stages, of pictures and texts before pairs. Here it is its third stage without texts from nothing,
-  with half of 16 patches hidden where the paper hides three quarters of 196.
-- SIMLA's image tokenizer was trained on pictures of the same training set, in a run whose time is not counted.
-- Contrast counts twice in OneR (ITC and CMC, and CMC is weighed by 3); half precision and threads are the machine's.
-- Equal seconds are of one machine and of this code: another processor gives other steps.
-- Pooling: probes read [CLS] of each tower, of CLIP's texts its last token, below the projections; of
-  NeoMME the mean of all, which is its embedding as well."""
+- Learning rate, weight decay, AdamW's moments, temperature, loss weights and teachers are those of each family's small
+  configuration, which trains OneR for 8 epochs and SIMLA and CODIS for 32. CLIP and NeoMME use OneR's.
+- Towers: OneR, MoMo and NeoMME read texts with the same layers as images; SIMLA, ALBEF and CODIS have two extra layers
+  for texts, CODIS and ALBEF two for fusion, CLIP four for texts. Parameters and operations differ as shown in the
+  table.
+- Stem: MoMo's is one linear layer per patch, as in its paper, NeoMME's an MLP on it; all others use the same
+  convolutions, including CLIP.
+- MoMo is designed for stages, with images and texts before pairs. Here it is its third stage without texts, from
+  scratch, with half of 16 patches hidden, where the paper hides three quarters of 196.
+- SIMLA's image tokenizer was trained on images of the same training set, in a run whose time is not counted.
+- Contrast counts twice in OneR (ITC and CMC, with weight 3 for CMC); half precision and threads depend on the machine.
+- Equal seconds hold for one machine and this code: another CPU gives different numbers of steps.
+- Pooling: probes read [CLS] of each tower (the last token for CLIP's texts) before the projections; for NeoMME the
+  mean of all tokens, which is also its embedding."""
 
 
 def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
@@ -185,33 +185,33 @@ def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
     given = ", ".join(f"{seconds:g}" for seconds in sorted({content["seconds"] for content in timed}))
     parts = []
     if equal:
-        parts.append(f"## Equal pairs\n\nEvery row of a seed: {steps_of(equal)} steps.\n\n{tables(equal)}")
+        parts.append(f"## Equal pairs\n\nAll rows of a seed: {steps_of(equal)} steps.\n\n{tables(equal)}")
     if timed:
         parts.append(
             f"## Equal seconds\n\nEvery row was given {given} seconds of training: as many steps as its run of equal "
-            f"pairs and the same seed\nwould have made in them, with a schedule that fits these.\n\n{tables(timed)}"
+            f"pairs and the same seed\nwould have made in that time, with a matching schedule.\n\n{tables(timed)}"
         )
     length = "\n\n".join(parts)
     return f"""\
 ![R@10 over seconds of training, for each family](pictures/compare_families.png)
 
 Per cent, mean ± standard deviation over seeds (of the sample; a single seed has none, so small differences may be
-chance). *Unseen style*: emoji of known concepts, drawn by a team that training has not seen. *Unseen concepts*: emoji
-whose concepts training has not seen, seven drawings each. Texts are first captions; right is any text, or picture, of
-the concept. Re-ranked: dot products choose 32 candidates, the matching head puts them in order; *-*: the row cannot.
+chance). *Unseen style*: emoji of known concepts, drawn by a team that is not in the training set. *Unseen concepts*:
+emoji whose concepts are not in the training set, seven drawings each. Texts are first captions; any text or image of
+the concept is right. Re-ranked: dot products select 32 candidates, the matching head orders them; *-*: not possible.
 
 {length}
 
-*Picture + caption* ask for the concept's pictures in other styles: those in the unseen style among `train.parquet`,
-those of unseen concepts among themselves without the query. *pictures*: group of an emoji of an unseen concept,
-*texts*: WordNet's lexicographer file of a gloss, both from frozen features. *centroid gap*: distance of the centroids
-of normalised pictures and captions; *distribution gap*: how much the two clouds differ beyond that (squared Fréchet
-distance as a share of their variance), and in brackets how much two samples of one cloud do. Operations are of a
-training step, by `oner estimate`. *training*: all steps at the speed of the fastest ten, for other processes of a
-machine only slow a run down, beside what it took; evaluation and start are not in it. Memory is the process's at its
-most.
+*Picture + caption*: queries that retrieve images of the same concept in other styles, from `train.parquet` for the
+unseen style, and among the other images for unseen concepts. *pictures*: group of an emoji with an unseen concept;
+*texts*: WordNet's lexicographer file of a gloss; both from frozen features. *centroid gap*: distance of the centroids
+of normalised images and captions; *distribution gap*: how much the two distributions differ beyond that (squared
+Fréchet distance as a share of their variance), and in brackets the same for two samples of one distribution.
+Operations are those of a training step, by `oner estimate`. *training*: all steps at the speed of the fastest ten,
+because other processes on a machine only slow a run down, and the actual time; without evaluation and start. Memory is
+the peak of the process.
 
-{foretold(contents)} Rows are families: what goes with a gap need not come of it.
+{foretold(contents)} Rows are families: correlation with a gap need not mean that the gap is the cause.
 
 ## What may decide instead
 

@@ -88,22 +88,23 @@ def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
     return f"""\
 {main_table(contents)}
 
-Per cent. *images*: logistic regression of frozen features on the group of an emoji, of concepts never seen. *texts*:
-likewise which of WordNet's lexicographer files a gloss is of, of glosses that stage 2 read without that label.
-[CLS] is what the paper's probe reads; the mean over patches or tokens stands beside it. *scenes*: {facts["pictures"]}
-pictures of `{facts["data"]}` and their first captions ask each other by dot products; right is the own. A stage
-without contrast has no embedding to ask with. The last three columns are the paper's: ImageNet by linear probe, MNLI
-fine-tuned, COCO zero-shot (the mean of R@1 and R@5 both ways), at base size; what can be compared is the order of the
-rows, not the numbers. Without CMGA the paper ran 50,000 steps, and with it so many came to what stands in brackets.
+Per cent. *images*: logistic regression on frozen features predicts the group of an emoji, unseen concepts. *texts*:
+the same for the WordNet lexicographer file of a gloss; stage 2 read these glosses without that label. [CLS] is the
+feature of the paper's probe; the mean over patches or tokens is shown beside it. *scenes*: {facts["pictures"]} images
+of `{facts["data"]}` and their first captions retrieve each other by dot products; only the own one is right. A stage
+without contrast has no embedding for retrieval. The last three columns are from the paper: ImageNet by linear probe,
+MNLI fine-tuned, COCO zero-shot (the mean of R@1 and R@5 in both directions), at base size. You can compare the order
+of the rows, but not the numbers. Without CMGA the paper ran 50,000 steps; the value in brackets is the one with CMGA
+after as many steps.
 
 {more_table(contents)}
 
-*other styles*: emoji in a style never seen ask for the same emoji in the styles of training, by cosine of the features
-that the probes read; nothing is learned for it.
+*other styles*: emoji in an unseen style retrieve the same emoji in the styles of the training set, by cosine of the
+features that the probes use; nothing is trained for it.
 
 {cost_table(contents)}
 
-A row of a seed begins with the model of the same seed that its stage comes after, which is trained once.
+A row starts from the model of the previous stage with the same seed, which is trained once.
 {facts["jobs"]} row(s) at a time, {facts["threads"]} thread(s) each. Machine: {machines(contents)}. Standard deviations
 are over seeds; a single seed has none, so small differences between rows may be chance.
 

@@ -25,11 +25,11 @@ def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
     return f"""\
 {main_table(contents)}
 
-Per cent, on {facts["pictures"]} pictures of `{facts["data"]}` (known concepts in a style never seen), the first
-caption of each; right is any text, or picture, of its concept. Dot products choose {facts["rerank_k"]} candidates, the
-matching head puts them in order. The last column is the paper's: Flickr30k after 4 M pairs at base size; what can be
-compared is the order of the rows, not the numbers. The row of matching alone embeds by projections that no loss
-trains, so that its candidates are chosen by chance.
+Per cent, on {facts["pictures"]} images of `{facts["data"]}` (known concepts in an unseen style) with their first
+captions; any text or image of the same concept is right. Dot products select {facts["rerank_k"]} candidates, and the
+matching head orders them. The last column is from the paper: Flickr30k after 4 M pairs at base size. You can compare
+the order of the rows, but not the numbers. The row with matching alone has projections that no loss trains, so its
+candidates are random.
 
 {stages_table(contents, "Losses")}
 

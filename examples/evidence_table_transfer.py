@@ -51,12 +51,12 @@ def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
     return f"""\
 {main_table(contents)}
 
-Per cent, on {facts["pictures"]} pictures of `{facts["data"]}` (known concepts in a style never seen; half of them are
-in the pairs, of the others the rows with texts have read the captions), the first caption of each; right is any text,
-or picture, of its concept. *Pairs*: half of the concepts. *Texts*: a batch beside each batch of pairs, of the captions
-of the other half and of WordNet's definitions, masked words alone (`text_mlm`); the paper does not say what it trains
-on them. The last column is the paper's: MS-COCO after SBU, and with the captions of CC3M; what can be compared is the
-sign and the order of the gains.
+Per cent, on {facts["pictures"]} images of `{facts["data"]}` (known concepts in an unseen style; half of the concepts
+are in the pairs, and the rows with texts have read the captions of the others) with their first captions; any text or
+image of the same concept is right. *Pairs*: half of the concepts. *Texts*: in addition to each batch of pairs, a batch
+of captions of the other half and of WordNet's definitions, with masked words only (`text_mlm`); the paper does not say
+which loss it uses on them. The last column is from the paper: MS-COCO after SBU, and with the captions of CC3M. You
+can compare the sign and the order of the gains.
 
 {cost_table(contents)}
 

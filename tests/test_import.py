@@ -43,7 +43,7 @@ SAID = {
     "train --help-all --family simla": ("the losses of simla", 0),
     "finetune --task vqa --help": ("--answer_list", 0),
     "evaluate --help": ("--rerank_weight", 0),
-    "search --help": ("both form one query", 0),
+    "search --help": ("an image to search for", 0),
     "index --help": ("run it again to continue", 0),
     "index nowhere photos-index": ("nowhere: no such folder or file", 2),
     "doctor nowhere": ("nowhere: no such folder or file", 2),

@@ -245,7 +245,7 @@ def test_the_page_has_both_lengths_every_column_and_what_differs(tmp_path: Path)
     assert page.count("| OneR | 20.0 ± 14.1 | 20.0 ± 14.1 | 20.0 ± 14.1 | 20.0 ± 14.1 | - | 20.0 ± 14.1 |") == 2
     assert "| OneR | 0, 1 | 0.003 | 2.0 M | 1.00 | 10 | 1,280 | 60 | 90 | 1.2 |" in page
     assert "over 8 runs: unseen style -1.00 with the centroid gap" in page and "1.00 with the distribution gap" in page
-    assert "| OneR | 10.0 | 30.0 |" in page and "MoMo's is one linear map" in page
+    assert "| OneR | 10.0 | 30.0 |" in page and "MoMo's is one linear layer" in page
     picture = tmp_path / "pictures" / "compare_families.png"
     assert 0 < picture.stat().st_size <= 80_000 and "pictures/compare_families.png" in page
     rows = json.loads((tmp_path / "compare_families.json").read_text(encoding="utf-8"))["rows"]
