@@ -47,10 +47,10 @@ def page(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
 {main_table(contents)}
 
 Per cent, on {facts["pictures"]} scenes of `{facts["data"]}` (no training image contains such a concept pair) with
-their first captions; only the scene's own caption or image is right. Dot products select {facts["rerank_k"]}
-candidates, and the matching head orders them. The last column is from the paper: MS-COCO after 4 M images at base
-size. You can compare the order of the rows, but not the numbers. Every row starts from a vision tower trained on
-scenes, and includes matching and masked tokens.
+their first captions; only the scene's own caption or image is right. Dot products select
+{facts["rerank_k"]} candidates, and the matching head orders them. The last column is from the paper: MS-COCO after
+4 M images at base size. You can compare the order of the rows, but not the numbers. Every row starts from a
+vision tower trained on scenes, and includes matching and masked tokens.
 
 {stages_table(contents, "Alignment")}
 
