@@ -117,6 +117,7 @@ def page(site) -> Iterator[Any]:
         yield page
         chromium.close()
     server.shutdown()
+    server.server_close()
 
 
 def in_page(page: Any, code: str, given: Any) -> Any:
