@@ -47,9 +47,13 @@ export function vectorOf(row) {
 
 // The k rows nearest to a unit vector (P), best first, each with its cosine; of equal ones the first.
 export function nearest(query, k = COUNT) {
-  const cosine = (row) => vectorOf(row).reduce((sum, value, at) => sum + value * query[at], 0);
-  const scores = site.items.map((_, row) => Math.fround(cosine(row)));
-  const order = scores.map((_, row) => row).sort((one, other) => scores[other] - scores[one] || one - other);
+  const scores = new Float32Array(site.items.length);
+  for (let row = 0; row < scores.length; row++) {
+    let sum = 0;
+    for (let at = 0; at < site.width; at++) sum += vectors[row * site.width + at] * query[at];
+    scores[row] = sum;
+  }
+  const order = [...scores.keys()].sort((one, other) => scores[other] - scores[one] || one - other);
   return order.slice(0, k).map((row) => ({ row, score: scores[row] }));
 }
 
