@@ -37,13 +37,11 @@ from oner.training.publishing.public import public_text
 
 PAGE = ("index.html", "search.js")
 MODEL = ("text_int8.onnx", "tokenizer.json", "tokenizer_config.json")
-# package -> release, and the files of it that go along
+ONNXRUNTIME = ("dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm", "README.md", "package.json")
+# package -> release, and the files of it that go along; under MIT and Apache-2.0
 LIBRARIES = {
-    "onnxruntime-web": (
-        "1.30.0",  # MIT
-        ("dist/ort.wasm.bundle.min.mjs", "dist/ort-wasm-simd-threaded.wasm", "README.md", "package.json"),
-    ),
-    "@huggingface/tokenizers": ("0.2.0", ("dist/tokenizers.min.mjs", "LICENSE", "package.json")),  # Apache-2.0
+    "onnxruntime-web": ("1.30.0", ONNXRUNTIME),
+    "@huggingface/tokenizers": ("0.2.0", ("dist/tokenizers.min.mjs", "LICENSE", "package.json")),
 }
 SIDE = 160  # pixels of a small picture's longer side
 QUALITY = 90  # of its JPEG
