@@ -1,18 +1,18 @@
-"""A folder that searches pictures by words in the browser: any web server shows it, GitHub Pages too, none computes.
+"""Build a static folder that searches images by text in the browser; any web server or GitHub Pages can serve it.
 
-    python examples/browser/build.py oner-emoji examples/data/emoji/test_concept.parquet site --limit 1000
+    python examples/browser/build.py oner-emoji examples/data/emoji/train.parquet site --limit 1000
     python -m http.server --directory site
 
-Pictures are a folder, a table of pairs, or what `oner index` saved. The folder that is written:
+The source is a folder of images, a table of pairs, or an index saved by `oner index`. The result contains:
 
     index.html, search.js       the page
-    site.json                   caption and file of each picture, and how ids are made to a sequence
-    vectors.f16                 (n, P) unit rows of the pictures, in half precision, little-endian
-    text_int8.onnx              ids to a unit vector (P,); tokenizer.json and tokenizer_config.json make the ids
-    pictures/00000.jpg          each picture, small
-    onnxruntime-web, tokenizers the libraries, as npm has them
+    site.json                   caption and file of each image, and how token ids form a sequence
+    vectors.f16                 (n, P) unit rows of the images, fp16, little-endian
+    text_int8.onnx              token ids to a unit vector (P,); tokenizer.json, tokenizer_config.json: text to ids
+    pictures/00000.jpg          thumbnails
+    onnxruntime-web, tokenizers the libraries, downloaded with npm
 
-Needs npm, which comes with Node.js, and the extra `onnx`. n pictures, P embedding width.
+Needs npm (it comes with Node.js) and the extra `onnx`. n images, P embedding width.
 """
 
 import argparse
@@ -43,23 +43,23 @@ LIBRARIES = {
     "onnxruntime-web": ("1.30.0", ONNXRUNTIME),
     "@huggingface/tokenizers": ("0.2.0", ("dist/tokenizers.min.mjs", "LICENSE", "package.json")),
 }
-SIDE = 160  # pixels of a small picture's longer side
+SIDE = 160  # pixels, longer side of a thumbnail
 QUALITY = 90  # of its JPEG
 
 
 def write_pictures(index: RetrievalIndex, limit: int, site: Path) -> list[dict[str, str]]:
     """
-    Vectors and small pictures of an index; of more than `limit` items evenly spaced ones.
+    Writes vectors and thumbnails of an index; if it has more than `limit` items, of evenly spaced ones.
 
     Returns:
-        The caption of each row, and the file of its picture, "" of an item that is words.
+        For each row its caption and the file of its thumbnail, "" if the item is a text.
     """
     count = min(limit, len(index))
     kept = [number * len(index) // count for number in range(count)]
     rows = index.embeddings[kept].numpy()  # (n, P)
     (site / "vectors.f16").write_bytes(rows.astype("<f2").tobytes())
 
-    # no caption names a place of this machine
+    # captions without paths of this machine
     (site / "pictures").mkdir()
     items = []
     for number, place in enumerate(kept):
@@ -74,14 +74,14 @@ def write_pictures(index: RetrievalIndex, limit: int, site: Path) -> list[dict[s
 
 
 def fetch_libraries(site: Path) -> None:
-    """The files of `LIBRARIES`, each package in a folder of its own."""
+    """Downloads the files of `LIBRARIES`, each package into its own folder."""
     for name, (release, files) in LIBRARIES.items():
         folder = site / name.rpartition("/")[2]
         folder.mkdir()
         with TemporaryDirectory() as scratch:
-            # a package as it is, whose scripts are not run
-            pack = ["npm", "pack", f"{name}@{release}", "--prefer-offline", "--pack-destination", scratch]
-            subprocess.run(pack, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            # the archive alone: install scripts do not run
+            pack = ["npm", "pack", f"{name}@{release}", "--pack-destination", scratch]
+            subprocess.run([*pack, "--prefer-offline", "--loglevel=error"], check=True, stdout=subprocess.DEVNULL)
             (archive,) = Path(scratch).iterdir()
             with tarfile.open(archive) as packed:
                 for file in files:
@@ -93,26 +93,26 @@ def build(model: str, source: str, directory: str, limit: int = 1000, graphs: st
     Writes the folder.
 
     Args:
-        source: A folder of pictures, a table of pairs, or a saved index.
-        limit: Items that go along, evenly spaced ones of more.
-        graphs: What `oner export MODEL --onnx --int8` left; made here if None.
+        source: A folder of images, a table of pairs, or a saved index.
+        limit: Largest number of items; evenly spaced if there are more.
+        graphs: A directory written by `oner export MODEL --onnx --int8`; exported here if None.
 
     Returns:
-        n, how many items it holds.
+        n, the number of items.
 
     Raises:
-        FileExistsError: `directory` holds something.
-        FileNotFoundError: there is no npm, no such source, or no such graph.
+        FileExistsError: `directory` is not empty.
+        FileNotFoundError: npm, the source or the graph is missing.
     """
     place = Path(directory).resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise FileExistsError(f"{place} is there already; expected a new or empty directory")
     if shutil.which("npm") is None:
-        raise FileNotFoundError("npm, which fetches the libraries of the page, is not there; it comes with Node.js")
+        raise FileNotFoundError("npm is missing; it downloads the page's libraries, and comes with Node.js")
     pipe = load_pipeline(model, torch.device("cpu"))
     index = RetrievalIndex.load(index_directory(pipe, Path(source).resolve()))
     with scratch_beside(place) as site, TemporaryDirectory() as scratch:
-        # the page, its libraries, and what is searched
+        # the page, its libraries, and the images
         for name in PAGE:
             shutil.copyfile(Path(__file__).with_name(name), site / name)
         fetch_libraries(site)
@@ -122,7 +122,7 @@ def build(model: str, source: str, directory: str, limit: int = 1000, graphs: st
         told = {"width": index.projection_dim, "longest": pipe.processor.max_text_length, **ids, "items": items}
         (site / "site.json").write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
 
-        # what reads the words
+        # what embeds the text
         if graphs is None:
             for name, distance in export_onnx(pipe.model.eval(), pipe.processor, scratch, int8=True, kinds=("text",)):
                 print(f"{name} differs by {distance:.1e} from torch")
@@ -135,14 +135,14 @@ def build(model: str, source: str, directory: str, limit: int = 1000, graphs: st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model's directory, a run, or a checkpoint that ships by its name")
-    parser.add_argument("source", help="a folder of pictures, a table of pairs, or a saved index")
-    parser.add_argument("directory", help="where the folder is written")
-    parser.add_argument("--limit", type=int, default=1000, help="pictures that go along, evenly spaced ones of more")
-    parser.add_argument("--graphs", help="what `oner export MODEL DIR --onnx --int8` left; made anew without")
+    parser.add_argument("model", help="a model directory, a run, or a shipped checkpoint by name")
+    parser.add_argument("source", help="a folder of images, a table of pairs, or a saved index")
+    parser.add_argument("directory", help="a new folder")
+    parser.add_argument("--limit", type=int, default=1000, help="largest number of images, evenly spaced")
+    parser.add_argument("--graphs", help="a directory of `oner export --onnx --int8`")
     options = parser.parse_args()
     count = build(**vars(options))
-    print(f"{count} items; look at them: python -m http.server --directory {options.directory}")
+    print(f"{count} items; to view them: python -m http.server --directory {options.directory}")
 
 
 if __name__ == "__main__":
