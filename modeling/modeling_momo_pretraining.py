@@ -13,7 +13,7 @@ from transformers.utils import is_tracing, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_momo import MomoConfig
-from .modeling_momo import MomoModel, MomoPreTrainedModel
+from .modeling_momo import Matching, MomoModel, MomoPreTrainedModel
 from .modeling_momo_decoders import Decoders, Unseen, decoder_names
 from .vl_dual_encoder import ChooseNegatives, check_passes
 from .vl_features import RetrievalFeatures
@@ -75,7 +75,7 @@ class Embedded:
         return [self.patches.keep(self.seen_patches), self.words.keep(self.seen_words)]
 
 
-class MomoForPreTraining(Decoders, RetrievalFeatures, MomoPreTrainedModel):
+class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedModel):
     """
     The encoder with everything that is trained: decoders, the head of words tied to the tokens, the temperature, the
     matching head. It computes predictions, embeddings and logits; losses and negatives are the objective's.
