@@ -138,6 +138,8 @@ def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Seq
         lacking |= {"multimodal": why, "composed": why}
     if not hasattr(model, "match"):
         lacking["rerank"] = lacking["scenes"] = f"{type(model).__name__} has no matching head"
+    elif not hasattr(model, "ground"):
+        lacking["scenes"] = f"{type(model).__name__} does not say where a text lies in a picture"
     if a.languages is None:
         lacking["languages"] = "--languages does not name those of the captions"
     if not hasattr(model, "concepts"):

@@ -93,7 +93,7 @@ def _of_model(source: str) -> tuple[str, list[dict[str, Any]], dict[str, bytes]]
     """Its name, its data, and the files that name their makers."""
     if Path(source).is_file():
         return plain(Path(source).name), [], {}
-    if not Path(source).is_dir() and not _may_be_on_the_hub(source):
+    if not Path(source).is_dir() and not may_be_on_the_hub(source):
         raise ValueError(
             f"{source}: no such model; expected a directory, as a run leaves it at its end, a file, or a name on the "
             "Hub"
@@ -121,9 +121,10 @@ def _read(source: str, name: str) -> bytes | None:
     return None if found is None else Path(found).read_bytes()
 
 
-def _may_be_on_the_hub(source: str) -> bool:
+def may_be_on_the_hub(name: str) -> bool:
+    """Whether it has the form of a name there: `name` or `owner/name`."""
     try:
-        validate_repo_id(source)
+        validate_repo_id(name)
     except HFValidationError:
         return False
     return True
@@ -155,7 +156,7 @@ def base_models(origins: Origins) -> list[str]:
     """Those of its models that can stand in the metadata of a card: names of repositories, no files."""
     named = []
     for name in origins.models:
-        if _may_be_on_the_hub(name) and Path(name).suffix not in (".pt", ".pth", ".bin", ".safetensors", ".pkl"):
+        if may_be_on_the_hub(name) and Path(name).suffix not in (".pt", ".pth", ".bin", ".safetensors", ".pkl"):
             named.append(name)
     return named
 
