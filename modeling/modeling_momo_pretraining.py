@@ -120,7 +120,8 @@ class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedMo
         What is masked is not seen at all by the encoder (section 3.3).
 
         Args:
-            input_ids, attention_mask (`(B, L)`): Texts alone, or pairs in the processor's joint layout.
+            input_ids, attention_mask (`(B, L)`): Texts alone, or pairs in the processor's joint layout; without a mask
+                nothing is padding.
             pixel_values (`(B, C, H, W)`): Images alone, or those of the pairs.
             bool_masked_pos (`(B, N)`): Masked patches.
             text_index (`(n,)`): Slots of the real tokens in a flat (B, W), and likewise
@@ -146,6 +147,8 @@ class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedMo
         check_passes(passes, PASSES, needs)
         if "match" in passes and "contrast" not in passes:
             raise ValueError(f"the pass 'match' needs 'contrast' beside it, got {list(passes)}")
+        if input_ids is not None and attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)  # (B, L)
         self._check(input_ids, attention_mask, pixel_values, bool_masked_pos, checked)
         batch = self._embed(input_ids, attention_mask, pixel_values, bool_masked_pos, text_index, mlm_index, mim_index)
 
