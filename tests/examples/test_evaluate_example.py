@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fake_hub import serve
+from families import RETRIEVAL
 from huggingface_hub import HfApi, hf_hub_download
 from PIL import Image
 from tiny_pretraining import evaluated, evaluation_of, load_example
@@ -83,6 +84,17 @@ def test_pictures_are_saved(example, model_directory, tmp_path, capsys):
         with Image.open(path) as image:
             low, high = image.convert("L").getextrema()
         assert min(image.size) > 100 and low < high
+
+
+def test_a_model_is_only_asked_what_it_can_answer(family, example, capsys):
+    """Where nothing is named, all that it can: MoMo matches and does not ground."""
+    model = family.build(RETRIEVAL)
+    rows = [{"id": 0, "image": "a.png"}, {"id": 0, "image": "b.png"}]
+    chosen = example.chosen_tasks(evaluation_of(["--model", "x", "--data", "y"]), "set", rows, None, model)
+    said = capsys.readouterr().out
+    for task, methods in {"rerank": ("match",), "scenes": ("match", "ground")}.items():
+        assert (task in chosen) == all(hasattr(model, method) for method in methods)
+        assert task in chosen or f"set: no {task}, as {type(model).__name__} " in said
 
 
 def test_where_words_are_and_which_are_seen(example, tmp_path, capsys):

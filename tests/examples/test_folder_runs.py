@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_folder import write_named
 from tiny_pretraining import load_example, tiny_arguments
 
+import oner_run_options
 from oner.training.commands import folder as folders
 from oner.training.commands.folder import FolderError, concepts, describe, hold_out, read_folder, words_of
 from oner.training.evaluation.curves import draw_log, read_series
@@ -162,6 +163,30 @@ def test_a_configuration_that_ships_is_found_by_its_name(tmp_path, monkeypatch):
     arguments = parse_arguments(["--config", "mine.yaml", "--train_data", "photos"])
     assert arguments.data.attribution is None and arguments.data.data_licence is None
     assert parse_arguments(["--config", "mine.yaml"]).data.attribution == told["attribution"]
+
+
+@pytest.mark.parametrize("reader", [read_config, oner_run_options.read_config])
+def test_the_makers_of_a_bases_data_are_not_those_of_other_data(tmp_path, reader):
+    own, terms = tmp_path / "own.yaml", ("attribution", "data_licence")
+    for told in ("train_data: [photos]", "portions: {texts: {kind: texts, train_data: [notes.txt]}}"):
+        own.write_text(f"base: momo_small_stage2\n{told}\n")
+        assert not any(name in reader(own) for name in terms) and reader(own)["size"] == "nano"
+    own.write_text("base: momo_small_stage2\ntrain_data: [photos]\nattribution: mine.md\n")
+    assert reader(own)["attribution"] == "mine.md"
+    own.write_text("base: momo_small_stage2\nbatch_size: 8\n")
+    assert all(name in reader(own) for name in terms)
+
+
+def test_what_every_portion_has_of_its_own_is_not_asked_for_outside_a_checkout(tmp_path, monkeypatch):
+    """As docs/howto_momo_stages.md has it: a stage on data of one's own, over a file that ships."""
+    monkeypatch.chdir(tmp_path)
+    texts, images = "{kind: texts, train_data: [notes.txt]}", "{kind: images, train_data: [pictures/]}"
+    own = tmp_path / "own.yaml"
+    own.write_text(f"base: momo_small_stage2.yaml\nportions: {{texts: {texts}, images: {images}}}\n")
+    oner_run_options.check_line(["--config", str(own)])
+    own.write_text(f"base: momo_small_stage2.yaml\nportions: {{texts: {texts}, images: {{kind: images}}}}\n")
+    with pytest.raises(oner_run_options.Mistake, match=r"examples/data/emoji/train.parquet \(train_data\)"):
+        oner_run_options.check_line(["--config", str(own)])
 
 
 def test_outside_a_checkout_it_is_said_what_only_a_checkout_holds(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
@@ -33,6 +34,7 @@ from oner.training.evaluation.labels import open_labelled
 from oner.training.evaluation.languages import LanguagesEvaluator
 from oner.training.evaluation.localization import LocalizationEvaluator
 from oner.training.evaluation.prompts import load_class_names, usual_templates
+from oner.training.evaluation.relevance import RelevanceEvaluator
 from oner.training.evaluation.reranking import RerankingEvaluator
 from oner.training.evaluation.results import read_results, results_directory, write_results
 from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
@@ -89,9 +91,10 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
     "concepts": lambda a, name, rows, _: ConceptEvaluator(rows, batch_size=a.batch_size, progress=False),
     "codes": lambda a, name, rows, _: CodeEvaluator(rows, batch_size=a.batch_size, progress=False),
     "languages": lambda a, name, rows, _: LanguagesEvaluator(rows, a.languages or (), a.batch_size, a.ks, name),
+    "relevance": lambda a, name, rows, _: RelevanceEvaluator(rows),
 }
-# they ask a head, or the codebook, that no other model than the pretraining one has
-PRETRAINING_TASKS = ("concepts", "codes")
+# they ask a head, or the codebook, that other models have not; the rest ask the one that searches
+MODELS = {"concepts": AutoModelForPreTraining, "codes": AutoModelForPreTraining, "relevance": AutoModelForMaskedLM}
 # they have models and data of their own; that of retrieval is a model of the tasks above
 OWN_TASKS = tuple(task for task in FINETUNED if task not in TASKS)
 
@@ -135,10 +138,13 @@ def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Seq
         lacking |= {"multimodal": why, "composed": why}
     if not hasattr(model, "match"):
         lacking["rerank"] = lacking["scenes"] = f"{type(model).__name__} has no matching head"
+    elif not hasattr(model, "ground"):
+        lacking["scenes"] = f"{type(model).__name__} does not say where a text lies in a picture"
     if a.languages is None:
         lacking["languages"] = "--languages does not name those of the captions"
     if not hasattr(model, "concepts"):
         lacking["concepts"] = "it needs the pretraining model; name it in --tasks"
+    lacking["relevance"] = "it needs the model of masked words; name it in --tasks, alone"
     if not has_codebook(model):
         lacking["codes"] = "they need the pretraining model of a family with a codebook; name them in --tasks"
     # bootstrap yields the numbers of zero_shot too; queries are rows of their own
@@ -187,8 +193,8 @@ def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, An
 def evaluate(options: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str, float]:
     """Everything that is to be done; the numbers by name, which are printed and written too."""
     a = complete(options, rest)
-    pretraining = set(PRETRAINING_TASKS) & set(a.tasks or ())
-    kind = AutoModelForPreTraining if pretraining else AutoModelForZeroShotImageClassification
+    kinds = [MODELS[task] for task in a.tasks or () if task in MODELS]
+    kind = kinds[0] if kinds else AutoModelForZeroShotImageClassification
     kind = kind if a.own is None else find_task(a.own).model
     model = load_model(kind, a.model).to(a.device).eval()
     processor = AutoProcessor.from_pretrained(a.model)

@@ -233,7 +233,7 @@ class SourceArguments:
         default_factory=list,
         metadata=_help(
             "Files of hashes, as written by sha256sum, of images that must not be trained on: those of evaluation "
-            "sets. Their rows count as bad rows."
+            "sets. Their rows are replaced and listed, but do not count as bad rows."
         ),
     )
     max_bad_rows: float = field(
