@@ -21,7 +21,8 @@ from .retrieval_nearest import unit_rows
 NAME = "lancedb"
 ID, VECTOR, ITEM = "oner_id", "oner_vector", "oner_item"
 AT_ONCE = 8192  # rows of a batch
-KINDS = {bool: "bool_", int: "float64", float: "float64", str: "string"}
+KINDS = {bool: "bool_", int: "int64", float: "float64", str: "string"}
+NUMBERS = {"int64", "float64"}
 
 
 class Backend(DatabaseBackend):
@@ -88,7 +89,7 @@ class Backend(DatabaseBackend):
         if kind == "binary":
             raise ValueError(f"the column {condition.column!r} mixes numbers and texts; lancedb cannot compare them")
         column = f"`{condition.column}`"
-        numeric = kind == "double"
+        numeric = kind in ("double", "int64")
         if condition.operator in ORDERS:
             return f"{column} {condition.operator} {number_of(condition.values[0])!r}" if numeric else "false"
 
@@ -116,13 +117,15 @@ def schema_of(index: RetrievalIndex) -> Any:
     for item in index.items:
         for name, value in columns_of(item).items():
             if type(value) in KINDS and "`" not in name:
-                kinds.setdefault(name, set()).add(KINDS[type(value)])
+                beyond = type(value) is int and not -(2**63) <= value < 2**63
+                kinds.setdefault(name, set()).add("float64" if beyond else KINDS[type(value)])
     fields = [
         arrow.field(ID, arrow.int64()),
         arrow.field(VECTOR, arrow.list_(arrow.float32(), index.projection_dim)),
         arrow.field(ITEM, arrow.string()),
     ]
     for name, found in kinds.items():
+        found = {"float64"} if found == NUMBERS else found  # whole ones beside others
         kind = getattr(arrow, next(iter(found)))() if len(found) == 1 else arrow.binary()
         fields.append(arrow.field(name, kind))
     return arrow.schema(fields)

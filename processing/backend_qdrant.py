@@ -21,6 +21,7 @@ NAME = "qdrant"
 MEMORY = ":memory:"
 ITEM = "oner_item"
 AT_ONCE = 512  # points of a request
+WHOLE = 1 << 53  # below it floats are whole numbers
 BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
 
@@ -123,7 +124,11 @@ def filter_of(models: Any, condition: Condition) -> Any:
     equal = [models.FieldCondition(key=key, match=models.MatchAny(any=list(condition.values)))]
     for value in condition.values:
         if (number := number_of(value)) is not None:
-            equal.append(models.FieldCondition(key=key, range=models.Range(gte=number, lte=number)))
+            # a range is of floats, which do not tell large whole numbers apart
+            large = isinstance(number, int) and abs(number) > WHOLE
+            match = models.MatchValue(value=number) if large else None
+            bounds = None if large else models.Range(gte=number, lte=number)
+            equal.append(models.FieldCondition(key=key, match=match, range=bounds))
         if value in ("true", "false"):
             equal.append(models.FieldCondition(key=key, match=models.MatchValue(value=value == "true")))
     if condition.operator == "=":

@@ -62,13 +62,14 @@ class SearchBackend(ABC):
         """The number of an item, of the first if there are several; None if there is none."""
 
     def neighbours(self, item: Any, top_k: int = 10, where: Where = None) -> list[Answer]:
-        """The nearest of an item that is indexed, given by its number or itself, without it.
+        """The nearest of an item that is indexed, given by itself, or by its number where that is no item, without it.
 
         Raises:
             ValueError: no such item.
         """
-        is_number = isinstance(item, int) and not isinstance(item, bool)
-        index = item if is_number else self.index_of(item)
+        index = self.index_of(item)
+        if index is None and isinstance(item, int) and not isinstance(item, bool):
+            index = item
         if index is None or not 0 <= index < len(self):
             raise ValueError(f"{item!r} is not in the index of {len(self)} items; expected an item or its number")
         found = self.answers(self.embedding_at(index)[None], top_k + 1, where)[0]  # (1, P)

@@ -253,8 +253,9 @@ def test_every_kind_of_row_has_a_key_of_its_own(tmp_path):
     (tmp_path / "a.png").write_bytes(b"a")
     rows = [
         {"text": "a"}, {"image": b"a"}, {"text": "a", "image": b"a"}, {"image": str(tmp_path / "a.png")},
-        {"image": "https://example.org/a.png"}, {"image": Image.new("RGB", (2, 2))}, {"image": Image.new("RGB", (1, 4))},
-        {"image": {"bytes": b"b", "path": "a.png"}}, {"image": tmp_path / "gone.png"},
+        {"image": "https://example.org/a.png"}, {"image": Image.new("RGB", (2, 2))},
+        {"image": Image.new("RGB", (1, 4))}, {"image": {"bytes": b"b", "path": "a.png"}},
+        {"image": tmp_path / "gone.png"},
     ]  # fmt: skip
     with unfinished_index(tmp_path / "index", "space") as known:
         keys = [known.key(row) for row in rows]
