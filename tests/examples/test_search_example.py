@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -232,7 +234,10 @@ def test_columns_stand_beside_their_rows_and_prices_are_numbers(tmp_path: Path) 
 def test_pictures_that_a_table_names_belong_to_it(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    rows = [{"image": {"bytes": None, "path": "a.png"}, "text": "a"}, {"image": {"bytes": b"b", "path": None}, "text": "b"}]
+    rows = [
+        {"image": {"bytes": None, "path": "a.png"}, "text": "a"},
+        {"image": {"bytes": b"b", "path": None}, "text": "b"},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "both.parquet")
     (tmp_path / "named.jsonl").write_text("\n".join(json.dumps({"image": f"{one}.png", "text": one}) for one in "abc"))
     assert TableItems(str(tmp_path / "both.parquet")).files() == [str(tmp_path / "a.png")]

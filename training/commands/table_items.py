@@ -54,14 +54,10 @@ class TableItems:
         """The pictures that are files of their own, whose change is a change of the table."""
         if not isinstance(self.rows, PairTable):
             return []
-        cells = self.rows.data.with_format("arrow")[:].column(self.rows.columns["image"])
-        if pa.types.is_struct(cells.type):  # as `datasets` stores them: bytes, or a path
-            fields = cells.combine_chunks()
-            cells = pc.struct_field(fields, "path").filter(pc.is_null(pc.struct_field(fields, "bytes")))
-        if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
-            return []
-        folder = self.rows.folder or ""
-        return [located(os.path.join(folder, path)) for path in cells.to_pylist() if path is not None]
+        name = self.rows.columns["image"]
+        chunks = self.rows.data.select_columns([name]).with_format("arrow")[:].column(0).chunks
+        paths = [path for chunk in chunks for path in paths_of(chunk) if path is not None]
+        return [located(os.path.join(self.rows.folder or "", path)) for path in paths]
 
     def _item(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
         item = {"table": self.table, "row": number, "text": row["captions"][0]}
@@ -69,6 +65,13 @@ class TableItems:
             item["path"] = row["image"]
         more = {name: values[number] for name, values in self.columns.items() if number < len(values)}
         return {**{name: value for name, value in more.items() if value is not None}, **item}
+
+
+def paths_of(cells: pa.Array) -> list[str | None]:
+    """Of cells that are paths, or hold one and no bytes; no bytes are copied."""
+    if pa.types.is_struct(cells.type):
+        cells = pc.struct_field(cells, "path").filter(pc.is_null(pc.struct_field(cells, "bytes")))
+    return cells.to_pylist() if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type) else []
 
 
 def columns_of_table(table: str) -> dict[str, list[Any]]:
