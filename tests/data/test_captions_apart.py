@@ -6,6 +6,8 @@ import tarfile
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tiny_pretraining import tiny_arguments
@@ -64,6 +66,21 @@ def test_every_caption_is_a_pair(request, source):
     assert [row["captions"] for row in apart.take(order)] == [[flat[pair]] for pair in order]
     assert [row["id"] for row in apart.take(order)] == [ROWS[pair] for pair in order] == apart.ids()[order].tolist()
     assert list(apart.captions()) == flat and apart.where(6)[1] == 3
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [
+        pa.array([["a", "b"], ["c", "d"], ["e", "f"]], pa.list_(pa.string(), 2)),
+        [{"raw": ["a", "b"]}, {"raw": ["c", "d"]}, {"raw": ["e", "f"]}],
+        [[{"raw": "a"}, {"raw": "b"}], [{"raw": "c"}, {"raw": "d"}], [{"raw": "e"}, {"raw": "f"}]],
+    ],
+    ids=["lists of a fixed length", "objects of lists", "lists of objects"],
+)
+def test_captions_are_counted_however_they_are_kept(tmp_path, captions):
+    pq.write_table(pa.table({"image": [png(1), png(2), png(3)], "captions": captions}), tmp_path / "rows.parquet")
+    apart = CaptionsApart(open_rows(str(tmp_path / "rows.parquet")))
+    assert [row["captions"] for row in apart.take(range(len(apart)))] == [[text] for text in "abcdef"]
 
 
 def test_sources_of_a_mixture_are_counted_in_pairs(table, shards):
