@@ -7,6 +7,7 @@ A table is compared row by row, exactly, until somebody gives it an index of Lan
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,15 @@ class Backend(DatabaseBackend):
     def answers(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> list[list[Answer]]:
         self.check_queries(queries, top_k)
         condition = " AND ".join(f"({self._sql(one)})" for one in read_where(where))
-        return [self._answer(row, top_k, condition) for row in unit_rows(queries).float()]
+        rows = unit_rows(queries).float()  # (q, P)
+        return [self._first(partial(self._ask, row.tolist(), condition), top_k) for row in rows]
 
-    def _answer(self, row: torch.Tensor, top_k: int, condition: str) -> list[Answer]:
-        """The answers to one unit row (P,)."""
-        asked = self.table.search(row.tolist(), vector_column_name=VECTOR).distance_type("dot").limit(top_k)
+    def _ask(self, row: list[float], condition: str, count: int) -> list[Answer]:
+        """So many answers to one unit row (P,)."""
+        asked = self.table.search(row, vector_column_name=VECTOR).distance_type("dot").limit(count)
         asked = asked.select([ID, ITEM, "_distance"])
         found = (asked.where(condition, prefilter=True) if condition else asked).to_list()
-        answers = [{"score": 1.0 - one["_distance"], "item": json.loads(one[ITEM]), "index": one[ID]} for one in found]
-        return sorted(answers, key=lambda one: (-one["score"], one["index"]))
+        return [{"score": 1.0 - one["_distance"], "item": json.loads(one[ITEM]), "index": one[ID]} for one in found]
 
     def embedding_at(self, index: int) -> torch.Tensor:
         (row,) = self.table.search().where(f"{ID} = {int(index)}").select([VECTOR]).limit(1).to_list()

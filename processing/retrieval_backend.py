@@ -13,7 +13,7 @@ Shapes: n indexed items, P projection_dim, q queries, k answers per query.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,21 @@ class DatabaseBackend(SearchBackend):
 
     def __len__(self) -> int:
         return self._count
+
+    def _first(self, ask: Callable[[int], list[Answer]], top_k: int) -> list[Answer]:
+        """
+        The first answers of one query, of equal scores those of lower numbers: a database leaves open which of several
+        it gives, copies of one picture say, so it is asked for all that are as good as the last.
+
+        Args:
+            ask: how many -> so many of the best, in any order.
+        """
+        wanted = top_k + 1
+        while True:
+            found = sorted(ask(wanted), key=lambda one: (-one["score"], one["index"]))
+            if len(found) < wanted or found[-1]["score"] < found[top_k - 1]["score"]:
+                return found[:top_k]
+            wanted = 4 * wanted
 
 
 def answers_of(scores: torch.Tensor, indices: torch.Tensor, items: Sequence[Any]) -> list[list[Answer]]:

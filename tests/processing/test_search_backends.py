@@ -142,6 +142,22 @@ def test_neighbours_of_an_item(backend: SearchBackend, exact: RetrievalIndex) ->
             backend.neighbours(unknown)
 
 
+@pytest.mark.parametrize("name", ["exact", "lancedb", "qdrant"])
+def test_of_equal_answers_the_first_are_given(tmp_path: Path, name: str) -> None:
+    """Eleven copies of a picture in the midst of others; a database gives any of them."""
+    needed, options = BACKENDS[name]
+    pytest.importorskip(needed)
+    index = RetrievalIndex(WIDTH, dtype="float32")
+    rows = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(1))
+    rows[20:40:2] = rows[7]
+    index.add(rows, list(range(40)))
+    index.save(tmp_path)
+    backend = index if name == "exact" else build_backend(name, tmp_path, **options)
+    for top_k in (1, 3, 12):
+        found = [answer["index"] for answer in backend.answers(rows[7:8], top_k)[0]]
+        assert found[:11] == [7, *range(20, 40, 2)][:top_k] and len(found) == top_k
+
+
 def test_an_item_that_is_a_number_is_no_place() -> None:
     """Products are often called by numbers; the place of another one in the index is not meant."""
     index = RetrievalIndex(2)
