@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ from oner.training.commands.evaluate import chosen_tasks, read, read_gallery
 from oner.training.evaluation.embedding import Gallery, embed_pairs, gallery_vectors, spaced
 from oner.training.evaluation.labels import class_numbers, open_labelled
 from oner.training.evaluation.results import checkpoint_facts, read_results, write_results
+from oner.training.evaluation.suite import check_choices
 
 ROOT = Path(__file__).parents[2]
 EMOJI = ROOT / "examples" / "data" / "emoji"
@@ -82,6 +84,16 @@ def test_numbers_of_rows_are_no_concepts_of_another_source(tmp_path, capsys):
         assert bool(common) is shared
         assert ("multimodal" in chosen_tasks(a, "set", rows, gallery, object())) is shared
     assert "set: no multimodal, as no id of its rows stands in the gallery" in capsys.readouterr().out
+
+
+def test_sources_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="several sources are called test, and the results of one would replace"):
+        evaluation_of(["--model", "x", "--data", "a/test.parquet", "b/test.csv", "c/other.csv"])
+    own = SimpleNamespace(
+        pool="cls", models=["x"], tasks=["digits"], images=[["digits", *"abc"]], texts=None, pairs=None
+    )
+    with pytest.raises(ValueError, match="several sets would share the name digits"):
+        check_choices(own)
 
 
 def test_pictures_are_saved(example, model_directory, tmp_path, capsys):
