@@ -182,6 +182,16 @@ def check_whole(index: RetrievalIndex, texts: list[str]) -> None:
     assert (index.embeddings.float() - own).abs().max() < 1e-3
 
 
+def test_what_is_added_takes_nothing_away(quick, tmp_path):
+    quick.index_texts(["a", "b"], directory=tmp_path, show_progress=False)
+    index = quick.index_texts(["c"], directory=tmp_path, append=True, show_progress=False)
+    assert index.counts == {"embedded": 1, "kept": 0, "gone": 0} and RetrievalIndex.load(tmp_path).items == [
+        "a",
+        "b",
+        "c",
+    ]
+
+
 def test_many_interruptions_lose_and_double_nothing(quick, tmp_path, monkeypatch):
     """Eight calls that end somewhere, some with other texts than before; then one that does not."""
     draw = random.Random(0)
