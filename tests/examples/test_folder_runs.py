@@ -12,7 +12,16 @@ from tiny_folder import write_named
 from tiny_pretraining import load_example, tiny_arguments
 
 from oner.training.commands import folder as folders
-from oner.training.commands.folder import FolderError, concepts, describe, hold_out, read_folder, words_of
+from oner.training.commands.folder import (
+    FolderError,
+    Pair,
+    concepts,
+    describe,
+    hold_out,
+    mirroring,
+    read_folder,
+    words_of,
+)
 from oner.training.evaluation.curves import draw_log, read_series
 from oner.training.run.parsing import parse_arguments, read_config
 from oner_command_line import main as command_line
@@ -99,6 +108,14 @@ def test_a_tenth_of_the_pictures_is_held_out_and_equal_ones_stay_together(tmp_pa
     assert set(Counter(ids).values()) == {4} and len(set(ids)) == 20
     (said, repeated) = describe(tmp_path, pairs, len(held_out))
     assert "80 pairs, 8 held out" in said and "40 of 80 captions repeat an earlier one" in repeated
+
+
+def test_pictures_are_not_mirrored_where_captions_often_name_sides(capsys):
+    pairs = [Pair(b"", ["a bright car", "a copyright"], number) for number in range(19)]
+    assert mirroring([*pairs, Pair(b"", ["a car on the left"], 19)]) == {} and not capsys.readouterr().out
+    pairs[0] = Pair(b"", ["the rightmost car", "a car to the left"], 0)
+    assert mirroring(pairs) == {"horizontal_flip": 0.0}
+    assert "2 of 38 captions name a side" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
