@@ -130,6 +130,17 @@ def test_an_epoch_shows_every_caption_and_a_batch_no_image_twice(table, tmp_path
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.filterwarnings("ignore:.* rows show 8 different pictures:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"captions_apart": False, "one_row_per_id": True}], ids=["apart", "one row"])
+def test_a_table_of_a_row_a_caption_has_no_image_twice_in_a_batch(table, tmp_path, options):
+    flat = [(row, text) for row, texts in enumerate(TEXTS) for text in texts]
+    lines = [json.dumps({"file_name": f"{row}.png", "captions": text}) for row, text in flat]
+    (table / "metadata.jsonl").write_text("\n".join(lines))
+    keys, _, steps, _ = batches(table, tmp_path / "run", **options)
+    assert steps == 4 and all(len({ROWS[row] for row, _ in batch}) == 4 for batch in keys)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_an_image_may_repeat_if_that_is_said(table, tmp_path):
     keys, _, steps, _ = batches(table, tmp_path / "run", image_repeats=True)
     assert steps == 4 and any(len({ROWS[row] for row, _ in batch}) < 4 for batch in keys)
