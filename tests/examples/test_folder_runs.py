@@ -15,6 +15,7 @@ from oner.training.commands import folder as folders
 from oner.training.commands.folder import (
     FolderError,
     Pair,
+    captions_of,
     concepts,
     describe,
     hold_out,
@@ -66,6 +67,15 @@ def test_captions_beside_a_picture_in_its_name_and_in_its_folder(tmp_path, capsy
     assert pairs["7.png"] == ["apple"] and pairs["green tree.png"] == ["green tree"]
     assert pairs["IMG_2.png"] == ["a dog", "the face of a dog"] and "IMG_1.png" not in pairs
     assert "1 of 33 pictures have no words in their names: left out" in capsys.readouterr().out
+
+
+def test_captions_beside_a_picture_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "0.txt").write_bytes("\ufeffa café\r\n".encode())
+    assert captions_of(tmp_path / "0.png", tmp_path) == ["a café"]
+    for encoding in ("cp1252", "utf-16"):
+        (tmp_path / "0.txt").write_bytes("a café".encode(encoding))
+        with pytest.raises(FolderError, match=r"0.txt: is not UTF-8 \(byte"):
+            captions_of(tmp_path / "0.png", tmp_path)
 
 
 def test_a_table_says_what_its_pictures_show(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,10 @@ def test_columns_stand_beside_their_rows_and_prices_are_numbers(tmp_path: Path) 
 
     pairs = {"image": [b"a", b"b"], "text": ["a", "b"]}
     pq.write_table(pa.table(pairs), tmp_path / "0.parquet")
-    pq.write_table(pa.table({**pairs, "year": [2000, 2001]}), tmp_path / "1.parquet")
-    assert columns_of_table(str(tmp_path / "[01].parquet")) == {"year": [None, None, 2000, 2001]}
+    prices = pa.array([Decimal("3.50"), None], pa.decimal128(9, 2))
+    pq.write_table(pa.table({**pairs, "year": [2000, 2001], "price": prices}), tmp_path / "1.parquet")
+    found = {"year": [None, None, 2000, 2001], "price": [None, None, 3.5, None]}
+    assert columns_of_table(str(tmp_path / "[01].parquet")) == found
 
 
 def test_pictures_that_a_table_names_belong_to_it(tmp_path: Path) -> None:

@@ -192,10 +192,18 @@ def _digest(image: str | bytes) -> Hashable:
 
 
 def captions_of(picture: Path, folder: Path) -> list[str]:
-    """The captions of a picture that no table names; none where its name has no words."""
+    """
+    The captions of a picture that no table names; none where its name has no words.
+
+    Raises:
+        FolderError: a file of captions that is not UTF-8, whose letters would be others.
+    """
     beside = picture.with_suffix(".txt")
     if beside.is_file():
-        lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = beside.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise FolderError(f"{beside}: is not UTF-8 (byte {error.start}); save it so") from error
         if texts := [line.strip() for line in lines if line.strip()]:
             return texts
 

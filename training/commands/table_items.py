@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,8 @@ def spelled(cell: str, padded: bool = False) -> Any:
 
 def plain(value: Any) -> Any:
     """A number, a text or a boolean, a date as text; None of anything else."""
+    if isinstance(value, Decimal):  # as prices are kept in parquet
+        value = float(value) if value % 1 else int(value)
     if isinstance(value, (date, time)):
         return value.isoformat()
     if isinstance(value, float) and value - value != 0:  # NaN and infinity are no JSON
