@@ -416,7 +416,6 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
             report_skipped(new, seen)
             self.tell_unknown(unknown, seen)
             index = new if old is None else old.extend(new)
-            index.counts = new.counts if old is None else {**new.counts, "gone": 0}
             if directory is not None:
                 index.save(directory)
                 known.finish()
