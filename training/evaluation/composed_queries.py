@@ -43,7 +43,7 @@ def _fault(query: Row, pictures: int) -> str | None:
     choices, names = query["choices"], query["names"]
     if choices is None or names is None or len(choices) < 2 or len(choices) != len(names):
         return f"its choices are {choices}, called {names}; expected two at least, and a name for each"
-    if query.get("hidden") == query["target"]:
+    if query.get("hidden") is not None and query["hidden"] == query["target"]:
         return f"its target, row {query['target']}, is hidden from it"
     if choices[0] != query["target"]:
         return f"its first choice is row {choices[0]}, and its target row {query['target']}; expected the target first"
