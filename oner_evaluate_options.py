@@ -4,6 +4,7 @@ The arguments of `oner evaluate`, `oner compare` and `oner suite`; standard libr
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import oner_run_options as run_options
 from oner_run_options import Mistake, check_nothing_more
@@ -143,6 +144,9 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_evaluation(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
     """Checks for options that exclude each other, and the options of a fine-tuned task. Raises `Mistake`."""
+    names = [Path(source).stem for source in options.data]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Mistake(f"several sources are called {', '.join(twice)}, and the results of one would replace another's")
     tasks = options.tasks or []
     own = [task for task in tasks if task in OWN_EVALUATIONS]
     if own and (len(tasks) > 1 or options.class_names is not None):

@@ -13,7 +13,17 @@ from tiny_pretraining import load_example, tiny_arguments
 
 import oner_run_options
 from oner.training.commands import folder as folders
-from oner.training.commands.folder import FolderError, concepts, describe, hold_out, read_folder, words_of
+from oner.training.commands.folder import (
+    FolderError,
+    Pair,
+    captions_of,
+    concepts,
+    describe,
+    hold_out,
+    mirroring,
+    read_folder,
+    words_of,
+)
 from oner.training.evaluation.curves import draw_log, read_series
 from oner.training.run.parsing import parse_arguments, read_config
 from oner_command_line import main as command_line
@@ -60,6 +70,15 @@ def test_captions_beside_a_picture_in_its_name_and_in_its_folder(tmp_path, capsy
     assert "1 of 33 pictures have no words in their names: left out" in capsys.readouterr().out
 
 
+def test_captions_beside_a_picture_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "0.txt").write_bytes("\ufeffa café\r\n".encode())
+    assert captions_of(tmp_path / "0.png", tmp_path) == ["a café"]
+    for encoding in ("cp1252", "utf-16"):
+        (tmp_path / "0.txt").write_bytes("a café".encode(encoding))
+        with pytest.raises(FolderError, match=r"0.txt: is not UTF-8 \(byte"):
+            captions_of(tmp_path / "0.png", tmp_path)
+
+
 def test_a_table_says_what_its_pictures_show(tmp_path):
     names = [f"{shade}.png" for shade in range(24)]
     for shade, name in enumerate(names):
@@ -100,6 +119,14 @@ def test_a_tenth_of_the_pictures_is_held_out_and_equal_ones_stay_together(tmp_pa
     assert set(Counter(ids).values()) == {4} and len(set(ids)) == 20
     (said, repeated) = describe(tmp_path, pairs, len(held_out))
     assert "80 pairs, 8 held out" in said and "40 of 80 captions repeat an earlier one" in repeated
+
+
+def test_pictures_are_not_mirrored_where_captions_often_name_sides(capsys):
+    pairs = [Pair(b"", ["a bright car", "a copyright"], number) for number in range(19)]
+    assert mirroring([*pairs, Pair(b"", ["a car on the left"], 19)]) == {} and not capsys.readouterr().out
+    pairs[0] = Pair(b"", ["the rightmost car", "a car to the left"], 0)
+    assert mirroring(pairs) == {"horizontal_flip": 0.0}
+    assert "2 of 38 captions name a side" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from oner.processing.data.karpathy import open_karpathy
+from oner.processing.data.same_pictures import ROW
 from oner.processing.data.sources import open_rows
 from oner.training.evaluation.attention import AttentionEvaluator
 from oner.training.evaluation.codes import CodeEvaluator, has_codebook
@@ -127,6 +128,14 @@ def read(source: str, a: argparse.Namespace, limit: int | None = None) -> list[d
     return spaced(open_rows(source, "pairs", a.image_column, a.text_column, a.id_column), limit)
 
 
+def read_gallery(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the gallery. Without a column of ids theirs are numbers in their own source, and no other's."""
+    rows = read(a.gallery, a)
+    if a.id_column not in (None, ROW) or a.image_folder is not None or a.eval_split is not None:
+        return rows
+    return [{**row, "id": ("gallery", row["id"])} for row in rows]
+
+
 def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Sequence | None, model: Any) -> list[str]:
     """Those named, or all but what cannot be done here, which is said."""
     if a.tasks:
@@ -136,6 +145,8 @@ def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Seq
     if gallery is None and len({concept for concept, _ in pictures}) == len(pictures):
         why = "no concept has two pictures; name others with --gallery and --id_column"
         lacking |= {"multimodal": why, "composed": why}
+    if gallery is not None and {row["id"] for row in rows}.isdisjoint(row["id"] for row in gallery):
+        lacking["multimodal"] = "no id of its rows stands in the gallery; --id_column names that of both"
     if not hasattr(model, "match"):
         lacking["rerank"] = lacking["scenes"] = f"{type(model).__name__} has no matching head"
     elif not hasattr(model, "ground"):
@@ -182,7 +193,7 @@ def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, An
             evaluator = build_evaluator(find_task(a.own), source, a.told, data)
             yield {"task": a.own, "split": Path(source).stem}, evaluator
         return
-    gallery = Gallery(read(a.gallery, a)) if a.gallery and a.class_names is None else None
+    gallery = Gallery(read_gallery(a)) if a.gallery and a.class_names is None else None
     for source in a.data:
         opened = open_queries(source, a.limit) if a.tasks == ["queries"] else read(source, a, a.limit)
         split, rows = Path(source).stem, opened

@@ -253,7 +253,10 @@ def _groups(rows: PairRows, data: DataArguments) -> np.ndarray | None:
     """What a batch may hold one row of only, (n,): an id, or an image whose captions are apart."""
     if data.one_row_per_id:
         return rows.ids()
-    return rows.images() if data.captions_apart and not data.image_repeats else None
+    if not data.captions_apart or data.image_repeats:
+        return None
+    # captions may be apart in the table already; ids are then of pictures, unless a column says what they are of
+    return rows.images() if rows.has_ids else rows.ids()
 
 
 class Awaited:
