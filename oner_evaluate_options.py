@@ -4,6 +4,7 @@ The arguments of `oner evaluate`, `oner compare` and `oner suite`; standard libr
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import oner_run_options as run_options
 from oner_run_options import Mistake, check_nothing_more
@@ -11,7 +12,7 @@ from oner_run_options import Mistake, check_nothing_more
 # tasks of oner.training.commands.evaluate; a model that was fine-tuned for a task has its own evaluation
 EVALUATIONS = (
     "retrieval rerank zero_shot bootstrap multimodal composed queries gap localization attention scenes concepts "
-    "codes languages"
+    "codes languages relevance"
 ).split()
 OWN_EVALUATIONS = tuple(task for task in run_options.tasks() if task not in EVALUATIONS)
 
@@ -143,10 +144,15 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_evaluation(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
     """Checks for options that exclude each other, and the options of a fine-tuned task. Raises `Mistake`."""
+    names = [Path(source).stem for source in options.data]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise Mistake(f"several sources are called {', '.join(twice)}, and the results of one would replace another's")
     tasks = options.tasks or []
     own = [task for task in tasks if task in OWN_EVALUATIONS]
     if own and (len(tasks) > 1 or options.class_names is not None):
         raise Mistake(f"{own[0]} has a model of its own and is evaluated by itself; expected it alone in --tasks")
+    if "relevance" in tasks and len(tasks) > 1:
+        raise Mistake("relevance asks the model of masked words, which does not search; expected it alone in --tasks")
     if "queries" in tasks and (len(tasks) > 1 or options.gallery is None):
         raise Mistake("queries are rows of their own kind; expected them alone in --tasks, and their --gallery")
     if options.class_names is not None:

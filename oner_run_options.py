@@ -180,7 +180,11 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
         if base is None or depth > 20:
             return values
         beside = path.parent / str(base)
-        return {**read_config(beside if beside.is_file() else find_config(str(base)), depth + 1), **values}
+        merged = read_config(beside if beside.is_file() else find_config(str(base)), depth + 1)
+        # the makers and terms of a base's data are not those of others
+        if {"train_data", "portions"} & values.keys():
+            merged = {name: value for name, value in merged.items() if name not in ("data_licence", "attribution")}
+        return {**merged, **values}
     except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
         return {}
 
@@ -245,8 +249,11 @@ def _check_values(option: Option, words: Sequence[str]) -> None:
 
 def _check_places(file: Path | None, values: dict[str, Any], told: dict[str, list[str]]) -> None:
     """Checks for files of the repository that a shipped configuration names and that are missing here."""
+    # what each portion is told for itself is asked for nowhere else
+    portions = values.get("portions")
+    own = [one for one in portions.values() if isinstance(one, dict)] if isinstance(portions, dict) else []
     missing = {}
-    for name, value in values.items():
+    for name, value in [part for one in own or [{}] for part in {**values, **one}.items()]:
         for place in value if isinstance(value, list) else [value]:
             # the makers of its pairs are not those of others
             if name == "attribution" and "train_data" in told:

@@ -175,26 +175,13 @@ class MomoModel(RetrievalFeatures, MomoPreTrainedModel):
         return states
 
 
-class MomoForImageTextRetrieval(CosineRetrieval, MomoPreTrainedModel):
-    """
-    Images against texts by cosine, then the best of them by matching. `AutoModelForZeroShotImageClassification`
-    returns this class.
-    """
-
-    def __init__(self, config: MomoConfig):
-        super().__init__(config)
-        self.momo = MomoModel(config)
-        self.logit_scale = nn.Parameter(torch.zeros(1))  # not 0-dim: ZeRO-3 cannot partition a scalar
-        self.itm_head = HeadLinear(config.hidden_size, 2)
-        self.post_init()
+class Matching:
+    """Beside `MomoPreTrainedModel`, of a model with `momo`, `logit_scale` and `itm_head`: do they match?"""
 
     @property
     def temperature(self) -> torch.Tensor:
         """The learned divisor of cosines, within its range. (1,)."""
         return (-self.logit_scale).exp().clamp(*self.config.temperature_range)
-
-    def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
-        return cosines / self.temperature
 
     def matching_context(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What `match` reads of images, made once however many texts are held against each. (C, ...) -> (C, N, D)."""
@@ -241,6 +228,23 @@ class MomoForImageTextRetrieval(CosineRetrieval, MomoPreTrainedModel):
         words = Ragged.of_rectangle(embedded).keep(places)
         cls = self.momo.match_states(embedded[:, 0], Ragged.of_rectangle(patches), words)  # (R, D)
         return self.itm_head(cls)
+
+
+class MomoForImageTextRetrieval(Matching, CosineRetrieval, MomoPreTrainedModel):
+    """
+    Images against texts by cosine, then the best of them by matching. `AutoModelForZeroShotImageClassification`
+    returns this class.
+    """
+
+    def __init__(self, config: MomoConfig):
+        super().__init__(config)
+        self.momo = MomoModel(config)
+        self.logit_scale = nn.Parameter(torch.zeros(1))  # not 0-dim: ZeRO-3 cannot partition a scalar
+        self.itm_head = HeadLinear(config.hidden_size, 2)
+        self.post_init()
+
+    def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
+        return cosines / self.temperature
 
 
 class MomoForImageClassification(ImageClassification, MomoPreTrainedModel):
@@ -330,8 +334,13 @@ class MomoForVisualQuestionAnswering(MomoPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def answer_scores(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Of the forward's inputs, how right each answer of `config.id2label` is by itself: (B, answers) in [0, 1]."""
+        return self(**inputs).logits.float().sigmoid()
+
 
 __all__ = [
+    "Matching",
     "MomoForImageClassification",
     "MomoForImageTextRetrieval",
     "MomoForSequenceClassification",

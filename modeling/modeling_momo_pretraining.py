@@ -13,7 +13,7 @@ from transformers.utils import is_tracing, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_momo import MomoConfig
-from .modeling_momo import MomoModel, MomoPreTrainedModel
+from .modeling_momo import Matching, MomoModel, MomoPreTrainedModel
 from .modeling_momo_decoders import Decoders, Unseen, decoder_names
 from .vl_dual_encoder import ChooseNegatives, check_passes
 from .vl_features import RetrievalFeatures
@@ -75,7 +75,7 @@ class Embedded:
         return [self.patches.keep(self.seen_patches), self.words.keep(self.seen_words)]
 
 
-class MomoForPreTraining(Decoders, RetrievalFeatures, MomoPreTrainedModel):
+class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedModel):
     """
     The encoder with everything that is trained: decoders, the head of words tied to the tokens, the temperature, the
     matching head. It computes predictions, embeddings and logits; losses and negatives are the objective's.
@@ -120,7 +120,8 @@ class MomoForPreTraining(Decoders, RetrievalFeatures, MomoPreTrainedModel):
         What is masked is not seen at all by the encoder (section 3.3).
 
         Args:
-            input_ids, attention_mask (`(B, L)`): Texts alone, or pairs in the processor's joint layout.
+            input_ids, attention_mask (`(B, L)`): Texts alone, or pairs in the processor's joint layout; without a mask
+                nothing is padding.
             pixel_values (`(B, C, H, W)`): Images alone, or those of the pairs.
             bool_masked_pos (`(B, N)`): Masked patches.
             text_index (`(n,)`): Slots of the real tokens in a flat (B, W), and likewise
@@ -146,6 +147,8 @@ class MomoForPreTraining(Decoders, RetrievalFeatures, MomoPreTrainedModel):
         check_passes(passes, PASSES, needs)
         if "match" in passes and "contrast" not in passes:
             raise ValueError(f"the pass 'match' needs 'contrast' beside it, got {list(passes)}")
+        if input_ids is not None and attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)  # (B, L)
         self._check(input_ids, attention_mask, pixel_values, bool_masked_pos, checked)
         batch = self._embed(input_ids, attention_mask, pixel_values, bool_masked_pos, text_index, mlm_index, mim_index)
 

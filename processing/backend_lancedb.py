@@ -7,6 +7,7 @@ A table is compared row by row, exactly, until somebody gives it an index of Lan
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from .retrieval_nearest import unit_rows
 NAME = "lancedb"
 ID, VECTOR, ITEM = "oner_id", "oner_vector", "oner_item"
 AT_ONCE = 8192  # rows of a batch
-KINDS = {bool: "bool_", int: "float64", float: "float64", str: "string"}
+KINDS = {bool: "bool_", int: "int64", float: "float64", str: "string"}
+NUMBERS = {"int64", "float64"}
 
 
 class Backend(DatabaseBackend):
@@ -62,15 +64,15 @@ class Backend(DatabaseBackend):
     def answers(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> list[list[Answer]]:
         self.check_queries(queries, top_k)
         condition = " AND ".join(f"({self._sql(one)})" for one in read_where(where))
-        return [self._answer(row, top_k, condition) for row in unit_rows(queries).float()]
+        rows = unit_rows(queries).float()  # (q, P)
+        return [self._first(partial(self._ask, row.tolist(), condition), top_k) for row in rows]
 
-    def _answer(self, row: torch.Tensor, top_k: int, condition: str) -> list[Answer]:
-        """The answers to one unit row (P,)."""
-        asked = self.table.search(row.tolist(), vector_column_name=VECTOR).distance_type("dot").limit(top_k)
+    def _ask(self, row: list[float], condition: str, count: int) -> list[Answer]:
+        """So many answers to one unit row (P,)."""
+        asked = self.table.search(row, vector_column_name=VECTOR).distance_type("dot").limit(count)
         asked = asked.select([ID, ITEM, "_distance"])
         found = (asked.where(condition, prefilter=True) if condition else asked).to_list()
-        answers = [{"score": 1.0 - one["_distance"], "item": json.loads(one[ITEM]), "index": one[ID]} for one in found]
-        return sorted(answers, key=lambda one: (-one["score"], one["index"]))
+        return [{"score": 1.0 - one["_distance"], "item": json.loads(one[ITEM]), "index": one[ID]} for one in found]
 
     def embedding_at(self, index: int) -> torch.Tensor:
         (row,) = self.table.search().where(f"{ID} = {int(index)}").select([VECTOR]).limit(1).to_list()
@@ -88,7 +90,7 @@ class Backend(DatabaseBackend):
         if kind == "binary":
             raise ValueError(f"the column {condition.column!r} mixes numbers and texts; lancedb cannot compare them")
         column = f"`{condition.column}`"
-        numeric = kind == "double"
+        numeric = kind in ("double", "int64")
         if condition.operator in ORDERS:
             return f"{column} {condition.operator} {number_of(condition.values[0])!r}" if numeric else "false"
 
@@ -116,13 +118,15 @@ def schema_of(index: RetrievalIndex) -> Any:
     for item in index.items:
         for name, value in columns_of(item).items():
             if type(value) in KINDS and "`" not in name:
-                kinds.setdefault(name, set()).add(KINDS[type(value)])
+                beyond = type(value) is int and not -(2**63) <= value < 2**63
+                kinds.setdefault(name, set()).add("float64" if beyond else KINDS[type(value)])
     fields = [
         arrow.field(ID, arrow.int64()),
         arrow.field(VECTOR, arrow.list_(arrow.float32(), index.projection_dim)),
         arrow.field(ITEM, arrow.string()),
     ]
     for name, found in kinds.items():
+        found = {"float64"} if found == NUMBERS else found  # whole ones beside others
         kind = getattr(arrow, next(iter(found)))() if len(found) == 1 else arrow.binary()
         fields.append(arrow.field(name, kind))
     return arrow.schema(fields)

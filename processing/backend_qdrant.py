@@ -6,6 +6,7 @@ which ends with the process.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ NAME = "qdrant"
 MEMORY = ":memory:"
 ITEM = "oner_item"
 AT_ONCE = 512  # points of a request
+WHOLE = 1 << 53  # below it floats are whole numbers
 BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
 
@@ -71,20 +73,20 @@ class Backend(DatabaseBackend):
         self.check_queries(queries, top_k)
         models = library("qdrant_client.models", NAME)
         conditions = [filter_of(models, one) for one in read_where(where)]
-        return [self._answer(row, top_k, conditions) for row in unit_rows(queries).float()]
+        rows = unit_rows(queries).float()  # (q, P)
+        return [self._first(partial(self._ask, row.tolist(), conditions), top_k) for row in rows]
 
-    def _answer(self, row: torch.Tensor, top_k: int, conditions: list[Any]) -> list[Answer]:
-        """The answers to one unit row (P,)."""
+    def _ask(self, row: list[float], conditions: list[Any], count: int) -> list[Answer]:
+        """So many answers to one unit row (P,)."""
         models = library("qdrant_client.models", NAME)
         found = self.client.query_points(
             self.collection,
-            query=row.tolist(),
-            limit=top_k,
+            query=row,
+            limit=count,
             query_filter=models.Filter(must=conditions) if conditions else None,
             with_payload=[ITEM],
         ).points
-        answers = [{"score": one.score, "item": json.loads(one.payload[ITEM]), "index": one.id} for one in found]
-        return sorted(answers, key=lambda one: (-one["score"], one["index"]))
+        return [{"score": one.score, "item": json.loads(one.payload[ITEM]), "index": one.id} for one in found]
 
     def embedding_at(self, index: int) -> torch.Tensor:
         (point,) = self.client.retrieve(self.collection, [index], with_vectors=True)
@@ -123,7 +125,11 @@ def filter_of(models: Any, condition: Condition) -> Any:
     equal = [models.FieldCondition(key=key, match=models.MatchAny(any=list(condition.values)))]
     for value in condition.values:
         if (number := number_of(value)) is not None:
-            equal.append(models.FieldCondition(key=key, range=models.Range(gte=number, lte=number)))
+            # a range is of floats, which do not tell large whole numbers apart
+            large = isinstance(number, int) and abs(number) > WHOLE
+            match = models.MatchValue(value=number) if large else None
+            bounds = None if large else models.Range(gte=number, lte=number)
+            equal.append(models.FieldCondition(key=key, match=match, range=bounds))
         if value in ("true", "false"):
             equal.append(models.FieldCondition(key=key, match=models.MatchValue(value=value == "true")))
     if condition.operator == "=":

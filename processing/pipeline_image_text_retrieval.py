@@ -279,7 +279,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         return self._ready_index().answers(together, self._top_k(top_k), where)[0]
 
     def neighbours(self, item: Any, *, top_k: int | None = None, where: Where = None) -> list[Answer]:
-        """Nearest neighbours of an indexed item, given by itself or its number, without the item.
+        """Nearest neighbours of an indexed item, given by itself or by its number where that is no item, without it.
 
         Raises:
             ValueError: there is no such item.

@@ -65,14 +65,18 @@ class VisionLanguagePipeline(Pipeline):
         super().__init__(*args, **kwargs)
 
         # a model that serves the task, with its processor
-        for method in self.model_methods:
-            if not hasattr(self.model, method):
-                raise TypeError(f"{self.task_name} needs a model with {method}, got {type(self.model).__name__}")
+        if (method := self.lacks(self.model)) is not None:
+            raise TypeError(f"{self.task_name} needs a model with {method}, got {type(self.model).__name__}")
         if self.processor is None:
             raise ValueError(f"{self.task_name} needs a processor; pass processor= with a model object")
         if self.device.type == "cpu" and kwargs.get("dtype", "auto") == "auto" and self.model.dtype == torch.float16:
             self.model.float()  # half precision saves disk; computing in it gains nothing on a CPU and costs accuracy
         self.model.eval()
+
+    @classmethod
+    def lacks(cls, model: Any) -> str | None:
+        """The first method that a model, or a class of models, would need beside its own; None where it serves."""
+        return next((method for method in cls.model_methods if not hasattr(model, method)), None)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As transformers', and the processor, which it leaves out."""

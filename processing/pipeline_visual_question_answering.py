@@ -6,6 +6,9 @@
 
 Without candidates the model writes one answer in words of its own; the score is the geometric mean of its tokens'
 probabilities. With candidates it ranks them, and the scores are shares of the ranked ones' likelihood.
+
+A model that knows a list of answers, each a class, gives the likeliest of them, or orders those of the candidates; the
+score is how right it finds each, by itself.
 """
 
 from collections.abc import Sequence
@@ -21,11 +24,11 @@ RANKED = 128  # candidates ranked by the whole answer, out of those ranked by it
 
 
 class VisualQuestionAnsweringPipeline(PairPipeline):
-    """Any model with `generate_answers` and `rank_answers` (`vl_task_heads.AnswerGeneration`).
+    """Any model with `generate_answers` and `rank_answers` (`vl_task_heads.AnswerGeneration`), or `answer_scores`.
 
     Args (besides `PairPipeline`'s):
-        candidates: answers to choose from, for every question; None lets the model write.
-        top_k: candidates in an answer (5).
+        candidates: answers to choose from, for every question; None lets the model write, or choose from its own.
+        top_k: answers to a question (5), where there are any to choose from.
         max_new_tokens, num_beams: of a written answer.
     """
 
@@ -34,6 +37,10 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
     task_name = "image-question-answering"
     model_methods = ("generate_answers", "rank_answers")
     text_name = "question"
+
+    @classmethod
+    def lacks(cls, model: Any) -> str | None:
+        return None if hasattr(model, "answer_scores") else super().lacks(model)
 
     def _sanitize_parameters(
         self,
@@ -70,9 +77,18 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         num_workers: int = 0,
         candidates: list[str] | None = None,
     ) -> dict[str, Any]:
-        """n pairs → the processor's batch, and the candidates' ids and mask (K, A)."""
+        """n pairs → the processor's batch, and the candidates' ids and mask (K, A), or their places (K,)."""
         batch = super().preprocess(pairs, allow_urls, num_workers)
+        if hasattr(self.model, "answer_scores"):
+            return batch | {"places": self.places_of(candidates)}
         return batch if candidates is None else batch | self.lay_out_answers(candidates)
+
+    def places_of(self, candidates: list[str] | None) -> torch.Tensor:
+        """Of the candidates among the model's classes, or of all of these. (K,). Raises `ValueError`."""
+        places = {str(answer): place for place, answer in self.model.config.id2label.items()}
+        if foreign := [answer for answer in candidates or () if answer not in places]:
+            raise ValueError(f"candidates {foreign[:5]} are none of the {len(places)} answers that the model knows")
+        return torch.tensor(list(places.values()) if candidates is None else [places[one] for one in candidates])
 
     def lay_out_answers(self, answers: list[str]) -> dict[str, torch.Tensor]:
         """[CLS], tokens, the end, padding: as answers are learned. (K, A)."""
@@ -92,6 +108,13 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         return config.cls_token_id if end is None else end
 
     def _forward(self, model_inputs: dict[str, Any], **writing: Any) -> dict[str, torch.Tensor]:
+        # classes, those of the candidates
+        if "places" in model_inputs:
+            places = model_inputs.pop("places")  # (K,)
+            scores = self.model.answer_scores(**model_inputs)[:, places]  # (n, K)
+            best = scores.sort(descending=True)
+            return {"indices": places[best.indices], "scores": best.values}
+
         # likelihoods of the ranked answers as shares of their sum
         if "candidate_ids" in model_inputs:
             ranking = self.model.rank_answers(**model_inputs, k=RANKED)
@@ -107,11 +130,12 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         """Ranks (n, k), or tokens (n, A) → {"answer", "score"} of each question's answers, best first."""
         scores = model_outputs["scores"].float().tolist()
 
-        # candidates by their places, or tokens up to the end
-        if candidates is not None:
+        # classes or candidates by their places, or tokens up to the end
+        if "indices" in model_outputs:
             chosen = model_outputs["indices"].tolist()
+            names = self.model.config.id2label if hasattr(self.model, "answer_scores") else candidates
             return [
-                [{"answer": candidates[i], "score": s} for i, s in zip(*row, strict=True)][: top_k or TOP_K]
+                [{"answer": names[i], "score": s} for i, s in zip(*row, strict=True)][: top_k or TOP_K]
                 for row in zip(chosen, scores, strict=True)
             ]
         written = [self._words(row) for row in model_outputs["sequences"].tolist()]

@@ -13,7 +13,7 @@ Shapes: n indexed items, P projection_dim, q queries, k answers per query.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,14 @@ class SearchBackend(ABC):
         """The number of an item, of the first if there are several; None if there is none."""
 
     def neighbours(self, item: Any, top_k: int = 10, where: Where = None) -> list[Answer]:
-        """The nearest of an item that is indexed, given by its number or itself, without it.
+        """The nearest of an item that is indexed, given by itself, or by its number where that is no item, without it.
 
         Raises:
             ValueError: no such item.
         """
-        is_number = isinstance(item, int) and not isinstance(item, bool)
-        index = item if is_number else self.index_of(item)
+        index = self.index_of(item)
+        if index is None and isinstance(item, int) and not isinstance(item, bool):
+            index = item
         if index is None or not 0 <= index < len(self):
             raise ValueError(f"{item!r} is not in the index of {len(self)} items; expected an item or its number")
         found = self.answers(self.embedding_at(index)[None], top_k + 1, where)[0]  # (1, P)
@@ -113,6 +114,21 @@ class DatabaseBackend(SearchBackend):
 
     def __len__(self) -> int:
         return self._count
+
+    def _first(self, ask: Callable[[int], list[Answer]], top_k: int) -> list[Answer]:
+        """
+        The first answers of one query, of equal scores those of lower numbers: a database leaves open which of several
+        it gives, copies of one picture say, so it is asked for all that are as good as the last.
+
+        Args:
+            ask: how many -> so many of the best, in any order.
+        """
+        wanted = top_k + 1
+        while True:
+            found = sorted(ask(wanted), key=lambda one: (-one["score"], one["index"]))
+            if len(found) < wanted or found[-1]["score"] < found[top_k - 1]["score"]:
+                return found[:top_k]
+            wanted = 4 * wanted
 
 
 def answers_of(scores: torch.Tensor, indices: torch.Tensor, items: Sequence[Any]) -> list[list[Answer]]:

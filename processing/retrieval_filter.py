@@ -4,7 +4,8 @@
 
 An item that is a mapping has its keys as columns; any other has the one column `item`, which is itself. `=` and `!=`
 compare numbers with numbers, true and false with booleans, and texts letter by letter; `<`, `<=`, `>`, `>=` compare
-numbers alone. An item without a column meets no condition on it. Of several conditions all must be met.
+numbers alone, and whole numbers of any size exactly. An item without a column meets no condition on it. Of several
+conditions all must be met.
 """
 
 import math
@@ -12,12 +13,13 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 
 ORDERS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-CONDITION = re.compile(r"\s*([^=!<>]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+CONDITION = re.compile(r"\s*([^=!<>]+?)\s*(!=|<=|>=|=|<|>)(?![=<>])\s*(.*?)\s*", re.DOTALL)
 OWN_COLUMN = "item"
 
 Where = str | Sequence[str] | Mapping[str, Any] | None
@@ -49,7 +51,7 @@ def read_where(where: Where) -> tuple[Condition, ...]:
     """Conditions as texts, one or several, or as {column: value or list of values}.
 
     Raises:
-        ValueError: a text that is no condition, or an order by what is no number.
+        ValueError: a text that is no condition, or an order by what is no number; a value that no column has.
     """
     if where is None:
         return ()
@@ -60,6 +62,9 @@ def read_where(where: Where) -> tuple[Condition, ...]:
 
 def _texts(value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    # None or a mapping would be compared by its spelling, which nothing has
+    if wrong := [one for one in values if not isinstance(one, (str, Real))]:
+        raise ValueError(f"a value to compare with is a text, a number or a boolean, got {wrong[0]!r:.80}")
     return tuple(str(one).lower() if isinstance(one, bool) else str(one) for one in values)
 
 
@@ -68,7 +73,7 @@ def _condition(text: str) -> Condition:
         raise ValueError(f"expected a condition such as licence=MIT, licence!=MIT|BSD or year>=2020, got {text!r}")
     column, sign, right = found.groups()
     if sign not in ORDERS:
-        return Condition(column, sign, tuple(right.split("|")))
+        return Condition(column, sign, tuple(one.strip() for one in right.split("|")))
     if number_of(right) is None:
         raise ValueError(f"{sign} compares numbers, got {text!r}")
     return Condition(column, sign, (right,))
@@ -78,13 +83,15 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def number_of(text: str) -> float | None:
-    """The finite number that a text spells, None if it spells none."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+def number_of(text: str) -> int | float | None:
+    """The finite number that a text spells, None if it spells none; a whole one exactly, as ids of 64 bits need it."""
+    for kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        return value if kind is int or math.isfinite(value) else None
+    return None
 
 
 def equals(value: Any, text: str) -> bool:

@@ -204,6 +204,8 @@ class RetrievalIndex(SearchBackend):
         self.check_space(other.projection_dim, other.fingerprint, other.model)
         self.add_unit_rows(other.embeddings.to(DTYPES[self.dtype]), list(other.items), list(other.keys))
         self.note_skipped(other.skipped)
+        # nothing leaves an index that is added to
+        self.counts = {**other.counts, "gone": 0} if other.counts else {}
         return self
 
     def note_skipped(self, entries: Iterable[dict[str, str]]) -> None:

@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as dump_safetensors
 
+from .image_processing_vl import open_image
 from .retrieval_index_files import (
     DTYPES,
     INDEX_FILE,
@@ -182,7 +181,10 @@ def saved_rows(directory: Path | None, dtype: str) -> tuple[torch.Tensor, dict[s
 
 
 def content_of(value: Any, name: str) -> Iterator[bytes]:
-    """The bytes that tell a text or a picture from any other; of a file its place, size and time of change."""
+    """
+    The bytes that tell a text or a picture from any other; of a file its place, size and times of change, of which one
+    cannot be set: a file that took the place of another of its size and date is not taken for it.
+    """
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, (str, os.PathLike)):
@@ -190,22 +192,16 @@ def content_of(value: Any, name: str) -> Iterator[bytes]:
         yield text.encode()
         if name == "image" and not text.startswith(("http://", "https://")) and os.path.exists(text):
             status = os.stat(text)
-            yield f"\0{status.st_size} {status.st_mtime_ns}".encode()
+            yield f"\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
         return
     if isinstance(value, (bytes, bytearray, memoryview)):
         yield bytes(value)
         return
 
-    # pictures in memory
-    if isinstance(value, Image.Image):
-        yield f"{value.mode}{value.size}".encode()
-        yield value.tobytes()
-        return
-    array = value.detach().cpu().float().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    if array.dtype.hasobject:
-        raise TypeError(f"no picture: {type(value).__name__}")
-    yield f"{array.shape}{array.dtype}".encode()
-    yield np.ascontiguousarray(array).tobytes()
+    # pictures in memory as they are seen: their numbers alone tell neither palette nor range
+    picture = open_image(value)
+    yield f"pixels {picture.size}".encode()
+    yield picture.tobytes()
 
 
 __all__ = ["UnfinishedIndex", "unfinished_index"]

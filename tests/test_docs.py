@@ -241,6 +241,8 @@ def check_command(words: list[str]) -> None:
         check_oner(words[1], words[2:])
     elif words[:2] == ["accelerate", "launch"]:
         check_launch(words[2:])
+    elif words[:2] == ["python", "-m"]:
+        assert find_spec(words[2]), words[2]
     elif words[0] == "python":
         check_script(words[1], words[2:])
     elif words[0] == "make":

@@ -32,6 +32,7 @@ NORMALIZATIONS = {
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
 CodeCrop = Literal["common", "independent"]
+SIDE = re.compile(r"\b(?:left|right)(?:most|wards?|[- ]?hand(?:ed)?)?\b", re.IGNORECASE)
 # RandAugment as ALBEF, TCL and SIMLA run it: two of these and of doing nothing, each done half of the time
 ALBEF = "albef-n2-m7"
 MOST_OPERATIONS = 100  # of RandAugment on one image; timm's are 2 or 3
@@ -46,6 +47,11 @@ ALBEF_OPS = (
     "TranslateY",
     "Rotate",
 )
+
+
+def names_a_side(text: str) -> bool:
+    """Whether an English text says left or right, and so is wrong of the mirrored image."""
+    return SIDE.search(text) is not None
 
 
 def _help(text: str) -> dict[str, str]:

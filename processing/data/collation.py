@@ -130,7 +130,7 @@ class Reader:
         for name in self.images:
             try:
                 if self.excluded and image_hash(row[name]) in self.excluded:
-                    return BadRow(f"the picture {_called(row[name])} is excluded")
+                    return BadRow(f"the picture {_called(row[name])} is excluded", excluded=True)
                 image = open_image(row[name], **self.cap)
             except (ValueError, OSError) as error:
                 return BadRow(f"cannot read the picture {_called(row[name])}: {error}")
@@ -306,7 +306,7 @@ class Collator:
             of kept ones: kept_patches (B, K) int64, rising places among the N of their row;
             what the targets add; ids (B,) int64 concept ids; rows (B,) int64;
             and, if rows were replaced, quarantine: a list of {"row", "epoch", "attempt", "reason", "replaced_by"}, one
-            for each row that could not be used and was not known to be bad.
+            for each row that could not be used and was not known to be bad, with "excluded" if it may not be seen.
 
         Raises:
             ValueError: if a row without stand-ins cannot be used (the message names it), or an image ends in a size
@@ -403,6 +403,7 @@ class Collator:
                         "attempt": attempt,
                         "reason": wrong.reason,
                         "replaced_by": other.row,
+                        **({"excluded": True} if wrong.excluded else {}),
                     }
                     for attempt, (number, wrong) in enumerate(failed)
                     if not wrong.known

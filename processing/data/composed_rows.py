@@ -2,7 +2,8 @@
 
 Every row is {"image", "target_image", "text", "id", "reference_id"}. The id is the target's, so that two rows that ask
 for one picture are right for each other. A reference that is some row's target has that one's id, for it answers those
-rows. Pictures are paths or encoded bytes.
+rows. Pictures are paths or encoded bytes. Rows of CIRR also say "leaves_reference": in its protocol a query's own
+reference is taken out of the gallery, in FashionIQ's it stays.
 """
 
 import os
@@ -182,7 +183,8 @@ def _annotated(record: Mapping[str, Any], home: str) -> Row:
         find_file(home, f"{name}.png", f"{name}.jpg", f"{name.split('-')[0]}/{name}.png")
         for name in (reference, target)
     )
-    return {**dict(zip(PICTURES, pictures, strict=True)), "text": text, "id": None}
+    left_out = {"leaves_reference": True} if "target_hard" in record else {}
+    return {**dict(zip(PICTURES, pictures, strict=True)), "text": text, "id": None, **left_out}
 
 
 __all__ = ["PICTURES", "References", "open_composed"]

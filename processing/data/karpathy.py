@@ -24,7 +24,7 @@ COLUMNS = {"image": "image", "text": "captions", "id": "id"}
 
 
 class Entry(NamedTuple):
-    """A picture with its captions, unchecked, and what messages call it."""
+    """A picture with its captions, unchecked, and what messages call it; without an id it is known by its path."""
 
     image: Any
     captions: Any
@@ -108,14 +108,14 @@ def _karpathy_entries(file: Path, images: list[Any], split: str | None) -> Itera
             path = os.path.join(folder, name) if isinstance(name, str) and isinstance(folder, str) else None
             if isinstance(sentences, list):
                 sentences = [one.get("raw") if isinstance(one, dict) else one for one in sentences]
-            yield Entry(path, sentences, path, f"image {number} ({name})")
+            yield Entry(path, sentences, None, f"image {number} ({name})")
 
 
 def _albef_entry(number: int, entry: Any) -> Entry:
     if not isinstance(entry, dict):
         return Entry(None, None, None, f"entry {number} ({entry!r:.40}, expected an object)")
     image = entry.get("image")
-    return Entry(image, entry.get("caption"), entry.get("image_id", image), f"entry {number} ({image})")
+    return Entry(image, entry.get("caption"), entry.get("image_id"), f"entry {number} ({image})")
 
 
 def _rows_of(entry: Entry, captions_apart: bool) -> list[Any]:
@@ -139,4 +139,6 @@ def _add(columns: dict[str, list], reasons: dict[int, str], entry: Entry, captio
     image = "" if wrong else os.path.join(folder, entry.image)
     columns["image"].append(image)
     columns["captions"].append([] if wrong else [captions] if isinstance(captions, str) else captions)
-    columns["id"].append("" if wrong else str(entry.id))
+    # names in the folders of two files may be alike
+    identity = os.path.normpath(image) if entry.id is None else str(entry.id)
+    columns["id"].append("" if wrong else identity)

@@ -33,11 +33,13 @@ class BadRowsError(ValueError):
 class BadRow:
     """Takes the place of a row's content where it cannot be read.
 
-    `known`: the row was found bad when the source was opened, and is in the list already.
+    `known`: the row was found bad when the source was opened, and is in the list already. `excluded`: nothing is wrong
+    with it, but the run may not see it; it is listed, and counts for no share of bad rows.
     """
 
     reason: str
     known: bool = False
+    excluded: bool = False
 
 
 class StandIns:
@@ -204,7 +206,8 @@ class Quarantine:
     A line is {"portion", "source", "row", "epoch", "step", "attempt", "reason", "replaced_by"}. `row` counts within
     its source; `attempt` is 0 for a row of the order and k for the k-th row that was to stand in for one;
     `replaced_by` is the row that did, counted over all sources. Rows found bad when the data were opened come first,
-    once, with null for everything that belongs to a step; then comes a line each time that a row fails in a step.
+    once, with null for everything that belongs to a step; then comes a line each time that a row fails in a step. That
+    of a row which the run may not see has "excluded" beside these.
 
     Args:
         directory: of the run's output.
@@ -291,15 +294,17 @@ def line_of(
     epoch: int | None = None,
     attempt: int | None = None,
     replaced_by: int | None = None,
+    **marks: bool,
 ) -> dict[str, Any]:
     """A line of the list, of a step that is not known yet or of none."""
     place = {"source": source, "row": int(row), "epoch": epoch, "step": None, "attempt": attempt}
-    return {**place, "reason": reason, "replaced_by": replaced_by}
+    return {**place, "reason": reason, "replaced_by": replaced_by, **marks}
 
 
 def counted(lines: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """How many rows failed, and how many of them were to stand in for others."""
-    return len(lines), sum(line["attempt"] > 0 for line in lines)
+    """How many rows failed, and how many of them were to stand in for others; not those that may not be seen."""
+    failed = [line for line in lines if not line.get("excluded")]
+    return len(failed), sum(line["attempt"] > 0 for line in failed)
 
 
 def dumped(line: dict[str, Any]) -> str:

@@ -138,14 +138,15 @@ def _bad_strings(array: pa.Array, rule: TextRule) -> np.ndarray:
     return pc.fill_null(bad, True).to_numpy(zero_copy_only=False)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether cells of this type are texts."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _bad_texts(array: pa.Array, rule: TextRule) -> np.ndarray:
-    if _is_text(array.type):
+    if is_text(array.type):
         return _bad_strings(array, rule)
-    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)) or not _is_text(array.type.value_type):
+    if not (pa.types.is_list(array.type) or pa.types.is_large_list(array.type)) or not is_text(array.type.value_type):
         return _by_reason(array, lambda text: text_reason(plain_texts(text), rule))
     bad = pc.fill_null(pc.equal(pc.list_value_length(array), 0), True).to_numpy(zero_copy_only=False).copy()
     bad[pc.list_parent_indices(array).to_numpy()[_bad_strings(pc.list_flatten(array), rule)]] = True
@@ -195,7 +196,7 @@ def image_reason(image: Any, folder: str | None) -> str | None:
 
 
 def _bad_ids(array: pa.Array) -> np.ndarray:
-    if _is_text(array.type) or (pa.types.is_integer(array.type) and array.type != pa.uint64()):
+    if is_text(array.type) or (pa.types.is_integer(array.type) and array.type != pa.uint64()):
         return pc.is_null(array).to_numpy(zero_copy_only=False)
     return _by_reason(array, id_reason)
 

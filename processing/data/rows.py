@@ -25,6 +25,7 @@ from .row_checks import (
     Kind,
     PairDataError,
     find_bad_rows,
+    is_text,
     kind_of,
     plain_texts,
     report,
@@ -175,10 +176,17 @@ class PairTable(PairRows):
     def caption_counts(self) -> np.ndarray:
         if "text" not in self.columns:
             return np.zeros(len(self), dtype=np.int64)
-        texts = self.data.select_columns([self.columns["text"]]).with_format("arrow")[:].column(0)
-        if not pa.types.is_list(texts.type) and not pa.types.is_large_list(texts.type):
+        column = self.data.select_columns([self.columns["text"]])
+        texts = column.with_format("arrow")[:].column(0)
+        if is_text(texts.type):
             return np.ones(len(self), dtype=np.int64)
-        return pc.fill_null(pc.list_value_length(texts), 0).to_numpy().astype(np.int64)
+        if pa.types.is_list(texts.type) or pa.types.is_large_list(texts.type):
+            return pc.fill_null(pc.list_value_length(texts), 0).to_numpy().astype(np.int64)
+
+        # lists of a fixed length, texts beside lists, objects that hold either
+        cells = (cell for table in column.iter(CHUNK) for cell in table[self.columns["text"]])
+        counts = (len(text) if isinstance(text, (list, tuple)) else 1 for text in map(plain_texts, cells))
+        return np.fromiter(counts, np.int64, len(self))
 
 
 class PairStream:

@@ -84,6 +84,7 @@ def warn_of_shared_pictures(name: str, firsts: np.ndarray, bad: Iterable[int]) -
     if count < good.sum():
         warnings.warn(
             f"{name}: {good.sum()} rows show {count} different pictures. Rows of one picture share an id: their "
-            f"captions are right for each other. A column of ids says otherwise, {ROW!r} that each row stands alone",
+            f"captions are right for each other in an evaluation, in matching, and in contrast with match_ids; "
+            f"one_row_per_id keeps them apart. A column of ids says otherwise, {ROW!r} that each row stands alone",
             stacklevel=5,
         )

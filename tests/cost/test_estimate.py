@@ -246,6 +246,13 @@ def command(*given: str) -> list[str]:
     ]
 
 
+def test_a_later_stage_is_estimated_before_the_one_that_it_begins_with():
+    arguments = parse_arguments(["--config", "momo_stage3_large"])
+    with pytest.warns(UserWarning, match="runs/momo_stage2_large/model is not there: estimated for the size 'large'"):
+        config = configuration_of(arguments)
+    assert config.num_hidden_layers == 24 and config.decoders == ["text", "pair"]
+
+
 def test_the_command_prints_text_and_json(capsys):
     assert main(command("--device", "h100", "--pairs", "800", "--words", "6")) == 0
     text = capsys.readouterr().out

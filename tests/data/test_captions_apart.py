@@ -6,6 +6,8 @@ import tarfile
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tiny_pretraining import tiny_arguments
@@ -66,6 +68,21 @@ def test_every_caption_is_a_pair(request, source):
     assert list(apart.captions()) == flat and apart.where(6)[1] == 3
 
 
+@pytest.mark.parametrize(
+    "captions",
+    [
+        pa.array([["a", "b"], ["c", "d"], ["e", "f"]], pa.list_(pa.string(), 2)),
+        [{"raw": ["a", "b"]}, {"raw": ["c", "d"]}, {"raw": ["e", "f"]}],
+        [[{"raw": "a"}, {"raw": "b"}], [{"raw": "c"}, {"raw": "d"}], [{"raw": "e"}, {"raw": "f"}]],
+    ],
+    ids=["lists of a fixed length", "objects of lists", "lists of objects"],
+)
+def test_captions_are_counted_however_they_are_kept(tmp_path, captions):
+    pq.write_table(pa.table({"image": [png(1), png(2), png(3)], "captions": captions}), tmp_path / "rows.parquet")
+    apart = CaptionsApart(open_rows(str(tmp_path / "rows.parquet")))
+    assert [row["captions"] for row in apart.take(range(len(apart)))] == [[text] for text in "abcdef"]
+
+
 def test_sources_of_a_mixture_are_counted_in_pairs(table, shards):
     both = open_mixture([str(table), str(shards)], weights=[1, 2])
     assert isinstance(both, PairMixture)
@@ -110,6 +127,17 @@ def test_an_epoch_shows_every_caption_and_a_batch_no_image_twice(table, tmp_path
     # the run goes on from any step as if it had not stopped
     later = batches(table, tmp_path / "later", start=3)
     assert later[0] == keys[3:] and later[1] == read[3:]
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.filterwarnings("ignore:.* rows show 8 different pictures:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"captions_apart": False, "one_row_per_id": True}], ids=["apart", "one row"])
+def test_a_table_of_a_row_a_caption_has_no_image_twice_in_a_batch(table, tmp_path, options):
+    flat = [(row, text) for row, texts in enumerate(TEXTS) for text in texts]
+    lines = [json.dumps({"file_name": f"{row}.png", "captions": text}) for row, text in flat]
+    (table / "metadata.jsonl").write_text("\n".join(lines))
+    keys, _, steps, _ = batches(table, tmp_path / "run", **options)
+    assert steps == 4 and all(len({ROWS[row] for row, _ in batch}) == 4 for batch in keys)
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from tiny_pretraining import tiny_arguments, write_pairs
 
-from oner.processing.data.collation import Reader
+from oner.processing.data.collation import Collator, Reader
 from oner.processing.data.excluded_images import image_hash, read_hashes
+from oner.processing.data.layouts import ImageLayout
 from oner.processing.data.places import PairDataError
-from oner.processing.data.quarantine import BadRow
+from oner.processing.data.quarantine import BadRow, Quarantine, Watch, line_of, read_quarantine
 from oner.processing.data.sampling import RowKey
 from oner.training.run.parsing import parse_arguments
 
@@ -56,7 +58,25 @@ def test_a_reader_takes_no_excluded_image_for_a_row(files: list[Path]) -> None:
         for path in files
     ]
     assert [isinstance(one, BadRow) for one in read] == [False, True, False]
-    assert read[1].reason == f"the picture {str(files[1])!r} is excluded"
+    assert read[1].reason == f"the picture {str(files[1])!r} is excluded" and read[1].excluded
+
+
+def test_excluded_rows_are_replaced_and_listed_but_are_no_bad_ones(files: list[Path], tmp_path: Path) -> None:
+    """Of a set half of which is somebody's test set a run reads the other half, whatever `max_bad_rows` says."""
+    excluded = frozenset([sha256(files[1].read_bytes()).hexdigest()])
+    reader = Reader(image_transform=lambda image, rng: torch.zeros(3, 8, 8), excluded=excluded)
+    own, other = ((RowKey(number, number, 0.0), {"image": str(files[number])}) for number in (1, 2))
+    batch = Collator(reader, ImageLayout(8))([(*own, iter([other]))])
+    assert batch["rows"].tolist() == [2] and batch["quarantine"][0]["excluded"] is True
+
+    quarantine = Quarantine(tmp_path, {"pairs": (watch := Watch(max_bad_rows=0.0))})
+    quarantine.add("pairs", 1, [line_of("files", **line) for line in batch["quarantine"]])
+    assert watch.new == (0, 0) and [line["row"] for line in read_quarantine(quarantine.path)] == [1]
+    quarantine.begin(2)
+    assert watch.before == (0, 0) and len(read_quarantine(quarantine.path)) == 1
+    # and one that is truly bad counts as ever
+    quarantine.add("pairs", 2, [line_of("files", 0, "cannot be read", attempt=0)])
+    assert watch.new == (1, 0)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "images"])

@@ -59,7 +59,7 @@ def test_flickr_has_no_folders_in_its_file(tmp_path):
     assert rows[0] == {
         "image": str(tmp_path / "flickr30k-images" / "36979.jpg"),
         "captions": ["Two men."],
-        "id": "36979.jpg",
+        "id": str(tmp_path / "flickr30k-images" / "36979.jpg"),
     }
 
 
@@ -79,11 +79,20 @@ def test_albefs_files(tmp_path):
     path = write(tmp_path / "coco_test.json", test)
     rows = open_karpathy(path, tmp_path / "images")
     assert [(row["captions"], row["id"]) for row in rows.take(range(2))] == [
-        (["one", "three"], "a.jpg"),
-        (["two"], "b.jpg"),
+        (["one", "three"], str(tmp_path / "images" / "a.jpg")),
+        (["two"], str(tmp_path / "images" / "b.jpg")),
     ]
     both = open_karpathy([tmp_path / "coco_train.json", path], tmp_path / "images")
     assert len(both) == 5 and both[3]["captions"] == ["one", "three"]
+
+
+def test_pictures_of_one_name_in_two_folders_are_two(tmp_path):
+    files = []
+    for folder in ("one", "other"):
+        picture(tmp_path / folder / "0.jpg")
+        files.append(write(tmp_path / folder / "captions.json", [{"image": "0.jpg", "caption": [folder]}]))
+    both = open_karpathy(files)
+    assert len(set(both.ids().tolist())) == 2 and both[0]["id"] == str(tmp_path / "one" / "0.jpg")
 
 
 def test_bad_rows_are_named_or_kept_apart(tmp_path):

@@ -59,6 +59,23 @@ def test_numbers_equal_loops_by_hand(ids):
     assert evaluator.protocol["queries"] == {"add": 8, "swap": 4}
 
 
+def test_a_hidden_row_is_not_in_the_gallery_of_its_query():
+    """CIRR's own reference: what looks as the query's picture does is neither found nor counted by chance."""
+    queries, gallery, _, pictures = laid_down(False)
+    queries = [{**query, "hidden": query["choices"][1]} for query in queries]
+    evaluator = ComposedQueriesEvaluator(queries, gallery, ks=(1, 3), name="set", progress=False)
+    values = dict(evaluator.run(Colours(), colour_processor))
+    references = unit(np.array([np.asarray(query["image"])[0, 0] for query in queries]))
+    found = []
+    for query, vector in zip(queries, references, strict=True):
+        order = [row for row in np.argsort(-(pictures @ vector)) if row != query["hidden"]]
+        found.append(query["target"] in order[:3])
+    assert values["set/composed_picture_r@3"] == pytest.approx(np.mean(found))
+    assert evaluator.protocol["reference_left_out"] == 12
+    with pytest.raises(ValueError, match="query 0: its target, row 0, is hidden from it"):
+        ComposedQueriesEvaluator([{**queries[0], "hidden": 0}], gallery)
+
+
 def test_a_tie_is_lost_and_a_model_without_joint_pass_has_three_ways():
     class Apart(Colours):
         get_multimodal_features = property()

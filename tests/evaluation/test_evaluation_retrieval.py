@@ -14,8 +14,9 @@ from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
-from oner.training.evaluation.embedding import embed_images, embed_pairs, embed_texts
+from oner.training.evaluation.embedding import Gallery, embed_images, embed_pairs, embed_texts, picture_key
 from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator, caption_table
+from oner.training.evaluation.zero_shot import ZeroShotClassificationEvaluator
 
 EMOJI = Path(__file__).parents[2] / "examples" / "data" / "emoji"
 
@@ -162,6 +163,29 @@ def test_own_picture_is_excluded_and_queries_without_another_are_left_out():
         MultimodalRetrievalEvaluator(rows[2:])
     with pytest.raises(ValueError, match="none of the 1 query rows"):  # rows without ids are no concept of each other
         MultimodalRetrievalEvaluator([rows[3]], [colour_row((9, 9, 9), ["1 1 1"])])
+
+
+def test_a_picture_that_stands_in_several_rows_is_searched_once():
+    """As tables with a row a caption have it: five copies of one wrong picture would fill five places."""
+    wrong = [colour_row((200, 10, 10), [f"{n} 1 1"], "red") for n in range(1, 6)]
+    rows = [colour_row((150, 120, 10), ["1 1 1"], "both"), *wrong]
+    query = [colour_row((200, 20, 20), ["200 1 1"], "both")]
+    gallery = Gallery(rows)
+    for searched in (rows, gallery):
+        evaluator = MultimodalRetrievalEvaluator(query, searched, ks=(1, 2), name="s", progress=False)
+        values = dict(evaluator.run(Colours(), colour_processor))
+        assert [values[f"s/multimodal_image_r@{k}"] for k in (1, 2)] == [0.0, 1.0]
+        assert values["s/multimodal_chance@1"] == pytest.approx(0.5) and evaluator.protocol["gallery"] == 2
+    assert len(gallery.vectors(Colours(), colour_processor)) == 6  # others of its evaluators count rows
+
+    # and each picture is classified once, however many captions it has
+    made = ZeroShotClassificationEvaluator.from_rows(rows, templates="name")
+    assert len(made.images) == len(made.labels) == 2
+
+
+def test_pictures_in_memory_are_told_apart_by_their_shape_too():
+    keys = {picture_key(Image.new("RGB", size)) for size in ((2, 8), (4, 4), (8, 2))}
+    assert len(keys) == 3 and picture_key(Image.new("L", (4, 4))) in keys
 
 
 def test_bad_options_are_named():

@@ -8,6 +8,9 @@ from tiny_oner import MASK, joint_batch
 from tiny_pretraining import ROOT
 from transformers import AutoModelForMaskedLM, AutoProcessor
 
+from oner.processing.data.sources import open_rows
+from oner.training.commands.evaluate import MODELS
+from oner.training.evaluation import relevance
 from oner.training.evaluation.relevance import (
     crossed_relevance,
     decoder_attentions,
@@ -17,6 +20,8 @@ from oner.training.evaluation.relevance import (
     self_relevance,
     without_own,
 )
+from oner.training.evaluation.sheets import draw_scenes, quarter
+from oner_command_line import main as command_line
 
 
 def masked_pairs(model, place: int = 2):
@@ -113,6 +118,44 @@ def test_a_text_that_reads_no_image_owes_it_nothing():
         for layer in model.simla.text.layers:
             layer.cross_attention.proj.weight.zero_()
     assert masked_relevance(model, *masked_pairs(model)).abs().sum() == 0
+
+
+def test_words_of_scenes_are_looked_for_where_they_are(emoji_folder, monkeypatch):
+    """Numbers of maps that are known: one has nothing, one looks at the thing named, the others at its neighbour."""
+    name = ROOT / "examples" / "checkpoints" / "oner-emoji"
+    processor = AutoProcessor.from_pretrained(name)
+    rows = open_rows(emoji_folder / "test_concept.parquet", id_column="hexcode").take(range(24))
+    asked = [scene.asked for scene in draw_scenes(rows, 4)]
+    given = torch.zeros(4, 4, 4)
+    for scene, place in enumerate([None, asked[1], (asked[2] + 1) % 4, (asked[3] + 1) % 4]):
+        if place is not None:
+            given[scene][quarter(4, 4, place)] = 1.0
+    parts = iter([given[:3], given[3:]])
+
+    def known(model, processor, images, texts, words):
+        lengths = [processor(text=text)["input_ids"].shape[1] - 1 for text in texts]
+        assert all(0 <= word < length for word, length in zip(words, lengths, strict=True))
+        return next(parts)
+
+    monkeypatch.setattr(relevance, "masked_maps", known)
+    monkeypatch.setattr(relevance, "relevance_sheet", lambda model, processor, images, texts: len(images))
+    found = dict(relevance.RelevanceEvaluator(rows, scenes=4, shown=2, batch_size=3).run(None, processor))
+    third = pytest.approx(1 / 3)
+    assert found == {
+        "relevance/read_off_picture": 0.75,
+        "relevance/share_on_named": third,
+        "relevance/peak_on_named": third,
+        "relevance/sheet": 2,
+    }
+
+
+def test_the_command_asks_the_model_of_masked_words_alone(tmp_path, capsys):
+    told = ["evaluate", "--model", "oner-emoji", "--data", "x.parquet", "--tasks", "relevance", "gap"]
+    assert command_line(told) == 2
+    assert (
+        "relevance asks the model of masked words, which does not search; expected it alone" in capsys.readouterr().err
+    )
+    assert MODELS["relevance"] is AutoModelForMaskedLM
 
 
 def test_a_sheet_masks_each_word_in_turn():

@@ -3,12 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from fake_hub import serve
+from families import RETRIEVAL
 from huggingface_hub import HfApi, hf_hub_download
 from PIL import Image
 from tiny_pretraining import evaluated, evaluation_of, load_example
@@ -21,9 +23,11 @@ from oner.processing.data.sources import PairDataError, open_rows
 from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
+from oner.training.commands.evaluate import chosen_tasks, read, read_gallery
 from oner.training.evaluation.embedding import Gallery, embed_pairs, gallery_vectors, spaced
 from oner.training.evaluation.labels import class_numbers, open_labelled
 from oner.training.evaluation.results import checkpoint_facts, read_results, write_results
+from oner.training.evaluation.suite import check_choices
 
 ROOT = Path(__file__).parents[2]
 EMOJI = ROOT / "examples" / "data" / "emoji"
@@ -70,6 +74,29 @@ def test_numbers_and_the_protocol_are_written(example, model_directory, tmp_path
     assert set().union(*(result["values"] for result in results.values())) == set(values)
 
 
+def test_numbers_of_rows_are_no_concepts_of_another_source(tmp_path, capsys):
+    """Without a column of ids row 3 of the data has nothing to do with row 3 of the gallery."""
+    line = ["--model", "oner-emoji", "--data", str(EMOJI / "test_style.parquet"), "--output", str(tmp_path)]
+    line += ["--gallery", str(EMOJI / "test_style.parquet")]
+    for column, shared in (([], False), (["--id_column", "hexcode"], True)):
+        a = evaluation_of([*line, *column])
+        rows, gallery = read(a.data[0], a, 20), read_gallery(a)
+        common = {row["id"] for row in rows} & {row["id"] for row in gallery}
+        assert bool(common) is shared
+        assert ("multimodal" in chosen_tasks(a, "set", rows, gallery, object())) is shared
+    assert "set: no multimodal, as no id of its rows stands in the gallery" in capsys.readouterr().out
+
+
+def test_sources_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="several sources are called test, and the results of one would replace"):
+        evaluation_of(["--model", "x", "--data", "a/test.parquet", "b/test.csv", "c/other.csv"])
+    own = SimpleNamespace(
+        pool="cls", models=["x"], tasks=["digits"], images=[["digits", *"abc"]], texts=None, pairs=None
+    )
+    with pytest.raises(ValueError, match="several sets would share the name digits"):
+        check_choices(own)
+
+
 def test_pictures_are_saved(example, model_directory, tmp_path, capsys):
     pytest.importorskip("sklearn")
     evaluated(
@@ -83,6 +110,17 @@ def test_pictures_are_saved(example, model_directory, tmp_path, capsys):
         with Image.open(path) as image:
             low, high = image.convert("L").getextrema()
         assert min(image.size) > 100 and low < high
+
+
+def test_a_model_is_only_asked_what_it_can_answer(family, example, capsys):
+    """Where nothing is named, all that it can: MoMo matches and does not ground."""
+    model = family.build(RETRIEVAL)
+    rows = [{"id": 0, "image": "a.png"}, {"id": 0, "image": "b.png"}]
+    chosen = example.chosen_tasks(evaluation_of(["--model", "x", "--data", "y"]), "set", rows, None, model)
+    said = capsys.readouterr().out
+    for task, methods in {"rerank": ("match",), "scenes": ("match", "ground")}.items():
+        assert (task in chosen) == all(hasattr(model, method) for method in methods)
+        assert task in chosen or f"set: no {task}, as {type(model).__name__} " in said
 
 
 def test_where_words_are_and_which_are_seen(example, tmp_path, capsys):

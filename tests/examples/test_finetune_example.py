@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_finetuning import DATA, ONE_TOWER_ALONE, write_codis, write_momo, write_oner, write_simla
 from tiny_pretraining import (
@@ -17,7 +18,7 @@ from tiny_pretraining import (
     load_example,
     read_log,
 )
-from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
+from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
 from oner.processing.data.row_checks import PairDataError
 from oner.processing.data.rows import PairRows
@@ -216,6 +217,21 @@ def test_codis_is_fine_tuned_for_each_task(task, finetune, codis, tmp_path):
     assert not torch.equal(before[name], after[name])
 
 
+@pytest.mark.parametrize("task", ["retrieval", "glue"])
+def test_momo_is_fine_tuned_for_tasks_that_families_share(task, finetune, momo, tmp_path):
+    """In both stages of retrieval, though the task masks nothing; and on texts alone."""
+    told = {name: value for name, value in DATA[task](tmp_path).items() if name != "queue_size"}
+    metrics = finetune.main(line(task, momo, tmp_path / "run", {**told, "family": "momo", "max_steps": 2}))
+    assert metrics and all(value == value for value in metrics.values())
+    before, after = (load_file(path / "model.safetensors") for path in (momo, tmp_path / "run" / "model"))
+    name = "momo.layers.0.attention.qkv.weight"
+    assert not torch.equal(before[name], after[name])
+    if task == "retrieval":
+        logged = [entry for entry in read_log(tmp_path / "run") if "loss" in entry]
+        assert "dataset_coco/rerank_tr_r@1" in metrics and {"itc", "itm"} <= logged[-1].keys()
+        assert not torch.equal(before["itm_head.weight"], after["itm_head.weight"])
+
+
 def test_momo_answers_by_classes_that_its_model_names(finetune, momo, tmp_path):
     told = {**DATA["answers"](tmp_path), "family": "momo"}
     metrics = finetune.main(line("answers", momo, tmp_path / "run", told))
@@ -224,6 +240,16 @@ def test_momo_answers_by_classes_that_its_model_names(finetune, momo, tmp_path):
     model = load_model(find_task("answers").model, directory)
     classes = json.loads(told["answer_list"].read_text(encoding="utf-8"))
     assert [model.config.id2label[place] for place in range(model.config.num_labels)] == classes
+    # and the model answers by its pipeline
+    answer = pipeline("image-question-answering", model=str(directory))
+    said = answer(Image.new("RGB", (32, 32)), question="is it the", top_k=len(classes))
+    assert {one["answer"] for one in said} == set(classes) and said == sorted(said, key=lambda one: -one["score"])
+    assert answer(Image.new("RGB", (32, 32)), question="is it the", candidates=classes[:2], top_k=1) == [
+        next(one for one in said if one["answer"] in classes[:2])
+    ]
+    with pytest.raises(ValueError, match=rf"\['a unicorn'\] are none of the {len(classes)} answers that the model kn"):
+        answer(Image.new("RGB", (32, 32)), question="is it the", candidates=["a unicorn"])
+    assert "image-question-answering" in (directory / "README.md").read_text(encoding="utf-8")
     written = json.loads((tmp_path / "answers" / "val2014_questions.answers.json").read_text(encoding="utf-8"))
     assert len(written) == 6 and {one["answer"] for one in written} <= set(classes)
     options = {name: value for name, value in told.items() if name not in ("train_data", "family", "answer_folder")}

@@ -11,8 +11,19 @@ from PIL import Image
 from tiny_folder import write_named
 from tiny_pretraining import load_example, tiny_arguments
 
+import oner_run_options
 from oner.training.commands import folder as folders
-from oner.training.commands.folder import FolderError, concepts, describe, hold_out, read_folder, words_of
+from oner.training.commands.folder import (
+    FolderError,
+    Pair,
+    captions_of,
+    concepts,
+    describe,
+    hold_out,
+    mirroring,
+    read_folder,
+    words_of,
+)
 from oner.training.evaluation.curves import draw_log, read_series
 from oner.training.run.parsing import parse_arguments, read_config
 from oner_command_line import main as command_line
@@ -59,6 +70,15 @@ def test_captions_beside_a_picture_in_its_name_and_in_its_folder(tmp_path, capsy
     assert "1 of 33 pictures have no words in their names: left out" in capsys.readouterr().out
 
 
+def test_captions_beside_a_picture_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "0.txt").write_bytes("\ufeffa café\r\n".encode())
+    assert captions_of(tmp_path / "0.png", tmp_path) == ["a café"]
+    for encoding in ("cp1252", "utf-16"):
+        (tmp_path / "0.txt").write_bytes("a café".encode(encoding))
+        with pytest.raises(FolderError, match=r"0.txt: is not UTF-8 \(byte"):
+            captions_of(tmp_path / "0.png", tmp_path)
+
+
 def test_a_table_says_what_its_pictures_show(tmp_path):
     names = [f"{shade}.png" for shade in range(24)]
     for shade, name in enumerate(names):
@@ -99,6 +119,14 @@ def test_a_tenth_of_the_pictures_is_held_out_and_equal_ones_stay_together(tmp_pa
     assert set(Counter(ids).values()) == {4} and len(set(ids)) == 20
     (said, repeated) = describe(tmp_path, pairs, len(held_out))
     assert "80 pairs, 8 held out" in said and "40 of 80 captions repeat an earlier one" in repeated
+
+
+def test_pictures_are_not_mirrored_where_captions_often_name_sides(capsys):
+    pairs = [Pair(b"", ["a bright car", "a copyright"], number) for number in range(19)]
+    assert mirroring([*pairs, Pair(b"", ["a car on the left"], 19)]) == {} and not capsys.readouterr().out
+    pairs[0] = Pair(b"", ["the rightmost car", "a car to the left"], 0)
+    assert mirroring(pairs) == {"horizontal_flip": 0.0}
+    assert "2 of 38 captions name a side" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
@@ -162,6 +190,30 @@ def test_a_configuration_that_ships_is_found_by_its_name(tmp_path, monkeypatch):
     arguments = parse_arguments(["--config", "mine.yaml", "--train_data", "photos"])
     assert arguments.data.attribution is None and arguments.data.data_licence is None
     assert parse_arguments(["--config", "mine.yaml"]).data.attribution == told["attribution"]
+
+
+@pytest.mark.parametrize("reader", [read_config, oner_run_options.read_config])
+def test_the_makers_of_a_bases_data_are_not_those_of_other_data(tmp_path, reader):
+    own, terms = tmp_path / "own.yaml", ("attribution", "data_licence")
+    for told in ("train_data: [photos]", "portions: {texts: {kind: texts, train_data: [notes.txt]}}"):
+        own.write_text(f"base: momo_small_stage2\n{told}\n")
+        assert not any(name in reader(own) for name in terms) and reader(own)["size"] == "nano"
+    own.write_text("base: momo_small_stage2\ntrain_data: [photos]\nattribution: mine.md\n")
+    assert reader(own)["attribution"] == "mine.md"
+    own.write_text("base: momo_small_stage2\nbatch_size: 8\n")
+    assert all(name in reader(own) for name in terms)
+
+
+def test_what_every_portion_has_of_its_own_is_not_asked_for_outside_a_checkout(tmp_path, monkeypatch):
+    """As docs/howto_momo_stages.md has it: a stage on data of one's own, over a file that ships."""
+    monkeypatch.chdir(tmp_path)
+    texts, images = "{kind: texts, train_data: [notes.txt]}", "{kind: images, train_data: [pictures/]}"
+    own = tmp_path / "own.yaml"
+    own.write_text(f"base: momo_small_stage2.yaml\nportions: {{texts: {texts}, images: {images}}}\n")
+    oner_run_options.check_line(["--config", str(own)])
+    own.write_text(f"base: momo_small_stage2.yaml\nportions: {{texts: {texts}, images: {{kind: images}}}}\n")
+    with pytest.raises(oner_run_options.Mistake, match=r"examples/data/emoji/train.parquet \(train_data\)"):
+        oner_run_options.check_line(["--config", str(own)])
 
 
 def test_outside_a_checkout_it_is_said_what_only_a_checkout_holds(tmp_path, monkeypatch, capsys):

@@ -5,9 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -20,7 +23,7 @@ from oner.processing.image_processing_vl import VisionLanguageImageProcessor, op
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
 from oner.training.commands.index import passed_over
-from oner.training.commands.table_items import spelled
+from oner.training.commands.table_items import TableItems, columns_of_table, spelled
 from oner.training.evaluation import contact_sheet
 from oner.training.evaluation.results import results_directory
 from oner.training.publishing import shipped
@@ -215,6 +218,33 @@ def test_what_is_passed_over_is_summed_up_by_reason(tmp_path: Path) -> None:
 )
 def test_cells_of_a_csv_are_numbers_where_they_spell_one(cell: str, value: Any) -> None:
     assert spelled(cell) == value and type(spelled(cell)) is type(value)
+
+
+def test_columns_stand_beside_their_rows_and_prices_are_numbers(tmp_path: Path) -> None:
+    """A file without further columns keeps its rows apart from those of the next; 3.50 is a number as 3.75 is."""
+    header = "file_name,text,price,release"
+    (tmp_path / "a.csv").write_text(f"{header}\n0.png,a,3.50,1.9\n1.png,b,12.75,1.10\n2.png,c,7,1.2")
+    assert columns_of_table(str(tmp_path / "a.csv")) == {"price": [3.5, 12.75, 7], "release": [1.9, "1.10", 1.2]}
+
+    pairs = {"image": [b"a", b"b"], "text": ["a", "b"]}
+    pq.write_table(pa.table(pairs), tmp_path / "0.parquet")
+    prices = pa.array([Decimal("3.50"), None], pa.decimal128(9, 2))
+    pq.write_table(pa.table({**pairs, "year": [2000, 2001], "price": prices}), tmp_path / "1.parquet")
+    found = {"year": [None, None, 2000, 2001], "price": [None, None, 3.5, None]}
+    assert columns_of_table(str(tmp_path / "[01].parquet")) == found
+
+
+def test_pictures_that_a_table_names_belong_to_it(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    rows = [
+        {"image": {"bytes": None, "path": "a.png"}, "text": "a"},
+        {"image": {"bytes": b"b", "path": None}, "text": "b"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "both.parquet")
+    (tmp_path / "named.jsonl").write_text("\n".join(json.dumps({"image": f"{one}.png", "text": one}) for one in "abc"))
+    assert TableItems(str(tmp_path / "both.parquet")).files() == [str(tmp_path / "a.png")]
+    assert TableItems(str(tmp_path / "named.jsonl")).files() == [str(tmp_path / f"{one}.png") for one in "abc"]
 
 
 @pytest.mark.parametrize(

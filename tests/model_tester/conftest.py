@@ -23,6 +23,9 @@ DEFAULTS = (
 PAIRS = "gives a text two pictures and another one none; OneR reads one picture per text, or none at all"
 STACKS = "counts num_hidden_layers states; a pair passes two stacks of layers, test_families_models.py counts a text's"
 NO_PLACES = "SimlaForPreTraining returns embeddings and logits of several passes, no states of one sequence"
+NO_PASS = "MomoForPreTraining returns predictions of several packed passes, no states of one sequence"
+PACKED = "gives a single row the masked places of the whole batch, which are counted over all of its tokens"
+ONE_DECODER = "expects a gradient for every parameter; a pair passes one decoder of two, and pixels are not asked for"
 TEMPERATURE = "calls numpy() on the first output; here that is a parameter, the temperature"
 UNREAD = (
     "expects a gradient for every parameter; contrast reads neither matching head nor cross-attention, and only "
@@ -80,6 +83,33 @@ NOT_APPLICABLE = {
         "test_retain_grad_hidden_states_attentions": NO_PLACES,
         "test_eager_matches_sdpa_inference": NO_PLACES,
     },
+    "MomoModelTest": {
+        PAD_LEFT: LEFT,
+    },
+    "MomoForMaskedLMTest": {
+        PAD_LEFT: LEFT,
+        "test_training_gradient_checkpointing": ONE_DECODER,
+    },
+    "MomoForImageTextRetrievalTest": {
+        "test_get_text_features_output_0": SINGLE_TOWER,
+        "test_get_text_features_output_2": SINGLE_TOWER,
+        "test_training_gradient_checkpointing": TWO_RUNS,
+        PAD_LEFT: LEFT,
+    },
+    "MomoForImageClassificationTest": {
+        PAD_LEFT: LEFT,
+    },
+    "MomoForPreTrainingTest": {
+        "test_get_text_features_output_0": SINGLE_TOWER,
+        "test_get_text_features_output_2": SINGLE_TOWER,
+        "test_training": NO_LOSS,
+        "test_attention_outputs": NO_PASS,
+        "test_hidden_states_output": NO_PASS,
+        "test_retain_grad_hidden_states_attentions": NO_PASS,
+        "test_batching_equivalence": PACKED,
+        "test_determinism": TEMPERATURE,
+        "test_eager_matches_sdpa_inference": NO_PASS,
+    },
     "VisionLanguageProcessorTest": {
         "test_kwargs_overrides_default_subprocessor_kwargs_0": WORDS,
         "test_structured_kwargs_nested_from_dict_0": WORDS,
@@ -99,7 +129,7 @@ def pytest_configure() -> None:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     # In-tree models are listed by name; several tests find a head's base model through this list.
-    MODEL_MAPPING_NAMES.update(oner="OneRModel", simla="SimlaModel")
+    MODEL_MAPPING_NAMES.update(momo="MomoModel", oner="OneRModel", simla="SimlaModel")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -109,6 +109,13 @@ def test_the_encoder_takes_visible_tokens_alone():
     assert rows == [(sum(expected.values()) + others[0], 32), (others[1], 32)]
 
 
+@torch.no_grad()
+def test_without_a_mask_nothing_is_padding():
+    model, batch = FAMILY.build(PRETRAINING), tiny_momo.make_batch([4, 4, 4, 4])
+    expected, made = (flat(step(model, one)) for one in (batch, {**batch, "attention_mask": None}))
+    assert made.keys() == expected.keys() and all(torch.equal(made[name], expected[name]) for name in made)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_without_padding_attend_as_padded_ones_do(monkeypatch, masked):
     """What a GPU's kernel for unequal lengths is given, answered by a loop: same outputs and gradients."""

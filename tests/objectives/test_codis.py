@@ -7,6 +7,7 @@ import torch
 from families import FAMILIES, PRETRAINING
 
 from oner import CodisConfig, CodisForPreTraining
+from oner.training.objectives.feature_queue import NO_ID
 from oner.training.objectives.transport import codes_used, plan_entropy, transport_plan
 from oner.training.private_names import most_alive
 
@@ -145,6 +146,20 @@ def test_alignment_is_equation_5(taken, targets, reduction, scale):
             soft = ALPHA * soft + (1 - ALPHA) * np.eye(*soft.shape)
         total += crossed(soft, made[query] @ keys.T / made["gamma"])
     assert parts["ica"].item() == pytest.approx(scale * total, rel=1e-10)
+
+
+def test_an_empty_place_of_the_queue_is_right_for_no_id():
+    """Also for one that is called as empty places are."""
+    torch.manual_seed(0)
+    student = FAMILY.build(PRETRAINING).eval()
+    objective = FAMILY.objective(student, losses=["itc"], match_ids=True)
+    objective.teacher.model.eval()
+    batch = tiny_codis.make_batch([5, 3, 2, 4])
+    losses = [
+        objective.take(student, {**batch, "ids": torch.tensor([first, 1, 2, 3])}, PROGRESS).loss.item()
+        for first in (7, NO_ID)
+    ]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("plan", ["own", "swapped", "text"])

@@ -250,6 +250,11 @@ def test_published_annotations_are_read(query, text, tmp_path):
     (row,) = rows.take([0])
     assert (row["image"], row["target_image"]) == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
     assert row["text"] == text and sorted(rows.bad) == [1, 2]
+
+    # CIRR takes a query's own reference out of the gallery, FashionIQ does not
+    (tmp_path / "b.png").write_bytes(emoji()[1][0])
+    (asked,) = evaluator([row, {**row, "image": row["target_image"]}], "set", ComposedArguments()).queries[:1]
+    assert asked["choices"] == [0, 1] and asked["hidden"] == (1 if "caption" in query else None)
     with pytest.raises(PairDataError, match="2 of 3 rows"):
         open_composed([str(tmp_path / "cap.json")])
 

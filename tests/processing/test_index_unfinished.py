@@ -182,6 +182,16 @@ def check_whole(index: RetrievalIndex, texts: list[str]) -> None:
     assert (index.embeddings.float() - own).abs().max() < 1e-3
 
 
+def test_what_is_added_takes_nothing_away(quick, tmp_path):
+    quick.index_texts(["a", "b"], directory=tmp_path, show_progress=False)
+    index = quick.index_texts(["c"], directory=tmp_path, append=True, show_progress=False)
+    assert index.counts == {"embedded": 1, "kept": 0, "gone": 0} and RetrievalIndex.load(tmp_path).items == [
+        "a",
+        "b",
+        "c",
+    ]
+
+
 def test_many_interruptions_lose_and_double_nothing(quick, tmp_path, monkeypatch):
     """Eight calls that end somewhere, some with other texts than before; then one that does not."""
     draw = random.Random(0)
@@ -253,9 +263,9 @@ def test_every_kind_of_row_has_a_key_of_its_own(tmp_path):
     (tmp_path / "a.png").write_bytes(b"a")
     rows = [
         {"text": "a"}, {"image": b"a"}, {"text": "a", "image": b"a"}, {"image": str(tmp_path / "a.png")},
-        {"image": "https://example.org/a.png"}, {"image": Image.new("RGB", (2, 2))}, {"image": Image.new("L", (2, 2))},
-        {"image": torch.zeros(3, 2, 2)}, {"image": torch.zeros(3, 2, 2).numpy().transpose(1, 2, 0)},
-        {"image": {"bytes": b"b", "path": "a.png"}}, {"image": tmp_path / "gone.png"},
+        {"image": "https://example.org/a.png"}, {"image": Image.new("RGB", (2, 2))},
+        {"image": Image.new("RGB", (1, 4))}, {"image": {"bytes": b"b", "path": "a.png"}},
+        {"image": tmp_path / "gone.png"},
     ]  # fmt: skip
     with unfinished_index(tmp_path / "index", "space") as known:
         keys = [known.key(row) for row in rows]
@@ -271,6 +281,38 @@ def test_every_kind_of_row_has_a_key_of_its_own(tmp_path):
             pass
     with unfinished_index(None, "space") as known:
         assert known.key(rows[0]) is None
+
+
+def test_what_is_in_memory_is_known_by_what_is_seen(tmp_path):
+    """Numbers that stand for other colours, by a palette, a range or a turn, are another picture; and only those."""
+    from PIL import Image
+
+    red, blue, turned = Image.new("P", (2, 1)), Image.new("P", (2, 1)), Image.new("RGB", (2, 2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    turned.putpixel((0, 0), (255, 0, 0))
+    upright = turned.copy()
+    turned.getexif()[0x0112] = 3
+    bits = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)
+    same = [Image.new("RGB", (2, 2)), Image.new("L", (2, 2)), torch.zeros(3, 2, 2), torch.zeros(2, 2).numpy()]
+    with unfinished_index(tmp_path, "space") as known:
+        keys = [known.key({"image": one}) for one in (red, blue, turned, upright, bits, bits.float(), *same)]
+    assert None not in keys and len(set(keys[:6])) == 6 and len(set(keys[6:])) == 1
+
+
+def test_files_that_change_places_are_embedded_again(tmp_path):
+    """Of one size and date, as archives and converters leave them."""
+    paths = [tmp_path / name for name in ("a.png", "b.png")]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+        os.utime(path, (1, 1))
+    with unfinished_index(tmp_path / "index", "space") as known:
+        before = [known.key({"image": path}) for path in paths]
+        paths[0].rename(tmp_path / "other")
+        paths[1].rename(paths[0])
+        (tmp_path / "other").rename(paths[1])
+        after = [known.key({"image": path}) for path in paths]
+    assert not set(before) & set(after)
 
 
 def caption(number: int) -> str:

@@ -35,6 +35,7 @@ each = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def item_of(number: int) -> dict[str, Any]:
     item: dict[str, Any] = {"path": f"photos/{number} it's.png", "year": 2000 + number % 20, "good": number % 3 == 0}
     item["share"] = number / COUNT
+    item["key"] = (1 << 60) + number  # floats do not tell these apart
     if number % 4:
         item["licence"] = ("MIT", "BSD", "2020")[number % 3]
     return item
@@ -87,6 +88,9 @@ WHERE = [
     "share>0.9",
     "good=false",
     "good!=true",
+    f"key={(1 << 60) + 7}|{(1 << 60) + 9}",
+    {"key": (1 << 60) + 7},
+    "licence=MIT | BSD",
     "path=photos/7 it's.png",
     "item=a plain item",
     "licence>3",
@@ -115,6 +119,9 @@ def test_conditions_admit_what_they_say(exact: RetrievalIndex) -> None:
         "year=2005|2006": lambda item: item.get("year") in (2005, 2006),
         "good=true": lambda item: item.get("good") is True,
         "share<0.5": lambda item: item.get("share", 1) < 0.5,
+        "licence=MIT | BSD": lambda item: item.get("licence") in ("MIT", "BSD"),
+        f"key={(1 << 60) + 7}": lambda item: item["key"] == (1 << 60) + 7,
+        f"key<={(1 << 60) + 7}": lambda item: item["key"] <= (1 << 60) + 7,
     }
     for where, met in says.items():
         found = exact.answers(queries()[:1], top_k=COUNT, where=where)[0]
@@ -133,6 +140,30 @@ def test_neighbours_of_an_item(backend: SearchBackend, exact: RetrievalIndex) ->
     for unknown in ("no item", COUNT, -1, True):
         with pytest.raises(ValueError, match=f"not in the index of {COUNT} items"):
             backend.neighbours(unknown)
+
+
+@pytest.mark.parametrize("name", ["exact", "lancedb", "qdrant"])
+def test_of_equal_answers_the_first_are_given(tmp_path: Path, name: str) -> None:
+    """Eleven copies of a picture in the midst of others; a database gives any of them."""
+    needed, options = BACKENDS[name]
+    pytest.importorskip(needed)
+    index = RetrievalIndex(WIDTH, dtype="float32")
+    rows = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(1))
+    rows[20:40:2] = rows[7]
+    index.add(rows, list(range(40)))
+    index.save(tmp_path)
+    backend = index if name == "exact" else build_backend(name, tmp_path, **options)
+    for top_k in (1, 3, 12):
+        found = [answer["index"] for answer in backend.answers(rows[7:8], top_k)[0]]
+        assert found[:11] == [7, *range(20, 40, 2)][:top_k] and len(found) == top_k
+
+
+def test_an_item_that_is_a_number_is_no_place() -> None:
+    """Products are often called by numbers; the place of another one in the index is not meant."""
+    index = RetrievalIndex(2)
+    index.add(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]]), [2, 1, 0])
+    assert [answer["item"] for answer in index.neighbours(2, top_k=2)] == [0, 1]
+    assert [answer["item"] for answer in index.neighbours(0, top_k=1)] == [1]
 
 
 @each
@@ -159,7 +190,11 @@ def test_conditions_are_read(where: Any, conditions: list[Condition]) -> None:
     assert list(read_where(where)) == conditions
 
 
-@pytest.mark.parametrize("where", ["licence", "=MIT", "", "year>many", "year<nan", [3]])
+@pytest.mark.parametrize(
+    "where",
+    ["licence", "=MIT", "", "year>many", "year<nan", [3], "licence==MIT", "year=>3", {"a": None}, {"a": {">=": 3}}],
+    ids=str,
+)
 def test_what_is_no_condition_is_refused(where: Any) -> None:
     with pytest.raises(ValueError, match="got"):
         read_where(where)

@@ -128,7 +128,8 @@ def test_json_on_the_command_line(parse):
         ("mim_ratio: [-0.1, 0.5]", r"mim_ratio is \[-0\.1, 0\.5\]"),
         ("eval_captions: second", "eval_captions is 'second'; expected 'all' or 'first'"),
         ("mixed_precision: fp8", "mixed_precision is 'fp8'; expected 'no' or 'bf16' or 'fp16' or 'auto'"),
-        ("one_row_per_id: true", "one_row_per_id needs id_column"),
+        ("one_row_per_id: true\nid_column: __row__", "one_row_per_id needs ids"),
+        ("one_row_per_id: true\nkind: texts", "one_row_per_id needs ids"),
         (
             "rows_together: 2\none_row_per_id: true\nid_column: id",
             "rows_together is 2, which goes with none of one_row_per_id",

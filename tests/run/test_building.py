@@ -1,5 +1,6 @@
 """What a run says of its tokenizer before the first step."""
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def test_a_vocabulary_that_knows_all_words_or_is_trained_on_them_says_nothing(pa
         warnings.simplefilter("error")
         built(source, "--initial_model", str(CHECKPOINT))
         built(source, "--vocab_size", "100")
+
+
+def test_captions_that_are_wrong_of_a_mirrored_picture_are_counted(pairs, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("oner"), "propagate", True)
+    source = pairs("an arrow to the right", "a bright copyright", "the leftmost tree", "a left-handed man")
+    built(source, "--vocab_size", "100")
+    assert "name a side" not in caplog.text
+    built(source, "--vocab_size", "100", "--horizontal_flip", "0.5")
+    assert "3 of 4 captions of pairs name a side ('an arrow to the right'), and horizontal_flip 0.5" in caplog.text
 
 
 def test_the_reading_of_a_trained_vocabulary_is_told_by_arguments(pairs):

@@ -281,18 +281,24 @@ def test_evaluating_does_not_change_the_run(example, pairs, undisturbed, tmp_pat
     assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
 
 
-def test_an_evaluation_that_fails_loses_no_step(example, pairs, undisturbed, tmp_path, monkeypatch):
-    options = {**EVERY_STEP, "save_every_epochs": 9, "eval_data": [pairs], "eval_every_epochs": 1, "resume": "auto"}
+@pytest.mark.parametrize("every, kept", [(1, 5), (0, 10)], ids=["on the way", "at the end"])
+def test_an_evaluation_that_fails_loses_no_step(example, pairs, undisturbed, tmp_path, monkeypatch, every, kept):
+    """And a run that has come to its end is not over without its numbers."""
+    options = {**EVERY_STEP, "save_every_epochs": 9, "eval_data": [pairs], "resume": "auto"}
+    options["eval_every_epochs"] = every
 
     def fail(self, model, processor):
         raise RuntimeError("no memory is left")
 
     with monkeypatch.context() as patch:
         patch.setattr(RetrievalEvaluator, "run", fail)
-        with pytest.raises(RuntimeError, match="no memory is left"):
-            example.main(tiny_arguments(pairs, tmp_path, **options))
-    assert last(tmp_path).name == "checkpoint-00000005"
-    assert example.main(tiny_arguments(pairs, tmp_path, **options))
+        for _ in range(1 if every else 2):
+            with pytest.raises(RuntimeError, match="no memory is left"):
+                example.main(tiny_arguments(pairs, tmp_path, **options))
+    assert last(tmp_path).name == f"checkpoint-{kept:08}"
+    metrics = example.main(tiny_arguments(pairs, tmp_path, **options))
+    assert metrics and load_checkpoint(last(tmp_path))[1]["metrics"] == metrics
+    assert [line["step"] for line in read_log(tmp_path) if "loss" not in line] == [10]
     weights, expected = (load_checkpoint(last(run))[0]["model"] for run in (tmp_path, undisturbed))
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
 

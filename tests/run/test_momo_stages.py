@@ -79,6 +79,9 @@ def test_each_stage_has_its_losses_and_leaves_the_encoder(road):
         assert left == {"momo", "logit_scale", "itm_head"}
         decoders = {name.split(".")[0] for name in list_state(directory) if "_decoder." in name}
         assert decoders == {f"{kind}_decoder" for kind in STAGES[stage][2]}
+        card = (directory / "model" / "README.md").read_text(encoding="utf-8")
+        told = f"no loss of this run ({', '.join(STAGES[stage][1])}) compared their embeddings"
+        assert (told in card) == (stage < 3), "who searches with a first stage is told that it answers by chance"
     load_model(AutoModelForZeroShotImageClassification, road[3] / "model")
 
 

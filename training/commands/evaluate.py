@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from oner.processing.data.karpathy import open_karpathy
+from oner.processing.data.same_pictures import ROW
 from oner.processing.data.sources import open_rows
 from oner.training.evaluation.attention import AttentionEvaluator
 from oner.training.evaluation.codes import CodeEvaluator, has_codebook
@@ -33,6 +35,7 @@ from oner.training.evaluation.labels import open_labelled
 from oner.training.evaluation.languages import LanguagesEvaluator
 from oner.training.evaluation.localization import LocalizationEvaluator
 from oner.training.evaluation.prompts import load_class_names, usual_templates
+from oner.training.evaluation.relevance import RelevanceEvaluator
 from oner.training.evaluation.reranking import RerankingEvaluator
 from oner.training.evaluation.results import read_results, results_directory, write_results
 from oner.training.evaluation.retrieval import MultimodalRetrievalEvaluator, RetrievalEvaluator
@@ -89,9 +92,10 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
     "concepts": lambda a, name, rows, _: ConceptEvaluator(rows, batch_size=a.batch_size, progress=False),
     "codes": lambda a, name, rows, _: CodeEvaluator(rows, batch_size=a.batch_size, progress=False),
     "languages": lambda a, name, rows, _: LanguagesEvaluator(rows, a.languages or (), a.batch_size, a.ks, name),
+    "relevance": lambda a, name, rows, _: RelevanceEvaluator(rows),
 }
-# they ask a head, or the codebook, that no other model than the pretraining one has
-PRETRAINING_TASKS = ("concepts", "codes")
+# they ask a head, or the codebook, that other models have not; the rest ask the one that searches
+MODELS = {"concepts": AutoModelForPreTraining, "codes": AutoModelForPreTraining, "relevance": AutoModelForMaskedLM}
 # they have models and data of their own; that of retrieval is a model of the tasks above
 OWN_TASKS = tuple(task for task in FINETUNED if task not in TASKS)
 
@@ -124,6 +128,14 @@ def read(source: str, a: argparse.Namespace, limit: int | None = None) -> list[d
     return spaced(open_rows(source, "pairs", a.image_column, a.text_column, a.id_column), limit)
 
 
+def read_gallery(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the gallery. Without a column of ids theirs are numbers in their own source, and no other's."""
+    rows = read(a.gallery, a)
+    if a.id_column not in (None, ROW) or a.image_folder is not None or a.eval_split is not None:
+        return rows
+    return [{**row, "id": ("gallery", row["id"])} for row in rows]
+
+
 def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Sequence | None, model: Any) -> list[str]:
     """Those named, or all but what cannot be done here, which is said."""
     if a.tasks:
@@ -133,12 +145,17 @@ def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Seq
     if gallery is None and len({concept for concept, _ in pictures}) == len(pictures):
         why = "no concept has two pictures; name others with --gallery and --id_column"
         lacking |= {"multimodal": why, "composed": why}
+    if gallery is not None and {row["id"] for row in rows}.isdisjoint(row["id"] for row in gallery):
+        lacking["multimodal"] = "no id of its rows stands in the gallery; --id_column names that of both"
     if not hasattr(model, "match"):
         lacking["rerank"] = lacking["scenes"] = f"{type(model).__name__} has no matching head"
+    elif not hasattr(model, "ground"):
+        lacking["scenes"] = f"{type(model).__name__} does not say where a text lies in a picture"
     if a.languages is None:
         lacking["languages"] = "--languages does not name those of the captions"
     if not hasattr(model, "concepts"):
         lacking["concepts"] = "it needs the pretraining model; name it in --tasks"
+    lacking["relevance"] = "it needs the model of masked words; name it in --tasks, alone"
     if not has_codebook(model):
         lacking["codes"] = "they need the pretraining model of a family with a codebook; name them in --tasks"
     # bootstrap yields the numbers of zero_shot too; queries are rows of their own
@@ -176,7 +193,7 @@ def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, An
             evaluator = build_evaluator(find_task(a.own), source, a.told, data)
             yield {"task": a.own, "split": Path(source).stem}, evaluator
         return
-    gallery = Gallery(read(a.gallery, a)) if a.gallery and a.class_names is None else None
+    gallery = Gallery(read_gallery(a)) if a.gallery and a.class_names is None else None
     for source in a.data:
         opened = open_queries(source, a.limit) if a.tasks == ["queries"] else read(source, a, a.limit)
         split, rows = Path(source).stem, opened
@@ -187,8 +204,8 @@ def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, An
 def evaluate(options: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str, float]:
     """Everything that is to be done; the numbers by name, which are printed and written too."""
     a = complete(options, rest)
-    pretraining = set(PRETRAINING_TASKS) & set(a.tasks or ())
-    kind = AutoModelForPreTraining if pretraining else AutoModelForZeroShotImageClassification
+    kinds = [MODELS[task] for task in a.tasks or () if task in MODELS]
+    kind = kinds[0] if kinds else AutoModelForZeroShotImageClassification
     kind = kind if a.own is None else find_task(a.own).model
     model = load_model(kind, a.model).to(a.device).eval()
     processor = AutoProcessor.from_pretrained(a.model)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from oner.processing.data.augmentation import names_a_side
 from oner.processing.data.same_pictures import picture_digest
 from oner.processing.data.sources import TABLES, open_rows
 from oner.processing.pipeline_image_text_retrieval import list_pictures
@@ -28,6 +29,7 @@ from oner.training.run.parsing import read_config
 CONFIG = "oner_folder"
 FEWEST = 20  # pictures below which a tenth is no measure of anything
 HELD_OUT = 0.1
+SIDES = 0.05  # of captions that name a side, from which on no picture is mirrored
 BATCH = 128
 # pairs that a run shows in all, and epochs whatever they come to
 PAIRS, EPOCHS = 10_000, (3, 60)
@@ -94,6 +96,7 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
         "batch_size": min(BATCH, len(train)),
         "epochs": min(high, max(low, round(PAIRS / len(train)))),
         "resume": "auto",
+        **mirroring(pairs),
         # of the pairs that the shipped file names
         "data_licence": None,
         "attribution": None,
@@ -111,6 +114,16 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
     }
     _write(output / "run.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     return ["--config", str(output / "run.yaml"), *rest]
+
+
+def mirroring(pairs: Sequence[Pair]) -> dict[str, float]:
+    """No picture is mirrored where captions often name a side, which a mirrored one would contradict."""
+    captions = [caption for pair in pairs for caption in pair.captions]
+    named = sum(map(names_a_side, captions))
+    if named < SIDES * len(captions):
+        return {}
+    print(f"{named} of {len(captions)} captions name a side, left or right: pictures are not mirrored")
+    return {"horizontal_flip": 0.0}
 
 
 def pictures_of(run: str | Path) -> Path | None:
@@ -179,10 +192,18 @@ def _digest(image: str | bytes) -> Hashable:
 
 
 def captions_of(picture: Path, folder: Path) -> list[str]:
-    """The captions of a picture that no table names; none where its name has no words."""
+    """
+    The captions of a picture that no table names; none where its name has no words.
+
+    Raises:
+        FolderError: a file of captions that is not UTF-8, whose letters would be others.
+    """
     beside = picture.with_suffix(".txt")
     if beside.is_file():
-        lines = beside.read_text(encoding="utf-8", errors="replace").splitlines()
+        try:
+            lines = beside.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise FolderError(f"{beside}: is not UTF-8 (byte {error.start}); save it so") from error
         if texts := [line.strip() for line in lines if line.strip()]:
             return texts
 

@@ -159,8 +159,9 @@ def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | Non
     if (source / INDEX_FILE).is_file():
         pipe.load_index(source)
         return source
-    files = list_pictures(source) if source.is_dir() else [str(source)]
     rows = TableItems(str(source)) if source.suffix in TABLES else source
+    files = list_pictures(source) if source.is_dir() else [str(source)]
+    files += rows.files() if isinstance(rows, TableItems) else []
     cache = cache or source.parent / f".{source.name}.oner-index"
     _keep(pipe, [str(source)], files, rows, cache)
     return cache
@@ -168,8 +169,9 @@ def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | Non
 
 def index_sources(pipe: ImageTextRetrievalPipeline, sources: Sequence[str], cache: Path) -> Path:
     """As `open_index`, of the sources that a run was trained on."""
-    files = [file for source in sources for file in _files_of(source)]
-    _keep(pipe, list(sources), files, chain.from_iterable(map(TableItems, sources)), cache)
+    tables = [TableItems(source) for source in sources]
+    files = [file for source, table in zip(sources, tables, strict=True) for file in _files_of(source) + table.files()]
+    _keep(pipe, list(sources), files, chain.from_iterable(tables), cache)
     return cache
 
 
@@ -181,9 +183,18 @@ def _files_of(source: str) -> list[str]:
     return [str(one) for one in (found if isinstance(found, list) else [found]) if Path(one).is_file()]
 
 
+def _state(name: str) -> list[int]:
+    """Size and times of change of a file, of which one cannot be set; nothing of one that is not there."""
+    try:
+        status = os.stat(name)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
 def _keep(pipe: ImageTextRetrievalPipeline, names: list[str], files: Sequence[str], rows: Any, cache: Path) -> None:
     listing_file = cache / "indexed_files.json"
-    listing = [names, *([name, Path(name).stat().st_size, Path(name).stat().st_mtime_ns] for name in files)]
+    listing = [names, *([name, *_state(name)] for name in files)]
     if listing_file.is_file():
         try:
             if json.loads(listing_file.read_text()) == listing:

@@ -83,7 +83,7 @@ def train(arguments: Arguments, accelerator: Accelerator, timed: bool = False) -
         accelerator.print(f"stopped at step {engine.step}; go on with --resume auto")
         return None
     if accelerator.is_main_process:
-        directory = export(publication, arguments, engine.model, processor, metrics, evaluators)
+        directory = export(publication, arguments, engine.model, processor, metrics, evaluators, objective.compares())
         tell(arguments.run.output_dir, directory, metrics, rows, engine.model, processor, evaluators)
     return metrics
 

@@ -6,13 +6,16 @@ from a device's peak and a stated share of it (MFU), which no rehearsal can know
 
 import argparse
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from oner.training.conversion.towers import tower_fields
+from oner.training.publishing.origins import may_be_on_the_hub
 from oner.training.run.arguments import Arguments
 from oner.training.run.parsing import parse_arguments
 
@@ -80,12 +83,17 @@ class Estimate:
 
 
 def configuration_of(arguments: Arguments) -> PreTrainedConfig:
-    """The model's configuration without data or tokenizer: the vocabulary is `vocab_size`, an upper bound."""
-    overrides = dict(arguments.model.model_config or {})
-    config_class = CONFIG_MAPPING[arguments.model.family]
-    if arguments.model.initial_model is not None:
-        return config_class.from_pretrained(arguments.model.initial_model, **overrides)
+    """
+    The model's configuration without data or tokenizer: the vocabulary is `vocab_size`, an upper bound. A later stage
+    is estimated by its `size` before the model that it begins with is there.
+    """
     model = arguments.model
+    overrides = dict(model.model_config or {})
+    config_class = CONFIG_MAPPING[model.family]
+    if model.initial_model is not None:
+        if Path(model.initial_model).exists() or may_be_on_the_hub(model.initial_model):
+            return config_class.from_pretrained(model.initial_model, **overrides)
+        warnings.warn(f"{model.initial_model} is not there: estimated for the size {model.size!r}", stacklevel=2)
     told = {}
     if model.initial_vision is not None or model.initial_text is not None:
         told = tower_fields(config_class, model.size, overrides, model.initial_vision, model.initial_text)

@@ -43,6 +43,8 @@ def _fault(query: Row, pictures: int) -> str | None:
     choices, names = query["choices"], query["names"]
     if choices is None or names is None or len(choices) < 2 or len(choices) != len(names):
         return f"its choices are {choices}, called {names}; expected two at least, and a name for each"
+    if query.get("hidden") is not None and query["hidden"] == query["target"]:
+        return f"its target, row {query['target']}, is hidden from it"
     if choices[0] != query["target"]:
         return f"its first choice is row {choices[0]}, and its target row {query['target']}; expected the target first"
     for choice in choices:
@@ -55,7 +57,8 @@ class ComposedQueriesEvaluator:
     """Does a picture with words find what neither finds alone, nor the sum of their embeddings?
 
     Queries are asked by f(I), f(T), f(I, T), and the normalised sum of f(I) and f(T); a model without joint pass
-    lacks f(I, T). In the whole gallery, right is what shares the target's id: rows without ids, the target alone.
+    lacks f(I, T). In the whole gallery, right is what shares the target's id: rows without ids, the target alone. A
+    query may have a row "hidden", which is not in its gallery: CIRR's own reference.
 
     Yields for each way (picture, words, both, sum) name/composed_{way}_r@k, name/composed_{way}_choice (the target is
     the first of the choices; ties count as lost) and both by kind; name/composed_{way}_takes_{what}, what is first of
@@ -95,6 +98,7 @@ class ComposedQueriesEvaluator:
             "queries": dict(Counter(query["kind"] for query in self.queries)),
             "pictures": len(self.gallery),
             "choices": max(len(query["choices"]) for query in self.queries),
+            "reference_left_out": sum(query.get("hidden") is not None for query in self.queries),
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
@@ -102,6 +106,9 @@ class ComposedQueriesEvaluator:
         pictures = gallery_vectors(model, processor, self.gallery, self.batch_size)  # (G, P)
         (gallery_ids,) = numbered(row_ids(self.gallery))  # (G,)
         target_ids = gallery_ids[torch.tensor([query["target"] for query in self.queries])]  # (Q,)
+        hidden = [query.get("hidden") for query in self.queries]
+        keys = torch.tensor([-1 if row is None else row for row in hidden])  # (Q,), -1 hides nothing
+        rows = torch.arange(len(pictures))  # (G,)
 
         # the whole gallery, then the choices, all queries and each kind
         recalls = {}
@@ -110,7 +117,8 @@ class ComposedQueriesEvaluator:
             first = self._first_choices(vectors, pictures)
             for kind in (None, *kinds):
                 chosen = [n for n, query in enumerate(self.queries) if kind in (None, query["kind"])]
-                values = ask(vectors[chosen], pictures, target_ids[chosen], gallery_ids, self.ks)
+                asked = vectors[chosen], pictures, target_ids[chosen], gallery_ids
+                values = ask(*asked, self.ks, keys[chosen], rows)
                 label = f"{self.name}/composed_{way}" if kind is None else f"{self.name}/{kind}/composed_{way}"
                 yield from ((f"{label}_r@{k}", values[f"recall@{k}"]) for k in self.ks)
                 yield f"{label}_choice", sum(first[n] == "target" for n in chosen) / len(chosen)

@@ -323,6 +323,9 @@ def picture_key(image: Any) -> str:
     if isinstance(image, str | PathLike):
         return f"path {os.path.normpath(image)}"
 
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
+
     # pixels of what is in memory, since no file says who it is
-    content = image if isinstance(image, bytes) else open_image(image).tobytes()
-    return hashlib.sha256(content).hexdigest()
+    picture = open_image(image)
+    return f"pixels {picture.size} {hashlib.sha256(picture.tobytes()).hexdigest()}"

@@ -15,14 +15,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from oner.modeling.vl_layers import SelfAttention
 from oner.modeling.vl_outputs import PATCH_TOKEN, without_patches
 
-from .attention import eager_attention
-from .sheets import Panel, describe, heat_sheet, on_device, patch_grid, pictures_as_seen, wrapped
+from .attention import eager_attention, share_in_quarter
+from .localization import pointing
+from .sheets import Panel, Row, describe, draw_scenes, heat_sheet, on_device, patch_grid, pictures_as_seen, wrapped
 
 
 def kept_parts(score: Tensor, attentions: Sequence[Tensor]) -> list[Tensor]:
@@ -178,3 +180,61 @@ def relevance_sheet(model: Any, processor: Any, images: Sequence[Any], texts: Se
     return heat_sheet(
         lines, f"{describe(model)}: relevance of patches for each masked word; each map on its own scale"
     )
+
+
+class RelevanceEvaluator:
+    """
+    Whether a masked word is read off the thing that it names, in a picture of four things, and a sheet of the maps.
+
+    The scenes of four are this project's measure of the paper's figure.
+
+    Args:
+        rows: {"image", "captions", "id"}.
+        scenes: How many pictures of four, each with the caption of one of them, a drawn token of it masked.
+        shown: Pictures of the sheet, each of their first tokens masked in turn.
+
+    Yields name/read_off_picture, the share of the words that owe the picture anything, and of these
+    name/share_on_named and name/peak_on_named (even spread: 25 %); then the sheet.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], scenes: int = 100, shown: int = 5, seed: int = 0, batch_size: int = 16
+    ) -> None:
+        self.rows = rows
+        self.scenes = scenes
+        self.shown = shown
+        self.seed = seed
+        self.batch_size = batch_size
+        self.name = "relevance"
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What the numbers mean, for the file of results."""
+        return {
+            "task": "relevance (Chefer et al.) of a picture of four for a masked word of the caption of one of them",
+            "scenes": self.scenes,
+            "share": "of the relevance of all patches; even spread: 0.25",
+            "seed": self.seed,
+        }
+
+    def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
+        """Mask a word of each scene's caption and yield (name, value)."""
+        scenes = draw_scenes(self.rows, self.scenes, self.seed)
+        images = [scene.image for scene in scenes]
+        texts = [scene.words[scene.asked] for scene in scenes]
+        rng = np.random.default_rng(self.seed)
+        lengths = [processor(text=text, truncation=True)["input_ids"].shape[1] - 1 for text in texts]
+        words = [int(rng.integers(max(1, length))) for length in lengths]
+        chunks = [slice(start, start + self.batch_size) for start in range(0, len(texts), self.batch_size)]
+        maps = [masked_maps(model, processor, images[part], texts[part], words[part]).cpu() for part in chunks]
+        maps = torch.cat(maps)  # (B, h, w)
+
+        # a text that did not look has no place where it looked
+        read = maps.flatten(1).sum(1) > 0  # (B,)
+        yield f"{self.name}/read_off_picture", float(read.float().mean())
+        if read.any():
+            asked = [scene.asked for scene, looked in zip(scenes, read.tolist(), strict=True) if looked]
+            yield f"{self.name}/share_on_named", share_in_quarter(maps[read], asked)
+            yield f"{self.name}/peak_on_named", pointing(maps[read], asked)[0]
+        shown = slice(self.shown)
+        yield f"{self.name}/sheet", relevance_sheet(model, processor, images[shown], texts[shown])

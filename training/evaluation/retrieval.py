@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .embedding import (
     Column,
+    Gallery,
     PictureRows,
     Row,
     embed_images,
     embed_pairs,
     embed_texts,
-    gallery_vectors,
     numbered,
     picture_key,
     row_ids,
@@ -166,8 +166,9 @@ class MultimodalRetrievalEvaluator:
 
     Queries are `query_rows` in three forms: f(I, T) with image and caption as one sequence, f(I), and f(T). With
     `captions="first"` a row gives one query, with `"all"` one per caption. The gallery is the images of
-    `gallery_rows` (default: the same rows), f(I) or with `gallery="both"` f(I, T). The query's own image is
-    excluded; any other image of its concept is right. Queries whose concept has no other image are left out.
+    `gallery_rows` (default: the same rows), f(I) or with `gallery="both"` f(I, T). Rows that show the same image of a
+    concept are one there. The query's own image is excluded; any other image of its concept is right. Queries whose
+    concept has no other image are left out.
 
     Yields name/multimodal_both_r@k, ..._image_r@k, ..._text_r@k, ..._chance@k, the median ranks, and ..._queries.
     """
@@ -206,6 +207,9 @@ class MultimodalRetrievalEvaluator:
         concepts = row_ids(self.query_rows, "query")
         for concept, key in zip(gallery_concepts, gallery_keys, strict=True):
             pictures.setdefault(concept, set()).add(key)
+        entries = list(zip(gallery_concepts, gallery_keys, strict=True))
+        first = dict(zip(reversed(entries), reversed(range(len(entries))), strict=True))
+        self.searched = sorted(first.values())  # each picture of a concept once, in G places
 
         # rows that have something to retrieve
         self.asked = [
@@ -227,8 +231,9 @@ class MultimodalRetrievalEvaluator:
 
         # equal ids are right, equal keys are excluded: (Q,) and (G,) each
         asking = [self.asked[place] for place in self.pictures]
-        self.query_ids, self.gallery_ids = numbered([concepts[number] for number in asking], gallery_concepts)
-        self.query_keys, self.gallery_keys = numbered([query_keys[number] for number in asking], gallery_keys)
+        searched_concepts, searched_keys = zip(*(entries[number] for number in self.searched), strict=True)
+        self.query_ids, self.gallery_ids = numbered([concepts[number] for number in asking], searched_concepts)
+        self.query_keys, self.gallery_keys = numbered([query_keys[number] for number in asking], searched_keys)
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -238,7 +243,7 @@ class MultimodalRetrievalEvaluator:
             "queries": len(self.texts),
             "pictures": len(self.asked),
             "pictures_left_out": len(self.query_rows) - len(self.asked),
-            "gallery": len(self.gallery_rows),
+            "gallery": len(self.searched),
             "gallery_embedding": {"image": "f(I)", "both": "f(I, T)"}[self.gallery],
             "captions": self.captions,
             "excluded": "the query's own picture",
@@ -248,12 +253,14 @@ class MultimodalRetrievalEvaluator:
         """Embed the gallery once and the queries in three forms, and yield (name, value)."""
         # the gallery, (G, P)
         options = {"batch_size": self.batch_size, "progress": self.progress}
-        if self.gallery == "image":
-            gallery = gallery_vectors(model, processor, self.gallery_rows, **options)
+        searched = Column(self.gallery_rows, "image", self.searched)
+        if self.gallery == "both":
+            gallery_texts = [self.gallery_rows[number]["captions"][0] for number in self.searched]
+            gallery = embed_pairs(model, processor, searched, gallery_texts, **options)
+        elif isinstance(self.gallery_rows, Gallery):  # which keeps those of all its rows
+            gallery = self.gallery_rows.vectors(model, processor, **options)[self.searched]
         else:
-            all_pictures = Column(self.gallery_rows, "image")
-            gallery_texts = [row["captions"][0] for row in self.gallery_rows]
-            gallery = embed_pairs(model, processor, all_pictures, gallery_texts, **options)
+            gallery = embed_images(model, processor, searched, **options)
 
         # the queries, (Q, P) each; an image with several captions is embedded once for f(I)
         pictures = Column(self.query_rows, "image", self.asked)

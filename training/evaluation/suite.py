@@ -64,6 +64,9 @@ def check_choices(a: argparse.Namespace) -> None:
         raise ValueError(f"--pool is {a.pool!r}; expected one of {', '.join(get_args(Pool))}")
     if len({model_name(source) for source in a.models}) < len(a.models):
         raise ValueError(f"two models would share a name in the table: {', '.join(map(model_name, a.models))}")
+    own = [name for name, *_ in (*(a.images or ()), *(a.texts or ()), *(a.pairs or ()))]
+    if twice := sorted({name for name in own if own.count(name) > 1 or name in (a.tasks or ())}):
+        raise ValueError(f"several sets would share the name {', '.join(twice)}, and the results of one would be lost")
 
 
 def options_of(a: argparse.Namespace) -> SuiteOptions:

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .embedding import Column, Row, embed_images, embed_pairs, embed_texts, middle_square, row_ids, spaced
+from .embedding import (
+    Column,
+    PictureRows,
+    Row,
+    embed_images,
+    embed_pairs,
+    embed_texts,
+    middle_square,
+    row_ids,
+    spaced,
+)
 from .guidance import guidance_sheet, guided_examples
 from .metric_zero_shot_accuracy import ZeroShotAccuracy
 from .metrics import class_standing, hits, mcnemar
@@ -135,7 +145,12 @@ class ZeroShotClassificationEvaluator:
     def from_rows(
         cls, rows: Sequence[Row], names: Mapping[Hashable, ClassName] | None = None, **options: Any
     ) -> "ZeroShotClassificationEvaluator":
-        """Makes each concept id of `rows` a class, named by `names[id]` or by the first caption of its first row."""
+        """
+        Makes each concept id of `rows` a class, named by `names[id]` or by the first caption of its first row. Rows
+        that show the same image of a concept are one.
+        """
+        rows = PictureRows(rows)
+
         # classes are numbered in order of appearance
         numbers: dict[Hashable, int] = {}
         class_names: list[ClassName] = []

@@ -45,6 +45,7 @@ class NestedWidths:
         contrasts: Which of those losses are contrasts of embeddings.
 
     Attributes:
+        contrasts (`list[str]`): The contrasts among the run's losses.
         narrow (`dict[int, float]`): Width below P -> weight.
         weights (`dict[str, float]`): Of the parts of the loss, by name: those of the losses, and of `NAME@WIDTH`.
 
@@ -72,6 +73,7 @@ class NestedWidths:
             )
 
         # the model's own width is always there, and is not counted twice
+        self.contrasts = shared
         self.narrow = dict(zip(dims, asked or [1.0] * len(dims), strict=True))
         whole = self.narrow.pop(width, 1.0)
         self.weights = {name: weight * whole if name in shared else weight for name, weight in weights.items()}

@@ -194,6 +194,8 @@ class MomentumDistillation(SinglePortion):
         positives = None
         if self.arguments.match_ids and not queue_only:
             positives = ids[:, None] == torch.cat([ids, self.queue.ids])[None, :]  # (B, B + M)
+            # an empty place is nobody's, whatever number a row may have for its id
+            positives[:, len(ids) :] &= self.queue.ids != NO_ID
 
         # the other's keys
         keys = cut(self.queue.rows[other].to(own.dtype), dim)  # (M, P)

@@ -371,7 +371,8 @@ def _masked_patches(batch: Batch) -> torch.Tensor:
 
 def _visible(batch: Batch) -> Batch:
     """What the model reads of a batch. Raises `ValueError` for tokens that were replaced instead of dropped."""
-    if "masked_input_ids" in batch:
+    # where none is masked, as in fine-tuning, the copy is the batch's own ids
+    if "masked_input_ids" in batch and len(batch["mlm_index"]):
         raise ValueError(
             "the batch brings masked_input_ids, in which masked tokens were replaced, and MoMo's encoder does not see "
             "them at all (section 3.3); expected none: set corruption to drop"

@@ -214,6 +214,11 @@ class Objective(ABC):
         """
         return (self,)
 
+    def compares(self) -> bool:
+        """Whether a loss of the run compares embeddings, without which search means nothing; True where none says."""
+        widths = getattr(self, "widths", None)
+        return widths is None or bool(widths.contrasts)
+
     def teachers(self) -> Iterable[EMATeacher]:
         """Teachers that follow the student: an engine that shards the student shards them in the same way."""
         return () if self.teacher is None else (self.teacher,)

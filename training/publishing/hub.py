@@ -110,7 +110,7 @@ def serves(model: PreTrainedModel, wanted: PreTrainedModel, implementation: type
     """Whether the weights of `model` make the model `wanted` that a pipeline needs; a pipeline with
     `reads_heads = False` needs those of the tower only."""
     # some pipelines need methods that only one family's models have
-    if any(not hasattr(wanted, method) for method in getattr(implementation, "model_methods", ())):
+    if hasattr(implementation, "lacks") and implementation.lacks(wanted) is not None:
         return False
     if type(model) is type(wanted):
         return True

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .digests import sha256_of
+from .origins import may_be_on_the_hub
 
 logger = logging.get_logger(__name__)
 
@@ -92,7 +92,7 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
     # damage is found before transformers opens anything
     if Path(source).is_dir():
         check_directory(source)
-    elif not _may_be_on_the_hub(source):
+    elif isinstance(source, Path) or not may_be_on_the_hub(source):
         raise ModelDirectoryError(f"{source}: no such directory; {EXPECTED}")
 
     # shapes that differ are reported here, all of them, not at the first
@@ -152,15 +152,6 @@ def damage_of(weights: Mapping[str, torch.Tensor]) -> str:
     if not damaged:
         return ""
     return f"{len(damaged)} damaged weights {dict(list(damaged.items())[:SHOWN])}; expected finite numbers, not all 0"
-
-
-def _may_be_on_the_hub(source: str | Path) -> bool:
-    """Whether it has the form of a name there: `name` or `owner/name`."""
-    try:
-        validate_repo_id(str(source))
-    except HFValidationError:
-        return False
-    return not isinstance(source, Path)
 
 
 def _files(directory: Path) -> list[Path]:

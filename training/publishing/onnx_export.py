@@ -5,7 +5,7 @@ pictures have the size that the model was made for.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,11 @@ def write_graph(program: ExportedProgram, names: tuple[str, ...], path: Path) ->
 
 
 def export_onnx(
-    model: PreTrainedModel, processor: ProcessorMixin, directory: str | Path, int8: bool = False
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    directory: str | Path,
+    int8: bool = False,
+    kinds: Iterable[str] = tuple(METHODS),
 ) -> Iterator[tuple[str, float]]:
     """
     Writes `text.onnx`, `image.onnx` and, where the model reads both as one, `image_text.onnx`, with the processor
@@ -80,6 +84,7 @@ def export_onnx(
 
     Args:
         int8: Also `*_int8.onnx`: weights of matrix products in 8 bits (onnxruntime's dynamic quantisation).
+        kinds: Of "text", "image" and "image_text" those that are wanted.
 
     Yields:
         (file name, largest difference of any number from torch's) of each graph, as it is written.
@@ -100,15 +105,15 @@ def export_onnx(
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()) and not (directory / RECORD).is_file():
         raise FileExistsError(f"{directory} holds something else than exported graphs; expected a new directory")
-    kinds = {kind: method for kind, method in METHODS.items() if hasattr(model, method)}
-    if not kinds:
+    methods = {kind: METHODS[kind] for kind in kinds if hasattr(model, METHODS[kind])}
+    if not methods:
         raise ValueError(f"{type(model).__name__} has no embeddings; expected one of {', '.join(METHODS.values())}")
 
     # the processor, by which a program makes what the graphs read
     directory.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(directory)
     record: dict[str, Any] = {}
-    for kind, method in kinds.items():
+    for kind, method in methods.items():
         given = example_of(processor, kind, EXAMPLE)
         module = Embedding(model, method, tuple(given)).eval()
         path = directory / f"{kind}.onnx"

@@ -53,7 +53,8 @@ def read_origins(
         attributions: Files that name the makers of these data.
 
     Raises:
-        ValueError: a file of makers cannot be read, or has a name that an export needs.
+        ValueError: a file of makers cannot be read, or has a name that an export needs; a model that is neither a
+            directory nor has a name as on the Hub, such as that of a run that has not ended.
     """
     # the makers of its own data, under the names that `data` says
     makers: dict[str, bytes] = {}
@@ -92,6 +93,11 @@ def _of_model(source: str) -> tuple[str, list[dict[str, Any]], dict[str, bytes]]
     """Its name, its data, and the files that name their makers."""
     if Path(source).is_file():
         return plain(Path(source).name), [], {}
+    if not Path(source).is_dir() and not may_be_on_the_hub(source):
+        raise ValueError(
+            f"{source}: no such model; expected a directory, as a run leaves it at its end, a file, or a name on the "
+            "Hub"
+        )
     record = _read(source, PROVENANCE)
     told = json.loads(record) if record is not None else {}
 
@@ -113,6 +119,15 @@ def _read(source: str, name: str) -> bytes | None:
     quiet = ("missing_entries", "connection_errors", "gated_repo")
     found = cached_file(source, name, **{f"_raise_exceptions_for_{kind}": False for kind in quiet})
     return None if found is None else Path(found).read_bytes()
+
+
+def may_be_on_the_hub(name: str) -> bool:
+    """Whether it has the form of a name there: `name` or `owner/name`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _name_on_card(directory: str) -> str:
@@ -141,11 +156,7 @@ def base_models(origins: Origins) -> list[str]:
     """Those of its models that can stand in the metadata of a card: names of repositories, no files."""
     named = []
     for name in origins.models:
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            continue
-        if Path(name).suffix not in (".pt", ".pth", ".bin", ".safetensors", ".pkl"):
+        if may_be_on_the_hub(name) and Path(name).suffix not in (".pt", ".pth", ".bin", ".safetensors", ".pkl"):
             named.append(name)
     return named
 

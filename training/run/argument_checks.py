@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from oner.processing.data.bounds import check_bounds
+from oner.processing.data.same_pictures import ROW
 
 from .arguments import Arguments, DataArguments, RunArguments
 
@@ -42,8 +43,10 @@ def _check_data(data: DataArguments) -> None:
         )
 
     # options that exclude each other
-    if data.one_row_per_id and data.id_column is None:
-        raise ValueError("one_row_per_id needs id_column, got none")
+    if data.one_row_per_id and (data.id_column == ROW or (data.id_column is None and data.kind != "pairs")):
+        raise ValueError(
+            f"one_row_per_id needs ids: id_column, or pairs whose pictures are the ids; got {data.id_column}"
+        )
     if data.captions_apart and (data.streaming or data.kind != "pairs"):
         raise ValueError(
             f"captions_apart needs rows of pairs by number, got kind {data.kind}{' as a stream' * data.streaming}"

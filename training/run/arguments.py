@@ -178,7 +178,7 @@ class SourceArguments:
     text_column: str | None = field(default=None, metadata=_help("Column of captions: one caption or a list per row."))
     id_column: str | None = field(default=None, metadata=_help("Rows with the same id here are positives."))
     streaming: bool = field(default=False, metadata=_help("Read the data once, in order; resuming is then not exact."))
-    one_row_per_id: bool = field(default=False, metadata=_help("Never put two rows with the same id into a batch."))
+    one_row_per_id: bool = field(default=False, metadata=_help("Keep rows of one id or image out of one batch."))
     captions_apart: bool = field(
         default=False,
         metadata=_help("An epoch shows each caption of a row as a separate pair, instead of one random caption."),
@@ -233,7 +233,7 @@ class SourceArguments:
         default_factory=list,
         metadata=_help(
             "Files of hashes, as written by sha256sum, of images that must not be trained on: those of evaluation "
-            "sets. Their rows count as bad rows."
+            "sets. Their rows are replaced and listed, but do not count as bad rows."
         ),
     )
     max_bad_rows: float = field(

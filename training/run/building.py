@@ -1,7 +1,7 @@
 """From arguments to the processor, the configuration and the student of a run."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from oner.processing.data.augmentation import NORMALIZATIONS
+from oner.processing.data.augmentation import NORMALIZATIONS, names_a_side
 from oner.processing.data.rows import PairRows, PairStream
 from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
@@ -72,6 +72,7 @@ def build_processor_and_config(
     # what a vocabulary of other texts does not know of these
     if (source := model.initial_model or model.tokenizer) is not None:
         _warn_of_unknown_words(tokenizer, rows, source)
+    _warn_of_sides(arguments, rows)
 
     # the processor: its images fit the configuration
     image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop, *colours)
@@ -128,6 +129,25 @@ def _tokenizer(arguments: Arguments, rows: Mapping[str, PairRows | PairStream], 
     )
 
 
+def _warn_of_sides(arguments: Arguments, rows: Mapping[str, PairRows | PairStream]) -> None:
+    """Says before the first step how many captions are wrong of the images that are mirrored under them."""
+    for name, portion in rows.items():
+        flip = arguments.portions()[name].data.crop.horizontal_flip
+        if rank() != 0 or not flip or portion.kind != "pairs" or isinstance(portion, PairStream):
+            continue
+        texts = list(_sampled(portion))
+        if told := [text for text in texts if names_a_side(text)]:
+            logger.warning(
+                f"{len(told)} of {len(texts)} captions of {name} name a side ({told[0]!r:.60}), and horizontal_flip "
+                f"{flip:g} mirrors that share of their pictures under them; 0 mirrors none"
+            )
+
+
+def _sampled(portion: PairRows) -> Iterator[str]:
+    """Texts from all over the rows: sources may be sorted."""
+    return islice(portion.captions(), 0, None, max(1, len(portion) // SAMPLED_TEXTS))
+
+
 def _warn_of_unknown_words(tokenizer, rows: Mapping[str, PairRows | PairStream], source: str) -> None:
     """Says before the first step how much of the texts a vocabulary made elsewhere does not know."""
     if rank() != 0:
@@ -135,9 +155,7 @@ def _warn_of_unknown_words(tokenizer, rows: Mapping[str, PairRows | PairStream],
     for name, portion in rows.items():
         if isinstance(portion, PairStream):
             continue  # read once, by the run
-        # texts from all over the rows: sources may be sorted by language
-        texts = islice(portion.captions(), 0, None, max(1, len(portion) // SAMPLED_TEXTS))
-        unknown, total, words = unknown_words(tokenizer, texts)
+        unknown, total, words = unknown_words(tokenizer, _sampled(portion))
         if unknown:
             shown = ", ".join(repr(word) for word, _ in words.most_common(5))
             warnings.warn(

@@ -121,6 +121,7 @@ class Engine:
         self._waits_since: float | None = None
         self._reminded = 0.0
         self.metrics: dict[str, float] = {}
+        self.evaluated = True
         self.log = RunLog(self.output_dir / "log.jsonl")
         self.writer = CheckpointWriter()
         self.guard = NonFiniteGuard(self.output_dir, run.max_nonfinite_steps, self.model, self.objective)
@@ -149,6 +150,9 @@ class Engine:
         return self.metrics
 
     def _loop(self) -> None:
+        if self.step == self.total_steps and not self.evaluated:
+            self._evaluate()
+            self._save()
         clock = time.perf_counter()
         logged = self.step
         awaited = Awaited(self.loader(self.step))
@@ -323,23 +327,24 @@ class Engine:
     def _evaluate(self) -> None:
         if self.evaluate is None:
             return
+        failed = None
         with self.whole_model() as model:
             if self.accelerator.is_main_process:
-                self.metrics = self._measured(model)
-                tqdm.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
+                try:
+                    self.metrics = dict(self.evaluate(model))
+                except Exception as error:
+                    failed = error
+
+        # what was trained up to here is kept, for a run that is resumed; after the last step it evaluates first
+        self.evaluated = not any_process(failed is not None, self.accelerator.device)
+        if not self.evaluated:
+            self.guard.settle()
+            self._save()
+            raise failed or RuntimeError(f"the first process could not evaluate step {self.step}")
+        if self.accelerator.is_main_process:
+            tqdm.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items()))
         self._write(self.metrics)
         self.accelerator.wait_for_everyone()
-
-    def _measured(self, model: PreTrainedModel) -> dict[str, float]:
-        """What `evaluate` finds. If it fails, what was trained up to here is kept, for a run that is resumed."""
-        try:
-            return dict(self.evaluate(model))
-        except Exception:
-            # several processes cannot gather a state now, and after the last step a run would end without its numbers
-            if self.accelerator.num_processes == 1 and self.step < self.total_steps:
-                self.guard.settle()
-                self._save()
-            raise
 
     def _save(self) -> None:
         """A checkpoint of this step; with `async_checkpoints` it may stand only when `writer.wait` returns."""
@@ -367,6 +372,7 @@ class Engine:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "nonfinite": self.guard.state_dict(),
             "metrics": self.metrics,
+            "evaluated": self.evaluated,
         }
         if self.run.async_checkpoints:
             write = partial(self._write_checkpoint, copy.deepcopy(state), copied=True)
@@ -432,6 +438,7 @@ class Engine:
         restore_optimizer(self.optimizer, tensors["optimizer"], state["optimizer_groups"], path)
         self.step = state["step"]
         self.metrics = state["metrics"]
+        self.evaluated = state.get("evaluated", True)
         self.guard.load_state_dict(state["nonfinite"])
         self._restore_randomness(tensors["random"])
         if self.accelerator.scaler is not None and state["scaler"]:

@@ -202,14 +202,16 @@ class PortionLoader:
 
         # each batch, less the list of rows that it replaced
         step = start_step
+        told = False
         loader = self._loader(start_step, total_steps)
         for batch in patiently(loader, self.rows.name) if loader.num_workers else loader:
             if isinstance(batch, Waiting):
                 yield batch
                 continue
             failed = batch.pop("quarantine", [])
-            if failed and watch.new == (0, 0):
+            if failed and not told:
                 warnings.warn(f"a row cannot be used: {failed[0]['reason']}; see {path}", stacklevel=4)
+                told = True
             self.quarantine.add(self.name, step, [self._line(**row) for row in failed])
             # several processes agree only now and then: the question makes an accelerator wait
             if world_size() == 1 or (step + 1) % run.log_every == 0 or step + 1 == total_steps:
@@ -251,7 +253,10 @@ def _groups(rows: PairRows, data: DataArguments) -> np.ndarray | None:
     """What a batch may hold one row of only, (n,): an id, or an image whose captions are apart."""
     if data.one_row_per_id:
         return rows.ids()
-    return rows.images() if data.captions_apart and not data.image_repeats else None
+    if not data.captions_apart or data.image_repeats:
+        return None
+    # captions may be apart in the table already; ids are then of pictures, unless a column says what they are of
+    return rows.images() if rows.has_ids else rows.ids()
 
 
 class Awaited:

@@ -19,14 +19,16 @@ from .argument_checks import check
 from .arguments import DATA, Arguments, ModelArguments, RunArguments, data_arguments, flat, hints_of
 from .values import fit, read_json
 
-# what a file says of its train_data, which is not said of others
+# what a file says of its data, by either name, which is not said of others
 OF_THE_PAIRS = ("data_licence", "attribution")
+DATA_NAMES = ("train_data", "portions")
 
 
 def read_config(path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     A flat YAML file, or one that ships under this name; `base: other.yaml` (relative to it, or one that ships) is read
-    first and overridden. Raises `ValueError`.
+    first and overridden. What a base says of its data's makers and terms is not said of other data. Raises
+    `ValueError`.
     """
     path = Path(path) if os.path.lexists(path) else shipped_config(str(path)) or Path(path)
     if path.resolve() in below:
@@ -52,6 +54,8 @@ def read_config(path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any
     merged = read_config(beside if beside.exists() else shipped_config(base) or beside, (*below, path.resolve()))
     if isinstance(merged.get("model_config"), dict) and isinstance(values.get("model_config"), dict):
         values["model_config"] = {**merged["model_config"], **values["model_config"]}
+    if any(name in values for name in DATA_NAMES):
+        merged = {name: value for name, value in merged.items() if name not in OF_THE_PAIRS}
     return {**merged, **values}
 
 

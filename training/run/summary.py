@@ -103,8 +103,12 @@ def export(
     processor: Any,
     metrics: dict[str, float],
     evaluators: list,
+    compares: bool = True,
 ) -> Path:
-    """The model directory, with its card, from the student's weights; evaluators tell their `name` and `protocol`."""
+    """
+    The model directory, with its card, from the student's weights; evaluators tell their `name` and `protocol`, and
+    where no loss `compares` embeddings the card says what that means.
+    """
     # under what the numbers were measured, for the card
     protocol = {
         "seed": arguments.run.seed,
@@ -112,6 +116,12 @@ def export(
         "resolution": model.config.image_size,
         **{evaluator.name: evaluator.protocol for evaluator in evaluators},
     }
+    if not compares:
+        losses = ", ".join(arguments.objective.losses)
+        protocol["pictures and texts"] = (
+            f"no loss of this run ({losses}) compared their embeddings: unless the model that it began with had "
+            "learned to, search and matching answer by chance"
+        )
     return export_model(
         without_adapters(model),
         processor,

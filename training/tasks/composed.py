@@ -43,7 +43,7 @@ def references(processor: VisionLanguageProcessor, config: PreTrainedConfig) -> 
 def evaluator(rows: Sequence[Any], name: str, options: ComposedArguments) -> ComposedQueriesEvaluator:
     """
     Targets and references of all rows are the gallery, each picture once; the reference is what each query is chosen
-    against, and stays in what is searched, as in FashionIQ (CIRR leaves it out).
+    against. Of rows of CIRR it is not searched, as in its protocol; in FashionIQ's, and so in other rows, it is.
     """
     # one place for each picture of an id: what is a reference here may be the target there
     gallery: list[dict[str, Any]] = []
@@ -60,7 +60,9 @@ def evaluator(rows: Sequence[Any], name: str, options: ComposedArguments) -> Com
         target = place_of(row["target_image"], row["id"])
         choices = [target, place_of(row["image"], row["reference_id"])]
         asked = {"image": row["image"], "text": row["text"], "target": target, "choices": choices}
-        queries.append({**asked, "names": ["target", "reference"], "kind": "query"})
+        # a picture that is both, as annotations have by mistake, can be found
+        hidden = choices[1] if row.get("leaves_reference") and choices[1] != target else None
+        queries.append({**asked, "names": ["target", "reference"], "kind": "query", "hidden": hidden})
     return ComposedQueriesEvaluator(queries, gallery, options.eval_batch_size, name=name, progress=False)
 
 
