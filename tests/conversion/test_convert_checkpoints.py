@@ -363,7 +363,7 @@ def test_numbers_that_are_none_are_named(official, name):
     with pytest.raises(MissingWeightsError, match=r"1 damaged weights .*(fc2.weight|embeddings.norm.bias)': 'NaN'"):
         from_official(broken, "simla", **HEADS)
     if name.endswith("weight"):
-        with pytest.raises(MissingWeightsError, match="fc2.weight': 'zeros alone'"):
+        with pytest.raises(MissingWeightsError, match="fc2.weight': 'only zeros'"):
             from_official({**official, name: torch.zeros_like(official[name])}, "simla", **HEADS)
 
 

@@ -236,7 +236,7 @@ def broken(state: dict, **changes) -> dict:
         ({"patch_embed.proj.weight": torch.ones(32, 3, 8, 8)}, r"\(32, 3, 8, 8\), expected \(32, 3, 4, 4\)"),
         ({"pos_embed": torch.ones(1, 20, 32)}, "table of 20 positions"),
         ({"norm.bias": torch.full((32,), float("nan"))}, "1 damaged weights .*simla.vision.norm.bias': 'NaN'"),
-        ({"norm.weight": torch.zeros(32)}, "1 damaged weights .*simla.vision.norm.weight': 'zeros alone'"),
+        ({"norm.weight": torch.zeros(32)}, "1 damaged weights .*simla.vision.norm.weight': 'only zeros'"),
     ],
 )
 def test_what_does_not_fit_is_named_and_changes_nothing(changes, message):
