@@ -307,7 +307,7 @@ def test_a_vocabulary_of_another_length(tmp_path, capsys, file):
     vocab = vocabulary(tmp_path / "vocab.txt", V - 20)
     command = ["convert", "--from", "simla", str(file), str(tmp_path / "out"), *TINY, "--tokenizer", str(vocab)]
     assert main(command) == 2
-    assert f"has {V - 20} words; expected {V}" in capsys.readouterr().err
+    assert f"has {V - 20} tokens; expected {V}" in capsys.readouterr().err
 
 
 def test_what_is_there_is_not_overwritten(tmp_path, capsys, file):

@@ -263,7 +263,7 @@ def test_states_that_do_not_fit_are_named_and_leave_everything_as_it_is():
         load_full_state(model, {name: value + 1 for name, value in state.items()})
     assert all(torch.equal(value, before[name]) for name, value in full_state(model).items())
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match=r"groups hold \[1\] parameters, expected \[\d+\]"):
+    with pytest.raises(ValueError, match=r"groups of \[1\] parameters, expected \[\d+\]"):
         load_full_optimizer_state(optimizer, {}, [{"params": [0]}])
     _, groups = full_optimizer_state(optimizer)
     with pytest.raises(ValueError, match=r"0.exp_avg has shape \(7, 7\), expected"):

@@ -190,7 +190,7 @@ def infer_config(
         return line.config(**{**fields, **given})
     except (ValueError, TypeError, StrictDataclassError) as error:
         told = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
-        raise ValueError(f"the shapes alone give no valid configuration: {told}; set the missing fields") from error
+        raise ValueError(f"the shapes alone give no valid configuration: {told}; give the missing fields") from error
 
 
 @dataclass
