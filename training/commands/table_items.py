@@ -1,4 +1,4 @@
-"""The rows of a table of pairs as an index takes them: each picture, and what its answers show, columns included."""
+"""Turns the rows of a table of pairs into index items: each picture, with its caption and other columns."""
 
 from collections.abc import Iterator, Mapping
 from datetime import date, time
@@ -13,18 +13,18 @@ from oner.processing.data.text_tables import READERS
 from oner.processing.retrieval_filter import number_of
 
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
-AT_ONCE = 256  # rows that are read together
-OWN = {"table", "row", "path"}  # of every item; a column of such a name keeps its values to itself
+AT_ONCE = 256  # rows read at a time
+OWN = {"table", "row", "path"}  # keys of every item; columns with these names are not copied
 ROLES = {*USUAL["image"], *USUAL["text"]}
 
 
 class TableItems:
     """
-    Rows {"image", "item"}, read as they are needed. An item is {"table", "row", "text"}, the first caption, with the
-    picture's "path" if it is a file of its own, and with the row's other columns of numbers, texts and booleans.
+    Rows {"image", "item"}, read lazily. An item has "table", "row" and "text" (the first caption), the picture's
+    "path" if it is a separate file, and the row's other columns of numbers, texts and booleans.
 
     Attributes:
-        bad: {row number: reason} of rows that cannot be used, which are left out.
+        bad: {row number: reason} of skipped rows.
     """
 
     def __init__(self, table: str):
@@ -52,7 +52,7 @@ class TableItems:
 
 
 def columns_of_table(table: str) -> dict[str, list[Any]]:
-    """The plain values of each column of a table file that holds neither pictures nor captions; None for no value."""
+    """The values of each column of a table file, except pictures and captions; None for a missing value."""
     files = expand(table)
     files = [Path(file) for file in (files if isinstance(files, list) else [files])]
     if not all(file.is_file() and file.suffix.lower() in TABLES for file in files):
