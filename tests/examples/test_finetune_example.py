@@ -253,7 +253,7 @@ def test_oner_learns_composed_queries_and_resumes_exactly(finetune, oner, tmp_pa
 
 def test_who_answers_how_is_said(finetune, momo, pretrained, tmp_path):
     told = DATA["answers"](tmp_path)
-    with pytest.raises(ValueError, match="MomoForVisualQuestionAnswering does not generate answers; expected --task answers"):
+    with pytest.raises(ValueError, match="QuestionAnswering does not generate answers; expected --task answers"):
         finetune.main(line("vqa", momo, tmp_path / "run", {**told, "family": "momo"}))
     with pytest.raises(ValueError, match="'simla' has no model that classifies answers .*--task vqa.*expected momo"):
         finetune.main(line("answers", pretrained, tmp_path / "run", told))

@@ -378,7 +378,7 @@ def test_the_second_stage_starts_from_the_first_and_interpolates_positions(
 
 @pytest.mark.filterwarnings("ignore:.*is read as a sequential stream:UserWarning")
 def test_a_stream_says_that_it_cannot_resume_exactly_and_runs(example, pairs, tmp_path, capsys):
-    with pytest.raises(ValueError, match="no vocabulary can be trained on it first; expected `tokenizer`"):
+    with pytest.raises(ValueError, match="no vocabulary can be trained on them first; expected `tokenizer`"):
         example.main(tiny_arguments(pairs, tmp_path / "a", streaming=True, max_steps=3))
     train_tokenizer(open_rows(pairs).captions(), vocab_size=300).save_pretrained(tmp_path / "tokenizer")
     stream = {"streaming": True, "tokenizer": tmp_path / "tokenizer"}

@@ -66,7 +66,7 @@ def test_damaged_checkpoints_are_passed_over_named_and_set_aside(example, pairs,
     with caplog.at_level(logging.WARNING):
         example.main([*tiny_arguments(pairs, tmp_path, **EVERY_STEP), "--resume"])
     for step, file in ((4, "optimizer.safetensors"), (5, "state.json")):
-        assert f"{numbered(step)} is damaged and passed over: {tmp_path / numbered(step) / file}" in caplog.text
+        assert f"{numbered(step)} is damaged and skipped: {tmp_path / numbered(step) / file}" in caplog.text
         assert (tmp_path / f"passed-over-{numbered(step)}").is_dir()
         assert_same_checkpoint(undisturbed / numbered(step), tmp_path / numbered(step))
     assert_same_checkpoint(undisturbed / numbered(10), tmp_path / numbered(10))
@@ -144,7 +144,7 @@ def test_the_choice_of_a_checkpoint(tmp_path):
         choose_checkpoint(tmp_path, str(tmp_path / "nowhere"), CPU)
     for step in (3, 12):
         (tmp_path / numbered(step) / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=rf"no checkpoint is whole; .*{numbered(12)}.*missing; .*{numbered(3)}"):
+    with pytest.raises(CheckpointError, match=rf"checkpoints are damaged; .*{numbered(12)}.*missing; .*{numbered(3)}"):
         choose_checkpoint(tmp_path, "auto", CPU)
 
 
