@@ -268,7 +268,7 @@ def test_every_task_of_the_table_is_tried():
 def test_what_is_missing_is_said(finetune, pretrained, tmp_path):
     told = DATA["retrieval"](tmp_path)
     whole = line("retrieval", pretrained, tmp_path / "run", told)
-    with pytest.raises(ValueError, match=f"which task. expected --task, .* out of {', '.join(TASKS)}"):
+    with pytest.raises(ValueError, match=f"no task given; expected --task, .* in the file: {', '.join(TASKS)}"):
         finetune.main(whole[2:])
     with pytest.raises(ValueError, match="fine-tuning starts from a pretrained model directory"):
         finetune.main(line("retrieval", pretrained, tmp_path / "run", {**told, "initial_model": None}))

@@ -61,12 +61,12 @@ def fake_deepspeed(stage: int = 2, **config):
 @pytest.mark.parametrize(
     ("environment", "precision", "message"),
     [
-        ({"USE_FSDP": "true"}, "no", "FSDP was asked for, but this is a single process .* start it by `accelerate"),
-        ({"USE_DEEPSPEED": "true"}, "no", "DeepSpeed was asked for, but this is a single process"),
+        ({"USE_FSDP": "true"}, "no", "FSDP was requested, but this is a single process .* start it with `accelerate"),
+        ({"USE_DEEPSPEED": "true"}, "no", "DeepSpeed was requested, but this is a single process"),
         ({"USE_DEEPSPEED": "true", "USE_CPU": "true"}, "no", "together with the CPU .* leave out one of the two"),
         ({"USE_FSDP": "true"}, "fp16", "FSDP with mixed_precision fp16 .* use bf16 or no"),
         ({"USE_DEEPSPEED": "true"}, "fp16", "DeepSpeed with mixed_precision fp16 .* use bf16 or no"),
-        ({"USE_MEGATRON_LM": "true"}, "no", "Megatron-LM takes its own models apart.* use DDP, FSDP2 or DeepSpeed"),
+        ({"USE_MEGATRON_LM": "true"}, "no", "Megatron-LM supports only its own models.* use DDP, FSDP2 or DeepSpeed"),
     ],
 )
 def test_launches_that_would_train_another_run_are_refused(tmp_path, monkeypatch, environment, precision, message):
@@ -127,7 +127,7 @@ def test_shipped_configurations_launch_what_their_names_say(root, name, engine, 
     ("plugin", "message"),
     [
         ({"fsdp_version": 1}, "set fsdp_version: 2"),
-        ({"activation_checkpointing": True}, "use gradient_checkpointing of the run"),
+        ({"activation_checkpointing": True}, "use the run's gradient_checkpointing"),
         ({"cpu_offload": True}, "fsdp_offload_params keeps the student on the host.*gradient_cache_chunks"),
     ],
 )
@@ -157,7 +157,7 @@ def test_the_real_plugin_is_refused_and_taken_by_the_same_names(monkeypatch):
 def test_fsdp_that_accelerate_would_leave_out_is_refused():
     accelerator = fake_fsdp()
     accelerator.distributed_type = DistributedType.NO
-    with pytest.raises(ParallelError, match="Accelerate took NO: nothing would be sharded"):
+    with pytest.raises(ParallelError, match="Accelerate chose NO: nothing would be sharded"):
         parallel._take_fsdp(accelerator)
 
 
@@ -296,7 +296,7 @@ def test_weights_in_half_precision_are_refused(tmp_path):
     student = tiny().to(torch.bfloat16)
     optimizer = torch.optim.AdamW(student.parameters())
     objective = OneRObjective(student, OneRObjectiveArguments(losses=["itc"]))
-    with pytest.raises(ValueError, match=r"\d+ weights are in half precision, .*; expected float32, over which"):
+    with pytest.raises(ValueError, match=r"\d+ weights are in half precision, .*; expected float32, with which"):
         prepare(make_accelerator(run_of(tmp_path)), student, optimizer, objective)
 
 

@@ -91,7 +91,7 @@ def test_a_run_may_go_back_and_does_not_meet_the_course_it_left(example, pairs, 
 def test_a_new_run_does_not_mix_with_an_earlier_one(example, pairs, undisturbed, tmp_path):
     directory = shutil.copytree(undisturbed, tmp_path / "run")
     before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match=rf"holds {numbered(10)} of an earlier run: go on from it with --resume"):
+    with pytest.raises(CheckpointError, match=rf"contains {numbered(10)} of an earlier run: resume it with --resume"):
         example.main(tiny_arguments(pairs, directory, **EVERY_STEP))
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
 

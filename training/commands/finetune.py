@@ -95,7 +95,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
     told = {} if known.config is None else read_config(known.config)
     name, family = known.task or told.get("task"), known.family or told.get("family", "simla")
     if name is None:
-        raise ValueError(f"no task given; expected --task, or `task` in the file, one of {', '.join(TASKS)}")
+        raise ValueError(f"no task given; expected --task, or `task` in the file: {', '.join(TASKS)}")
     task = find_task(name)
     config = [] if known.config is None else ["--config", known.config]
     line = [*config, "--task", name, "--family", family, *rest]
