@@ -308,7 +308,7 @@ def test_without_portions_there_is_one_named_as_its_kind(parse):
     [
         (
             "portions: {texts: {epochs: 3}}",
-            r"portion 'texts' is told \['epochs'\]; expected arguments of the data, or",
+            r"portion 'texts' sets \['epochs'\]; expected data arguments, or",
         ),
         (
             "portions: {texts: {kind: tunes}}",
