@@ -244,7 +244,7 @@ def test_export_replaces_only_an_export(model, processor, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="precious contains something other.*thesis.txt"):
+    with pytest.raises(FileExistsError, match="precious holds something else.*thesis.txt"):
         export_model(model, processor, precious)
     first = export_model(model, processor, tmp_path / "model", metrics={"a/b": 1.0})
     export_model(model, processor, first)

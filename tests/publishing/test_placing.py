@@ -183,7 +183,7 @@ def test_only_an_export_is_replaced(tmp_path):
     check_replaceable(tmp_path / "new")
     check_replaceable(tmp_path)
     check_replaceable(write(tmp_path / "export", **{"config.json": "{}", "README.md": "", "mine.txt": ""}))
-    with pytest.raises(FileExistsError, match="contains something other than an exported model .*thesis"):
+    with pytest.raises(FileExistsError, match="holds something else than an exported model .*thesis"):
         check_replaceable(write(tmp_path / "precious", thesis="years"))
     with pytest.raises(FileExistsError, match="is a file"):
         check_replaceable(tmp_path / "precious" / "thesis")

@@ -273,7 +273,7 @@ def test_every_example_parses_to_what_it_says(path):
 
 def test_a_family_is_named_or_read_from_where_a_run_starts(tmp_path):
     line = ["--train_data", "a.parquet"]
-    with pytest.raises(ValueError, match="no family given.* in the file: .*oner, simla"):
+    with pytest.raises(ValueError, match="which family.* out of .*oner, simla"):
         parse_arguments(line)
     SimlaConfig.from_size("nano").save_pretrained(tmp_path)
     arguments = parse_arguments([*line, "--initial_model", str(tmp_path)])

@@ -63,7 +63,7 @@ def test_every_precision_that_a_run_may_name_is_one_of_those():
         ({"attribution": "README.md"}, ValueError, "expected a name that model directories do not use"),
         ({"repo_id": "a b"}, ValueError, "repo_id is 'a b'; expected `name` or `owner/name`"),
         ({"eval_data": ["a/test.csv", "b/test.parquet"]}, ValueError, r"several sets called \['test'\]"),
-        ({"output_dir": "used"}, FileExistsError, "used/model contains something other than an exported model"),
+        ({"output_dir": "used"}, FileExistsError, "used/model holds something else than an exported model"),
     ],
 )
 def test_what_would_fail_at_the_end_fails_at_the_start(example, pairs, tmp_path, monkeypatch, options, error, match):

@@ -89,9 +89,9 @@ TASKS: dict[str, Callable[[argparse.Namespace, str, Sequence, Sequence | None], 
     "codes": lambda a, name, rows, _: CodeEvaluator(rows, batch_size=a.batch_size, progress=False),
     "languages": lambda a, name, rows, _: LanguagesEvaluator(rows, a.languages or (), a.batch_size, a.ks, name),
 }
-# these need a head, or the codebook, that only the pretraining model has
+# they ask a head, or the codebook, that no other model than the pretraining one has
 PRETRAINING_TASKS = ("concepts", "codes")
-# these have their own models and data; a model fine-tuned for retrieval is evaluated by the tasks above
+# they have models and data of their own; that of retrieval is a model of the tasks above
 OWN_TASKS = tuple(task for task in FINETUNED if task not in TASKS)
 
 
@@ -184,7 +184,7 @@ def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, An
 
 
 def evaluate(options: argparse.Namespace, rest: Sequence[str] = ()) -> dict[str, float]:
-    """Runs all evaluations; prints, writes and returns the numbers by name."""
+    """Everything that is to be done; the numbers by name, which are printed and written too."""
     a = complete(options, rest)
     pretraining = set(PRETRAINING_TASKS) & set(a.tasks or ())
     kind = AutoModelForPreTraining if pretraining else AutoModelForZeroShotImageClassification

@@ -26,7 +26,7 @@ from oner.training.publishing.shipped import shipped_checkpoint, shipped_config
 from oner.training.run.parsing import read_config
 
 CONFIG = "oner_folder"
-FEWEST = 20  # minimum number of pictures: a tenth of fewer cannot measure anything
+FEWEST = 20  # pictures below which a tenth is no measure of anything
 HELD_OUT = 0.1
 BATCH = 128
 # training pairs in total, and the range of epochs
@@ -77,7 +77,7 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
     for sentence in describe(place, pairs, len(held_out)):
         print(sentence)
 
-    # the pairs, in the run's directory
+    # the pairs, beside what the run leaves
     output.mkdir(parents=True, exist_ok=True)
     ids = concepts(pairs)
     for name, rows in (("pairs", train), ("held_out", held_out)):
@@ -94,7 +94,7 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
         "batch_size": min(BATCH, len(train)),
         "epochs": min(high, max(low, round(PAIRS / len(train)))),
         "resume": "auto",
-        # not those of the shipped file's data
+        # of the pairs that the shipped file names
         "data_licence": None,
         "attribution": None,
     }
@@ -192,7 +192,7 @@ def captions_of(picture: Path, folder: Path) -> list[str]:
 
 
 def words_of(name: str) -> str:
-    """The words of a file name: "red-apple_03" gives "red apple"; "IMG_2041" or a digest gives ""."""
+    """The words of a file's name: "red-apple_03" is "red apple", "IMG_2041" is "", and so is a digest."""
     tokens = re.split(r"[\s_\-.+,()\[\]]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
     telling = [token for token in tokens if any(letter.isalpha() for letter in token) and not _is_code(token)]
     return " ".join(telling) if any(token.lower() not in NAMELESS for token in telling) else ""
@@ -246,7 +246,7 @@ def describe(folder: Path, pairs: Sequence[Pair], held_out: int) -> Iterator[str
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair], ids: Sequence[int]) -> None:
-    """Writes a table of pairs, unless an identical one exists."""
+    """A table of pairs, unless the same is there already."""
     # a column is of bytes or of paths
     images = [pair.image for pair in pairs]
     if any(isinstance(image, bytes) for image in images):

@@ -167,7 +167,7 @@ def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | Non
 
 
 def index_sources(pipe: ImageTextRetrievalPipeline, sources: Sequence[str], cache: Path) -> Path:
-    """Like `open_index`, for the sources that a run was trained on."""
+    """As `open_index`, of the sources that a run was trained on."""
     files = [file for source in sources for file in _files_of(source)]
     _keep(pipe, list(sources), files, chain.from_iterable(map(TableItems, sources)), cache)
     return cache
@@ -192,6 +192,6 @@ def _keep(pipe: ImageTextRetrievalPipeline, names: list[str], files: Sequence[st
         except (RetrievalIndexError, ValueError) as error:
             print(f"indexing again: {error}")
             for file in (*cache.glob("embeddings-*.safetensors"), cache / INDEX_FILE):
-                file.unlink(missing_ok=True)  # remove the rest of a damaged index
+                file.unlink(missing_ok=True)  # what is left of a damaged index must not be in the way
     pipe.index(rows, directory=cache)
     listing_file.write_text(json.dumps(listing))

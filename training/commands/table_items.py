@@ -1,4 +1,4 @@
-"""Turns the rows of a table of pairs into index items: each picture, with its caption and other columns."""
+"""The rows of a table of pairs as an index takes them: each picture, and what its answers show, columns included."""
 
 from collections.abc import Iterator, Mapping
 from datetime import date, time
@@ -13,8 +13,8 @@ from oner.processing.data.text_tables import READERS
 from oner.processing.retrieval_filter import number_of
 
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
-AT_ONCE = 256  # rows read at a time
-OWN = {"table", "row", "path"}  # keys of every item; columns with these names are not copied
+AT_ONCE = 256  # rows that are read together
+OWN = {"table", "row", "path"}  # of every item; a column of such a name keeps its values to itself
 ROLES = {*USUAL["image"], *USUAL["text"]}
 
 

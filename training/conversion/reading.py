@@ -130,7 +130,7 @@ def _read_pickle(path: Path) -> object:
         # torch's unpickler raises pickle's own error class, which this package does not import
         if type(error).__name__ != "UnpicklingError":
             raise
-        raise CheckpointFileError(f"{path}: contains more than weights: {str(error).splitlines()[0]}") from error
+        raise CheckpointFileError(f"{path}: holds more than weights: {str(error).splitlines()[0]}") from error
 
 
 def _foreign_names(path: Path) -> set[str]:

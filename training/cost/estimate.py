@@ -80,7 +80,7 @@ class Estimate:
 
 
 def configuration_of(arguments: Arguments) -> PreTrainedConfig:
-    """The model's configuration without data or tokenizer; its vocabulary is `vocab_size`, an upper bound."""
+    """The model's configuration without data or tokenizer: the vocabulary is `vocab_size`, an upper bound."""
     overrides = dict(arguments.model.model_config or {})
     config_class = CONFIG_MAPPING[arguments.model.family]
     if arguments.model.initial_model is not None:

@@ -107,9 +107,9 @@ def pipeline_classes(model: PreTrainedModel) -> dict[str, tuple[type, list[str]]
 
 
 def serves(model: PreTrainedModel, wanted: PreTrainedModel, implementation: type) -> bool:
-    """Whether `model` has all weights of the model `wanted` that a pipeline needs; a pipeline with
-    `reads_heads = False` needs only the tower's."""
-    # some pipelines need methods that only some families have
+    """Whether the weights of `model` make the model `wanted` that a pipeline needs; a pipeline with
+    `reads_heads = False` needs those of the tower only."""
+    # some pipelines need methods that only one family's models have
     if any(not hasattr(wanted, method) for method in getattr(implementation, "model_methods", ())):
         return False
     if type(model) is type(wanted):

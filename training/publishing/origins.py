@@ -53,7 +53,7 @@ def read_origins(
         attributions: Files that name the creators of these data.
 
     Raises:
-        ValueError: an attribution file cannot be read, or has a name that an export needs.
+        ValueError: a file of makers cannot be read, or has a name that an export needs.
     """
     # attribution of the run's own data, under the names given in `data`
     makers: dict[str, bytes] = {}

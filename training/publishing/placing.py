@@ -38,7 +38,7 @@ def check_replaceable(directory: Path) -> None:
         raise FileExistsError(f"{directory} is a mount point, which cannot be replaced: choose another directory")
     names = {entry.name for entry in directory.iterdir()}
     if names and not {"config.json", "README.md"} <= names:
-        raise FileExistsError(f"{directory} contains something other than an exported model ({sorted(names)[:5]})")
+        raise FileExistsError(f"{directory} holds something else than an exported model ({sorted(names)[:5]})")
 
 
 @contextlib.contextmanager

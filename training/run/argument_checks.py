@@ -41,7 +41,7 @@ def _check_data(data: DataArguments) -> None:
             f"data_weights is {data.data_weights}; expected one for each of the {len(data.train_data)} in train_data"
         )
 
-    # conflicting options
+    # options that exclude each other
     if data.one_row_per_id and data.id_column is None:
         raise ValueError("one_row_per_id needs id_column, got none")
     if data.captions_apart and (data.streaming or data.kind != "pairs"):

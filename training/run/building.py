@@ -139,7 +139,7 @@ def _warn_of_unknown_words(tokenizer, rows: Mapping[str, PairRows | PairStream],
     for name, portion in rows.items():
         if isinstance(portion, PairStream):
             continue  # read once, by the run
-        # evenly spaced texts, since sources may be sorted by language
+        # texts from all over the rows: sources may be sorted by language
         texts = islice(portion.captions(), 0, None, max(1, len(portion) // SAMPLED_TEXTS))
         unknown, total, words = unknown_words(tokenizer, texts)
         if unknown:

@@ -127,5 +127,5 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
 
 def _family_of(initial_model: str | None) -> str:
     if initial_model is None:
-        raise ValueError(f"no family given; expected --family, or `family` in the file: {', '.join(OBJECTIVES)}")
+        raise ValueError(f"which family? expected --family, or `family` in the file, out of {', '.join(OBJECTIVES)}")
     return AutoConfig.from_pretrained(find_model(initial_model)).model_type

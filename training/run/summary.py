@@ -105,7 +105,7 @@ def export(
     evaluators: list,
 ) -> Path:
     """The model directory, with its card, from the student's weights; evaluators tell their `name` and `protocol`."""
-    # how the metrics were measured, for the card
+    # under what the numbers were measured, for the card
     protocol = {
         "seed": arguments.run.seed,
         "weights": "student",
