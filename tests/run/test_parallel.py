@@ -84,7 +84,9 @@ def test_processes_that_nobody_joins_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.setenv(name, "2")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     # older releases of Accelerate refuse it themselves
-    message = "'started': 2, \"Accelerate's\": 1, \"torch's\": 1.: nothing would be|`MASTER_ADDR` env was not set"
+    message = (
+        "'started': 2, \"Accelerate's\": 1, \"torch's\": 1.: they would not communicate|`MASTER_ADDR` env was not set"
+    )
     with pytest.raises(ValueError, match=message):
         make_accelerator(run_of(tmp_path))
 
