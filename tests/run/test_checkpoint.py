@@ -116,7 +116,7 @@ def test_a_changed_hyperparameter_is_not_undone_by_resuming():
     ("change", "said"),
     [
         (lambda t: t | {"7.exp_avg": torch.zeros(2)}, r"has '7\.exp_avg'; expected a number below 2"),
-        (lambda t: t | {"exp_avg": torch.zeros(2)}, r"holds 'exp_avg'; expected a number"),
+        (lambda t: t | {"exp_avg": torch.zeros(2)}, r"has 'exp_avg'; expected a number"),
         (lambda t: t | {"1.exp_avg": torch.zeros(3)}, r"1\.exp_avg has shape \(3,\), expected \(2,\)"),
         (
             lambda t: {k: v for k, v in t.items() if k != "1.exp_avg_sq"},
