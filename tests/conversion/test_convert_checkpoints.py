@@ -256,7 +256,9 @@ def test_what_cannot_be_written_whole_is_refused(official):
     config = infer_config(official, "simla", **HEADS)
     config.stem = "conv"
     weights = SimlaForPreTraining(config).state_dict()
-    with pytest.raises(MissingWeightsError, match="no place in the official layout.*vision.embeddings.stem.layers.0"):
+    with pytest.raises(
+        MissingWeightsError, match="do not exist in the official layout.*vision.embeddings.stem.layers.0"
+    ):
         to_official(weights, "simla")
     plain = {name: tensor for name, tensor in weights.items() if ".stem.layers." not in name}
     teacher = {f"teacher.{name}": tensor for name, tensor in weights.items()}
@@ -344,7 +346,7 @@ def test_what_is_foreign_is_named(official):
         {**official, "other_head.weight": torch.zeros(3), "visual_encoder.fc": torch.zeros(2)}, "simla", **HEADS
     )
     assert {"other_head.weight", "visual_encoder.fc"} < set(done.report.left_over)
-    assert "other_head.weight: no module of that name here" in done.report.describe()
+    assert "other_head.weight: our model has no module of that name" in done.report.describe()
 
 
 def test_wrong_shapes_are_named(official):
@@ -361,7 +363,7 @@ def test_numbers_that_are_none_are_named(official, name):
     with pytest.raises(MissingWeightsError, match=r"1 damaged weights .*(fc2.weight|embeddings.norm.bias)': 'NaN'"):
         from_official(broken, "simla", **HEADS)
     if name.endswith("weight"):
-        with pytest.raises(MissingWeightsError, match="fc2.weight': 'zeros alone'"):
+        with pytest.raises(MissingWeightsError, match="fc2.weight': 'only zeros'"):
             from_official({**official, name: torch.zeros_like(official[name])}, "simla", **HEADS)
 
 

@@ -86,7 +86,7 @@ def test_a_processor_comes_with_a_vocabulary(tmp_path, file):
 def test_pictures_of_another_size(tmp_path, capsys, file):
     directory = tmp_path / "large"
     assert main(["convert", "--from", "simla", str(file), str(directory), *TINY, "--image_size", "24"]) == 0
-    assert "visual_encoder_m.pos_embed: 4 x 4 places to 6 x 6, bicubic" in capsys.readouterr().out
+    assert "visual_encoder_m.pos_embed: 4 x 4 patches to 6 x 6, bicubic" in capsys.readouterr().out
     model = AutoModelForPreTraining.from_pretrained(directory)
     assert model.config.image_size == 24 and model.simla.vision.embeddings.position_embeddings.shape[1] == 37
 
@@ -131,7 +131,7 @@ def test_albef_is_drawn_where_it_must_be(tmp_path, capsys):
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         assert main([*command, str(tmp_path / name), *TINY, "--draw_missing", "--seed", str(seed)]) == 0
     told = capsys.readouterr().out
-    assert "token_type_embeddings.weight: there are no token types here" in told
+    assert "token_type_embeddings.weight: our models have no token types" in told
     assert "simla.text.layers.0.cross_attention.query.weight: drawn at random" in told
     one, alike, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "same", "other"))
     drawn = "simla.text.layers.0.cross_attention.query.weight"
@@ -160,7 +160,7 @@ def test_a_stem_that_the_official_layout_lacks_is_refused(tmp_path, capsys, root
     command = ["convert", "--to", "simla", str(root / "examples/checkpoints/simla-emoji"), str(tmp_path / "out.pth")]
     assert main(command) == 2
     told = capsys.readouterr()
-    assert "no place in the official layout" in told.err and "vision.embeddings.stem.layers.1" in told.err
+    assert "do not exist in the official layout" in told.err and "vision.embeddings.stem.layers.1" in told.err
     assert "written" not in told.out and not list(tmp_path.iterdir())
 
 
@@ -176,7 +176,7 @@ def test_what_is_written_is_read_back(tmp_path, capsys, file, monkeypatch):
 
     monkeypatch.setattr("oner.training.conversion.command.torch.save", lossy)
     assert main(["convert", "--to", "simla", str(directory), str(tmp_path / "out.pth")]) == 2
-    assert "not what is read back: ['itm_head.bias']" in capsys.readouterr().err
+    assert "other tensors than were written: ['itm_head.bias']" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, "simla"]
 
 
@@ -307,7 +307,7 @@ def test_a_vocabulary_of_another_length(tmp_path, capsys, file):
     vocab = vocabulary(tmp_path / "vocab.txt", V - 20)
     command = ["convert", "--from", "simla", str(file), str(tmp_path / "out"), *TINY, "--tokenizer", str(vocab)]
     assert main(command) == 2
-    assert f"has {V - 20} words; expected {V}" in capsys.readouterr().err
+    assert f"has {V - 20} tokens; expected {V}" in capsys.readouterr().err
 
 
 def test_what_is_there_is_not_overwritten(tmp_path, capsys, file):
@@ -315,7 +315,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, capsys, file):
     full.mkdir()
     (full / "precious").write_text("x")
     assert main(["convert", "--from", "simla", str(file), str(full), *TINY]) == 2
-    assert "is there already" in capsys.readouterr().err and [p.name for p in full.iterdir()] == ["precious"]
+    assert "already exists" in capsys.readouterr().err and [p.name for p in full.iterdir()] == ["precious"]
     directory = tmp_path / "model"
     assert main(["convert", "--from", "simla", str(file), str(directory), *TINY]) == 0
     assert main(["convert", "--to", "simla", str(directory), str(file)]) == 2

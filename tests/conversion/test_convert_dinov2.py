@@ -126,7 +126,7 @@ def test_dinov2_gives_the_same_states(tmp_path, family, layout):
         assert not report.used.keys() & report.left_over.keys()
     scales = [name for name in report.used if name.endswith(("gamma", "lambda1"))]
     assert len(scales) == 6 and {report.changed[name] for name in scales} == {
-        "a layer's scale within the linear map whose output it scales"
+        "LayerScale folded into its linear layer"
     }
 
 
@@ -164,7 +164,7 @@ def test_registers_and_gates_are_refused(tmp_path):
     )  # fmt: skip
     model = fresh("simla", vision=by_facebook(dino_model("simla")), num_attention_heads=6)
     for source, why in (
-        (registers.state_dict(), "embeddings.register_tokens.*register tokens, which every layer reads"),
+        (registers.state_dict(), "embeddings.register_tokens.*register tokens, which every layer attends to"),
         ({"reg_token": torch.ones(1, 4, 48)}, "reg_token.*register tokens"),
         (gated.state_dict(), "gate_proj.*SwiGLU"),
         (tmp_path / "gated", "weights_in.*SwiGLU"),
@@ -226,7 +226,7 @@ def test_what_contradicts_is_named_on_both_sides(tmp_path):
         tower_fields(simla, "nano", {}, tmp_path / "vision", tmp_path / "wide")
     with pytest.raises(ValueError, match="num_hidden_layers': '3 in initial_vision, 12 given'"):
         tower_fields(simla, "nano", {"num_hidden_layers": 12}, tmp_path / "vision")
-    with pytest.raises(ValueError, match=r"vocab_size': '50 in initial_text, 70 given'.*the tokenizer's"):
+    with pytest.raises(ValueError, match=r"vocab_size': '50 in initial_text, 70 given'.*from the tokenizer"):
         tower_fields(simla, "nano", {"vocab_size": 70}, text=tmp_path / "text")
     # these may differ: a longer table is cut
     free = {"max_position_embeddings": 20, "layer_norm_eps": 1e-5}

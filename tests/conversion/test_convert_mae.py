@@ -110,7 +110,7 @@ def test_a_model_without_that_decoder_leaves_it_behind_and_a_part_of_one_is_refu
     model = student(decoders=["text", "pair"])
     report = initialise(model, vision=mae.state_dict())
     assert {why for name, why in report.left_over.items() if name.startswith("decoder.")} == {
-        "of MAE's decoder, which is left behind"
+        "part of MAE's decoder, which is not used"
     }
     state = {name: value for name, value in mae.state_dict().items() if name != "decoder.decoder_pred.bias"}
     with pytest.raises(MissingWeightsError, match=r"1 weights are not in the checkpoint: \['image_decoder.pixel_head"):

@@ -120,7 +120,7 @@ def test_a_deit_file_with_other_pictures(tmp_path):
     torch.save({"model": small.state_dict()}, tmp_path / "deit.pth")
     model = simla(image_size=24, max_position_embeddings=40)
     report = initialise(model, vision=tmp_path / "deit.pth")
-    assert report.changed == {"pos_embed": "4 x 4 places to 6 x 6, bicubic"}
+    assert report.changed == {"pos_embed": "4 x 4 patches to 6 x 6, bicubic"}
     table = small.pos_embed[:, 1:].transpose(1, 2).view(1, 32, 4, 4)
     table = torch.nn.functional.interpolate(table, (6, 6), mode="bicubic").flatten(2).transpose(1, 2)
     large = timm.create_model("deit_tiny_patch16_224", img_size=24, **kinds).eval()
@@ -236,7 +236,7 @@ def broken(state: dict, **changes) -> dict:
         ({"patch_embed.proj.weight": torch.ones(32, 3, 8, 8)}, r"\(32, 3, 8, 8\), expected \(32, 3, 4, 4\)"),
         ({"pos_embed": torch.ones(1, 20, 32)}, "table of 20 positions"),
         ({"norm.bias": torch.full((32,), float("nan"))}, "1 damaged weights .*simla.vision.norm.bias': 'NaN'"),
-        ({"norm.weight": torch.zeros(32)}, "1 damaged weights .*simla.vision.norm.weight': 'zeros alone'"),
+        ({"norm.weight": torch.zeros(32)}, "1 damaged weights .*simla.vision.norm.weight': 'only zeros'"),
     ],
 )
 def test_what_does_not_fit_is_named_and_changes_nothing(changes, message):
@@ -363,7 +363,7 @@ def test_mae_is_oners_trunk(tmp_path, layout, scaled):
     ours = {name for name in before if name.startswith("oner.")}
     assert set(report.used.values()) | report.missing.keys() == ours
     (positions,) = (why for name, why in report.left_over.items() if "pos" in name and "decoder" not in name)
-    assert positions == "positions are fixed sines here, and so are the file's, of 4 x 4 places"
+    assert positions == "our positions are fixed sines, and so are the file's, of 4 x 4 patches"
     decoder = {name for name in report.left_over if "decoder" in report.left_over[name]}
     assert all("decoder" in name or name == "mask_token" for name in decoder) and bool(decoder) == (layout != "timm")
     # of the words only [CLS] is MAE's
@@ -396,8 +396,8 @@ def test_a_trunk_with_words_of_bert_and_layers_of_mae(tmp_path):
     assert torch.equal(model.lm_head.dense.weight, bert.cls.predictions.transform.dense.weight)
     picture = torch.randn(2, 3, 16, 16)
     close(model.oner(pixel_values=picture).last_hidden_state, encoded(mae, picture))
-    assert report.left_over["bert.encoder.layer.0.output.dense.bias"] == "the one tower is a ViT's"
-    assert report.left_over["bert.embeddings.position_embeddings.weight"] == "positions of words are fixed sines here"
+    assert report.left_over["bert.encoder.layer.0.output.dense.bias"] == "the single tower is initialised from the ViT"
+    assert report.left_over["bert.embeddings.position_embeddings.weight"] == "our word positions are fixed sines"
     assert report.used.keys() | report.left_over.keys() == mae.state_dict().keys() | bert.state_dict().keys()
 
 
@@ -406,8 +406,8 @@ def test_what_a_trunk_cannot_take_is_said():
     """Learned positions, and a projection of patches where convolutions stand."""
     vit, model = jittered(ViTModel(ViTConfig(**HF_VIT))), oner_model(stem="conv")
     report = initialise(model, vision=vit.state_dict())
-    assert report.left_over["embeddings.position_embeddings"].startswith("positions are fixed sines here; the file's")
-    stem = "a stem of convolutions stands here"
+    assert report.left_over["embeddings.position_embeddings"].startswith("our positions are fixed sines; the file's")
+    stem = "our model has a convolutional stem"
     assert report.left_over["embeddings.patch_embeddings.projection.weight"] == stem
     assert {name for name in report.missing if ".stem." in name} == {
         name for name in model.state_dict() if ".stem." in name

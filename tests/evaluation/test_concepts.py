@@ -104,7 +104,7 @@ def test_special_tokens_are_never_named(small, processor):
     found = concept_probabilities(small, processor, images, batch_size=2)
     assert found.shape == (3, len(processor.tokenizer)) and found.std(0).max() > 1e-4
     assert found[:, processor.tokenizer.cls_token_id].eq(0).all() and found[:, processor.image_token_id].eq(0).all()
-    with pytest.raises(TypeError, match="concept head, as SimlaForPreTraining, got SimlaForImageTextRetrieval"):
+    with pytest.raises(TypeError, match="concept head, such as SimlaForPreTraining, got SimlaForImageTextRetrieval"):
         concept_probabilities(make_simla(SimlaForImageTextRetrieval, processor), processor, images)
 
 

@@ -249,7 +249,7 @@ class TestComposed:
         scores, places = nearest(torch.tensor([[0.9, 0.3, 0.1, 0.0]]), gallery, 2)
         assert places.tolist() == [[0, 1]] and scores[0].tolist() == pytest.approx([0.9, 0.3])
         assert nearest(torch.tensor([[0.9, 0.3, 0.1, 0.0]]), gallery, 2, hidden=[0])[1].tolist() == [[1, 2]]
-        with pytest.raises(ValueError, match="asked for the 4 nearest of a gallery of 4"):
+        with pytest.raises(ValueError, match="cannot find the 4 nearest in a gallery of 4"):
             nearest(torch.eye(4)[:1], gallery, 4, hidden=[0])
 
     def test_three_ways_to_ask_differ(self, model, processor, rows):

@@ -79,7 +79,7 @@ def test_accuracy_normalises_only_where_people_differ():
     assert answer_accuracy("the blue", given) == 1.0 and answer_accuracy("blue", given) == 0.0
     assert answer_accuracy("blue", [*given[:9], "red"]) == 1.0
     assert answer_accuracy("Two\n", ["2"] * 5 + ["3"] * 5) == 1.0
-    with pytest.raises(ValueError, match="nobody gave an answer"):
+    with pytest.raises(ValueError, match="there are no human answers"):
         answer_accuracy("blue", [])
 
 
@@ -141,7 +141,7 @@ def test_a_test_set_without_answers_is_written_only(tmp_path, processor):
     rows = open_questions([str(write_vqa(tmp_path)[0])], answered=False)
     values = dict(AnswerEvaluator(rows, CANDIDATES, "test", folder=str(tmp_path)).run(Ranker(lambda _: 1), processor))
     assert values == {"test/questions": 16.0} and (tmp_path / "test.answers.json").is_file()
-    with pytest.raises(ValueError, match="no question has answers to score by, and there is no folder"):
+    with pytest.raises(ValueError, match="no question has answers for scoring, and there is no folder"):
         AnswerEvaluator(rows, CANDIDATES)
     with pytest.raises(ValueError, match="no rows"):
         AnswerEvaluator([], CANDIDATES)
@@ -186,7 +186,7 @@ def test_classes(tmp_path, processor):
     )
     with pytest.raises(ValueError, match="the model has 2 classes; expected 3"):
         list(evaluator.run(Classifier(lambda number: 0, 2), processor))
-    with pytest.raises(ValueError, match="label 2 is none of the 2 classes False, True"):
+    with pytest.raises(ValueError, match="label 2 is not one of the 2 classes False, True"):
         ClassificationEvaluator(rows, REASONING_LABELS)
 
 

@@ -279,7 +279,7 @@ def test_oner_learns_composed_queries_and_resumes_exactly(finetune, oner, tmp_pa
 
 def test_who_answers_how_is_said(finetune, momo, pretrained, tmp_path):
     told = DATA["answers"](tmp_path)
-    with pytest.raises(ValueError, match="MomoForVisualQuestionAnswering writes no answers; expected --task answers"):
+    with pytest.raises(ValueError, match="QuestionAnswering does not generate answers; expected --task answers"):
         finetune.main(line("vqa", momo, tmp_path / "run", {**told, "family": "momo"}))
     with pytest.raises(ValueError, match="'simla' has no model that classifies answers .*--task vqa.*expected momo"):
         finetune.main(line("answers", pretrained, tmp_path / "run", told))
@@ -294,9 +294,9 @@ def test_every_task_of_the_table_is_tried():
 def test_what_is_missing_is_said(finetune, pretrained, tmp_path):
     told = DATA["retrieval"](tmp_path)
     whole = line("retrieval", pretrained, tmp_path / "run", told)
-    with pytest.raises(ValueError, match=f"which task. expected --task, .* out of {', '.join(TASKS)}"):
+    with pytest.raises(ValueError, match=f"no task given; expected --task, .* in the file: {', '.join(TASKS)}"):
         finetune.main(whole[2:])
-    with pytest.raises(ValueError, match="fine-tuning begins from a pretrained model directory"):
+    with pytest.raises(ValueError, match="fine-tuning starts from a pretrained model directory"):
         finetune.main(line("retrieval", pretrained, tmp_path / "run", {**told, "initial_model": None}))
     with pytest.raises(ValueError, match=f"unknown task 'cooking'; expected one of {', '.join(TASKS)}"):
         find_task("cooking")

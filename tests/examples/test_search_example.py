@@ -285,7 +285,7 @@ def test_a_model_is_named_by_its_directory_its_run_or_as_one_that_ships(
     ships = shipped.shipped_checkpoint()
     assert shipped.find_model("oner-emoji") == str(ships) and (ships / "model.safetensors").is_file()
     assert shipped.find_model("owner/oner-emoji") == "owner/oner-emoji"
-    with pytest.raises(FileNotFoundError, match="those that do: .*oner-emoji"):
+    with pytest.raises(FileNotFoundError, match="available: .*oner-emoji"):
         shipped.shipped_checkpoint("oner-emoij")
     assert parse_arguments(["--initial_model", "oner-emoji", "--train_data", "pairs"]).model.initial_model == str(
         ships

@@ -84,5 +84,5 @@ def test_a_graph_that_differs_is_an_error(directory, tmp_path, monkeypatch, caps
 def test_what_lies_in_the_place_stays(directory, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert main(["export", str(directory), str(tmp_path), "--onnx"]) == 2
-    assert "holds something else than exported graphs" in capsys.readouterr().err
+    assert "contains something other than exported graphs" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

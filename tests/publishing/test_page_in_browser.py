@@ -113,7 +113,7 @@ def test_another_index_is_asked_the_same(browser, search):
 
 def test_mistakes_are_told_on_the_page(browser, search, tmp_path):
     browser.click("#ask")
-    wait_for_remark(browser, "Give words, a picture, or both")
+    wait_for_remark(browser, "Enter words, a picture, or both")
     whole = search.pictures[0].read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     browser.set_input_files("#picture input[type=file]", tmp_path / "cut.png")

@@ -187,5 +187,5 @@ def test_only_an_export_is_replaced(tmp_path):
         check_replaceable(write(tmp_path / "precious", thesis="years"))
     with pytest.raises(FileExistsError, match="is a file"):
         check_replaceable(tmp_path / "precious" / "thesis")
-    with pytest.raises(FileExistsError, match="mounted"):
+    with pytest.raises(FileExistsError, match="mount point"):
         check_replaceable(Path("/"))

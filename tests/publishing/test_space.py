@@ -74,7 +74,7 @@ def test_the_page_shows_answers_and_where_the_words_are(search, gradio):
     assert chosen.size == where.size and facts.startswith("**2.**") and f"{answer.found[1].score:+.4f}" in facts
     assert locate(None, SimpleNamespace(index=0)) == (None, None, "")
     assert ask("named", "  ", None, 5)[:2] == (SimpleNamespace(value=[], select=gradio.select, selected_index=None),
-                                               "Give words, a picture, or both.")  # fmt: skip
+                                               "Enter words, a picture, or both.")  # fmt: skip
 
 
 def test_the_page_names_an_upload_that_cannot_be_read_by_its_file_alone(search, gradio, tmp_path):
@@ -175,7 +175,7 @@ def test_a_space_by_name_leaves_the_model_where_it_is(search, tmp_path, monkeypa
     assert 'MODEL = "owner/photos"' in (tmp_path / "space" / "app.py").read_text()
     header = yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])
     assert header["models"] == ["owner/photos"]
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         write_space(shown, tmp_path / "space", search.pipe)
 
 
@@ -225,7 +225,7 @@ def test_a_hub_that_does_not_answer_is_said_in_a_line(search, monkeypatch, capsy
 
     monkeypatch.setattr("oner.training.publishing.hub.HfApi", Api)
     assert command_line(["publish", str(search.model), "owner/photos"]) == 2
-    assert capsys.readouterr().err == "oner publish: https://hub does not answer: no such name\n"
+    assert capsys.readouterr().err == "oner publish: https://hub does not respond: no such name\n"
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_json_on_the_command_line(parse):
         ("one_row_per_id: true\nkind: texts", "one_row_per_id needs ids"),
         (
             "rows_together: 2\none_row_per_id: true\nid_column: id",
-            "rows_together is 2, which goes with none of one_row_per_id",
+            "rows_together is 2, which cannot be combined with one_row_per_id",
         ),
         (
             "one_row_per_id: true\nid_column: id\nstreaming: true",
@@ -146,7 +146,7 @@ def test_json_on_the_command_line(parse):
         ("mim_min_block: 0", "mim_min_block is 0; expected at least 1"),
         ("warmup_steps: -1", "warmup_steps is -1; expected 0 or more, or none"),
         ("warmup_learning_rate: -1e-5", "warmup_learning_rate is -1e-05; expected 0 or more"),
-        ("schedule: albef\nwarmup_steps: 150", "warmup_steps is 150; expected stairs of 100 steps"),
+        ("schedule: albef\nwarmup_steps: 150", "warmup_steps is 150; expected a multiple of 100 with schedule albef"),
         ("max_steps: 0", "max_steps is 0; expected at least 1"),
         ("max_steps: -3", "max_steps is -3; expected at least 1"),
         ("log_every: 0", "log_every is 0; expected at least 1"),
@@ -207,12 +207,12 @@ def test_numbers_within_json_are_finite(parse, value):
 @pytest.mark.parametrize("name", ["output_dir", "text_column", "split", "train_data", "size", "tracker_project"])
 def test_an_empty_text_is_no_value(parse, name):
     for empty in ("", " "):
-        with pytest.raises(ValueError, match=f"{name} is .*; expected a text, or leave it out"):
+        with pytest.raises(ValueError, match=f"{name} is .*; expected a non-empty string, or leave it out"):
             parse("", f"--{name}", empty)
 
 
 def test_an_output_directory_that_is_a_file_is_refused(parse):
-    with pytest.raises(ValueError, match="output_dir is '/dev/null', which is no directory"):
+    with pytest.raises(ValueError, match="output_dir is '/dev/null', which is not a directory"):
         parse("", "--output_dir", "/dev/null")
 
 
@@ -309,7 +309,7 @@ def test_without_portions_there_is_one_named_as_its_kind(parse):
     [
         (
             "portions: {texts: {epochs: 3}}",
-            r"portion 'texts' is told \['epochs'\]; expected arguments of the data, or",
+            r"portion 'texts' sets \['epochs'\]; expected data arguments, or",
         ),
         (
             "portions: {texts: {kind: tunes}}",

@@ -110,7 +110,7 @@ def test_none_begins_with_a_copy(pretrained):
 
 
 def test_a_queue_of_another_size_is_refused_with_both_sizes(pretrained):
-    message = rf"objective.safetensors is of another run.*\({QUEUE}, 8\), expected \(21, 8\).*initial_objective none"
+    message = rf"safetensors belongs to another run.*\({QUEUE}, 8\), expected \(21, 8\).*initial_objective none"
     with pytest.raises(ValueError, match=message):
         begun_task("retrieval", pretrained, "--queue_size", "21")
 
@@ -123,13 +123,13 @@ def test_a_damaged_file_and_another_models_are_refused(pretrained, tmp_path):
         begun_task("entailment", pretrained, "--initial_objective", str(tmp_path))
     foreign = {f"teacher.oner.{name}": value for name, value in teacher_of(pretrained).items()}
     save_file(foreign, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="foreign.safetensors holds no teacher of .*which has no .'oner.concept_head"):
+    with pytest.raises(ValueError, match="foreign.* contains no teacher of .*which has no .'oner.concept_head"):
         begun_task("entailment", pretrained, "--initial_objective", str(tmp_path / "foreign.safetensors"))
 
 
 def test_a_file_without_a_model_is_refused():
     model = parse_arguments(["--family", "oner", "--train_data", "x", "--initial_objective", "a.safetensors"]).model
-    with pytest.raises(ValueError, match="'a.safetensors', the teacher of a model; expected initial_model, got none"):
+    with pytest.raises(ValueError, match="'a.safetensors', teacher of a model; expected initial_model too"):
         objective_file(model)
 
 

@@ -115,8 +115,8 @@ def test_a_changed_hyperparameter_is_not_undone_by_resuming():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t | {"7.exp_avg": torch.zeros(2)}, r"holds '7\.exp_avg'; expected a number below 2"),
-        (lambda t: t | {"exp_avg": torch.zeros(2)}, r"holds 'exp_avg'; expected a number"),
+        (lambda t: t | {"7.exp_avg": torch.zeros(2)}, r"has '7\.exp_avg'; expected a number below 2"),
+        (lambda t: t | {"exp_avg": torch.zeros(2)}, r"has 'exp_avg'; expected a number"),
         (lambda t: t | {"1.exp_avg": torch.zeros(3)}, r"1\.exp_avg has shape \(3,\), expected \(2,\)"),
         (
             lambda t: {k: v for k, v in t.items() if k != "1.exp_avg_sq"},
@@ -262,7 +262,7 @@ def test_a_manifest_that_names_no_state_is_damage(tmp_path, content):
 def test_a_file_that_no_digest_vouches_for_is_damage(tmp_path):
     path = save(tmp_path, 1)
     (path / "extra.safetensors").write_bytes((path / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match=r"holds \['extra\.safetensors'\], which its manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"contains \['extra\.safetensors'\], which its manifest\.json"):
         load_checkpoint(path)
 
 
@@ -295,7 +295,7 @@ def test_none_whole_is_not_none_at_all(tmp_path):
     assert find_checkpoint(tmp_path) is None
     for step in (1, 2):
         damage(save(tmp_path, step) / "model.safetensors", "flipped")
-    with pytest.raises(CheckpointError, match=r"no checkpoint is whole; .*-00000002/model\.s.*-00000001/model\.s"):
+    with pytest.raises(CheckpointError, match=r"checkpoints are damaged; .*-00000002/model\.s.*-00000001/model\.s"):
         find_checkpoint(tmp_path)
 
 
@@ -326,7 +326,7 @@ def test_one_that_cannot_be_read_is_passed_over_and_named(tmp_path, how, caplog)
     spoiled = save(tmp_path, 2)
     UNREADABLE[how](spoiled)
     assert find_checkpoint(tmp_path).name == "checkpoint-00000001"
-    assert f"{spoiled} is damaged and passed over: {spoiled}" in caplog.text
+    assert f"{spoiled} is damaged and skipped: {spoiled}" in caplog.text
     with pytest.raises(CheckpointError, match=str(spoiled)):
         load_checkpoint(spoiled)
     set_aside(tmp_path, 1)
@@ -364,7 +364,7 @@ def test_what_the_system_puts_into_a_checkpoint_is_no_damage(tmp_path):
         (path / name).write_text("x")
     verify(path)
     (path / "notes.txt").write_text("x")
-    with pytest.raises(CheckpointError, match=r"holds \['notes.txt'\], which its manifest.json does not name"):
+    with pytest.raises(CheckpointError, match=r"contains \['notes.txt'\], which its manifest.json does not list"):
         verify(path)
 
 

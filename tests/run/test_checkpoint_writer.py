@@ -179,6 +179,6 @@ def test_a_disk_that_is_full_ends_the_run_with_the_words_of_one_that_waits(
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_weights_that_are_not_finite_are_not_saved_beside_the_run_either(example, pairs, tmp_path):
     options = {**BESIDE, "base_learning_rate": 1e38, "warmup_epochs": 0, "weight_decay": 1e9}
-    with pytest.raises(FloatingPointError, match="not saved: at step 1 NaN or infinity is in"):
+    with pytest.raises(FloatingPointError, match=r"not saved: at step 1 \d+ tensors of the model contain NaN"):
         example.main(tiny_arguments(pairs, tmp_path, **options))
     assert not list_checkpoints(tmp_path)

@@ -194,7 +194,7 @@ def test_a_checkpoint_that_does_not_name_its_inputs_goes_on_with_a_warning(
     save_checkpoint(tmp_path, 9, tensors, state)
     with caplog.at_level(logging.WARNING):
         example.main([*tiny_arguments(pairs, tmp_path, **EVERY_STEP), "--resume"])
-    assert "does not say what its run read" in caplog.text
+    assert "does not record its inputs" in caplog.text
 
 
 def test_another_image_tokenizer_at_the_same_path_is_named(pairs, tmp_path):

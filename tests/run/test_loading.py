@@ -73,5 +73,5 @@ def test_albefs_schedule_refuses_a_stream(pairs, tmp_path):
     )
     with pytest.warns(UserWarning, match="is read as a sequential stream"):
         rows = open_portions(arguments)
-    with pytest.raises(ValueError, match="schedule albef falls with each epoch, and a stream has none"):
+    with pytest.raises(ValueError, match="schedule albef depends on epochs, which streamed data do not have"):
         RunLoader(arguments, rows, {"pairs": None})

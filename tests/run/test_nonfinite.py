@@ -166,7 +166,7 @@ def test_a_rate_that_is_too_high_stops_the_run_and_is_never_saved(example, pairs
         assert not list_checkpoints(directory)
         forget_accelerator()
     # finite gradients may still throw the weights out of range
-    with pytest.raises(FloatingPointError, match=r"not saved: at step 1 NaN or infinity is in \d+ tensors of the"):
+    with pytest.raises(FloatingPointError, match=r"not saved: at step 1 \d+ tensors of the .* contain NaN"):
         example.main(
             tiny_arguments(pairs, tmp_path / "c", **options | {"save_every_epochs": 0.2, "weight_decay": 1e9})
         )

@@ -61,12 +61,12 @@ def fake_deepspeed(stage: int = 2, **config):
 @pytest.mark.parametrize(
     ("environment", "precision", "message"),
     [
-        ({"USE_FSDP": "true"}, "no", "FSDP was asked for, but this is a single process .* start it by `accelerate"),
-        ({"USE_DEEPSPEED": "true"}, "no", "DeepSpeed was asked for, but this is a single process"),
+        ({"USE_FSDP": "true"}, "no", "FSDP was requested, but this is a single process .* start it with `accelerate"),
+        ({"USE_DEEPSPEED": "true"}, "no", "DeepSpeed was requested, but this is a single process"),
         ({"USE_DEEPSPEED": "true", "USE_CPU": "true"}, "no", "together with the CPU .* leave out one of the two"),
         ({"USE_FSDP": "true"}, "fp16", "FSDP with mixed_precision fp16 .* use bf16 or no"),
         ({"USE_DEEPSPEED": "true"}, "fp16", "DeepSpeed with mixed_precision fp16 .* use bf16 or no"),
-        ({"USE_MEGATRON_LM": "true"}, "no", "Megatron-LM takes its own models apart.* use DDP, FSDP2 or DeepSpeed"),
+        ({"USE_MEGATRON_LM": "true"}, "no", "Megatron-LM supports only its own models.* use DDP, FSDP2 or DeepSpeed"),
     ],
 )
 def test_launches_that_would_train_another_run_are_refused(tmp_path, monkeypatch, environment, precision, message):
@@ -84,7 +84,9 @@ def test_processes_that_nobody_joins_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.setenv(name, "2")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     # older releases of Accelerate refuse it themselves
-    message = "'started': 2, \"Accelerate's\": 1, \"torch's\": 1.: nothing would be|`MASTER_ADDR` env was not set"
+    message = (
+        "'started': 2, \"Accelerate's\": 1, \"torch's\": 1.: they would not communicate|`MASTER_ADDR` env was not set"
+    )
     with pytest.raises(ValueError, match=message):
         make_accelerator(run_of(tmp_path))
 
@@ -127,7 +129,7 @@ def test_shipped_configurations_launch_what_their_names_say(root, name, engine, 
     ("plugin", "message"),
     [
         ({"fsdp_version": 1}, "set fsdp_version: 2"),
-        ({"activation_checkpointing": True}, "use gradient_checkpointing of the run"),
+        ({"activation_checkpointing": True}, "use the run's gradient_checkpointing"),
         ({"cpu_offload": True}, "fsdp_offload_params keeps the student on the host.*gradient_cache_chunks"),
     ],
 )
@@ -157,7 +159,7 @@ def test_the_real_plugin_is_refused_and_taken_by_the_same_names(monkeypatch):
 def test_fsdp_that_accelerate_would_leave_out_is_refused():
     accelerator = fake_fsdp()
     accelerator.distributed_type = DistributedType.NO
-    with pytest.raises(ParallelError, match="Accelerate took NO: nothing would be sharded"):
+    with pytest.raises(ParallelError, match="Accelerate chose NO: nothing would be sharded"):
         parallel._take_fsdp(accelerator)
 
 
@@ -263,7 +265,7 @@ def test_states_that_do_not_fit_are_named_and_leave_everything_as_it_is():
         load_full_state(model, {name: value + 1 for name, value in state.items()})
     assert all(torch.equal(value, before[name]) for name, value in full_state(model).items())
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match=r"groups hold \[1\] parameters, expected \[\d+\]"):
+    with pytest.raises(ValueError, match=r"groups of \[1\] parameters, expected \[\d+\]"):
         load_full_optimizer_state(optimizer, {}, [{"params": [0]}])
     _, groups = full_optimizer_state(optimizer)
     with pytest.raises(ValueError, match=r"0.exp_avg has shape \(7, 7\), expected"):
@@ -296,7 +298,7 @@ def test_weights_in_half_precision_are_refused(tmp_path):
     student = tiny().to(torch.bfloat16)
     optimizer = torch.optim.AdamW(student.parameters())
     objective = OneRObjective(student, OneRObjectiveArguments(losses=["itc"]))
-    with pytest.raises(ValueError, match=r"\d+ weights are in half precision, .*; expected float32, over which"):
+    with pytest.raises(ValueError, match=r"\d+ weights are in half precision, .*; expected float32, with which"):
         prepare(make_accelerator(run_of(tmp_path)), student, optimizer, objective)
 
 

@@ -142,7 +142,7 @@ def test_dropout_is_replayed_portion_by_portion(accelerator):
 
 def test_a_step_needs_a_batch_of_each_portion(accelerator):
     student, objective = build()
-    with pytest.raises(ValueError, match=r"got batches of \['texts'\]; expected one of each of \['pairs', 'texts'\]"):
+    with pytest.raises(ValueError, match=r"got batches of \['texts'\]; expected one for each of \['pairs', 'texts'\]"):
         loss_and_gradients(accelerator, objective, student, {"texts": texts(4)}, 0.0)
 
 

@@ -60,7 +60,7 @@ def test_every_precision_that_a_run_may_name_is_one_of_those():
     ("options", "error", "match"),
     [
         ({"attribution": "ATTRIBUTON.md"}, ValueError, "attribution is ATTRIBUTON.md, which cannot be read"),
-        ({"attribution": "README.md"}, ValueError, "expected a name that a model directory has no use for"),
+        ({"attribution": "README.md"}, ValueError, "expected a name that model directories do not use"),
         ({"repo_id": "a b"}, ValueError, "repo_id is 'a b'; expected `name` or `owner/name`"),
         ({"eval_data": ["a/test.csv", "b/test.parquet"]}, ValueError, r"several sets called \['test'\]"),
         ({"output_dir": "used"}, FileExistsError, "used/model holds something else than an exported model"),

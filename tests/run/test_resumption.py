@@ -66,7 +66,7 @@ def test_damaged_checkpoints_are_passed_over_named_and_set_aside(example, pairs,
     with caplog.at_level(logging.WARNING):
         example.main([*tiny_arguments(pairs, tmp_path, **EVERY_STEP), "--resume"])
     for step, file in ((4, "optimizer.safetensors"), (5, "state.json")):
-        assert f"{numbered(step)} is damaged and passed over: {tmp_path / numbered(step) / file}" in caplog.text
+        assert f"{numbered(step)} is damaged and skipped: {tmp_path / numbered(step) / file}" in caplog.text
         assert (tmp_path / f"passed-over-{numbered(step)}").is_dir()
         assert_same_checkpoint(undisturbed / numbered(step), tmp_path / numbered(step))
     assert_same_checkpoint(undisturbed / numbered(10), tmp_path / numbered(10))
@@ -91,7 +91,7 @@ def test_a_run_may_go_back_and_does_not_meet_the_course_it_left(example, pairs, 
 def test_a_new_run_does_not_mix_with_an_earlier_one(example, pairs, undisturbed, tmp_path):
     directory = shutil.copytree(undisturbed, tmp_path / "run")
     before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match=rf"holds {numbered(10)} of an earlier run: go on from it with --resume"):
+    with pytest.raises(CheckpointError, match=rf"contains {numbered(10)} of an earlier run: resume it with --resume"):
         example.main(tiny_arguments(pairs, directory, **EVERY_STEP))
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
 
@@ -144,7 +144,7 @@ def test_the_choice_of_a_checkpoint(tmp_path):
         choose_checkpoint(tmp_path, str(tmp_path / "nowhere"), CPU)
     for step in (3, 12):
         (tmp_path / numbered(step) / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=rf"no checkpoint is whole; .*{numbered(12)}.*missing; .*{numbered(3)}"):
+    with pytest.raises(CheckpointError, match=rf"checkpoints are damaged; .*{numbered(12)}.*missing; .*{numbered(3)}"):
         choose_checkpoint(tmp_path, "auto", CPU)
 
 

@@ -60,7 +60,7 @@ def test_a_run_that_waits_says_for_what_and_saves_at_the_end_of_its_patience(
     with caplog.at_level(logging.WARNING), pytest.raises(DataStalledError) as error:
         example.main(tiny_arguments(pairs, tmp_path, data_timeout=2.5, **OPTIONS))
     steps = len(read_log(tmp_path))
-    told = f"step {steps + 1} waits for a batch of {pairs}, for "
+    told = f"step {steps + 1} has been waiting for a batch of {pairs} for "
     assert told in caplog.text and told in str(error.value) and f"saved at step {steps}" in str(error.value)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{steps:08d}"]
     del error

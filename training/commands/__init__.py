@@ -1,1 +1,1 @@
-"""What `oner COMMAND` does, where it takes more than one wing: train, fine-tune, evaluate, search, publish."""
+"""The `oner COMMAND` commands that combine several packages: train, fine-tune, evaluate, search, publish."""

@@ -1,6 +1,6 @@
-"""`oner compare`: retrieval of several models on the same rows, in one table.
+"""`oner compare`: compares the retrieval of several models on the same rows in one table.
 
-A model is anything with `get_text_features` and `get_image_features`: ours, and transformers' CLIP, SigLIP and others.
+Any model with `get_text_features` and `get_image_features` works: ours, and transformers' CLIP, SigLIP and others.
 """
 
 import argparse
@@ -30,7 +30,7 @@ GUESSING = "guessing"
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Prints the table, and writes it and the numbers behind it."""
+    """Prints the table, and writes it with its numbers."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     evaluators = build(options)
     options.models = list(map(find_model, options.models))
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def build(a: argparse.Namespace) -> dict[str, RetrievalEvaluator]:
-    """Retrieval on each source, by its name. Raises `ValueError` where two have one name."""
+    """A retrieval evaluator per source, by name. Raises `ValueError` if two sources have the same name."""
     evaluators: dict[str, RetrievalEvaluator] = {}
     for source in a.data:
         split = Path(source).stem
@@ -57,13 +57,13 @@ def build(a: argparse.Namespace) -> dict[str, RetrievalEvaluator]:
 
 
 def load(source: str, device: str) -> tuple[PreTrainedModel, Any]:
-    """A model, ready to embed, and its processor."""
+    """A model in evaluation mode and its processor."""
     model = load_model(AutoModelForZeroShotImageClassification, source).to(device).eval()
     return model, AutoProcessor.from_pretrained(source)
 
 
 def measure(source: str, evaluators: dict[str, RetrievalEvaluator], device: str) -> Iterator[dict[str, Any]]:
-    """What one model does on each split; the seconds are those of embedding it all, pictures decoded."""
+    """Evaluates one model on each split; the seconds are the time to decode and embed everything."""
     model, processor = load(source, device)
     for split, evaluator in evaluators.items():
         started = time.perf_counter()
@@ -82,7 +82,7 @@ def measure(source: str, evaluators: dict[str, RetrievalEvaluator], device: str)
 
 
 def draw(a: argparse.Namespace, evaluators: dict[str, RetrievalEvaluator]) -> Iterator[Path]:
-    """The sheets asked for, of the rows of each split: compare_SPLIT_KIND.png, all models side by side."""
+    """Draws the requested sheets for each split, with all models side by side: compare_SPLIT_KIND.png."""
     if not a.sheets:
         return
     models = [Named(name, *load(source, a.device)) for name, source in zip(names_of(a.models), a.models, strict=True)]
@@ -94,7 +94,7 @@ def draw(a: argparse.Namespace, evaluators: dict[str, RetrievalEvaluator]) -> It
 
 
 def table(split: str, results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each model, recall in per cent, and what guessing gives."""
+    """A Markdown table: one row per model with recall in per cent, and one for guessing."""
     own = [result for result in results if result["split"] == split]
     columns = [(direction, k) for direction in DIRECTIONS for k in KS]
     names = names_of([result["model"] for result in own])
@@ -115,7 +115,7 @@ def table(split: str, results: Sequence[dict[str, Any]]) -> str:
 
 
 def names_of(sources: Sequence[str]) -> list[str]:
-    """What the table calls each model: the name of its directory, or all of its path where two share that."""
+    """Names of the models in the table: that of the directory, or the whole path if two have the same name."""
     short = [model_name(source) for source in sources]
     return [source if short.count(name) > 1 else name for source, name in zip(sources, short, strict=True)]
 
@@ -127,7 +127,7 @@ def write(
     evaluators: dict[str, RetrievalEvaluator],
     a: argparse.Namespace,
 ) -> tuple[Path, Path]:
-    """compare.md and compare.json: the tables, and the numbers with what it takes to obtain them again."""
+    """Writes compare.md, the tables, and compare.json, the numbers with everything needed to reproduce them."""
     folder.mkdir(parents=True, exist_ok=True)
     protocols = {split: evaluator.protocol for split, evaluator in evaluators.items()}
     told = {name: value for name, value in vars(a).items() if value is not None}

@@ -1,4 +1,4 @@
-"""The end of a run: what it learned as numbers and pictures, where its model lies, and what ails it."""
+"""The end of a run: prints metrics, the model's directory and the doctor's findings, and draws pictures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from oner.training.run.loading import Rows
 
 from .folder import pictures_of
 
-SHOWN = 6  # captions of a sheet
-MOST = 1000  # pictures that are searched for it
+SHOWN = 6  # captions on a sheet
+MOST = 1000  # maximum number of pictures searched for a sheet
 
 
 def tell(
@@ -31,7 +31,7 @@ def tell(
     processor: Any,
     evaluators: Sequence[Any] = (),
 ) -> None:
-    """Prints how a run ended, and draws log.png and a sheet of each evaluation set in its directory."""
+    """Prints the results of a run, and draws log.png and a sheet for each evaluation set in its directory."""
     if metrics:
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}, indent=1))
     else:
@@ -40,14 +40,14 @@ def tell(
     if of_folder:
         print(how_good(metrics, evaluators[0]))
 
-    # pictures of it, which nothing that goes wrong here may spoil
+    # an error in drawing must not fail the run
     drawn = []
     for path, draw in pictures(Path(output_dir), model, processor, evaluators).items():
         try:
             save_sheet(draw(), path)
             drawn.append(str(path))
         except (OSError, ValueError) as error:
-            print(f"{path} is not drawn: {error}")
+            print(f"{path} could not be drawn: {error}")
     print(f"model directory: {directory}")
     print(f"drawn: {', '.join(drawn)}")
     if of_folder:
@@ -56,7 +56,7 @@ def tell(
 
 
 def how_good(metrics: Mapping[str, float], evaluator: RetrievalEvaluator) -> str:
-    """Recall on the pictures that were held out, beside what guessing gives."""
+    """Recall on the held-out pictures, compared with guessing."""
     name = evaluator.name
     shares = {key: f"{100 * metrics[f'{name}/{key}@10']:.0f} %" for key in ("tr_r", "ir_r", "tr_chance", "ir_chance")}
     return (
@@ -67,12 +67,12 @@ def how_good(metrics: Mapping[str, float], evaluator: RetrievalEvaluator) -> str
 
 
 def example_of(evaluator: RetrievalEvaluator) -> str:
-    """Words to try: a caption as a shell takes it."""
+    """An example query: a caption without characters that are special in a shell."""
     return evaluator.texts[0].replace('"', "").replace("$", "").replace("`", "")
 
 
 def pictures(output_dir: Path, model: Any, processor: Any, evaluators: Sequence[Any]) -> dict[Path, Any]:
-    """What is drawn, by its file: each a function that makes an image."""
+    """File -> function that draws its image."""
     drawings = {output_dir / "log.png": lambda: draw_log(output_dir / LOG)}
     for one in evaluators:
         if isinstance(one, RetrievalEvaluator):

@@ -1,8 +1,7 @@
-"""`oner evaluate`: a table on the screen, numbers in results/, pictures in pictures/.
+"""`oner evaluate`: prints a table, and writes numbers to results/ and pictures to pictures/.
 
-A task is one entry of `TASKS`: it makes an evaluator, whose `run(model, processor)` yields names, each with a number
-or a picture to be saved. A model that was fine-tuned for a task of `oner.training.tasks.finetuning` is evaluated by
-that task's own evaluator.
+Each entry of `TASKS` makes an evaluator, whose `run(model, processor)` yields names with a number or a picture to
+save. A model fine-tuned for a task of `oner.training.tasks.finetuning` is evaluated by that task's evaluator.
 """
 
 import argparse
@@ -51,7 +50,7 @@ from oner.training.tasks.finetuning import Evaluator, build_evaluator, find_task
 
 
 def zero_shot(a: argparse.Namespace, name: str, rows: Sequence, bootstrap: bool) -> ZeroShotClassificationEvaluator:
-    """With --class_names a row's id is the number of its class; without, every concept is a class."""
+    """With --class_names a row's id is its class number; without, every concept is a class."""
     templates = a.templates or usual_templates(a.class_names)
     guided_text = a.guided_text or ("name" if templates == "name" else "prompt")
     how = {"templates": templates, "batch_size": a.batch_size, "name": name, "bootstrap": bootstrap, "shown": 8}
@@ -101,14 +100,14 @@ OWN_TASKS = tuple(task for task in FINETUNED if task not in TASKS)
 
 
 def complete(a: argparse.Namespace, rest: Sequence[str]) -> argparse.Namespace:
-    """Options as they are used below; `a.own` is a task that has a model of its own, `a.told` what it was told."""
+    """Completes the options; `a.own` is a task with its own model, `a.told` its arguments."""
     own = [task for task in a.tasks or () if task in OWN_TASKS]
     a.own, a.told = None, None
     if own:
         a.own, a.eval_limit, a.eval_batch_size = own[0], a.limit, a.batch_size
         kind = find_task(a.own).arguments
         (told,) = HfArgumentParser(kind, allow_abbrev=False).parse_args_into_dataclasses(list(rest))
-        # of the names that both have, the evaluation's options decide
+        # for names in both, the options of the evaluation take precedence
         a.told = replace(told, **{one.name: getattr(a, one.name) for one in fields(kind) if hasattr(a, one.name)})
     if a.class_names is not None:
         a.tasks = a.tasks or ["bootstrap"]
@@ -120,7 +119,7 @@ def complete(a: argparse.Namespace, rest: Sequence[str]) -> argparse.Namespace:
 
 
 def read(source: str, a: argparse.Namespace, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a source; of more than `limit`, evenly spaced ones."""
+    """Rows of a source; evenly spaced ones if there are more than `limit`."""
     if a.class_names is not None:
         return spaced(open_labelled(source, load_class_names(a.class_names), a.image_column, a.id_column), limit)
     if a.image_folder is not None or a.eval_split is not None:
@@ -137,7 +136,7 @@ def read_gallery(a: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Sequence | None, model: Any) -> list[str]:
-    """Those named, or all but what cannot be done here, which is said."""
+    """The named tasks, or all possible ones; prints why the others are not possible."""
     if a.tasks:
         return a.tasks
     lacking = {}
@@ -169,7 +168,7 @@ def chosen_tasks(a: argparse.Namespace, split: str, rows: Sequence, gallery: Seq
 def record(
     a: argparse.Namespace, facts: dict[str, Any], evaluator: Evaluator, model: Any, processor: Any
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Run one task on one split and write its files: the numbers, and the paths of the pictures by caption."""
+    """Runs one task on one split and writes its files; returns the numbers, and the pictures' paths by caption."""
     output, split = Path(a.output), facts["split"]
     numbers, pictures = {}, {}
     for name, value in evaluator.run(model, processor):
@@ -186,7 +185,7 @@ def record(
 
 
 def evaluators(a: argparse.Namespace, model: Any) -> Iterator[tuple[dict[str, Any], Evaluator]]:
-    """Everything that is to be done: task, split and number of rows, and the evaluator."""
+    """All evaluations to run: task, split and number of rows, with the evaluator."""
     if a.own is not None:
         for source in a.data:
             data = DataArguments(caption_rules=a.caption_rules)

@@ -1,4 +1,4 @@
-"""`oner export`: a model for programs that have no torch."""
+"""`oner export`: exports a model to ONNX, for programs without torch."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from oner.training.publishing.shipped import find_model
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Writes the graphs of a model, and says how far each is from torch."""
+    """Writes the graphs of a model, and prints how far each differs from torch."""
     source = find_model(options.model)
     model = load_model(AutoModel, source).eval()
     processor = AutoProcessor.from_pretrained(source)

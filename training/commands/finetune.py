@@ -37,7 +37,7 @@ from .ending import tell
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
-    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
+    """Runs to the end and returns the last evaluation, or None if a signal stopped it."""
     task, arguments = parse(argv)
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
 
 
 def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | None:
-    """`main` with everything told and started."""
+    """The run itself, with parsed arguments and a started accelerator."""
     publication = prepare_publication(arguments)
     rows = {"pairs": open_task_rows(task, arguments)}
     processor, config = build_processor_and_config(arguments, rows)
@@ -62,7 +62,7 @@ def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[st
 
     def evaluate(student: PreTrainedModel) -> Iterator[tuple[str, float]]:
         for evaluator in evaluators:
-            # its pictures are for examples/evaluate.py
+            # only numbers; pictures are drawn by examples/evaluate.py
             yield from (told for told in evaluator.run(student, processor) if isinstance(told[1], int | float))
 
     engine = Engine(
@@ -87,7 +87,7 @@ def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[st
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
-    """The task, which `--task` names or the file does, and everything else in the dataclasses that it fills."""
+    """The task, from `--task` or the configuration file, and all other arguments."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("task", "config", "family"):
         first.add_argument(f"--{name}")
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
     told = {} if known.config is None else read_config(known.config)
     name, family = known.task or told.get("task"), known.family or told.get("family", "simla")
     if name is None:
-        raise ValueError(f"which task? expected --task, or `task` in the file, out of {', '.join(TASKS)}")
+        raise ValueError(f"no task given; expected --task, or `task` in the file: {', '.join(TASKS)}")
     task = find_task(name)
     config = [] if known.config is None else ["--config", known.config]
     line = [*config, "--task", name, "--family", family, *rest]
@@ -103,5 +103,5 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """`oner finetune`: 0, or `STOPPED` where a signal ended it."""
+    """`oner finetune`: returns 0, or `STOPPED` if a signal ended the run."""
     return STOPPED if main(rest) is None else 0

@@ -1,7 +1,7 @@
-"""A folder of pictures as a run: captions from a table or from names, a tenth held out, batch and length chosen.
+"""Prepares a run on a folder of pictures: reads captions, holds out a tenth, chooses batch size and epochs.
 
-Captions are those of a table in the folder (`metadata.csv`, or the only .csv, .tsv, .jsonl or .parquet), else the
-lines of NAME.txt beside NAME.png, else the words of the picture's name, else of the folder it lies in.
+Captions come from a table in the folder (`metadata.csv`, or the only .csv, .tsv, .jsonl or .parquet), else from the
+lines of NAME.txt beside NAME.png, else from the picture's file name, else from the name of its folder.
 """
 
 import argparse
@@ -31,9 +31,9 @@ FEWEST = 20  # pictures below which a tenth is no measure of anything
 HELD_OUT = 0.1
 SIDES = 0.05  # of captions that name a side, from which on no picture is mirrored
 BATCH = 128
-# pairs that a run shows in all, and epochs whatever they come to
+# training pairs in total, and the range of epochs
 PAIRS, EPOCHS = 10_000, (3, 60)
-# what cameras, scanners and phones call a picture
+# file names given by cameras, scanners and phones
 NAMELESS = set(
     "dsc dscn dscf img image images pano photo photos pic picture pxl scan screenshot untitled vid wa".split()
 )
@@ -42,7 +42,7 @@ SCHEMA = {"captions": pa.list_(pa.string()), "id": pa.int64()}
 
 
 class FolderError(ValueError):
-    """The folder cannot be trained on; the message says what it lacks."""
+    """The folder cannot be trained on; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Pair:
     Attributes:
         image: A path, or the bytes of a file.
         captions: One or more.
-        picture: Equal for equal pictures.
+        picture: A key that is equal for equal pictures.
     """
 
     image: str | bytes
@@ -61,11 +61,11 @@ class Pair:
 
 def folder_line(folder: str, line: Sequence[str]) -> list[str]:
     """
-    Writes a folder's pairs and configuration into the directory of its run, and returns the run's command line: `line`
-    over that configuration. A second call of the same goes on with the run.
+    Writes a folder's pairs and configuration to the directory of its run, and returns the run's command line: that
+    configuration, overridden by `line`. The same call again resumes the run.
 
     Raises:
-        FolderError: no picture, too few, or none with words.
+        FolderError: there are no pictures, too few, or none with captions.
     """
     place = Path(folder).resolve()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -86,7 +86,7 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
         write_pairs(output / f"{name}.parquet", [pairs[row] for row in rows], [ids[row] for row in rows])
     _write(output / "folder.json", json.dumps({"folder": str(place)}))
 
-    # what is chosen here, under what the caller's own file says of it
+    # the values chosen here, which the caller's own file overrides
     file = told.config or CONFIG
     base = Path(file).resolve() if Path(file).is_file() else shipped_config(file)
     own = {} if told.config is None else read_config(file)
@@ -127,18 +127,18 @@ def mirroring(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def pictures_of(run: str | Path) -> Path | None:
-    """The folder that a run was trained on, if it was one. Raises `FolderError` where it is gone."""
+    """The folder that a run was trained on; None for other data. Raises `FolderError` if it no longer exists."""
     note = Path(run) / "folder.json"
     if not note.is_file():
         return None
     folder = Path(json.loads(note.read_text(encoding="utf-8"))["folder"])
     if not folder.is_dir():
-        raise FolderError(f"{run} was trained on {folder}, which is gone; name the place of its pictures by --index")
+        raise FolderError(f"{run} was trained on {folder}, which is gone; give its new place with --index")
     return folder
 
 
 def read_folder(folder: Path) -> list[Pair]:
-    """Its pairs in the order of names, or of its table."""
+    """The folder's pairs, in the order of file names or of its table."""
     if (table := find_table(folder)) is not None:
         rows = open_rows(table, "pairs", bad_rows="skip")
         good = [rows[number] for number in range(len(rows)) if rows.reason(number) is None]
@@ -163,7 +163,7 @@ def read_folder(folder: Path) -> list[Pair]:
 
 
 def find_table(folder: Path) -> Path | None:
-    """The table of a folder's captions. Raises `FolderError` where there are several and none is called metadata."""
+    """The table of a folder's captions. Raises `FolderError` if there are several and none is called metadata."""
     for name in TABLES:
         if (folder / name).is_file():
             return folder / name
@@ -207,7 +207,7 @@ def captions_of(picture: Path, folder: Path) -> list[str]:
         if texts := [line.strip() for line in lines if line.strip()]:
             return texts
 
-    # the name, then the names of the folders above it up to the one that was given
+    # the file name, then the names of the folders above it, up to the given one
     inside = [parent.name for parent in picture.parents if folder in parent.parents]
     return next(([words] for words in map(words_of, [picture.stem, *inside]) if words), [])
 
@@ -220,14 +220,14 @@ def words_of(name: str) -> str:
 
 
 def _is_code(token: str) -> bool:
-    """Letters and digits of no meaning: a digest, or a camera's DSC01234."""
+    """Whether a token has no meaning: a digest, or a camera's DSC01234."""
     camera = re.fullmatch(r"([A-Za-z]+)\d+", token)
     digest = re.fullmatch(r"(?=.*\d)[0-9a-fA-F]{6,}", token)
     return digest is not None or (camera is not None and camera[1].lower() in NAMELESS)
 
 
 def concepts(pairs: Sequence[Pair]) -> list[int]:
-    """An id for each pair: equal where captions or pictures are equal, also by way of others."""
+    """An id for each pair, equal if pairs share a caption or a picture, directly or through other pairs."""
     parent: dict[Hashable, Hashable] = {}
 
     def root(key: Hashable) -> Hashable:
@@ -244,8 +244,8 @@ def concepts(pairs: Sequence[Pair]) -> list[int]:
 
 
 def hold_out(pairs: Sequence[Pair], seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the pairs to train on, and of a tenth of the pictures that are held out, drawn by `seed`."""
-    # by a digest of the picture, so that a picture that is added moves few others
+    """Numbers of the training pairs, and of the pairs of a tenth of the pictures, held out by `seed`."""
+    # chosen by a digest of the picture, so that an added picture moves few others
     drawn = {pair.picture: hashlib.sha256(f"{seed}/{pair.picture}".encode()).digest() for pair in pairs}
     chosen = set(sorted(drawn, key=drawn.__getitem__)[: max(1, round(HELD_OUT * len(drawn)))])
     train = [number for number, pair in enumerate(pairs) if pair.picture not in chosen]
@@ -253,7 +253,7 @@ def hold_out(pairs: Sequence[Pair], seed: int) -> tuple[list[int], list[int]]:
 
 
 def describe(folder: Path, pairs: Sequence[Pair], held_out: int) -> Iterator[str]:
-    """What was found, in sentences."""
+    """Sentences about the pairs that were found."""
     first = pairs[0]
     name = Path(first.image).name if isinstance(first.image, str) else "the first picture"
     yield f"{folder}: {len(pairs)} pairs, {held_out} held out; {name} is {first.captions[0]!r}"
@@ -261,8 +261,8 @@ def describe(folder: Path, pairs: Sequence[Pair], held_out: int) -> Iterator[str
     if repeated := len(pairs) - len(counted):
         most, times = counted.most_common(1)[0]
         yield (
-            f"{repeated} of {len(pairs)} captions repeat an earlier one ({most!r} stands {times} times): such "
-            f"pictures are right for each other's words, and no search by words can tell them apart"
+            f"{repeated} of {len(pairs)} captions repeat an earlier one ({most!r} occurs {times} times): such "
+            f"pictures are positives for each other's captions, and no text query can tell them apart"
         )
 
 
@@ -280,7 +280,7 @@ def write_pairs(path: Path, pairs: Sequence[Pair], ids: Sequence[int]) -> None:
     table = pa.table(columns)
     if path.is_file() and pq.read_table(path).equals(table):
         return
-    # each process of a launch writes the same
+    # all processes of a launch write the same file
     part = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(table, part)
     os.replace(part, path)

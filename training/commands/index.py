@@ -1,4 +1,4 @@
-"""`oner index`: a corpus embedded once, saved as it grows, and made ready for the backend that will search it."""
+"""`oner index`: embeds a corpus, saves it as it grows, and builds the backend that will search it."""
 
 import argparse
 import os
@@ -23,12 +23,12 @@ from oner.training.run.arguments import read_launch
 from .search import load_pipeline
 from .table_items import TABLES, TableItems
 
-PATIENCE = timedelta(days=7)  # of a process that is done before the others
+PATIENCE = timedelta(days=7)  # time that a process waits for the others
 NAMED = re.compile(r"(row \d+: )?(cannot (read|fetch) )?((\d+ bytes starting with b|)(['\"]).*?\6: )?")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Embeds what is not embedded yet, and says how much there is."""
+    """Embeds what is not embedded yet, and prints a summary."""
     source = Path(options.source).resolve()
     if not source.exists():
         raise FileNotFoundError(f"{options.source}: no such folder or file")
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     index = pipe.index(rows, directory=options.destination, batch_size=options.batch_size)
 
-    # what became of every row and file
+    # a summary of all rows and files
     counts = index.counts
     embedded = counts["embedded"] + elsewhere
     print(f"{len(index)} items in {options.destination}: {embedded} embedded, {len(index) - embedded} as they were")
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     for line in passed_over(reasons, source):
         print(line)
 
-    # backends over it
+    # search backends
     for name in build_stale(options.destination):
         print(f"built again: {name}")
     if options.backend != "exact":
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def embed_share(pipe: ImageTextRetrievalPipeline, rows: Any, options: argparse.Namespace, state: PartialState) -> int:
-    """Embeds this process's share of the rows; returns how many all embedded, once they are done."""
+    """Embeds this process's share of the rows, waits for the others, and returns how many all processes embedded."""
     share = (state.process_index, state.num_processes)
     told = {"batch_size": options.batch_size, "show_progress": state.is_main_process}
     index = pipe.index(rows, directory=options.destination, share=share, **told)
@@ -72,13 +72,13 @@ def embed_share(pipe: ImageTextRetrievalPipeline, rows: Any, options: argparse.N
 
 
 def backend_options(options: argparse.Namespace) -> dict[str, object]:
-    """What was said of the backend that is built, and nothing of what was not."""
+    """The options given for the backend, without those not given."""
     said = {"kind": options.kind, "recall": options.recall} if options.backend == "faiss" else {"url": options.url}
     return {name: value for name, value in said.items() if value is not None}
 
 
 def passed_over(reasons: Iterable[str], source: Path) -> list[str]:
-    """Lines of a summary: how many rows were left out for each reason, and how many files are no pictures."""
+    """Summary lines: how many rows were skipped for each reason, and how many files are not pictures."""
     counts = Counter(map(shortened, reasons))
     lines = [f"  {count:6d}  {reason}" for reason, count in counts.most_common()]
     if source.is_dir() and (others := other_files(source)):
@@ -90,13 +90,13 @@ def passed_over(reasons: Iterable[str], source: Path) -> list[str]:
 
 
 def shortened(reason: str) -> str:
-    """A reason without what tells one file from another: its name, its first bytes, numbers."""
+    """A reason without the details of one file: its name, its first bytes, numbers."""
     reason = NAMED.sub("", reason, count=1)
     return re.sub(r"\d+", "N", re.sub(r", starts with b.*", "", reason, flags=re.DOTALL))[:100]
 
 
 def other_files(folder: Path) -> Counter[str]:
-    """How many files under a folder are no pictures, by suffix; hidden ones are not looked at."""
+    """Number of files under a folder that are not pictures, by suffix; hidden files are ignored."""
     pictures = set(list_pictures(folder))
     counts: Counter[str] = Counter()
     for parent, folders, files in os.walk(folder):

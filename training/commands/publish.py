@@ -1,4 +1,4 @@
-"""`oner publish`: a model directory becomes a repository on the Hub; or, with what it searches, a Space there."""
+"""`oner publish`: uploads a model directory as a Hub repository, or a search page with its indexes as a Space."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from .serve import write_page
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Uploads the directory, or the `model` in it where it is that of a run; of a Space, what is written for it."""
+    """Uploads the model directory, the `model` directory of a run, or a newly written Space."""
     how = {"private": options.private, "revision": options.revision, "create_pr": options.create_pr}
     if not options.space:
         message = options.message or "Upload model"
         print(push_to_hub(find_model(options.model), options.repository, commit_message=message, **how))
         return 0
-    check_repo_id(options.repository)  # before everything is embedded
+    check_repo_id(options.repository)  # before the embedding, which takes long
     with TemporaryDirectory() as scratch:
         directory = Path(scratch) / "space"
         write_page(options, directory)

@@ -1,7 +1,7 @@
-"""`oner search` and `oner index`: pictures by words, by a picture, or by both as one query.
+"""`oner search`: finds pictures by words, by a picture, or by both as one query.
 
-The index of a folder or table is kept in a hidden directory beside it, that of a run's pictures in the run, and used
-again until a file's name, size or time changes, or the model does.
+The index of a folder or table is kept in a hidden directory beside it, that of a run's pictures in the run's
+directory. It is used again until a file's name, size or time changes, or the model.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from .table_items import TABLES, TableItems
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """`oner search`. Raises `ValueError` for a sheet that could not be written, before anything is read."""
+    """`oner search`. Raises `ValueError` before anything is read if --out cannot be written as a picture."""
     if options.out and Path(options.out).suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--out is {options.out!r}; expected the name of a picture, such as answers.png")
     place = Path(options.place).resolve()
     of_run = (place / "model" / "config.json").is_file()
     pipe = load_pipeline(options.model or (place if of_run else shipped_checkpoint()))
 
-    # the index, kept from the last time if nothing has changed; what is said of it is no answer
+    # the index, reused if nothing has changed; with --json its messages go to stderr
     source = pictures_of(place) if of_run else None
     cache = Path(options.index_cache) if options.index_cache else place / "index" if of_run else None
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             directory = open_index(pipe, source or place, cache)
         use_backend(pipe, options.backend, directory)
 
-    # the answers as JSON, or as a list and a sheet
+    # print the answers as JSON, or as a list with a sheet
     query = {key: value for key, value in (("text", options.words), ("image", options.image)) if value}
     answers = ask(pipe, query, options)
     if options.json:
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def ask(pipe: ImageTextRetrievalPipeline, query: dict[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The answers to words and picture as one query, to a weighted sum, or those near an item."""
+    """The answers to a query of words and picture, to a weighted sum of queries, or the neighbours of an item."""
     found = {"top_k": options.top_k, "where": options.where}
     if options.like is not None:
         return pipe.neighbours(named_item(pipe.retrieval_index, options.like), **found)
@@ -82,7 +82,7 @@ def ask(pipe: ImageTextRetrievalPipeline, query: dict[str, str], options: argpar
 
 
 def named_item(index: SearchBackend, said: str) -> Any:
-    """The number of an item that is called by its number, its path, or itself; what was said if there is none."""
+    """The number of an item, given its number, its path, or the item itself; `said` unchanged if there is none."""
     if said.isdecimal():
         return int(said)
     path = os.path.abspath(said)
@@ -94,7 +94,7 @@ def named_item(index: SearchBackend, said: str) -> Any:
 
 
 def parts_of(options: argparse.Namespace) -> list[tuple[dict[str, str], float, str]]:
-    """What is added and subtracted: queries, their weights, and how they are said."""
+    """The queries to add and subtract, with their weights and labels."""
     parts = []
     for name, kind, sign in (
         ("plus", "text", 1), ("plus_image", "image", 1), ("minus", "text", -1), ("minus_image", "image", -1)
@@ -106,14 +106,14 @@ def parts_of(options: argparse.Namespace) -> list[tuple[dict[str, str], float, s
 
 
 def weighted(said: str) -> tuple[float, str]:
-    """`0.5:stripes` -> (0.5, "stripes"); without a number in front the weight is 1."""
+    """`0.5:stripes` -> (0.5, "stripes"); without a leading number the weight is 1."""
     before, colon, after = said.partition(":")
     weight = number_of(before) if colon and after else None
     return (1.0, said) if weight is None else (weight, after)
 
 
 def shown(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer with the path of its picture, or of the table that holds it; None if it has none."""
+    """An answer with the path of its picture, or of the table that contains it; None without a file."""
     item = answer["item"]
     if isinstance(item, str):
         path = item if os.path.exists(item) else None
@@ -123,13 +123,13 @@ def shown(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def opened(item: Any) -> dict[str, Any]:
-    """The picture of an item, also of one in a table; its words where there is none."""
+    """The picture of an item, also from a table; its caption if there is no picture."""
     picture = picture_of(item)
     return {"text": caption_of(item)} if picture is None else {"image": picture}
 
 
 def use_backend(pipe: ImageTextRetrievalPipeline, name: str, directory: Path) -> None:
-    """Answers from another backend, built over the index of `directory` if that is not done or no longer true."""
+    """Switches to another backend; it is built over the index of `directory` if it is missing or outdated."""
     if name == "exact":
         return
     if name not in built_backends(directory):
@@ -140,7 +140,7 @@ def use_backend(pipe: ImageTextRetrievalPipeline, name: str, directory: Path) ->
 
 
 def load_pipeline(model: str | Path, device: torch.device | None = None) -> ImageTextRetrievalPipeline:
-    """The pipeline of a model directory, of a run, of a checkpoint that ships, or of a name on the Hub."""
+    """The pipeline of a model directory, a run, a shipped checkpoint, or a model on the Hub."""
     source = find_model(model)
     return pipeline(
         "image-text-retrieval",
@@ -151,7 +151,7 @@ def load_pipeline(model: str | Path, device: torch.device | None = None) -> Imag
 
 
 def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | None) -> Path:
-    """Loads a saved index, or the one kept for `source` if nothing changed since, or builds and keeps it.
+    """Loads a saved index, or the one kept for `source` if nothing has changed, or builds and keeps one.
 
     Returns:
         Its directory.
@@ -176,7 +176,7 @@ def index_sources(pipe: ImageTextRetrievalPipeline, sources: Sequence[str], cach
 
 
 def _files_of(source: str) -> list[str]:
-    """Files whose change is a change of the source; none of what is no file here."""
+    """The files whose change means a change of the source; empty if there are no local files."""
     if Path(source).is_dir():
         return [str(path) for path in sorted(Path(source).rglob("*")) if path.is_file()]
     found = expand(source)

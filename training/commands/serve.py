@@ -1,4 +1,4 @@
-"""`oner serve`: a page to search indexes by words, by a picture, or by both; or the directory of a Space of it."""
+"""`oner serve`: serves a page to search indexes by words, by a picture, or by both; or writes it as a Space."""
 
 import argparse
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"try it: python {options.write_space}/app.py")
         print(f"publish it: hf upload OWNER/NAME {options.write_space} --repo-type space")
         return 0
-    import_gradio()  # before the model, so that who lacks it is told at once
+    import_gradio()  # before loading the model, so that a missing gradio is reported at once
     _, pipe, indexes = open_search(options)
 
-    # gradio chooses a port where none is named
+    # gradio chooses a port if none is given
     page = SearchPage(pipe, indexes, picture_of)
     blocks = build_page(page, options.title, describe(pipe.model))
     _, address, _ = blocks.launch(
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def open_search(options: argparse.Namespace) -> tuple[str, ImageTextRetrievalPipeline, dict[str, Path]]:
-    """Where `options.model` lies, its pipeline, and by name what of `options.indexes`, or of the run, is searched."""
+    """The directory of `options.model`, its pipeline, and the indexes by name: `options.indexes`, or the run's."""
     place = Path(options.model)
     model = find_model(place)
     pipe = load_pipeline(model)
@@ -48,7 +48,7 @@ def open_search(options: argparse.Namespace) -> tuple[str, ImageTextRetrievalPip
 
 
 def write_page(options: argparse.Namespace, directory: str | Path) -> None:
-    """The directory of a Space of what `options` name, and a line for each index."""
+    """Writes the directory of a Space, and prints a line per index."""
     model, pipe, indexes = open_search(options)
     space = Space(model, indexes, picture_of, options.title, options.limit)
     for name, count in write_space(space, directory, pipe).items():
@@ -56,16 +56,16 @@ def write_page(options: argparse.Namespace, directory: str | Path) -> None:
 
 
 def index_of_run(place: Path) -> Path:
-    """The index that `oner search RUN` left, else the folder that the run was trained on. Raises `ValueError`."""
+    """The index that `oner search RUN` kept, else the folder that the run was trained on. Raises `ValueError`."""
     kept = place / "index"
     source = kept if (kept / INDEX_FILE).is_file() else pictures_of(place)
     if source is None:
-        raise ValueError(f"{place}: there is nothing to search; name a folder, a table, or a saved index behind it")
+        raise ValueError(f"{place}: there is nothing to search; give a folder, a table, or a saved index after it")
     return source.resolve()
 
 
 def index_directory(pipe: ImageTextRetrievalPipeline, source: Path) -> Path:
-    """The directory of a saved index, or of the one that is kept beside a folder or table, made if need be."""
+    """The directory of a saved index, or of the one kept beside a folder or table, built if needed."""
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such folder or file; expected a saved index, a folder, or a table")
     if (source / INDEX_FILE).is_file():
@@ -74,7 +74,7 @@ def index_directory(pipe: ImageTextRetrievalPipeline, source: Path) -> Path:
 
 
 def named(directories: dict[Path, Path]) -> dict[str, Path]:
-    """Directories by the names of their sources, told apart where two have one."""
+    """Directories by the names of their sources; equal names get a number."""
     indexes: dict[str, Path] = {}
     for source, directory in directories.items():
         name = source.stem

@@ -28,11 +28,11 @@ DECIMAL = re.compile(r"-?(?:0|[1-9]\d*)\.(\d+)")
 
 class TableItems:
     """
-    Rows {"image", "item"}, read as they are needed. An item is {"table", "row", "text"}, the first caption, with the
-    picture's "path" if it is a file of its own, and with the row's other columns of numbers, texts and booleans.
+    Rows {"image", "item"}, read lazily. An item has "table", "row" and "text" (the first caption), the picture's
+    "path" if it is a separate file, and the row's other columns of numbers, texts and booleans.
 
     Attributes:
-        bad: {row number: reason} of rows that cannot be used, which are left out.
+        bad: {row number: reason} of skipped rows.
     """
 
     def __init__(self, table: str):
@@ -76,7 +76,7 @@ def paths_of(cells: pa.Array) -> list[str | None]:
 
 
 def columns_of_table(table: str) -> dict[str, list[Any]]:
-    """The plain values of each column of a table file that holds neither pictures nor captions; None for no value."""
+    """The values of each column of a table file, except pictures and captions; None for a missing value."""
     files = expand(table)
     files = [Path(file) for file in (files if isinstance(files, list) else [files])]
     if not all(file.is_file() and file.suffix.lower() in TABLES for file in files):

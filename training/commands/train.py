@@ -35,7 +35,7 @@ from .folder import folder_line
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
-    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
+    """Runs to the end and returns the last evaluation, or None if a signal stopped it."""
     line = list(sys.argv[1:] if argv is None else argv)
     of_folder = bool(line) and not line[0].startswith("-")
     if of_folder:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
 
 
 def train(arguments: Arguments, accelerator: Accelerator, timed: bool = False) -> dict[str, float] | None:
-    """`main` with everything told and started; `timed` says first how long it will take."""
+    """The run itself, with parsed arguments and a started accelerator; `timed` first prints its expected duration."""
     publication = prepare_publication(arguments)
     rows = open_portions(arguments)
     processor, config = build_processor_and_config(arguments, rows)
@@ -89,7 +89,7 @@ def train(arguments: Arguments, accelerator: Accelerator, timed: bool = False) -
 
 
 def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
-    """Retrieval on each evaluation set, whose pictures are all tried first."""
+    """A retrieval evaluator per evaluation set, after checking that all its pictures can be read."""
     data, run, evaluators = arguments.data, arguments.run, []
     for path in run.eval_data:
         rows = open_rows(path, "pairs", data.image_column, data.text_column, data.id_column)
@@ -102,7 +102,7 @@ def build_evaluators(arguments: Arguments) -> list[RetrievalEvaluator]:
 def seconds_of_step(
     objective: Objective, model: PreTrainedModel, loader: RunLoader, accelerator: Accelerator
 ) -> float:
-    """Of a step with the first batch, on copies of what it changes; without the update, and with all warming up."""
+    """Times a step on the first batch, with copies of model and objective; without the update, but with warm-up."""
     student, trial = copy.deepcopy((model, objective))
     student.to(accelerator.device).train()
     for teacher in trial.teachers():

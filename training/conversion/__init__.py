@@ -1,1 +1,1 @@
-"""Other people's checkpoints in and out."""
+"""Import and export of other projects' checkpoints."""

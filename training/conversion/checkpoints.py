@@ -1,7 +1,8 @@
-"""State dicts of SIMLA's and ALBEF's form to ours and back: names, and the few tensors that are laid out otherwise.
+"""Converts state dicts in the format of SIMLA's and ALBEF's repositories to ours and back.
 
-D width, N patches, P width of the contrastive space, Q rows of a queue, V words. Official names are those of the
-modules in the repositories codezakh/SIMLA and salesforce/ALBEF; what they are in a family is its line in `OFFICIAL`.
+Most tensors are only renamed; a few have another layout. D width, N patches, P width of the contrastive space, Q rows
+of a queue, V vocabulary size. Official names are the module names in codezakh/SIMLA and salesforce/ALBEF; each
+family's entry in `OFFICIAL` maps them to ours.
 """
 
 import math
@@ -27,14 +28,15 @@ QUEUES = {"image_queue": "queue.image", "text_queue": "queue.text"}
 POINTER = ("queue_ptr", "queue.pointer")
 IDS = ("idx_queue", "queue.ids")
 TEACHER = "teacher."
-# what a model begins with that no chance decides
+# initial values of missing weights that are not random
 BEGINNINGS = {"mask_token": "zeros, as a mask token begins", "temperature": "as the configuration says"}
 
 
 def resize_position_table(table: torch.Tensor, side: int) -> torch.Tensor:
     """
-    Learned positions for a grid of another side: bicubic, but for the first row, which is [CLS]'s (ALBEF's code).
-    (1, 1 + N, D) -> (1, 1 + side², D). Raises `ValueError` for a table that is no square and one row.
+    Resizes learned positions to a grid with another side by bicubic interpolation, except the first row, which is
+    [CLS]'s (ALBEF's code).
+    (1, 1 + N, D) -> (1, 1 + side², D). Raises `ValueError` if the table is not one row plus a square.
     """
     places = table.shape[1] - 1  # N, [CLS] has no patch
     own = math.isqrt(places)
@@ -52,8 +54,8 @@ def _count(names: Iterable[str], prefix: str) -> int:
 def _head_count(width: int, given: int | None) -> int:
     if given is None and width % 64:
         raise ValueError(
-            f"the width is {width}, no multiple of 64 as in ViT and BERT, and no shape tells the number of attention "
-            f"heads; expected num_attention_heads"
+            f"the width is {width}, not a multiple of 64 as in ViT and BERT, and no shape tells the number of "
+            "attention heads; expected num_attention_heads"
         )
     return given or width // 64
 
@@ -67,7 +69,7 @@ def _layers(state: Mapping[str, torch.Tensor]) -> int:
 
 
 def _model_class(state: Mapping[str, torch.Tensor], line: OfficialFamily) -> type[PreTrainedModel]:
-    """The smallest class that has a place for all heads of the file. Raises `ValueError` where two images lack one."""
+    """The smallest class that has all heads of the file. Raises `ValueError` if a model of two images has no head."""
     if any(name.startswith("text_decoder.") for name in state):
         return line.answers
     if "ta_head.weight" in state:
@@ -76,8 +78,8 @@ def _model_class(state: Mapping[str, torch.Tensor], line: OfficialFamily) -> typ
         return line.reasoning if _reads_two_images(state) else line.entailment
     if _reads_two_images(state):
         raise ValueError(
-            "layers of text share their keys in pairs, as where a text reads two images; expected cls_head or ta_head "
-            "beside them, got neither"
+            "the text layers share their keys in pairs, as in a model of two images; expected cls_head or ta_head as "
+            "well, got neither"
         )
     if any(name.startswith(line.pretraining_heads) for name in state):
         return line.pretraining
@@ -85,32 +87,32 @@ def _model_class(state: Mapping[str, torch.Tensor], line: OfficialFamily) -> typ
 
 
 def _reads_two_images(state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether layers of text in a row share the keys by which each reads one of two images."""
+    """Whether consecutive text layers share their cross-attention keys, as in a model of two images."""
     prefix = f"text_encoder.{_bert_prefix(state)}encoder.layer."
     keys = [state.get(f"{prefix}{layer}.crossattention.self.key.weight") for layer in range(_layers(state))]
     return any(one is not None and other is not None and torch.equal(one, other) for one, other in pairwise(keys))
 
 
 def _stack(state: Mapping[str, torch.Tensor], line: OfficialFamily) -> int:
-    """Layers of a model of two pictures, 0 for others. Raises `ValueError` for a number that none has."""
+    """Number of text layers of a model of two images, 0 for others. Raises `ValueError` for an impossible number."""
     if _model_class(state, line) not in (line.reasoning, line.assignment):
         return 0
     if _layers(state) % 3:
         raise ValueError(
-            f"the model of two pictures has {_layers(state)} layers of text; expected a multiple of 3: half an "
-            f"encoder, and twice the other half"
+            f"the model of two pictures has {_layers(state)} text layers; expected a multiple of 3: the lower half of "
+            "an encoder, and its upper half twice"
         )
     return _layers(state)
 
 
 def _head_fields(state: Mapping[str, torch.Tensor], words: torch.Tensor) -> dict[str, Any]:
-    """What the heads say of a configuration."""
+    """The configuration fields that the shapes of the heads determine."""
     fields: dict[str, Any] = {}
     for name, size in (("vision_proj.weight", "projection_dim"), ("mim_head.weight", "num_visual_codes")):
         if name in state:
             fields[size] = state[name].shape[0]
 
-    # concepts are read off [CLS] or off its projection; the width tells which
+    # concepts are predicted from [CLS] or from its projection; the width tells which
     if "concept_head.weight" in state:
         reads = state["concept_head.weight"].shape[1]
         fields["concept_input"] = "projected" if reads == fields.get("projection_dim") else "cls"
@@ -119,14 +121,14 @@ def _head_fields(state: Mapping[str, torch.Tensor], words: torch.Tensor) -> dict
     if decoder_layers := _count(state, "text_decoder.bert.encoder.layer."):
         fields["answer_decoder_layers"] = decoder_layers
 
-    # a file holds tied words twice, so that only their values tell
+    # a file stores tied word embeddings twice, so only their values tell whether they are tied
     if (decoder := state.get("text_encoder.cls.predictions.decoder.weight")) is not None:
         fields["tie_word_embeddings"] = torch.equal(decoder, words)
     return fields
 
 
 def _first_fusion(state: Mapping[str, torch.Tensor], bert: str) -> int:
-    """The first layer of text with cross-attention; 0 of a file that has none."""
+    """Index of the first text layer with cross-attention; 0 if the file has none."""
     pattern = re.compile(rf"text_encoder\.{re.escape(bert)}encoder\.layer\.(\d+)\.crossattention\.")
     return min((int(match[1]) for name in state if (match := pattern.match(name))), default=0)
 
@@ -135,21 +137,21 @@ def infer_config(
     state: Mapping[str, torch.Tensor], family: str, image_size: int | None = None, **given: Any
 ) -> PreTrainedConfig:
     """
-    The configuration that the shapes of an official state dict tell.
+    Infers the configuration from the shapes in an official state dict.
 
     Args:
-        state: Names and tensors of the student at least.
-        family: Whose configuration, a key of `OFFICIAL`.
-        image_size: Picture size to read from now on; the position table's own if None.
-        given: Fields that no shape tells, or that are to differ: heads, ids of special tokens, dropout.
+        state: Tensors by name, at least the student's.
+        family: The family of the configuration, a key of `OFFICIAL`.
+        image_size: Image size of the converted model; the position table's own if None.
+        given: Fields that no shape determines, or that shall differ: heads, ids of special tokens, dropout.
 
     Raises:
-        MissingWeightsError: a name is not there whose shape is needed.
-        ValueError: fields that do not fit; a number of heads or special ids that must be given.
+        MissingWeightsError: a tensor is missing whose shape is needed.
+        ValueError: fields contradict each other; the number of heads or special ids must be given.
     """
     line = family_of(family, OFFICIAL, "official checkpoints")
 
-    # a misspelt field must not pass for one that the shapes overrule
+    # a misspelt field must not be silently overruled by the shapes
     if unknown := sorted(set(given) - set(line.config.__dataclass_fields__)):
         raise ValueError(f"{line.config.__name__} has no fields {unknown}")
     bert = _bert_prefix(state)
@@ -164,7 +166,7 @@ def infer_config(
     positions = len(tensor(f"text_encoder.{bert}embeddings.position_embeddings.weight"))
     side = math.isqrt(tensor("visual_encoder.pos_embed").shape[1] - 1)
 
-    # the upper half stands twice in the model of two pictures
+    # a model of two images has the upper half twice
     layers = _stack(state, line) * 2 // 3 or _layers(state)
     fields: dict[str, Any] = {
         "vocab_size": words.shape[0],
@@ -175,7 +177,7 @@ def infer_config(
         **line.depth(layers, _first_fusion(state, bert)),
         "text_intermediate_size": len(tensor(f"text_encoder.{bert}encoder.layer.0.intermediate.dense.weight")),
         "max_position_embeddings": positions,
-        # [CLS] included, pretraining reads 25 words and the downstream tasks 30
+        # pretraining reads 25 tokens and the downstream tasks 30, including [CLS]
         "max_text_length": min(24 if bert else 29, positions - 1),
         "image_size": image_size or side * patch.shape[-1],
         "patch_size": patch.shape[-1],
@@ -183,23 +185,23 @@ def infer_config(
         **_head_fields(state, words),
     }
 
-    # the configuration's own checks speak last
+    # finally the configuration's own checks
     try:
         return line.config(**{**fields, **given})
     except (ValueError, TypeError, StrictDataclassError) as error:
         told = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
-        raise ValueError(f"the shapes alone make no configuration: {told}; give what they cannot tell") from error
+        raise ValueError(f"the shapes alone give no valid configuration: {told}; give the missing fields") from error
 
 
 @dataclass
 class Conversion:
     """
     Attributes:
-        model_class: The smallest class that has a place for all heads of the file.
-        config: Of the model.
-        weights: The model's, by name; what `report.missing` names is not among them.
-        objective: What only training needs: the teacher ("teacher." before a model's name), the queues.
-        absent_heads: Modules of the class of which the file has nothing at all.
+        model_class: The smallest class that has all heads of the file.
+        config: The model's configuration.
+        weights: The model's weights by name, without those in `report.missing`.
+        objective: Tensors that only training needs: the teacher (names with the prefix "teacher.") and the queues.
+        absent_heads: Modules of the class of which the file has no weight.
     """
 
     model_class: type[PreTrainedModel]
@@ -219,21 +221,21 @@ def from_official(
     **fields: Any,
 ) -> Conversion:
     """
-    An official state dict, of pretraining or of a downstream task, as ours.
+    Converts an official state dict, of pretraining or of a downstream task, to ours.
 
     Args:
-        state: By official name; `read_weights` gives it.
-        family: Whose model it becomes, a key of `OFFICIAL`.
-        image_size: Picture size to read from now on, student and teacher; their tables are then resized.
-        draw_missing: Accept weights of the towers that the file has not; they begin as the model draws them.
+        state: Tensors by official name, from `read_weights`.
+        family: The family of the new model, a key of `OFFICIAL`.
+        image_size: Image size of the converted model; the position tables of student and teacher are resized to it.
+        draw_missing: Accept that tower weights are missing in the file; they keep their random initialisation.
         fold_token_types: Add the first token type to every position, which is what a BERT with token types computes
-            for a single text. If False they are left over, as SIMLA's code leaves those of BERT. If None they are
-            folded where the authors' code trains with them: SIMLA's for models of two pictures, by ALBEF's BERT.
-        fields: What `infer_config` cannot tell.
+            for a single text. If False, token types are left over, as SIMLA's code drops BERT's. If None, they are
+            folded where the authors' code trains with them: ALBEF's BERT, and SIMLA's models of two images.
+        fields: Configuration fields that `infer_config` cannot infer.
 
     Raises:
-        MissingWeightsError: names the weights of a tower, or of a part of a head, that are not there.
-        ValueError: what `infer_config` raises; tensors of another shape than the configuration has.
+        MissingWeightsError: weights of a tower, or part of a head, are missing; names them.
+        ValueError: see `infer_config`; a tensor's shape differs from the configuration's.
     """
     config = infer_config(state, family, image_size, **fields)
     line = OFFICIAL[family]
@@ -241,11 +243,11 @@ def from_official(
     stack = _stack(state, line)
     names = line.names(_bert_prefix(state), stack)
 
-    # every tensor to its place, or to what is left over
+    # every tensor is either placed or listed as left over
     for name, tensor in state.items():
         _place(done, name, tensor, names)
 
-    # what a renaming alone does not do
+    # changes beyond renaming
     if fold_token_types or (fold_token_types is None and (stack or line.token_types)):
         _fold_token_types(done, state, names)
     if "queue.image" in done.objective:  # pretraining keeps no ids: -100 is an entry without one
@@ -254,14 +256,14 @@ def from_official(
     _check(done, names, draw_missing)
     if any(".cross_attention." in name for name in done.report.missing):
         done.report.notes.append(
-            "ALBEF's text encoder is its lower layers, which read no picture; SIMLA's is all of them, with and "
-            "without cross-attention: the weights are a beginning for training, not the same model"
+            "ALBEF's text encoder is its lower layers, which have no cross-attention; SIMLA's is all of its layers, "
+            "with and without cross-attention: the weights are a starting point for training, not the same model"
         )
     return done
 
 
 def _momentum(name: str) -> tuple[bool, str]:
-    """Is it the teacher's, and the student's name of the same."""
+    """Whether the weight is the teacher's, and the student's name for it."""
     first, dot, rest = name.partition(".")
     return first.endswith("_m"), first.removesuffix("_m") + dot + rest
 
@@ -272,24 +274,24 @@ def _place(done: Conversion, name: str, tensor: torch.Tensor, names: Names) -> N
     target = done.objective if of_teacher else done.weights
     prefix = TEACHER if of_teacher else ""
 
-    # queues and their counters have names of their own; the rest goes by the family's
+    # queues and their counters have their own names; the rest follows the family's table
     if name in QUEUES:
         done.objective[QUEUES[name]] = tensor.T.contiguous()
-        report.used[name], report.changed[name] = QUEUES[name], "a row for each entry, (P, Q) to (Q, P)"
+        report.used[name], report.changed[name] = QUEUES[name], "transposed to one row per entry, (P, Q) to (Q, P)"
     elif name in (POINTER[0], IDS[0]):
         ours = dict([POINTER, IDS])[name]
         done.objective[ours] = tensor.flatten()
         report.used[name] = ours
-    # the bias of words has two names in a file
+    # a file stores the bias of the language-model head under two names
     elif (ours := names(own.replace("predictions.bias", "predictions.decoder.bias"))) is not None:
         if tensor.ndim == 0:
             tensor = tensor.reshape(1)
-            report.changed[name] = "a vector of one: engines that spread parameters cannot split a scalar"
+            report.changed[name] = "reshaped to (1,): sharded training cannot split a scalar"
 
-        # a tensor that stands twice must be the same twice
+        # two copies of a tensor must be equal
         twin = target.get(prefix + ours)
         if twin is not None and not torch.equal(twin, tensor):
-            report.left_over[name] = f"differs from the other tensor of the file that is {prefix}{ours} here"
+            report.left_over[name] = f"differs from the file's other tensor for {prefix}{ours}"
             return
         target[prefix + ours] = tensor
         report.used[name] = prefix + ours
@@ -299,10 +301,10 @@ def _place(done: Conversion, name: str, tensor: torch.Tensor, names: Names) -> N
 
 def _why(name: str) -> str:
     if name.endswith("position_ids"):
-        return "a buffer that counts; nothing here needs it"
+        return "a buffer of position numbers, not needed here"
     if name.endswith("token_type_embeddings.weight"):
-        return "there are no token types here (SIMLA's code drops them; fold_token_types keeps what they did)"
-    return "no module of that name here"
+        return "our models have no token types (SIMLA's code drops them; fold_token_types keeps their effect)"
+    return "our model has no module of that name"
 
 
 def _fold_token_types(done: Conversion, state: Mapping[str, torch.Tensor], names: Names) -> None:
@@ -322,7 +324,7 @@ def _resize(done: Conversion, image_size: int | None) -> None:
         return
     side = image_size // done.config.patch_size
 
-    # student and teacher alike, where the grid differs
+    # both student and teacher, if the grid differs
     for official, target, prefix in (
         ("visual_encoder", done.weights, ""),
         ("visual_encoder_m", done.objective, TEACHER),
@@ -331,16 +333,16 @@ def _resize(done: Conversion, image_size: int | None) -> None:
         if ours in target and target[ours].shape[1] != 1 + side**2:
             before = math.isqrt(target[ours].shape[1] - 1)
             target[ours] = resize_position_table(target[ours], side)
-            done.report.changed[f"{official}.pos_embed"] = f"{before} x {before} places to {side} x {side}, bicubic"
+            done.report.changed[f"{official}.pos_embed"] = f"{before} x {before} patches to {side} x {side}, bicubic"
 
 
 def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
-    """Fills `report.missing`, and raises where the file lacks what it must have."""
-    # what the class expects, without its memory
+    """Fills `report.missing`, and raises if the file lacks required weights."""
+    # the shapes that the class expects, without allocating memory
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in done.model_class(done.config).state_dict().items()}
 
-    # what the file has beside the network that it is of
+    # weights in the file that the class does not have
     for target, prefix in ((done.weights, ""), (done.objective, TEACHER)):
         strays = {n for n in target if n.startswith(prefix) and n.removeprefix(prefix) not in shapes}
         for official in [official for official, ours in done.report.used.items() if ours in strays]:
@@ -349,13 +351,13 @@ def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
         for name in strays:
             del target[name]
 
-    # tied weights count as there
+    # tied weights count as present
     tower = done.model_class.base_model_prefix
     if done.config.tie_word_embeddings:
         _tie(done.weights, "", tower)
         _tie(done.objective, TEACHER, tower)
 
-    # tensors of another shape than the class has
+    # shapes must match
     wrong = {
         name: f"{tuple(value.shape)}, expected {tuple(shapes[name.removeprefix(TEACHER)])}"
         for name, value in (done.weights | done.objective).items()
@@ -366,7 +368,7 @@ def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
     if damage := damage_of(done.weights | done.objective):
         raise MissingWeightsError(damage)
 
-    # a module absent as a whole is the caller's choice, a part of one is a broken file
+    # a wholly absent module is up to the caller; a partly absent one means a broken file
     there = {_module(name) for name in done.weights} | {tower}
     refused = []
     for name in sorted(shapes.keys() - done.weights.keys()):
@@ -379,21 +381,21 @@ def _check(done: Conversion, names: Names, draw_missing: bool) -> None:
         back = names.reverse
         raise MissingWeightsError(
             f"{len(refused)} weights are not in the checkpoint: {[back(name) or name for name in refused]}; expected "
-            f"all of its towers and of the heads it has, or draw_missing, with which they are drawn at random"
+            "all weights of the towers and of each head present, or draw_missing to initialise them at random"
         )
 
 
 def _tie(weights: dict[str, torch.Tensor], prefix: str, tower: str) -> None:
-    """Fills what is another weight too. Raises `MissingWeightsError` where the file has two that differ."""
+    """Fills in tied weights. Raises `MissingWeightsError` if the file has two different tensors for one weight."""
     for name, source in ties((name.removeprefix(prefix) for name in weights), tower).items():
         kept = weights.setdefault(prefix + name, weights[prefix + source])
         if not torch.equal(kept, weights[prefix + source]):
-            raise MissingWeightsError(f"{name} and {source} differ in the checkpoint; expected them to be one weight")
+            raise MissingWeightsError(f"{name} and {source} differ in the checkpoint; expected tied weights")
         weights[prefix + name] = weights[prefix + source]
 
 
 def _module(name: str) -> str:
-    """The tower, or the head, that a weight belongs to."""
+    """The tower or head that a weight belongs to."""
     first, second = [*name.split("."), ""][:2]
     return f"{first}.{second}" if second.endswith("_projection") else first
 
@@ -402,45 +404,46 @@ def to_official(
     weights: Mapping[str, torch.Tensor], family: str, objective: Mapping[str, torch.Tensor] | None = None
 ) -> tuple[dict[str, torch.Tensor], ConversionReport]:
     """
-    The way back: what the official scripts' `load_state_dict` expects, as far as it is there. A model with a head of
-    words becomes a checkpoint of pretraining, any other one of its downstream task. Token types, which were folded
-    into positions, come back as zeros: the official scripts would keep those of BERT that they began with.
+    The inverse of `from_official`: the state dict that the official scripts' `load_state_dict` expects. A model with
+    a language-model head becomes a pretraining checkpoint, any other a checkpoint of its downstream task. Token types,
+    which were folded into the positions, are written as zeros: without them the official scripts would keep BERT's.
 
     Args:
         weights: A model's state dict.
-        family: Whose, a key of `OFFICIAL`.
-        objective: Teacher and queues, named as in `Conversion.objective`. Without a teacher the momentum twins become
-            copies of the student, as the official constructor makes them; text assignment has none.
+        family: Its family, a key of `OFFICIAL`.
+        objective: Teacher and queues, named as in `Conversion.objective`. Without a teacher the momentum modules
+            become
+            copies of the student, as in the official constructor; text assignment has none.
 
     Raises:
-        MissingWeightsError: names the weights, of student or teacher, that the official layout has no place for.
+        MissingWeightsError: weights of student or teacher do not exist in the official layout; names them.
     """
-    # which of the official layouts it becomes
+    # which official layout to write
     bert = "bert." if any(name.startswith("lm_head.") for name in weights) else ""
     second = {name.split(".")[1] for name in weights if name.startswith("second_layers.")}
     line = family_of(family, OFFICIAL, "official layout")
     names = line.names(bert, 3 * len(second)).reverse
     report = ConversionReport()
 
-    # the teacher, or the student in its place
+    # the teacher, or else the student
     objective = dict(objective or {})
     teacher = {name.removeprefix(TEACHER): t for name, t in objective.items() if name.startswith(TEACHER)}
     if not teacher and "assignment_head.weight" not in weights:
         alone = ("temperature", "itm_head.")
         teacher = {name: tensor for name, tensor in weights.items() if not name.startswith(alone)}
-        report.notes.append("no teacher was given: the momentum twins are copies of the student")
+        report.notes.append("no teacher was given: the momentum modules are copies of the student")
 
-    # student and teacher by official names, and what those files hold beside them
+    # student and teacher by official names, and the extra entries of the official files
     state = _by_official_names(weights, "", "", names, line.prefix, report)
     state |= _by_official_names(teacher, TEACHER, "_m", names, line.prefix, report)
     if report.left_over:
         raise MissingWeightsError(
-            f"{len(report.left_over)} weights have no place in the official layout: {list(report.left_over)[:10]}; "
-            f"expected a model that can be written whole"
+            f"{len(report.left_over)} weights do not exist in the official layout: {list(report.left_over)[:10]}; "
+            "expected a model that can be written completely"
         )
     _add_twins(state, bool(second) or line.token_types)
 
-    # queues, as columns
+    # queues, one column per entry
     for official, ours in (*QUEUES.items(), POINTER):
         if ours in objective:
             state[official] = objective[ours].T.contiguous() if official in QUEUES else objective[ours]
@@ -449,7 +452,7 @@ def to_official(
         state[IDS[0]] = objective[IDS[1]][None]
         report.used[IDS[1]] = IDS[0]
 
-    # the rest is named rather than dropped in silence
+    # the rest is listed, not dropped silently
     report.left_over |= {
         name: "the official layout has no such state"
         for name in objective
@@ -461,13 +464,13 @@ def to_official(
 def _by_official_names(
     weights: Mapping[str, torch.Tensor], prefix: str, suffix: str, names: Names, tower: str, report: ConversionReport
 ) -> dict[str, torch.Tensor]:
-    """The student, or with `prefix` and `suffix` the teacher. Fills `report`, with what has no place too."""
-    # ties are written out, as those files have them
+    """The student, or with `prefix` and `suffix` the teacher, by official names. Fills `report`."""
+    # the official files store tied weights under each of their names
     weights = dict(weights)
     for name, source in ties(weights, tower).items():
         weights.setdefault(name, weights[source])
 
-    # a name each, of the module's twin for the teacher
+    # one official name each; for the teacher that of the momentum module
     state = {}
     for name, tensor in weights.items():
         official = names(name)
@@ -481,8 +484,8 @@ def _by_official_names(
 
 
 def _add_twins(state: dict[str, torch.Tensor], token_types: bool) -> None:
-    """What an official state dict holds beside the weights: the bias of words by its other name, a buffer, and zeros
-    for token types where its text encoder has any."""
+    """Adds the extra entries of an official state dict: the bias of the language-model head under its other name, the
+    position buffer, and zeros for token types if its text encoder has them."""
     for name, tensor in list(state.items()):
         if name.endswith("cls.predictions.decoder.bias"):
             state[name.replace("decoder.bias", "bias")] = tensor

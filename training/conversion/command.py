@@ -1,4 +1,4 @@
-"""`oner convert`: official checkpoints into model directories and back."""
+"""`oner convert`: converts official checkpoints to model directories and back."""
 
 import argparse
 import dataclasses
@@ -26,12 +26,12 @@ from .reading import read_weights
 from .report import ConversionReport
 
 OBJECTIVE, REPORT = "objective.safetensors", "conversion.json"
-# whose model is whose: ALBEF is CODIS without its codebook
+# origin -> family: ALBEF is CODIS without its codebook
 FAMILY_OF = {"albef": "codis", "simla": "simla"}
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """`oner convert`; prints the report. Raises `ValueError` or `OSError`; then nothing has been written."""
+    """`oner convert`: converts and prints the report. If it raises `ValueError` or `OSError`, nothing was written."""
     if rest:
         raise ValueError(f"unknown arguments {list(rest)}; `oner convert --help` lists those there are")
     report = _write_official(options) if options.target else SOURCES[options.origin](options)
@@ -47,7 +47,7 @@ def _fields(options: argparse.Namespace) -> dict[str, Any]:
         if not found:
             raise ValueError(f"--set got {given!r}; expected NAME=VALUE")
 
-        # JSON where it reads as such, else the text itself
+        # parsed as JSON if possible, else taken as text
         try:
             fields[name] = json.loads(value)
         except ValueError:
@@ -60,7 +60,7 @@ def _fields(options: argparse.Namespace) -> dict[str, Any]:
 def _from_official(options: argparse.Namespace) -> ConversionReport:
     fields, tokenizer = _fields(options), None
 
-    # the vocabulary knows the special ids, which no shape tells
+    # the special ids come from the vocabulary, since no shape determines them
     if options.tokenizer is not None:
         tokenizer = tokenizer_from_vocab(options.tokenizer)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "mask", "image")}
@@ -76,34 +76,34 @@ def _from_official(options: argparse.Namespace) -> ConversionReport:
         **fields,
     )
 
-    # a vocabulary of another size is another model's
+    # a vocabulary of another size belongs to another model
     if tokenizer is not None and len(tokenizer) != done.config.vocab_size:
         raise ValueError(
-            f"{options.tokenizer} has {len(tokenizer)} words; expected {done.config.vocab_size}, one for each row of "
-            f"the checkpoint's word embeddings"
+            f"{options.tokenizer} has {len(tokenizer)} tokens; expected {done.config.vocab_size}, one for each row of "
+            "the checkpoint's word embeddings"
         )
     _into_place(Path(options.destination), lambda scratch: _save(done, options.seed, tokenizer, scratch))
     return done.report
 
 
 def _save(done: Conversion, seed: int, tokenizer: Any, directory: Path) -> None:
-    # a model that is filled from the file need not be drawn first, which takes longer than all the rest
+    # a model that the file fills completely is not initialised first: that would take longer than everything else
     begins = any(name.partition(".")[0] not in done.absent_heads for name in done.report.missing)
     torch.manual_seed(seed)
     with torch.device("cpu" if begins else "meta"):
         model = done.model_class(done.config)
     model.load_state_dict(done.weights, strict=False, assign=not begins)
-    # a head of which the file has nothing is left to whoever loads the model, who is told that it is drawn
+    # heads that the file lacks are not saved, so that loading the model warns that they are random
     absent = tuple(f"{module}." for module in done.absent_heads)
     model.save_pretrained(directory, state_dict=_without(model, absent))
     if done.objective:
-        # a clone of its own for each: safetensors refuses tensors that share their memory
+        # cloned, because safetensors refuses tensors that share memory
         save_file(
             {name: tensor.clone().contiguous() for name, tensor in done.objective.items()}, directory / OBJECTIVE
         )
     _write_report(done.report, directory)
 
-    # the processor, so that the directory serves pictures and texts as they come
+    # the processor, so that the directory accepts raw images and texts
     if tokenizer is not None:
         size = {"height": done.config.image_size, "width": done.config.image_size}
         mean, std = (list(values) for values in NORMALIZATIONS["clip"])
@@ -135,19 +135,21 @@ def _write_report(report: ConversionReport, directory: Path) -> None:
 
 
 def _into_place(destination: Path, write: Callable[[Path], None]) -> None:
-    """Writes beside and renames. Raises `FileExistsError` where there is something already."""
-    # somebody's files are not overwritten
+    """
+    Writes to a directory beside `destination` and renames it. Raises `FileExistsError` if there are files already.
+    """
+    # existing files are not overwritten
     destination = destination.absolute()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} is there already; expected a new or empty directory")
+        raise FileExistsError(f"{destination} already exists; expected a new or empty directory")
     with scratch_beside(destination) as scratch:
         write(scratch)
         set_modes(scratch)
-        os.replace(scratch, destination)  # which takes the place of an empty directory only
+        os.replace(scratch, destination)  # replaces only an empty directory
 
 
 def _model_weights(directory: Path, family: str) -> dict[str, torch.Tensor]:
-    """As the file holds them, in fp32: a model made from it would draw the heads that it lacks."""
+    """The file's weights in fp32, not a loaded model's, whose missing heads would be random."""
     path = directory / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
@@ -165,18 +167,18 @@ def _model_weights(directory: Path, family: str) -> dict[str, torch.Tensor]:
 def _write_official(options: argparse.Namespace) -> ConversionReport:
     destination = Path(options.destination).absolute()
     if destination.exists():
-        raise FileExistsError(f"{destination} is there already; expected a new file")
+        raise FileExistsError(f"{destination} already exists; expected a new file")
     family = FAMILY_OF[options.target]
     weights = _model_weights(Path(options.source), family)
 
-    # teacher and queues, if named or lying beside the weights
+    # teacher and queues, from --objective or from the model directory
     path = Path(options.objective) if options.objective else Path(options.source) / OBJECTIVE
     objective = None
     if options.objective or path.is_file():
         objective = read_weights(path)
     state, report = to_official(weights, family, objective)
 
-    # in a directory beside it first: a file that is there is whole
+    # written to a directory beside it first, so that an existing file is always complete
     with scratch_beside(destination) as scratch:
         written = scratch / destination.name
         torch.save({"model": {name: tensor.detach().clone() for name, tensor in state.items()}}, written)
@@ -186,17 +188,17 @@ def _write_official(options: argparse.Namespace) -> ConversionReport:
 
 
 def _check_written(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Reads it back. Raises `OSError` that names the tensors which are not as they were."""
+    """Reads the file back. Raises `OSError` with the names of tensors that differ."""
     found = read_weights(path)
     lost = [name for name, tensor in state.items() if name not in found or not torch.equal(found[name], tensor)]
     if lost or len(found) != len(state):
         raise OSError(
-            f"{path}: what was written is not what is read back: {lost[:10]}, {len(found)} tensors; expected "
-            f"{len(state)}"
+            f"{path}: reading it back gave other tensors than were written: {lost[:10]}, {len(found)} tensors; "
+            f"expected {len(state)}"
         )
 
 
-# layout of a file -> what reads it
+# origin -> its converter
 SOURCES: dict[str, Callable[[argparse.Namespace], ConversionReport]] = {
     "simla": _from_official,
     "albef": _from_official,

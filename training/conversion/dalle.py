@@ -1,8 +1,8 @@
-"""DALL-E's public tokenizer, `encoder.pkl` and `decoder.pkl`, as a `DiscreteVAE`.
+"""Converts DALL-E's public tokenizer, `encoder.pkl` and `decoder.pkl`, to a `DiscreteVAE`.
 
-Each file is a pickled module of the package `dall_e`. It is read with torch's unpickler of weights alone: in the place
-of every class that the file names stands an empty one, which keeps what it is given and does nothing. The package is
-not needed, and no code of the file runs.
+Each file is a pickled module of the package `dall_e`. It is read with torch's weights-only unpickler, which replaces
+every class named in the file by an empty stand-in that only stores its attributes. The package is not needed, and no
+code from the file runs.
 """
 
 import os
@@ -30,7 +30,7 @@ NAMES = (
     "torch.nn.modules.pooling.MaxPool2d",
     "torch.nn.modules.upsampling.Upsample",
 )
-# name there -> name here, less the part's own name before it
+# DALL-E's name -> ours, both without the leading "encoder." or "decoder."
 RENAMED = (
     (re.compile(r"blocks\.input"), "input"),
     (re.compile(r"blocks\.output\.conv"), "output"),
@@ -42,7 +42,7 @@ SHOWN = 5
 
 
 class StandIn:
-    """Stands where a module stood: its attributes, none of its code."""
+    """Replaces a pickled module: it has the module's attributes and none of its code."""
 
     def __init__(self, *args: object, **kwargs: object):
         pass
@@ -52,22 +52,22 @@ def convert_dalle(
     encoder_file: str | os.PathLike, decoder_file: str | os.PathLike | None = None
 ) -> tuple[DiscreteVAE, ConversionReport]:
     """
-    The tokenizer in fp32, in evaluation mode, its sizes read off the tensors.
+    Loads the tokenizer in fp32, in evaluation mode, with the sizes of the tensors.
 
     Args:
         encoder_file: `encoder.pkl` (cdn.openai.com/dall-e), or its state dict as `.pth` or `.safetensors`.
-        decoder_file: `decoder.pkl` likewise. Without it the model gives codes and draws none.
+        decoder_file: `decoder.pkl`, likewise. Without it the model encodes images but cannot decode codes.
 
     Raises:
-        CheckpointFileError: a file that is missing, cannot be read, holds something else, or is the other of the two.
-        MissingWeightsError: weights that are not there or have another shape than the rest asks for; names them.
+        CheckpointFileError: a file is missing, cannot be read, holds something else, or is the wrong one of the two.
+        MissingWeightsError: weights are missing or have inconsistent shapes; names them.
     """
     files = {"encoder": Path(encoder_file)} | ({"decoder": Path(decoder_file)} if decoder_file is not None else {})
     state = {}
     report = ConversionReport()
     fields = {"decoder": "decoder" in files}
 
-    # names and sizes, file by file
+    # rename the weights and read the sizes, file by file
     for part, path in files.items():
         weights = read_dalle(path)
         _check_part(path, part, weights)
@@ -79,7 +79,7 @@ def convert_dalle(
                 report.left_over[f"{part}.{name}"] = "no weight of DALL-E's layout has this name"
         fields |= _sizes(path, part, weights)
 
-    # what a model of these sizes expects, without its memory
+    # the shapes that a model of these sizes expects, without allocating memory
     config = DiscreteVAEConfig(**fields)
     with torch.device("meta"):
         model = DiscreteVAE(config)
@@ -97,19 +97,19 @@ def convert_dalle(
         )
     model.load_state_dict(state, assign=True)
     if "decoder" not in files:
-        report.notes.append("No decoder was given: the model turns pictures into codes, and cannot draw codes.")
+        report.notes.append("No decoder was given: the model can encode images into codes, but not decode codes.")
     return model.eval(), report
 
 
 def read_dalle(source: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
-    The tensors of one file by name, on the CPU: of a pickled module, a state dict (at the top or under "state_dict"),
-    or `.safetensors`.
+    Reads the tensors of one file by name, on the CPU: from a pickled module, a state dict (at the top or under
+    "state_dict"), or `.safetensors`.
 
     Raises:
-        CheckpointFileError: no such file, one that cannot be read, or one that names anything but DALL-E's modules.
+        CheckpointFileError: the file does not exist, cannot be read, or names other classes than DALL-E's modules.
     """
-    # safetensors holds no code to guard against
+    # safetensors files contain no code
     path = Path(source)
     if not path.is_file():
         raise CheckpointFileError(f"{path}: no such file")
@@ -119,17 +119,17 @@ def read_dalle(source: str | os.PathLike) -> dict[str, torch.Tensor]:
         except (OSError, SafetensorError) as error:
             raise CheckpointFileError(f"{path}: cannot be read as safetensors: {error}") from error
 
-    # the unpickler of weights alone, with stand-ins for the classes it would refuse
+    # the weights-only unpickler, with stand-ins for the classes that it would refuse
     try:
         with torch.serialization.safe_globals([(StandIn, name) for name in NAMES]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch raises pickle's own error, OSError, EOFError, RuntimeError and more, by what the bytes happen to be
+        # torch raises pickle's error, OSError, EOFError, RuntimeError and more, depending on the bytes
         raise CheckpointFileError(
-            f"{path}: holds something else than DALL-E's encoder or decoder, or cannot be read: {_reason(error)}"
+            f"{path}: is not DALL-E's encoder or decoder, or cannot be read: {_reason(error)}"
         ) from error
 
-    # a module, a state dict, or a state dict one level down
+    # a module, a state dict, or a nested state dict
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     weights = dict(_tensors(content)) if isinstance(content, StandIn) else content
@@ -139,23 +139,23 @@ def read_dalle(source: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """What a message says before it goes on with advice to trust the file."""
+    """The cause in torch's message, without its advice to trust the file."""
     told = str(error)
     if named := re.search(r"Unsupported global: GLOBAL (\S+)", told):
-        return f"it names {named[1]}, which is none of their parts"
+        return f"it names {named[1]}, which is not a part of them"
     if "Only persistent_load of storage" in told:
         return (
-            "a whole module in torch's format before 1.6, which torch does not read without its code; where `dall_e` "
-            "is installed, load it and save its state_dict()"
+            "a whole module in torch's format before 1.6, which torch cannot read without its code; load it where "
+            "`dall_e` is installed and save its state_dict()"
         )
-    # pickle's own error, which this room does not import
+    # pickle's own error, which this package does not import
     if type(error).__name__ == "UnpicklingError" or not told.strip():
-        return "its bytes are no checkpoint of torch's"
+        return "its bytes are not a torch checkpoint"
     return told.strip().splitlines()[0].partition(". ")[0]
 
 
 def _tensors(module: object, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """What `named_parameters` and `named_buffers` would have given of a module in whose place a stand-in is."""
+    """What `named_parameters` and `named_buffers` of the replaced module would give."""
     held = vars(module)
     for kind in ("_parameters", "_buffers"):
         for name, tensor in (held.get(kind) or {}).items():
@@ -167,7 +167,7 @@ def _tensors(module: object, prefix: str = "") -> Iterator[tuple[str, torch.Tens
 
 
 def _renamed(name: str) -> str | None:
-    # numbers begin at 1 there and at 0 here
+    # DALL-E's numbers start at 1, ours at 0
     stem, _, leaf = name.rpartition(".")
     for pattern, here in RENAMED:
         if leaf in LEAVES and (match := pattern.fullmatch(stem)):
@@ -176,11 +176,11 @@ def _renamed(name: str) -> str | None:
 
 
 def _check_part(path: Path, part: str, weights: Mapping[str, torch.Tensor]) -> None:
-    """An encoder begins with kernels of 7 x 7, a decoder with 1 x 1."""
+    """Raises unless the weights are of `part`: an encoder starts with 7 x 7 kernels, a decoder with 1 x 1."""
     for name in ("blocks.input.w", "blocks.output.conv.w", "blocks.group_1.block_1.res_path.conv_1.w"):
         if name not in weights or weights[name].ndim != 4:
             raise CheckpointFileError(
-                f"{path}: no kernel {name}, as DALL-E's {part} has one; found {sorted(weights)[:SHOWN]}"
+                f"{path}: has no kernel {name}, expected in DALL-E's {part}; found {sorted(weights)[:SHOWN]}"
             )
     found = "decoder" if weights["blocks.input.w"].shape[-1] == 1 else "encoder"
     if found != part:
@@ -188,8 +188,8 @@ def _check_part(path: Path, part: str, weights: Mapping[str, torch.Tensor]) -> N
 
 
 def _sizes(path: Path, part: str, weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """What the tensors of a part say of the configuration."""
-    # the highest numbers in the names are the counts
+    """The configuration fields that the tensors of a part determine."""
+    # the highest numbers in the names give the counts
     places = [re.match(r"blocks\.group_(\d+)\.block_(\d+)\.", name) for name in weights]
     groups, blocks = (max(int(place[number]) for place in places if place) for number in (1, 2))
     if groups != GROUPS:

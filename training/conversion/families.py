@@ -1,4 +1,4 @@
-"""What every family's towers, and its authors' checkpoints, are called. A new family adds its line to each table.
+"""Weight names of each family's towers and of its authors' checkpoints. A new family adds an entry to each table.
 
 D width, N patches.
 """
@@ -40,19 +40,19 @@ Pairs = tuple[tuple[str, str], ...]
 @dataclass(frozen=True)
 class TowerNames:
     """
-    Where a published ViT and a published BERT go in a family's tower, names beneath its `base_model_prefix`.
+    Maps a published ViT and a published BERT to a family's tower. Our names are relative to its `base_model_prefix`.
 
     Attributes:
-        vision: timm's name of a ViT's part -> ours.
-        text: transformers' name of a BERT's part -> ours.
-        vision_in, text_in: What ours begin with: of these, what a file does not fill is reported.
-        vision_fields: What a ViT tells -> fields of the configuration, None for what it does not tell.
-        text_fields: The same of a BERT, and of the fields that are given.
-        begins_anew: Parts of ours among these that no such file has.
-        left: What begins a foreign name -> why the family has no place for it.
-        cls_word: Where an image's [CLS] is a word: configuration and cls_token (1, 1, D) -> its row (D,).
-        fixed_positions: Where positions are not learned: configuration and side of the grid -> (N, D).
-        mae_decoder: What a decoder in MAE's form is called beside the tower, where a family has one.
+        vision: timm's name of a part of a ViT -> ours.
+        text: transformers' name of a part of a BERT -> ours.
+        vision_in, text_in: Prefixes of our names; weights with them that a file does not fill are reported.
+        vision_fields: Sizes of a ViT -> configuration fields, None for those unknown.
+        text_fields: Sizes of a BERT, and the fields already given -> configuration fields.
+        begins_anew: Parts under these prefixes that no such file has.
+        left: Prefix of a foreign name -> why the family does not use it.
+        cls_word: If an image's [CLS] is a word: configuration and cls_token (1, 1, D) -> its row (D,).
+        fixed_positions: If positions are not learned: configuration and side of the grid -> (N, D).
+        mae_decoder: Name of the family's MAE decoder beside the tower, if it has one.
     """
 
     vision: Pairs
@@ -95,18 +95,18 @@ def bert_fields(shape: TowerShape, depth: Mapping[str, int]) -> dict[str, Any]:
 
 
 def one_stack(layers: int, given: Mapping[str, Any]) -> dict[str, int]:
-    """All layers of a BERT read a text."""
+    """All layers of a BERT become text layers."""
     return {"num_text_layers": layers}
 
 
 def two_halves(layers: int, given: Mapping[str, Any]) -> dict[str, int]:
-    """The upper half of a BERT reads images, or as many of its layers as the fields that are given leave to it."""
+    """The upper half of a BERT becomes fusion layers, or as many layers as the given fields say."""
     text = given.get("num_text_layers", layers - given.get("num_fusion_layers", (layers + 1) // 2))
     return {"num_text_layers": text, "num_fusion_layers": layers - text}
 
 
 def dual_towers(depth: Callable[[int, Mapping[str, Any]], dict[str, int]]) -> TowerNames:
-    """Of every family with a ViT below and a BERT above it. `depth`: its layers, fields given -> fields of depth."""
+    """Names for a family with a ViT and a BERT. `depth` maps BERT's layers and the given fields to depth fields."""
     return TowerNames(
         vision=tuple((left, f"vision.{right}") for left, right in VISION),
         text=tuple((left, f"text.{right}") for left, right in BERT),
@@ -120,25 +120,25 @@ def dual_towers(depth: Callable[[int, Mapping[str, Any]], dict[str, int]]) -> To
 
 
 def sines(config: PreTrainedConfig, side: int) -> torch.Tensor:
-    """MAE's 2-D table, (side², D)."""
+    """MAE's 2-D sine-cosine table, (side², D)."""
     ticks = torch.arange(side, dtype=torch.float64)
     return sincos_2d(ticks, ticks, config.hidden_size).float()
 
 
 def word_of_cls(config: PreTrainedConfig, cls_token: torch.Tensor) -> torch.Tensor:
-    # (1, 1, D) -> (D,); divided, since the tower multiplies its words by the same root
+    # (1, 1, D) -> (D,); divided because the tower multiplies its word embeddings by this root
     return cls_token.flatten() / (math.sqrt(config.hidden_size) if config.scale_word_embeddings else 1.0)
 
 
-ONE_TOWER = "the one tower is a ViT's"
+ONE_TOWER = "the single tower is initialised from the ViT"
 
 
 def one_tower(mae_decoder: str | None = None) -> TowerNames:
-    """Of every family whose one tower reads images and texts."""
+    """Names for a family with one tower for images and texts."""
     return TowerNames(
-        # [CLS] is a word, positions are sines, and masked patches have a token of our own or none
+        # [CLS] is a word, positions are fixed sines, and masked patches have our own token or none
         vision=tuple((left, right) for left, right in VISION if left not in ("cls_token", "pos_embed", "mask_token")),
-        # the one tower is filled from the ViT: of a BERT only the words fit
+        # the tower is filled from the ViT: only BERT's word embeddings fit
         text=(("embeddings.word_embeddings", "embeddings.word_embeddings"),),
         vision_in="",
         text_in="embeddings.word_embeddings",
@@ -146,9 +146,9 @@ def one_tower(mae_decoder: str | None = None) -> TowerNames:
         text_fields=lambda shape, given: {"hidden_size": shape.width, "vocab_size": shape.words},
         left={
             "encoder.layer.": ONE_TOWER,
-            "embeddings.position_embeddings": "positions of words are fixed sines here",
-            "embeddings.LayerNorm": "words are not normalised before the tower here",
-            "mask_token": "a masked patch is another token here",
+            "embeddings.position_embeddings": "our word positions are fixed sines",
+            "embeddings.LayerNorm": "our tower does not normalise word embeddings before its first layer",
+            "mask_token": "our model has another token for masked patches",
         },
         cls_word=word_of_cls,
         fixed_positions=sines,
@@ -156,7 +156,7 @@ def one_tower(mae_decoder: str | None = None) -> TowerNames:
     )
 
 
-# published towers -> ours, by family
+# how each family's towers are filled from published ones
 TOWERS = {
     "codis": dual_towers(two_halves),
     "momo": one_tower(mae_decoder="image_decoder"),
@@ -168,15 +168,15 @@ TOWERS = {
 @dataclass(frozen=True)
 class OfficialFamily:
     """
-    How a family's authors' checkpoints are read and written: those of SIMLA's and ALBEF's form.
+    How to read and write the checkpoints of a family's authors, in the format of SIMLA and ALBEF.
 
     Attributes:
         config: The family's configuration class.
-        retrieval, pretraining, answers, entailment, reasoning, assignment: Its classes.
-        pretraining_heads: What begins the names of heads that pretraining alone has.
-        heads: Official name -> ours, of what stands on the towers.
-        depth: Layers of the text encoder, and the first of them with cross-attention -> fields of the configuration.
-        token_types: Whether the authors' text encoder has token types in every model; in those of two images it has.
+        retrieval, pretraining, answers, entailment, reasoning, assignment: Its model classes.
+        pretraining_heads: Name prefixes of the heads that only pretraining has.
+        heads: Official name -> ours, for the heads.
+        depth: Number of text layers, and the first with cross-attention -> configuration fields.
+        token_types: Whether the authors' text encoder always has token types; models of two images always have them.
     """
 
     config: type[PreTrainedConfig]
@@ -193,27 +193,27 @@ class OfficialFamily:
 
     @property
     def prefix(self) -> str:
-        """What the tower is called."""
+        """Name of the tower."""
         return self.retrieval.base_model_prefix
 
     def names(self, bert: str = "bert.", stack: int = 0) -> Names:
-        """Official names -> ours, see `official_names`."""
+        """Maps official names to ours, see `official_names`."""
         return official_names(self.prefix, self.heads, bert, stack)
 
 
 def all_fuse(layers: int, first_fusion: int) -> dict[str, Any]:
-    """Each layer reads a text alone or with an image."""
+    """Every layer can read a text alone or with an image (SIMLA)."""
     return {"num_text_layers": layers}
 
 
 def upper_fuse(layers: int, first_fusion: int) -> dict[str, Any]:
-    """The lower layers read a text, the upper ones an image too; and there is no codebook (ALBEF)."""
+    """The lower layers read only text, the upper ones also the image; there is no codebook (ALBEF)."""
     return {"num_text_layers": first_fusion, "num_fusion_layers": layers - first_fusion, "num_codes": 0}
 
 
-# authors' checkpoints -> ours, by family
+# how each family's official checkpoints are converted
 OFFICIAL = {
-    # of CODIS there are none: these are ALBEF's, which is CODIS without its codebook
+    # CODIS has published none: these are ALBEF's, which is CODIS without its codebook
     "codis": OfficialFamily(
         config=CodisConfig,
         retrieval=CodisForImageTextRetrieval,
@@ -243,7 +243,7 @@ OFFICIAL = {
         entailment=SimlaForVisualEntailment,
         reasoning=SimlaForVisualReasoning,
         assignment=SimlaForTextAssignment,
-        # a file with one of these is of pretraining
+        # a file with one of these is a pretraining checkpoint
         pretraining_heads=("text_encoder.cls.", "mim_head.", "concept_head."),
         heads=(
             ("vision_proj", "simla.vision_projection"),
@@ -253,7 +253,7 @@ OFFICIAL = {
             ("mim_head", "mim_head"),
             ("concept_head", "concept_head"),
             ("ta_head", "assignment_head"),
-            # two linear maps with an activation, which has no weights, between them
+            # two linear layers; the activation between them has no weights
             ("cls_head.0", "classifier.0"),
             ("cls_head.2", "classifier.2"),
         ),
@@ -263,7 +263,7 @@ OFFICIAL = {
 
 
 def family_of(model_type: str, table: Mapping[str, Any], what: str) -> Any:
-    """A family's line of a table. Raises `ValueError` that names those there are."""
+    """A family's entry in a table. Raises `ValueError` that lists the available families."""
     if model_type not in table:
         raise ValueError(f"family {model_type!r} has no {what}; expected one of {', '.join(sorted(table))}")
     return table[model_type]

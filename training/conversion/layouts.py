@@ -1,7 +1,7 @@
-"""Foreign layouts of ViT, DeiT, MAE, DINOv2 and BERT in one spelling each: timm's of a ViT, transformers' of a BERT.
+"""Normalises the weight names of foreign checkpoints: a ViT, DeiT, MAE or DINOv2 to timm's, a BERT to transformers'.
 
-D width. Names are those of timm's, DeiT's, MAE's and DINOv2's own files, or of transformers', before and since its
-version 5.
+D width. It accepts the names in timm's, DeiT's, MAE's and DINOv2's own files, and those of transformers before and
+since version 5.
 """
 
 import re
@@ -12,10 +12,10 @@ import torch
 from .names import Names
 from .report import MissingWeightsError
 
-# a name in one spelling -> the name in the file, and its tensor; where several made one, their names with " + "
+# normalised name -> name in the file, and its tensor; if several tensors were joined, their names with " + "
 Found = dict[str, tuple[str, torch.Tensor]]
 
-# transformers' ViT, DeiT, ViTMAE and DINOv2 -> timm's; queries, keys and values are joined before
+# transformers' ViT, DeiT, ViTMAE and DINOv2 -> timm's; queries, keys and values are joined first
 TRANSFORMERS_VIT = Names(
     [
         ("embeddings.cls_token", "cls_token"),
@@ -46,19 +46,19 @@ TRANSFORMERS_VIT = Names(
     ]
 )
 
-# the first of three matrices, before and since version 5, and how the three are spelled
+# the query matrix, before and since version 5, and the names of query, key and value
 QUERIES = re.compile(r"((?:encoder\.layer|layers)\.\d+\.attention\.)(?:attention\.query|q_proj)\.(weight|bias)")
 SPELLINGS = (("attention.query", "attention.key", "attention.value"), ("q_proj", "k_proj", "v_proj"))
-# BERT's first checkpoints call a norm's weight and bias so
+# names of a norm's weight and bias in BERT's first checkpoints
 OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-# of MAE, by facebook's names or transformers'; both keep a token there for what is masked
+# MAE's decoder, by facebook's or transformers' names; it includes the mask token
 MAE_DECODER = re.compile(r"decoder[._].*")
-# DINOv2's and CaiT's scale of what a half of a layer adds -> the linear map whose output it scales
+# LayerScale of DINOv2 and CaiT -> the linear layer whose output it scales
 SCALES = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}
 SCALE = re.compile(r"(blocks\.\d+\.)(ls[12]\.gamma)")
-# what a plain ViT cannot compute: a part's name -> why
-REGISTERS = "register tokens, which every layer reads beside [CLS]: the model has no place for them"
-GATED = "a gated feed-forward (SwiGLU): the model's is two linear maps with an activation between them"
+# parts that a plain ViT does not have: pattern of the name -> why it cannot be used
+REGISTERS = "register tokens, which every layer attends to: our model has no such tokens"
+GATED = "a gated feed-forward (SwiGLU): our model's is two linear layers with an activation between them"
 FOREIGN_PARTS = (
     (re.compile(r"register_tokens|reg_token"), REGISTERS),
     (re.compile(r".*\.\d+\.mlp\.(?:w12|w3|weights_in|weights_out|gate_proj|up_proj)\..*"), GATED),
@@ -67,11 +67,11 @@ FOREIGN_PARTS = (
 
 def vision_names(state: Mapping[str, torch.Tensor]) -> Found:
     """
-    A ViT by timm's names, queries, keys and values as one matrix, and scales of layers within the maps that they
-    scale. What is no ViT's keeps its name.
+    A ViT by timm's names, with queries, keys and values joined into one matrix, and LayerScale folded into the linear
+    layers that it scales. Tensors of other modules keep their names.
 
     Raises:
-        MissingWeightsError: parts that a plain ViT cannot compute, by name and why; a scale without what it scales.
+        MissingWeightsError: there are parts that a plain ViT does not have; a LayerScale lacks its linear layer.
     """
     prefixes = ("vit.", "deit.", "dinov2.", "dinov2_with_registers.")
     found = _without_prefix(state, prefixes, ("embeddings.", "layers.", "encoder."))
@@ -82,7 +82,7 @@ def vision_names(state: Mapping[str, torch.Tensor]) -> Found:
 
 
 def text_names(state: Mapping[str, torch.Tensor]) -> Found:
-    """A BERT by transformers' names, "encoder.layer.0..." and, of its head of words, "cls.predictions..."."""
+    """A BERT by transformers' names: "encoder.layer.0...", and for its language-model head "cls.predictions..."."""
     found = {}
     for name, value in _without_prefix(state, ("bert.",), ("embeddings.", "encoder.")).items():
         for old, new in OLD_NORM.items():
@@ -92,14 +92,14 @@ def text_names(state: Mapping[str, torch.Tensor]) -> Found:
 
 
 def is_decoder(name: str, found: Found) -> bool:
-    """Whether a name of `vision_names` is of MAE's decoder, of which facebook's mask token has no other sign."""
+    """Whether a name of `vision_names` belongs to MAE's decoder, as facebook's mask_token does if there is one."""
     if MAE_DECODER.fullmatch(name):
         return True
     return name == "mask_token" and any(MAE_DECODER.fullmatch(other) for other in found)
 
 
 def decoder_names(found: Found) -> Found:
-    """MAE's decoder among `vision_names`, by facebook's names less "decoder_": "embed.weight", "blocks.0..."."""
+    """MAE's decoder among `vision_names`, by facebook's names without "decoder_": "embed.weight", "blocks.0..."."""
     part = {
         name.removeprefix("decoder.").removeprefix("decoder_"): value
         for name, value in found.items()
@@ -109,7 +109,7 @@ def decoder_names(found: Found) -> Found:
 
 
 def _without_prefix(state: Mapping[str, torch.Tensor], prefixes: tuple[str, ...], of: tuple[str, ...]) -> Found:
-    """Names shorn of what transformers' task models put before their tower's."""
+    """Removes the prefix that transformers' task models put before the names of their tower."""
     for prefix in prefixes:
         if any(name.startswith(prefix + first) for name in state for first in of):
             return {name.removeprefix(prefix): (name, tensor) for name, tensor in state.items()}
@@ -119,16 +119,16 @@ def _without_prefix(state: Mapping[str, torch.Tensor], prefixes: tuple[str, ...]
 def _refuse_foreign_parts(found: Found) -> None:
     for pattern, why in FOREIGN_PARTS:
         if names := [official for name, (official, _) in found.items() if pattern.fullmatch(name)]:
-            raise MissingWeightsError(f"{names[:3]} are of {why}; expected a plain ViT")
+            raise MissingWeightsError(f"{names[:3]} belong to {why}; expected a plain ViT")
 
-    # timm gives a gated feed-forward the names of a plain one: half of what its first map makes is the gate
+    # timm names a gated feed-forward like a plain one: half of the first layer's outputs are the gate
     into, out = found.get("blocks.0.mlp.fc1.weight"), found.get("blocks.0.mlp.fc2.weight")
     if into is not None and out is not None and len(into[1]) == 2 * out[1].shape[-1]:
-        raise MissingWeightsError(f"{[into[0], out[0]]} are of {GATED}; expected a plain ViT")
+        raise MissingWeightsError(f"{[into[0], out[0]]} belong to {GATED}; expected a plain ViT")
 
 
 def _fold_scales(found: Found) -> Found:
-    """x + g * (W y + b) is x + (g * W) y + g * b: the same function without the scale g (D,)."""
+    """Folds LayerScale g (D,) into its linear layer: x + g * (W y + b) = x + (g * W) y + g * b."""
     found = dict(found)
     for name in list(found):
         match = SCALE.fullmatch(name)
@@ -146,29 +146,29 @@ def _fold_scales(found: Found) -> Found:
 
 
 def what_was_joined(official: str) -> str | None:
-    """What several names that make one tensor, with " + " between them, have become; None for a single name."""
+    """How tensors, named with " + " between them, were joined into one; None for a single name."""
     if " + " not in official:
         return None
     if official.endswith(("gamma", "lambda1")):
-        return "a layer's scale within the linear map whose output it scales"
-    return "queries, keys and values as one matrix"
+        return "LayerScale folded into its linear layer"
+    return "queries, keys and values joined into one matrix"
 
 
 def _timm_names(shorn: Found) -> Found:
-    """transformers' names as timm's, with queries, keys and values as one matrix, whose name here is their sum."""
+    """Translates transformers' names to timm's, and joins queries, keys and values into one matrix."""
     shorn = dict(shorn)
     for name in list(shorn):
         match = QUERIES.fullmatch(name)
         if match is None:
             continue
 
-        # all three, in the spelling of the first
+        # all three, spelled like the query
         spelling = next(spelling for spelling in SPELLINGS if f"{spelling[0]}." in name)
         parts = [shorn.get(f"{match[1]}{part}.{match[2]}") for part in spelling]
         if any(part is None for part in parts):
-            raise MissingWeightsError(f"beside {name} there are no keys and values; expected all three")
+            raise MissingWeightsError(f"{name} has no keys and values beside it; expected all three")
 
-        # one matrix in their place, (3D, D), or a bias (3D,)
+        # replaced by one matrix (3D, D), or a bias (3D,)
         for part in spelling:
             shorn.pop(f"{match[1]}{part}.{match[2]}")
         joined = " + ".join(official for official, _ in parts)

@@ -1,9 +1,9 @@
-"""Official names of weights and ours. Nothing but names: what is laid out otherwise is `convert_checkpoints`' work."""
+"""Maps official weight names to ours. Only names: `checkpoints.py` changes the layout of tensors."""
 
 import re
 from collections.abc import Iterable
 
-# timm's ViT, which both repositories carry a copy of -> VisionEncoder; `#` is a layer's number
+# timm's ViT, which both repositories copy -> VisionEncoder; `#` is a layer's number
 VISION = (
     ("cls_token", "embeddings.cls_token"),
     ("pos_embed", "embeddings.position_embeddings"),
@@ -17,14 +17,14 @@ VISION = (
     ("blocks.#.mlp.fc2", "layers.#.feed_forward.fc2"),
     ("norm", "norm"),
 )
-# MAE's decoder, by facebook's names less "decoder_" -> a decoder of ours
+# MAE's decoder, facebook's names without "decoder_" -> our decoder
 MAE_DECODER = (
     ("mask_token", "mask_token"),
     ("embed", "embed"),
     *(pair for pair in VISION if pair[0].startswith("blocks.") or pair[0] == "norm"),
     ("pred", "pixel_head"),
 )
-# BERT's encoder, with the cross-attention of BLIP's copy of it -> TextEncoder
+# BERT's encoder, with cross-attention as in BLIP's copy -> TextEncoder
 BERT = (
     ("embeddings.word_embeddings", "embeddings.word_embeddings"),
     ("embeddings.position_embeddings", "embeddings.position_embeddings"),
@@ -43,7 +43,7 @@ BERT = (
     ("encoder.layer.#.output.dense", "layers.#.feed_forward.fc2"),
     ("encoder.layer.#.output.LayerNorm", "layers.#.output_norm"),
 )
-# BERT's head of words; its bias stands in a file twice, under its own name and as the decoder's
+# BERT's language-model head; a file stores its bias twice, under its own name and as the decoder's
 LANGUAGE_HEAD = (
     ("predictions.transform.dense", "dense"),
     ("predictions.transform.LayerNorm", "norm"),
@@ -52,7 +52,7 @@ LANGUAGE_HEAD = (
 
 
 class Names:
-    """Names of one layout in another, by pairs of patterns in which `#` is a number. `reverse` is the way back."""
+    """Translates names between two layouts by pairs of patterns, in which `#` is a number."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]):
         self.pairs = list(pairs)
@@ -62,10 +62,10 @@ class Names:
         ]
 
     def __call__(self, name: str) -> str | None:
-        """The name in the other layout, None if no pattern fits."""
+        """The name in the other layout, None if no pattern matches."""
         for pattern, right in self._rules:
             if match := pattern.fullmatch(name):
-                # layers keep their numbers, weight and bias their endings
+                # layer numbers and the suffixes .weight and .bias stay
                 *numbers, suffix = match.groups()
                 for number in numbers:
                     right = right.replace("#", number, 1)
@@ -79,16 +79,16 @@ class Names:
 
 def official_names(prefix: str, heads: Iterable[tuple[str, str]], bert: str = "bert.", stack: int = 0) -> Names:
     """
-    Of the student in an official state dict of SIMLA's and ALBEF's form.
+    The names of the student in an official state dict of SIMLA or ALBEF.
 
     Args:
-        prefix: What our tower is called.
-        heads: Official name -> ours, of what stands on the towers.
-        bert: What stands before the names of the text encoder's parts: "bert." in pretraining, "" in downstream
-            checkpoints, whose models hold the encoder without a head of words.
-        stack: Layers of the model of two pictures, which are one and a half times the encoder's; 0 for other models.
+        prefix: Name of our tower.
+        heads: Official name -> ours, for the heads.
+        bert: Prefix of the text encoder's parts: "bert." in pretraining, "" in downstream checkpoints, whose encoder
+            has no language-model head.
+        stack: Text layers of a model of two images, 1.5 times those of the encoder; 0 for other models.
     """
-    # the text encoder; in the model of two pictures each layer has a place of its own
+    # the text encoder; in a model of two images each layer is mapped by its number
     text = [(left, f"{prefix}.text.{right}") for left, right in BERT]
     if stack:
         text = [pair for pair in text if "#" not in pair[0]]
@@ -100,7 +100,7 @@ def official_names(prefix: str, heads: Iterable[tuple[str, str]], bert: str = "b
                 if "#" in left
             ]
 
-    # towers, heads of words, the decoder of answers, and what the family adds
+    # towers, language-model heads, the answer decoder, and the family's own heads
     return Names(
         [
             *((f"visual_encoder.{left}", f"{prefix}.vision.{right}") for left, right in VISION),
@@ -114,8 +114,8 @@ def official_names(prefix: str, heads: Iterable[tuple[str, str]], bert: str = "b
 
 
 def stacked_layer(layer: int, stack: int, prefix: str) -> str:
-    """Which of ours is a layer of the official model of two pictures, whose upper layers stand twice in a row."""
-    # a third reads the text alone, two thirds are pairs: one layer for each picture
+    """Our name for a layer of the official model of two images, which has each upper layer twice in a row."""
+    # the lower third reads only the text; the rest are pairs with one layer per image
     lower = stack // 3
     if layer < lower:
         return f"{prefix}.text.layers.{layer}"
@@ -124,14 +124,14 @@ def stacked_layer(layer: int, stack: int, prefix: str) -> str:
 
 
 def ties(weights: Iterable[str], prefix: str) -> dict[str, str]:
-    """Of weights by our names, those that are another weight too: which one. A safetensors file holds them once."""
-    # a head of words draws from the table that its tower reads
+    """Maps each tied weight (our names) to the weight it equals. A safetensors file stores such weights once."""
+    # a language-model head shares the word embeddings of its tower
     weights = set(weights)
     found = {}
     for head, words in (("lm_head", f"{prefix}.text"), ("decoder.lm_head", "decoder")):
         if f"{head}.decoder.bias" in weights:
             found[f"{head}.decoder.weight"] = f"{words}.embeddings.word_embeddings.weight"
-    # a pair of layers reads its two pictures with the same keys and values
+    # the two layers of a pair share the keys and values with which they read the images
     second = {int(name.split(".")[1]) for name in weights if name.startswith("second_layers.")}
     for place in second:
         for part in ("key.weight", "key.bias", "value.weight", "value.bias"):

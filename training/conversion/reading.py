@@ -1,8 +1,8 @@
-"""Weights out of foreign files: names and tensors, and nothing else that may stand in them.
+"""Reads the weights of foreign checkpoint files by name, and nothing else in them.
 
-A `.pth` is a pickle, which may hold code. It is read with torch's unpickler of weights alone, which refuses whatever
-is not a tensor, a number or a container. What the official repositories put beside their weights, a configuration
-object or the arguments of the script, is read as an empty thing in its place: no class of theirs is imported.
+A `.pth` is a pickle, which may contain code. It is read with torch's weights-only unpickler, which refuses everything
+except tensors, numbers and containers. Configuration objects and script arguments, which the official repositories
+store with their weights, are replaced by empty objects: none of their classes is imported.
 """
 
 import json
@@ -19,22 +19,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
-# what a configuration beside the weights is made of: hydra's in SIMLA's pretraining, argparse's in others
+# classes in a configuration stored with the weights: hydra's in SIMLA's pretraining, argparse's in others
 SIDE_NOTES = re.compile(
     r"omegaconf\.[\w.]+|argparse\.Namespace|typing\.Any|builtins\.(dict|list|tuple|int|float|str|bool)"
 )
-# under which name repositories keep the weights among optimiser, epoch and the rest
+# keys under which repositories store the weights, beside optimiser, epoch and so on
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth")
 CONFIGURATION = "config.json"
 
 
 class CheckpointFileError(ValueError):
-    """A file that is no checkpoint of weights; the message names it and what is wrong."""
+    """A file that is not a checkpoint of weights; the message names the file and the problem."""
 
 
 class SideNote:
-    """Stands where an object of a configuration stood; it keeps nothing and does nothing."""
+    """Replaces an object of a stored configuration; it keeps nothing and does nothing."""
 
     def __init__(self, *args: object, **kwargs: object):
         pass
@@ -49,14 +49,14 @@ def _empty(*args: object) -> dict:
 
 def read_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
-    The tensors of a checkpoint by name, on the CPU.
+    Reads the tensors of a checkpoint by name, on the CPU.
 
     Args:
-        source: A `.safetensors` file; a `.pth`, `.pt` or `.bin` file, with the weights at its top or under "model" or
-            "state_dict"; a directory that holds one; or a name on the Hub.
+        source: A `.safetensors` file; a `.pth`, `.pt` or `.bin` file with the weights at the top or under "model" or
+            "state_dict"; a directory that contains one; or a name on the Hub.
 
     Raises:
-        CheckpointFileError: no such file, one that cannot be read, one that holds code or no tensors; says which.
+        CheckpointFileError: the file does not exist, cannot be read, or contains code or no tensors.
     """
     path = _find(source)
     if path.suffix == ".safetensors":
@@ -69,14 +69,14 @@ def read_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 def read_configuration(source: str | os.PathLike) -> dict[str, Any]:
     """
-    The `config.json` beside the weights that `read_weights` reads; empty where there is none.
+    Reads the `config.json` beside the weights that `read_weights` reads; empty if there is none.
 
     Raises:
-        CheckpointFileError: no such source; a file that is no JSON object.
+        CheckpointFileError: the source does not exist, or the file is not a JSON object.
     """
     beside = _find(source).parent / CONFIGURATION
     if not beside.is_file() and not Path(source).exists():
-        # of a name on the Hub only the weights have been fetched
+        # for a name on the Hub only the weights were fetched
         found = cached_file(str(source), CONFIGURATION, _raise_exceptions_for_missing_entries=False)
         beside = Path(found) if found is not None else beside
     if not beside.is_file():
@@ -102,40 +102,41 @@ def _find(source: str | os.PathLike) -> Path:
         try:
             found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
         except OSError as error:
-            raise CheckpointFileError(f"{source}: neither a file, a directory, nor to be had: {error}") from error
+            raise CheckpointFileError(f"{source}: no such file or directory, nor on the Hub: {error}") from error
         if found is not None:
             return Path(found)
     raise CheckpointFileError(f"{source}: expected one of {', '.join(WEIGHT_FILES)} in it")
 
 
 def _read_pickle(path: Path) -> object:
-    # refused by name, before anything is read
+    # classes are refused by name before anything is read
     names = _foreign_names(path)
     refused = sorted(name for name in names if name != "collections.defaultdict" and not SIDE_NOTES.fullmatch(name))
     if refused:
         raise CheckpointFileError(
-            f"{path}: holds {refused[:5]}, which is code or an object, not weights; expected tensors by name. If you "
-            f"trust its makers, save its weights alone, torch.save({{'model': state_dict}}, ...), where it was made"
+            f"{path}: contains {refused[:5]}, which is code or an object, not weights; expected tensors by name. If "
+            "you trust its source, load it where it was made and save only its weights, "
+            f"torch.save({{'model': state_dict}}, ...)"
         )
-    # a file could name the same place twice; an empty dictionary is all that a default one can become
+    # a defaultdict becomes an empty dictionary, every other class an empty object
     places = [(_empty if name == "collections.defaultdict" else SideNote, name) for name in sorted(names)]
     try:
         with torch.serialization.safe_globals(places):
-            # mapped: of the optimiser's moments, which are twice the weights, nothing is read
+            # memory-mapped, so that the optimiser's moments, twice the size of the weights, are not read
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, EOFError, ValueError, struct.error) as error:
         raise CheckpointFileError(f"{path}: cannot be read as weights: {error}") from error
     except Exception as error:
-        # torch's unpickler has no class of errors of its own but pickle's, which this room does not import
+        # torch's unpickler raises pickle's own error class, which this package does not import
         if type(error).__name__ != "UnpicklingError":
             raise
         raise CheckpointFileError(f"{path}: holds more than weights: {str(error).splitlines()[0]}") from error
 
 
 def _foreign_names(path: Path) -> set[str]:
-    """The classes and functions that a file names beside torch's own for tensors. Nothing of it is run."""
+    """The classes and functions that a file names, except torch's own for tensors. No code of the file runs."""
     if not zipfile.is_zipfile(path):
-        return set()  # torch's format before 1.6, or no checkpoint at all: torch.load says which
+        return set()  # torch's format before 1.6, or not a checkpoint: torch.load tells
     try:
         return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception as error:
@@ -143,7 +144,7 @@ def _foreign_names(path: Path) -> set[str]:
 
 
 def _weights_in(path: Path, content: object) -> dict[str, torch.Tensor]:
-    # the weights may lie one level down
+    # the weights may be one level down
     for name in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -153,7 +154,8 @@ def _weights_in(path: Path, content: object) -> dict[str, torch.Tensor]:
     others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise CheckpointFileError(
-            f"{path}: expected tensors by name, at the top or under one of {list(WRAPPERS)}; got {others[:5]} beside"
+            f"{path}: expected only tensors by name, at the top or under one of {list(WRAPPERS)}; got also "
+            f"{others[:5]}"
         )
     # DistributedDataParallel's prefix
     return {str(name).removeprefix("module."): value.detach() for name, value in content.items()}

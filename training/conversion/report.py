@@ -1,4 +1,4 @@
-"""What became of each name of a foreign checkpoint, and what of a model it did not fill."""
+"""Reports how each tensor of a foreign checkpoint was used, and which weights of the model it did not fill."""
 
 from dataclasses import dataclass, field
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 @dataclass
 class ConversionReport:
     """
-    Every name of the file stands in exactly one of `used` and `left_over`.
+    Every name of the file is in exactly one of `used` and `left_over`.
 
     Attributes:
-        used: Name in the file -> name here.
-        changed: Name in the file -> what was done to its tensor beside renaming it.
-        left_over: Name in the file -> why it has no place here.
-        missing: Name here that the file did not fill -> what it begins as instead.
-        notes: What else the reader should know, one sentence each.
+        used: Name in the file -> our name.
+        changed: Name in the file -> how its tensor was changed, apart from renaming.
+        left_over: Name in the file -> why it was not used.
+        missing: Our name that the file did not fill -> its initial value.
+        notes: Other remarks, one sentence each.
     """
 
     used: dict[str, str] = field(default_factory=dict)
@@ -23,7 +23,7 @@ class ConversionReport:
     notes: list[str] = field(default_factory=list)
 
     def merge(self, other: "ConversionReport") -> "ConversionReport":
-        """Adds another file's; what either filled is not missing. In place."""
+        """Adds the report of another file, in place. A weight that either file filled is not missing."""
         self.used |= other.used
         self.changed |= other.changed
         self.left_over |= other.left_over
@@ -35,11 +35,11 @@ class ConversionReport:
         return self
 
     def describe(self) -> str:
-        """All of it as lines of text; of what was used only the number."""
-        # what was used is the normal case: a number does
+        """The report as lines of text; used tensors are only counted."""
+        # for used tensors, the normal case, the number is enough
         lines = [f"{len(self.used)} tensors used"]
 
-        # what was not is listed by name
+        # all others are listed by name
         for title, names in (
             ("changed", self.changed),
             ("left over in the file", self.left_over),
@@ -51,7 +51,7 @@ class ConversionReport:
 
 
 class MissingWeightsError(ValueError):
-    """A checkpoint that lacks, damages, or does not fit, what a tower needs; the message names the keys."""
+    """A checkpoint whose weights are missing, damaged, or of the wrong shape; the message names the keys."""
 
 
 __all__ = ["ConversionReport", "MissingWeightsError"]

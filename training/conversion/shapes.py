@@ -1,6 +1,7 @@
-"""What a published tower tells of the model that begins with it: width, depth, patches, words, heads.
+"""Reads the sizes of a published tower, for the configuration of a model that is initialised from it.
 
-Shapes tell most of it. Heads, activation and the norms' eps stand in a configuration beside the weights alone.
+Width, depth, patches and vocabulary follow from shapes. Heads, activation and the norms' eps are only in the
+configuration beside the weights.
 """
 
 import re
@@ -16,11 +17,11 @@ from .report import MissingWeightsError
 class TowerShape:
     """
     Attributes:
-        width, layers: D, and how many layers.
-        inner: Width within the feed-forward.
-        patch, channels (*optional*): Of a tower for images: side of a patch in pixels, and colours.
-        words, positions (*optional*): Of a tower for texts: rows of its two tables.
-        heads, eps, activation (*optional*): As the configuration says; None where none lies beside the weights.
+        width, layers: D, and the number of layers.
+        inner: Inner width of the feed-forward.
+        patch, channels (*optional*): Of an image tower: side of a patch in pixels, and colour channels.
+        words, positions (*optional*): Of a text tower: rows of its two embedding tables.
+        heads, eps, activation (*optional*): From the configuration; None if there is none beside the weights.
     """
 
     width: int
@@ -37,10 +38,11 @@ class TowerShape:
 
 def vision_shape(found: Found, said: Mapping[str, Any]) -> TowerShape:
     """
-    Of `vision_names`. `said` is the configuration beside the weights, empty where there is none.
+    The sizes of an image tower as `vision_names` returns it. `said` is the configuration beside the weights, empty if
+    there is none.
 
     Raises:
-        MissingWeightsError: nothing tells the width.
+        MissingWeightsError: the tensor that gives the width is missing.
     """
     width = _length(found, "blocks.0.norm1.weight", "a ViT, DeiT, MAE or DINOv2")
     patches = found.get("patch_embed.proj.weight")  # (D, C, p, p)
@@ -55,7 +57,7 @@ def vision_shape(found: Found, said: Mapping[str, Any]) -> TowerShape:
 
 
 def text_shape(found: Found, said: Mapping[str, Any]) -> TowerShape:
-    """As `vision_shape`, of `text_names`."""
+    """Like `vision_shape`, for a text tower as `text_names` returns it."""
     width = _length(found, "embeddings.word_embeddings.weight", "a BERT", dim=1)
     return TowerShape(
         width=width,
@@ -68,7 +70,7 @@ def text_shape(found: Found, said: Mapping[str, Any]) -> TowerShape:
 
 
 def _said(said: Mapping[str, Any], width: int) -> dict[str, Any]:
-    # a configuration of another width lies there by chance
+    # a configuration of another width belongs to another model
     if said.get("hidden_size") != width:
         return {}
     return {
@@ -83,7 +85,7 @@ def _length(found: Found, name: str, expected: str | None = None, dim: int = 0) 
         return found[name][1].shape[dim]
     if expected is not None:
         raise MissingWeightsError(
-            f"the checkpoint has no {name}, but {list(found)[:3]} and others; expected {expected}"
+            f"the checkpoint has no {name}; it has {list(found)[:3]} and others; expected {expected}"
         )
     return None
 

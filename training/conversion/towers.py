@@ -1,6 +1,7 @@
-"""A model that begins with published weights: a ViT, DeiT, MAE or DINOv2 for images, a BERT or MiniLM for texts.
+"""Initialises a model's towers from published weights.
 
-Which names of a file are which of a family's is its line in `families.TOWERS`. D width, N patches.
+The image tower takes a ViT, DeiT, MAE or DINOv2, the text tower a BERT or MiniLM. A family's entry in
+`families.TOWERS` maps the names of the file to ours. D width, N patches.
 """
 
 import math
@@ -22,10 +23,10 @@ from .reading import read_configuration, read_weights
 from .report import ConversionReport, MissingWeightsError
 from .shapes import TowerShape, text_shape, vision_shape
 
-DRAWN = "as the model drew it"
-# what no shape tells and weights depend on
+DRAWN = "random initialisation"
+# fields that no shape determines but that change what the weights compute
 UNSHAPED = ("num_attention_heads", "text_attention_heads", "hidden_act")
-# what may be given otherwise: norms divide by hardly anything else, and a longer table is cut
+# fields that may differ from the file's: eps hardly changes the norms, and a longer table is truncated
 FREE = ("layer_norm_eps", "text_layer_norm_eps", "max_position_embeddings")
 
 Source = str | os.PathLike | Mapping[str, torch.Tensor]
@@ -38,29 +39,29 @@ def initialise(
     fold_token_types: bool = False,
 ) -> ConversionReport:
     """
-    Fills the towers of a model of any family in place, and says what it used and what it left.
+    Fills the towers of a model of any family in place, and reports which weights it used.
 
-    For images a ViT, DeiT, MAE or DINOv2, whose position table may be of another image size; of MAE its encoder, and
-    DINOv2's scales of layers within the maps that they scale. For texts a BERT of the same vocabulary, of which a
-    family of one tower takes the words alone. Cross-attention stays as the model drew it, and so do the heads but for
-    that of words, if the file has one.
+    The image tower takes a ViT, DeiT, MAE encoder or DINOv2; its position table may be of another image size, and
+    DINOv2's LayerScale is folded into the linear layers. The text tower takes a BERT with the same vocabulary; a
+    single-tower family takes only its word embeddings. Cross-attention keeps its random initialisation, and so do the
+    heads, except a language-model head if the file has one.
 
     Args:
         model: On the CPU.
         vision, text: A path or a name on the Hub for `read_weights`, or a state dict.
-        fold_token_types: Add BERT's first token type to every position, which makes texts come out as BERT has them;
+        fold_token_types: Add BERT's first token type to every position, so that texts are encoded as by BERT;
             SIMLA's code drops it.
 
     Raises:
-        ValueError: a model of a family without a line in `TOWERS`.
-        MissingWeightsError: names weights of a tower that are missing, of another shape, or that a plain ViT or BERT
-            does not have (register tokens, say), without which the tower would compute something else; a number of
-            heads or an activation that the file's configuration says and the model has not.
-        CheckpointFileError: what cannot be read.
+        ValueError: the model's family has no entry in `TOWERS`.
+        MissingWeightsError: tower weights are missing, of another shape, or of a part that a plain ViT or BERT does
+            not have, such as register tokens; the number of heads or the activation differs from the file's
+            configuration.
+        CheckpointFileError: a file cannot be read.
     """
     towers = family_of(model.config.model_type, TOWERS, "towers to be filled")
     of_text = of_vision = ConversionReport()
-    # words first: an image's [CLS] may be one of them
+    # the text first, because an image's [CLS] may be one of its words
     if text is not None:
         found = text_names(_weights(text))
         told = towers.text_fields(text_shape(found, _configuration(text)), {})
@@ -84,18 +85,18 @@ def tower_fields(
     text: Source | None = None,
 ) -> dict[str, Any]:
     """
-    The fields of a new model's configuration that published towers tell and `given` leaves open.
+    The configuration fields of a new model that published towers determine and `given` leaves open.
 
     Args:
-        config_class: Of the family.
-        size: The named size, for what no file tells.
-        given: Fields that are set already.
-        vision, text: As `initialise` takes them.
+        config_class: The family's configuration class.
+        size: The named size, for fields that no file determines.
+        given: Fields that are already set.
+        vision, text: As in `initialise`.
 
     Raises:
-        ValueError: two towers, or a tower and `given`, contradict each other: both are named; a width that is not the
-            size's, without a configuration that says how many heads; a family without a line in `TOWERS`.
-        MissingWeightsError, CheckpointFileError: what is no tower, or cannot be read.
+        ValueError: two towers, or a tower and `given`, contradict each other; the width is not that of `size`, and no
+            configuration gives the number of heads; the family has no entry in `TOWERS`.
+        MissingWeightsError, CheckpointFileError: a source is not a tower, or cannot be read.
     """
     towers = family_of(config_class.model_type, TOWERS, "towers to be filled")
     told = []
@@ -104,7 +105,7 @@ def tower_fields(
     if text is not None:
         told.append(("initial_text", towers.text_fields(_shape(text, text_names, text_shape), given)))
 
-    # what both tell must be the same
+    # fields that both towers determine must agree
     fields, by = {}, {}
     for source, values in told:
         for name, value in values.items():
@@ -112,12 +113,13 @@ def tower_fields(
                 continue
             if name in fields and fields[name] != value:
                 raise ValueError(
-                    f"{name} is {fields[name]} in {by[name]} and {value} in {source}; expected towers of one {name}"
+                    f"{name} is {fields[name]} in {by[name]} and {value} in {source}; expected towers with the same "
+                    f"{name}"
                 )
             fields[name] = value
             by[name] = source
 
-    # and what is given may differ only where the weights allow it
+    # given fields may differ only where the weights allow it
     wrong = {
         name: f"{value} in {by[name]}, {given[name]} given"
         for name, value in fields.items()
@@ -125,8 +127,8 @@ def tower_fields(
     }
     if wrong:
         raise ValueError(
-            f"{wrong}: expected the files' own values, or none, in model_config; vocab_size is the tokenizer's, for "
-            f"which the file's vocabulary is expected"
+            f"{wrong}: expected the files' own values, or none, in model_config; vocab_size comes from the tokenizer, "
+            "which must have the file's vocabulary"
         )
     _check_heads(config_class, size, {**fields, **given}, vision is not None)
     return {name: value for name, value in fields.items() if name not in given}
@@ -136,8 +138,8 @@ def _check_heads(config_class: type[PreTrainedConfig], size: str, fields: Mappin
     own = config_class.from_size(size).hidden_size
     if vision and "num_attention_heads" not in fields and fields["hidden_size"] != own:
         raise ValueError(
-            f"initial_vision is {fields['hidden_size']} wide, size {size!r} {own}, and no shape tells the number of "
-            f"attention heads; expected a config.json beside the weights, a size of that width, or "
+            f"initial_vision has width {fields['hidden_size']}, size {size!r} has {own}, and no shape tells the "
+            f"number of attention heads; expected a config.json beside the weights, a size of that width, or "
             f"num_attention_heads in model_config"
         )
 
@@ -155,29 +157,30 @@ def _configuration(source: Source) -> dict[str, Any]:
 
 
 def _check_told(config: PreTrainedConfig, told: Mapping[str, Any], source: Source) -> list[str]:
-    """What no shape tells: heads and activation as the file's configuration has them, or a note that none says so."""
+    """Compares heads and activation, which no shape determines, with the file's configuration. Returns a note if the
+    file has none."""
     names = [name for name in UNSHAPED if name in told]
     for name in names:
         if told[name] not in (None, getattr(config, name)):
             raise MissingWeightsError(
                 f"{name} is {told[name]!r} in the configuration beside {source} and {getattr(config, name)!r} in the "
-                f"model, by which the same weights compute something else"
+                "model, so the same weights would compute something else"
             )
     if isinstance(source, Mapping) or not names or any(told[name] is not None for name in names):
         return []
     taken = ", ".join(f"{name} {getattr(config, name)}" for name in names)
-    return [f"no configuration beside {source} tells what shapes do not: {taken}, as the model has it"]
+    return [f"there is no configuration beside {source}; assumed the model's values: {taken}"]
 
 
 @dataclass
 class Filling:
     """
-    What goes where, before anything is copied.
+    Collects which tensor goes where, before anything is copied.
 
     Attributes:
         model, towers: The model, and its family's names.
         found: Name in the model -> tensor.
-        strays: Names in the file of which nothing says why they have no place.
+        strays: Names in the file that are unused for no known reason.
     """
 
     model: PreTrainedModel
@@ -188,12 +191,12 @@ class Filling:
 
     @property
     def tower(self) -> str:
-        """What begins a weight of the tower."""
+        """Prefix of the tower's weights."""
         prefix = self.model.base_model_prefix
         return f"{prefix}." if hasattr(self.model, prefix) else ""
 
     def take(self, official: str, ours: str, tensor: torch.Tensor, change: str | None = None) -> None:
-        """`official` may be the names of several that make one, with " + "."""
+        """Assigns a tensor to our name; `official` may join several names with " + "."""
         parts = official.split(" + ")
         self.found[ours] = tensor
         self.report.used |= dict.fromkeys(parts, ours)
@@ -202,7 +205,7 @@ class Filling:
             self.report.changed |= dict.fromkeys(parts, change)
 
     def leave(self, official: str, name: str, why: str) -> None:
-        """As the family says, or else for `why`."""
+        """Lists a tensor as unused, for the family's reason or else for `why`."""
         said = next((reason for left, reason in self.towers.left.items() if name.startswith(left)), None)
         for part in official.split(" + "):
             self.report.left_over[part] = said or why
@@ -211,18 +214,18 @@ class Filling:
 
     @torch.no_grad()
     def copy(self, names: Names, begins: str) -> ConversionReport:
-        """Into the model, after a look at all of it, so that an error leaves the model as it was."""
-        # layers that the model has not: it is shallower or of another kind
+        """Copies into the model after all checks, so that an error leaves the model unchanged."""
+        # layers that the model does not have: it is shallower, or of another architecture
         mine, back = self.model.state_dict(), names.reverse
         layers = [name for name in self.strays if name.startswith(("blocks.", "encoder.layer.", "layers."))]
         layers += [name for name in self.found if name not in mine]
         if layers:
             raise MissingWeightsError(
-                f"{len(layers)} weights of layers have no place in the model: {layers[:10]}; expected a plain ViT or "
+                f"the model lacks {len(layers)} of the file's layer weights: {layers[:10]}; expected a plain ViT or "
                 f"BERT of {_depths(self.model.config)} layers"
             )
 
-        # weights that the tower has and the file has not
+        # tower weights that the file does not have
         inside = [name for name in mine if name.startswith(self.tower + begins)]
         missing = [name for name in inside if name not in self.found]
         lacking = [
@@ -235,7 +238,7 @@ class Filling:
                 f"{len(lacking)} weights are not in the checkpoint: {lacking[:10]}; expected all"
             )
 
-        # tensors of another shape than the tower has
+        # shapes must match
         wrong = {
             name: f"{tuple(tensor.shape)}, expected {tuple(mine[name].shape)}"
             for name, tensor in self.found.items()
@@ -243,11 +246,11 @@ class Filling:
         }
         if wrong:
             shapes = dict(list(wrong.items())[:10])
-            raise MissingWeightsError(f"wrong shapes {shapes}: the checkpoint is of another model")
+            raise MissingWeightsError(f"wrong shapes {shapes}: the checkpoint belongs to another model")
         if damage := damage_of(self.found):
             raise MissingWeightsError(damage)
 
-        # all fits: now the model changes
+        # everything fits: now change the model
         for name, tensor in self.found.items():
             mine[name].copy_(tensor)
         self.report.missing |= dict.fromkeys(missing, DRAWN)
@@ -267,10 +270,10 @@ def _fill_vision(model: PreTrainedModel, towers: TowerNames, state: Found) -> Co
     for name, (official, tensor) in state.items():
         ours = names(name)
 
-        # what has a place only after a change, or none for a known reason, comes before the rest
+        # first the tensors that need a change or are left out for a known reason
         if is_decoder(name, state):
             if decoder is None:
-                filling.leave(official, name, "of MAE's decoder, which is left behind")
+                filling.leave(official, name, "part of MAE's decoder, which is not used")
         elif name == "cls_token" and towers.cls_word is not None:
             _take_cls_word(filling, official, tensor)
         elif name == "pos_embed" and towers.fixed_positions is not None:
@@ -281,27 +284,27 @@ def _fill_vision(model: PreTrainedModel, towers: TowerNames, state: Found) -> Co
         elif name == "mask_token" and ours is not None:
             _take_mask_token(filling, official, filling.tower + ours, tensor)
         elif name.startswith("patch_embed.") and model.config.stem == "conv":
-            filling.report.left_over[official] = "a stem of convolutions stands here"
+            filling.report.left_over[official] = "our model has a convolutional stem"
         elif ours is None:
-            filling.leave(official, name, "no part of a visual encoder's tokens and layers")
+            filling.leave(official, name, "not part of a visual encoder's tokens and layers")
         else:
             filling.take(official, filling.tower + ours, tensor)
     return filling.copy(names, towers.vision_in)
 
 
 def _take_decoder(filling: Filling, state: Found) -> None:
-    """MAE's decoder whole, or a word that the file has none."""
+    """Takes all of MAE's decoder, or reports that the file has none."""
     names = Names(MAE_DECODER)
     prefix = f"{filling.towers.mae_decoder}."
     for name, (official, tensor) in state.items():
         if name == "pos_embed":
-            filling.report.left_over[official] = "positions are fixed sines here"
+            filling.report.left_over[official] = "our positions are fixed sines"
         elif (ours := names(name)) is None:
-            filling.leave(official, name, "no part of MAE's decoder")
+            filling.leave(official, name, "not part of MAE's decoder")
         else:
             filling.take(official, prefix + ours, tensor)
 
-    # a part of it would be worse than none
+    # an incomplete decoder would be worse than none
     mine = [name for name in filling.model.state_dict() if name.startswith(prefix)]
     lacking = [name for name in mine if name not in filling.found]
     if state and lacking:
@@ -316,42 +319,44 @@ def _take_cls_word(filling: Filling, official: str, cls_token: torch.Tensor) -> 
     row = filling.towers.cls_word(config, cls_token)  # (D,)
     if row.shape == words[0].shape:
         words[config.cls_token_id] = row
-        filling.take(official, ours, words, f"row {config.cls_token_id} of the words, [CLS]; the others stay")
+        filling.take(
+            official, ours, words, f"row {config.cls_token_id} of the word embeddings, [CLS]; the others stay"
+        )
     else:
-        filling.take(official, ours, cls_token)  # of another width, as `copy` will say
+        filling.take(official, ours, cls_token)  # another width: `copy` raises
 
 
 def _take_mask_token(filling: Filling, official: str, ours: str, token: torch.Tensor) -> None:
-    # DINOv2 has it as (1, D), others as (1, 1, D)
+    # DINOv2 stores it as (1, D), others as (1, 1, D)
     if ours in filling.model.state_dict():
         filling.take(official, ours, token.reshape(1, 1, -1))
     else:
-        filling.report.left_over[official] = "the model masks no patches"
+        filling.report.left_over[official] = "our model masks no patches"
 
 
 def _beside_sines(towers: TowerNames, config: PreTrainedConfig, table: torch.Tensor) -> str:
-    """Why a table (1, k + n*n, D) has no place where positions are not learned, and what that changes."""
+    """Why a learned table (1, k + n*n, D) is unused where positions are fixed, and how far the two differ."""
     extra, own = _split_table(table)
     sines = towers.fixed_positions(config, own)  # (n*n, D)
 
     # only a table of the same size can be compared
     patches = table[0, extra:].to(sines.dtype)  # (n*n, D)
     if patches.shape != sines.shape:
-        return "positions are fixed sines here"
+        return "our positions are fixed sines"
 
-    # MAE's own rows for [CLS] are zeros: what they hold beyond is a difference too
+    # MAE's rows for [CLS] are zeros: any other value is a difference too
     rest = 0.0 if extra == 0 else table[0, :extra].abs().max().item()
     apart = max((patches - sines).abs().max().item(), rest)
     if apart < 1e-5:
-        return f"positions are fixed sines here, and so are the file's, of {own} x {own} places"
-    return f"positions are fixed sines here; the file's were learned, and lie up to {apart:.2g} from sines"
+        return f"our positions are fixed sines, and so are the file's, of {own} x {own} patches"
+    return f"our positions are fixed sines; the file's were learned, and differ from sines by up to {apart:.2g}"
 
 
 def _split_table(table: torch.Tensor) -> tuple[int, int]:
     """
-    (1, k + n*n, D) -> k and n. k is 1 for [CLS], 2 with a token of distillation after it, 0 if all rows are patches'.
+    (1, k + n*n, D) -> k and n. k is 1 for [CLS], 2 with a distillation token after it, 0 if all rows are patches.
     """
-    # rows beyond the largest square are extra tokens'
+    # rows beyond the largest square belong to extra tokens
     own = math.isqrt(table.shape[1])
     extra = table.shape[1] - own**2
     if extra > 2:
@@ -360,18 +365,18 @@ def _split_table(table: torch.Tensor) -> tuple[int, int]:
 
 
 def _position_table(table: torch.Tensor, side: int) -> tuple[torch.Tensor, str | None]:
-    """(1, k + n*n, D) -> (1, 1 + side², D), and what was done to it; a distillation token has no place here."""
+    """(1, k + n*n, D) -> (1, 1 + side², D), and a description of the change; a distillation token is dropped."""
     extra, own = _split_table(table)
     done = []
     if extra == 0:
         table = torch.cat([table.new_zeros(1, 1, table.shape[2]), table], dim=1)  # (1, 1 + n*n, D)
-        done.append("zeros for [CLS], of which the table says nothing")
+        done.append("zeros were added for [CLS], which the table lacks")
     elif extra == 2:
         table = torch.cat([table[:, :1], table[:, 2:]], dim=1)  # (1, 1 + n*n, D)
         done.append("the distillation token's row was dropped")
     if own != side:
         table = resize_position_table(table, side)
-        done.append(f"{own} x {own} places to {side} x {side}, bicubic")
+        done.append(f"{own} x {own} patches to {side} x {side}, bicubic")
     return table, "; ".join(done) or None
 
 
@@ -391,11 +396,11 @@ def _fill_text(model: PreTrainedModel, towers: TowerNames, state: Found, fold_to
         else:
             filling.take(official, ours, tensor)
 
-    # the table of positions last, when token types are known too
+    # the position table last, because token types may be added to it
     _fit_positions(filling, state, fold_token_types)
     report = filling.copy(names, towers.text_in)
 
-    # a head is no part of the tower, and may be missing
+    # a head is not part of the tower and may be missing
     heads = (name for name in mine if name.startswith("lm_head.") and name != "lm_head.decoder.weight")
     report.missing |= {name: DRAWN for name in heads if name not in filling.found}
     return report
@@ -403,20 +408,20 @@ def _fill_text(model: PreTrainedModel, towers: TowerNames, state: Found, fold_to
 
 def _why_not_text(name: str) -> str:
     if name.endswith("token_type_embeddings.weight"):
-        return "there are no token types here (SIMLA's code drops them; fold_token_types keeps what they did)"
+        return "our models have no token types (SIMLA's code drops them; fold_token_types keeps their effect)"
     if name.endswith("position_ids"):
-        return "a buffer that counts; nothing here needs it"
-    return "this model has no such part"
+        return "a buffer of position numbers, not needed here"
+    return "our model has no such part"
 
 
 def _fit_positions(filling: Filling, state: Found, fold_token_types: bool) -> None:
-    """Token types into the table of positions if asked for, and its first rows only where the model has fewer."""
+    """Adds token types to the position table if asked for, and truncates it if the model has fewer positions."""
     found, report = filling.found, filling.report
     ours = f"{filling.tower}{Names(filling.towers.text)('embeddings.position_embeddings.weight')}"
     if ours not in found:
         return
 
-    # a single text has type 0 throughout, so that its row can be added once and for all
+    # a single text has type 0 everywhere, so its row can be added to every position
     types = state.get("embeddings.token_type_embeddings.weight")
     if fold_token_types and types is not None:
         found[ours] = found[ours] + types[1][0]
@@ -424,11 +429,11 @@ def _fit_positions(filling: Filling, state: Found, fold_token_types: bool) -> No
         report.used[types[0]] = ours
         report.changed[types[0]] = "its first row was added to every position"
 
-    # shorter texts read the first positions, which mean the same in either table
+    # the first positions mean the same in either table
     rows = filling.model.config.max_position_embeddings
     if len(found[ours]) > rows:
         official = state["embeddings.position_embeddings.weight"][0]
-        report.changed[official] = f"the first {rows} of {len(found[ours])} rows"
+        report.changed[official] = f"truncated to the first {rows} of {len(found[ours])} rows"
         found[ours] = found[ours][:rows]
 
 

@@ -1,1 +1,1 @@
-"""What a run will take: memory, operations, hours."""
+"""Estimates of what a run needs: memory, operations, hours."""

@@ -1,7 +1,7 @@
-"""What a run will cost, before anything starts: memory by part, pairs a second, hours. Serves `oner estimate`.
+"""Estimates the cost of a run before it starts, for `oner estimate`: memory by part, pairs per second, hours.
 
-Operations and activations are those of the run's own step, rehearsed on tensors without contents; the rate follows
-from a device's peak and a stated share of it (MFU), which no rehearsal can know.
+Operations and activations come from the run's own step on fake tensors (`rehearsal.py`); the speed follows from the
+device's peak and an assumed share of it (MFU).
 """
 
 import argparse
@@ -23,11 +23,11 @@ from .rehearsal import Rehearsal, rehearse
 
 GIB = 2**30
 TERA = 1e12
-# share of the data sheet's peak that is assumed where none is given: what OneR's base step reached on one H200, batch
-# 256, eager and compiled (docs/gpu.md)
+# default share of the data sheet's peak: that of OneR's base step on one H200, batch 256, eager and compiled
+# (docs/gpu.md)
 EAGER_MFU = 0.31
 COMPILED_MFU = 0.36
-# of everything counted: allocator's rounding, libraries' workspaces, gradients in flight
+# added for the allocator's rounding, libraries' workspaces and gradients in transit
 MARGIN = 0.10
 
 
@@ -35,7 +35,7 @@ MARGIN = 0.10
 class Device:
     """
     Attributes:
-        half (`float`): Dense TFLOP/s in bf16 or fp16, from the maker's data sheet.
+        half (`float`): Dense TFLOP/s in bf16 or fp16, from the manufacturer's data sheet.
         single (`float`): The same in fp32, TF32 off.
         memory (`float`): GiB.
     """
@@ -54,7 +54,7 @@ DEVICES = {
     "h100": Device(989, 67, 80),
     "h200": Device(989, 67, 141),
 }
-# what each way to spread a run divides by the number of devices
+# parts that each kind of sharding divides by the number of devices
 SHARDS = {
     "ddp": (),
     "zero1": ("optimizer",),
@@ -68,10 +68,10 @@ SHARDS = {
 class Estimate:
     """
     Attributes:
-        memory (`dict[str, float]`): GiB a device, by part; `total` is their sum.
-        flops_per_pair (`float`): Operations of a pair, recomputation included.
-        pairs_per_second (`float`): Of all devices.
-        steps, hours, device_hours (*optional*): Of the whole run, where its length is known.
+        memory (`dict[str, float]`): GiB per device, by part; `total` is their sum.
+        flops_per_pair (`float`): Operations per pair, including recomputation.
+        pairs_per_second (`float`): Of all devices together.
+        steps, hours, device_hours (*optional*): Of the whole run, if its length is known.
     """
 
     memory: dict[str, float]
@@ -101,21 +101,21 @@ def configuration_of(arguments: Arguments) -> PreTrainedConfig:
 
 
 def memory_by_part(rehearsal: Rehearsal, arguments: Arguments, count: int, sharding: str, half: bool) -> dict:
-    """GiB a device. Weights, gradients and teacher are fp32, as AdamW's two moments are."""
-    # bytes as if one device did everything; activations and batch are its own anyway
+    """GiB per device. Weights, gradients, teacher and AdamW's two moments are fp32."""
+    # bytes on a single device; activations and batch are already one device's share
     chunks = arguments.run.gradient_cache_chunks
     parts = {
         "weights": 4.0 * rehearsal.parameters + rehearsal.buffers,
         "gradients": 4.0 * rehearsal.trained,
         "optimizer": 8.0 * rehearsal.trained,
         "teacher": 4.0 * rehearsal.teacher,
-        # autocast keeps a half of each weight from its first use to the end of the pass
+        # autocast caches a half-precision copy of each weight until the end of the pass
         "half weights": 2.0 * rehearsal.parameters if half else 0.0,
         "activations": float(rehearsal.activations),
         "batch": float(rehearsal.inputs) * chunks,
     }
 
-    # what is spread is divided by the number of devices
+    # sharded parts are divided by the number of devices
     for name in SHARDS[sharding]:
         parts[name] /= count
     parts["margin"] = MARGIN * sum(parts.values())
@@ -124,7 +124,7 @@ def memory_by_part(rehearsal: Rehearsal, arguments: Arguments, count: int, shard
 
 
 def default_mfu(arguments: Arguments) -> float:
-    """What is assumed where nobody says better."""
+    """The MFU that is assumed if none is given."""
     return COMPILED_MFU if arguments.run.compile else EAGER_MFU
 
 
@@ -139,14 +139,14 @@ def estimate(
 ) -> Estimate:
     """
     Args:
-        count: Devices; each takes an even share of the batch.
-        mfu: Share of the device's peak that the step's operations reach, recomputed ones included; what was measured
-            of `compile` or without it if None.
-        words: Tokens of a caption on average; one of each batch is as long as the model allows.
-        pairs: Training pairs, for a run of epochs.
+        count: Number of devices; each takes an equal share of the batch.
+        mfu: Share of the device's peak that the step reaches, counting recomputation; if None, the value measured with
+            or without `compile`.
+        words: Average tokens per caption; one caption of each batch has the maximum length.
+        pairs: Number of training pairs, for a run measured in epochs.
 
     Raises:
-        ValueError: a batch that the devices, or the chunks of each, do not divide; shares and counts out of range.
+        ValueError: the batch size does not suit the number of devices or chunks; a value is out of range.
     """
     run = arguments.run
     chunks = run.gradient_cache_chunks
@@ -156,22 +156,23 @@ def estimate(
                          f"and one of {sorted(SHARDS)}")  # fmt: skip
     if run.batch_size % count or run.batch_size // count < chunks:
         raise ValueError(
-            f"batch_size is {run.batch_size}; expected a multiple of {count} devices, with {chunks} pairs or more each"
+            f"batch_size is {run.batch_size}; expected a multiple of {count} devices, with at least {chunks} pairs "
+            "each"
         )
 
-    # one chunk of one device's share, padded to its longest text
+    # one chunk of one device's batch, padded to its longest text
     config = configuration_of(arguments)
     share = -(-(run.batch_size // count) // chunks)
     lengths = [config.max_text_length] + [min(words, config.max_text_length)] * (share - 1)
     half = run.mixed_precision != "no"
     rehearsal = rehearse(arguments, config, lengths, "bf16" if half else "no")
 
-    # operations of a pair, and the rate that the assumed share of the peak gives
+    # operations per pair, and the resulting speed
     repeated = rehearsal.repeated if chunks > 1 else 0.0
     work = (rehearsal.flops + repeated) / rehearsal.pairs
     rate = count * mfu * TERA * (device.half if half else device.single) / work
 
-    # the length of the run, by steps or by epochs of whole batches
+    # length of the run, from max_steps or from epochs of whole batches
     steps = run.max_steps
     if steps is None and pairs is not None:
         steps = round(run.epochs * (pairs // run.batch_size))
@@ -207,7 +208,7 @@ def describe(result: Estimate, device: Device, count: int, mfu: float, words: in
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """`oner estimate`: `rest` is the run's own command line, `--config` and what overrides it."""
-    # a device of the table, or one that the caller knows better
+    # a device of the table, with the caller's own figures if given
     known = DEVICES[options.device]
     device = Device(
         half=options.peak_tflops or known.half,
@@ -215,7 +216,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         memory=options.memory_gib or known.memory,
     )
 
-    # the run as its own command line describes it
+    # the run's own arguments
     arguments = parse_arguments(rest)
     mfu = default_mfu(arguments) if options.mfu is None else options.mfu
     result = estimate(arguments, device, options.count, mfu, options.words, options.pairs, sharding=options.sharding)

@@ -1,6 +1,6 @@
-"""Operations of one training step of OneR, by formula: what the counter must agree with.
+"""Operations of one training step of OneR by formula, to check the counter against.
 
-B pairs, N patches, W token slots of a text, n tokens of all texts, M masked tokens, K keys, D width, I width of the
+B pairs, N patches, W padded text length, n tokens of all texts, M masked tokens, K keys, D width, I width of the
 feed-forward, V vocabulary, P embedding width, H hidden width of the heads.
 """
 
@@ -16,7 +16,7 @@ from .flops import attention_flops, linear_flops
 
 @dataclass(frozen=True)
 class PairShape:
-    """Sizes of a batch: B pairs, W slots of the longest text, n tokens, M of them to predict, K keys gathered."""
+    """Sizes of a batch: B pairs, W length of the longest text, n tokens, M of them masked, K gathered keys."""
 
     pairs: int
     slots: int
@@ -27,7 +27,7 @@ class PairShape:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of a step: the student's forward, the teacher's, and the backward, without any recomputation."""
+    """Operations of a step: the student's forward, the teacher's, and the backward, without recomputation."""
 
     student: float
     teacher: float
@@ -39,8 +39,8 @@ class StepFlops:
 
 
 def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape: PairShape) -> StepFlops:
-    """The step of `OneRObjective` over `OneRForPreTraining`, with `gather_gradient` off, at the run's beginning."""
-    # what the losses read: representations to compare, and streams with masks
+    """A step of `OneRObjective` on `OneRForPreTraining`, with `gather_gradient` off, at the start of a run."""
+    # inputs of the losses: compared representations, and masked streams
     contrasts = [name for name in arguments.losses if name in CONTRASTS]
     queries = {query for name in contrasts for query, _ in CONTRASTS[name]}
     keys = {key for name in contrasts for _, key in CONTRASTS[name]}
@@ -48,7 +48,7 @@ def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape
     modelled = {name for name in arguments.masked_streams if name in read}
     masks = bool(modelled)
 
-    # the trunk: one pass where contrasts read masked streams too, or two stems where they do not
+    # the trunk: one pass if contrastive losses use masked streams, otherwise two passes
     contrast_streams = _streams(queries)
     patches = _patches(config)
     kept = arguments.keeping.count(patches, 0.0)
@@ -59,7 +59,7 @@ def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape
         student += _stem(config, shape) + _trunk(config, shape, contrast_streams, kept)
         student += _trunk(config, shape, modelled, patches if "mim" in arguments.losses else kept)
 
-    # heads of the contrasts, of masked tokens and of masked patches
+    # heads of the contrastive losses, of masked tokens and of masked patches
     student += _heads(config, shape, queries, predict=True)
     if "mlm" in arguments.losses:
         rows = shape.masked_words * len(modelled - {"image"})
@@ -68,20 +68,20 @@ def oner_step_flops(config: OneRConfig, arguments: OneRObjectiveArguments, shape
         pixels = config.patch_size**2 * config.num_channels
         student += linear_flops(_patches(config) * shape.pairs * len(modelled - {"text"}), config.hidden_size, pixels)
 
-    # no gradient flows into the pixels
+    # the first convolution computes no gradient of the pixels
     first = 0.0 if not (masks or contrasts) else _first_convolution(config, shape)
     stems = 1 if arguments.contrast_masked or not masks else 2
     terms = sum(len(CONTRASTS[name]) for name in contrasts)
     loss = terms * linear_flops(shape.pairs, config.projection_dim, shape.keys)
 
-    # the teacher makes the keys, and predicts nothing
+    # the teacher computes the keys, without predictor
     teacher = 0.0
     if contrasts:
         read = kept if arguments.keep_in_keys else patches
         teacher = _stem(config, shape) + _trunk(config, shape, _streams(keys), read)
         teacher += _heads(config, shape, keys, predict=False)
 
-    # keys carry no gradient: the loss goes back on one side only
+    # keys carry no gradient: the loss has a backward for the queries only
     return StepFlops(student + loss, teacher, 2 * student - stems * first + loss)
 
 
@@ -99,7 +99,7 @@ def _stem(config: OneRConfig, shape: PairShape) -> float:
     if config.stem == "linear":
         return linear_flops(positions, config.patch_size**2 * config.num_channels, width)
 
-    # 3 x 3 convolutions of stride 2, each twice as wide as the one before, then a map of 1 x 1
+    # 3 x 3 convolutions of stride 2, each twice as wide as the previous one, then a 1 x 1 convolution
     stages = config.patch_size.bit_length() - 1
     total = linear_flops(positions, width, width)
     narrow = config.num_channels
@@ -118,7 +118,7 @@ def _first_convolution(config: OneRConfig, shape: PairShape) -> float:
 
 
 def _trunk(config: OneRConfig, shape: PairShape, streams: Iterable[str], patches: int) -> float:
-    """All layers over packed streams: linear maps over real tokens, attention over padded rows; `patches` are read."""
+    """All layers on packed streams: linear layers on real tokens, attention on padded rows; `patches` per image."""
     width = config.hidden_size
     pairs = shape.pairs
     tokens = attention = 0.0
@@ -144,7 +144,7 @@ def _length(shape: PairShape, stream: str, patches: int) -> tuple[int, int]:
 
 
 def _heads(config: OneRConfig, shape: PairShape, representations: set[str], predict: bool) -> float:
-    # mixing hidden states needs a projection for each mixture, mixing embeddings one for each stream
+    # mixing hidden states needs one projection per mixture, mixing embeddings one per stream
     mixed = config.mixup_space == "hidden"
     rows = shape.pairs * len(representations if mixed else _streams(representations))
     total = _mlp(config, rows, config.hidden_size, config.projector_layers)

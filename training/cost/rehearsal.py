@@ -1,6 +1,6 @@
-"""A step on tensors without contents: what it computes and keeps, known before anything is allocated.
+"""Runs a training step on torch's fake tensors, to count its operations and memory without allocating anything.
 
-Any family's own code runs, under torch's fake tensors, so nothing here knows a formula.
+The family's own code runs, so no formulas are needed here.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,18 +26,18 @@ PROGRESS = 0.5
 @dataclass(frozen=True)
 class Rehearsal:
     """
-    One step of one process.
+    Costs of one step of one process.
 
     Attributes:
         pairs (`int`): Pairs of the step.
         parameters (`int`): Parameters of the student.
-        trained (`int`): Those of them with a gradient.
+        trained (`int`): Parameters of the student with a gradient.
         teacher (`int`): Parameters of the teachers.
-        buffers (`int`): Bytes of everything in student and teachers that is no parameter.
-        forward, targets, backward (`float`): Operations of the student's pass with the losses, of the targets (a
-            teacher's pass), and of the backward with what it recomputes.
-        repeated (`float`): Operations that a batch in chunks adds: the student's first pass.
-        activations (`int`): Bytes kept for the backward, each storage once, parameters left out.
+        buffers (`int`): Bytes of the buffers of student and teachers.
+        forward, targets, backward (`float`): Operations of the student's forward with the losses, of the targets (a
+            teacher's forward), and of the backward with its recomputation.
+        repeated (`float`): Additional operations of a batch in chunks: the student's first pass.
+        activations (`int`): Bytes saved for the backward, each storage once, without parameters.
         inputs (`int`): Bytes of the batch.
     """
 
@@ -61,23 +61,23 @@ class Rehearsal:
 def rehearse(
     arguments: Arguments, config: PreTrainedConfig, lengths: Sequence[int], precision: str = "no"
 ) -> Rehearsal:
-    """The step of these arguments on texts of these lengths; `precision` is `no`, `bf16` or `fp16`."""
+    """Runs the step of `arguments` on texts of these lengths; `precision` is `no`, `bf16` or `fp16`."""
     # the model of the run, without weights
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     family = objective_classes(arguments.model.family)[0]
-    with torch.device("meta"):  # fake tensors cannot be copied, as a teacher copies its student
+    with torch.device("meta"):  # meta, because fake tensors cannot be deep-copied, as a teacher copies its student
         model = build_model(replace(arguments, model=replace(arguments.model, initial_model=None)), config)
         objective = family(model, family.without_files(arguments.objective))
 
-    # and as fake tensors on the CPU, with the teachers and queues that it trains with
+    # then as fake tensors on the CPU, with its teachers and queues
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         _fake(_modules(model, objective))
         for teacher in objective.teachers():
             teacher.follow(model)
-        objective.to(torch.device("cpu"))  # what it keeps beside modules: queues
-        fake.allow_non_fake_inputs = False  # a tensor with contents would be one that was forgotten
+        objective.to(torch.device("cpu"))  # state outside modules: queues
+        fake.allow_non_fake_inputs = False  # from here on a real tensor would be a mistake
 
-        # a batch of the given lengths, and what is in memory before the step
+        # a batch of the given lengths, and the storages in memory before the step
         masking = arguments.data.masking
         keep = getattr(arguments.objective, "image_keep", 1.0)
         masked = Example(masking.mlm_probability, sum(masking.mim_ratio) / 2, image_keep=keep)
@@ -92,7 +92,7 @@ def rehearse(
         passes = [_run(portion, model, batches[name], owned, autocast) for name, portion in objective.portions.items()]
         forward, targets, repeated, backward, activations = map(sum, zip(*passes, strict=True))
 
-    # counts of what stays between steps, beside those of the step
+    # the counts of the step, and the sizes of the state between steps
     teachers = [teacher.model for teacher in objective.teachers()]
     return Rehearsal(
         pairs=len(lengths),
@@ -110,7 +110,7 @@ def rehearse(
 
 
 class Pass(NamedTuple):
-    """Operations of a portion's student, its targets, what cached gradients repeat, its backward; bytes kept."""
+    """Operations of a portion's forward, targets, repeated pass (gradient cache) and backward; bytes saved."""
 
     forward: float
     targets: float
@@ -127,7 +127,7 @@ def _run(portion: Portion, model: nn.Module, batch: Batch, owned: set[int], auto
             saved[storage_id(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    # parts of the step alone: the targets, and the pass that cached gradients repeat
+    # parts of the step: the targets, and the pass that the gradient cache repeats
     with autocast(), torch.no_grad():
         targets, values = _counted(lambda: portion.targets(model, batch, PROGRESS))
         repeated, _ = _counted(lambda: portion.represent(model, batch, values, PROGRESS))
@@ -140,7 +140,7 @@ def _run(portion: Portion, model: nn.Module, batch: Batch, owned: set[int], auto
 
 
 def _counted(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Operations of a call, and what it gives."""
+    """Operations of a call, and its result."""
     with flop_counter() as counter:
         result = function()
     return float(counter.get_total_flops()), result
@@ -151,8 +151,8 @@ def _modules(model: torch.nn.Module, objective) -> list[torch.nn.Module]:
 
 
 def _fake(modules: list[torch.nn.Module]) -> None:
-    """Parameters and buffers on meta become fake ones on the CPU, where autocast sees them; tied ones stay tied."""
-    # by the identity of the parameter that each replaces
+    """Replaces meta parameters and buffers by fake ones on the CPU, where autocast works; tied ones stay tied."""
+    # id of the replaced parameter -> its fake
     fakes: dict[int, torch.Tensor] = {}
     for module in (part for whole in modules for part in whole.modules()):
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):

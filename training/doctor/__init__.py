@@ -1,1 +1,1 @@
-"""What ails a run: diagnoses of its log, its checkpoint and a small sample, in words."""
+"""Diagnoses a training run from its log, its last checkpoint and a small sample of its rows."""

@@ -1,4 +1,4 @@
-"""What the doctor reads of a run: its log, its last checkpoint, its model, and a small sample of its rows.
+"""Reads what the doctor checks: a run's log, its last checkpoint, its model, and a small sample of its rows.
 
 n rows of the sample, P width of the embeddings, N places of codes.
 """
@@ -35,24 +35,24 @@ from oner.training.run.loading import Rows, open_training_rows
 from oner.training.tasks.finetuning import find_task, task_arguments
 
 LOG = "log.jsonl"
-THUMBNAIL = 16  # pixels a side of what near duplicates are looked for by
-FEWEST = 16  # rows below which a recall says nothing
+THUMBNAIL = 16  # side in pixels of the pictures that are compared for near duplicates
+FEWEST = 16  # rows below which recall is not measured
 
 
 @dataclass(frozen=True)
 class Run:
     """
     Attributes:
-        directory: As given; `model` in it is the finished run's.
-        arguments: What it was told.
-        task: What it is fine-tuned for, if for anything.
-        lines: Of its log.
-        step, processes: At the last checkpoint; 0 and 1 where there is none.
-        uninformed: Loss by name of a model that knows nothing, of the losses that the log has.
-        distance: Between teacher and student as a share of the student's norm, where there is a teacher.
-        temperature, bounds: The model's learnable one, where it is held in a range.
-        rows: Of a process's batch, of pairs where there are any.
-        num_codes: Of the codebook that the run trains; 0 without one.
+        directory: As given; a finished run has its model in `model`.
+        arguments: Arguments of the run.
+        task: The task that it is fine-tuned for; None for pretraining.
+        lines: Lines of its log.
+        step, processes: At the last checkpoint; 0 and 1 without one.
+        uninformed: Loss of a model that has learned nothing, by name, for the losses in the log.
+        distance: Between teacher and student as a share of the student's norm; None without a teacher.
+        temperature, bounds: The model's learnable temperature and its range; None without a range.
+        rows: Batch size of a process, for pairs if there are any.
+        num_codes: Size of the codebook that the run trains; 0 without one.
     """
 
     directory: Path
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def negatives(self) -> int:
-        """How many a row has in a contrast; 0 without one."""
+        """Number of negatives of a row in a contrastive loss; 0 without one."""
         contrasts = [value for name, value in self.uninformed.items() if name != "itm"]
         return round(math.exp(contrasts[0])) - 1 if contrasts else 0
 
@@ -83,14 +83,14 @@ class Run:
 class Sample:
     """
     Attributes:
-        captions, ids: Of n training rows; an id each where the run takes equal ids for the same thing, else by row.
+        captions, ids: Of n training rows; the ids are row numbers unless the run treats rows with equal ids as equal.
         pictures: Thumbnails (n, M) in [0, 1].
-        unknown, tokens: [UNK] among all tokens of the captions.
-        embeddings: Unit vectors (n, P) of pictures and of texts, where the model has them.
-        recalls: R@1 of training rows and of evaluation rows, and among how many.
-        codes, num_codes: Of an image tokenizer (n, N), where the run has one.
-        nearest: Codes of the run's codebook, of a row of each id: of its picture, and of its text.
-        entropies: Of the plans of transport of these pictures, and of these texts, in nats.
+        unknown, tokens: Number of [UNK] and of all tokens in the captions.
+        embeddings: Unit vectors (n, P) of pictures and of texts, if the model has embeddings.
+        recalls: R@1 of training rows, R@1 of evaluation rows, and the number of rows of each.
+        codes, num_codes: Codes (n, N) of an image tokenizer and its size, if the run uses one.
+        nearest: Nearest codes of the run's codebook, for the picture and the text of one row per id.
+        entropies: Entropy of the transport plans of these pictures and of these texts, in nats.
     """
 
     captions: list[list[str]]
@@ -108,24 +108,24 @@ class Sample:
 
 def read_run(directory: str | Path) -> Run:
     """
-    A run that ended, was stopped, or goes on.
+    Reads a run that has ended, was stopped, or is in progress.
 
     Raises:
-        ValueError: no directory of a run, or one whose files are not as a run writes them.
+        ValueError: the directory is not one of a run, or its files are not in the format of a run.
     """
     directory = Path(directory)
     lines = _read_log(directory / LOG)
     checkpoints = list_checkpoints(directory)
     config = directory / "model" / "results" / "training_config.json"
 
-    # what the run was told: its last checkpoint knows, or the model directory that it left
+    # the arguments are in the last checkpoint, and in the finished model's directory
     state = _read_json(checkpoints[-1] / STATE) if checkpoints else {}
     told = state.get("arguments") or (_read_json(config) if config.is_file() else None)
     if told is None:
-        raise ValueError(f"{directory}: no checkpoint and no model/results, so it is not known what this run was told")
+        raise ValueError(f"{directory}: no checkpoint and no model/results, so the run's arguments are unknown")
     arguments, objective = arguments_of(told)
 
-    # what its losses come to without knowledge; pairs are contrasted, whichever portion an epoch is of
+    # losses of a model that has learned nothing; contrastive losses use the batches of pairs
     processes = _processes(checkpoints[-1]) if checkpoints else 1
     pairs = [portion for portion in arguments.portions().values() if portion.data.kind == "pairs"]
     batch_size = (pairs or [arguments.epoch_of()])[0].run.batch_size
@@ -148,7 +148,7 @@ def read_run(directory: str | Path) -> Run:
 
 def arguments_of(told: Mapping[str, Any]) -> tuple[Arguments, type | None]:
     """
-    Flat arguments as the dataclasses that they come from, and the family's objective, unless a task has its own.
+    Turns flat arguments into dataclasses, and finds the family's objective; None for a task with its own objective.
 
     Raises:
         ValueError: an unknown family or task.
@@ -164,7 +164,7 @@ def arguments_of(told: Mapping[str, Any]) -> tuple[Arguments, type | None]:
     else:
         objective, kind = objective_classes(family)
 
-    # an argument that has gone is left out, one that is new takes its default
+    # removed arguments are ignored, new ones take their defaults
     parts = [
         one(**{field.name: told[field.name] for field in fields(one) if field.name in told})
         for one in (ModelArguments, RunArguments, kind)
@@ -173,13 +173,13 @@ def arguments_of(told: Mapping[str, Any]) -> tuple[Arguments, type | None]:
 
 
 def teacher_distance(checkpoint: Path) -> float | None:
-    """|teacher - student| / |student| over the weights that both have; None without a teacher."""
+    """|teacher - student| / |student| over their common weights; None without a teacher."""
     apart = norm = 0.0
     with (
         safe_open(checkpoint / "objective.safetensors", framework="pt") as kept,
         safe_open(checkpoint / "model.safetensors", framework="pt") as student,
     ):
-        # statistics of batch norms are each one's own
+        # without batch norm statistics, which each model keeps itself
         shared = set(student.keys())
         names = [name.removeprefix("teacher.") for name in kept.keys() if name.startswith("teacher.")]  # noqa: SIM118
         for name in names:
@@ -192,26 +192,26 @@ def teacher_distance(checkpoint: Path) -> float | None:
 
 def read_sample(run: Run, rows: Mapping[str, Rows] | None = None, count: int = 256) -> Sample:
     """
-    A sample of the training rows, the same each time, and what the run's model makes of it.
+    Draws a sample of the training rows, the same each time, and evaluates the run's model on it.
 
     Args:
-        rows: By portion, where they are open already.
+        rows: By portion, if they are already open.
 
     Raises:
-        ValueError: a stream, which would have to be read from its beginning; rows of a task; texts alone.
-        PairDataError: data that are no longer there.
+        ValueError: the data are streamed, belong to a task, or have no images.
+        PairDataError: the data no longer exist.
     """
     # the first portion that has pictures
     portions = {name: one for name, one in run.arguments.portions().items() if one.data.kind != "texts"}
     if run.task is not None or not portions:
-        raise ValueError("rows of a task are not sampled" if run.task else "there are no pictures among the rows")
+        raise ValueError("rows of a task are not sampled" if run.task else "the rows contain no pictures")
     name, portion = next(iter(portions.items()))
     if portion.data.streaming:
-        raise ValueError("a stream is not sampled")
+        raise ValueError("streamed data are not sampled")
     taken = draw(open_training_rows(portion.data) if rows is None else rows[name], count)
     images = portion.data.kind == "images"
 
-    # what the run takes for the same thing
+    # ids, if the run treats rows with equal ids as equal
     told = run.arguments.to_dict()
     same = told.get("match_ids") or told["one_row_per_id"]
     seen = {
@@ -222,9 +222,9 @@ def read_sample(run: Run, rows: Mapping[str, Rows] | None = None, count: int = 2
     if not run.finished:
         return Sample(**seen)
 
-    # what its model makes of them
+    # outputs of its model
     directory = run.directory / "model"
-    # what a family leaves behind, as MoMo its decoders, nothing here reads
+    # heads that a family does not save, such as MoMo's decoders, are not used here
     auto = AutoModel if images else AutoModelForPreTraining
     model = load_model(auto, directory, draws_heads=True, dtype=torch.float32)
     seen |= _codes(model, told, taken)
@@ -237,7 +237,7 @@ def read_sample(run: Run, rows: Mapping[str, Rows] | None = None, count: int = 2
 
 
 def draw(rows: PairRows, count: int) -> list[dict[str, Any]]:
-    """At most `count` rows whose pictures can be read, in their order, the same each time."""
+    """At most `count` rows with readable pictures, in their order, the same each time."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))  # (R,)
     places = sorted(place for place in order[:count].tolist() if place not in rows.bad)
     readable = []
@@ -258,7 +258,7 @@ def _tokens(processor: Any, portion: Arguments, rows: Sequence[Mapping[str, Any]
 
 
 def _standing(model: PreTrainedModel, processor: Any, portion: Arguments, rows: list[dict[str, Any]]) -> dict:
-    # embeddings of the sample, a text beside each picture although several may say the same
+    # embeddings of the sample: one text per picture, even if texts repeat
     data, run = portion.data, portion.run
     clean = CAPTION_RULES.get(data.caption_rules) or str
     embeddings = {"pictures": embed_images(model, processor, Column(rows, "image"))}  # (n, P)
@@ -267,7 +267,7 @@ def _standing(model: PreTrainedModel, processor: Any, portion: Arguments, rows: 
         embeddings["texts"] = embed_texts(model, processor, captions)  # (n, P)
     standing = {"embeddings": embeddings}
 
-    # recall among as many rows to evaluate on
+    # recall among equally many training and evaluation rows
     options = {"ks": (1,), "captions": "first", "progress": False, "name": "rows"}
     options["clean_caption"] = CAPTION_RULES.get(data.caption_rules)
     if not run.eval_data:
@@ -282,7 +282,7 @@ def _standing(model: PreTrainedModel, processor: Any, portion: Arguments, rows: 
 
 
 def _codes(model: PreTrainedModel, told: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict:
-    # of a run that trains a tokenizer, or that predicts one's codes
+    # for a run that trains a tokenizer or predicts the codes of one
     if not isinstance(model, DiscreteVAE):
         if told.get("image_tokenizer") is None or "mim" not in told["losses"]:
             return {}
@@ -293,7 +293,7 @@ def _codes(model: PreTrainedModel, told: Mapping[str, Any], rows: list[dict[str,
 
 
 def _among_codes(model: PreTrainedModel, told: Mapping[str, Any], ids: Sequence[Hashable], embeddings: dict) -> dict:
-    # rows of one thing share their codes rightly: the first of each
+    # rows with the same id may share codes, so only the first of each id counts
     first = list(dict(zip(reversed(ids), reversed(range(len(ids))), strict=True)).values())
     with evaluating(model):
         cosines = {side: model.codebook(vectors[first]) for side, vectors in embeddings.items()}  # (m, K)
@@ -309,7 +309,7 @@ def _num_codes(checkpoint: Path) -> int:
 
 
 def _temperature(model: Path) -> tuple[float | None, tuple[float, float] | None]:
-    # of a finished model whose configuration has a range for it; a task's may have left it behind
+    # only of a finished model with a temperature_range; models of tasks may have no temperature
     config = _read_json(model / "config.json") if (model / "config.json").is_file() else {}
     if "temperature_range" not in config:
         return None, None
@@ -320,20 +320,20 @@ def _temperature(model: Path) -> tuple[float | None, tuple[float, float] | None]
 
 
 def _processes(checkpoint: Path) -> int:
-    # each process's generator is a row
+    # one row per process
     with safe_open(checkpoint / "random.safetensors", framework="pt") as generators:
         return generators.get_slice("cpu").get_shape()[0]
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected the output_dir of a run, which holds its log")
+        raise ValueError(f"{path}: no such file; expected the output_dir of a run, which contains its log")
     try:
-        # a line that is being written is not there yet
+        # without a last line that is still being written
         text = path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON object a line: {error}") from error
+        raise ValueError(f"{path}: expected one JSON object per line: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

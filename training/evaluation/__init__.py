@@ -1,1 +1,1 @@
-"""Evaluators, metrics, prompts and sheets."""
+"""Evaluation: evaluators, metrics, prompt templates, and sheets of pictures."""

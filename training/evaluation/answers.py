@@ -1,4 +1,4 @@
-"""Answers to questions about pictures, scored as VQA v2 scores them and written as its server takes them."""
+"""Evaluates visual question answering with VQA v2's accuracy, and writes answers in the format of its server."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from .sheets import evaluating, on_device
 
 Row = Mapping[str, Any]
 
-# punctuation, numbers and contractions as the VQA evaluation (vqaEval.py) treats them
+# punctuation, numbers and contractions as in the VQA evaluation (vqaEval.py)
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 THOUSANDS = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")
@@ -26,7 +26,7 @@ ARTICLES = frozenset(("a", "an", "the"))
 NUMBERS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
-# a contraction whose letters alone spell another word (well, were, shed, its) is not listed, since it is not restored
+# contractions that are other words without their apostrophe (well, were, shed, its) are not restored, so not listed
 CONTRACTED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -54,12 +54,12 @@ def normalise_answer(answer: str) -> str:
     """
     The answer in the form that the VQA evaluation compares.
 
-    A mark is removed where it stands beside a space or the answer has a number like 1,000, and becomes a space
-    elsewhere. A period is removed unless a digit follows. Then lower case, digits for the numbers up to ten, no
-    articles, and contractions with their apostrophes.
+    A punctuation mark is removed if it is next to a space or if the answer has a number like 1,000; otherwise it
+    becomes a space. A period is removed unless a digit follows. Then the text is lower-cased, numbers up to ten become
+    digits, articles are removed, and contractions get their apostrophes.
     """
 
-    # marks, judged by the answer as it came, not by what is left of it
+    # punctuation, tested on the original answer, not on what remains of it
     text = answer
     for mark in MARKS:
         beside_space = f"{mark} " in answer or f" {mark}" in answer
@@ -72,20 +72,20 @@ def normalise_answer(answer: str) -> str:
 
 def answer_accuracy(answer: str, answers: Sequence[str]) -> float:
     """
-    VQA's accuracy in [0, 1]: min(people who gave this answer / 3, 1), averaged over the ways to leave one person out.
+    VQA's accuracy in [0, 1]: min(people who gave this answer / 3, 1), averaged over leaving out one person at a time.
 
-    `answers` has one answer a person. All are normalised unless everybody said the same, as in the official
-    evaluation. Raises `ValueError` without answers.
+    `answers` has one answer per person. All are normalised unless they are identical, as in the official evaluation.
+    Raises `ValueError` without answers.
     """
     if not answers:
-        raise ValueError("nobody gave an answer to compare with")
+        raise ValueError("there are no human answers to compare with")
     answer = _one_line(answer)
     answers = [_one_line(one) for one in answers]
     if len(set(answers)) > 1:
         answer = normalise_answer(answer)
         answers = [normalise_answer(one) for one in answers]
 
-    # leaving a person out takes away their own vote: `one` is 1 where they agree
+    # leaving out a person removes their vote: `one` is 1 if they agree
     agree = [one.lower() == answer.lower() for one in answers]
     return sum(min((sum(agree) - one) / 3, 1.0) for one in agree) / len(agree)
 
@@ -96,21 +96,21 @@ def _one_line(text: str) -> str:
 
 class AnswerEvaluator:
     """
-    Answers every question: picks one of the candidates or, without candidates, writes freely with the decoder.
+    Answers every question: chooses one of the candidates or, without candidates, generates an answer.
 
-    Yields name/accuracy and the accuracy of each kind of question that rows state (name/accuracy_yes_no, _number,
-    _other), both over the rows that have answers; and name/questions, the number of questions answered.
+    Yields name/accuracy and the accuracy for each kind of question given in the rows (name/accuracy_yes_no, _number,
+    _other), both over the rows with answers; and name/questions, the number of questions answered.
 
     Args:
-        rows: with "image", "text", "id", and "answers" to be scored by.
-        candidates: what may be answered (VQA: a list of 3,192, `answer_list.json`); None: anything.
-        k: candidates whose whole likelihood is computed (ALBEF: 128).
-        count_first_token_twice: see `rank_answers`.
-        num_beams: of the search without candidates.
-        folder: `NAME.answers.json` is written here, a list of {"question_id", "answer"}.
+        rows: With "image", "text", "id", and "answers" for scoring.
+        candidates: Possible answers (VQA: a list of 3,192, `answer_list.json`); None: any.
+        k: Candidates whose full likelihood is computed (ALBEF: 128).
+        count_first_token_twice: See `rank_answers`.
+        num_beams: Beams for generation without candidates.
+        folder: For `NAME.answers.json`, a list of {"question_id", "answer"}.
 
     Raises:
-        ValueError: no rows, or nothing to score and nowhere to write.
+        ValueError: there are no rows, or neither answers for scoring nor a folder for writing.
     """
 
     def __init__(
@@ -137,16 +137,16 @@ class AnswerEvaluator:
         self.num_beams = num_beams
         self.folder = folder
 
-        # pictures of these rows are paths or bytes, not decoded, so that all can be kept
+        # pictures are paths or bytes, not decoded, so all rows fit in memory
         self.asked = [rows[number] for number in range(len(rows))]
         if folder is None and not any(row["answers"] for row in self.asked):
             raise ValueError(
-                f"{name}: no question has answers to score by, and there is no folder to write answers to"
+                f"{name}: no question has answers for scoring, and there is no folder to write answers to"
             )
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         options = {"answers": "written by the decoder", "num_beams": self.num_beams}
         if self.candidates is not None:
             options = {
@@ -166,7 +166,7 @@ class AnswerEvaluator:
 
         if self.folder is not None:
             self._save(answers)
-        # every scored question counts overall and for its kind
+        # each scored question counts in total and for its kind
         scores: dict[str, list[float]] = {}
         for row, answer in zip(self.asked, answers, strict=True):
             if not row["answers"]:
@@ -197,7 +197,7 @@ class AnswerEvaluator:
 
     def _write(self, model: Any, processor: Any, inputs: dict[str, torch.Tensor]) -> list[str]:
         sequences = model.generate_answers(**inputs, num_beams=self.num_beams).sequences.tolist()  # (B, T)
-        # what follows the end is padding
+        # tokens after the end token are padding
         end = answer_end(model.config)
         tokens = [row[: row.index(end)] if end in row else row for row in sequences]
         return processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -211,7 +211,7 @@ class AnswerEvaluator:
 
 
 class ClassifiedAnswers(AnswerEvaluator):
-    """The same of a model whose `logits` (B, C) choose one of the answers that its configuration names."""
+    """Like `AnswerEvaluator`, for a model whose `logits` (B, C) classify the answers in its configuration."""
 
     @property
     def protocol(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What [CLS] looks at in a picture, alone and with a text beside it (Figure 1, bottom left, of the OneR paper).
+"""Attention of [CLS] to the patches of an image, alone and with a text (Figure 1, bottom left, of the OneR paper).
 
-A text steers attention by "simple token sequence concatenation": [CLS], patches and tokens stand in one sequence. The
-row of the attention matrix that belongs to [CLS] then says which patches the text strengthened or weakened.
+A text changes the attention by "simple token sequence concatenation": [CLS], patches and tokens form one sequence. The
+[CLS] row of the attention matrix then shows to which patches the text adds attention, and from which it takes it.
 
 Shapes: B pictures, N = h*w patches (row-major), L = 1 + N + tokens + padding positions.
 """
@@ -34,7 +34,9 @@ from .sheets import (
 
 @contextmanager
 def eager_attention(model: Any) -> Iterator[None]:
-    """The eager kernel, the only one that hands out its probabilities; the former one is restored, also on errors."""
+    """
+    Uses the eager attention kernel, the only one that returns probabilities; afterwards restores the previous one.
+    """
     before = attention_implementation(model.config)
     model.set_attn_implementation("eager")
     try:
@@ -51,14 +53,13 @@ def cls_attention_rows(
     layer: int = -1,
     batch_size: int = 32,
 ) -> list[Tensor]:
-    """The attention of [CLS] to every position, mean of the heads of `layer`: a tensor (L,) a picture, on the CPU.
+    """The attention of [CLS] to every position, averaged over the heads of `layer`: one (L,) per image, on the CPU.
 
-    The positions are [CLS], the N patches, then the tokens of the picture's text; padding is cut off. Each row sums
-    to 1. In a model whose text reads a picture by cross-attention, the [CLS] is the text's, and its row (1 + N,) has
-    no tokens.
+    The positions are [CLS], the N patches, then the tokens of the text, without padding. Each row sums to 1. In models
+    with cross-attention it is the text's [CLS], and the row (1 + N,) has no tokens.
 
     Raises:
-        ValueError: numbers of pictures and texts differ.
+        ValueError: the numbers of images and texts differ.
     """
     if texts is not None and len(texts) != len(images):
         raise ValueError(f"expected one text for each picture, got {len(images)} pictures and {len(texts)} texts")
@@ -69,13 +70,13 @@ def cls_attention_rows(
             text = {} if texts is None else {"text": list(texts[chosen]), "padding": True, "truncation": True}
             batch = on_device(processor(images=list(images[chosen]), return_tensors="pt", **text), model)
 
-            # heads wrap the tower, and only the tower reports attention for all three kinds of input
+            # the tower without heads, because only it returns attention for all three kinds of input
             outputs = model.base_model(**batch, output_attentions=True)
             crossing = getattr(outputs, "cross_attentions", None) if texts is not None else None
             attentions = crossing or outputs.attentions  # one of (B, heads, L, L) for each layer
             mean = attentions[layer].float().mean(1)[:, 0].cpu()  # (B, L)
 
-            # cut padding off: an image's places are all real; in one sequence with it, padding ends the words
+            # remove padding, which can only follow the tokens of a joint sequence
             real = (outputs.token_types != PADDING_TOKEN).sum(1).cpu()  # (B,)
             lengths = [mean.shape[1]] * len(mean) if crossing else real.tolist()
             rows += [row[:length] for row, length in zip(mean, lengths, strict=True)]
@@ -85,20 +86,20 @@ def cls_attention_rows(
 def attention_maps(
     model: Any, processor: Any, images: Sequence[Any], texts: Sequence[str] | None = None, layer: int = -1
 ) -> Tensor:
-    """The part of `cls_attention_rows` that falls on the patches: (B, h, w), not renormalised."""
+    """The patches' part of `cls_attention_rows`: (B, h, w), not renormalised."""
     rows = cls_attention_rows(model, processor, images, texts, layer)
     h, w = patch_grid(processor(images=[images[0]], return_tensors="pt")["pixel_values"], model)
     return torch.stack([row[1 : 1 + h * w] for row in rows]).reshape(-1, h, w)  # (B, h, w)
 
 
 def cls_attention(model: Any, processor: Any, image: Any, text: str | None = None, layer: int = -1) -> Tensor:
-    """Attention (h, w) of [CLS] to the patches of `image`, mean of the heads of `layer`, with `text` in the sequence
-    or without; what is missing to 1 went to [CLS] itself and to the text."""
+    """Attention (h, w) of [CLS] to the patches of `image`, averaged over the heads of `layer`, with or without `text`
+    in the sequence; the rest to a sum of 1 went to [CLS] itself and to the text."""
     return attention_maps(model, processor, [image], None if text is None else [text], layer)[0]
 
 
 def head_maps(model: Any, processor: Any, images: Sequence[Any], layer: int = -1) -> Tensor:
-    """Attention (B, heads, h, w) of [CLS] to the patches of pictures alone, head by head, not renormalised."""
+    """Attention (B, heads, h, w) of [CLS] to the patches of images without text, per head, not renormalised."""
     with evaluating(model), eager_attention(model):
         batch = on_device(processor(images=list(images), return_tensors="pt"), model)
         attention = model.base_model(**batch, output_attentions=True).attentions[layer]  # (B, heads, L, L)
@@ -107,9 +108,9 @@ def head_maps(model: Any, processor: Any, images: Sequence[Any], layer: int = -1
 
 
 def heads_sheet(model: Any, processor: Any, images: Sequence[Any], layer: int = -1) -> Any:
-    """A Figure with one row for each picture: the picture, then what [CLS] looks at in each head (SIMLA, Figure 2).
+    """A Figure with one row per image: the image, then the attention of [CLS] in each head (SIMLA, Figure 2).
 
-    Under each map stands the share of the head's attention that the patches got.
+    Below each map is the share of the head's attention on the patches.
     """
     rows = []
     for seen, heads in zip(
@@ -125,17 +126,17 @@ def heads_sheet(model: Any, processor: Any, images: Sequence[Any], layer: int = 
 def attention_sheet(
     model: Any, processor: Any, images: Sequence[Any], texts: Sequence[Sequence[str]], layer: int = -1
 ) -> Any:
-    """A Figure with one row for each picture: the picture, [CLS] attention without text, then with each of its texts.
+    """A Figure with one row per image: the image, [CLS] attention without text, then with each of its texts.
 
-    Under each map stands the share of the attention that the patches got.
+    Below each map is the share of the attention on the patches.
     """
-    # all maps in two passes: each picture alone, and each with every one of its texts
+    # all maps in two passes: each image alone, and each with all of its texts
     seen = pictures_as_seen(images, processor)  # (B, H, W, 3)
     pairs = [(i, text) for i, asked in enumerate(texts) for text in asked]
     alone = attention_maps(model, processor, images, layer=layer)
     steered = attention_maps(model, processor, [images[i] for i, _ in pairs], [text for _, text in pairs], layer)
 
-    # a line of panels a picture
+    # one row of panels per image
     rows = [
         [Panel(picture, above="picture"), Panel(picture, heat, "no words", f"{heat.sum():.0%} on patches")]
         for picture, heat in zip(seen, alone, strict=True)
@@ -152,7 +153,7 @@ def attention_sheet(
 
 
 def share_in_quarter(maps: Tensor, asked: Sequence[int]) -> float:
-    """Mean share of the patches' attention (B, h, w) that falls into the quarter asked for; 1/4 when it is even."""
+    """Mean share of the patches' attention (B, h, w) in the requested quarter; 1/4 if it is uniform."""
     shares = []
     for one, index in zip(maps, asked, strict=True):
         rows, columns = quarter(*one.shape, index)
@@ -161,13 +162,13 @@ def share_in_quarter(maps: Tensor, asked: Sequence[int]) -> float:
 
 
 class AttentionEvaluator:
-    """Whether a text draws [CLS] to its picture among four, and a sheet of attention maps.
+    """Measures whether a text draws the attention of [CLS] to its picture among four, and draws attention maps.
 
-    The scenes of four are this project's measure of the paper's figure.
+    The scenes of four pictures are our way to measure the paper's figure.
 
     Args:
         rows: `{"image", "captions", "id"}`.
-        queries: (picture, texts to set beside it) for the sheet, else scenes of four with two of their words.
+        queries: (image, texts) for the sheet; by default scenes of four with two of their captions.
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class AttentionEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         return {
             "task": "attention of [CLS] in a picture of four, alone and with the caption of one of them",
             "layer": self.layer,
@@ -201,8 +202,8 @@ class AttentionEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
-        """Yields the share of attention on the named quarter without and with its caption (even spread: 25 %), how
-        often the highest patch lies there, the share that goes to the caption itself, and two sheets."""
+        """Yields the share of attention on the named quarter without and with its caption (uniform: 25 %), how often
+        the highest patch is there, the share on the caption itself, and two sheets."""
         scenes = draw_scenes(self.rows, self.scenes, self.seed)
         images = [scene.image for scene in scenes]
         asked = [scene.asked for scene in scenes]
@@ -215,12 +216,12 @@ class AttentionEvaluator:
             yield f"{self.name}/share_on_named_{name}", share_in_quarter(maps, asked)
             yield f"{self.name}/peak_on_named_{name}", pointing(maps, asked)[0]
 
-        # what the patches lose goes to the tokens, which stand last in a row
+        # the attention on the tokens, which are last in a row
         rows = cls_attention_rows(model, processor, images, texts, self.layer)
         patches = alone[0].numel()
         yield f"{self.name}/share_to_words", sum(float(row[1 + patches :].sum()) for row in rows) / len(rows)
 
-        # the sheet: a scene with the caption of one quarter and that of the next
+        # the sheet: a scene with the captions of one quarter and of the next
         queries = self.queries or [
             (s.image, (s.words[s.asked], s.words[(s.asked + 1) % 4])) for s in scenes[: self.shown]
         ]

@@ -1,5 +1,5 @@
-"""Several models in one sheet: where each sees a text in a picture (OneR, Figures 3 and 6), and how pictures and texts
-lie in each space (Figure 4: two systems, or the beginning and the end of a run).
+"""Sheets that compare several models: where each finds a text in an image (OneR, Figures 3 and 6), and how images and
+texts are distributed in each space (Figure 4: two systems, or the start and the end of a run).
 
 Shapes: B pictures, N = h*w patches, P projection.
 """
@@ -33,7 +33,7 @@ from .sheets import (
 
 
 class Named(NamedTuple):
-    """A model with its processor, and what the sheet calls it."""
+    """A model with its processor, and its name on the sheet."""
 
     name: str
     model: Any
@@ -43,8 +43,8 @@ class Named(NamedTuple):
 def clip_maps(
     model: CLIPModel, processor: Any, images: Sequence[Any], texts: Sequence[str], batch_size: int = 32
 ) -> Tensor:
-    """Cosines (B, h, w), on the CPU, of transformers' CLIP: each patch goes through what [CLS] goes through, the last
-    norm and the projection, for its states lie in no space with words."""
+    """Cosines (B, h, w), on the CPU, for transformers' CLIP. Patch states go through the last norm and the projection,
+    as [CLS] does, since they are not in the space of texts before."""
     maps = []
     with evaluating(model):
         for chosen in batches(len(texts), batch_size, "pairs", False):
@@ -68,10 +68,10 @@ def clip_maps(
 
 
 def map_columns(named: Named, images: Sequence[Any], texts: Sequence[str]) -> Iterator[list[Panel]]:
-    """A panel for each picture, as the model sees it, with its map: one column for each way in which the model points.
+    """Panels of each image as the model sees it, with its map: one column for each of the model's grounding modes.
 
     Raises:
-        TypeError: neither a model with `ground` nor transformers' CLIP.
+        TypeError: the model is neither transformers' CLIP nor has `ground`.
     """
     if hasattr(named.model, "ground"):
         seen = [as_seen(image) for image in images]  # (H, W, 3) each, all of it under the map
@@ -86,7 +86,7 @@ def map_columns(named: Named, images: Sequence[Any], texts: Sequence[str]) -> It
 
 
 def column(title: str, seen: Sequence[Tensor], maps: Tensor) -> list[Panel]:
-    """Panels of pictures under maps (B, h, w), the range of each below it."""
+    """Panels of images with maps (B, h, w), and the range of each map below it."""
     return [
         Panel(image, heat, title, f"{heat.min():.2f} to {heat.max():.2f}")
         for image, heat in zip(seen, maps, strict=True)
@@ -94,7 +94,7 @@ def column(title: str, seen: Sequence[Tensor], maps: Tensor) -> list[Panel]:
 
 
 def maps_beside(models: Sequence[Named], rows: Sequence[Row], count: int = 6, seed: int = 0) -> Any:
-    """A Figure with a line for each of `count` pictures of different ids: the picture and its first caption, then the
+    """A Figure with one row for each of `count` images with different ids: the image and its first caption, then the
     map of each model, on its own scale."""
     chosen = one_of_each_id(rows, count, seed)
     images = [open_image(row["image"]) for row in chosen]
@@ -107,11 +107,11 @@ def maps_beside(models: Sequence[Named], rows: Sequence[Row], count: int = 6, se
 
 
 def gaps_beside(models: Sequence[Named], rows: Sequence[Row], count: int = 300, links: int = 25, seed: int = 0) -> Any:
-    """A Figure with the t-SNE of pictures and first captions of `count` rows of different ids in each model's space.
+    """A Figure with the t-SNE of images and first captions of `count` rows with different ids in each model's space.
 
     Raises:
-        ImportError: scikit-learn is missing.
-        ValueError: fewer than two rows of different ids.
+        ImportError: scikit-learn is not installed.
+        ValueError: there are fewer than two rows with different ids.
     """
     chosen = one_of_each_id(rows, count, seed)
     captions = [str(row["captions"][0]) for row in chosen]
@@ -134,5 +134,5 @@ def gaps_beside(models: Sequence[Named], rows: Sequence[Row], count: int = 300, 
     return figure
 
 
-# what `oner compare --sheets` may be told
+# values of `oner compare --sheets`
 SHEETS = {"maps": maps_beside, "gap": gaps_beside}

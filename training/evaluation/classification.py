@@ -1,4 +1,4 @@
-"""Accuracy of a classifier of pairs, or of a text and two pictures. B rows, C classes."""
+"""Evaluates the accuracy of a classifier of image-text pairs, or of a text with two images. B rows, C classes."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,17 +16,17 @@ Row = Mapping[str, Any]
 
 def task_inputs(processor: Any, rows: Sequence[Row], images: Sequence[str] = ("image",)) -> dict[str, torch.Tensor]:
     """
-    Texts and pictures of rows as a tower reads pairs: `pixel_values` (B, 3, H, W), or (B, n, 3, H, W) of n keys.
+    Model inputs for the texts and images of rows: `pixel_values` (B, 3, H, W), or (B, n, 3, H, W) for n keys.
 
     Raises:
-        ImageDecodeError: a picture that cannot be read; the message names it.
+        ImageDecodeError: an image cannot be read; the message names it.
     """
-    # the processor pairs one picture with each text
+    # the processor pairs one image with each text
     pictures = [[_opened(row[name]) for row in rows] for name in images]
     first = pictures[0]
     inputs = dict(processor(images=first, text=[row["text"] for row in rows], return_tensors="pt"))
 
-    # further pictures of a row stand beside its first
+    # further images of a row are stacked with its first
     if len(pictures) > 1:
         others = [processor.image_processor(more, return_tensors="pt")["pixel_values"] for more in pictures[1:]]
         inputs["pixel_values"] = torch.stack([inputs["pixel_values"], *others], dim=1)  # (B, n, 3, H, W)
@@ -43,17 +43,18 @@ def _opened(image: Any) -> Any:
 
 class ClassificationEvaluator:
     """
-    How often the likeliest class is the right one.
+    Measures how often the most likely class is correct.
 
-    Yields name/accuracy, name/recall_CLASS of each class that occurs, and name/chance, the share of the most frequent.
+    Yields name/accuracy, name/recall_CLASS for each class that occurs, and name/chance, the share of the most
+    frequent.
 
     Args:
-        rows: with "text", "label" and the pictures' keys.
-        labels: names of the classes by number; C of them.
-        images: keys of a row's pictures, in the order that the model expects.
+        rows: With "text", "label" and the keys in `images`.
+        labels: Names of the C classes by number.
+        images: Keys of a row's images, in the order that the model expects.
 
     Raises:
-        ValueError: no rows, or a label that is no class.
+        ValueError: there are no rows, or a label is not a class.
     """
 
     def __init__(
@@ -75,11 +76,11 @@ class ClassificationEvaluator:
         self.progress = progress
         self.right = [rows[number]["label"] for number in range(len(rows))]
         if wrong := [label for label in self.right if not 0 <= label < len(self.labels)]:
-            raise ValueError(f"label {wrong[0]} is none of the {len(self.labels)} classes {', '.join(self.labels)}")
+            raise ValueError(f"label {wrong[0]} is not one of the {len(self.labels)} classes {', '.join(self.labels)}")
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         return {
             "task": "classification of a text and its picture" + "s" * (len(self.images) > 1),
             "labels": list(self.labels),
@@ -87,7 +88,7 @@ class ClassificationEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
-        """Classify all rows and yield (name, value)."""
+        """Classifies all rows and yields (name, value)."""
         predictions: list[int] = []
         with evaluating(model):
             for chosen in batches(len(self.rows), self.batch_size, "pairs", self.progress):
@@ -100,12 +101,12 @@ class ClassificationEvaluator:
         hits = [one == other for one, other in zip(predictions, self.right, strict=True)]
         yield f"{self.name}/accuracy", sum(hits) / len(hits)
 
-        # recall of each class, of those that occur
+        # recall of each class that occurs
         counts = Counter(self.right)
         right = Counter(label for label, hit in zip(self.right, hits, strict=True) if hit)
         for number, label in enumerate(self.labels):
             if counts[number]:
                 yield f"{self.name}/recall_{label}", right[number] / counts[number]
 
-        # always naming the most frequent class is the score to beat
+        # the baseline: always predict the most frequent class
         yield f"{self.name}/chance", max(counts.values()) / len(hits)

@@ -1,7 +1,7 @@
-"""What lies at a codebook's codes? For the most used ones the nearest pictures and the nearest texts, side by side.
+"""Shows the images and texts nearest to the most used codes of a codebook, and measures whether they share codes.
 
-A family has a codebook if its pretraining model has a module `codebook` that takes unit features (R, P) of pictures or
-texts to their cosines (R, K) with the codes; None is none.
+A family has a codebook if its pretraining model has a module `codebook` that maps unit features (R, P) of images or
+texts to their cosines (R, K) with the codes; None means no codebook.
 
 Shapes: B pictures, C texts, K codes.
 """
@@ -17,7 +17,7 @@ from .sheets import Panel, Row, describe, evaluating, heat_sheet, pictures_as_se
 
 
 def has_codebook(model: Any) -> bool:
-    """Whether the model declares one."""
+    """Whether the model has a codebook."""
     return getattr(model, "codebook", None) is not None
 
 
@@ -29,13 +29,13 @@ def code_cosines(
     batch_size: int = 64,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines of pictures (B, K) and of texts (C, K) with the codes, on the CPU.
+    """Cosines of images (B, K) and of texts (C, K) with the codes, on the CPU.
 
     Raises:
-        TypeError: a model without a codebook.
+        TypeError: the model has no codebook.
     """
     if not has_codebook(model):
-        raise TypeError(f"expected a model with a codebook, as CodisForPreTraining has it, got {type(model).__name__}")
+        raise TypeError(f"expected a model with a codebook, such as CodisForPreTraining, got {type(model).__name__}")
     found = (
         embed_images(model, processor, images, batch_size, progress),
         embed_texts(model, processor, texts, batch_size, progress),
@@ -46,14 +46,14 @@ def code_cosines(
 
 
 def usage(cosines: Tensor) -> Tensor:
-    """How many rows have each code as their nearest. (R, K) -> (K,)."""
+    """Number of rows for which each code is the nearest. (R, K) -> (K,)."""
     return torch.bincount(cosines.argmax(1), minlength=cosines.shape[1])
 
 
 def code_scores(image: Tensor, text: Tensor) -> dict[str, float]:
     """
-    Of pairs, their cosines (B, K) twice: the share of codes that are nearest of any picture, of any text, of both; how
-    often a picture and its text have one nearest code, and how often they would if texts were dealt out anew.
+    From the cosines (B, K) of paired images and texts: the share of codes that are nearest to an image, to a text, to
+    both; how often an image and its text have the same nearest code, and how often with shuffled texts.
     """
     of_pictures, of_texts = usage(image), usage(text)  # (K,)
     return {
@@ -68,16 +68,16 @@ def code_scores(image: Tensor, text: Tensor) -> dict[str, float]:
 def code_sheet(
     model: Any, processor: Any, rows: Sequence[Row], image: Tensor, text: Tensor, codes: int = 6, nearest: int = 4
 ) -> Any:
-    """A Figure with a line for each of the most used codes: the pictures nearest to it, and the texts.
+    """A Figure with one row for each of the most used codes: the nearest images, and the nearest texts.
 
     Args:
-        rows: Of the cosines `image` and `text` (B, K); a row's text is its first caption.
+        rows: The rows of the cosines `image` and `text` (B, K); a row's text is its first caption.
     """
     captions = [str(row["captions"][0]) for row in rows]
     of_pictures, of_texts = usage(image), usage(text)  # (K,)
     panels = []
     for code in (of_pictures + of_texts).topk(min(codes, image.shape[1])).indices.tolist():
-        # pictures, each with its own caption beneath
+        # images, each with its own caption below
         places = image[:, code].topk(min(nearest, len(rows))).indices.tolist()
         seen = pictures_as_seen([rows[place]["image"] for place in places], processor)  # (nearest, H, W, 3)
         line = [
@@ -87,7 +87,7 @@ def code_sheet(
         used = f"code {code}: {of_pictures[code]} pictures, {of_texts[code]} texts"
         line[0] = Panel(line[0].picture, above=used, below=line[0].below)
 
-        # texts, of equal ones the first
+        # texts; of equal ones the first
         first: dict[str, int] = {}
         for place in text[:, code].argsort(descending=True, stable=True).tolist():
             first.setdefault(captions[place], place)
@@ -103,11 +103,11 @@ def code_sheet(
 
 class CodeEvaluator:
     """
-    Whether pictures and their texts meet at the same codes, and a sheet of the most used ones.
+    Measures whether images and their texts share codes, and draws a sheet of the most used ones.
 
     Args:
         rows: {"image", "captions"}; the first caption of a row is its text.
-        shown: Codes drawn, with four pictures and four texts each.
+        shown: Number of codes drawn, with four images and four texts each.
 
     Yields name/code_used_by_pictures, _texts and _both, name/code_agreement and _agreement_chance, then a sheet.
     """
@@ -125,7 +125,7 @@ class CodeEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         return {
             "task": "nearest codes of pictures and of their first captions, by cosine",
             "used": "share of all codes that are the nearest of any",
@@ -134,7 +134,7 @@ class CodeEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
-        """Send every row to its codes and yield (name, value)."""
+        """Assigns every row to its codes and yields (name, value)."""
         texts = [str(row["captions"][0]) for row in self.rows]
         images = Column(self.rows, "image")
         image, text = code_cosines(model, processor, images, texts, self.batch_size, self.progress)

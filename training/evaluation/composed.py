@@ -1,5 +1,5 @@
-"""A picture and words as one query (Figure 1, bottom right, of the OneR paper): "mixture input can control image
-retrieval by combining the information from two modalities". Query f(I, T), gallery f(I); nothing is trained for it.
+"""Sheets for queries of an image and words together (Figure 1, bottom right, of the OneR paper): "mixture input can
+control image retrieval by combining the information from two modalities". Query f(I, T), gallery f(I), zero-shot.
 
 Shapes: Q queries, G gallery pictures, P projection, K nearest.
 """
@@ -21,7 +21,7 @@ WAYS = ("picture", "words", "both")
 def composed_queries(
     model: Any, processor: Any, images: Sequence[Any], texts: Sequence[str], batch_size: int = 64
 ) -> dict[str, Tensor]:
-    """L2-normalised embeddings (Q, P) of each query by its picture, its words, and both in one sequence."""
+    """L2-normalised embeddings (Q, P) of each query: its image, its words, and both in one sequence."""
     return {
         "picture": embed_images(model, processor, images, batch_size).cpu(),
         "words": embed_texts(model, processor, texts, batch_size).cpu(),
@@ -32,10 +32,10 @@ def composed_queries(
 def nearest(
     queries: Tensor, gallery: Tensor, count: int, hidden: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and places (Q, K) of the `count` nearest of `gallery` (G, P), best first; ties go to the earlier one.
+    """Cosines and indices (Q, K) of the `count` nearest of `gallery` (G, P), best first; ties in gallery order.
 
     Args:
-        hidden: for each query the place of the gallery that it must not find: itself.
+        hidden: For each query the index in the gallery that it must not find, such as itself.
 
     Raises:
         ValueError: the gallery is smaller than `count`.
@@ -44,9 +44,9 @@ def nearest(
     if hidden is not None:
         scores[torch.arange(len(scores)), torch.tensor(hidden)] = -torch.inf
     if count > len(gallery) - (hidden is not None):
-        raise ValueError(f"asked for the {count} nearest of a gallery of {len(gallery)}")
+        raise ValueError(f"cannot find the {count} nearest in a gallery of {len(gallery)}")
 
-    # a stable sort, since topk leaves the order of ties open
+    # a stable sort, since topk does not define the order of ties
     best = scores.sort(dim=-1, descending=True, stable=True)
     return best.values[:, :count], best.indices[:, :count]
 
@@ -60,7 +60,7 @@ def composed_sheet(
     right: Mapping[str, Sequence[Sequence[bool]]] | None = None,
     same: Sequence[int] | None = None,
 ) -> Any:
-    """A Figure with a block of three lines for each query: what its picture, its text, and both find.
+    """A Figure with three rows for each query: the results for its image, its text, and both.
 
     Args:
         images, texts: the queries.
@@ -75,14 +75,14 @@ def composed_sheet(
     height = figure.get_figheight()
     figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=10, parse_math=False)
 
-    # three lines a query and a narrow one between queries; the query's picture, a label, the finds
+    # three rows per query and a narrow one between queries; columns: the query's image, a label, the results
     grid = figure.add_gridspec(
         4 * len(images) - 1, shown + 2, left=0.02, right=0.985, bottom=0.2 / height, top=1 - 0.6 / height,
         width_ratios=[2.0, 0.6] + [1] * shown, height_ratios=([1, 1, 1, 0.22] * len(images))[:-1],
         hspace=0.28, wspace=0.1,
     )  # fmt: skip
 
-    # one block for each query: its picture and text on the left
+    # one block per query: its image and text on the left
     for query, (image, text) in enumerate(zip(images, texts, strict=True)):
         top = 4 * query
         axes = figure.add_subplot(grid[top : top + 3, 0])
@@ -90,7 +90,7 @@ def composed_sheet(
         beside = "" if same is None else f"\n{same[query]} of its id to be found"
         axes.set_xlabel("“" + wrapped(text, 20, 3) + "”" + beside, fontsize=9, parse_math=False)
 
-        # and to the right a line of finds for each way to ask
+        # and on the right one row of results for each kind of query
         for line, way in enumerate(WAYS):
             label = figure.add_subplot(grid[top + line, 1])
             label.axis("off")
@@ -113,7 +113,7 @@ def _picture(axes: Any, image: Any, colour: str, line: float = 0.6) -> None:
 
 
 class ComposedEvaluator:
-    """Sheets of what picture, text, and both find; the numbers are `MultimodalRetrievalEvaluator`'s.
+    """Draws sheets of the results for image, text, and both; `MultimodalRetrievalEvaluator` gives the numbers.
 
     Args:
         rows: the queries, `{"image", "captions", "id"}`; the first caption is asked.
@@ -143,8 +143,10 @@ class ComposedEvaluator:
         self.name = name
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
-        """Yields a sheet of own captions, with finds of the same id in green, and a sheet of other words."""
-        # the gallery; a query that stands in it must not find itself
+        """
+        Yields a sheet of queries with own captions, results with the same id in green, and a sheet of other words.
+        """
+        # the gallery; a query in it must not find itself
         gallery = self.rows if self.gallery is None else self.gallery
         pictures = Column(gallery, "image")
         ids = row_ids(gallery)
@@ -152,7 +154,7 @@ class ComposedEvaluator:
         queries = one_of_each_id(_Numbered(self.rows), self.shown, self.seed)
         hidden = [row["place"] for row in queries] if self.gallery is None else None
 
-        # pictures with their own captions; right is what has the query's id
+        # images with their own captions; a result is right if it has the query's id
         images = [row["image"] for row in queries]
         texts = [str(row["captions"][0]) for row in queries]
         own = composed_queries(model, processor, images, texts)
@@ -165,7 +167,7 @@ class ComposedEvaluator:
         title = f"{describe(model)}: nearest of {len(pictures)} pictures by picture, caption, both (green: same id)"
         yield f"{self.name}/sheet", composed_sheet(title, images, texts, results, pictures, right, same)
 
-        # pictures with other texts: nothing is right here, the sheet is read by eye
+        # images with other texts: there is no right answer, the sheet is judged by eye
         mixed = self.queries or list(zip(images, texts[1:] + texts[:1], strict=True))
         images = [image for image, _ in mixed]
         texts = [text for _, text in mixed]
@@ -177,7 +179,7 @@ class ComposedEvaluator:
 
 
 class _Numbered(Sequence):
-    """Rows that know their place."""
+    """Rows with their index."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows

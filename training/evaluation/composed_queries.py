@@ -1,7 +1,8 @@
-"""Composed retrieval with known answers: a picture and words ask for a picture among hard others.
+"""Evaluates composed retrieval with known answers: an image and words are a query for an image among hard negatives.
 
 The format is that of `examples/data/scenes_queries.py` and `icons_queries.py`: a table of queries (`image`, `text`,
-`target`, `choices`, `names`, `kind`) and a table of the gallery, whose row numbers `target` and `choices` are.
+`target`, `choices`, `names`, `kind`) and a table of the gallery; `target` and `choices` are row numbers of the
+gallery.
 
 Shapes: Q queries, G gallery pictures, C choices of a query, P width of the projection.
 """
@@ -27,10 +28,10 @@ COLUMNS = ("image", "text", "target", "choices", "names", "kind")
 
 def open_queries(source: str | PathLike, limit: int | None = None) -> list[dict[str, Any]]:
     """
-    The queries of a parquet file; of more than `limit`, evenly spaced ones.
+    The queries of a parquet file; evenly spaced ones if there are more than `limit`.
 
     Raises:
-        PairDataError: a column that queries have is not there.
+        PairDataError: a column of queries is missing.
     """
     found = pq.read_schema(source).names
     if lacking := [name for name in COLUMNS if name not in found]:
@@ -39,7 +40,7 @@ def open_queries(source: str | PathLike, limit: int | None = None) -> list[dict[
 
 
 def _fault(query: Row, pictures: int) -> str | None:
-    """Why a query cannot be asked of a gallery of so many pictures; None if it can."""
+    """Why a query is invalid for a gallery with `pictures` images; None if it is valid."""
     choices, names = query["choices"], query["names"]
     if choices is None or names is None or len(choices) < 2 or len(choices) != len(names):
         return f"its choices are {choices}, called {names}; expected two at least, and a name for each"
@@ -92,7 +93,7 @@ class ComposedQueriesEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         return {
             "task": "composed retrieval, dot products of normalised embeddings",
             "queries": dict(Counter(query["kind"] for query in self.queries)),
@@ -102,7 +103,7 @@ class ComposedQueriesEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
-        """Embed both sides and yield (name, value)."""
+        """Embeds both sides and yields (name, value)."""
         pictures = gallery_vectors(model, processor, self.gallery, self.batch_size)  # (G, P)
         (gallery_ids,) = numbered(row_ids(self.gallery))  # (G,)
         target_ids = gallery_ids[torch.tensor([query["target"] for query in self.queries])]  # (Q,)
@@ -128,14 +129,14 @@ class ComposedQueriesEvaluator:
                 if what != "target":
                     yield f"{self.name}/composed_{way}_takes_{what.replace(' ', '_')}", count / len(first)
 
-        # what the joint pass brings
+        # the gain of the joint pass
         better = max(recalls["picture"], recalls["words"])
         for what, other in (("better", better), ("sum", recalls["sum"])):
             if "both" in recalls and other > 0:
                 yield f"{self.name}/composed_both_over_{what}", recalls["both"] / other
 
     def _ways(self, model: Any, processor: Any) -> dict[str, Tensor]:
-        """(Q, P) of each way to ask."""
+        """Embeddings (Q, P) of each kind of query."""
         images, texts = Column(self.queries, "image"), [query["text"] for query in self.queries]
         picture = embed_images(model, processor, images, self.batch_size, self.progress)
         words = embed_texts(model, processor, texts, 4 * self.batch_size, self.progress)
@@ -145,7 +146,7 @@ class ComposedQueriesEvaluator:
         return ways
 
     def _first_choices(self, vectors: Tensor, pictures: Tensor) -> list[str]:
-        """What each query (Q, P) takes of its choices; the target only if it is alone the nearest."""
+        """The choice that is nearest to each query (Q, P); the target only if no other is equally near."""
         taken = []
         for query, vector in zip(self.queries, vectors, strict=True):
             scores = pictures[query["choices"]] @ vector  # (C,)

@@ -1,10 +1,10 @@
-"""Which words does the concept head see in a picture, and where? (SIMLA, section 2.4; supplement, Figure 2)
+"""Evaluates which words the concept head predicts for an image, and where (SIMLA, section 2.4; supplement, Figure 2).
 
-The head was trained on a few words of each caption, those that the multimodal [CLS] attends most, so that it need not
-name all of them, and may name what no caption says. The numbers ask how many of the words it is surest of are in the
-picture's captions; a list of words that is the same for every picture is what to compare them with.
+The head is trained on a few words of each caption, those with the most attention of the multimodal [CLS]. So it need
+not predict all of them, and may predict words that no caption has. The numbers are the shares of its most likely words
+that are in the image's captions; the baseline is one list of words for all images.
 
-Shapes: B pictures, V words of the vocabulary, k words named, h x w patches.
+Shapes: B images, V words of the vocabulary, k predicted words, h x w patches.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -30,7 +30,7 @@ from .sheets import (
 
 
 def pixels_of(model: Any, processor: Any, images: Sequence[Any]) -> Tensor:
-    """(B, 3, H, W) of whole pictures, on the model's device."""
+    """(B, 3, H, W) of whole images, without crop, on the model's device."""
     batch = processor(images=[open_image(image) for image in images], return_tensors="pt", **whole_picture(model))
     return on_device(batch, model)["pixel_values"]
 
@@ -38,14 +38,14 @@ def pixels_of(model: Any, processor: Any, images: Sequence[Any]) -> Tensor:
 def concept_probabilities(
     model: Any, processor: Any, images: Sequence[Any], batch_size: int = 64, progress: bool = False
 ) -> Tensor:
-    """What the concept head thinks of every word, sigmoid of its logits: (B, V), on the CPU; special tokens get 0.
+    """The concept head's probability of every word, sigmoid of its logits: (B, V), on the CPU; 0 for special tokens.
 
     Raises:
-        TypeError: a model without `concepts`.
+        TypeError: the model has no `concepts`.
     """
     if not hasattr(model, "concepts"):
         raise TypeError(
-            f"concepts need a model with a concept head, as SimlaForPreTraining, got {type(model).__name__}"
+            f"concepts need a model with a concept head, such as SimlaForPreTraining, got {type(model).__name__}"
         )
     with evaluating(model):
         probabilities = [
@@ -59,25 +59,25 @@ def concept_probabilities(
 
 
 def beyond_usual(probabilities: Tensor, usual: Tensor) -> Tensor:
-    """How much surer than usual (V,) the head is of every word, as a difference of logits (B, V): what sets a picture
-    apart, where frequent words are sure of every picture. Special tokens get -inf."""
+    """Difference (B, V) of the head's logits to the `usual` ones (V,): what is specific to an image, while frequent
+    words are likely for every image. Special tokens get -inf."""
     surer = probabilities.logit(1e-6) - usual.logit(1e-6)  # (B, V), the clamp keeps 0 and 1 finite
     return surer.masked_fill(probabilities == 0, -torch.inf)
 
 
 def special_ids(processor: Any) -> list[int]:
-    """The ids of special tokens, which name nothing."""
+    """The ids of special tokens, which are not words."""
     return sorted({*processor.tokenizer.all_special_ids, processor.image_token_id})
 
 
 def caption_words(processor: Any, captions: Sequence[str], length: int | None = None) -> set[int]:
-    """The token ids of a picture's captions as the model reads them, without special ones."""
+    """The token ids of an image's captions as the model reads them, without special tokens."""
     ids = processor(text=list(captions), return_tensors=None, padding=False, max_length=length)["input_ids"]
     return {token for row in ids for token in row} - set(special_ids(processor))
 
 
 def ranks_of(scores: Tensor, right: Collection[int]) -> Tensor:
-    """The sorted ranks (n,), from 1, of the n right tokens among scores (V,); of equal scores the lower id leads."""
+    """The sorted ranks (n,), from 1, of the n right tokens among scores (V,); ties are ordered by id."""
     ranks = torch.empty(len(scores), dtype=torch.long)  # (V,)
     # the inverse permutation of the order
     ranks[scores.argsort(descending=True, stable=True)] = torch.arange(1, len(scores) + 1)
@@ -85,17 +85,19 @@ def ranks_of(scores: Tensor, right: Collection[int]) -> Tensor:
 
 
 def average_precision(ranks: Tensor) -> float:
-    """Average precision from the sorted ranks (n,), from 1: at each right token the share of right ones so far."""
+    """
+    Average precision from sorted ranks (n,), from 1: the mean over right tokens of the share of right ones so far.
+    """
     return float((torch.arange(1, len(ranks) + 1) / ranks).mean())
 
 
 def concept_scores(
     probabilities: Sequence[Tensor], words: Sequence[Collection[int]], ks: Sequence[int]
 ) -> dict[str, float]:
-    """Means over pictures, from scores (B, V) and the token ids of each picture's captions.
+    """Means over images, from scores (B, V) and the token ids of each image's captions.
 
-    precision@k: share of the k tokens named that are in the captions; hit@k: whether any is; recall@k: share of the
-    captions' tokens among them; mean_average_precision: over the whole order.
+    precision@k: share of the k most likely tokens that are in the captions; hit@k: whether any is; recall@k: share of
+    the captions' tokens among them; mean_average_precision: over the whole order.
     """
     ranks = [ranks_of(scores, right) for scores, right in zip(probabilities, words, strict=True)]
     values = {"mean_average_precision": sum(map(average_precision, ranks)) / len(ranks)}
@@ -118,10 +120,10 @@ def concept_sheet(
     usual: Tensor | None = None,
 ) -> Any:
     """
-    A Figure with one row for each picture: the picture and its caption, then the maps of its k likeliest tokens.
+    A Figure with one row per image: the image and its caption, then the maps of its k most likely tokens.
 
-    Under each map stands the token's probability, and whether a caption has it too. With `usual` (V,) the tokens are
-    those likeliest beyond it.
+    Below each map are the token's probability, and whether a caption has the token. With `usual` (V,) the tokens are
+    those with the largest difference to it.
     """
 
     # which k tokens to draw
@@ -129,7 +131,7 @@ def concept_sheet(
     probabilities = concept_probabilities(model, processor, images)
     tokens = (probabilities if usual is None else beyond_usual(probabilities, usual)).topk(k).indices  # (B, k)
 
-    # a map for each: every picture is repeated k times
+    # one map for each: every image is repeated k times
     with evaluating(model):
         pixels = pixels_of(model, processor, images).repeat_interleave(k, 0)  # (B * k, 3, H, W)
         maps = model.ground_concepts(pixels, tokens.flatten().to(pixels.device), layer).float().cpu()  # (B * k, h, w)
@@ -156,18 +158,18 @@ def concept_sheet(
 
 class ConceptEvaluator:
     """
-    How many of the tokens that the concept head names are in the captions, and a sheet of where it sees them.
+    Measures how many of the concept head's most likely tokens are in the captions, and draws where it sees them.
 
     Args:
-        rows: {"image", "captions", "id"}; every caption of a row counts.
-        ks: how many tokens are taken as named.
-        shown: pictures drawn, with five tokens each.
-        layer: of the visual encoder, for the maps.
+        rows: {"image", "captions", "id"}; all captions of a row count.
+        ks: Numbers of most likely tokens.
+        shown: Images drawn, with five tokens each.
+        layer: Layer of the visual encoder, for the maps.
 
     Yields name/concept_mean_average_precision, name/concept_precision@k, hit@k and recall@k, and the same numbers for
-    two other orders of tokens. name/same_words_... has one order for all pictures, by mean probability: a head that
-    only knows which tokens are frequent is no better. name/beyond_usual_... orders tokens by how much surer of them
-    the head is than on average over the pictures. Then two sheets, of the surest tokens and of those beyond the usual.
+    two other orders of tokens: name/same_words_... uses one order for all images, by mean probability, which is the
+    level of a head that only knows token frequencies; name/beyond_usual_... orders tokens by the difference to their
+    mean over images. Then two sheets, of the most likely tokens and of those with the largest difference.
     """
 
     def __init__(
@@ -194,7 +196,7 @@ class ConceptEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         return {
             "task": "words that the concept head names, against the words of all captions of the picture",
             "words": "tokens of the vocabulary, special ones left out",
@@ -205,8 +207,8 @@ class ConceptEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
-        """Ask the head of every picture and yield (name, value)."""
-        # recall is not defined for a picture whose captions have no token of the vocabulary
+        """Evaluates the head on every image and yields (name, value)."""
+        # recall is undefined for an image whose captions have no token of the vocabulary
         images = [row["image"] for row in self.rows]
         tokens = [caption_words(processor, row["captions"]) for row in self.rows]
         scored = [place for place, ids in enumerate(tokens) if ids]
@@ -215,7 +217,7 @@ class ConceptEvaluator:
         probabilities = concept_probabilities(model, processor, images, self.batch_size, self.progress)[scored]
         tokens = [tokens[place] for place in scored]
 
-        # the head's own order, the order that is the same for all pictures, and the difference of the two
+        # the head's own order, one order for all images, and the order by difference
         usual = probabilities.mean(0)  # (V,)
         orders = {
             "concept": probabilities,
@@ -226,7 +228,7 @@ class ConceptEvaluator:
             for name, value in concept_scores(scores, tokens, self.ks).items():
                 yield f"{self.name}/{kind}_{name}", value
 
-        # pictures to look at
+        # images for the sheets
         shown = one_of_each_id(self.rows, self.shown, self.seed)
         k = min(5, probabilities.shape[1])
         yield f"{self.name}/concept_sheet", concept_sheet(model, processor, shown, k, self.layer)

@@ -1,6 +1,6 @@
-"""Contact sheets of answers, drawn with Pillow: a query above what it found.
+"""Draws contact sheets of search results with Pillow: a query above its answers.
 
-Any item that an index holds can be shown: a path, a row of a table, or a text.
+Any kind of index item can be shown: a path, a row of a table, or a text.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ open_table = lru_cache(partial(open_rows, bad_rows="skip", id_column=ROW))
 
 
 def save_sheet(sheet: Image.Image, file: str | Path) -> None:
-    """Writes a sheet; a PNG says that it is one, so that no index takes it for a picture."""
+    """Writes a sheet; a PNG is marked as a sheet, so that no index includes it as a picture."""
     says = PngInfo()
     says.add_text("Software", SHEET_MARK.decode())
     sheet.save(file, **({"pnginfo": says} if Path(file).suffix.lower() == ".png" else {}))
@@ -39,7 +39,7 @@ def picture_of(item: Any) -> Image.Image | None:
             item = open_table(item["table"])[item["row"]]["image"] if "table" in item else item.get("image")
         return open_image(item)
     except (ValueError, IndexError):
-        return None  # a text, or a picture that the index outlived
+        return None  # a text, or a picture that no longer exists
 
 
 def draw_sheet(query: dict[str, str], answers: list[dict[str, Any]], total: int) -> Image.Image:
@@ -90,7 +90,7 @@ def card(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int]) -> None:
 
 
 def paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, picture: Image.Image | None, corner: tuple[int, int]) -> None:
-    """Fits a picture into a square of side PICTURE, its proportions kept."""
+    """Fits a picture into a square of side PICTURE, keeping its aspect ratio."""
     if picture is None:
         draw.text((corner[0] + PICTURE // 2, corner[1] + PICTURE // 2), "no picture", GREY, font(15), anchor="mm")
         return
@@ -100,7 +100,7 @@ def paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, picture: Image.Image | 
 
 
 def wrap(text: str, face: Any, width: int, most: int) -> list[str]:
-    """Breaks a text into at most `most` lines of `width` pixels; what does not fit ends in an ellipsis."""
+    """Wraps a text into at most `most` lines of `width` pixels; a longer text ends in an ellipsis."""
     lines, words = [""], " ".join(text.split()).split(" ")
     for word in words:
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""The log of a run as a picture, drawn with Pillow: matplotlib is an extra, and every run draws its log."""
+"""Draws the log of a run with Pillow, because every run draws its log and matplotlib is an optional extra."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from .contact_sheet import EDGE, GREY, INK, PAPER, font
 
 WIDTH, HEIGHT, MARGIN, LABELS = 900, 380, 56, 190
 COLOURS = ("#22252a", "#c2410c", "#0f766e", "#7c3aed", "#b45309", "#1d4ed8", "#be185d", "#4d7c0f")
-# fields of a line of the log that are no loss
+# fields of a log line that are not losses
 OTHERS = ("step", "epoch", "learning_rate", "nonfinite_steps")
 
 Points = list[tuple[float, float]]
 
 
 def read_series(log: Path) -> tuple[dict[str, Points], dict[str, Points]]:
-    """Losses, and recalls at ten, by name: (step, value) each."""
+    """Losses, and recalls at 10, by name, as (step, value)."""
     losses: dict[str, Points] = {}
     recalls: dict[str, Points] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
@@ -34,16 +34,16 @@ def read_series(log: Path) -> tuple[dict[str, Points], dict[str, Points]]:
 
 def draw_log(log: Path) -> Image.Image:
     """
-    The losses over the steps, and under them the recalls where the run was evaluated more than once.
+    Draws the losses over steps, and below them the recalls if the run was evaluated more than once.
 
     Raises:
-        ValueError: a log without a line of losses.
+        ValueError: the log has no losses.
     """
     losses, recalls = read_series(log)
     if not losses:
         raise ValueError(f"{log}: no line has a loss")
     panels = [("loss, and its parts", losses)]
-    # one evaluation alone is no curve
+    # a single evaluation is not a curve
     if any(len(points) > 1 for points in recalls.values()):
         panels.append(("recall among the first ten", recalls))
     sheet = Image.new("RGB", (WIDTH, HEIGHT * len(panels)), PAPER)
@@ -53,12 +53,12 @@ def draw_log(log: Path) -> Image.Image:
 
 
 def draw_panel(draw: ImageDraw.ImageDraw, series: Mapping[str, Points], title: str, top: int) -> None:
-    """One pair of axes from zero up, its curves named at their right ends."""
+    """Draws axes from zero up, and curves with their names at the right ends."""
     left, right, bottom = MARGIN, WIDTH - LABELS, top + HEIGHT - MARGIN
     last = max(step for points in series.values() for step, _ in points)
     highest = max(max(value for points in series.values() for _, value in points), 1e-9)
 
-    # axes, with a line at each quarter
+    # axes, with a grid line at each quarter
     draw.text((left, top + MARGIN // 2), title, INK, font(16), anchor="lm")
     for quarter in range(5):
         y = bottom - (bottom - top - MARGIN) * quarter / 4
@@ -68,7 +68,7 @@ def draw_panel(draw: ImageDraw.ImageDraw, series: Mapping[str, Points], title: s
         draw.text((x, bottom + 16), f"{last * quarter / 4:.0f}", GREY, font(12), anchor="mm")
     draw.text((right, bottom + 34), "steps", GREY, font(12), anchor="rm")
 
-    # curves, and their names where there is room
+    # curves, and their names without overlap
     ends = {}
     for number, (name, points) in enumerate(series.items()):
         places = [
@@ -85,7 +85,7 @@ def draw_panel(draw: ImageDraw.ImageDraw, series: Mapping[str, Points], title: s
 
 
 def spread_labels(ends: Mapping[str, tuple], bottom: float, room: int = 17) -> tuple[Sequence, list[float]]:
-    """Ends of curves from the lowest up, and heights for their names, none nearer to the next than `room`."""
+    """Ends of curves from bottom to top, and heights for their names, at least `room` apart."""
     ordered = sorted(ends.items(), key=lambda item: -item[1][0])
     heights: list[float] = []
     for _, (y, *_) in ordered:

@@ -1,6 +1,6 @@
-"""How well an image tokenizer's codes keep a picture, and how many of them it uses.
+"""Evaluates an image tokenizer: the error of its reconstructions, and how many codes it uses.
 
-B pictures, S pixels a side, N places of a picture, K codes.
+B images, side of S pixels, N positions of an image, K codes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,18 +17,20 @@ from oner.processing.image_processing_vl import open_image
 from .sheets import evaluating
 
 GAP = 6  # pixels between tiles
-ZOOM = 4  # pixels of the sheet for each of a picture
+ZOOM = 4  # enlargement of pictures on the sheet
 
 
 def read_pictures(rows: Sequence[dict[str, Any]], size: int) -> Tensor:
-    """The rows' pictures, squeezed to squares by Lanczos: (B, 3, S, S) in [0, 1]."""
+    """The rows' images, resized to squares by Lanczos: (B, 3, S, S) in [0, 1]."""
     images = [open_image(row["image"]).resize((size, size), Image.Resampling.LANCZOS) for row in rows]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (B, S, S, 3)
     return pixels.permute(0, 3, 1, 2) / 255  # (B, 3, S, S)
 
 
 def code_perplexity(codes: Tensor, num_codes: int) -> tuple[int, float]:
-    """Of codes of any shape: how many of the K occur, and exp of their frequencies' entropy, at most K."""
+    """
+    For codes of any shape: the number of different codes, and exp of the entropy of their frequencies, at most K.
+    """
     frequencies = torch.bincount(codes.flatten(), minlength=num_codes).double() / codes.numel()  # (K,)
 
     # entr is -p log p, and 0 at p = 0
@@ -37,15 +39,16 @@ def code_perplexity(codes: Tensor, num_codes: int) -> tuple[int, float]:
 
 class ReconstructionEvaluator:
     """
-    `run(model)` yields (NAME/measure, number): `squared_error`, mean over values in [0, 1], of pictures drawn again
-    from their codes; `error_of_constant`, that of the one colour that is best for these pictures; their ratio
-    `times_better`; `codes_used` and `perplexity` of the codes.
+    `run(model)` yields (NAME/measure, number): `squared_error`, the mean over values in [0, 1] for images
+    reconstructed
+    from their codes; `error_of_constant`, that of the best single colour; their ratio `times_better`; `codes_used` and
+    `perplexity` of the codes.
 
     Args:
-        rows: Rows of pictures, as `open_rows` has them.
-        name: What the set is called.
-        size: Side of the pictures; the model's own if none.
-        batch_size: Pictures a batch.
+        rows: Rows of images, as from `open_rows`.
+        name: Name of the set.
+        size: Side of the images; the model's own if None.
+        batch_size: Images per batch.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]], name: str, size: int | None = None, batch_size: int = 128):
@@ -61,7 +64,7 @@ class ReconstructionEvaluator:
         return {"pictures": len(self.rows), "pixels": self.size, "resize": "squeezed, Lanczos"}
 
     def run(self, model: DiscreteVAE, processor: None = None) -> Iterator[tuple[str, float]]:
-        # sums over all values, from which every measure follows
+        # sums over all values, from which all measures are computed
         self.size = self.size or model.config.image_size
         error = squares = count = 0.0
         colours = torch.zeros(3, dtype=torch.float64)
@@ -78,7 +81,7 @@ class ReconstructionEvaluator:
                 count += pictures.numel()
                 codes.append(indices.cpu())
 
-        # squared error of the mean colour; a channel has a third of all values, hence the 3
+        # squared error of the mean colour; times 3, since a channel has a third of all values
         constant = (squares - 3 * (colours.square().sum().item() / count)) / count
 
         used, perplexity = code_perplexity(torch.cat(codes), model.config.num_codes)
@@ -93,13 +96,13 @@ class ReconstructionEvaluator:
 
 
 def reconstruction_sheet(model: DiscreteVAE, rows: Sequence[dict[str, Any]], columns: int = 12) -> Image.Image:
-    """Pictures and, below each, what its codes draw, `columns` to a row; nothing is smoothed."""
+    """Images, each with its reconstruction below, in rows of `columns`, enlarged without smoothing."""
     size = model.config.image_size
     pictures = read_pictures(rows, size)
     with evaluating(model):
         drawn = model.decode(model.get_codebook_indices(pictures.to(model.device))).cpu()
 
-    # a picture's column holds the picture above and its reconstruction below
+    # each column has an image above its reconstruction
     cell = size * ZOOM + GAP
     lines = -(-len(rows) // columns)
     sheet = Image.new("RGB", (columns * cell + GAP, lines * (2 * cell + GAP) + GAP), "#d8d5ce")

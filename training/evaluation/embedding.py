@@ -1,6 +1,6 @@
-"""Embeddings of pictures, texts and pairs in batches, for every evaluator.
+"""Computes embeddings of images, texts and pairs in batches, for all evaluators.
 
-Shapes: n items, P width of the projection. Embeddings come back L2-normalised, float32, on the model's device.
+Shapes: n items, P width of the projection. Embeddings are L2-normalised, float32, on the model's device.
 A row is {"image": PIL | bytes | path | {"bytes", "path"}, "captions": list[str], "id": concept id}.
 """
 
@@ -38,7 +38,7 @@ def batches(count: int, batch_size: int, description: str, progress: bool) -> It
 def _embed(
     model: Any, count: int, encode: Callable[[slice], Any], batch_size: int, description: str, progress: bool
 ) -> Tensor:
-    """(n, P): `encode` of every slice, its pooler_output normalised."""
+    """(n, P): the normalised pooler_output of `encode` for every slice."""
     if count == 0:
         raise ValueError(f"nothing to embed: no {description}")
     with evaluating(model):
@@ -48,7 +48,7 @@ def _embed(
         ]
     embeddings = torch.cat(chunks)  # (n, P)
 
-    # one NaN would turn every score against it into one
+    # one NaN would make all scores against it NaN
     if not torch.isfinite(embeddings).all():
         bad = (~torch.isfinite(embeddings)).any(1)
         raise ValueError(f"{int(bad.sum())} of {count} embeddings of {description} are not finite")
@@ -63,17 +63,18 @@ def check_pictures(
     threads: int = 4,
 ) -> None:
     """
-    Decodes every picture once. A score over fewer rows is another score, so in an evaluation a bad row is never left
-    out; this names it before a run begins, not when it evaluates for the first time.
+    Decodes every picture once. An evaluation never skips bad rows, since a score over fewer rows is another score;
+    this
+    reports them before a run starts, not at its first evaluation.
 
     Args:
-        keys: under which a row holds pictures.
-        numbers: of the rows that are looked at; all if None.
+        keys: Keys of a row's pictures.
+        numbers: Numbers of the rows to check; all if None.
 
     Raises:
-        PairDataError: pictures that cannot be read, the first ten with their numbers, and how many there are.
+        PairDataError: pictures cannot be read; names the first ten by number, and how many there are.
     """
-    # rows may share a file
+    # rows may share a file, which is then checked once
     known: dict[str, str | None] = {}
 
     def wrong(image: Any) -> str | None:
@@ -94,7 +95,7 @@ def check_pictures(
         row = rows[number]
         return "; ".join(filter(None, (wrong(row[key]) for key in keys))) or None
 
-    # Pillow releases the lock while it decodes, so threads are enough
+    # Pillow releases the GIL while it decodes, so threads are enough
     looked_at = range(len(rows)) if numbers is None else numbers
     with ThreadPoolExecutor(threads) as pool:
         reasons = zip(looked_at, pool.map(reason_of, looked_at), strict=True)
@@ -104,7 +105,7 @@ def check_pictures(
 
 
 def opened(images: Iterable[Any], first: int) -> list[Any]:
-    """The images decoded. Raises `ImageDecodeError` with the number of the one that cannot be read, from `first`."""
+    """Decodes images. Raises `ImageDecodeError` with the number, counted from `first`, of an unreadable one."""
     decoded = []
     for number, image in enumerate(images, first):
         try:
@@ -115,8 +116,8 @@ def opened(images: Iterable[Any], first: int) -> list[Any]:
 
 
 def middle_square(model: Any) -> dict[str, Any]:
-    """Options of the processor that keep a picture's aspect, whatever it does otherwise: the shorter side becomes the
-    model's, and the middle is cut out (SLIP's ImageNet protocol; the filter stays the processor's)."""
+    """Processor options that keep the aspect ratio: the shorter side is resized to the model's image size, and the
+    centre is cropped (SLIP's ImageNet protocol; the filter stays the processor's)."""
     square = {"height": model.config.image_size, "width": model.config.image_size}
     return {"size": square, "crop_size": square, "do_center_crop": True}
 
@@ -124,7 +125,7 @@ def middle_square(model: Any) -> dict[str, Any]:
 def embed_images(
     model: Any, processor: Any, images: Sequence[Any], batch_size: int = 64, progress: bool = False, **options: Any
 ) -> Tensor:
-    """f(I), (n, P). `images` are anything that `open_image` opens, or rows' "image"; decoded a batch at a time.
+    """f(I), (n, P). `images` are anything that `open_image` opens, or rows' "image"; decoded one batch at a time.
 
     `options` are the processor's.
     """
@@ -139,13 +140,13 @@ def embed_images(
 def embed_texts(
     model: Any, processor: Any, texts: Sequence[str], batch_size: int = 256, progress: bool = False
 ) -> Tensor:
-    """f(T), (n, P). Equal texts are embedded once, so that they tie exactly; batches hold texts of like length.
+    """f(T), (n, P). Equal texts are embedded once, so that they tie exactly; batches contain texts of similar length.
 
-    A tokenizer without a mask (SigLIP's) is one whose model reads padding too, and always as much: it pads to its full
+    If the tokenizer gives no mask (SigLIP's), the model also reads padding, so all texts are padded to the full
     length.
     """
 
-    # by length, so that little of a batch is padding
+    # sorted by length, to avoid padding
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     place = {text: row for row, text in enumerate(unique)}
     tokenizer = getattr(processor, "tokenizer", None)
@@ -175,19 +176,19 @@ def embed_pairs(
 ) -> Tensor:
     """f(I, T), (n, P): picture and text as one sequence.
 
-    With `times` above 1 each picture has that many texts in a row, n = times * pictures; a batch decodes it once.
+    With `times` above 1 each picture has that many consecutive texts, n = times * pictures; a batch decodes it once.
     `options` are the processor's.
     """
     if len(images) * times != len(texts):
         raise ValueError(f"{times} text(s) a picture: got {len(images)} pictures and {len(texts)} texts")
 
     def encode(rows: slice) -> Any:
-        # the pictures that rows of this batch belong to, its first and last perhaps with a part of their texts
+        # the pictures of this batch; the first and last may have only some of their texts in it
         first = rows.start // times
         last = (rows.stop - 1) // times + 1
         pictures = opened(images[first:last], first)
 
-        # one sequence a row: [CLS], patches, tokens
+        # one sequence per row: [CLS], patches, tokens
         batch = processor(
             images=[pictures[row // times - first] for row in range(rows.start, rows.stop)],
             text=list(texts[rows]),
@@ -205,7 +206,7 @@ def embed_pairs(
 
 
 class Column(Sequence):
-    """One column of map-style rows as a sequence that reads a row when it is asked for, so pictures stay on disk."""
+    """One column of map-style rows as a lazy sequence, so that pictures stay on disk."""
 
     def __init__(self, rows: Sequence[Row], name: str, indices: Sequence[int] | None = None):
         self.rows = rows
@@ -223,11 +224,11 @@ class Column(Sequence):
 
 class PictureRows(Sequence):
     """
-    Rows as one for each picture of a concept, with the captions of all of them in order: tables often have a row a
-    caption. Pictures stay where they are until a row is asked for.
+    Merges rows with the same picture and concept into one with all their captions, since tables often have one row per
+    caption. Pictures are read lazily.
 
     Attributes:
-        captions, ids: of each picture.
+        captions, ids: Of each merged row.
     """
 
     def __init__(self, rows: Sequence[Row]):
@@ -255,9 +256,9 @@ class PictureRows(Sequence):
 
 
 class Gallery(Sequence):
-    """Rows whose pictures are embedded once, for the several evaluators that search them.
+    """Rows whose pictures are embedded only once, for several evaluators that search them.
 
-    For one model, whose weights no longer change.
+    Only for a single model with fixed weights.
     """
 
     def __init__(self, rows: Sequence[Row]):
@@ -280,13 +281,13 @@ class Gallery(Sequence):
 def gallery_vectors(
     model: Any, processor: Any, rows: Sequence[Row], batch_size: int = 64, progress: bool = False
 ) -> Tensor:
-    """f(I) of the pictures of `rows`, (n, P); a `Gallery` keeps them for the next one who asks."""
+    """f(I) of the pictures of `rows`, (n, P); a `Gallery` caches them."""
     rows = rows if isinstance(rows, Gallery) else Gallery(rows)
     return rows.vectors(model, processor, batch_size, progress)
 
 
 def spaced(rows: Sequence[Any], limit: int | None = None) -> list[Any]:
-    """All of `rows` in order; with a `limit` at most so many, evenly spaced from the first on.
+    """All of `rows` in order; with a `limit` at most that many, evenly spaced from the first.
 
     Raises:
         ValueError: a limit below 1.
@@ -303,13 +304,15 @@ def spaced(rows: Sequence[Any], limit: int | None = None) -> list[Any]:
 
 
 def row_ids(rows: Iterable[Row], owner: str = "row") -> list[Hashable]:
-    """The concept id of every row. A row without one is a concept of its own; `owner` separates those of two lists."""
+    """
+    The concept id of every row. A row without an id is its own concept; `owner` distinguishes those of two lists.
+    """
     ids = (row.get("id") for row in rows)
     return [(owner, number) if concept is None else concept for number, concept in enumerate(ids)]
 
 
 def numbered(*columns: Sequence[Hashable]) -> tuple[Tensor, ...]:
-    """Columns of hashable values as int64 tensors in which equal values, also across columns, have equal numbers."""
+    """Columns of hashable values as int64 tensors; equal values, also across columns, get equal numbers."""
 
     # numbered in order of appearance
     numbers: dict[Hashable, int] = {}

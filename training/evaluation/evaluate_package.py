@@ -1,7 +1,7 @@
-"""The package `evaluate`, also where a script of that name comes first on the path.
+"""Imports the package `evaluate`, even if a script of that name comes first on the path.
 
-Python puts the folder of the running script first, so beside `examples/evaluate.py`, or an `evaluate.py` of the user's
-own, a plain `import evaluate` would run the script. Metrics take the package from here.
+Python puts the folder of the running script first, so next to `examples/evaluate.py`, or a user's own `evaluate.py`, a
+plain `import evaluate` would run the script. Metrics import the package from here.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 def _package_spec() -> ModuleSpec | None:
-    # the first entry that holds a package of that name; a script is a module without locations
+    # the first path entry with a package of that name; a script has no submodule locations
     for entry in sys.path:
         spec = PathFinder.find_spec("evaluate", [entry])
         if spec is not None and spec.submodule_search_locations and spec.origin:  # a folder with an __init__.py
@@ -21,12 +21,12 @@ def _package_spec() -> ModuleSpec | None:
 
 
 def import_evaluate() -> ModuleType:
-    """The package, imported once.
+    """Imports the package, once.
 
     Raises:
-        ImportError: it is not installed, or a script has been imported under its name already.
+        ImportError: it is not installed, or a script was already imported under its name.
     """
-    # imported before: as the package, or as somebody's script
+    # already imported: as the package, or as a script
     known = sys.modules.get("evaluate")
     if known is not None and not hasattr(known, "__path__"):
         raise ImportError(f"the metrics need the package `evaluate`, but that name is taken by {known.__file__}")
@@ -35,7 +35,7 @@ def import_evaluate() -> ModuleType:
     if spec is None:
         return importlib.import_module("evaluate")
 
-    # as the import system does it: registered while it runs, taken out again if it fails
+    # as in the import system: registered during execution, removed if it fails
     package = importlib.util.module_from_spec(spec)
     sys.modules["evaluate"] = package
     try:

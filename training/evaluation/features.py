@@ -1,4 +1,4 @@
-"""Features of a frozen tower, below its projections: what a probe reads.
+"""Computes features of a frozen tower, before its projections, for probes.
 
 n items, L positions of a sequence, D width. Features are float32 on the CPU.
 """
@@ -19,7 +19,7 @@ Pool = Literal["cls", "mean"]
 
 def pooled(output: VisionLanguageModelOutput, pool: Pool = "cls") -> Tensor:
     """
-    One vector a row of a tower's states: [CLS], or the mean over patches and tokens. (B, L, D) -> (B, D) float32.
+    Pools a tower's states to one vector per row: [CLS], or the mean over patches and tokens. (B, L, D) -> (B, D).
 
     Raises:
         ValueError: an unknown `pool`.
@@ -46,11 +46,11 @@ def image_features(
     **options: Any,
 ) -> Tensor:
     """
-    (n, D) of images, anything that `open_image` opens, decoded a batch at a time; `options` are the processor's.
+    (n, D) of images, anything that `open_image` opens, decoded one batch at a time; `options` are the processor's.
 
     Raises:
-        ValueError: no images, features that are not finite.
-        ImageDecodeError: an image that cannot be read, with its number.
+        ValueError: there are no images, or features are not finite.
+        ImageDecodeError: an image cannot be read; gives its number.
     """
 
     def encode(rows: slice) -> Tensor:
@@ -68,7 +68,9 @@ def text_features(
     batch_size: int = 128,
     progress: bool = False,
 ) -> Tensor:
-    """(n, D) of texts, each read once; batches hold texts of like length. Raises `ValueError` as `image_features`."""
+    """
+    (n, D) of texts, equal ones read once, in batches of similar length. Raises `ValueError` like `image_features`.
+    """
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     place = {text: row for row, text in enumerate(unique)}
 
@@ -81,7 +83,7 @@ def text_features(
 
 
 def text_pair_features(first: Tensor, second: Tensor) -> Tensor:
-    """What a linear probe needs to hold two texts against each other (InferSent): (n, D) twice -> (n, 4D)."""
+    """Features of a pair of texts for a linear probe (InferSent): (n, D) twice -> (n, 4D)."""
     return torch.cat([first, second, (first - second).abs(), first * second], dim=1)
 
 
@@ -94,7 +96,7 @@ def _features(
         chunks = [encode(rows).cpu() for rows in batches(count, batch_size, what, progress)]
     features = torch.cat(chunks)  # (n, D)
 
-    # a probe would learn nothing from them, or never end
+    # a probe could not learn from them, or would not terminate
     if not torch.isfinite(features).all():
         bad = int((~torch.isfinite(features)).any(1).sum())
         raise ValueError(f"features of {bad} of {count} {what} are not finite")

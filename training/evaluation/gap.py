@@ -1,7 +1,7 @@
-"""The modality gap: how far pictures, words and picture + words lie apart in one space (Figure 4 of the OneR paper).
+"""Measures the modality gap: how far images, texts and image + text are apart in one space (Figure 4 of OneR's paper).
 
-All measures are taken on L2-normalised retrieval embeddings of the same rows. A space without a gap has centroids that
-coincide, clouds of one shape, paired cosines far above unpaired ones, and no classifier that tells a picture from a
+All measures use L2-normalised retrieval embeddings of the same rows. In a space without a gap, the centroids coincide,
+the distributions are the same, paired cosines are far above unpaired ones, and no classifier can tell an image from a
 text.
 
 Shapes: B rows, P projection.
@@ -18,15 +18,15 @@ from .metrics import centroid_distance
 from .sheets import Row, describe, new_figure, one_of_each_id
 
 KINDS = ("image", "text", "both")
-# colour, marker, name of each in a picture
+# colour, marker and name of each kind in figures
 LOOKS = {
     "image": ("#2f6fdb", "o", "image"), "text": ("#e0452b", "s", "text"), "both": ("#2ca25f", "^", "image + text")
 }  # fmt: skip
 
 
 def embed_rows(model: Any, processor: Any, rows: Sequence[Row], batch_size: int = 64) -> dict[str, Tensor]:
-    """Normalised embeddings (B, P), on the CPU, of each row's picture ("image"), first caption ("text"), and the two
-    in one sequence ("both")."""
+    """Normalised embeddings (B, P), on the CPU, of each row's image ("image"), first caption ("text"), and both in one
+    sequence ("both")."""
     images = [row["image"] for row in rows]
     texts = [str(row["captions"][0]) for row in rows]
     return {
@@ -37,14 +37,14 @@ def embed_rows(model: Any, processor: Any, rows: Sequence[Row], batch_size: int 
 
 
 def paired_cosines(image: Tensor, text: Tensor, ids: Sequence[Any] | None = None) -> tuple[float, float]:
-    """Mean cosine of picture i with text i, and of pictures with texts of other ids; inputs (B, P) are normalised.
+    """Mean cosine of image i with text i, and of images with texts of other ids; inputs (B, P) are normalised.
 
     Raises:
         ValueError: there are no unpaired rows to compare with.
     """
     cosines = image.double() @ text.double().T  # (B, B)
 
-    # unpaired is a text of another id, not merely of another row
+    # an unpaired text has another id, not just another row
     (codes,) = numbered(range(len(image)) if ids is None else ids)  # (B,)
     foreign = codes[:, None] != codes[None, :]  # (B, B)
     if not foreign.any():
@@ -53,7 +53,7 @@ def paired_cosines(image: Tensor, text: Tensor, ids: Sequence[Any] | None = None
 
 
 def _halves(first: Tensor, second: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers to fit on and to judge on; row i of both clouds falls in the same half."""
+    """Row numbers for fitting and for testing; row i of both clouds is in the same half."""
     if len(first) != len(second) or len(first) < 4:
         raise ValueError(f"expected two clouds of the same size, at least 4 rows, got {len(first)} and {len(second)}")
     order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
@@ -61,18 +61,18 @@ def _halves(first: Tensor, second: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _accuracy(first: Tensor, second: Tensor) -> float:
-    """Balanced accuracy of scores that should be positive on `first` and negative on `second`; ties count half."""
+    """Balanced accuracy of scores that should be positive for `first` and negative for `second`; ties count half."""
     right = torch.cat([first.sign(), -second.sign()])
     return float((right + 1).mean() / 2)
 
 
 def centroid_separability(first: Tensor, second: Tensor, seed: int = 0) -> float:
-    """How often the nearer of two centroids names the right cloud, (B, P) each: fitted on one half of the rows, judged
-    on the other. .5 says that the means coincide, 1 that they tell the clouds apart."""
+    """Accuracy of a nearest-centroid classifier of two clouds, (B, P) each: fitted on one half of the rows, tested on
+    the other. .5 means that the centroids coincide, 1 that they separate the clouds."""
     fit, judge = _halves(first, second, seed)
     first, second = first.double(), second.double()
 
-    # nearer to one centroid than to the other: the side of the plane halfway between them
+    # the nearer centroid is given by the side of the plane halfway between them
     one, other = first[fit].mean(0), second[fit].mean(0)  # (P,)
     direction = one - other
     middle = (one + other) / 2
@@ -80,9 +80,9 @@ def centroid_separability(first: Tensor, second: Tensor, seed: int = 0) -> float
 
 
 def linear_separability(first: Tensor, second: Tensor, seed: int = 0, ridge: float = 1e-2) -> float:
-    """As `centroid_separability`, by a ridge classifier in closed form, which also finds a gap of little variance.
+    """Like `centroid_separability`, with a ridge classifier in closed form, which also finds gaps of small variance.
 
-    Stricter than `centroid_separability`: any trace of the modality counts. `ridge` is relative to the mean variance.
+    It is stricter, since any trace of the modality counts. `ridge` is relative to the mean variance.
     """
     fit, judge = _halves(first, second, seed)
     first, second = first.double(), second.double()
@@ -101,11 +101,12 @@ def linear_separability(first: Tensor, second: Tensor, seed: int = 0, ridge: flo
 
 
 def frechet_share(first: Tensor, second: Tensor) -> float:
-    """The Fréchet distance (Dowson and Landau 1982, as in FID) of two clouds (n, P) and (m, P) whose centroids lie on
-    each other, squared, as a share of their variance: 1 - 2 tr (A^1/2 B A^1/2)^1/2 / (tr A + tr B), A and B their
-    covariances. 0: one covariance; 1: no direction in common.
+    """The squared Fréchet distance (Dowson and Landau 1982, as in FID) of two centred clouds (n, P) and (m, P), as a
+    share of their variance: 1 - 2 tr (A^1/2 B A^1/2)^1/2 / (tr A + tr B), with covariances A and B. 0: equal
+    covariances; 1: no direction in common.
 
-    What centring removes is `centroid_distance`. Two samples of one distribution do not give 0, the less so the fewer.
+    `centroid_distance` measures what centring removes. For two samples of one distribution the value is above 0, and
+    higher for smaller samples.
     """
     first = first.double() - first.double().mean(0)
     second = second.double() - second.double().mean(0)
@@ -117,12 +118,12 @@ def frechet_share(first: Tensor, second: Tensor) -> float:
 
 
 def distribution_gap(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float, float]:
-    """How much two clouds (B, P) of the same rows differ beyond their centroids, and how much two samples of one cloud
-    do: `frechet_share` of half of one with the other half of the other, and of the two halves of each, both means of
-    two. Read the first against the second: that is what a space without a gap would give.
+    """How much two clouds (B, P) of the same rows differ apart from their centroids, and how much two samples of one
+    cloud do: `frechet_share` of half of one with the other half of the other, and of the two halves of each, both
+    averaged over two. The second value is the baseline: what a space without a gap would give.
 
-    arXiv 2604.00279 parts the modality gap into a centroid gap and a distribution gap likewise, and finds that the
-    second foretells how well a space serves. Its formula was not at hand: this is a measure of the same part, not its.
+    arXiv 2604.00279 also splits the modality gap into a centroid gap and a distribution gap, and finds that the second
+    predicts how useful a space is. Its formula was not available: this measures the same part in another way.
     """
     one, other = _halves(first, second, seed)
     across = frechet_share(first[one], second[other]) + frechet_share(first[other], second[one])
@@ -135,8 +136,8 @@ def gap_measures(
 ) -> dict[str, float]:
     """Every number of the gap from normalised `embeddings` "image", "text" and "both", (B, P) each.
 
-    Distances of centroids of each two kinds, how much pictures and texts differ in distribution beyond that, mean
-    paired and unpaired cosine, and the two separabilities (.5: no gap).
+    Distances between the centroids of any two kinds, how much the distributions of images and texts differ apart from
+    that, mean paired and unpaired cosine, and the two separabilities (.5: no gap).
     """
     image, text, both = (embeddings[kind] for kind in KINDS)
     paired, unpaired = paired_cosines(image, text, ids)
@@ -158,8 +159,8 @@ def tsne(vectors: Tensor, perplexity: float = 30.0, seed: int = 0) -> Tensor:
     """t-SNE (van der Maaten and Hinton 2008) of (B, P) in two dimensions, (B, 2), from a PCA start.
 
     Raises:
-        ImportError: scikit-learn is missing; the message names the extra that brings it.
-        ValueError: not more points than the perplexity.
+        ImportError: scikit-learn is not installed; the message names the extra to install.
+        ValueError: there are not more points than the perplexity.
     """
     try:
         from sklearn.manifold import TSNE
@@ -167,7 +168,7 @@ def tsne(vectors: Tensor, perplexity: float = 30.0, seed: int = 0) -> Tensor:
         raise ImportError("t-SNE needs scikit-learn: pip install 'oner[plots]'") from error
     if len(vectors) <= perplexity:
         raise ValueError(f"t-SNE needs more points than its perplexity of {perplexity:g}, got {len(vectors)}")
-    # one job and a PCA start: the same points give the same picture
+    # one job and a PCA start, for reproducible figures
     drawn = TSNE(perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed, n_jobs=1)
     return torch.from_numpy(drawn.fit_transform(vectors.double().numpy())).float()
 
@@ -191,13 +192,13 @@ def draw_clouds(axes: Any, points: Mapping[str, Tensor], links: int) -> None:
 
 
 def gap_figure(embeddings: Mapping[str, Tensor], title: str, note: str = "", links: int = 25, seed: int = 0) -> Any:
-    """A Figure with the t-SNE of pictures, words and both, in the paper's colours; thin lines join `links` pairs.
+    """A Figure with the t-SNE of images, texts and both, in the paper's colours; thin lines join `links` pairs.
 
     Args:
-        embeddings: normalised, "image", "text" and "both", (B, P) each.
-        note: words under the picture, for the numbers.
+        embeddings: Normalised, "image", "text" and "both", (B, P) each.
+        note: Text below the figure, for the numbers.
     """
-    # one t-SNE of all three clouds, so that their points can be compared
+    # one t-SNE for all three clouds, so that their points can be compared
     count = len(embeddings["image"])
     points = tsne(torch.cat([embeddings[kind] for kind in KINDS]), min(30.0, (3 * count - 1) / 3), seed)
     image, text, both = points.split(count)  # (B, 2) each
@@ -205,7 +206,7 @@ def gap_figure(embeddings: Mapping[str, Tensor], title: str, note: str = "", lin
     figure = new_figure(7.0, 7.2)
     axes = figure.add_axes((0.03, 0.12, 0.94, 0.79))
     draw_clouds(axes, {"image": image, "text": text, "both": both}, links)
-    axes.legend(  # below the plot, where it hides no point
+    axes.legend(  # below the plot, so that it hides no points
         loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, fontsize=9, frameon=False, markerscale=1.8
     )
     axes.set_title(title, fontsize=10, parse_math=False)
@@ -214,13 +215,13 @@ def gap_figure(embeddings: Mapping[str, Tensor], title: str, note: str = "", lin
 
 
 class GapEvaluator:
-    """The numbers of the modality gap and its t-SNE picture.
+    """Yields the measures of the modality gap and its t-SNE figure.
 
     Args:
-        rows: `{"image", "captions", "id"}`; one row of each id is taken, as far as there are enough ids, so that
-            captions do not repeat.
-        count: how many rows are embedded.
-        drawn: how many of them stand in the t-SNE picture.
+        rows: `{"image", "captions", "id"}`; one row per id is used if there are enough ids, so that captions do not
+            repeat.
+        count: Number of embedded rows.
+        drawn: Number of rows in the t-SNE figure.
     """
 
     def __init__(
@@ -234,7 +235,7 @@ class GapEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         return {
             "task": "modality gap of normalised retrieval embeddings of pictures, first captions, and both",
             "rows": min(self.count, len(self.rows)),
@@ -254,7 +255,7 @@ class GapEvaluator:
         measures = gap_measures(embeddings, row_ids(rows), self.seed)
         yield from ((f"{self.name}/{key}", value) for key, value in measures.items())
 
-        # the picture, of fewer rows, with the numbers below it
+        # the figure, for fewer rows, with the numbers below it
         drawn = {kind: vectors[: self.drawn] for kind, vectors in embeddings.items()}
         title = f"{describe(model)}\nt-SNE of {len(drawn['image'])} rows; lines join some pictures with their captions"
         note = (

@@ -1,9 +1,9 @@
-"""Weakly supervised grounding: does the Grad-CAM map of an expression find its object? (SIMLA, section 3.5, Table 5)
+"""Evaluates weakly supervised grounding with Grad-CAM maps of expressions (SIMLA, section 3.5, Table 5).
 
-On RefCOCO+ the map chooses one of a detector's boxes, which is right when it overlaps the object's box by half or more
-(ALBEF's and SIMLA's evaluation). Where nobody drew boxes, four pictures make a scene whose quarters are known.
+On RefCOCO+ the map selects one of a detector's boxes, which is correct if its IoU with the object's box is at least .5
+(ALBEF's and SIMLA's evaluation). For data without boxes, four images form a scene with known quarters.
 
-Shapes: B pictures, h x w patches, H x W pixels, T positions of a text ([CLS] first), n boxes (x, y, width, height).
+Shapes: B images, h x w patches, H x W pixels, T positions of a text ([CLS] first), n boxes (x, y, width, height).
 """
 
 import warnings
@@ -33,15 +33,15 @@ from .sheets import (
     wrapped,
 )
 
-# what either kind of map may say of a picture, matching and contrast, is reported beside the other
+# maps of matching and of contrast are both reported
 OTHER = {"itm": "itc", "itc": "itm"}
 RIGHT = "lime"
 CHOSEN = "red"
 
 
 def whole_picture(model: Any) -> dict[str, Any]:
-    """Options of the processor that squeeze the whole picture into the model's square, as the official test does, so
-    that a map covers all of it."""
+    """Processor options that resize the whole picture to the model's square, as in the official test, so that a map
+    covers all of it."""
     side = model.config.image_size
     return {"size": {"height": side, "width": side}, "do_center_crop": False}
 
@@ -55,18 +55,18 @@ def grounding_maps(
     progress: bool = False,
     **options: Any,
 ) -> Tensor:
-    """The model's `ground` (B, h, w), on the CPU, of picture i with text i; `options` are its mode, layer and pool.
+    """Maps of the model's `ground` (B, h, w), on the CPU, for image i with text i; `options` are mode, layer and pool.
 
     Raises:
-        TypeError: a model without `ground`.
-        ValueError: numbers of pictures and texts differ, or there are none.
+        TypeError: the model has no `ground`.
+        ValueError: the numbers of images and texts differ, or there are none.
     """
     if not hasattr(model, "ground"):
         raise TypeError(f"grounding needs a model with ground(), got {type(model).__name__}")
     if len(images) != len(texts) or not len(texts):
         raise ValueError(f"expected one text for each picture, got {len(images)} pictures and {len(texts)} texts")
 
-    # each picture with its text, squeezed to a square
+    # each image with its text, resized to a square
     maps = []
     with evaluating(model):
         for chosen in batches(len(texts), batch_size, "pairs", progress):
@@ -84,7 +84,7 @@ def grounding_maps(
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of a detector's boxes a map chose, whether that is right, and how many of them would be."""
+    """The detector's box that a map selected, whether it is correct, and how many boxes would be correct."""
 
     index: int
     iou: float
@@ -100,42 +100,42 @@ def choose_box(
     cells: Tensor, size: tuple[int, int], boxes: Sequence[Sequence[float]], truth: Sequence[float]
 ) -> Choice:
     """
-    The box of highest score among `boxes`, from a map (h, w) enlarged to its picture's `size` (H, W); of equal scores
-    the first.
+    Selects the box with the highest score among `boxes`, from a map (h, w) resized to the image's `size` (H, W); for
+    equal scores the first.
 
-    (The official code keeps the box of the expression before when no box scores above 0; here the highest wins.)
+    (If no box scores above 0, the official code keeps the box of the previous expression; here the highest wins.)
     """
-    # the map chooses without seeing the object's box
+    # the object's box is not used for the selection
     scores = score_boxes(resize_map(cells, *size), boxes)  # (n,)
     index = int(scores.argmax())
 
-    # and is judged by it
+    # only for judging it
     overlaps = [box_iou(truth, box) for box in boxes]
     return Choice(index, overlaps[index], len(boxes), sum(iou >= 0.5 for iou in overlaps))
 
 
 def as_seen(image: Any) -> Tensor:
-    """A picture in its own shape, (H, W, 3) in [0, 1], for a panel."""
+    """An image in its own shape, (H, W, 3) in [0, 1], for a panel."""
     # a copy, since Pillow's pixels are read-only
     return torch.from_numpy(np.asarray(open_image(image)).copy()).float() / 255
 
 
 class GroundingEvaluator:
     """
-    RefCOCO+'s accuracies by the boxes of a detector.
+    RefCOCO+'s accuracies with the boxes of a detector.
 
     Args:
-        rows: of `open_grounding` with boxes: {"image", "captions", "split", "box", "size", "boxes"}.
-        mode, layer, pool: of the model's `ground`; maps of the other mode are of its usual layer.
-        shown: expressions drawn, evenly spaced.
+        rows: From `open_grounding` with boxes: {"image", "captions", "split", "box", "size", "boxes"}.
+        mode, layer, pool: Of the model's `ground`; maps of the other mode use its default layer.
+        shown: Number of expressions drawn, evenly spaced.
 
     Yields for every split in the rows, with the names of the official log: name/val_d (testA_d, testB_d), the
-    accuracy; name/val_d_itc (or _itm), that of the other mode's maps; name/val_chance, the accuracy of a box chosen at
-    random; name/val_reachable, the share of expressions for which the detector has a right box at all;
-    name/val_expressions; and a sheet.
+    accuracy; name/val_d_itc (or _itm), that of the other mode's maps; name/val_chance, the accuracy of a random box;
+    name/val_reachable, the share of expressions for which the detector has a correct box; name/val_expressions; and a
+    sheet.
 
     Raises:
-        PairDataError: rows without boxes.
+        PairDataError: rows have no boxes.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class GroundingEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
-        """Ground every expression and yield (name, value), a sheet last."""
+        """Grounds every expression and yields (name, value), a sheet last."""
         # expressions to draw, evenly spaced
         choices: dict[str, list[Choice]] = {}
         others: dict[str, list[bool]] = {}
@@ -181,7 +181,7 @@ class GroundingEvaluator:
         count = min(self.shown, len(self.rows))
         drawn = {number * len(self.rows) // count for number in range(count)}
 
-        # a box for every expression
+        # select a box for every expression
         panels = []
         for chosen in batches(len(self.rows), self.batch_size, "expressions", self.progress):
             rows = [self.rows[number] for number in range(chosen.start, chosen.stop)]
@@ -197,7 +197,7 @@ class GroundingEvaluator:
                 if number in drawn:
                     panels.append(self._panel(row, cells, choice))
 
-        # each split on its own, beside what chance and the detector allow
+        # results per split, with chance and the detector's upper bound
         for split, of_split in choices.items():
             count = len(of_split)
             yield f"{self.name}/{split}_d", sum(choice.right for choice in of_split) / count
@@ -207,12 +207,12 @@ class GroundingEvaluator:
             yield f"{self.name}/{split}_reachable", sum(choice.right_candidates > 0 for choice in of_split) / count
             yield f"{self.name}/{split}_expressions", float(count)
 
-        # five panels a line
+        # five panels per row
         if panels:
             title = f"{describe(model)}: Grad-CAM of expressions. Green: the object. Red: the box chosen, if another"
             try:
                 yield f"{self.name}/sheet", heat_sheet([panels[at : at + 5] for at in range(0, len(panels), 5)], title)
-            except ImportError as error:  # a training evaluates too, and needs the numbers only
+            except ImportError as error:  # evaluations during training need only the numbers
                 warnings.warn(f"no sheet of expressions: {error}", stacklevel=2)
 
     @staticmethod
@@ -229,13 +229,13 @@ def grounding_sheet(
     note: str = "",
     **options: Any,
 ) -> Any:
-    """A Figure with one row for each picture: the picture, then its map for each of its texts, with the rectangle of
-    patches that scores highest; `note` ends the title."""
-    # every picture with each of its texts
+    """A Figure with one row per image: the image, then its map for each of its texts, with the highest-scoring
+    rectangle of patches; `note` ends the title."""
+    # every image with each of its texts
     pairs = [(i, text) for i, asked in enumerate(texts) for text in asked]
     maps = grounding_maps(model, processor, [images[i] for i, _ in pairs], [text for _, text in pairs], **options)
 
-    # a line of panels a picture
+    # one row of panels per image
     seen = [as_seen(image) for image in images]
     rows = [[Panel(picture, above="picture")] for picture in seen]
     for (i, text), cells in zip(pairs, maps, strict=True):
@@ -255,17 +255,17 @@ def grounding_sheet(
 
 
 def word_sheet(model: Any, processor: Any, image: Any, text: str, layer: int | None = None) -> Any:
-    """A Figure with the picture and, in reading order, the map of each token of `text` (ALBEF's visualisation)."""
-    # a map for each token, not their mean
+    """A Figure with the image and the map of each token of `text`, in order (ALBEF's visualisation)."""
+    # one map per token, not their mean
     with evaluating(model):
         batch = processor(images=[open_image(image)], text=[text], return_tensors="pt", **whole_picture(model))
         maps = model.ground(**on_device(batch, model), layer=layer, pool="none")[0].float().cpu()  # (T, h, w)
 
-    # the tokens of the text, whose sequence may hold places of the picture too
+    # the tokens of the text; the sequence may also contain image placeholders
     ids = batch["input_ids"][0]
     tokens = processor.tokenizer.convert_ids_to_tokens(ids[ids != processor.image_token_id].tolist())
 
-    # maps are min-maxed one by one, so the share of the highest value says which of them is strong
+    # each map is min-max normalised, so its peak relative to the highest shows how strong it is
     seen = as_seen(image)
     top = maps.max().clamp_min(1e-30)
     panels = [Panel(seen, above="picture")]
@@ -277,10 +277,9 @@ def word_sheet(model: Any, processor: Any, image: Any, text: str, layer: int | N
 
 class SceneGroundingEvaluator:
     """
-    Grounding where nobody drew boxes: four pictures side by side, and the caption of one of them.
+    Grounding without box annotations: scenes of four images, and the caption of one of them.
 
-    The scenes are this project's measure; the paper has RefCOCO+ and pictures. A model trained on single pictures has
-    never seen such a scene.
+    These scenes are our own measure; the paper uses RefCOCO+. A model trained on single images has never seen one.
 
     Args:
         rows: {"image", "captions", "id"}.
@@ -327,32 +326,32 @@ class SceneGroundingEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, Any]]:
-        """Ground the caption asked for in every scene, and yield (name, value)."""
-        # maps of the caption asked for in each scene
+        """Grounds the requested caption in every scene and yields (name, value)."""
+        # maps of the requested caption in each scene
         scenes = draw_scenes(self.rows, self.scenes, self.seed)
         asked = [scene.asked for scene in scenes]
         images = [scene.image for scene in scenes]
         texts = [scene.words[scene.asked] for scene in scenes]
         maps = grounding_maps(model, processor, images, texts, self.batch_size, **self.options)
 
-        # the quarter that the highest patch lies in, and the quarter that is the best box
+        # the quarter of the highest patch, and the quarter that is the best box
         pointed, boxed = _quarters(maps, asked)
         yield f"{self.name}/pointing_accuracy", pointed
         yield f"{self.name}/box_accuracy", boxed
         yield f"{self.name}/scene_chance", 0.25
 
-        # likewise by the other mode
+        # the same for the other mode
         other = OTHER[self.options["mode"]]
         beside = grounding_maps(model, processor, images, texts, self.batch_size, mode=other)
         for what, value in zip(("pointing", "box"), _quarters(beside, asked), strict=True):
             yield f"{self.name}/{other}_{what}_accuracy", value
 
-        # pictures with several texts
+        # images with several texts
         pictures, asked_of = images_and_texts(self.queries, self.rows, self.shown, self.seed)
         note = "First map: its own caption; the others: of other pictures" if self.queries is None else ""
         yield f"{self.name}/sheet", grounding_sheet(model, processor, pictures, asked_of, note, **self.options)
 
-        # only cross-attention belongs to single tokens; the longest caption shows most of them
+        # only cross-attention gives maps of single tokens; the longest caption has the most
         if self.options["mode"] == "itm":
             longest = max(range(len(pictures)), key=lambda i: len(asked_of[i][0].split()))
             sheet = word_sheet(model, processor, pictures[longest], asked_of[longest][0], self.options["layer"])
@@ -367,13 +366,15 @@ class SceneGroundingEvaluator:
 
 
 def _quarters(maps: Tensor, asked: Sequence[int]) -> tuple[float, float]:
-    """How often the highest patch of a map (B, h, w) lies in the quarter asked for, and how often that is the best."""
+    """
+    How often the highest patch of a map (B, h, w) is in the requested quarter, and how often that is the best box.
+    """
     best = sum(_best_quarter(cells) == index for cells, index in zip(maps, asked, strict=True))
     return pointing(maps, asked)[0], best / len(maps)
 
 
 def _best_quarter(cells: Tensor) -> int:
-    """Which quarter (0 1 / 2 3) of a map scores highest as a box."""
+    """The quarter (0 1 / 2 3) of a map with the highest score as a box."""
     side = 256.0
     quarters = [(x, y, side / 2, side / 2) for y in (0, side / 2) for x in (0, side / 2)]
     return int(score_boxes(resize_map(cells, int(side), int(side)), quarters).argmax())

@@ -1,4 +1,4 @@
-"""A sheet of bootstrapped guidance (Table 3 of the OneR paper): the first classes of a picture before and after.
+"""Draws the effect of bootstrapped guidance (Table 3 of the OneR paper): an image's top classes before and after.
 
 Shapes: n pictures, C classes, K candidates. Scores are cosines.
 """
@@ -22,7 +22,7 @@ MOVE = "0.8"
 
 @dataclass(frozen=True)
 class Guided:
-    """One picture of the sheet: classes in order, best first, before and after, with the scores of the first ones."""
+    """One image of the sheet: its classes before and after guidance, best first, with the scores of the first ones."""
 
     picture: Any
     label: int
@@ -35,13 +35,13 @@ class Guided:
 def guided_examples(
     images: Sequence[Any], labels: Tensor, scores: Tensor, reranked: Tensor, guided: Tensor, count: int
 ) -> list[Guided]:
-    """`count` evenly spaced pictures, those first whose right class guidance could move.
+    """`count` evenly spaced images, preferably those whose right class guidance could move.
 
     Args:
         images, labels: (n).
         scores: (n, C) before guidance.
-        reranked: (n, C) after it, see `zero_shot.rerank`.
-        guided: (n, K) scores that put the K candidates, the first of `scores`, in their new order.
+        reranked: (n, C) after guidance, see `zero_shot.rerank`.
+        guided: (n, K) scores that re-rank the K candidates, which are the highest of `scores`.
     """
     candidates = guided.shape[1]
     old = scores.argsort(dim=1, descending=True, stable=True)  # (n, C)
@@ -74,21 +74,21 @@ def _spread(places: Sequence[int], count: int) -> list[int]:
 
 
 def guidance_sheet(examples: Sequence[Guided], names: Sequence[str], title: str, columns: int = 2) -> Any:
-    """A Figure with a cell for each picture: its first five classes before and after guidance, joined by lines.
+    """A Figure with a cell per image: its first five classes before and after guidance, joined by lines.
 
-    The right class is green and bold; where it is not among the five it stands below them with its rank.
+    The right class is green and bold; if it is not among the five, it is below them with its rank.
 
     Args:
-        names: of all classes.
+        names: Names of all classes.
 
     Raises:
         ValueError: there is nothing to draw.
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
     """
     if not examples:
         raise ValueError("a sheet needs at least one picture, got none")
 
-    # sizes in inches: a cell a picture, and above them a heading of as many lines as it needs
+    # sizes in inches: one cell per image, and a heading above them
     columns = min(columns, len(examples))
     lines = -(-len(examples) // columns)
     width = 6.6 * columns + 0.2
@@ -103,7 +103,7 @@ def guidance_sheet(examples: Sequence[Guided], names: Sequence[str], title: str,
         bottom=0.1 / height, top=1 - head / height, wspace=0.03, hspace=0.12,
     )  # fmt: skip
 
-    # in each cell the picture, and beside it the two lists
+    # in each cell the image, and beside it the two lists
     for place, example in enumerate(examples):
         line, column = divmod(place, columns)
         axes = figure.add_subplot(grid[line, 2 * column])
@@ -117,7 +117,7 @@ def guidance_sheet(examples: Sequence[Guided], names: Sequence[str], title: str,
 
 
 def _lists(axes: Any, example: Guided, names: Sequence[str]) -> None:
-    """The two lists of one picture on `axes`, heights 0 (heading) to 6 (the right class beyond the five)."""
+    """Draws the two lists of an image on `axes`, at heights 0 (heading) to 6 (the right class below the five)."""
     axes.set_xlim(0, 1)
     axes.set_ylim(6.6, -0.5)
     axes.axis("off")
@@ -131,12 +131,12 @@ def _lists(axes: Any, example: Guided, names: Sequence[str]) -> None:
     for heading, x, side, order, scores in sides:
         axes.text(x, 0, heading, ha=side, va="center", fontsize=7, color="0.5")
 
-        # the first five, and the right class wherever it is
+        # the first five, and the right class
         shown = {number: row + 1 for row, number in enumerate(order[:LISTED])}
         if example.label not in shown:
             shown[example.label] = LISTED + 1
 
-        # name and score; only candidates have a score after guidance, others show their rank
+        # name and score; after guidance only candidates have a score, others show their rank
         for number, row in shown.items():
             right = number == example.label
             rank = order.index(number)
@@ -148,7 +148,7 @@ def _lists(axes: Any, example: Guided, names: Sequence[str]) -> None:
             axes.text(x, row, words, ha=side, va="center", fontsize=7.5, color=colour, weight=weight, parse_math=False)
         heights.append(shown)
 
-    # lines between the two places of a class that is in both lists
+    # lines between the two positions of a class in both lists
     for number in heights[0].keys() & heights[1].keys():
         right = number == example.label
         axes.plot(

@@ -1,7 +1,8 @@
-"""Labelled images: the fifteen sets of MoMo's Table 3 by name, scikit-learn's digits, and any folder or table.
+"""Opens labelled images: the fifteen sets of MoMo's Table 3 by name, scikit-learn's digits, and any folder or table.
 
-A row is {"image": anything that `open_image` opens, "label"}. torchvision reads the official files of a set and knows
-its official parts; where a set has none they are drawn by a fixed seed, as CLIP's sizes have it.
+A row is {"image": anything that `open_image` opens, "label"}. torchvision reads a set's official files and splits; if
+a
+set has no official splits, they are drawn with a fixed seed in the sizes that CLIP uses.
 """
 
 from collections import defaultdict
@@ -20,16 +21,16 @@ from oner.processing.data.row_checks import PairDataError
 from .labels import IMAGE_COLUMNS, LABEL_COLUMNS, find_column, load_source, pictures_of
 
 Part = Literal["train", "test"]
-SPLIT_SEED = 0  # of sets without official parts
+SPLIT_SEED = 0  # for sets without official splits
 
 
 class LabelledImages(Sequence):
-    """Rows of images and labels that are read when they are asked for. `images` and `labels` are as long."""
+    """Lazily read rows of images and labels. `images` and `labels` have the same length."""
 
     def __init__(self, images: Sequence[Any], labels: Sequence[Hashable], key: str | None = None) -> None:
         self.images = images
         self.labels = labels
-        self.key = key  # of the image in a row of a table
+        self.key = key  # of the image in table rows
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,17 +58,17 @@ def open_labelled_images(
     source: str, label_column: str | None = None, image_column: str | None = None
 ) -> LabelledImages:
     """
-    A folder with a folder of images a class, or a table, a saved data set or a name on the Hub, with a column of
-    labels: numbers or names. Rows without a label are left out.
+    Opens a folder with one folder of images per class, or a table, saved data set or name on the Hub with a column of
+    labels, which are numbers or names. Rows without a label are skipped.
 
     Raises:
-        PairDataError: no such source or column, several splits, no row with a label.
+        PairDataError: the source or column does not exist, there are several splits, or no row has a label.
     """
     data, folder = load_source(source)
     image_column = find_column(data, image_column, IMAGE_COLUMNS, "pictures", source)
     label_column = find_column(data, label_column, LABEL_COLUMNS, "labels", source)
 
-    # labels of a data set that names its classes are these names: numbers of two sources may mean different ones
+    # if a data set names its classes, use the names: numbers of two sources may differ in meaning
     kind = data.features[label_column]
     labels = data[label_column][:]
     if isinstance(kind, datasets.ClassLabel):
@@ -82,7 +83,9 @@ def open_labelled_images(
 
 
 def digits(part: Part, seed: int = 0) -> LabelledImages:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, a fifth of each class drawn by the seed to judge by."""
+    """
+    scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a fifth of each class, drawn by `seed`, is the test set.
+    """
     from sklearn.datasets import load_digits
 
     drawn = load_digits()
@@ -99,7 +102,7 @@ def _places(
     train: int | None = None,
     test: int | None = None,
 ) -> list[int]:
-    """Places of a part, so many or such a share of each class, in their order; the rest is the other's."""
+    """Indices of a split in order: a number or share of each class; the rest belongs to the other split."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for place, label in enumerate(labels):
         groups[label].append(place)
@@ -116,19 +119,19 @@ Open = Callable[[str, Part, bool], Sequence[Mapping[str, Any]]]
 
 
 def _folder(name: str, test: str) -> Open:
-    """Folders of a class each in ROOT/NAME/train and ROOT/NAME/TEST: torchvision's own ImageNet would unpickle."""
+    """Class folders in ROOT/NAME/train and ROOT/NAME/TEST. Own code, since torchvision's ImageNet would unpickle."""
 
     def rows(root: str, part: Part, download: bool) -> LabelledImages:
         place = Path(root) / name / ("train" if part == "train" else test)
         if not place.is_dir():
-            raise PairDataError(f"{place}: no such folder; expected one folder of pictures a class in it")
+            raise PairDataError(f"{place}: no such folder; expected it to contain one folder of pictures per class")
         return open_labelled_images(str(place))
 
     return rows
 
 
 def _hub(name: str, image: str, label: str) -> Open:
-    """Of the Hub: torchvision's CIFAR unpickles its files, and nothing here does."""
+    """A set on the Hub, since torchvision's CIFAR unpickles its files, and we never unpickle."""
 
     def rows(root: str, part: Part, download: bool) -> LabelledImages:
         data = datasets.load_dataset(name, split=part).cast_column(image, datasets.Image(decode=False))
@@ -138,7 +141,7 @@ def _hub(name: str, image: str, label: str) -> Open:
 
 
 def _official(make: Callable[..., Dataset], train: Iterable[Any], test: Iterable[Any], key: str = "split") -> Open:
-    """A set of torchvision by the names of the parts that are learned from, and of those that are judged by."""
+    """A torchvision set, with the names of its training and test splits."""
 
     def rows(root: str, part: Part, download: bool) -> OfficialImages:
         names = train if part == "train" else test
@@ -148,8 +151,8 @@ def _official(make: Callable[..., Dataset], train: Iterable[Any], test: Iterable
 
 
 def _drawn(make: Callable[..., Dataset], labels: Callable[[Any], Sequence[int]], train: int, test: int | None) -> Open:
-    """A set without official parts: so many images of each class to learn from, and so many, or all others, to judge
-    by."""
+    """A set without official splits: a number of images per class for training, and a number, or all others, for
+    testing."""
 
     def rows(root: str, part: Part, download: bool) -> OfficialImages:
         items = make(root, download=download)
@@ -159,7 +162,7 @@ def _drawn(make: Callable[..., Dataset], labels: Callable[[Any], Sequence[int]],
 
 
 class NamedSet(NamedTuple):
-    """A set of Table 3: how to open it, and what MoMo (base) reports in per cent."""
+    """A set of Table 3: how to open it, and MoMo's (base) result in per cent."""
 
     open: Open
     reported: float
@@ -186,11 +189,11 @@ SETS = {
 
 def open_named(name: str, root: str, part: Part, download: bool = False) -> Sequence[Mapping[str, Any]]:
     """
-    A part of a set of Table 3 whose official files lie in `root`, or are brought there.
+    A split of a set of Table 3, from its official files in `root`, downloaded if `download`.
 
     Raises:
-        ValueError: an unknown name.
-        PairDataError: the files are not there.
+        ValueError: the name is unknown.
+        PairDataError: the files are missing.
     """
     if name not in SETS:
         raise ValueError(f"unknown set of images {name!r}; expected one of {', '.join(SETS)}")

@@ -1,8 +1,8 @@
-"""Pictures with a class number and no captions, for zero-shot classification with given class names.
+"""Opens pictures with class numbers instead of captions, for zero-shot classification with given class names.
 
-Sources: a folder with one folder of pictures a class, a table whose rows hold a picture and a number (`.parquet`,
-`.csv`, `.tsv`, `.jsonl`), a saved data set, or a name on the Hub. A number is the place of the class in the list of
-names; folders are numbered in alphabetical order, as `datasets` does it.
+Sources: a folder with one folder of pictures per class, a table of pictures and numbers (`.parquet`, `.csv`, `.tsv`,
+`.jsonl`), a saved data set, or a name on the Hub. A number is the index of the class in the list of names; folders are
+numbered in alphabetical order, as in `datasets`.
 """
 
 import os
@@ -31,14 +31,14 @@ def open_labelled(
     """Rows {"image", "captions": [name of its class], "id": its number}.
 
     Raises:
-        PairDataError: no such source or column, several splits, or a class that is not a number in 0..C-1.
+        PairDataError: the source or column does not exist, there are several splits, or a class is not in 0..C-1.
     """
-    # which columns hold pictures and class numbers
+    # the columns of pictures and class numbers
     data, folder = load_source(source)
     image_column = find_column(data, image_column, IMAGE_COLUMNS, "pictures", source)
     label_column = find_column(data, label_column, LABEL_COLUMNS, "class numbers", source)
 
-    # numbers of a data set that names its own classes mean these
+    # if the data set names its classes, its numbers refer to these names
     kind = data.features[label_column]
     if isinstance(kind, datasets.ClassLabel) and kind.num_classes != len(class_names):
         raise PairDataError(
@@ -46,7 +46,7 @@ def open_labelled(
             f"themselves, but {len(class_names)} class names are given: name exactly its classes, in its order"
         )
 
-    # a class is written under the first of its synonyms
+    # a class is called by the first of its synonyms
     numbers = class_numbers(data[label_column], len(class_names), f"{source}, column {label_column!r}")
     first = [name if isinstance(name, str) else name[0] for name in class_names]
 
@@ -59,7 +59,7 @@ def open_labelled(
 
 
 def pictures_of(data: datasets.Dataset, image_column: str, folder: str | None) -> datasets.Dataset:
-    """The pictures alone; paths in a table are relative to its folder."""
+    """The column of pictures; paths in a table are relative to its folder."""
     images = data.select_columns([image_column])
     if isinstance(images.features[image_column], datasets.Value) and folder is not None:
         paths = [os.path.join(folder, path) for path in images[image_column]]
@@ -68,15 +68,15 @@ def pictures_of(data: datasets.Dataset, image_column: str, folder: str | None) -
 
 
 def class_numbers(values: Sequence[Any], count: int, where: str) -> list[int]:
-    """The values as ints; digits in a string count, as a CSV file has nothing else.
+    """The values as ints; strings of digits are accepted, since a CSV file has only strings.
 
     Raises:
-        PairDataError: with the first row that is no whole number or outside 0..count-1, and how many there are.
+        PairDataError: a value is not a whole number in 0..count-1; names the first such row, and how many there are.
     """
     numbers = []
     wrong = []
     for row, value in enumerate(values):
-        # True is an int to Python, but no class
+        # True is an int in Python, but not a class
         whole = isinstance(value, int) and not isinstance(value, bool)
         whole = whole or (isinstance(value, str) and value.strip().isdecimal())
         number = int(value) if whole else -1
@@ -94,12 +94,12 @@ def class_numbers(values: Sequence[Any], count: int, where: str) -> list[int]:
 
 def load_source(source: str) -> tuple[datasets.Dataset, str | None]:
     """
-    Rows of a source and the folder that its picture paths are relative to, None where they are pictures.
+    Rows of a source and the folder of its picture paths; None if the rows contain the pictures.
 
     Raises:
         PairDataError: `datasets` cannot open it, or it has several splits.
     """
-    # what the source is, told by what lies there: a table, a saved data set, folders of pictures, else a name
+    # the kind of source: a table, a saved data set, folders of pictures, else a name on the Hub
     path = Path(source)
     folder = None
     try:
@@ -118,7 +118,7 @@ def load_source(source: str) -> tuple[datasets.Dataset, str | None]:
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         raise PairDataError(f"{source}: `datasets` cannot open it: {error.__cause__ or error}") from error
 
-    # several splits, of which nobody said which
+    # several splits, without a choice
     if isinstance(data, dict):
         if len(data) != 1:
             raise PairDataError(f"{source} has the splits {sorted(data)}: name the files or the folder of one")
@@ -127,7 +127,7 @@ def load_source(source: str) -> tuple[datasets.Dataset, str | None]:
 
 
 def find_column(data: datasets.Dataset, name: str | None, usual: Sequence[str], what: str, source: str) -> str:
-    """The column of that name, or the first of the usual ones. Raises `PairDataError`: there is none."""
+    """The column of that name, or the first of the usual ones. Raises `PairDataError` if there is none."""
     for column in usual if name is None else (name,):
         if column in data.column_names:
             return column

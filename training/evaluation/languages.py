@@ -1,4 +1,4 @@
-"""One space for several languages: pictures and texts by language, and texts of one language asked by another.
+"""Evaluates retrieval in several languages: between pictures and texts, and between texts of two languages.
 
 Shapes: n rows, P width of the projection.
 """
@@ -16,18 +16,20 @@ from .retrieval import ask
 class LanguagesEvaluator:
     """Recall of each language, between pictures and texts and between texts of two languages.
 
-    The captions of a row are those of one language after another, equally many of each; the first of a language is
-    asked. A text that rows of one concept share stands in the gallery once.
+    The captions of a row are ordered by language, with equally many of each; the first of each language is the query.
+    A text that rows of one concept share is in the gallery once.
 
     Args:
-        languages: in the order of the captions; the first one is what the others are measured by.
+        languages: In the order of the captions; the others are compared with the first.
 
     Yields name/de/tr_r@k (pictures ask German texts), name/de/ir_r@k (the other way), name/de/tt_r@k (German texts
     ask those of each other language, in the mean), and name/de/of_en, the mean of tr and ir at the largest k over
     English's; name/of_en is the mean over all languages but the first.
 
     Raises:
-        ValueError: no rows, fewer than two languages or one named twice, or captions that do not divide among them.
+        ValueError: there are no rows or fewer than two languages, a language is repeated, or a row's number of
+            captions
+            is not a multiple of the number of languages.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class LanguagesEvaluator:
         self.texts = self._by_language()
 
     def _by_language(self) -> list[tuple[list[str], list[int]]]:
-        """Texts of each language, and the row of each."""
+        """Texts of each language, and their rows."""
         texts: list[dict[tuple, int]] = [{} for _ in self.languages]
         for number, (row, concept) in enumerate(zip(self.rows, row_ids(self.rows), strict=True)):
             captions = row["captions"]
@@ -68,7 +70,7 @@ class LanguagesEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         return {
             "task": "retrieval by language, dot products of normalised embeddings",
             "languages": list(self.languages),
@@ -78,7 +80,7 @@ class LanguagesEvaluator:
         }
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
-        """Embed both sides and yield (name, value)."""
+        """Embeds both sides and yields (name, value)."""
         (ids,) = numbered(row_ids(self.rows))
         images = embed_images(model, processor, Column(self.rows, "image"), self.batch_size, self.progress)  # (n, P)
         texts = [
@@ -91,7 +93,7 @@ class LanguagesEvaluator:
             recalls.append((values[f"tr_r@{max(self.ks)}"] + values[f"ir_r@{max(self.ks)}"]) / 2)
             yield from ((f"{self.name}/{language}/{what}", value) for what, value in values.items())
 
-        # as a share of the first language's; none if that finds nothing
+        # relative to the first language, unless its recall is 0
         if recalls[0] > 0:
             shares = [recall / recalls[0] for recall in recalls[1:]]
             first = self.languages[0]

@@ -1,7 +1,7 @@
-"""MAE's linear probe: batch norm without affine and a linear map, by LARS, on a frozen tower (He et al., A.1).
+"""MAE's linear probe: batch norm without affine and a linear layer, trained by LARS on a frozen tower (MAE, A.1).
 
-n images, D width, C classes. The tower sees a fresh random crop of each image in each epoch; on features that are made
-once the same head learns much faster, and a little less.
+n images, D width, C classes. The tower sees a new random crop of each image in each epoch; training the head on
+precomputed features is much faster and slightly less accurate.
 """
 
 import math
@@ -24,13 +24,13 @@ from .sheets import evaluating, on_device
 
 # MAE's code: torchvision's RandomResizedCrop with its own range, and a flip
 PROBE_CROP = Crop(crop_scale=[0.08, 1.0], horizontal_flip=0.5)
-# (epoch) -> batches of features (b, D) and classes (b,) of all rows, in another order each time
+# (epoch) -> batches of features (b, D) and classes (b,) of all rows, in a new order each time
 Epochs = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
 class LinearRecipe:
-    """MAE's numbers; the rate is `base_learning_rate` * batch / 256, of the batch that there are rows for."""
+    """MAE's settings; the rate is `base_learning_rate` * batch / 256, with a batch of at most the number of rows."""
 
     base_learning_rate: float = 0.1
     batch_size: int = 16_384
@@ -40,7 +40,7 @@ class LinearRecipe:
     init_std: float = 0.01
 
     def rate(self, epoch: float, batch_size: int) -> float:
-        """A linear warm-up from 0, then half a cosine to 0, at a fraction of an epoch."""
+        """Learning rate at a fractional epoch: linear warm-up from 0, then half a cosine to 0."""
         peak = self.base_learning_rate * batch_size / 256
         if epoch < self.warmup_epochs:
             return peak * epoch / self.warmup_epochs
@@ -49,7 +49,7 @@ class LinearRecipe:
 
 
 class ProbeHead(nn.Sequential):
-    """Statistics of the batch taken off, then a linear map. (b, D) -> (b, C)."""
+    """Batch normalisation, then a linear layer. (b, D) -> (b, C)."""
 
     def __init__(self, width: int, classes: int, init_std: float = 0.01) -> None:
         super().__init__(nn.BatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, classes))
@@ -58,14 +58,14 @@ class ProbeHead(nn.Sequential):
 
 
 def lars(head: ProbeHead, momentum: float = 0.9) -> Lars:
-    """LARS without decay: the step of the matrix follows its own norm, that of the bias does not (MAE's code)."""
+    """LARS without decay: the matrix's step is scaled by its norm, the bias's is not (MAE's code)."""
     linear = head[1]
     groups = [{"params": [linear.weight], "always_adapt": True}, {"params": [linear.bias]}]
     return Lars(groups, lr=0.0, momentum=momentum, trust_coeff=0.001)
 
 
 def fit_head(epochs: Epochs, width: int, classes: int, rows: int, recipe: LinearRecipe, seed: int = 0) -> ProbeHead:
-    """The head in eval mode after `recipe.epochs` of rows; weights are drawn by the seed."""
+    """Trains the head for `recipe.epochs` and returns it in eval mode; weights are initialised with the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = ProbeHead(width, classes, recipe.init_std)
@@ -76,7 +76,7 @@ def fit_head(epochs: Epochs, width: int, classes: int, rows: int, recipe: Linear
         for step, (features, labels) in enumerate(epochs(epoch)):
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(epoch + step / steps, size)
-            # one row has no variance to be normalised by
+            # a single row has no variance for the normalisation
             if len(features) < 2:
                 continue
             loss = F.cross_entropy(head(features), labels)  # (b, C), (b,)
@@ -87,7 +87,7 @@ def fit_head(epochs: Epochs, width: int, classes: int, rows: int, recipe: Linear
 
 
 def fixed_features(features: Tensor, labels: Tensor, batch_size: int, seed: int = 0) -> Epochs:
-    """Epochs of features (n, D) that were made once."""
+    """Epochs of precomputed features (n, D)."""
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(len(features)))
@@ -107,12 +107,12 @@ def cropped_features(
     pool: Pool = "cls",
     at_once: int = 64,
 ) -> Epochs:
-    """Epochs of features of fresh crops; the tower reads `at_once` images in a pass. `labels` (n,)."""
+    """Epochs of features of new crops; the tower reads `at_once` images per pass. `labels` (n,)."""
     colours = processor.image_processor
     transform = TrainingImageTransform(tower.config.image_size, PROBE_CROP, colours.image_mean, colours.image_std)
 
     def encode(epoch: int, chosen: Sequence[int]) -> Tensor:
-        # each image by its own generator, whatever its batch
+        # each image has its own generator, independent of its batch
         drawn = [(rows[place]["image"], np.random.default_rng((seed, epoch, place))) for place in chosen]
         views = torch.stack([transform(open_image(image), generator) for image, generator in drawn])  # (b, 3, H, W)
         return pooled(tower(**on_device({"pixel_values": views}, tower)), pool).cpu()  # (b, D)
@@ -147,7 +147,7 @@ def linear_probe(
         epochs = fixed_features(train.features, learned, recipe.batch_size, seed)
     head = fit_head(epochs, test.features.shape[1], len(classes), len(train.labels), recipe, seed)
 
-    # what it says of the others
+    # predictions for the other split
     with torch.no_grad():
         said = head(test.features).argmax(-1).numpy()  # (m,)
     asked = np.array([classes[label] for label in test.labels])  # (m,)

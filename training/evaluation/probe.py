@@ -1,7 +1,7 @@
-"""Linear probe and kNN: how much of a class can be read off features that were never trained for it.
+"""Linear probe and kNN: how well classes can be predicted from frozen features.
 
-n rows to learn from, m to judge by, D width, C classes. Logistic regression is CLIP's and FLAVA's protocol: L-BFGS,
-its strength chosen on rows that are held out of training. kNN is DINO's.
+n training rows, m test rows, D width, C classes. Logistic regression follows CLIP's and FLAVA's protocol: L-BFGS, with
+the strength chosen on held-out training rows. kNN follows DINO's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ class Split:
 
     Attributes:
         features: (n, D).
-        labels: (n,), any values that can be compared; equal ones are one class.
+        labels: (n,), any comparable values; equal ones are one class.
     """
 
     features: Tensor
@@ -34,21 +34,23 @@ class Split:
 
 def probe(train: Split, test: Split, seed: int = 0, strengths: Sequence[float] = STRENGTHS) -> dict[str, float]:
     """
-    Both probes of a split, scored on another.
+    Trains both probes on a split and scores them on another.
 
     Returns:
         By name: logistic_accuracy, logistic_mean_recall (CLIP's "mean per class"), logistic_strength, knn_accuracy,
         chance (the commonest class of training, always named).
 
     Raises:
-        ImportError: scikit-learn is missing; the message names the extra that brings it.
-        ValueError: no rows, features and labels that differ in number, one class alone, none in common.
+        ImportError: scikit-learn is not installed; the message names the extra to install.
+        ValueError: there are no rows, the numbers of features and labels differ, there is a single class, or the
+            splits
+            have no class in common.
     """
     classes = numbered_classes(train, test)
     learned = np.array([classes[label] for label in train.labels])  # (n,)
     asked = np.array([classes[label] for label in test.labels])  # (m,)
 
-    # all of it in double precision: a search by gradient stalls below what fp32 can tell apart
+    # in double precision, since L-BFGS stalls at the resolution of fp32
     rows = train.features.double().numpy()  # (n, D)
     questions = test.features.double().numpy()  # (m, D)
     said, strength = logistic(rows, learned, questions, seed, strengths)  # (m,)
@@ -62,13 +64,13 @@ def probe(train: Split, test: Split, seed: int = 0, strengths: Sequence[float] =
 
 
 def numbered_classes(train: Split, test: Split) -> Mapping[Any, int]:
-    """The number of each class, by rising label. Raises `ValueError` as `probe`."""
+    """The number of each class, in order of labels. Raises `ValueError` like `probe`."""
     for what, split in (("training", train), ("test", test)):
         if not len(split.labels):
             raise ValueError(f"there are no rows of {what}")
         if len(split.labels) != len(split.features):
             raise ValueError(f"{len(split.features)} features and {len(split.labels)} labels of {what}")
-    # a rare class may have no row to learn from, and is then never named
+    # a rare class may have no training row, and is then never predicted
     if not set(train.labels) & set(test.labels):
         raise ValueError(f"no class in common: training has {_some(train.labels)}, the test {_some(test.labels)}")
     if len(set(train.labels)) < 2:
@@ -84,8 +86,8 @@ def logistic(
     rows: np.ndarray, labels: np.ndarray, questions: np.ndarray, seed: int, strengths: Sequence[float]
 ) -> tuple[np.ndarray, float]:
     """
-    The classes of `questions` (m,) by logistic regression of rows (n, D), and the strength that was best on a tenth of
-    the rows, which the seed holds out. What is judged is the regression of the other nine.
+    Predicts the classes of `questions` (m,) by logistic regression on rows (n, D), and returns the strength that was
+    best on a tenth of the rows, held out by the seed. The regression is trained on the other nine tenths.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -94,12 +96,12 @@ def logistic(
     except ImportError as error:
         raise ImportError("a probe needs scikit-learn: pip install 'oner[suite]'") from error
 
-    # the same rows of a seed whatever the strength
+    # the same held-out rows for all strengths
     order = np.random.default_rng(seed).permutation(len(rows))
     held = max(1, int(HELD_OUT * len(rows)))
     kept = order[held:]
     if len(set(labels[kept])) < 2:
-        kept = order  # too few rows to do without any
+        kept = order  # too few rows to hold out any
 
     best = None
     for strength in strengths:
@@ -112,7 +114,7 @@ def logistic(
 
 
 def neighbours(rows: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> np.ndarray:
-    """The classes (m,) that the nearest rows by cosine vote for, a vote weighing exp(cosine / 0.07)."""
+    """kNN predictions (m,) by cosine, with votes weighted by exp(cosine / 0.07)."""
     from sklearn.neighbors import KNeighborsClassifier
 
     count = min(NEIGHBOURS, len(rows))
@@ -122,5 +124,5 @@ def neighbours(rows: np.ndarray, labels: np.ndarray, questions: np.ndarray) -> n
 
 
 def mean_recall(said: np.ndarray, asked: np.ndarray) -> float:
-    """Recall of each class that is asked for, and the mean of them."""
+    """Mean recall over the classes that occur in `asked`."""
     return float(np.mean([(said[asked == number] == number).mean() for number in np.unique(asked)]))

@@ -29,7 +29,7 @@ def load_templates(name: str) -> list[str]:
     Raises:
         ValueError: an unknown name, or a template without exactly one "{}".
     """
-    # a shipped name wins over a file of that name
+    # a shipped name takes precedence over a file of that name
     shipped = _read(DATA / "templates.json", "templates", ())
     if name in shipped:
         return list(shipped[name]["templates"])
@@ -39,8 +39,8 @@ def load_templates(name: str) -> list[str]:
 def usual_templates(class_names: str | None) -> str:
     """The templates that belong to a set of class names: CIFAR's own, else SLIP's of ImageNet.
 
-    None: classes are named by captions, and stand as they are. "a photo of a" before an emoji's name asks a model for
-    words that it never read.
+    For None, classes are named by captions, which are used unchanged: "a photo of a" before an emoji's name would add
+    words that the model has never read.
     """
     if class_names is None:
         return "name"
@@ -48,7 +48,7 @@ def usual_templates(class_names: str | None) -> str:
 
 
 def check_templates(templates: Sequence[str]) -> list[str]:
-    """The templates as a list, after a look at each. Raises ValueError at a template without exactly one "{}"."""
+    """Checks templates and returns them as a list. Raises ValueError for one without exactly one "{}"."""
     if isinstance(templates, str) or not templates:
         raise ValueError(f"templates must be a list of at least one string, got {templates!r}")
     for template in templates:
@@ -72,7 +72,7 @@ def load_class_names(name: str) -> list[ClassName]:
     known = class_name_sets()
     path = DATA / f"class_names_{name}.json" if name in known else Path(name)
 
-    # shipped files say where the names come from beside the list
+    # shipped files contain the source of the names beside the list
     content = _read(path, f"class names {name!r}", known)
     names = content["names"] if isinstance(content, dict) else content
     if not isinstance(names, list) or not names:
@@ -83,5 +83,5 @@ def load_class_names(name: str) -> list[ClassName]:
 def fill(templates: Sequence[str], name: ClassName) -> list[str]:
     """Every template with every synonym of a class."""
     synonyms = [name] if isinstance(name, str) else list(name)
-    # `replace`, not `format`, since names may hold braces
+    # `replace`, not `format`, since names may contain braces
     return [template.replace("{}", synonym) for template in templates for synonym in synonyms]

@@ -1,12 +1,12 @@
-"""Where a masked word was read off a picture: relevance of patches for a masked token (MoMo, Fig. 4).
+"""Computes the relevance of image patches for the prediction of a masked token (MoMo, Fig. 4).
 
-Chefer et al., "Generic attention-model explainability" (ICCV 2021), equations 5 to 11. Of each attention A the part
-that speaks for the score is kept, the mean over heads of max(A * d score / d A, 0); relevance is what these parts pass
-on from layer to layer.
+Chefer et al., "Generic attention-model explainability" (ICCV 2021), equations 5 to 11. Each attention A is reduced to
+its positive contribution to the score, the mean over heads of max(A * d score / d A, 0); relevance is propagated
+through these from layer to layer.
 
-A decoder of masked words reads on in the places of its encoder, so that its layers are further layers of one stack. In
-the encoder a masked place is seen by no other, and what it made of itself [MASK] replaces: its attentions there get no
-gradient, and it owes nothing before the decoder.
+A decoder of masked words works on the encoder's positions, so its layers count as further layers of one stack. In the
+encoder no position attends to a masked one, and [MASK] replaces its state: its attentions there get no gradient, so it
+has no relevance before the decoder.
 
 B pairs, H heads, T positions of a text, S of an image, L of both in one sequence, N = h*w patches (row-major).
 """
@@ -45,7 +45,7 @@ def self_relevance(parts: Sequence[Tensor]) -> Tensor:
 
 
 def without_own(relevance: Tensor) -> Tensor:
-    """Equations 8 and 9: what a place owes others, each row of sum 1, and itself. (B, L, L) -> (B, L, L)."""
+    """Equations 8 and 9: relevance of other positions, rows normalised to 1, plus identity. (B, L, L) -> (B, L, L)."""
     identity = torch.eye(relevance.shape[-1], device=relevance.device)
     others = relevance - identity
     return others / others.sum(-1, keepdim=True).clamp_min(torch.finfo(others.dtype).tiny) + identity
@@ -53,12 +53,12 @@ def without_own(relevance: Tensor) -> Tensor:
 
 def crossed_relevance(image: Sequence[Tensor], text: Sequence[Tensor], across: Sequence[Tensor]) -> Tensor:
     """
-    What a text that reads an image owes to it (equations 6, 7 and 10), (B, T, S).
+    Relevance of the image for a text with cross-attention (equations 6, 7 and 10), (B, T, S).
 
     Args:
         image: A bar of the image's own layers, (B, S, S) each.
-        text: Of the text's, (B, T, T) each; the last of them have cross-attention.
-        across: Of that, (B, T, S) each.
+        text: A bar of the text's layers, (B, T, T) each; the last of them have cross-attention.
+        across: A bar of the cross-attention, (B, T, S) each.
     """
     of_image = without_own(self_relevance(image))  # (B, S, S)
     of_text = torch.eye(text[0].shape[-1], device=text[0].device).expand_as(text[0])  # (B, T, T)
@@ -73,7 +73,7 @@ def crossed_relevance(image: Sequence[Tensor], text: Sequence[Tensor], across: S
 
 
 def decoders_of(model: Any) -> list[Any]:
-    """What stands between a tower and a head of masked words: MoMo's decoders, of which a batch passes one."""
+    """The modules between a tower and its MLM head: MoMo's decoders, of which a batch uses one."""
     return [module for name, module in model.named_children() if name.endswith("decoder")]
 
 
@@ -101,11 +101,11 @@ def masked_relevance(model: Any, batch: dict[str, Tensor], places: Tensor, token
     Args:
         model: A family's `...ForMaskedLM`, in eval mode.
         batch: Pairs as its processor makes them, the place masked already.
-        places: (B,), counted from [CLS] over the text's own positions.
-        token_ids: (B,), what stood there.
+        places: (B,), index in the text's own positions, [CLS] is 0.
+        token_ids: (B,), the original tokens there.
 
     Raises:
-        ValueError: a model in training mode, whose attention has dropout.
+        ValueError: the model is in training mode, in which attention has dropout.
     """
     if model.training:
         raise ValueError("masked_relevance expects a model in eval mode; call eval() first")
@@ -122,7 +122,7 @@ def masked_relevance(model: Any, batch: dict[str, Tensor], places: Tensor, token
             logits = model.lm_head(states[rows, places])  # (B, V)
         score = logits.gather(1, token_ids[:, None]).sum()
 
-        # rows of a batch keep to themselves, so one gradient serves all of them
+        # rows of a batch are independent, so one backward is enough for all
         attentions = [*outputs.attentions, *decoding]
         crossing = list(getattr(outputs, "cross_attentions", None) or ())
         parts = kept_parts(score, [*attentions, *crossing])
@@ -167,8 +167,8 @@ def masked_maps(
 
 
 def relevance_sheet(model: Any, processor: Any, images: Sequence[Any], texts: Sequence[str], most: int = 4) -> Any:
-    """A Figure with a line for each picture: as it is, then for each of the first `most` tokens of its text, masked in
-    turn, where it was read."""
+    """A Figure with one row per image: the image, then for each of the first `most` tokens of its text the relevance
+    map if it is masked."""
     seen = pictures_as_seen(images, processor)  # (B, H, W, 3)
     lines = []
     for picture, image, text in zip(seen, images, texts, strict=True):

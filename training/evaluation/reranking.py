@@ -1,14 +1,15 @@
-"""Retrieval in two stages: dot products choose k candidates for each query, a matching head puts them in order.
+"""Evaluates retrieval in two stages: dot products select k candidates per query, and a matching head re-ranks them.
 
-The protocol of ALBEF's and SIMLA's code, `rerank_score="logit"`: the score of a candidate is the head's logit for
-"matched" alone, no probability, and the first stage's score is not added. Only its difference to the other logit is
-trained; "difference" is that, the log-odds. "sum" adds it, weighed, to what contrast thinks, the cosine over the
-temperature: small models, whose matching has hardly begun to learn, gain by that (docs/ambiguities.md).
+The protocol of ALBEF's and SIMLA's code is `rerank_score="logit"`: the score of a candidate is the head's logit for
+"matched", not a probability, without the first stage's score. Only its difference to the other logit is trained;
+"difference" uses that, the log-odds. "sum" adds the weighted difference to cosine / temperature, which helps small
+models whose matching head has hardly started to learn (docs/ambiguities.md).
 
-The official code gives all other items one score below; here these stay behind the candidates in the order of the
-first stage, which is the same for R@k up to k and no tie.
+The official code gives all other items one lower score; here they follow the candidates in the order of the first
+stage, which gives the same R@k up to k without ties.
 
-Any model serves that has `get_image_features`, `get_text_features`, `matching_context(pixel_values)`, which is what
+It works with any model that has `get_image_features`, `get_text_features`, `matching_context(pixel_values)`, which is
+what
 texts read of images, and `match(input_ids, attention_mask, image_states=..., context_index=...)` -> (R, 2), index 1 =
 matched; for "sum" also a `temperature`.
 
@@ -33,7 +34,7 @@ RerankScore = Literal["logit", "difference", "sum"]
 
 @dataclass(frozen=True)
 class Matched:
-    """The candidates of both directions, and what contrast and the matching head think of each.
+    """The candidates of both directions, with their cosines and matching logits.
 
     Attributes:
         best: their places in the gallery, (n, k) and (m, k), by "tr" and "ir".
@@ -48,7 +49,7 @@ class Matched:
     temperature: float
 
     def scores(self, direction: str, score: RerankScore, weight: float) -> Tensor:
-        """What puts the candidates in order, (Q, k)."""
+        """Scores that re-rank the candidates, (Q, k)."""
         logits = self.logits[direction]
         if score == "logit":
             return logits[..., 1]
@@ -60,10 +61,10 @@ class Matched:
 
 class RerankingEvaluator(RetrievalEvaluator):
     """
-    `RetrievalEvaluator`, and the same numbers after its best `rerank_k` have been put in order by the matching head.
+    `RetrievalEvaluator`, and the same numbers after its best `rerank_k` are re-ranked by the matching head.
 
-    A pair that is a candidate both ways is matched once. Pictures are encoded a second time, `image_batch_size` of
-    them at a time, and all pairs of these are matched before the next, so that no more states are in memory.
+    A pair that is a candidate in both directions is matched once. Pictures are encoded again, `image_batch_size` at a
+    time, and all pairs of a batch are matched before the next one, to limit the memory for their states.
 
     Yields what `RetrievalEvaluator` does, name/rerank_tr_r@k, name/rerank_ir_r@k, name/rerank_tr_median_rank ...,
     name/rerank_r_mean, and name/rerank_tr_reach ..., the share of queries with a right answer among their candidates:
@@ -108,7 +109,7 @@ class RerankingEvaluator(RetrievalEvaluator):
         self.image_batch_size = image_batch_size
         self.pair_batch_size = pair_batch_size
 
-        # equal captions are one text, so that they tie exactly
+        # equal captions are merged, so that they tie exactly
         numbers = {text: number for number, text in enumerate(dict.fromkeys(self.texts))}
         self.unique = list(numbers)
         self.text_numbers = torch.tensor([numbers[text] for text in self.texts])
@@ -144,18 +145,18 @@ class RerankingEvaluator(RetrievalEvaluator):
 
     def matched(self, model: Any, processor: Any, images: Tensor, captions: Tensor) -> Matched:
         """The candidates of embeddings (n, P) and (m, P), each pair of them matched once."""
-        # candidates both ways, (n, k) and (m, k), as numbers of pairs
+        # candidates in both directions, (n, k) and (m, k), as numbers of pairs
         best = {"tr": self._candidates(images, captions), "ir": self._candidates(captions, images)}
         pairs = {
             "tr": self._pair(torch.arange(len(images))[:, None], best["tr"]),
             "ir": self._pair(best["ir"], torch.arange(len(captions))[:, None]),
         }
 
-        # each pair once; sorted, so that the pairs of a batch of pictures lie side by side
+        # each pair once; sorted, so that the pairs of a batch of pictures are adjacent
         keys = torch.cat([side.flatten() for side in pairs.values()]).unique()  # (R,)
         logits = self.match(model, processor, keys // len(self.unique), keys % len(self.unique))  # (R, 2)
 
-        # both opinions of each candidate
+        # cosine and matching logits of each candidate
         temperature = getattr(model, "temperature", torch.nan)
         sides = {"tr": (images, captions), "ir": (captions, images)}
         return Matched(
@@ -184,7 +185,7 @@ class RerankingEvaluator(RetrievalEvaluator):
 
     def match(self, model: Any, processor: Any, pictures: Tensor, texts: Tensor) -> Tensor:
         """The head's logits of each pair, (R, 2) fp32: `pictures` are sorted numbers of rows, `texts` of texts."""
-        # all texts tokenised once, cut to what each batch needs
+        # all texts are tokenised once, and truncated to the longest of each batch
         text = processor(text=self.unique, padding=True, truncation=True, return_tensors="pt")  # (u, L)
         lengths = text["attention_mask"].sum(1)
         logits = torch.empty(len(pictures), 2)
@@ -200,7 +201,7 @@ class RerankingEvaluator(RetrievalEvaluator):
                 pixels = on_device(loaded, model)["pixel_values"]
                 states = model.matching_context(pixels)  # (b, S, D)
 
-                # pairs of like length together, so that little is padded
+                # pairs sorted by length, to avoid padding
                 order = first + lengths[texts[first:last]].argsort(stable=True)
                 for pair in order.split(self.pair_batch_size):
                     longest = int(lengths[texts[pair]].max())

@@ -1,4 +1,4 @@
-"""Results as files: a number is written down with what it takes to obtain it again.
+"""Writes results to files, each number with everything needed to reproduce it.
 
 `<directory>/results/<name>.json` holds
     values      name -> number
@@ -27,14 +27,14 @@ LIBRARIES = ("oner", "torch", "torchvision", "transformers", "tokenizers", "data
 
 
 def checkpoint_facts(directory: str | Path) -> dict[str, Any]:
-    """Where the weights are and the digest of each file of them; of a name on the Hub, the commit that was loaded.
+    """The path of the weights and the digest of each file; for a name on the Hub, the loaded commit.
 
     Raises:
         FileNotFoundError: the directory holds no `*.safetensors`, or there is neither a directory nor a commit.
     """
     # a name on the Hub
     if not Path(directory).is_dir():
-        # what was loaded by that name lies in a folder of the cache that is named by the commit
+        # the cache folder of the loaded files is named after the commit
         config = try_to_load_from_cache(str(directory), "config.json")
         if not isinstance(config, str):
             raise FileNotFoundError(f"{directory} is no directory, and nothing of that name was loaded from the Hub")
@@ -48,7 +48,7 @@ def checkpoint_facts(directory: str | Path) -> dict[str, Any]:
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """Class, number of parameters, and the resolution that the numbers were taken at."""
+    """Class, number of parameters, and the image size used for the numbers."""
     config = model.config
     return {
         "class": type(model).__name__,
@@ -72,8 +72,8 @@ def library_versions() -> dict[str, str]:
 
 def results_directory(told: str, source: str) -> Path:
     """
-    Where results go unless it is said: into the model directory; into runs/NAME where it was told by the name of one
-    that ships or that lies on the Hub, neither of which is written into.
+    The default directory of results: the model directory, or runs/NAME for a shipped model or one on the Hub, whose
+    directories are not written to.
     """
     return Path(source) if Path(told).exists() else Path("runs") / told
 
@@ -85,7 +85,7 @@ def write_results(
     model: Any = None,
     checkpoint: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Write one file of results and return what it holds.
+    """Writes one file of results and returns its content.
 
     Args:
         path: the JSON file; folders above it are made.
@@ -97,14 +97,14 @@ def write_results(
     Raises:
         ValueError: no values, a value that is not finite, or a protocol without "split".
     """
-    # a number without its split, or one that JSON has no name for, is not worth keeping
+    # refuse numbers without a split, and those that JSON cannot represent
     if "split" not in protocol:
         raise ValueError(f'the protocol must name the "split", got {sorted(protocol)}')
     wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
     if wrong or not values:
         raise ValueError(f"values must be finite numbers, got {wrong or 'none'}")
 
-    # what was measured, of what, with what, when
+    # values, protocol, model, versions, date
     content: dict[str, Any] = {"values": dict(values), "protocol": dict(protocol)}
     if checkpoint is not None:
         content["checkpoint"] = checkpoint_facts(checkpoint)

@@ -1,4 +1,4 @@
-"""What a model can do on composed scenes, of which everything is known (examples/data/scenes.md), as numbers.
+"""Evaluates a model's abilities on composed scenes, whose content is fully known (examples/data/scenes.md).
 
 A row is one of a split's scenes: `image`, `captions`, `id`, the `names` of its groups of things, `objects` with their
 group and box, and false captions `hard_captions`, each made of the true one `hard_of`.
@@ -26,7 +26,7 @@ from .retrieval import RetrievalEvaluator, ask
 from .zero_shot import ZeroShotClassificationEvaluator
 
 Numbers = Iterator[tuple[str, float]]
-CANDIDATES = 16  # that matching puts in order
+CANDIDATES = 16  # re-ranked by matching
 THINGS = 4  # groups of a scene in which names are looked for
 KS = (1, 10)
 
@@ -37,7 +37,7 @@ def called(name: str) -> str:
 
 
 def inside(boxes: Sequence[Sequence[float]], grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Which patches of a grid (h, w) have their middle in one of the boxes (x, y, width, height), bool (h, w); the
+    """Which patches of a grid (h, w) have their centre in one of the boxes (x, y, width, height), bool (h, w); the
     picture's `size` is (width, height)."""
     down = (torch.arange(grid[0]) + 0.5) * size[1] / grid[0]  # (h,)
     across = (torch.arange(grid[1]) + 0.5) * size[0] / grid[1]  # (w,)
@@ -50,7 +50,7 @@ def inside(boxes: Sequence[Sequence[float]], grid: tuple[int, int], size: tuple[
 
 
 def quarters(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> set[int]:
-    """The quarters (0 1 / 2 3) of a picture of `size` (width, height) in which a box has its middle."""
+    """The quarters (0 1 / 2 3) of a picture of `size` (width, height) that contain the centre of a box."""
     return {2 * (y + height / 2 >= size[1] / 2) + (x + width / 2 >= size[0] / 2) for x, y, width, height in boxes}
 
 
@@ -74,7 +74,7 @@ def asked_of(rows: Sequence[Row], groups: int = THINGS) -> list[Asked]:
 
 
 def pointed(maps: Tensor, asked: Sequence[Asked]) -> dict[str, float]:
-    """How often the highest patch of a map (n, h, w) is in a box of what was asked for, or in a quarter of it."""
+    """How often the highest patch of a map (n, h, w) is in a box of the requested object, or in its quarter."""
     grid = (maps.shape[1], maps.shape[2])
     totals = dict.fromkeys(("box", "box_chance", "quarter", "quarter_chance"), 0.0)
     for cells, one in zip(maps, asked, strict=True):
@@ -94,7 +94,7 @@ def pointed(maps: Tensor, asked: Sequence[Asked]) -> dict[str, float]:
 @dataclass
 class SceneEvaluator:
     """
-    The abilities of a model on one split, all that it and the data allow; each is a method that yields (name, number).
+    Measures all abilities on one split that model and data allow; each is a method that yields (name, number).
 
     Args:
         rows: scenes of the split.

@@ -1,4 +1,4 @@
-"""What the evaluators that draw have in common: the mode of the model, scenes of four pictures, sheets of heat maps.
+"""Shared code of the evaluators that draw: evaluation mode, scenes of four pictures, sheets of heat maps.
 
 Shapes: B pictures, N = h*w patches (row-major), L positions, D width, P projection, H x W pixels.
 """
@@ -34,7 +34,7 @@ def new_figure(width: float, height: float) -> Any:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the mode the model came in is restored, also after an error."""
+    """Eval mode without gradients; afterwards the previous mode is restored, also after an error."""
     was_training = model.training
     model.eval()
     try:
@@ -46,7 +46,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def on_device(batch: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Tensor]:
     """The tensors of a processor's batch on the model's device; pictures in the model's floating type."""
-    # the first weight that is a float: quantised ones say nothing about the type of activations
+    # the first floating-point weight, since quantised ones do not give the type of activations
     like = next(p for p in model.parameters() if p.is_floating_point())
     return {
         name: value.to(like.device, like.dtype) if value.is_floating_point() else value.to(like.device)
@@ -70,7 +70,7 @@ def describe(model: torch.nn.Module) -> str:
     parts = str(getattr(model.config, "name_or_path", "") or "").rstrip("/").split("/")
     name = "/".join(parts[-2:] if parts[-1] == "model" else parts[-1:])
 
-    # what tells models without a name apart
+    # class, depth and width for models without a name
     config = model.config
     shape = f"{getattr(config, 'num_hidden_layers', '?')} layers of {getattr(config, 'hidden_size', '?')}"
     return f"{name} ({shape})" if name else f"{type(model).__name__} ({shape})"
@@ -82,7 +82,7 @@ def pictures_as_seen(images: Sequence[Any], processor: Any, **options: Any) -> T
     Drawing a map over these, rather than over the files, keeps patch and picture aligned whatever the processor cuts.
     `options` are the processor's.
     """
-    # what the processor normalised is undone
+    # undo the processor's normalisation
     pixels = processor(images=list(images), return_tensors="pt", **options)["pixel_values"].float().cpu()
     mean = torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1)
     std = torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1)

@@ -1,4 +1,4 @@
-"""`oner suite MODEL...`: the downstream suite that all families share, in one table."""
+"""`oner suite MODEL...`: runs the downstream suite, which is the same for all families, and prints one table."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What `oner suite` can measure of a model directory: probes of images and texts, and retrieval without training.
+"""The tasks of `oner suite`: probes of images and texts, and zero-shot retrieval.
 
 A task's `run(model, processor)` yields (name, value); a probe's values are means over seeds.
 """
@@ -24,11 +24,11 @@ from .linear_probe import LinearRecipe, cropped_features, linear_probe
 from .probe import Split, numbered_classes, probe
 from .retrieval import RetrievalEvaluator
 
-DRAW_SEED = 0  # of the rows that a limit leaves
-# R@1 and R@5 both ways, whose mean is MoMo's one number of zero-shot retrieval (Tables 2, 4 and 6)
+DRAW_SEED = 0  # for the rows chosen by a limit
+# R@1 and R@5 in both directions, whose mean is MoMo's zero-shot retrieval score (Tables 2, 4 and 6)
 KS = (1, 5)
 QUICK = ("emoji_groups", "digits", "supersense", "hypernym", "emoji_retrieval")
-# of a probe, what no seed decides
+# values of a probe that do not depend on the seed
 FIXED = ("chance", "knn_accuracy", "logistic_strength")
 Rows = Sequence[Mapping[str, Any]]
 
@@ -36,7 +36,7 @@ Rows = Sequence[Mapping[str, Any]]
 @dataclass(frozen=True)
 class SuiteOptions:
     """
-    What all tasks are told.
+    Options of all tasks.
 
     Attributes:
         data: Folder with `emoji` and `glosses`, as examples/data has them.
@@ -59,7 +59,7 @@ class SuiteOptions:
 
 
 class Chosen(Sequence):
-    """Rows at some places, each read when it is asked for, and the labels of all."""
+    """Selected rows, read lazily, and the labels of all."""
 
     def __init__(self, rows: Rows, limit: int | None = None) -> None:
         self.rows = rows
@@ -75,7 +75,7 @@ class Chosen(Sequence):
         return self.rows[self.places[index]]
 
     def labels(self) -> list[Any]:
-        """Of every row; where they stand apart from the images no image is read."""
+        """The label of every row; if labels are stored separately, no image is read."""
         known = getattr(self.rows, "labels", None)
         return [self.rows[place]["label"] if known is None else known[place] for place in self.places]
 
@@ -102,7 +102,7 @@ class ProbeEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         return {
             "task": f"probe of frozen features of {self.kind}",
             "pool": self.options.pool,

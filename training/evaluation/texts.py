@@ -1,4 +1,4 @@
-"""Scores of a model that was fine-tuned for a task on texts alone. n rows, B rows of a batch, C classes."""
+"""Evaluates a model that was fine-tuned for a task on texts. n rows, B rows of a batch, C classes."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from .sheets import evaluating, on_device
 
 class TextTaskEvaluator:
     """
-    Classes or scores of all rows by the metrics of the task.
+    Evaluates predicted classes or scores with the metrics of the task.
 
     Yields name/accuracy; of MRPC and QQP also name/f1 and name/accuracy_f1_mean; of STS-B name/pearson, name/spearman
     and name/correlation_mean instead; and of classes name/chance, the share of the most frequent.
@@ -41,11 +41,11 @@ class TextTaskEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         return {"task": f"texts alone: {self.task}", "metric": self.kind.metric, "rows": len(self.rows)}
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
-        """Read all rows and yield (name, value)."""
+        """Evaluates all rows and yields (name, value)."""
         classes = len(self.kind.labels) or 1
         metric = TextTaskMetric(self.kind.metric, keep_in_memory=True)
         layout = SeparateLayout(SpecialTokens.of(model.config, processor.tokenizer))
@@ -63,7 +63,7 @@ class TextTaskEvaluator:
 
         for name, value in metric.compute().items():
             yield f"{self.name}/{name}", value
-        # always naming the most frequent class is the score to beat
+        # the baseline: always predict the most frequent class
         if classes > 1:
             yield f"{self.name}/chance", max(Counter(right).values()) / len(right)
 

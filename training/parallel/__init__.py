@@ -1,1 +1,1 @@
-"""Processes: what they exchange and how a model is spread over them."""
+"""Multi-process training: collective communication, and models sharded over processes."""

@@ -1,4 +1,4 @@
-"""The only user of torch.distributed. With one process every function here is the identity."""
+"""All use of torch.distributed. With one process every function here is the identity."""
 
 import atexit
 import gc
@@ -31,8 +31,8 @@ def world_size() -> int:
 @atexit.register
 def leave_gloo() -> None:
     """
-    Ends gloo's threads while the interpreter still runs. One that lets go of its last tensor later asks a dying
-    interpreter for its lock, and the process aborts after its work is done (std::terminate, exit status 134).
+    Ends gloo's threads while the interpreter still runs. A thread that frees its last tensor later requests the GIL of
+    an interpreter that is shutting down, and the process aborts after its work is done (std::terminate, status 134).
     """
     if dist.is_available() and dist.is_initialized() and "gloo" in dist.get_backend():
         gc.collect()  # a DDP model in a cycle keeps the group and its threads
@@ -41,16 +41,16 @@ def leave_gloo() -> None:
 
 
 def _wait_for_rest(threads: str, seconds: float) -> None:
-    """Until the threads of that name sleep, where a script still holds their group. Linux tells, others go on."""
+    """Waits until the threads of that name sleep, if a script still holds their group. Only Linux shows this."""
     end, looks = time.monotonic() + seconds, 0
     while looks < 3 and time.monotonic() < end:
         states = [_name_and_state(task) for task in Path("/proc/self/task").glob("*/stat")]
         looks = 0 if (threads, "R") in states else looks + 1
-        time.sleep(0.001)  # lends the interpreter's lock to a thread that waits for it
+        time.sleep(0.001)  # releases the GIL to a thread that waits for it
 
 
 def _name_and_state(task: Path) -> tuple[str, str]:
-    """`12 (pt_gloo_runloop) S 1 ...` of a thread, or of one that has just ended."""
+    """Parses `12 (pt_gloo_runloop) S 1 ...`; empty strings for a thread that has just ended."""
     try:
         head, _, tail = task.read_text().rpartition(")")
     except OSError:
@@ -59,13 +59,13 @@ def _name_and_state(task: Path) -> tuple[str, str]:
 
 
 def backend() -> str:
-    """What carries messages between the processes: nccl, gloo..."""
+    """The communication backend: nccl, gloo...; "none" with one process."""
     return dist.get_backend() if is_distributed() else "none"
 
 
 @torch.no_grad()
 def gather_without_gradient(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes in the order of their ranks, as negatives: (B, ...) -> (B * world, ...). B must agree."""
+    """Gathers the rows of all processes by rank, as negatives: (B, ...) -> (B * world, ...). B must be the same."""
     if not is_distributed():
         return tensor.detach()
     chunks = [torch.empty_like(tensor) for _ in range(world_size())]
@@ -75,10 +75,10 @@ def gather_without_gradient(tensor: torch.Tensor) -> torch.Tensor:
 
 def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
     """
-    Rows of all processes as above, with gradient: (B, ...) -> (B * world, ...).
+    Gathers the rows of all processes with gradient: (B, ...) -> (B * world, ...).
 
-    Each row's gradient, summed over processes, goes back to the process that the row came from. With data-parallel
-    averaging of gradients that is the gradient of the mean of the losses.
+    Each row's gradient, summed over processes, returns to the process of the row. With data-parallel averaging of
+    gradients this gives the gradient of the mean of the losses.
     """
     return _Gather.apply(tensor) if is_distributed() else tensor
 
@@ -93,7 +93,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        # reduced in place, so not autograd's own tensor
+        # cloned, because all_reduce works in place and this tensor is autograd's
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # (B * world, ...)
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]  # (B, ...)
@@ -102,9 +102,9 @@ class _Gather(torch.autograd.Function):
 @torch.no_grad()
 def mean_counts(counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    0-dim counts of this process -> their means over processes, of at least one in all.
+    0-dim counts of this process -> their means over processes; the total is at least one.
 
-    A process divides its own sum by this, so that the mean over processes is the mean over everything counted.
+    A process divides its own sum by this mean, so that the average over processes is the mean over all items.
     """
     if not counts:
         return {}
@@ -115,7 +115,7 @@ def mean_counts(counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """True everywhere as soon as one process says so: a stop signal reaches one process, all must stop together."""
+    """True on all processes if it is true on one: a stop signal reaches one process, but all must stop together."""
     if not is_distributed():
         return flag
     votes = torch.tensor(int(flag), device=device)
@@ -124,7 +124,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def sum_over_processes(counts: Sequence[int], device: torch.device) -> list[int]:
-    """Each count summed over processes, the same everywhere. Every process waits here for the others."""
+    """Each count summed over processes, with the same result on all. Processes wait here for each other."""
     if not is_distributed():
         return list(counts)
     total = torch.tensor(counts, device=device)
@@ -133,14 +133,14 @@ def sum_over_processes(counts: Sequence[int], device: torch.device) -> list[int]
 
 
 def minimum_over_processes(flag: torch.Tensor) -> torch.Tensor:
-    """The least of all processes' 0-dim flags, on their device; the host does not wait for it."""
+    """Minimum of all processes' 0-dim flags, on their device, without a host synchronisation."""
     if is_distributed():
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return flag
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """SyncBN as MoCo-v3 has it, before the teacher is copied from the model. torch has it on accelerators only."""
+    """SyncBN as in MoCo-v3, before the teacher is copied from the model. torch supports it only on accelerators."""
     if is_distributed() and device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
@@ -148,9 +148,9 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 
 def reduce_scatter_averages(device: torch.device) -> bool:
     """
-    Whether processes average where FSDP2 asks them to. Collective.
+    Whether reduce-scatter averages, as FSDP2 requests. Collective.
 
-    gloo of torch 2.7 sums without a word, and gradients would be as many times too large as there are processes.
+    gloo in torch 2.7 silently sums instead, so gradients would be too large by the number of processes.
     """
     if not is_distributed():
         return True
@@ -160,17 +160,17 @@ def reduce_scatter_averages(device: torch.device) -> bool:
 
 
 def fsdp_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's rows of a tensor that FSDP2 spread over processes, sharing its memory; else the tensor."""
+    """This process's rows of a tensor that FSDP2 has sharded, sharing its memory; any other tensor unchanged."""
     return local_part(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def fsdp_whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All rows of it, on every process."""
+    """All rows of a sharded tensor, on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def fsdp_spread(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, the same on each process, spread as `like` is."""
+    """Shards a whole tensor, equal on all processes, in the same way as `like`."""
     if not isinstance(like, DTensor):
         return whole
     whole = whole.to(like.device)
@@ -178,13 +178,13 @@ def fsdp_spread(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def fsdp_shard_alike(frozen: nn.Module, sharded: nn.Module) -> None:
-    """FSDP2 over a frozen copy of a model that is under FSDP2: each parameter is cut as that of the model is."""
-    # layers from the innermost out, on the model's own mesh
+    """Applies FSDP2 to a frozen copy of a model under FSDP2, with the same sharding of each parameter."""
+    # innermost layers first, on the model's own mesh
     mesh = next(parameter.device_mesh for parameter in sharded.parameters() if isinstance(parameter, DTensor))
     for module in reversed(list(frozen.modules())[1:]):
         if type(module).__name__ in undivided_layers(sharded):
             fully_shard(module, mesh=mesh)
 
-    # torch's default keeps the root's parameters gathered until a backward, which a frozen model never has: they would
-    # stay those of the first step
+    # by default torch keeps the root's parameters gathered until the backward, which a frozen model never has, so they
+    # would remain those of the first step
     fully_shard(frozen, mesh=mesh, reshard_after_forward=True)

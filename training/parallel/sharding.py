@@ -1,6 +1,6 @@
-"""Whole tensors out of those that FSDP2 and DeepSpeed's ZeRO spread over processes, and back.
+"""Gathers and restores the state of models and optimisers that FSDP2 or DeepSpeed's ZeRO shard over processes.
 
-Everything here is collective: all processes call it, in the same order. With plain parameters it only copies.
+Every function is collective: all processes must call it, in the same order. Unsharded parameters are only copied.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,17 +16,17 @@ from .distributed import fsdp_part, fsdp_spread, fsdp_whole, rank, world_size
 State = dict[str, torch.Tensor]
 Groups = list[dict[str, Any]]
 
-# what AdamW keeps that has not its parameter's shape: one number for each, or for a flat partition of many
+# entries of AdamW's state without the parameter's shape: one number per parameter, or per flat partition
 COUNTS = ("step",)
 
 
 def is_zero_3(tensor: torch.Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 keeps only a part of a parameter here; its own shape is then (0,)."""
+    """Whether DeepSpeed's ZeRO-3 shards a parameter; its shape here is then (0,)."""
     return hasattr(tensor, "ds_tensor")
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter, to read or to write: all of it where nothing is spread."""
+    """This process's part of a parameter, to read or to write; the whole if it is not sharded."""
     return tensor.ds_tensor if is_zero_3(tensor) else fsdp_part(tensor)
 
 
@@ -35,15 +35,15 @@ def full_shape(tensor: torch.Tensor) -> torch.Size:
 
 
 def full_shapes(module: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of a module's weights and buffers by name, as if nothing were spread."""
+    """Unsharded shapes of a module's weights and buffers by name."""
     return {name: full_shape(value) for name, value in module.state_dict(keep_vars=True).items()}
 
 
 @torch.no_grad()
 def full_state(module: nn.Module) -> State:
     """
-    A module's weights and buffers: whole on the first process, {} on the others. What is plain is the module's own
-    tensor, where it lies; what was spread is gathered on the CPU.
+    A module's weights and buffers: whole on the first process, {} on the others. Unsharded tensors are the module's
+    own, on their device; sharded ones are gathered on the CPU.
     """
     return _collect((name, _whole(value)) for name, value in module.state_dict(keep_vars=True).items())
 
@@ -51,12 +51,12 @@ def full_state(module: nn.Module) -> State:
 @torch.no_grad()
 def load_full_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """
-    The inverse: each process takes its parts out of the whole. The fp32 masters of ZeRO are set too.
+    The inverse of `full_state`: each process takes its parts of the whole. ZeRO's fp32 master weights are set too.
 
     Raises:
-        RuntimeError: names or shapes that are not the module's, as torch has it; nothing has been written then.
+        RuntimeError: names or shapes differ from the module's, as in torch; then nothing has been written.
     """
-    # everything that does not fit, before anything is written
+    # check all names and shapes before anything is written
     targets = module.state_dict(keep_vars=True)
     wrong = {name: "missing" for name in targets.keys() - state.keys()}
     wrong |= {name: "unexpected" for name in state.keys() - targets.keys()}
@@ -75,14 +75,14 @@ def load_full_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> Non
 @torch.no_grad()
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[State, Groups]:
     """
-    AdamW's state by "index.name", index counting the parameters over all groups, and the groups as JSON.
+    AdamW's state by "index.name", where index counts the parameters of all groups, and the groups as JSON.
 
-    Tensors are whole on the first process, {} on the others; the groups are there on all.
+    The tensors are whole on the first process, {} on the others; all processes get the groups.
     """
     if (zero := _zero_optimizer(optimizer)) is not None:
         return _zero_state(zero)
 
-    # without ZeRO the state is torch's own, spread at most by FSDP2
+    # without ZeRO the state is torch's own, possibly sharded by FSDP2
     state = optimizer.state_dict()
     tensors = _collect(
         (f"{index}.{name}", _whole(torch.as_tensor(value)))
@@ -97,19 +97,19 @@ def load_full_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], groups: Groups
 ) -> None:
     """
-    The inverse. Rates, betas and decay stay the optimiser's own.
+    The inverse of `full_optimizer_state`. Learning rates, betas and decay stay the optimiser's own.
 
     Raises:
-        ValueError: the parameters are grouped in another way, or a tensor has not its parameter's shape.
+        ValueError: the parameters are grouped differently, or a tensor does not have its parameter's shape.
     """
-    # the same parameters in the same groups
+    # the groups must have the same numbers of parameters
     zero = _zero_optimizer(optimizer)
     mine = [len(group) for group in _zero_groups(zero)] if zero else [len(g["params"]) for g in optimizer.param_groups]
     theirs = [len(group["params"]) for group in groups]
     if theirs != mine:
-        raise ValueError(f"the optimiser's groups hold {theirs} parameters, expected {mine}")
+        raise ValueError(f"the optimiser state has groups of {theirs} parameters, expected {mine}")
 
-    # "index.name" -> index, name; each tensor as large as its parameter
+    # "index.name" -> index, name; each tensor must have its parameter's shape
     parameters = [p for group in (_zero_groups(zero) if zero else _parameters(optimizer)) for p in group]
     state: dict[int, State] = {}
     for key, value in tensors.items():
@@ -119,7 +119,7 @@ def load_full_optimizer_state(
             raise ValueError(f"the optimiser's {key} has shape {tuple(value.shape)}, expected {expected}")
         state.setdefault(int(index), {})[name] = value
 
-    # each process keeps its part
+    # each process takes its part
     if zero is not None:
         _load_zero_state(zero, state)
         return
@@ -134,7 +134,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
 
 
 def _collect(named: Iterable[tuple[str, torch.Tensor]]) -> State:
-    """One after another, so that no more than one that was gathered lies on the device."""
+    """Collects one tensor after the other, so that at most one gathered tensor is on the device."""
     state = {}
     for name, value in named:
         if rank() == 0:
@@ -143,7 +143,7 @@ def _collect(named: Iterable[tuple[str, torch.Tensor]]) -> State:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor: itself where nothing is spread, else gathered, for the first process on the CPU."""
+    """The whole of a tensor: itself if it is not sharded, else gathered, on the CPU for the first process."""
     if not is_zero_3(tensor):
         whole = fsdp_whole(tensor)
         return tensor if whole is tensor else _on_host(whole)
@@ -158,7 +158,7 @@ def _on_host(whole: torch.Tensor) -> torch.Tensor:
 
 
 def _zero_3_part(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor as ZeRO-3 cuts it: flat, in equal parts, the last one padded."""
+    """This process's part of a whole tensor as ZeRO-3 shards it: flat, in equal parts, the last one padded."""
     size = parameter.ds_tensor.numel()
     flat = nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))  # (size * world,)
     return flat[size * rank() : size * (rank() + 1)]  # (size,)
@@ -167,24 +167,24 @@ def _zero_3_part(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
     value = value.to(device=target.device, dtype=target.dtype)
 
-    # ZeRO-3: the part, and the fp32 master that the optimiser steps
+    # ZeRO-3: the part, and the fp32 master weights that the optimiser updates
     if is_zero_3(target):
         part = _zero_3_part(value, target)
         target.ds_tensor.copy_(part)
-        if target.numel():  # a small one that ZeRO-3 keeps whole
+        if target.numel():  # small parameters that ZeRO-3 does not shard
             target.copy_(value)
         if target.requires_grad:
             write_zero_3_master(target, part)
         return
 
-    # plain and FSDP2; ZeRO-1 and 2 keep a master too
+    # unsharded and FSDP2; ZeRO-1 and 2 also have fp32 master weights
     own_part(target).copy_(fsdp_part(fsdp_spread(value, target)))
     if has_full_precision_state(target):
         target.set_full_hp_param(value)
 
 
 def _zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
-    """DeepSpeed's ZeRO optimiser inside Accelerate's wrapper, if there is one."""
+    """DeepSpeed's ZeRO optimiser inside Accelerate's wrapper; None without ZeRO."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner if hasattr(inner, "bit16_groups") or hasattr(inner, "fp16_groups") else None
 
@@ -194,7 +194,7 @@ def _is_stage_3(zero: Any) -> bool:
 
 
 def _zero_groups(zero: Any) -> list[list[torch.Tensor]]:
-    """The parameters as the optimiser was given them; ZeRO has put flat partitions in their place."""
+    """The parameter groups as given to the optimiser; ZeRO replaces them by flat partitions."""
     if not _is_stage_3(zero):
         return [list(group) for group in zero.bit16_groups]
     groups: list[list[torch.Tensor]] = [[] for _ in zero.optimizer.param_groups]
@@ -208,13 +208,13 @@ def _flat_masters(zero: Any) -> list[torch.Tensor]:
 
 
 def _flat_of_each(zero: Any) -> list[torch.Tensor]:
-    """For each parameter, in the order of `_zero_groups`, the flat master that its part lies in."""
+    """For each parameter, in the order of `_zero_groups`, the flat master partition that contains its part."""
     parts = zero.fp16_groups if _is_stage_3(zero) else zero.bit16_groups
     return [flat for part, flat in zip(parts, _flat_masters(zero), strict=True) for _ in part]
 
 
 def _link_moments(zero: Any) -> None:
-    # DeepSpeed links those of ZeRO-1 and 2 after the first group's first step, when other groups have no moments yet
+    # DeepSpeed links ZeRO-1 and 2's moments after the first group's first step, when other groups have none yet
     if not _is_stage_3(zero):
         link_moments(zero)
 
@@ -222,7 +222,7 @@ def _link_moments(zero: Any) -> None:
 def _zero_state(zero: Any) -> tuple[State, Groups]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    # moments lie in flat partitions; DeepSpeed finds each parameter's through links
+    # moments are stored in flat partitions; DeepSpeed finds those of a parameter through links
     held = zero.optimizer.state
     _link_moments(zero)
     parameters = [parameter for group in _zero_groups(zero) for parameter in group]
@@ -234,7 +234,7 @@ def _zero_state(zero: Any) -> tuple[State, Groups]:
                 whole = safe_get_full_optimizer_state(parameter, name) if is_part else torch.as_tensor(value)
                 yield f"{index}.{name}", _on_host(whole.clone())
 
-    # groups as torch writes them, their parameters counted through
+    # groups as torch writes them, with parameters numbered over all groups
     tensors = _collect(entries())
     groups = []
     start = 0
@@ -246,7 +246,7 @@ def _zero_state(zero: Any) -> tuple[State, Groups]:
 
 
 def _load_zero_state(zero: Any, state: Mapping[int, State]) -> None:
-    # moments to write into, where the optimiser has not stepped yet
+    # create moments if the optimiser has not stepped yet
     parameters = [parameter for group in _zero_groups(zero) for parameter in group]
     for index, flat in enumerate(_flat_of_each(zero)):
         held = zero.optimizer.state.setdefault(flat, {})
@@ -256,7 +256,7 @@ def _load_zero_state(zero: Any, state: Mapping[int, State]) -> None:
             elif name not in held:
                 held[name] = torch.zeros_like(flat)
 
-    # and through the links each parameter's own part of them
+    # then write each parameter's part of them through the links
     _link_moments(zero)
     for index, parameter in enumerate(parameters):
         for name, value in state.get(index, {}).items():
@@ -266,5 +266,5 @@ def _load_zero_state(zero: Any, state: Mapping[int, State]) -> None:
                 part = _zero_3_part(value.to(parameter.ds_tensor), parameter)
                 zero.set_local_hp_param(part, parameter, name)
             else:
-                # DeepSpeed's own `safe_set_full_optimizer_state`, which would ask each parameter for its stage
+                # the call inside DeepSpeed's `safe_set_full_optimizer_state`, which would first look up the stage
                 parameter.set_full_hp_param(value.to(parameter.device), name)

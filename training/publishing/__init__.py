@@ -1,1 +1,1 @@
-"""A trained model as a Hub repository: export, card, loading."""
+"""Exporting, publishing and loading models: Hub repositories, model cards, Spaces, ONNX."""

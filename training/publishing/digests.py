@@ -1,11 +1,11 @@
-"""Digests of files, by which a directory of weights is known to be whole."""
+"""Digests of files, to check that a directory of weights is complete and unchanged."""
 
 import hashlib
 from pathlib import Path
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex digest of a file, read in chunks."""
+    """SHA-256 of a file as hex, read in chunks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         # weights may be larger than memory

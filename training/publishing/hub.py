@@ -1,9 +1,9 @@
-"""A trained model as a Hub repository: export to a directory, push the directory.
+"""Exports a trained model as a directory, and uploads the directory as a Hub repository.
 
-The directory is complete as it stands. It loads after `import oner` without any flag, and with transformers alone
-and `trust_remote_code=True`, because the code files travel with the weights and `config.json` names a class for
-every auto class. What to name is read from transformers' own registries, where `oner/__init__.py` put it; so a new
-family needs no line here.
+The directory is self-contained. It loads after `import oner` without any flag, and with transformers alone and
+`trust_remote_code=True`, because it contains the code files, and `config.json` names a class for every auto class.
+These classes come from transformers' registries, where `oner/__init__.py` registers them, so a new family needs no
+change here.
 """
 
 import copy
@@ -43,27 +43,27 @@ MODEL_AUTO_CLASSES = (
     "AutoModelForVisualQuestionAnswering",
     "AutoModelForSequenceClassification",
 )
-# a model of one of these may hold the heads of several tasks; any other is fine-tuned for its own
+# models of these classes may have the heads of several tasks; any other is fine-tuned for one task
 GENERAL = ("AutoModel", "AutoModelForPreTraining")
-# precisions that weights can be stored in and loaded from; a cast to integers would leave zeros
+# dtypes in which weights can be stored and loaded; a cast to integers would give zeros
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# JSON that holds words of a vocabulary, which may look like anything
+# JSON files of vocabularies, whose tokens may look like paths or secrets
 VOCABULARIES = ("tokenizer.json", "vocab.json")
-# what a repository is made as
+# how a new repository is created
 MODEL = {"repo_type": "model"}
 SPACE = {"repo_type": "space", "space_sdk": "gradio"}
 Picture = Image.Image | str | Path | Any  # Any: a matplotlib Figure, which this module does not import
 
 
 def reference(cls: type) -> str:
-    """How an `auto_map` names a class: `file.Class`, since all code files lie flat in the repository."""
+    """The name of a class in an `auto_map`: `file.Class`, since all code files are at the top of the repository."""
     return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
 
 
 def model_classes(config: transformers.PreTrainedConfig) -> dict[str, type]:
     """Auto class → class registered for this configuration.
 
-    Raises ValueError if none is, as for a model that came from `trust_remote_code=True`.
+    Raises ValueError if there is none, as for a model loaded with `trust_remote_code=True`.
     """
     registered = {}
     for name in MODEL_AUTO_CLASSES:
@@ -73,15 +73,15 @@ def model_classes(config: transformers.PreTrainedConfig) -> dict[str, type]:
     if "AutoModel" not in registered:
         raise ValueError(
             f"{type(config).__module__}.{type(config).__name__} is not registered with AutoModel, so its code cannot "
-            "travel with the weights; `import oner` first and load the model without trust_remote_code"
+            "be exported with the weights; `import oner` first and load the model without trust_remote_code"
         )
     return registered
 
 
 def pipeline_classes(model: PreTrainedModel) -> dict[str, tuple[type, list[str]]]:
     """
-    Task → (pipeline class, names of its auto classes): the registered pipelines that are not transformers' own, that
-    serve the family, and that find all they read in this model's weights. Others would read heads drawn at random.
+    Task → (pipeline class, names of its auto classes), for each registered pipeline that is not transformers' own,
+    supports the family, and finds all its weights in this model. Other pipelines would use randomly initialised heads.
     """
     config = model.config
     classes = {}
@@ -90,11 +90,11 @@ def pipeline_classes(model: PreTrainedModel) -> dict[str, tuple[type, list[str]]
         implementation = entry["impl"]
         auto_classes = entry["pt"]
 
-        # only pipelines that came with a family
+        # only our own pipelines
         if not isinstance(implementation, type) or implementation.__module__.startswith("transformers."):
             continue
 
-        # and of their models those that this family has and these weights fill
+        # and only the model classes that this family has and these weights fill
         for auto in auto_classes:
             if type(config) not in registered_models(auto):
                 continue
@@ -115,7 +115,7 @@ def serves(model: PreTrainedModel, wanted: PreTrainedModel, implementation: type
     if type(model) is type(wanted):
         return True
 
-    # another class of the family: every weight must be there, under the same name and of the same shape
+    # for another class of the family, every weight must exist with the same name and shape
     general = [cls for name, cls in model_classes(model.config).items() if name in GENERAL]
     tower_only = not getattr(implementation, "reads_heads", True)
     return not {type(model), type(wanted)}.isdisjoint(general) and weights_of(wanted, tower_only) <= weights_of(model)
@@ -131,11 +131,11 @@ def weights_of(model: PreTrainedModel, tower_only: bool = False) -> set[tuple[st
 
 
 def copy_code(classes: Sequence[type], directory: Path) -> list[str]:
-    """Copies the files that define `classes`, and what these import from their own folders, flat into `directory`.
+    """Copies the files that define `classes`, and their relative imports, into `directory` without subfolders.
 
-    Raises ValueError if two different files would get the same name.
+    Raises ValueError if two different files have the same name.
     """
-    # file name -> where it comes from; a file that several classes share comes once
+    # file name -> its source; a file that several classes share is copied once
     copied: dict[str, Path] = {}
     for cls in classes:
         source = sys.modules[cls.__module__].__file__
@@ -144,7 +144,7 @@ def copy_code(classes: Sequence[type], directory: Path) -> list[str]:
             if earlier != file.resolve():
                 raise ValueError(f"two code files share the name {file.name}: {earlier} and {file.resolve()}")
 
-    # after every name has been checked
+    # copied only after all names are checked
     for name, file in copied.items():
         shutil.copyfile(file, directory / name)
     return sorted(copied)
@@ -159,17 +159,17 @@ def merge_json(path: Path, **entries: Any) -> None:
 
 
 def check_stored_dtype(dtype: Any) -> None:
-    """Raises ValueError for what is no precision that weights can be stored in; None is the model's own."""
+    """Raises ValueError for a dtype in which weights cannot be stored; None means the model's own."""
     if dtype is not None and dtype not in STORED_DTYPES:
         expected = ", ".join(str(one).removeprefix("torch.") for one in STORED_DTYPES)
         raise ValueError(f"weights cannot be stored as {dtype}; expected a floating-point type of torch: {expected}")
 
 
 def stored_weights(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor] | None:
-    """The state with its parameters cast to `dtype`; None for as they are. Buffers keep their precision.
+    """The state dict with parameters cast to `dtype`, or None if `dtype` is None. Buffers keep their dtype.
 
-    Raises ValueError for a weight that is NaN or infinite, OverflowError if one does not fit, or if nothing of a
-    parameter is left above zero: either would only show at the next load.
+    Raises ValueError for a weight that is NaN or infinite, OverflowError if a weight overflows or a whole parameter
+    becomes zero in `dtype`: otherwise this would be noticed only at the next load.
     """
     state = model.state_dict()
     for name, tensor in state.items():
@@ -178,9 +178,9 @@ def stored_weights(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[st
     if dtype is None:
         return None
 
-    # tied weights are one storage under several names
+    # tied weights share one storage under several names
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # one copy for tied weights, which save must recognise
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # one copy for tied weights, so that saving recognises them
     for name, tensor in state.items():
         if name in parameters and tensor.is_floating_point():
             key = (tensor.data_ptr(), tensor.shape)
@@ -196,9 +196,10 @@ def stored_weights(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[st
 
 def write_code(model: PreTrainedModel, directory: Path, processor: ProcessorMixin | None = None) -> list[str]:
     """
-    Code files, the full `auto_map` and `custom_pipelines` beside saved weights; returns the tasks of our own.
+    Adds the code files, the full `auto_map` and `custom_pipelines` to saved weights; returns the tasks of our
+    pipelines.
 
-    transformers' own `save_pretrained` lists only the class that was saved. `processor`: that of the family if none.
+    transformers' `save_pretrained` lists only the saved class. If `processor` is None, the family's classes are used.
     """
     # auto class -> file and class in the repository
     models = model_classes(model.config)
@@ -208,7 +209,7 @@ def write_code(model: PreTrainedModel, directory: Path, processor: ProcessorMixi
     auto_map |= {name: reference(cls) for name, cls in models.items()}
     processor_map = {name: reference(cls) for name, cls in processors.items()}
 
-    # the files of all of them, and the entries that name them
+    # their code files, and the entries that name them
     copy_code(
         [type(model.config), *models.values(), *processors.values(), *(cls for cls, _ in pipelines.values())],
         directory,
@@ -216,7 +217,7 @@ def write_code(model: PreTrainedModel, directory: Path, processor: ProcessorMixi
     offered = {task: {"impl": reference(cls), "pt": names} for task, (cls, names) in pipelines.items()}
     merge_json(directory / "config.json", auto_map=auto_map | processor_map, custom_pipelines=offered)
 
-    # the image processor is read from its own entry inside the processor's file
+    # the image processor has its own entry in the processor's file
     path = directory / "processor_config.json"
     if path.is_file():
         nested = json.loads(path.read_text(encoding="utf-8")).get("image_processor", {})
@@ -225,7 +226,7 @@ def write_code(model: PreTrainedModel, directory: Path, processor: ProcessorMixi
 
 
 def processor_classes(config: transformers.PreTrainedConfig, processor: ProcessorMixin | None) -> dict[str, type]:
-    """Auto class → class, of a processor, or of the one registered for this configuration; {} if there is none."""
+    """Auto class → class, for a processor, or for the one registered for this configuration; {} if there is none."""
     if processor is not None:
         return {"AutoProcessor": type(processor), "AutoImageProcessor": type(processor.image_processor)}
     if type(config) not in PROCESSOR_MAPPING:
@@ -237,7 +238,7 @@ def processor_classes(config: transformers.PreTrainedConfig, processor: Processo
 def write_pictures(pictures: Mapping[str, Picture], directory: Path) -> dict[str, str]:
     """Saves each picture as PNG; returns caption → path inside the repository.
 
-    Raises TypeError for what is neither a PIL image, a figure nor a path, ValueError if two captions give one name.
+    Raises TypeError if a picture is not a PIL image, figure or path, ValueError if two captions give the same name.
     """
     written = {}
     for caption, picture in pictures.items():
@@ -245,7 +246,7 @@ def write_pictures(pictures: Mapping[str, Picture], directory: Path) -> dict[str
         if path.as_posix() in written.values():
             raise ValueError(f"two pictures would both be {path}; the second is captioned {caption!r}")
 
-        # whatever can be drawn becomes a PNG
+        # everything is saved as PNG
         target = directory / path
         target.parent.mkdir(exist_ok=True)
         if isinstance(picture, (str, Path)):
@@ -264,7 +265,7 @@ def write_pictures(pictures: Mapping[str, Picture], directory: Path) -> dict[str
 
 
 def gate_configurations(directory: Path) -> None:
-    """Lets no configuration that transformers wrote name a place of this machine or a secret."""
+    """Removes local paths and secrets from the configurations that transformers wrote."""
     for path in directory.glob("*.json"):
         if path.name in VOCABULARIES or path.name.endswith(".index.json"):
             continue
@@ -274,16 +275,17 @@ def gate_configurations(directory: Path) -> None:
 
 
 def finish_export(scratch: Path, directory: Path, name: str, licence: str | None, origins: Origins) -> None:
-    """All that an export ends with: makers, digests, record, modes, what users laid there; then into its place."""
+    """Completes an export: attribution files, digests, provenance, modes, the user's own files; then moves it into
+    place."""
     for file, content in origins.makers.items():
         (scratch / file).write_bytes(content)
     gate_configurations(scratch)
 
-    # an evaluation of the very same weights stays on the card
+    # the card keeps an earlier evaluation of identical weights
     if directory.is_dir():
         keep_evaluation(directory, scratch)
 
-    # digests and record of files that no longer change
+    # digests and provenance, once the files no longer change
     write_digests(scratch)
     write_provenance(scratch, name, licence, origins)
     set_modes(scratch)
@@ -310,26 +312,26 @@ def export_model(
 ) -> Path:
     """Writes `model` and `processor` as a complete Hub repository and returns its path.
 
-    - metrics: `set/metric` → value, shown in the card's table, its metadata and `results/metrics.json`.
-    - protocol: what the metrics mean: split, checkpoint, resolution, templates, seed.
+    - metrics: `set/metric` → value, for the card's table and metadata and `results/metrics.json`.
+    - protocol: how the metrics were measured: split, checkpoint, resolution, templates, seed.
     - data: one entry per training set, a name or a mapping (name, rows, licence, ...).
     - pictures: caption → PIL image, matplotlib figure, or path; stored in `pictures/`.
-    - license: of the weights, as the Hub names it (`apache-2.0`, `cc-by-4.0`, `other`); if none, the card says so.
+    - license: of the weights, as the Hub names it (`apache-2.0`, `cc-by-4.0`, `other`); if None, the card says so.
     - languages: of the texts, as the Hub names them (`en`), for the card's metadata.
-    - dtype: precision in the file, such as `torch.float16` for half its size. The configuration keeps the model's
-      own precision, so a plain `from_pretrained` computes in that one.
-    - repo_id: the name of the repository, and of the card; the directory's if none, or that above one named `model`.
-    - origins: what `read_origins` read of the models that the training began with, and of the makers of the data.
+    - dtype: dtype of the weights in the file, such as `torch.float16` for half its size. The configuration keeps the
+      model's own dtype, in which a plain `from_pretrained` loads it.
+    - repo_id: name of the repository and the card; by default the directory's, or its parent's if that is `model`.
+    - origins: from `read_origins`: the models that the training started from, and attributions of the data.
 
-    Everything is written beside `directory` and put there at once; what others laid into an earlier export stays.
-    No text of it names an absolute path or a secret (`public.py`). Raises FileExistsError if `directory` holds
-    something that is no export, ValueError if the model's classes are not registered or `dtype` is no float,
-    OverflowError if a weight does not fit into `dtype`.
+    The export is written beside `directory` and moved there in one step; files that users added to an earlier export
+    stay. No text in it contains an absolute path or a secret (`public.py`). Raises FileExistsError if `directory`
+    contains something other than an export, ValueError if the model's classes are not registered or `dtype` is not a
+    float, OverflowError if a weight overflows in `dtype`.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, expected a PreTrainedModel (unwrapped)")
     check_stored_dtype(dtype)
-    directory = Path(directory).resolve()  # a link stays, and what it points to is replaced
+    directory = Path(directory).resolve()  # a symbolic link stays, and its target is replaced
     check_replaceable(directory)
     name = plain(repo_id or repository_name(directory))
     origins = origins or Origins()
@@ -343,7 +345,7 @@ def export_model(
         paths = write_pictures(pictures or {}, scratch)
         write_facts(scratch, metrics, protocol, training_config)
 
-        # the page that says all of it
+        # the model card
         card = model_card(
             model,
             name,
@@ -369,7 +371,7 @@ def write_facts(
     protocol: Mapping[str, Any] | str | None,
     training_config: Mapping[str, Any] | None,
 ) -> None:
-    """What was measured, and by what training, in `results/`."""
+    """Writes the metrics and the training configuration to `results/`."""
     results = directory / "results"
     results.mkdir()
     if metrics is not None:
@@ -388,12 +390,12 @@ def push_to_hub(
     create_pr: bool = False,
     token: str | None = None,
 ) -> str:
-    """Uploads an exported directory as the Hub repository `repo_id` (made if needed); returns the commit's address.
+    """Uploads an exported directory to the Hub repository `repo_id`, created if needed; returns the commit's URL.
 
-    The card takes the repository's name. Raises FileNotFoundError if the directory is not a complete export.
+    The card is renamed to the repository. Raises FileNotFoundError if the directory is not a complete export.
     """
     check_repo_id(repo_id)
-    # nothing is uploaded that would not load
+    # refuse to upload a model that would not load
     directory = Path(directory)
     missing = [
         name for name in ("config.json", "processor_config.json", "README.md") if not (directory / name).is_file()
@@ -401,7 +403,7 @@ def push_to_hub(
     if not list(directory.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
-        raise FileNotFoundError(f"{directory} is no exported model, it lacks {', '.join(missing)}; see export_model")
+        raise FileNotFoundError(f"{directory} is no exported model: {', '.join(missing)} missing; see export_model")
 
     rename_card(directory, repo_id)
     return upload(
@@ -418,14 +420,14 @@ def upload(
     **commit: Any,
 ) -> str:
     """
-    One commit of all files of a directory to a repository, which is made if need be; returns the commit's address.
+    Uploads all files of a directory in one commit to a repository, created if needed; returns the commit's URL.
 
     Args:
-        kind: What a new repository is, as `create_repo` takes it; `repo_type` is of the commit too.
-        commit: As `upload_folder` takes them: message, revision, `create_pr`.
+        kind: Arguments of `create_repo` for a new repository; `repo_type` is used for the commit too.
+        commit: Arguments of `upload_folder`: message, revision, `create_pr`.
 
     Raises:
-        ConnectionError: the Hub does not answer.
+        ConnectionError: the Hub does not respond.
     """
     check_repo_id(repo_id)
     api = HfApi(token=token)
@@ -433,8 +435,8 @@ def upload(
         api.create_repo(repo_id, private=private, exist_ok=True, **kind)
         made = api.upload_folder(repo_id=repo_id, folder_path=directory, repo_type=kind["repo_type"], **commit)
     except Exception as error:
-        # of httpx or httpx2, as the release of huggingface_hub is
+        # from httpx or httpx2, depending on the release of huggingface_hub
         if any(cls.__name__ == "TransportError" for cls in type(error).__mro__):
-            raise ConnectionError(f"{api.endpoint} does not answer: {error}") from error
+            raise ConnectionError(f"{api.endpoint} does not respond: {error}") from error
         raise
     return made.commit_url

@@ -1,6 +1,6 @@
-"""The model card of a published model: metadata that the Hub indexes, and a page that a reader can check.
+"""Writes the model card of a published model: metadata for the Hub, and a page for readers.
 
-The page is rendered from `model_card_template.md` beside this file. It says only what it is given: a card without
+The page is rendered from `model_card_template.md` beside this file. It states only what it is given: a card without
 metrics says that there are none.
 """
 
@@ -24,17 +24,18 @@ from .public import plain
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 EVALUATION = re.compile(r"<!-- evaluation -->.*?<!-- /evaluation -->", re.DOTALL)
-# a level that guessing reaches, which tables show beside the model's numbers
+# metrics of guessing, which tables show beside the model's
 CHANCE = re.compile(r"(?:^|_)chance(?:$|_|@)")
 PIPELINE_TAG = "zero-shot-image-classification"
-# a pipeline of ours -> the Hub's name for what such a model does
+# our pipeline -> the Hub's pipeline tag
 PIPELINE_TAGS = {"image-text-retrieval": PIPELINE_TAG, "image-question-answering": "visual-question-answering"}
 
 
 def slug(text: str) -> str:
     """
-    A lower-case file or tag name: letters, digits, `.`, `-` and `_`. What other letters said is told by a digest, so
-    that names in Chinese differ. Raises ValueError for a text without letter or digit.
+    A lower-case file or tag name of letters, digits, `.`, `-` and `_`. For a text with other letters a digest is
+    added,
+    so that different Chinese names stay different. Raises ValueError for a text without a letter or digit.
     """
     if not re.search(r"\w", text):
         raise ValueError(f"a name needs at least one letter or digit, got {text!r}")
@@ -51,17 +52,17 @@ def split_metric(name: str) -> tuple[str, str]:
 
 
 def inline(text: Any) -> str:
-    """Text as Markdown shows it, on one line: no mark-up, table, link or heading begins in it."""
+    """Text escaped for Markdown, on one line: it cannot start mark-up, a table, a link or a heading."""
     line = " ".join(str(text).split())
     line = re.sub(r"[\\`|]", r"\\\g<0>", line).replace("<", "&lt;").replace(">", "&gt;")
-    # brackets do no harm unless they make a link, or end the one they stand in
+    # brackets are harmless unless they form a link, or close the one around them
     if "](" in line or line.count("[") != line.count("]"):
         line = re.sub(r"[\[\]]", r"\\\g<0>", line)
     return f"\\{line}" if line.startswith("#") else line
 
 
 def fence_for(text: str) -> str:
-    """Backticks that no line of `text` can close."""
+    """A fence of more backticks than any in `text`."""
     return "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
 
 
@@ -76,7 +77,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
-    """One row per metric, in the order given; what could not be measured says so."""
+    """One row per metric, in the given order; a value of None is shown as not measurable."""
     rows = []
     for name, value in plain(metrics).items():
         shown = "not measurable" if value is None else f"{value:.4g}" if isinstance(value, float) else value
@@ -93,15 +94,15 @@ def data_table(data: Sequence[Mapping[str, Any] | str]) -> str:
 
 
 def eval_results(metrics: Mapping[str, float]) -> list[EvalResult]:
-    """The Hub's `model-index` entries of the finite metrics; what guessing gives is no result of the model."""
+    """The Hub's `model-index` entries of the finite metrics, without those of guessing."""
     results = []
     for name, value in plain(metrics).items():
-        # the index holds numbers; what could not be measured stays in the table alone
+        # the index holds only numbers
         dataset, metric = split_metric(name)
         if value is None or isinstance(value, (bool, str)) or CHANCE.search(metric):
             continue
 
-        # the Hub sorts results by task; the names of metrics tell which
+        # the Hub groups results by task, which follows from the metric's name
         task = PIPELINE_TAG if re.search(r"top[-_]?\d|accuracy", metric) else "image-text-retrieval"
         results.append(
             EvalResult(
@@ -117,19 +118,19 @@ def eval_results(metrics: Mapping[str, float]) -> list[EvalResult]:
 
 
 def method_of(model: PreTrainedModel) -> str:
-    """What the family is, with its paper: the first line of the file that holds its tower."""
+    """The family and its paper: the first docstring line of its tower's module."""
     tower = registered_models(AutoModel)[type(model.config)]
     return (sys.modules[tower.__module__].__doc__ or "").strip().partition("\n")[0]
 
 
 def codes_of(model: PreTrainedModel) -> int:
-    """How many codes the model's codebook has; 0 where its family declares none."""
+    """Number of codes in the model's codebook; 0 without a codebook."""
     codebook = getattr(model, "codebook", None)
     return 0 if codebook is None else len(codebook.weight)
 
 
 def widths_of(training_config: Mapping[str, Any]) -> list[int]:
-    """The widths that a run trained its embeddings to be cut to; none where it did not."""
+    """The widths to which embeddings may be truncated (Matryoshka); empty without such training."""
     return [width for width in training_config.get("matryoshka_dims") or () if isinstance(width, int)]
 
 
@@ -148,8 +149,8 @@ def model_card(
     stored_dtype: str = "float32",
     compute_dtype: str = "float32",
 ) -> ModelCard:
-    """The card of `model`; `pictures` maps captions to paths inside the repository, `tasks` are its own pipelines."""
-    # what the Hub indexes
+    """The card of `model`; `pictures` maps captions to paths in the repository, `tasks` are its pipelines."""
+    # metadata for the Hub
     config, origins = model.config, origins or Origins()
     name = model_id.rsplit("/", 1)[-1]
     libraries = ["sentence-transformers"] if "image-text-retrieval" in tasks else []
@@ -165,7 +166,7 @@ def model_card(
         eval_results=eval_results(metrics or {}) or None,
     )
 
-    # what a reader sees
+    # the page
     if isinstance(protocol, Mapping):
         protocol = markdown_table(["", ""], [[key, json_cell(value)] for key, value in plain(protocol).items()])
     elif protocol is not None:
@@ -200,18 +201,18 @@ def model_card(
 
 
 def model_line(model_id: str) -> str:
-    """The line by which the snippets of a card know their model."""
+    """The line that defines `MODEL` for the card's code snippets."""
     return f"`MODEL = {json.dumps(model_id.replace('`', ''), ensure_ascii=False)}`"
 
 
 def picture_lines(pictures: Mapping[str, str]) -> str:
-    """Each picture with its caption beneath; `pictures` maps captions to paths inside the repository."""
+    """Each picture with its caption below; `pictures` maps captions to paths in the repository."""
     shown = {inline(plain(caption)): path for caption, path in pictures.items()}
     return "\n\n".join(f"![{caption}]({path})\n*{caption}*" for caption, path in shown.items())
 
 
 def rename_card(directory: str | Path, repo_id: str) -> None:
-    """Gives the card of an exported model the name of its repository, in title, metadata and snippets."""
+    """Renames the card of an exported model to its repository, in title, metadata and snippets."""
     path = Path(directory) / "README.md"
     card = ModelCard.load(path, ignore_metadata_errors=True)
     name = repo_id.rsplit("/", 1)[-1]
@@ -224,7 +225,7 @@ def rename_card(directory: str | Path, repo_id: str) -> None:
 
 
 def keep_evaluation(earlier: Path, new: Path) -> None:
-    """Brings what `add_evaluation` wrote on an earlier card to the new one, if both are of the very same weights."""
+    """Copies the section of `add_evaluation` from an earlier card to the new one, if the weights are identical."""
     weights = [{one.name: sha256_of(one) for one in path.glob("*.safetensors")} for path in (earlier, new)]
     cards = [path / "README.md" for path in (earlier, new)]
     if weights[0] != weights[1] or not all(card.is_file() for card in cards):
@@ -234,7 +235,7 @@ def keep_evaluation(earlier: Path, new: Path) -> None:
         return
     card.text = EVALUATION.sub(lambda _: measured[0], card.text)
 
-    # the numbers of this export win over those of the same name before
+    # this export's results replace earlier ones of the same name
     known = {(result.dataset_name, result.metric_name) for result in card.data.eval_results or []}
     others = [r for r in old.data.eval_results or [] if (r.dataset_name, r.metric_name) not in known]
     card.data.eval_results = [*(card.data.eval_results or []), *others] or None
@@ -244,18 +245,18 @@ def keep_evaluation(earlier: Path, new: Path) -> None:
 def add_evaluation(
     directory: str | Path, results: Mapping[str, Mapping[str, Any]], pictures: Mapping[str, str] | None = None
 ) -> None:
-    """Brings the card of an exported model up to date with what was measured and drawn after the export.
+    """Adds results and pictures made after the export to the card of an exported model.
 
     - results: name -> content of a `results/<name>.json` that `write_results` wrote.
-    - pictures: caption -> path inside the repository.
+    - pictures: caption -> path in the repository.
 
-    Raises ValueError if the directory's README.md is not a card of this package's template.
+    Raises ValueError if README.md was not made from this package's template.
     """
     card = ModelCard.load(Path(directory) / "README.md")
     if not EVALUATION.search(card.text):
         raise ValueError(f"{directory}/README.md has no evaluation section; expected a card that export_model wrote")
 
-    # the section between the two marks is written anew: a table for each file of results, then the pictures
+    # rewrite the section between the two marks: a table for each results file, then the pictures
     parts = ["### Evaluation"]
     for name, content in results.items():
         stated = {key: value for key, value in plain(content["protocol"]).items() if value is not None}
@@ -265,7 +266,7 @@ def add_evaluation(
     text = "\n\n".join(["<!-- evaluation -->", *parts, "<!-- /evaluation -->"])
     card.text = EVALUATION.sub(lambda _: text, card.text)
 
-    # in the metadata a new value replaces the old one of the same set and metric; others stay
+    # in the metadata, new values replace old ones of the same set and metric
     measured = eval_results({key: value for content in results.values() for key, value in content["values"].items()})
     known = {(result.dataset_name, result.metric_name) for result in measured}
     others = [r for r in card.data.eval_results or [] if (r.dataset_name, r.metric_name) not in known]
@@ -275,5 +276,5 @@ def add_evaluation(
 
 
 def json_cell(value: Any) -> str:
-    """A string as it is, anything else as JSON."""
+    """A string unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,7 +1,7 @@
-"""Models out of directories that may be damaged: all weights, or an error that names the file and the keys.
+"""Loads models strictly: either all weights are read, or an error names the file and the keys.
 
-transformers draws at random what a checkpoint lacks and only warns. Here that is an error, but for whole heads that a
-first stage never had, which are then named.
+transformers initialises missing weights at random and only warns. Here that is an error, except for whole heads that
+an earlier training stage did not have; a warning names these.
 """
 
 import copy
@@ -22,18 +22,18 @@ from .origins import may_be_on_the_hub
 logger = logging.get_logger(__name__)
 
 DIGESTS = "digests.json"
-# what a model is read from; the card, the results and the pictures may change
+# the files that define a model; the card, the results and the pictures may change
 READ = ("*.safetensors", "*.json")
 SHOWN = 10
 EXPECTED = "expected a directory with config.json and model.safetensors, as a run leaves it, or a name on the Hub"
 
 
 class ModelDirectoryError(RuntimeError):
-    """A model directory that is damaged or does not fit; the message names the file, or the keys."""
+    """A model directory that is damaged or belongs to another model; the message names the file, or the keys."""
 
 
 def write_digests(directory: str | Path) -> Path:
-    """Writes digests.json: what each file that a model is read from must be."""
+    """Writes digests.json with the SHA-256 of each file that defines the model."""
     path = Path(directory) / DIGESTS
     digests = {file.name: sha256_of(file) for file in _files(path.parent) if file.name != DIGESTS}
     path.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
@@ -42,12 +42,12 @@ def write_digests(directory: str | Path) -> Path:
 
 def check_directory(directory: str | Path) -> None:
     """
-    Reads the JSON files and the headers of the weights, and compares all files with digests.json where there is one.
+    Reads the JSON files and the headers of the weights, and compares all files with digests.json if it exists.
 
     Raises:
-        ModelDirectoryError: names the first file that is missing, cannot be read, or is not as it was written.
+        ModelDirectoryError: names the first file that is missing, unreadable or changed.
     """
-    # readable at all; a header says how long the file must be, so that a cut one is noticed
+    # all files must be readable; a header gives the length of its file, so truncation is detected
     directory = Path(directory)
     for file in _files(directory):
         try:
@@ -59,7 +59,7 @@ def check_directory(directory: str | Path) -> None:
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelDirectoryError(f"{file}: cannot be read: {error}") from error
 
-    # byte for byte, where the export wrote digests
+    # if the export wrote digests, all bytes must be the same
     if not (directory / DIGESTS).is_file():
         return
     digests = json.loads((directory / DIGESTS).read_text(encoding="utf-8"))
@@ -70,24 +70,24 @@ def check_directory(directory: str | Path) -> None:
             raise ModelDirectoryError(f"{directory / name}: missing")
         if sha256_of(directory / name) != digest:
             raise ModelDirectoryError(
-                f"{directory / name}: its bytes are not those that were exported; if you changed it on purpose, "
-                f"remove {DIGESTS} beside it"
+                f"{directory / name}: was changed since the export; if you changed it on purpose, remove {DIGESTS} "
+                "beside it"
             )
 
 
 def load_model(auto: type, source: str | Path, draws_heads: bool = False, **options: Any) -> PreTrainedModel:
     """
-    `auto.from_pretrained(source, **options)`, with every weight that the model has, and none that no training leaves.
+    `auto.from_pretrained(source, **options)`, which must find all weights of the model and only sound ones.
 
     Args:
-        auto: An auto class, `AutoModel` and the like.
+        auto: An auto class such as `AutoModel`.
         source: A directory, which is checked first, or a name on the Hub.
-        draws_heads (`bool`): A head that the source has no weight of is drawn by torch's generator, and named in a
-            warning. A second stage that starts from a published tower needs this.
+        draws_heads (`bool`): Initialise heads at random of which the source has no weight, and name them in a warning.
+            A second stage that starts from a published tower needs this.
 
     Raises:
-        ModelDirectoryError: no such directory; a damaged file; keys that are missing or foreign, or of another shape;
-            weights that hold NaN or infinity, or zeros alone.
+        ModelDirectoryError: the directory does not exist or a file is damaged; keys are missing, unexpected or of
+            another shape; weights contain NaN or infinity, or are all zero.
     """
     # damage is found before transformers opens anything
     if Path(source).is_dir():
@@ -95,7 +95,7 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
     elif isinstance(source, Path) or not may_be_on_the_hub(source):
         raise ModelDirectoryError(f"{source}: no such directory; {EXPECTED}")
 
-    # shapes that differ are reported here, all of them, not at the first
+    # different shapes do not raise at the first one, so that all are reported below
     try:
         model, report = auto.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (SafetensorError, RuntimeError) as error:
@@ -107,7 +107,7 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
             f"{source}: no such directory, and nothing of that name came from the Hub; {EXPECTED}"
         ) from error
 
-    # every weight must be there, in its shape; only whole heads may be drawn
+    # every weight must be present with its shape; only whole heads may be random
     if mismatched := report["mismatched_keys"]:
         shapes = {name: f"{tuple(got)}, expected {tuple(wanted)}" for name, got, wanted in sorted(mismatched)[:SHOWN]}
         raise ModelDirectoryError(f"{source}: wrong shapes {shapes}")
@@ -118,11 +118,11 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
             logger.warning(f"{source} has no weights for {sorted(drawn)}: drawn at random")
         missing = {name for name in missing if name.partition(".")[0] not in drawn}
 
-    # weights of heads that this class does not have are no damage
+    # weights of heads that this class does not have are fine
     foreign = set(report["unexpected_keys"]) - _known_keys(model.config, report["unexpected_keys"])
     if missing or foreign:
         raise ModelDirectoryError(
-            f"{source}: missing keys {sorted(missing)[:SHOWN]}, foreign keys {sorted(foreign)[:SHOWN]}"
+            f"{source}: missing keys {sorted(missing)[:SHOWN]}, unexpected keys {sorted(foreign)[:SHOWN]}"
         )
     if damage := damage_of(model.state_dict()):
         raise ModelDirectoryError(f"{source}: {damage}")
@@ -131,16 +131,15 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
 
 def damage_of(weights: Mapping[str, torch.Tensor]) -> str:
     """
-    What a cast, a division by zero or a diverged run leaves: names of weights that hold NaN or infinity, or zeros
-    alone; "" where there is none. A bias or a token may be zeros, a weight or a table may not. What is quantised is
-    not looked into.
+    Names the weights that contain NaN or infinity, or only zeros, as after a bad cast or a diverged run; "" if there
+    are none. A bias or a token may be all zeros, a weight or a table may not. Quantised weights are not checked.
     """
     damaged = {}
     for name, value in weights.items():
         if type(value) is not torch.Tensor or not value.is_floating_point() or value.is_meta or not value.numel():
             continue
 
-        # both ends are NaN where anything is
+        # both are NaN if any value is
         low, high = (end.item() for end in value.aminmax())
         table = name.endswith("weight") or (value.ndim > 1 and value.shape[-2] > 1)
         if math.isnan(low):
@@ -148,10 +147,10 @@ def damage_of(weights: Mapping[str, torch.Tensor]) -> str:
         elif math.isinf(low) or math.isinf(high):
             damaged[name] = "infinity"
         elif table and low == high == 0:
-            damaged[name] = "zeros alone"
+            damaged[name] = "only zeros"
     if not damaged:
         return ""
-    return f"{len(damaged)} damaged weights {dict(list(damaged.items())[:SHOWN])}; expected finite numbers, not all 0"
+    return f"{len(damaged)} damaged weights {dict(list(damaged.items())[:SHOWN])}; expected finite ones, not all 0"
 
 
 def _files(directory: Path) -> list[Path]:
@@ -159,7 +158,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _whole_heads(model: PreTrainedModel, missing: set[str]) -> set[str]:
-    """Names of the modules beside the tower that lack every weight of their own; tied ones belong to the tower."""
+    """Names of the heads of which every weight is missing; weights tied to the tower do not count."""
     state = model.state_dict()
     prefix = model.base_model_prefix
     # tied weights share the tower's memory
@@ -172,7 +171,7 @@ def _whole_heads(model: PreTrainedModel, missing: set[str]) -> set[str]:
 
 
 def _known_keys(config: PreTrainedConfig, keys: Iterable[str]) -> set[str]:
-    """The keys of the same family's pretraining model, with and without the tower's prefix; none if no `keys` ask."""
+    """The keys of the family's pretraining model, with and without the tower's prefix; empty if `keys` is empty."""
     if not keys:
         return set()
     with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""What a model is made from: its data, their makers and terms, and the models that its training began with.
+"""Provenance of a model: its training data, with attribution and licence, and the models that it was trained from.
 
-An export writes it down in `results/provenance.json`, where the export of a model trained from it reads it again; and
-the names and digests of its files, by which a later export into the same directory knows its own from a user's.
+An export writes it to `results/provenance.json`, and exports of models trained from this one read it there. The file
+also lists the digests of all exported files, so that a later export to the same directory can tell them from a user's.
 """
 
 import json
@@ -19,9 +19,9 @@ from .public import plain
 
 PROVENANCE = "results/provenance.json"
 ON_THE_HUB = "hf://datasets/"
-# where models from before there was one name their data's makers
+# attribution file of models exported before provenance.json existed
 ATTRIBUTION = "ATTRIBUTION.md"
-# the export's own names, which no file of makers may take
+# names used by the export, which an attribution file may not have
 RESERVED = {"README.md", "config.json", "digests.json", "results", "pictures", "previous"}
 
 
@@ -29,9 +29,9 @@ RESERVED = {"README.md", "config.json", "digests.json", "results", "pictures", "
 class Origins:
     """
     Attributes:
-        models: Names of the models that the training began with, for the card's `base_model`.
-        data: An entry for each training set: name, licence, attribution, and by which of `models` it comes.
-        makers: Name of a file that names makers -> its content.
+        models: Names of the models that the training started from, for the card's `base_model`.
+        data: An entry for each training set: name, licence, attribution, and which of `models` was trained on it.
+        makers: Name of an attribution file -> its content.
     """
 
     models: tuple[str, ...] = ()
@@ -45,22 +45,22 @@ def read_origins(
     attributions: Iterable[str | Path] = (),
 ) -> Origins:
     """
-    Reads now, while it is there, what an export will say at the end.
+    Reads the provenance at the start of a run, while the sources exist, for the export at its end.
 
     Args:
-        sources: Models that the training begins with: directories, files, or names on the Hub.
-        data: What it is trained on itself.
-        attributions: Files that name the makers of these data.
+        sources: Models that the training starts from: directories, files, or names on the Hub.
+        data: The training sets of this run.
+        attributions: Files that name the creators of these data.
 
     Raises:
         ValueError: a file of makers cannot be read, or has a name that an export needs; a model that is neither a
             directory nor has a name as on the Hub, such as that of a run that has not ended.
     """
-    # the makers of its own data, under the names that `data` says
+    # attribution of the run's own data, under the names given in `data`
     makers: dict[str, bytes] = {}
     for file in map(Path, attributions):
         if file.name in RESERVED or file.suffix in (".safetensors", ".json", ".py"):
-            raise ValueError(f"attribution is {file}; expected a name that a model directory has no use for itself, "
+            raise ValueError(f"attribution is {file}; expected a name that model directories do not use, "
                              f"such as {ATTRIBUTION}")  # fmt: skip
         try:
             content = file.read_bytes()
@@ -70,14 +70,14 @@ def read_origins(
             raise ValueError(f"attribution names two files {file.name}; expected different names")
     entries = [{"name": one} if isinstance(one, str) else dict(one) for one in data]
 
-    # and what comes with the models, each with its own file of makers
+    # the data of the models, each with its own attribution file
     models = []
     for source in dict.fromkeys(map(str, sources)):
         name, inherited, files = _of_model(source)
         models.append(name)
         renamed = {}
         for file, content in files.items():
-            # another model's of the same name and other content gets the model's name
+            # a file with the same name and other content gets the model's name as a prefix
             kept = file if makers.get(file, content) == content else f"{Path(name).name}-{file}"
             makers[kept] = content
             renamed[file] = kept
@@ -90,7 +90,7 @@ def read_origins(
 
 
 def _of_model(source: str) -> tuple[str, list[dict[str, Any]], dict[str, bytes]]:
-    """Its name, its data, and the files that name their makers."""
+    """The model's name, its data, and its attribution files."""
     if Path(source).is_file():
         return plain(Path(source).name), [], {}
     if not Path(source).is_dir() and not may_be_on_the_hub(source):
@@ -101,7 +101,7 @@ def _of_model(source: str) -> tuple[str, list[dict[str, Any]], dict[str, bytes]]
     record = _read(source, PROVENANCE)
     told = json.loads(record) if record is not None else {}
 
-    # an export from before there was a record has a card, and makers beside it
+    # exports made before provenance.json existed have only a card and an attribution file
     name = told.get("name") or (_name_on_card(source) if Path(source).is_dir() else source)
     entries = told.get("data", [])
     files = {entry["attribution"] for entry in entries if entry.get("attribution")} | {ATTRIBUTION}
@@ -112,7 +112,7 @@ def _of_model(source: str) -> tuple[str, list[dict[str, Any]], dict[str, bytes]]
 
 
 def _read(source: str, name: str) -> bytes | None:
-    """A file of a model directory or of a repository on the Hub; None if it has none, or the Hub is out of reach."""
+    """A file of a model directory or Hub repository; None if it does not exist or the Hub cannot be reached."""
     if Path(source).is_dir():
         path = Path(source) / name
         return path.read_bytes() if path.is_file() else None
@@ -137,23 +137,23 @@ def _name_on_card(directory: str) -> str:
 
 
 def repository_name(directory: str | Path) -> str:
-    """What a model directory is called: by its own name, or its run's where that is `model`."""
+    """Name of a model directory: its own, or its run's if it is called `model`."""
     directory = Path(directory).resolve()
     return directory.parent.name if directory.name == "model" and directory.parent.name else directory.name
 
 
 def check_repo_id(name: str | None) -> None:
-    """Raises ValueError unless it is a name that a repository on the Hub can have."""
+    """Raises ValueError unless it is a valid name of a Hub repository."""
     if name is None:
         return
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"repo_id is {name!r}; expected `name` or `owner/name` as on the Hub: {error}") from error
+        raise ValueError(f"repo_id is {name!r}; expected `name` or `owner/name`, as on the Hub: {error}") from error
 
 
 def base_models(origins: Origins) -> list[str]:
-    """Those of its models that can stand in the metadata of a card: names of repositories, no files."""
+    """The models that a card's metadata can list: names of repositories, not files."""
     named = []
     for name in origins.models:
         if may_be_on_the_hub(name) and Path(name).suffix not in (".pt", ".pth", ".bin", ".safetensors", ".pkl"):
@@ -162,14 +162,14 @@ def base_models(origins: Origins) -> list[str]:
 
 
 def hub_datasets(origins: Origins) -> list[str]:
-    """Names of those of its data that lie on the Hub; `owner/name` alone may as well be a folder."""
+    """Names of the data sets on the Hub; only those given as hf://datasets/..., since `owner/name` may be a folder."""
     places = [entry if isinstance(entry, str) else str(entry.get("name", "")) for entry in origins.data]
     paths = [place.removeprefix(ON_THE_HUB).split("/") for place in places if place.startswith(ON_THE_HUB)]
     return list(dict.fromkeys("/".join(parts[:2]).partition("@")[0] for parts in paths if len(parts) > 1))
 
 
 def write_provenance(directory: Path, name: str, licence: str | None, origins: Origins) -> None:
-    """The record of an export, last of all its files but the digests."""
+    """Writes the provenance of an export, after all other files."""
     path = directory / PROVENANCE
     path.parent.mkdir(exist_ok=True)
     files = sorted(file for file in directory.rglob("*") if file.is_file())
@@ -184,7 +184,9 @@ def write_provenance(directory: Path, name: str, licence: str | None, origins: O
 
 
 def files_of(directory: Path) -> dict[str, str]:
-    """File -> digest, as the export in `directory` wrote them; itself among them. Empty if it says nothing of that."""
+    """
+    File -> digest, as the export in `directory` wrote them, including provenance.json; empty if there is no record.
+    """
     path = directory / PROVENANCE
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
@@ -194,7 +196,7 @@ def files_of(directory: Path) -> dict[str, str]:
 
 
 def note_change(directory: Path, name: str) -> None:
-    """Takes a file of the export as it is now for the export's own: one of our programs has changed it."""
+    """Updates the digest of an exported file that one of our programs has changed."""
     path = directory / PROVENANCE
     if files_of(directory):
         record = json.loads(path.read_text(encoding="utf-8"))

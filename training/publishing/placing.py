@@ -1,7 +1,7 @@
-"""A directory that is written beside its place and put there whole, and what others laid into the one before.
+"""Replaces a directory atomically: it is written beside its place, moved there, and keeps the files that users added.
 
-A reader sees the old directory or the new one; killed at any moment, there is one of them. What a killed process left
-beside it is known by its name and by nobody holding it, and is cleared away by the next that writes there.
+A reader sees either the old or the new directory, even if the process is killed at any moment. Leftovers of a killed
+process are recognised by their name and by their missing lock; the next process that writes there removes them.
 """
 
 import contextlib
@@ -21,21 +21,21 @@ from safetensors import SafetensorError
 
 from .digests import sha256_of
 
-# of Linux's fcntl.h
+# constants of Linux's fcntl.h
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 WRITING, ASIDE = ".partial", ".aside"
-# where a file of an earlier export goes that was changed since, and has a successor
+# folder for files of an earlier export that a user changed and the new export replaces
 KEPT = "previous"
 
 
 def check_replaceable(directory: Path) -> None:
-    """Raises FileExistsError unless `directory` is new, empty or an earlier export: it is going to be replaced."""
+    """Raises FileExistsError unless `directory` is new, empty or an earlier export, and so may be replaced."""
     if not directory.exists():
         return
     if not directory.is_dir():
         raise FileExistsError(f"{directory} is a file, expected a directory to export into")
     if os.path.ismount(directory):
-        raise FileExistsError(f"{directory} is where a file system is mounted, which cannot be replaced: name another")
+        raise FileExistsError(f"{directory} is a mount point, which cannot be replaced: choose another directory")
     names = {entry.name for entry in directory.iterdir()}
     if names and not {"config.json", "README.md"} <= names:
         raise FileExistsError(f"{directory} holds something else than an exported model ({sorted(names)[:5]})")
@@ -44,20 +44,20 @@ def check_replaceable(directory: Path) -> None:
 @contextlib.contextmanager
 def scratch_beside(place: Path) -> Iterator[Path]:
     """
-    A new directory beside `place`, on the same file system, which is gone at the end unless it was put there. Raises
-    OSError where weights cannot be written.
+    A new directory beside `place`, on the same file system; it is removed at the end unless it was moved into place.
+    Raises OSError if weights cannot be written.
     """
     clear_leftovers(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}-", suffix=WRITING))
     held = os.open(scratch, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)  # the kernel lets go of it, however this process ends
+        fcntl.flock(held, fcntl.LOCK_EX)  # the kernel releases the lock, however this process ends
         with _sigterm_as_exit():
             yield scratch
     except SafetensorError as error:
-        # it knows no file: of a full disk, say
-        raise OSError(f"{place}: cannot be written, what was there is as it was: {error}") from error
+        # such an error, of a full disk for example, does not name the file
+        raise OSError(f"{place}: cannot be written; existing files are unchanged: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(held)
@@ -65,7 +65,7 @@ def scratch_beside(place: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM ends the process by an exception meanwhile, so that it cleans up; handlers of others are left alone."""
+    """Turns SIGTERM into an exception, so that the process cleans up, unless there is another handler already."""
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -78,7 +78,7 @@ def _sigterm_as_exit() -> Iterator[None]:
 
 
 def clear_leftovers(place: Path) -> None:
-    """Removes what killed processes left beside `place`, and puts back what one of them had moved aside."""
+    """Removes what killed processes left beside `place`, and restores a directory that one of them had moved aside."""
     if not place.parent.is_dir():
         return
     pattern = re.compile(rf"\.{re.escape(place.name)}-\w{{8}}(?:{WRITING}|{ASIDE})")
@@ -90,17 +90,17 @@ def clear_leftovers(place: Path) -> None:
                 os.replace(left / place.name, place)
             shutil.rmtree(left, ignore_errors=True)
         except BlockingIOError:
-            pass  # another process is at work
+            pass  # another process is using it
         finally:
             os.close(held)
 
 
 def put_in_place(finished: Path, place: Path) -> None:
     """
-    Flushes the directory `finished` to the disk and renames it to `place`; an old one goes where `finished` was.
+    Flushes the directory `finished` to disk and renames it to `place`; an old directory is swapped with it.
 
-    On file systems that cannot exchange two names in one step (NFS), the old one is aside for the moment between two
-    renames; `clear_leftovers` puts it back where a kill made that moment last.
+    On file systems that cannot swap two names atomically (NFS), the old directory is moved aside between two renames;
+    if the process is killed there, `clear_leftovers` restores it.
     """
     for path in [finished, *finished.rglob("*")]:
         if path.is_dir() or path.is_file():
@@ -116,7 +116,7 @@ def put_in_place(finished: Path, place: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names in one step of the kernel; False where it, the C library or the file system cannot."""
+    """Swaps two names atomically; False if the kernel, the C library or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False
@@ -124,7 +124,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def flush(path: Path) -> None:
-    """What the kernel holds of a file, or of the names in a directory, goes to the disk."""
+    """Flushes a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -134,26 +134,26 @@ def flush(path: Path) -> None:
 
 def set_modes(directory: Path) -> None:
     """
-    Readable for those whom the umask lets read, writable for the owner only: safetensors writes for the owner's eyes,
-    and an empty umask would let everybody write.
+    Makes files readable as the umask says, and writable only for the owner: safetensors writes files that only the
+    owner can read, and with an empty umask everybody could write.
     """
-    # what an ordinary file gets; the umask itself can only be read by changing it
+    # the mode of an ordinary file; the umask itself can only be read by changing it
     probe = directory / ".probe"
     probe.touch()
     mode = probe.stat().st_mode & 0o644
     probe.unlink()
     for path in [directory, *directory.rglob("*")]:
         if not path.is_symlink():
-            # who may read a directory may enter it
+            # whoever may read a directory may enter it
             path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
 
 
 def carry_over(old: Path, new: Path, written: Mapping[str, str]) -> None:
     """
-    Links into `new` all of `old` that the export there did not write, or that was changed since.
+    Links all files of `old` into `new` that the earlier export did not write, or that were changed since.
 
     Args:
-        written: Path in `old` -> SHA-256 of what the earlier export wrote there.
+        written: Path in `old` -> SHA-256 of the file that the earlier export wrote.
     """
     for path in sorted(old.rglob("*")):
         name = path.relative_to(old).as_posix()
@@ -163,13 +163,13 @@ def carry_over(old: Path, new: Path, written: Mapping[str, str]) -> None:
                 target.mkdir(parents=True, exist_ok=True)
             continue
 
-        # the earlier export's own files go with it, unless somebody changed them
+        # the earlier export's own files are dropped, unless somebody changed them
         regular = path.is_file() and not path.is_symlink()
         digest = sha256_of(path) if regular else None
         if digest is not None and written.get(name) == digest:
             continue
 
-        # a name that is taken by the new export: the same again, or both are kept
+        # if the new export has the same name, an identical file is skipped and a different one renamed
         if os.path.lexists(target):
             if regular and target.is_file() and sha256_of(target) == digest:
                 continue
@@ -183,7 +183,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
-        # no hard links here, or none to other people's files
+        # the file system has no hard links, or none to other users' files
         if not (source.is_file() or source.is_symlink()):
             raise
         shutil.copy2(source, target, follow_symlinks=False)

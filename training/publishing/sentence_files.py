@@ -1,7 +1,7 @@
-"""Three files by which sentence-transformers reads an export: `SentenceTransformer(path).encode(...)`.
+"""Writes the three files with which sentence-transformers loads an export: `SentenceTransformer(path).encode(...)`.
 
-They name the methods that give the embedding of each kind of input, and a second module that makes it a unit vector.
-Without them sentence-transformers takes a model for one of texts and averages its states, which is another vector.
+They name the methods that embed each kind of input, and a second module that normalises to unit vectors. Without
+them sentence-transformers would treat the model as a text encoder and average its states.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.sentence_transformer.modules.Transformer"},
-    # it has no settings, hence no file at its path
+    # it has no settings, so there is no file at its path
     {
         "idx": 1,
         "name": "1",
@@ -18,7 +18,7 @@ MODULES = [
         "type": "sentence_transformers.sentence_transformer.modules.Normalize",
     },
 ]
-# kinds of input as sentence-transformers spells them -> what of ours embeds them
+# kind of input, as sentence-transformers calls it -> our method
 METHODS = {"text": "get_text_features", "image": "get_image_features", "image+text": "get_multimodal_features"}
 TRANSFORMER = {
     "transformer_task": "feature-extraction",
@@ -41,6 +41,6 @@ FILES: dict[str, Any] = {
 
 
 def write_sentence_files(directory: Path) -> None:
-    """Writes them beside a model whose `AutoModel` has `METHODS`."""
+    """Writes the files beside a model whose `AutoModel` has `METHODS`."""
     for name, content in FILES.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

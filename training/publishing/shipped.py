@@ -1,37 +1,37 @@
-"""What ships with the package, configurations and small checkpoints by name; and where a model lies that is named."""
+"""Finds shipped configurations and checkpoints by name, and the directory of a named model."""
 
 from pathlib import Path
 
-# a wheel has them beside this room, a checkout among its examples
+# a wheel has them beside this package, a checkout in its examples
 ROOM = Path(__file__).resolve().parents[2]
 FOLDERS = (ROOM, ROOM / "examples")
 CHECKPOINT = "oner-emoji"
 
 
 def shipped_config(name: str) -> Path | None:
-    """The file of a configuration that ships, `oner_emoji` or `oner_emoji.yaml`."""
+    """The file of a shipped configuration, `oner_emoji` or `oner_emoji.yaml`; None if there is none."""
     stem = name.removesuffix(".yaml")
     return next((path for one in FOLDERS if (path := one / "configs" / f"{stem}.yaml").is_file()), None)
 
 
 def shipped_checkpoint(name: str = CHECKPOINT) -> Path:
     """
-    The directory of a checkpoint that ships; by default of the one that a search or a run begins with. A wheel has
-    that alone, a checkout those in examples/checkpoints. Raises `FileNotFoundError`, which names those that are there.
+    The directory of a shipped checkpoint, by default the one that searches and runs start from. A wheel contains only
+    this one, a checkout those in examples/checkpoints. Raises `FileNotFoundError`, which lists the available ones.
     """
     if (found := _checkpoints().get(name)) is not None:
         return found
-    there = f"those that do: {', '.join(sorted(_checkpoints()))}" if _checkpoints() else "and no other does"
+    there = f"available: {', '.join(sorted(_checkpoints()))}" if _checkpoints() else "there are no others"
     raise FileNotFoundError(
-        f"the checkpoint {name} is not among {[str(one / 'checkpoints') for one in FOLDERS]}; {there}. Name a model "
-        f"directory or a model on the Hub, or train a small one with `make demo`"
+        f"the checkpoint {name} is not in {[str(one / 'checkpoints') for one in FOLDERS]}; {there}. Give a model "
+        f"directory or a model on the Hub, or train a small model with `make demo`"
     )
 
 
 def find_model(name: str | Path) -> str:
     """
-    The directory of a model that is named by it, by the run that left it, or as one that ships (`oner-emoji`); else
-    the name as it is, which the Hub may know.
+    The directory of a model, given the directory itself, its run's, or the name of a shipped one (`oner-emoji`); any
+    other name is returned unchanged, since it may be on the Hub.
     """
     place = Path(name)
     if (place / "model" / "config.json").is_file():
@@ -40,6 +40,6 @@ def find_model(name: str | Path) -> str:
 
 
 def _checkpoints() -> dict[str, Path]:
-    """Model directories that ship, by name; those of the wheel's own folder first."""
+    """Shipped model directories by name; the wheel's own folder takes precedence."""
     places = [path.parent for one in FOLDERS for path in sorted(one.glob("checkpoints/*/config.json"))]
     return {place.name: place for place in reversed(places)}

@@ -1,12 +1,12 @@
-"""A search page as a Space of the Hub: a directory that runs there, or by `python app.py` anywhere.
+"""Writes a search page as a Hub Space: a directory that runs there, or anywhere with `python app.py`.
 
     app.py                 the page
-    oner_page/             the code it is made of, copied, so that a Space needs no installed oner
-    indexes/NAME/          embeddings, and beside them the pictures that they stand for, small
-    model/                 the model, unless it comes from the Hub by its name
+    oner_page/             a copy of the code, so that the Space does not need oner installed
+    indexes/NAME/          embeddings, and thumbnails of their pictures
+    model/                 the model, unless it is loaded from the Hub by name
     requirements.txt, README.md
 
-No file names a place of this machine: answers show captions, or what a picture's file is called.
+No file contains a local path: answers show captions, or the file names of pictures.
 """
 
 import json
@@ -30,8 +30,8 @@ from .placing import put_in_place, scratch_beside, set_modes
 from .public import public_text
 
 PAGE = "oner_page"
-GRADIO = "6.31.0"  # where it is not installed, the release that the page was tried with
-# what the copied code imports, and the code that travels with a model
+GRADIO = "6.31.0"  # if gradio is not installed: the release that the page was tested with
+# imports of the copied code and of the model's code
 NEEDED = (
     "filelock",
     "huggingface-hub",
@@ -43,9 +43,9 @@ NEEDED = (
     "tqdm",
     "transformers",
 )
-# of a model directory what is read, and what its makers ask for
+# files copied from a model directory, with licences and attribution
 MODEL_FILES = ("*.safetensors", "*.json", "README.md", "ATTRIBUTION.md", "LICENSE*")
-QUALITY = 90  # of the JPEG files
+QUALITY = 90  # of JPEG files
 APP = '''"""A page to search pictures. Written by `oner serve --write-space`; `python app.py` serves it."""
 
 from functools import partial
@@ -76,13 +76,13 @@ if __name__ == "__main__":
 @dataclass(frozen=True)
 class Space:
     """
-    What a Space shows.
+    Content of a Space.
 
     Attributes:
         model: A model directory, or a name on the Hub.
         indexes: Directories of saved indexes by name.
-        open_item: From an item of theirs to its picture.
-        limit: Items of each index that go along; of more, evenly spaced ones.
+        open_item: Opens the picture of an item of an index.
+        limit: Maximum number of items per index; of a larger index evenly spaced items are taken.
     """
 
     model: str
@@ -94,19 +94,19 @@ class Space:
 
 def write_space(space: Space, directory: str | Path, pipe: Any) -> dict[str, int]:
     """
-    Writes the directory of a Space; returns how many items of each index it holds.
+    Writes the directory of a Space; returns the number of items per index.
 
     Args:
         pipe: The retrieval pipeline of the same model.
 
     Raises:
-        FileExistsError: `directory` holds something.
+        FileExistsError: `directory` is not empty.
     """
     directory = Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} is there already; expected a new or empty directory to write a Space into")
+        raise FileExistsError(f"{directory} already exists; expected a new or empty directory to write a Space into")
     with scratch_beside(directory) as scratch:
-        # code, then what it reads
+        # first the code, then model and indexes
         (scratch / PAGE).mkdir()
         copy_code([SearchPage], scratch / PAGE)
         shutil.copyfile(space_layout.__file__, scratch / PAGE / "space_layout.py")
@@ -119,7 +119,7 @@ def write_space(space: Space, directory: str | Path, pipe: Any) -> dict[str, int
             for name, place in space.indexes.items()
         }
 
-        # the page that Spaces start, and what they are told of it
+        # the app, its requirements and the Space's card
         shown = space.model if of_hub else Path(public_text(str(Path(space.model).resolve()))).name
         app = APP.format(
             title=space.title,
@@ -137,11 +137,11 @@ def write_space(space: Space, directory: str | Path, pipe: Any) -> dict[str, int
 
 
 def copy_model(source: Path, target: Path, pipe: Any) -> None:
-    """What a model is read from, with its code, which checkpoints that ship do not carry."""
+    """Copies the files of a model, and adds its code, which shipped checkpoints lack."""
     target.mkdir()
     for pattern in MODEL_FILES:
         for file in source.glob(pattern):
-            # digests are of the files as they were; the code below adds to the configurations
+            # without digests, since write_code below changes the configurations
             if file.name != "digests.json":
                 shutil.copyfile(file, target / file.name)
     write_code(pipe.model, target, pipe.processor)
@@ -151,14 +151,14 @@ def copy_model(source: Path, target: Path, pipe: Any) -> None:
 def write_index(
     source: Path, space: Path, name: str, open_item: Callable[[Any], Image.Image | None], limit: int
 ) -> int:
-    """An index with its pictures, into `space`; returns how many items it holds. Of more than `limit` items evenly
-    spaced ones go along; those whose picture is gone go as words."""
+    """Writes an index with its pictures into `space`; returns the number of items. Of more than `limit` items, evenly
+    spaced ones are taken; items whose picture is missing are kept as captions."""
     index = RetrievalIndex.load(source)
     kept = range(len(index)) if len(index) <= limit else [i * len(index) // limit for i in range(limit)]
     folder = space / "indexes" / name
     (folder / "pictures").mkdir(parents=True)
 
-    # each picture small, under its place in the index
+    # a thumbnail of each picture, named by its number in the index
     items = []
     for number, place in enumerate(kept):
         item = index.items[place]
@@ -173,7 +173,7 @@ def write_index(
         picture.convert("RGB").save(path, quality=QUALITY)
         items.append({"image": path.relative_to(space).as_posix(), "text": text})
 
-    # the same rows of the same space, under the new items
+    # the same embeddings, with the new items
     small = RetrievalIndex(index.projection_dim, None, index.fingerprint, index.dtype)
     small.add(index.embeddings[list(kept)], items)  # (kept, P)
     small.save(folder)
@@ -181,7 +181,7 @@ def write_index(
 
 
 def installed(name: str, otherwise: str) -> str:
-    """The release of a distribution that is installed, without its local part."""
+    """The installed version of a distribution without its local part, else `otherwise`."""
     try:
         return version(name).partition("+")[0]
     except PackageNotFoundError:
@@ -189,12 +189,12 @@ def installed(name: str, otherwise: str) -> str:
 
 
 def requirements() -> str:
-    """What a Space installs beside gradio: the releases that the page was written with, or later ones."""
+    """Requirements of a Space besides gradio: the versions installed here, or later ones."""
     return "".join(f"{name}>={version(name).partition('+')[0]}\n" for name in NEEDED)
 
 
 def readme(space: Space, held: Mapping[str, int], model: str | None) -> str:
-    """The Space's card: the header that the Hub reads, and a few words."""
+    """The Space's card: the header for the Hub, and a short text."""
     header: dict[str, Any] = {
         "title": space.title[:60],
         "emoji": "🔎",
@@ -210,8 +210,8 @@ def readme(space: Space, held: Mapping[str, int], model: str | None) -> str:
     listed = "\n".join(f"- {name}: {count} items" for name, count in held.items())
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n# {space.title}\n\n"
-        "Ask by words, by a picture, or by both as one query; click an answer to see where in it the words are. "
+        "Search by words, by a picture, or by both as one query; click an answer to see where in it the words are. "
         f"Answered by {model or 'the model in `model/`'} from:\n\n{listed}\n\n"
-        "The pictures belong to their makers, whose licences hold here too. Made with oner; `python app.py` serves "
+        "The pictures belong to their creators, whose licences apply here too. Made with oner; `python app.py` serves "
         "the page anywhere.\n"
     )

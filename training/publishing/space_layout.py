@@ -1,16 +1,16 @@
-"""How a search page looks: a gradio page over what `SearchPage` does.
+"""Layout of the search page: a gradio page around `SearchPage`.
 
-It stands alone, for it travels: into a Space it is copied as it is, beside the files of `SearchPage`.
+This file imports nothing from oner, because it is copied unchanged into Spaces, beside the files of `SearchPage`.
 """
 
 from pathlib import Path
 from typing import Any
 
-USERS = 20  # whose requests run at once; the others wait in line
+USERS = 20  # concurrent requests; further ones wait in the queue
 MOST = 60
-# none that a browser would fetch from elsewhere
+# only fonts that a browser need not download
 FONTS = ["system-ui", "sans-serif"]
-# captions stand whole below their pictures, and the gallery is as high as it is full
+# captions are shown in full below their pictures, and the gallery grows with its content
 CSS = """
 #answers .grid-wrap { max-height: none; min-height: 0; height: auto; }
 #answers .gallery-item { height: auto; }
@@ -25,20 +25,20 @@ CSS = """
 
 def build_page(page: Any, title: str = "Search by words, by a picture, or by both", model: str | None = None) -> Any:
     """
-    The page as a `gradio.Blocks`, whose `launch` serves it; `look` holds further arguments of that.
+    The page as a `gradio.Blocks`, served by its `launch`; `look` returns further arguments of `launch`.
 
     Args:
         page: A `SearchPage`.
-        model: What the page calls its model; its name or directory if none.
+        model: Displayed name of the model; its name or directory if None.
 
     Raises:
-        ImportError: gradio is missing; the message names the extra that brings it.
+        ImportError: gradio is missing; the message names the extra to install.
     """
     gr = import_gradio()
 
     def search(index: str, words: str, picture: str | None, count: float) -> tuple[Any, ...]:
         if not (words or "").strip() and picture is None:
-            return gr.Gallery([], selected_index=None), "Give words, a picture, or both.", None, None, None, ""
+            return gr.Gallery([], selected_index=None), "Enter words, a picture, or both.", None, None, None, ""
         try:
             answer = page.search(index, words, picture, int(count))
         except ValueError as error:
@@ -93,13 +93,13 @@ def build_page(page: Any, title: str = "Search by words, by a picture, or by bot
 
 
 def look() -> dict[str, Any]:
-    """Arguments of `launch` that are the page's look."""
+    """Arguments of `launch` for theme and style."""
     gr = import_gradio()
     return {"theme": gr.themes.Default(font=FONTS, font_mono=["monospace"]), "footer_links": [], "css": CSS}
 
 
 def import_gradio() -> Any:
-    """gradio, which is imported when a page is made and no earlier. Raises `ImportError`, which names the extra."""
+    """Imports gradio, only when a page is built. Raises `ImportError` with the extra to install."""
     try:
         import gradio
     except ImportError as error:
@@ -108,10 +108,10 @@ def import_gradio() -> Any:
 
 
 def without_folder(message: str, picture: str | None) -> str:
-    """A message that names an upload by its file alone, and not by where the server keeps it."""
+    """The message with only the file name of an upload, not its path on the server."""
     return message if picture is None else message.replace(picture, Path(picture).name)
 
 
 def plain(text: str) -> str:
-    """A text that Markdown and HTML leave as it is."""
+    """Escapes a text so that Markdown and HTML show it unchanged."""
     return "".join(f"&#{ord(letter)};" if letter in "\\`*_{}[]()<>#+!|~$&" else letter for letter in text)

@@ -1,4 +1,4 @@
-"""A trained image tokenizer as a directory that is a Hub repository: weights, code, card, figures, pictures."""
+"""Exports a trained image tokenizer as a Hub repository: weights, code, card, metrics, pictures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,21 +34,21 @@ def export_tokenizer(
     repo_id: str | None = None,
 ) -> Path:
     """
-    Writes `directory`, beside it first and then put there at once, and returns its path.
+    Writes the repository to `directory`, replacing an earlier export in one step, and returns its path.
 
     Args:
         metrics: SET/measure -> value, as `ReconstructionEvaluator` yields them.
-        protocol: SET -> its evaluator's protocol.
+        protocol: SET -> protocol of its evaluation.
         pictures: Caption -> picture.
-        origins: What it was trained on and began with, and who made that; from `read_origins`.
+        origins: Data, attributions and starting models, from `read_origins`.
         license: Of the weights, as the Hub names it.
-        dtype: Precision in the file. The configuration keeps the model's own, in which it will be loaded.
-        repo_id: Name of the repository and of the card; by default the directory's, or that above one named `model`.
+        dtype: dtype of the weights in the file. The configuration keeps the model's own, in which it is loaded.
+        repo_id: Name of the repository and the card; by default the directory's, or its parent's if that is `model`.
 
     Raises:
-        FileExistsError: `directory` holds something that is no export.
-        ValueError: `dtype` is no float.
-        OverflowError: a weight does not fit into `dtype`.
+        FileExistsError: `directory` contains something other than an export.
+        ValueError: `dtype` is not a float.
+        OverflowError: a weight overflows in `dtype`.
     """
     check_stored_dtype(dtype)
     directory = Path(directory).resolve()
@@ -59,7 +59,7 @@ def export_tokenizer(
         paths = write_pictures(pictures, scratch)
         write_facts(scratch, metrics, protocol, training_config)
 
-        # the page, with the data's terms and makers
+        # the card, with licences and attribution of the data
         card = tokenizer_card(model, name, metrics, protocol, training_config, origins, license, paths)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         finish_export(scratch, directory, name, license, origins)
@@ -77,14 +77,14 @@ def tokenizer_card(
     pictures: Mapping[str, str],
 ) -> str:
     """The text of README.md; `pictures` maps captions to paths in the repository."""
-    # a line of the table for each set that was measured
+    # one table row per evaluated set
     config = model.config
     rows = []
     for set_name, settings in protocol.items():
         measures = {key.rpartition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{set_name}/")}
         rows.append({"name": inline(plain(set_name)), "pictures": settings["pictures"], **measures})
 
-    # what the Hub indexes
+    # metadata for the Hub
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "image-feature-extraction",
@@ -94,7 +94,7 @@ def tokenizer_card(
     metadata |= {"base_model": begun} if (begun := base_models(origins)) else {}
     config_text = yaml.safe_dump(plain(training_config), sort_keys=False, width=110).strip()
 
-    # a name that the template needs and does not get is an error
+    # a variable that the template needs and does not get is an error
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )

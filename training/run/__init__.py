@@ -1,1 +1,1 @@
-"""A run: arguments, engine, batches, checkpoints."""
+"""A training run: arguments, engine, batches, checkpoints."""

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021): small matrices learn beside the frozen weights of a tower; PEFT makes and merges them."""
+"""LoRA (Hu et al., 2021): trains small matrices beside the frozen weights of a tower, added and merged by PEFT."""
 
 import copy
 
@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 
 def add_lora(model: PreTrainedModel, rank: int) -> None:
     """
-    Puts adapters of `rank` beside every linear map of the tower, in place, and freezes the tower. Heads outside it
-    learn whole: a task draws them anew. The scale is 1, as the paper has where alpha is the rank.
+    Adds adapters of `rank` to every linear layer of the tower, in place, and freezes the tower. Heads outside it are
+    trained in full, since a task initialises them at random. The scale is 1, as in the paper if alpha is the rank.
 
     Args:
-        model: With all its weights in place.
+        model: A model with loaded weights.
 
     Raises:
         ImportError: peft is missing.
@@ -20,13 +20,13 @@ def add_lora(model: PreTrainedModel, rank: int) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("adapters are PEFT's, which is missing: pip install 'oner[lora]'") from error
+        raise ImportError("LoRA needs peft, which is not installed: pip install 'oner[lora]'") from error
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
     peft.inject_adapter_in_model(config, model.base_model)
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose weights are the sums of the frozen ones and their adapters; the model itself where it has none."""
+    """A copy with the adapters merged into the frozen weights; the model itself if it has no adapters."""
     adapted = [name for name, part in model.named_modules() if hasattr(part, "lora_A")]
     if not adapted:
         return model
@@ -39,5 +39,5 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def trained(model: nn.Module) -> int:
-    """How many numbers learn."""
+    """Number of trained parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

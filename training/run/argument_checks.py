@@ -1,4 +1,4 @@
-"""What a run cannot be told: values out of range, and values that exclude each other."""
+"""Checks the arguments of a run: ranges of values, and combinations that exclude each other."""
 
 import dataclasses
 import os
@@ -11,12 +11,12 @@ from .arguments import Arguments, DataArguments, RunArguments
 
 
 def check(arguments: Arguments) -> None:
-    """Raises `ValueError` for values out of range (`BOUNDS`), empty texts, and values that exclude each other."""
+    """Raises `ValueError` for values out of range (`BOUNDS`), empty strings, and conflicting values."""
     for part in (arguments.model, arguments.run, arguments.objective):
         _check_values(part)
     for portion in arguments.portions().values():
         _check_values(portion.data)
-        # the seed of a portion is drawn, and longer
+        # a portion's seed is derived, and exceeds the range for a given one
         _check_values(dataclasses.replace(portion.run, seed=arguments.run.seed))
         _check_data(portion.data)
         _check_batches(portion.run)
@@ -30,11 +30,11 @@ def _check_values(part: Any) -> None:
         value = getattr(part, one.name)
         texts = value if isinstance(value, list) else [value]
         if any(isinstance(text, str) and not text.strip() for text in texts):
-            raise ValueError(f"{one.name} is {value!r}; expected a text, or leave it out")
+            raise ValueError(f"{one.name} is {value!r}; expected a non-empty string, or leave it out")
 
 
 def _check_data(data: DataArguments) -> None:
-    # the sources and their shares
+    # the sources and their weights
     if not data.train_data:
         raise ValueError("train_data is empty; expected files, a folder, or the name of a data set")
     if data.data_weights is not None and len(data.data_weights) != len(data.train_data):
@@ -55,7 +55,7 @@ def _check_data(data: DataArguments) -> None:
         raise ValueError("one_row_per_id needs all ids at the start, which a stream cannot give; drop one of the two")
     apart = ("streaming", "captions_apart", "one_row_per_id", "data_weights")
     if data.rows_together > 1 and (others := [name for name in apart if getattr(data, name)]):
-        raise ValueError(f"rows_together is {data.rows_together}, which goes with none of {', '.join(others)}")
+        raise ValueError(f"rows_together is {data.rows_together}, which cannot be combined with {', '.join(others)}")
 
 
 def _check_batches(run: RunArguments) -> None:
@@ -67,6 +67,6 @@ def _check_batches(run: RunArguments) -> None:
 
 def _check_run(run: RunArguments) -> None:
     if os.path.exists(run.output_dir) and not os.path.isdir(run.output_dir):
-        raise ValueError(f"output_dir is {run.output_dir!r}, which is no directory")
+        raise ValueError(f"output_dir is {run.output_dir!r}, which is not a directory")
     if run.schedule == "albef" and (run.warmup_steps or 0) % 100:
-        raise ValueError(f"warmup_steps is {run.warmup_steps}; expected stairs of 100 steps under schedule albef")
+        raise ValueError(f"warmup_steps is {run.warmup_steps}; expected a multiple of 100 with schedule albef")

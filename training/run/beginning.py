@@ -1,7 +1,8 @@
-"""A run that begins with a teacher and queues beside the student's weights, as the official scripts begin.
+"""Starts a run with the teacher and queues of an earlier one, in addition to the student's weights.
 
-`oner convert` leaves them in objective.safetensors beside the model. A teacher goes the way of its student: a decoder
-that begins as the tower's copy is a copy of the teacher's tower in the teacher, and positions are resized alike.
+`oner convert` writes them to objective.safetensors beside the model. The teacher is initialised like the student: if
+the student's decoder starts as a copy of its tower, the teacher's is a copy of the teacher's tower, and positions are
+resized in both.
 """
 
 import tempfile
@@ -22,7 +23,7 @@ from oner.training.publishing.model_loading import damage_of
 from .arguments import Arguments, ModelArguments
 
 OBJECTIVE = "objective.safetensors"
-# what says that a run begins without what lies there
+# value of initial_objective that ignores a file beside the model
 NOTHING = "none"
 
 logger = logging.get_logger(__name__)
@@ -30,8 +31,8 @@ logger = logging.get_logger(__name__)
 
 def objective_file(model: ModelArguments) -> Path | None:
     """
-    Where the teacher and the queues are to be had: `initial_objective`, or what lies beside the weights of a local
-    `initial_model`. Raises `ValueError` for an objective without its model.
+    The file of teacher and queues: `initial_objective`, or the one beside the weights of a local `initial_model`.
+    Raises `ValueError` for an objective without its model.
     """
     if model.initial_objective == NOTHING:
         return None
@@ -40,8 +41,8 @@ def objective_file(model: ModelArguments) -> Path | None:
         return beside if beside is not None and beside.is_file() else None
     if model.initial_model is None:
         raise ValueError(
-            f"initial_objective is {model.initial_objective!r}, the teacher of a model; expected initial_model, "
-            f"got none"
+            f"initial_objective is {model.initial_objective!r}, the teacher of a model; expected initial_model too, "
+            "got none"
         )
     path = Path(model.initial_objective)
     return path / OBJECTIVE if path.is_dir() else path
@@ -49,14 +50,14 @@ def objective_file(model: ModelArguments) -> Path | None:
 
 def begin_objective(objective: Objective, arguments: Arguments, load: Callable[[Arguments], PreTrainedModel]) -> None:
     """
-    Gives an objective over a fresh student, before an engine has them, its teacher and its queues, and says what it
-    took. Nothing where the run has no such file.
+    Loads teacher and queues into a new objective, before the engine wraps it, and logs which tensors were used. Does
+    nothing if the run has no such file.
 
     Args:
-        load: Makes the student of a run's arguments.
+        load: Builds the student from a run's arguments.
 
     Raises:
-        ValueError: a file that cannot be read, is damaged, or is of another model.
+        ValueError: the file cannot be read, is damaged, or belongs to another model.
     """
     path = objective_file(arguments.model)
     if path is None:
@@ -65,7 +66,7 @@ def begin_objective(objective: Objective, arguments: Arguments, load: Callable[[
     if damage := damage_of(given):
         raise ValueError(f"{path}: {damage}")
 
-    # floats in the teacher's precision, and the teacher as the student was made
+    # floats in fp32, and the teacher built in the same way as the student
     given = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
     made = {}
     if teacher := under("teacher.", given):
@@ -75,25 +76,25 @@ def begin_objective(objective: Objective, arguments: Arguments, load: Callable[[
         taken = objective.begin_with({**made, **queues})
     except RuntimeError as error:
         raise ValueError(
-            f"{path} is of another run: {error}; initial_objective {NOTHING} begins without it"
+            f"{path} belongs to another run: {error}; set initial_objective {NOTHING} to start without it"
         ) from error
 
-    # what of the file found no place is named
+    # unused tensors are listed
     left = sorted(given.keys() - set(taken))
     if rank() == 0:
         used = len(given) - len(left)
-        logger.warning(f"begins with {used} tensors of {path}; left over: {left or 'nothing'}")
+        logger.warning(f"starts with {used} tensors of {path}; left over: {left or 'nothing'}")
 
 
 def _loaded(teacher: Batch, arguments: Arguments, load: Callable, path: Path) -> Batch:
-    """The state of a model that is made as the student was, of the teacher's weights where there are any."""
-    # a tower's own names stand for another model here, whose weights would be passed over
+    """The state of a model built like the student, with the teacher's weights where there are any."""
+    # without a common name the weights belong to another model and would be ignored
     source = arguments.model.initial_model
     student = read_weights(source)
     if not teacher.keys() & student.keys():
-        raise ValueError(f"{path} holds no teacher of {source}, which has no {list(teacher)[:5]}")
+        raise ValueError(f"{path} contains no teacher of {source}, which has no {list(teacher)[:5]}")
     with tempfile.TemporaryDirectory(prefix="teacher-") as scratch, torch.random.fork_rng():
-        # what the teacher lacks, a head that makes no targets say, is the student's
+        # weights that the teacher lacks, such as heads that make no targets, are the student's
         AutoConfig.from_pretrained(source).save_pretrained(scratch)
         weights = {name: value.contiguous().clone() for name, value in {**student, **teacher}.items()}
         save_file(weights, Path(scratch) / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""From arguments to the processor, the configuration and the student of a run."""
+"""Builds the processor, the configuration and the student of a run from its arguments."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from .arguments import Arguments, ModelArguments
 from .inputs import digest_of_tokenizer, kept_tokenizer
 from .optimization import checkpoint_activations
 
-SAMPLED_TEXTS = 20_000  # rows whose texts are looked up in a vocabulary that was not trained on them
+SAMPLED_TEXTS = 20_000  # rows whose texts are checked against a vocabulary that was not trained on them
 
 logger = logging.get_logger(__name__)
 
@@ -33,22 +33,24 @@ def build_processor_and_config(
     arguments: Arguments, rows: Mapping[str, PairRows | PairStream]
 ) -> tuple[VisionLanguageProcessor, PreTrainedConfig]:
     """
-    The tokenizer (given, or trained on the captions: the same on every process; of a run that is resumed its own), the
-    configuration that fits it, and the processor that fits both.
+    Builds the processor and the matching configuration. The tokenizer is given, trained on the captions (the same on
+    every process), or that of the resumed run.
 
     Raises:
-        ValueError: a family or size that does not exist, a stream without a tokenizer; `initial_vision` and
-            `initial_text` that contradict each other or `model_config`.
+        ValueError: the family or size does not exist; streamed data without a tokenizer; `initial_vision` and
+            `initial_text` contradict each other or `model_config`.
     """
     model = arguments.model
     overrides = dict(model.model_config or {})
-    colours = NORMALIZATIONS[arguments.data.image_normalization or "imagenet"]  # mean and deviation, (3,) each
+    colours = NORMALIZATIONS[
+        arguments.data.image_normalization or "imagenet"
+    ]  # mean and standard deviation, (3,) each
 
-    # a run that goes on reads by the tokenizer that it began with, whatever became of the captions
+    # a resumed run keeps its tokenizer, even if the captions have changed
     length = overrides.get("max_text_length", 64)
     kept = kept_tokenizer(arguments.run, length)
 
-    # tokenizer and configuration: those of a trained model, or new ones that fit each other
+    # tokenizer and configuration: those of a trained model, or new ones
     if model.initial_model is not None:
         processor = AutoProcessor.from_pretrained(model.initial_model)
         tokenizer = processor.tokenizer
@@ -69,12 +71,12 @@ def build_processor_and_config(
         given = {"vocab_size": len(tokenizer), **ids, **overrides}
         config = config_class.from_size(model.size, **given, **_told_by_towers(model, config_class, given))
 
-    # what a vocabulary of other texts does not know of these
+    # warn if a vocabulary of other texts does not cover these
     if (source := model.initial_model or model.tokenizer) is not None:
         _warn_of_unknown_words(tokenizer, rows, source)
     _warn_of_sides(arguments, rows)
 
-    # the processor: its images fit the configuration
+    # the processor, with the image size of the configuration
     image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop, *colours)
     joint = config.pair_layout == "joint"
     options = {"max_text_length": config.max_text_length, "joint_layout": joint}
@@ -84,19 +86,19 @@ def build_processor_and_config(
 def _told_by_towers(
     model: ModelArguments, config_class: type[PreTrainedConfig], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Width, depth and the like of the towers that the model begins with; none without them."""
+    """Width, depth and other fields of the published towers that the model starts from; empty without towers."""
     if model.initial_vision is None and model.initial_text is None:
         return {}
     told = tower_fields(config_class, model.size, given, model.initial_vision, model.initial_text)
     if rank() == 0:
-        logger.warning("of the configuration, initial_vision and initial_text tell %s", told)
+        logger.warning("configuration fields from initial_vision and initial_text: %s", told)
     return told
 
 
 def _image_processor(
     image_size: int, patch_size: int, eval_crop: float, mean: Sequence[float], std: Sequence[float]
 ) -> VisionLanguageImageProcessor:
-    # images are resized to `side`, then the middle is cropped
+    # images are resized to `side`, then cropped at the centre
     side = round(image_size / eval_crop)
     options = {"size": {"height": side, "width": side}, "patch_size": patch_size}
     options |= {"image_mean": list(mean), "image_std": list(std)}
@@ -115,9 +117,11 @@ def _tokenizer(arguments: Arguments, rows: Mapping[str, PairRows | PairStream], 
             max_text_length=max_text_length,
         )
 
-    # reading the captions for a vocabulary comes before reading them to train
+    # training a vocabulary needs an extra pass over the captions
     if any(isinstance(portion, PairStream) for portion in rows.values()):
-        raise ValueError("a stream is read once, so no vocabulary can be trained on it first; expected `tokenizer`")
+        raise ValueError(
+            "streamed data are read once, so no vocabulary can be trained on them first; expected `tokenizer`"
+        )
     captions = chain.from_iterable(portion.captions() for portion in rows.values())
     return train_tokenizer(
         captions,
@@ -149,7 +153,7 @@ def _sampled(portion: PairRows) -> Iterator[str]:
 
 
 def _warn_of_unknown_words(tokenizer, rows: Mapping[str, PairRows | PairStream], source: str) -> None:
-    """Says before the first step how much of the texts a vocabulary made elsewhere does not know."""
+    """Warns before the first step if a vocabulary from elsewhere does not cover the texts."""
     if rank() != 0:
         return
     for name, portion in rows.items():
@@ -168,14 +172,14 @@ def _warn_of_unknown_words(tokenizer, rows: Mapping[str, PairRows | PairStream],
 
 def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedModel:
     """
-    The student in fp32: from `initial_model`, or from scratch. Heads that the first stage never had are drawn by
-    `seed`, and named.
+    Builds the student in fp32: from `initial_model`, or from scratch. Heads that `initial_model` lacks are initialised
+    at random with `seed`, and listed in a warning.
 
     Raises:
         ModelDirectoryError: `initial_model` is damaged, or lacks weights of its tower or a part of a head.
         ValueError: `initial_vision` or `initial_text` cannot be read or does not fit; names the keys.
     """
-    # the seed decides what is drawn: all weights from scratch, else only heads that the checkpoint lacks
+    # the seed determines random weights: all of them from scratch, otherwise only those of missing heads
     torch.manual_seed(arguments.run.seed)
     options = {}
     if arguments.model.attn_implementation is not None:
@@ -192,7 +196,7 @@ def build_model(arguments: Arguments, config: PreTrainedConfig) -> PreTrainedMod
     else:
         model = AutoModelForPreTraining.from_config(config, dtype=torch.float32, **options)
 
-    # towers of other models over the drawn ones
+    # published towers replace the random ones
     if arguments.model.initial_vision is not None or arguments.model.initial_text is not None:
         towers = arguments.model.initial_vision, arguments.model.initial_text
         report = initialise(model, *towers, arguments.model.fold_token_types)

@@ -1,6 +1,6 @@
-"""A checkpoint is a directory of safetensors and JSON, written beside and renamed into place.
+"""Saves and loads checkpoints: directories of safetensors and JSON files, written under another name and then renamed.
 
-Accelerate's own `save_state` pickles optimiser and random states, so it cannot be used here: nothing unpickles.
+Accelerate's own `save_state` pickles optimiser and random states, and we never unpickle.
 """
 
 import json
@@ -28,12 +28,12 @@ logger = logging.get_logger(__name__)
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
 STATE = "state.json"
-# in state.json, the stems of the safetensors files
+# key of state.json: stems of the safetensors files
 FILES = "files"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged, missing, or of another run; the message names the file and the reason."""
+    """A checkpoint is damaged, missing, or belongs to another run; the message names the file and the reason."""
 
 
 def save_checkpoint(
@@ -45,22 +45,23 @@ def save_checkpoint(
     copied: bool = False,
 ) -> Path:
     """
-    Writes `directory/checkpoint-STEP` and removes all but the last `keep`.
+    Writes `directory/checkpoint-STEP` and removes all but the last `keep` checkpoints.
 
     Args:
         tensors: File stem -> tensors by name; one safetensors file each.
-        state: What else there is to keep, JSON-serialisable.
-        copied: The tensors are a `HostCopy`, and no other copy is made of them.
+        state: All other state, JSON-serialisable.
+        copied: The tensors are a `HostCopy` and are not copied again.
 
-    An old one that cannot be removed stays, and a warning names it.
+    An old checkpoint that cannot be removed stays, with a warning.
 
     Raises:
-        CheckpointError: it cannot be written (no space, no permission); earlier ones are whole, nothing is left over.
+        CheckpointError: it cannot be written (no space, no permission); earlier checkpoints are intact, and no partial
+            files remain.
     """
     directory = Path(directory)
     final = directory / f"{PREFIX}{step:08d}"
 
-    # written beside and renamed: at any moment the directory holds whole checkpoints only
+    # written under another name and then renamed, so that all checkpoints are complete at any moment
     sweep(directory)
     partial = _unused(directory / f".{final.name}.partial")
     try:
@@ -71,11 +72,9 @@ def save_checkpoint(
         flush(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"{final}: cannot be written, checkpoints before it are as they were: {error}"
-        ) from error
+        raise CheckpointError(f"{final}: cannot be written, earlier checkpoints are as they were: {error}") from error
 
-    # the new one stands, whatever becomes of the old ones
+    # the new one is complete; failing to remove old ones is only a warning
     for old in list_checkpoints(directory)[:-keep]:
         try:
             _discard(old)
@@ -85,41 +84,41 @@ def save_checkpoint(
 
 
 def check_finite(step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Raises `FloatingPointError`: a run that goes on from NaN stays NaN."""
+    """Raises `FloatingPointError` for NaN or infinity, from which a resumed run could not recover."""
     for stem in ("model", "objective"):
         spoiled = [n for n, v in tensors[stem].items() if v.is_floating_point() and not v.isfinite().all()]
         if spoiled:
             raise FloatingPointError(
-                f"not saved: at step {step} NaN or infinity is in {len(spoiled)} tensors of the {stem}: "
+                f"not saved: at step {step} {len(spoiled)} tensors of the {stem} contain NaN or infinity: "
                 f"{spoiled[:5]}; lower the learning rate"
             )
 
 
 def sweep(directory: str | Path) -> None:
-    """Removes what runs left that were killed while they wrote or removed a checkpoint."""
+    """Removes leftovers of runs that were killed while writing or removing a checkpoint."""
     for left in Path(directory).glob(f".{PREFIX}*.partial*"):
         _remove(left)
 
 
 def _discard(path: Path) -> None:
-    """Raises OSError if it stays in its place."""
-    # renamed first: a kill in the midst of the removal would leave a damaged checkpoint
+    """Removes a checkpoint. Raises OSError if it cannot even be renamed."""
+    # renamed first: a kill during the removal would otherwise leave a damaged checkpoint
     _remove(path.rename(_unused(path.with_name(f".{path.name}.discarded.partial"))))
 
 
 def _remove(path: Path) -> None:
-    """A directory, or a link to one, which stays; a warning names what cannot be removed, such as a file in use."""
+    """Removes a directory, or a link but not its target; warns if it cannot be removed, for example a file in use."""
     try:
         if path.is_symlink():
             path.unlink()
         else:
             shutil.rmtree(path)
     except OSError as error:
-        logger.warning_once(f"{path} is left over, and cannot be removed: {error}")
+        logger.warning_once(f"{path} is left over and cannot be removed: {error}")
 
 
 def _unused(path: Path) -> Path:
-    """The path, or where something stands there that could not be removed, the same with a number behind it."""
+    """The path, or if it exists because it could not be removed, the path with a number appended."""
     numbered = (path.with_name(f"{path.name}.{number}") for number in count(1))
     return path if not os.path.lexists(path) else next(one for one in numbered if not os.path.lexists(one))
 
@@ -127,17 +126,17 @@ def _unused(path: Path) -> Path:
 def _write(
     directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], copied: bool
 ) -> None:
-    # a safetensors file for each stem
+    # one safetensors file per stem
     directory.mkdir(parents=True)
     for stem, content in tensors.items():
-        # a clone of its own for each: safetensors refuses tied tensors, and a checkpoint has no use for ties
+        # cloned, because safetensors refuses tied tensors
         if not copied:
             content = {name: value.detach().cpu().clone().contiguous() for name, value in content.items()}
         save_file(content, directory / f"{stem}.safetensors")
     text = json.dumps({**state, FILES: sorted(tensors)}, indent=1)
     (directory / STATE).write_text(text, encoding="utf-8")
 
-    # digests of all that, and then all of it onto the disk before the rename
+    # write digests, and flush everything to disk before the rename
     manifest = {file.name: sha256_of(file) for file in sorted(directory.iterdir())}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     set_modes(directory)
@@ -147,24 +146,24 @@ def _write(
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
-    """Checkpoints by step, the last one last, whole or not."""
-    # by names first: what else lies there is not looked at
+    """Checkpoints in order of their steps, including damaged ones."""
+    # the name is checked first, so that other entries are not accessed
     paths = [path for path in Path(directory).glob(f"{PREFIX}*") if step_of(path) is not None and path.is_dir()]
     return sorted(paths, key=step_of)
 
 
 def step_of(path: str | Path) -> int | None:
-    """The step in a checkpoint's name, None if it is not one's."""
+    """The step in a checkpoint's name; None for another name."""
     number = Path(path).name.removeprefix(PREFIX)
     return int(number) if number.isascii() and number.isdigit() else None
 
 
 def find_checkpoint(directory: str | Path) -> Path | None:
     """
-    The last whole checkpoint of a run; None if there is none at all. Damaged ones are passed over, and named.
+    The last intact checkpoint of a run; None if there are no checkpoints. Damaged ones are skipped with a warning.
 
     Raises:
-        CheckpointError: there are some, but not one is whole: to begin anew in silence would be to lose the run.
+        CheckpointError: all checkpoints are damaged; silently starting again would lose the run.
     """
     # the newest first
     damage = []
@@ -172,19 +171,19 @@ def find_checkpoint(directory: str | Path) -> Path | None:
         try:
             verify(path)
         except CheckpointError as error:
-            logger.warning(f"{path} is damaged and passed over: {error}")
+            logger.warning(f"{path} is damaged and skipped: {error}")
             damage.append(str(error))
             continue
         return path
     if damage:
-        raise CheckpointError(f"{directory}: no checkpoint is whole; " + "; ".join(damage))
+        raise CheckpointError(f"{directory}: all checkpoints are damaged; " + "; ".join(damage))
     return None
 
 
 def set_aside(directory: str | Path, step: int) -> list[Path]:
     """
-    Renames the checkpoints after `step` to `passed-over-checkpoint-...`, where no later resume takes them up: they are
-    damaged, or belong to a course of the run that is being left. Returns the new paths.
+    Renames the checkpoints after `step` to `passed-over-checkpoint-...`, so that no later resume uses them: they are
+    damaged, or belong to a continuation that is being abandoned. Returns the new paths.
     """
     moved = []
     for path in list_checkpoints(directory):
@@ -197,8 +196,8 @@ def set_aside(directory: str | Path, step: int) -> list[Path]:
 
 def verify(path: str | Path) -> None:
     """
-    Raises `CheckpointError` that names the first file that is missing, cannot be read, or whose bytes are not those
-    written. Hidden files are not looked at: file systems and desktops put their own there.
+    Raises `CheckpointError` that names the first file that is missing, unreadable or changed. Hidden files are
+    ignored, since file systems and desktops create their own.
     """
     path = Path(path)
     try:
@@ -216,30 +215,30 @@ def _verify(path: Path) -> None:
     if not isinstance(manifest, dict) or STATE not in manifest:
         raise CheckpointError(f"{path / MANIFEST}: expected the digests of {STATE} and others, got {manifest!r:.80}")
 
-    # what it names is there, byte for byte, and nothing else is
+    # exactly the files in the manifest must exist, unchanged
     for name, digest in manifest.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name}: missing")
         try:
             written = sha256_of(path / name)
-        except OSError as error:  # an error of reading, unlike one of opening, does not say which file it was
+        except OSError as error:  # errors of reading, unlike those of opening, do not name the file
             raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}") from error
         if written != digest:
-            raise CheckpointError(f"{path / name}: its bytes are not those that were written")
+            raise CheckpointError(f"{path / name}: was changed or damaged since it was written")
     names = {file.name for file in path.iterdir() if not file.name.startswith(".")}
     if foreign := sorted(names - {*manifest, MANIFEST}):
-        raise CheckpointError(f"{path}: holds {foreign}, which its {MANIFEST} does not name")
+        raise CheckpointError(f"{path}: contains {foreign}, which its {MANIFEST} does not list")
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """Tensors by file stem, and the state. Raises `CheckpointError`."""
+    """Verifies a checkpoint and returns its tensors by file stem, and its state. Raises `CheckpointError`."""
     path = Path(path)
     verify(path)
     return read_checkpoint(path)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """`load_checkpoint` of one that was verified."""
+    """Like `load_checkpoint`, for a verified checkpoint."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         stems = state.pop(FILES, None)
@@ -251,8 +250,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
 
 
 def load_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """All weights and buffers of the model, or a `CheckpointError` that lists the keys that do not fit."""
-    # as if nothing were spread over processes; tied weights under each of their names
+    """Loads all weights and buffers of the model. Raises `CheckpointError` with the keys that do not fit."""
+    # unsharded shapes; tied weights under each of their names
     shapes = full_shapes(model)
     wrong = {
         name: f"{tuple(value.shape)}, expected {tuple(shapes[name])}"
@@ -262,7 +261,7 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], pa
     if wrong:
         raise CheckpointError(f"{path}: wrong shapes {dict(list(wrong.items())[:10])}")
 
-    # names last: a wrong shape says more than a missing name
+    # names are checked last, because a wrong shape is more informative
     missing, unexpected = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     if missing or unexpected:
         raise CheckpointError(f"{path}: missing keys {missing[:10]}, unexpected keys {unexpected[:10]}")
@@ -276,22 +275,22 @@ def restore_optimizer(
     path: str | Path,
 ) -> None:
     """
-    The moments of each parameter. Rates, betas and decay are the run's own: the same, unless changes were allowed.
+    Restores the moments of each parameter. Learning rates, betas and decay are those of the current run.
 
     Raises:
-        CheckpointError: the parameters are grouped in another way, or keys or shapes are not theirs.
+        CheckpointError: the parameters are grouped differently, or keys or shapes do not fit.
     """
-    # names of the state, `INDEX.NAME`, gathered by the parameter's index
+    # names in the state are `INDEX.NAME`; collect them by the parameter's index
     parameters = sum(len(group["params"]) for group in groups)
     names: dict[str, set[str]] = {}
     for key in tensors:
         index, _, name = key.partition(".")
         if not index.isdigit() or int(index) >= parameters or not name:
-            raise CheckpointError(f"{path}: the optimiser's state holds {key!r}; expected a number below {parameters} "
+            raise CheckpointError(f"{path}: the optimiser's state has {key!r}; expected a number below {parameters} "
                                   f"and a name")  # fmt: skip
         names.setdefault(index, set()).add(name)
 
-    # every parameter has the same kinds of moments
+    # every parameter must have the same kinds of moments
     if len(kinds := {frozenset(moments) for moments in names.values()}) > 1:
         different = sorted(map(sorted, kinds))
         raise CheckpointError(f"{path}: the optimiser's state is not the same for all parameters: {different}")
@@ -302,12 +301,12 @@ def restore_optimizer(
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """This process's generators of torch, numpy and Python, as tensors."""
+    """The states of this process's random generators in torch, numpy and Python, as tensors."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
 
-    # Mersenne Twister: 624 keys, its position, and the half of a pair of normal draws that is not yet given
+    # Mersenne Twister: 624 keys, the position, and the cached second value of a pair of normal draws
     _, keys, position, has_gauss, cached = np.random.get_state()
     tensors["numpy"] = torch.from_numpy(np.array([*keys, position, has_gauss, _bits(cached)], dtype=np.int64))
     version, internal, gauss = random.getstate()
@@ -317,7 +316,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 def restore_random_state(tensors: Mapping[str, torch.Tensor]) -> None:
     """The inverse of `random_state`."""
-    # a copy: torch reads from the start of the storage, and crashes on a row of several states
+    # cloned: torch reads from the start of the storage, and crashes on a row of a larger tensor
     torch.set_rng_state(tensors["cpu"].clone())
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"].clone())
@@ -328,7 +327,7 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _bits(number: float) -> int:
-    # a float's bits as an integer, so that one integer tensor holds all
+    # the bits of a float as an integer, so that one integer tensor can hold everything
     return int(np.float64(number).view(np.int64))
 
 

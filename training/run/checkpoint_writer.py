@@ -1,7 +1,7 @@
-"""Checkpoints written beside the training: a step waits for a copy of the state, a thread for the disk.
+"""Writes checkpoints asynchronously: a step only waits for a copy of the state, a thread writes it to disk.
 
-Own code: `async_save` of torch.distributed.checkpoint writes pickles and a layout of its own, where a checkpoint here
-is safetensors and JSON, whole on one process.
+Own code: `async_save` of torch.distributed.checkpoint writes pickles in its own layout, while our checkpoints are
+safetensors and JSON, written by one process.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,14 +13,14 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# by the stem of their file, then by name
+# file stem -> name -> tensor
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 class HostCopy:
     """
-    A state in memory of the host, which is kept for the next copy: to be given gigabytes by the system takes longer
-    than to copy them.
+    A copy of the state in host memory. The memory is reused for the next copy, since allocating gigabytes takes longer
+    than copying them.
     """
 
     def __init__(self) -> None:
@@ -28,14 +28,14 @@ class HostCopy:
 
     @torch.no_grad()
     def __call__(self, tensors: Tensors) -> Tensors:
-        """The same by stem and name, contiguous on the CPU, each in memory of its own; the copy before is gone."""
+        """Copies the tensors to the CPU, contiguous, each in its own memory; overwrites the previous copy."""
         before = self._places
         self._places = {
             stem: {name: _copied(value, before.get(stem, {}).get(name)) for name, value in content.items()}
             for stem, content in tensors.items()
         }
 
-        # copies from an accelerator are queued there, in page-locked memory, and waited for once
+        # copies from an accelerator run asynchronously to pinned memory; wait once for all
         if any(value.device.type != "cpu" for content in tensors.values() for value in content.values()):
             torch.accelerator.synchronize()
         return self._places
@@ -49,26 +49,25 @@ def _copied(value: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
 
 class CheckpointWriter:
     """
-    Writes one copy of a state at a time while the run goes on. To leave the block is to wait for the last one.
+    Writes one copy of the state at a time while the run continues. Leaving the `with` block waits for the last one.
 
-    With it a process holds one copy of the state more than without, on the host, and never a second: the next copy
-    waits until this one is written.
+    It needs host memory for one copy of the state, never two: the next copy waits until this one is written.
     """
 
     def __init__(self) -> None:
         self._copy = HostCopy()
-        # a thread, since digests, the disk and safetensors (from 0.8 on) let the interpreter go on meanwhile
+        # a thread is enough: digests, disk writes and safetensors (from 0.8 on) release the GIL
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def start(self, tensors: Tensors, write: Callable[[Tensors], None]) -> None:
-        """`write` is called beside the run, with a copy of `tensors`. Raises what the one before has raised."""
+        """Calls `write` in the thread with a copy of `tensors`. Raises the error of the previous write, if any."""
         self.wait()
         copy = self._copy(tensors)
         self._pending = self._thread.submit(write, copy)
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what the writing has raised, once."""
+        """Waits for the current write. Raises its error, once."""
         pending = self._pending
         if pending is not None:
             pending.exception()
@@ -81,14 +80,14 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # an error that ends the run comes first, and does not hide that its last checkpoint failed too
+        # the error that ends the run takes precedence; a failed last checkpoint is logged
         try:
             self.wait()
         except Exception as failed:
             if error is None:
                 raise
-            logger.error(f"beside the error that ends the run: {type(failed).__name__}: {failed}")
+            logger.error(f"the last checkpoint failed too: {type(failed).__name__}: {failed}")
         finally:
             self._thread.shutdown()
-            # what follows, such as an export, has its memory
+            # free its memory for what follows, such as an export
             self._copy = HostCopy()

@@ -1,4 +1,4 @@
-"""From arguments to what makes batches of rows: pairs, images, texts, and the rows of a task."""
+"""Builds collators from arguments: for pairs, images, texts, and the rows of a task."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,16 +15,16 @@ from oner.processing.vl_captions import pre_caption
 
 from .arguments import Arguments, DataArguments
 
-# what a family may call its layout of a pair -> that layout
+# `pair_layout` of a family's configuration -> layout
 LAYOUTS = {"joint": JointLayout, "separate": SeparateLayout}
 CAPTION_RULES = {"albef": pre_caption}
-CODE_STRIDE = 8  # pixels a side that one visual code stands for in every tokenizer of DALL-E's layout
+CODE_STRIDE = 8  # side in pixels of the region of one visual code, in tokenizers of DALL-E's layout
 
 
 def build_collators(
     arguments: Arguments, processor: VisionLanguageProcessor, config: PreTrainedConfig
 ) -> dict[str, Collator]:
-    """The collator of each portion of a run, by the kind of its rows."""
+    """The collator of each portion of a run, according to the kind of its rows."""
     return {
         name: COLLATORS[portion.data.kind](portion, processor, config)
         for name, portion in arguments.portions().items()
@@ -34,7 +34,7 @@ def build_collators(
 def pair_collator(
     arguments: Arguments, processor: VisionLanguageProcessor, config: PreTrainedConfig, masking: Masking | None = None
 ) -> Collator:
-    """Of pairs; `masking` instead of the arguments' own, as a task has that hides nothing."""
+    """Collator of pairs; `masking` replaces that of the arguments, for tasks without masking."""
     data = arguments.data
     special = SpecialTokens.of(config, processor.tokenizer)
     reader = Reader(
@@ -46,7 +46,7 @@ def pair_collator(
         excluded=read_hashes(data.excluded_images),
     )
 
-    # what is hidden, how the two lie in a batch, and what is read of images, where an objective has a say in that
+    # masking, the layout of a pair, and the patches to keep if the objective drops some
     corruption = _corruption(data.masking if masking is None else masking, special)
     keeping = getattr(arguments.objective, "keeping", ALL_PATCHES)
     return _collator(arguments, reader, _pair_layout(config, special), corruption, keeping=keeping)
@@ -59,10 +59,10 @@ def text_collator(
     masking: Masking | None = None,
 ) -> Collator:
     """
-    Of texts without images. One of more than `max_text_length` tokens is read in windows of so many; the
-    configuration's number if none is given. Rules for captions do not hold for them.
+    Collator of texts without images. Texts longer than `max_text_length` tokens (by default the configuration's) are
+    read in windows of that length. The rules for captions do not apply.
     """
-    # long texts become windows; no image transform, for there is no image
+    # with windows for long texts, and without an image transform
     data = arguments.data
     special = SpecialTokens.of(config, processor.tokenizer)
     reader = Reader(
@@ -77,7 +77,7 @@ def text_collator(
 def image_collator(
     arguments: Arguments, processor: VisionLanguageProcessor, config: PreTrainedConfig, masking: Masking | None = None
 ) -> Collator:
-    """Of images without texts."""
+    """Collator of images without texts."""
     data = arguments.data
     special = SpecialTokens.of(config, processor.tokenizer)
     reader = Reader(
@@ -90,14 +90,14 @@ def image_collator(
 
 
 def tokenizer_collator(arguments: Arguments, image_size: int) -> Collator:
-    """Of an image tokenizer: images of so many pixels a side, in [0, 1], and nothing hidden."""
+    """Collator for training an image tokenizer: images with side `image_size`, in [0, 1], without masking."""
     data = arguments.data
     transform = TrainingImageTransform(image_size, data.crop, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return _collator(arguments, Reader(image_transform=transform, max_pixels=data.max_pixels), ImageLayout())
 
 
 def labels(processor: VisionLanguageProcessor, config: PreTrainedConfig) -> Targets:
-    """Of rows with a "label"."""
+    """Targets of rows with a "label"."""
     return Labels()
 
 
@@ -108,10 +108,10 @@ def task_collator(
     images: Sequence[str] = ("image",),
     targets: Callable[[VisionLanguageProcessor, PreTrainedConfig], Targets] | None = labels,
 ) -> Collator:
-    """Of a task's rows: a text that their source has cleaned, one image or several, and what is right, if told."""
+    """Collator of a task's rows: a text already cleaned by its source, one or several images, and optional targets."""
     data = arguments.data
 
-    # texts come cleaned, so no caption rules; nothing is hidden
+    # without caption rules, since texts are already cleaned, and without masking
     special = SpecialTokens.of(config, processor.tokenizer)
     reader = Reader(
         processor.tokenizer,
@@ -127,14 +127,14 @@ def task_collator(
 
 
 def text_task_collator(arguments: Arguments, processor: VisionLanguageProcessor, config: PreTrainedConfig) -> Collator:
-    """Of a task's texts alone, or two of them behind each other, and what is right; no window is drawn."""
+    """Collator of a task on texts: one text, or two concatenated, and labels; long texts are truncated."""
     special = SpecialTokens.of(config, processor.tokenizer)
     length = arguments.data.max_text_length or config.max_text_length
     reader = Reader(processor.tokenizer, text="text", max_text_length=length)
     return _collator(arguments, reader, SeparateLayout(special), targets=Labels())
 
 
-# kind of rows -> what makes batches of them
+# kind of rows -> its collator
 COLLATORS = {"pairs": pair_collator, "images": image_collator, "texts": text_collator}
 
 
@@ -151,7 +151,7 @@ def _collator(
 
 
 def _pair_layout(config: PreTrainedConfig, special: SpecialTokens) -> Layout:
-    # a family that cuts images and texts apart says so in its configuration class
+    # families with separate sequences for image and text say so in their configuration class
     return LAYOUTS[getattr(type(config), "pair_layout", "joint")](special, config.patch_size)
 
 
@@ -162,8 +162,8 @@ def _corruption(masking: Masking, special: SpecialTokens) -> Corruption:
 def _transform(
     data: DataArguments, processor: VisionLanguageProcessor, config: PreTrainedConfig
 ) -> TrainingImageTransform:
-    """What the processor does to an image, behind a random crop; and a second view if one is asked for."""
-    # one code for each patch, so the second view is as many strides a side as there are patches
+    """A random crop followed by the processor's image transform, with a second view for visual codes if requested."""
+    # one code per patch, so the side of the second view is that many strides
     second_view = None
     if data.code_crop is not None:
         second_view = CodeView(config.image_size // config.patch_size * CODE_STRIDE, data.code_crop)

@@ -1,4 +1,4 @@
-"""Data workers: what they do about signals to the whole process group, and the wait for one that gives nothing."""
+"""Data workers: their handling of signals to the process group, and waiting for batches that do not arrive."""
 
 import multiprocessing
 import os
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
-# what a scheduler or a terminal sends to a run, or to all processes of it, for it to save and stop
+# signals with which a scheduler or a terminal stops a run, possibly sent to all its processes
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-# seconds between looks at whether the run was told to stop
+# seconds between checks whether the run was told to stop
 LOOK = 1
 
 
 class Waiting(NamedTuple):
-    """What a loader yields while no batch comes: for what it waits, and the processes that should bring it."""
+    """Yielded by a loader while no batch arrives: the data source, and the worker processes."""
 
     source: str
     workers: tuple[int, ...]
@@ -27,7 +27,7 @@ class Waiting(NamedTuple):
 def outlive_signals_to_the_group(worker: int) -> None:
     """
     A `worker_init_fn`. Ctrl-C and a scheduler's signals reach every process of a run; a worker that obeyed them would
-    be gone before the run could finish its step and save. Only the main process may end a worker.
+    end before the run could finish its step and save. Only the main process may end a worker.
     """
     for number in STOPPING:
         if number != signal.SIGTERM:
@@ -38,7 +38,7 @@ def outlive_signals_to_the_group(worker: int) -> None:
 
 
 def _end_at_sigterm(parent: int) -> None:
-    # a SIGTERM of the main process, when it is done with its workers
+    # the main process sends SIGTERM when it no longer needs its workers
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
@@ -46,15 +46,15 @@ def _end_at_sigterm(parent: int) -> None:
 
 def patiently(loader: DataLoader, source: str) -> Iterator[Any]:
     """
-    The batches of a loader with workers, and a `Waiting` each second in which these bring none, so that whoever waits
-    can stop waiting.
+    Yields the batches of a loader with workers, and a `Waiting` each second without a batch, so that the caller can
+    stop waiting.
     """
     before = multiprocessing.active_children()
     with _sigterm_held():
         batches = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in before]
 
-    # in a thread: a loader's own timeout does not reach the handing over of memory, where a stopped worker hangs too
+    # in a thread: a loader's own timeout does not cover the transfer of memory, where a stopped worker hangs too
     reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
     coming = None
     try:
@@ -74,7 +74,7 @@ def patiently(loader: DataLoader, source: str) -> Iterator[Any]:
 
 @contextmanager
 def _sigterm_held() -> Iterator[None]:
-    """Workers forked inside are born with SIGTERM blocked, as then is every thread that a library starts at a fork."""
+    """Blocks SIGTERM, so that workers forked inside start with it blocked, and so do threads that libraries start."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -86,8 +86,8 @@ def _sigterm_held() -> Iterator[None]:
 
 
 def _kill(workers: list[Any]) -> None:
-    """Ends workers that hang: they obey no other signal, and this process would wait for them at its own end."""
-    # torch takes the death of a worker for an error
+    """Kills workers that hang: they ignore other signals, and this process would wait for them at its end."""
+    # torch would report the death of a worker as an error
     previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()

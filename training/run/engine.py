@@ -1,4 +1,4 @@
-"""The loop, on Accelerate. It knows no family: an objective gives the losses and moves its own teachers.
+"""The training loop, on Accelerate. It does not depend on the family: an objective gives losses and updates teachers.
 
 for each step: learning rate, loss and backward of each portion, clip, step, teachers, log, evaluate, save
 """
@@ -51,29 +51,30 @@ logger = logging.get_logger(__name__)
 # loader(start_step) -> batches of this process, by portion, from that step to the end of the run
 LoaderFactory = Callable[[int], Iterable[dict[str, Batch] | Waiting]]
 Evaluate = Callable[[PreTrainedModel], Iterator[tuple[str, float]]]
-# seconds between messages that a batch does not come
+# seconds between messages that a batch has not arrived
 REMIND = 60
 HANGUP = getattr(signal, "SIGHUP", None)
 
 
 class DataStalledError(RuntimeError):
-    """No batch came in `data_timeout` seconds; the message names the source and the data workers."""
+    """No batch arrived within `data_timeout` seconds; the message names the source and the data workers."""
 
 
 class Engine:
     """
-    Trains `model` to the end of the run, or to a SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, which end it cleanly with a
-    checkpoint.
+    Trains `model` to the end of the run, or until SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, after which it saves a
+    checkpoint
+    and stops.
 
     Args:
         accelerator (`Accelerator`): From `make_accelerator`.
-        model (`PreTrainedModel`): The student, unwrapped, weights in place, fp32.
-        objective (`Objective`): Built over this very model.
-        arguments (`Arguments`): The run's; kept in each checkpoint.
-        loader: Batches of this process from a given step on.
+        model (`PreTrainedModel`): The unwrapped student with loaded weights, in fp32.
+        objective (`Objective`): Built for this model.
+        arguments (`Arguments`): The run's; saved in each checkpoint.
+        loader: Gives the batches of this process from a given step on.
         total_steps, epoch_steps (`int`): Length of the run and of an epoch.
         evaluate (*optional*): model -> (name, value) pairs, called on the first process.
-        inputs (`Inputs`, *optional*): What the run reads, to be kept in its directory and its checkpoints.
+        inputs (`Inputs`, *optional*): The run's inputs, to be recorded in its directory and its checkpoints.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Engine:
         self.batch_sizes = {name: options.run.batch_size for name, options in portions.items()}
         self.chunks = {name: options.run.gradient_cache_chunks for name, options in portions.items()}
 
-        # the optimiser goes over the unwrapped model; `prepare` wraps both for the engine
+        # the optimiser is built for the unwrapped model; `prepare` wraps both
         optimizer = build_optimizer(self.model, run, arguments.epoch_of().run.batch_size)
         self.schedule = build_schedule(optimizer, run, total_steps, epoch_steps)
         if run.compile:
@@ -128,24 +129,24 @@ class Engine:
         set_seed(run.seed + rank())
 
     def fit(self) -> dict[str, float]:
-        """Runs to the end; returns the last evaluation. `self.stopped` tells whether a signal cut it short."""
-        # but what nohup has told it to ignore
+        """Runs to the end and returns the last evaluation. `self.stopped` is True if a signal ended it early."""
+        # except SIGHUP if nohup has set it to be ignored
         heard = [number for number in STOPPING if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
         previous = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             self.accelerator.init_trackers(**tracker_options(self.arguments))
             self._resume()
-            # whatever ends the loop, what is being written is finished first
+            # however the loop ends, a pending checkpoint is written first
             with self.writer:
                 self._loop()
                 self._together(self.writer.wait)
             with self.whole_model() as model:
-                self.model = model  # to be exported by one process, which cannot do it with a part
+                self.model = model  # unsharded, so that one process can export it
             self.accelerator.end_training()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        # a signal that came in the last step cut nothing short
+        # a signal in the last step did not end the run early
         self.stopped = self.stopped and self.step < self.total_steps
         return self.metrics
 
@@ -168,7 +169,7 @@ class Engine:
                 taken = self._train_step(batches)
                 bar.update()
 
-                # a line of the log, with the speed since the last one
+                # a log line, with the speed since the last one
                 if self.step % self.run.log_every == 0 or self.step == self.total_steps:
                     now = time.perf_counter()
                     speed = (self.step - logged) / (now - clock)
@@ -178,7 +179,7 @@ class Engine:
                     loss = self._log(taken, speed, waited)
                     bar.set_postfix(loss=f"{loss:.3f}", rows_s=f"{speed * sum(self.batch_sizes.values()):.0f}")
 
-                # asked before the evaluation: a signal that comes meanwhile stops the run a step later
+                # checked before the evaluation: a signal during it stops the run one step later
                 stopping = self._stopping()
                 if self._due(self.run.eval_every_epochs) or self.step == self.total_steps:
                     self._evaluate()
@@ -186,12 +187,12 @@ class Engine:
                     logged = self.step
                     awaited.take()
 
-                # the state after this step; no checkpoint before the verdicts on all its updates are read
+                # a checkpoint, after checking that all updates up to this step were finite
                 if stopping or self._due(self.run.save_every_epochs) or self.step == self.total_steps:
                     self.guard.settle()
                     self._save()
                 if stopping:
-                    self.stopped = True  # on the processes too that got no signal
+                    self.stopped = True  # also on processes that got no signal
                     break
 
     def _train_step(self, batches: dict[str, Batch]) -> Taken:
@@ -204,32 +205,32 @@ class Engine:
         return Taken(torch.stack([one.loss for one in taken]).sum(), parts, {})
 
     def _optimise(self, objective: Objective, batches: dict[str, Batch], apart: bool) -> Taken:
-        """One step of the optimiser, by the batches of an objective's portions; `apart`: there are others."""
+        """One optimiser step on the batches of an objective's portions; `apart`: this step has several of them."""
         batches = {name: batches[name] for name in objective.portions}
         progress = self.step / self.total_steps
         self.guard.before(self.step + 1, batches, progress)
         taken = loss_and_gradients(self.accelerator, objective, self.student, batches, progress, self.chunks, apart)
         if apart:
-            # moments move what these portions do not reach, under engines that know no gradient of zero too
+            # zero gradients, so that the moments also update parameters that these portions do not reach
             for parameter in self.student.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
 
-        # the update, and what follows it: teachers and queues, which obey `applied` too
+        # the update, then teachers and queues, which also depend on `applied`
         applied = self._update(taken.loss)
         self.optimizer.zero_grad()
         objective.after_step(applied, taken.kept)
         return taken
 
     def _update(self, loss: torch.Tensor) -> torch.Tensor:
-        """The optimiser's step, unless it is not finite: 1 or 0, on the device, for the teacher to obey too."""
+        """Steps the optimiser if loss and gradient are finite. Returns 1 if applied, else 0, on the device."""
         accelerator = self.accelerator
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # it stepped in its backward, or did not, for a gradient that was not finite
+            # DeepSpeed has stepped in its backward, unless the gradient was not finite
             norm = math.nan if self.optimizer.step_was_skipped else 0.0
             return self.guard.judge(loss, torch.tensor(norm, device=loss.device))
 
-        # the gradient's norm, after the scale of fp16 is taken off and across all shards
+        # the norm of the gradient over all shards, without the fp16 scale
         if self.run.max_grad_norm is not None:
             norm = whole(accelerator.clip_grad_norm_(self.student.parameters(), self.run.max_grad_norm))
         else:
@@ -238,13 +239,13 @@ class Engine:
         scaler = accelerator.scaler
         scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
         applied = self.guard.judge(loss, norm, scale)
-        # torch's own way to skip without the host's knowing, which GradScaler uses; its fused optimisers obey it
+        # torch's mechanism to skip a step without a host synchronisation, used by GradScaler and fused optimisers
         optimizer = self.optimizer.optimizer
         optimizer.found_inf = 1 - applied
         if scaler is None:
             self.optimizer.step()
         else:
-            # not scaler.step, whose own verdict does not know the loss
+            # not scaler.step, which does not check the loss
             optimizer.step()
             scaler.update()
         del optimizer.found_inf
@@ -252,8 +253,8 @@ class Engine:
 
     def _gives_up(self, waiting: Waiting) -> bool:
         """
-        Whether to stop, with a checkpoint, instead of waiting longer for a batch: the run was told to. Says once a
-        minute for what it waits. Raises `DataStalledError` after `data_timeout` seconds.
+        Whether to save and stop instead of waiting longer for a batch, because of a signal. Logs once a minute what it
+        waits for. Raises `DataStalledError` after `data_timeout` seconds.
         """
         now = time.monotonic()
         if self._waits_since is None:
@@ -261,8 +262,8 @@ class Engine:
         seconds = now - self._waits_since
         late = self.run.data_timeout is not None and seconds >= self.run.data_timeout
         what = (
-            f"step {self.step + 1} waits for a batch of {waiting.source}, for {seconds:.0f} s now; its data workers "
-            f"are the processes {list(waiting.workers)}"
+            f"step {self.step + 1} has been waiting for a batch of {waiting.source} for {seconds:.0f} s; its data "
+            f"workers are the processes {list(waiting.workers)}"
         )
         if now - self._reminded >= REMIND:
             self._reminded = now
@@ -270,39 +271,40 @@ class Engine:
         if not (late or self.stopped):
             return False
 
-        # the other processes are within the step, or wait likewise: no state can be gathered from them
+        # with several processes the others are in the step or wait too, so no state can be gathered
         alone = self.accelerator.num_processes == 1
         if alone and self.step:
             self.guard.settle()
             self._save()
             self.writer.wait()
         if late or not alone:
-            kept = f"saved at step {self.step}" if alone and self.step else "the last checkpoint stands"
+            kept = f"saved at step {self.step}" if alone and self.step else "the last checkpoint is intact"
             raise DataStalledError(f"{what}; {kept}")
         logger.warning(f"stopped by a signal while {what}")
         return True
 
     def _due(self, epochs: float) -> bool:
-        # a fraction of a step is a step; 0 is never
+        # at least one step; 0 means never
         every = max(1, round(epochs * self.epoch_steps)) if epochs else 0
         return every > 0 and self.step % every == 0
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.stopped and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C means now
+            raise KeyboardInterrupt  # a second Ctrl-C stops immediately
         self.stopped = True
 
     def _stopping(self) -> bool:
-        # several processes agree only now and then: the question makes an accelerator wait
+        # several processes check only at log lines, since it synchronises accelerators
         if self.accelerator.num_processes > 1 and self.step % self.run.log_every:
             return False
         return any_process(self.stopped, self.accelerator.device)
 
     def _log(self, taken: Taken, speed: float, waited: float) -> float:
         """
-        A line of the loss and its parts, means over processes; `speed` in steps a second, `waited` the share of the
-        time in which this process waited for batches. An accelerator may have computed meanwhile: there the share is
-        at most so much of what was lost.
+        Logs the loss and its parts, averaged over processes; `speed` in steps per second, `waited` the share of time
+        in
+        which this process waited for batches. An accelerator may have computed in the meantime, so there `waited` is
+        an upper bound of the time lost.
         """
         self.guard.settle()
         parts = {"loss": taken.loss, **taken.parts}
@@ -347,13 +349,13 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        """A checkpoint of this step; with `async_checkpoints` it may stand only when `writer.wait` returns."""
+        """Saves a checkpoint; with `async_checkpoints` it is complete only after `writer.wait` returns."""
         device = self.accelerator.device
         generators = {
             name: gather_without_gradient(value[None].to(device)).cpu() for name, value in random_state().items()
         }
 
-        # collective: a sharded state is gathered on all, and only the first process writes it
+        # collective: all processes gather a sharded state, and the first one writes it
         moments, groups = full_optimizer_state(self.optimizer)
         tensors = {
             "model": full_state(self.model),
@@ -381,13 +383,13 @@ class Engine:
             self._together(lambda: self._write_checkpoint(state, tensors))
 
     def _write_checkpoint(self, state: dict[str, Any], tensors: Tensors, copied: bool = False) -> None:
-        """By the first process, perhaps while the run goes on: of the engine it reads what stays as it is."""
+        """Runs on the first process, possibly while training continues, so it only reads constant attributes."""
         check_finite(state["step"], tensors)
         self.log.flush()
         save_checkpoint(self.output_dir, state["step"], tensors, state, self.run.keep_checkpoints, copied)
 
     def _together(self, action: Callable[[], None]) -> None:
-        """What the first process does about checkpoints. All end together: the others would wait for its next word."""
+        """Runs a checkpoint action on the first process. If it fails, all processes raise, instead of waiting."""
         error = None
         if self.accelerator.is_main_process:
             try:
@@ -406,7 +408,7 @@ class Engine:
             except KeyError as error:
                 raise CheckpointError(f"{path}: lacks {error}") from error
 
-        # what the run left after that step is no part of it any more
+        # discard files that the run wrote after that step
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             sweep(self.output_dir)
@@ -415,11 +417,11 @@ class Engine:
             self.log.trim(self.step)
             self.guard.forget(self.step)
             for moved in set_aside(self.output_dir, self.step):
-                tqdm.write(f"set aside, for the run goes on from step {self.step}: {moved}")
+                tqdm.write(f"set aside, since the run continues from step {self.step}: {moved}")
 
     def _restore(self, path: Path, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
         lengths = {name: getattr(self, name) for name in ("total_steps", "epoch_steps")}
-        # a checkpoint that is older than an argument did what its default does
+        # arguments newer than the checkpoint count as having had their defaults
         then = {**self.arguments.defaults(), **state["arguments"], **{name: state[name] for name in lengths}}
         check_same_run(path, then, {**self.arguments.to_dict(), **lengths}, self.run.allow_changes)
         if self.inputs is not None:
@@ -427,8 +429,8 @@ class Engine:
         threads = torch.get_num_threads()
         if self.accelerator.device.type == "cpu" and state.get("threads", threads) != threads:
             logger.warning(
-                f"{path} was computed by {state['threads']} threads a process, now there are {threads}, which add in "
-                f"another order: the run goes on within rounding errors, not to the bit"
+                f"{path} was computed with {state['threads']} threads per process, now there are {threads}, which sum "
+                "in another order: the run resumes up to rounding errors, not bit-exactly"
             )
         load_weights(self.model, tensors["model"], path)
         try:
@@ -445,7 +447,7 @@ class Engine:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _restore_randomness(self, generators: dict[str, torch.Tensor]) -> None:
-        """Each process's own; of another number of processes, or of other devices, seeds of this place in the run."""
+        """Restores each process's generators; for another number of processes or kind of device, seeds them anew."""
         processes = len(generators["cpu"])
         seed = self.run.seed + rank() + self.step
         if processes != world_size() or (torch.cuda.is_available() and "cuda" not in generators):

@@ -1,10 +1,11 @@
-"""The gradient of a step: portion after portion, in one go or in chunks (GradCache: Gao et al., 2021, section 3).
+"""Computes the gradient of a step by portion, at once or in chunks (GradCache: Gao et al., 2021, section 3).
 
-1. Each chunk's targets are made, and it is represented without gradient: (B, P) numbers stay of each.
-2. The whole batch is compared, which gives the loss and its slope at each representation.
-3. Each chunk is represented again, with the random numbers of the first time, and its slopes go back through it.
+1. For each chunk, compute the targets, and the representations (B, P) without gradient.
+2. Compute the loss of the whole batch, and its gradient with respect to each representation.
+3. For each chunk, repeat the forward with the same random numbers, and backpropagate its gradients.
 
-That is one more forward of the student than in one go, with the activations of one chunk, whatever B is.
+This needs one more forward of the student, but only the activations of one chunk, for any B. Slopes are the gradients
+of the loss with respect to representations.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,26 +38,26 @@ def loss_and_gradients(
     apart: bool = False,
 ) -> Taken:
     """
-    Adds the gradient of a step to the student's parameters: portion after portion, processes averaged with the last.
+    Adds the gradient of a step to the student's parameters, one portion after the other; processes average at the
+    last.
 
     Args:
-        batches: By portion, this process's share, still on the CPU: it reaches the device a chunk at a time.
+        batches: This process's batch by portion, on the CPU; it is moved to the device one chunk at a time.
         progress: Share of the run that is done.
-        chunks: By portion; 1 or none takes a share in one go, more by cached gradients. Only what normalises by batch
-            statistics (BatchNorm) then sees chunks, which a warning says; running statistics move once a step all the
-            same.
-        apart: Other steps of the optimiser reach parameters that this one does not.
+        chunks: Number of chunks by portion, by default 1; more than one use cached gradients. Only BatchNorm then
+            depends on the chunks, with a warning; its running statistics are still updated once per step.
+        apart: Other optimiser steps train parameters that this one does not.
 
     Returns:
-        The loss and its parts, 0-dim, detached, and what the objective's `after_step` takes along.
+        The loss and its parts, 0-dim, detached, and the tensors for the objective's `after_step`.
 
     Raises:
-        ValueError: more chunks than rows; batches of other portions than the objective's.
+        ValueError: there are more chunks than rows, or batches of other portions than the objective's.
     """
     if batches.keys() != objective.portions.keys():
-        raise ValueError(f"got batches of {sorted(batches)}; expected one of each of {sorted(objective.portions)}")
+        raise ValueError(f"got batches of {sorted(batches)}; expected one for each of {sorted(objective.portions)}")
 
-    # what moves before a step, and gradients that an engine may have kept of the last one
+    # updates before a step, and gradients that an engine may have kept from the last one
     objective.before_step()
     several = apart or len(objective.portions) > 1
     if several:
@@ -66,7 +67,7 @@ def loss_and_gradients(
     kept: Batch = {}
     losses = []
 
-    # one backward a portion; only the last exchanges gradients
+    # one backward per portion; only the last exchanges gradients
     for number, (name, portion) in enumerate(objective.portions.items()):
         last = number == len(batches) - 1
         step = PortionStep(accelerator, portion, student, networks, progress, last, several)
@@ -80,12 +81,12 @@ def loss_and_gradients(
 @dataclass
 class PortionStep:
     """
-    One portion's share of a step. `rows`, `common` and `slopes` are as `Representations` names them.
+    One portion's part of a step. `rows`, `common` and `slopes` are explained in `Representations`.
 
     Args:
-        networks: Student and teachers, whose running statistics are kept by chunk.
-        last: With the last portion's last chunk the processes exchange gradients.
-        several: Other portions may reach parameters that this one does not.
+        networks: Student and teachers, whose running statistics are tracked by chunk.
+        last: Whether this is the last portion; with its last chunk the processes exchange gradients.
+        several: Whether other portions may train parameters that this one does not.
     """
 
     accelerator: Accelerator
@@ -107,18 +108,18 @@ class PortionStep:
         return taken._replace(loss=taken.loss.detach())
 
     def in_chunks(self, chunks: list[Batch], counts: Batch) -> Taken:
-        """The same of a batch in chunks."""
+        """Loss and gradient of a batch in chunks."""
         counts = mean_counts(_moved(counts, self.accelerator.device))
         statistics = RunningStatistics(self.networks)
         statistics.warn(len(chunks))
 
-        # 1. every chunk represented, without gradient
+        # 1. represent every chunk, without gradient
         passes = self.represent(chunks, statistics)
 
-        # 2. the whole batch compared: its loss, and the loss's slope at each representation
+        # 2. compare the whole batch: the loss, and its slope at each representation
         compared, slopes = self.compare(passes)
 
-        # 3. every chunk represented again, and its slopes taken back through it
+        # 3. represent every chunk again, and backpropagate its slopes
         parts = dict(compared.parts)
         statistics.begin()
         for number, chunk in enumerate(chunks):
@@ -131,7 +132,7 @@ class PortionStep:
 
     @torch.no_grad()
     def represent(self, chunks: list[Batch], statistics: "RunningStatistics") -> list["ChunkPass"]:
-        """Targets, rows and what is common of each chunk, and the generators as its student's pass found them."""
+        """Targets, rows and common representations of each chunk, and the generator states before its forward."""
         passes = []
         statistics.begin()
         for chunk in chunks:
@@ -141,15 +142,17 @@ class PortionStep:
                 statistics.add()
                 rng_state = RngState(self.accelerator.device)
                 online = self.portion.represent(self.student, chunk, targets, self.progress)
-                statistics.back()  # the second pass counts
+                statistics.back()  # only the second pass counts
             rows = {name: in_full(value) for name, value in online.rows.items()}  # (b, P) each
             passes.append(ChunkPass(targets, rows, online.common, rng_state))
         statistics.settle()
         return passes
 
     def compare(self, passes: list["ChunkPass"]) -> tuple[Comparison, "Slopes"]:
-        """The parts of the loss that see the whole batch, detached, and their slopes at rows and at what is common."""
-        # the whole batch, as leaves
+        """
+        The parts of the loss over the whole batch, detached, and their slopes at rows and common representations.
+        """
+        # the whole batch, as leaf tensors
         whole = _laid_end_to_end([one.rows for one in passes])
         rows = {name: value.requires_grad_() for name, value in whole.items()}  # (B, P) each
         common = {name: value.clone().requires_grad_() for name, value in passes[-1].common.items()}
@@ -159,7 +162,7 @@ class PortionStep:
         if not compared.parts:
             return compared, Slopes({}, {}, len(passes))
 
-        # its slopes, those of rows cut as the chunks are
+        # the slopes; those of rows are split into chunks
         leaves = {**rows, **common}
         loss = self.portion.weigh(compared.parts)  # 0-dim
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)  # as the leaves
@@ -173,11 +176,11 @@ class PortionStep:
     def pull(
         self, chunk: Batch, before: "ChunkPass", slopes: dict[str, torch.Tensor], counts: Batch, last: bool
     ) -> Batch:
-        """The gradient of one chunk. Its own parts come back; with the last one the processes meet."""
-        # a first pass that gave nothing drew nothing either
+        """Computes the gradient of one chunk and returns its own loss parts; the last one exchanges gradients."""
+        # if the first pass gave no rows, it used no random numbers
         rng_state = before.rng_state.replayed() if before.rows else nullcontext()
         with exchanging_gradients(self.accelerator, self.student, last), rng_state:
-            # the same forward as the first, now with its graph
+            # the same forward as before, now with a graph
             chunk = _moved(chunk, self.accelerator.device)
             with self.accelerator.autocast():
                 online = self.portion.represent(self.student, chunk, before.targets, self.progress, counts)
@@ -187,7 +190,7 @@ class PortionStep:
         return {name: part.detach() for name, part in online.parts.items()}
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """`last`: the processes exchange gradients, also of what only earlier portions reached."""
+        """`last`: the processes exchange gradients, also of parameters that only earlier portions trained."""
         if last and self.several:
             loss = loss + reach_all(self.accelerator, self.student)
         self.accelerator.backward(loss)
@@ -195,7 +198,7 @@ class PortionStep:
 
 @dataclass
 class ChunkPass:
-    """What the first pass leaves of a chunk."""
+    """Results of the first pass over a chunk."""
 
     targets: Targets
     rows: Batch
@@ -205,22 +208,22 @@ class ChunkPass:
 
 @dataclass
 class Slopes:
-    """The loss's slopes at the rows of each chunk, and at what all chunks give alike."""
+    """Slopes of the loss at the rows of each chunk, and at the representations common to all chunks."""
 
     rows: dict[str, Sequence[torch.Tensor]]
     common: Batch
     chunks: int
 
     def of_chunk(self, number: int) -> Batch:
-        """What goes back through a chunk: the slopes of its rows, and an even share of the common ones."""
-        # a share with every chunk: ZeRO-3 adds to the gradient of the step before where the first chunk gives none
+        """The slopes to backpropagate in a chunk: those of its rows, and an equal share of the common ones."""
+        # shared equally: if the first chunk gave none, ZeRO-3 would add to the gradient of the previous step
         shares = {name: slope / self.chunks for name, slope in self.common.items()}
-        # each slope meets the representation it is the slope of
+        # each slope has the name of its representation
         return {**{name: slopes[number] for name, slopes in self.rows.items()}, **shares}
 
 
 class RngState:
-    """The state of torch's generators, of the CPU and of a device, as it is now."""
+    """The current state of torch's generators, of the CPU and of a device."""
 
     def __init__(self, device: torch.device):
         self.device_type = device.type if device.type != "cpu" else "cuda"
@@ -229,7 +232,7 @@ class RngState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """The numbers that were drawn then are drawn again; afterwards the generators stand where they stood."""
+        """Repeats the random numbers from the saved state; afterwards the generators have their previous state."""
         with torch.random.fork_rng(self.devices, device_type=self.device_type):
             torch.set_rng_state(self.cpu)
             set_device_states(self.devices, self.states, device_type=self.device_type)
@@ -238,8 +241,8 @@ class RngState:
 
 class RunningStatistics:
     """
-    The running means and variances of every BatchNorm of some networks that is training. Each chunk moves them from
-    where they stood at the beginning; the mean of where the chunks would have them is where they settle.
+    Running means and variances of all BatchNorm layers in training mode. Each chunk updates them from their values at
+    the start of the step; in the end they are set to the mean over the chunks.
     """
 
     def __init__(self, networks: Iterable[nn.Module]):
@@ -251,12 +254,13 @@ class RunningStatistics:
         self.chunks = 0
 
     def warn(self, chunks: int) -> None:
-        """Says once what batch statistics mean here, before anything is computed."""
+        """Warns once, before anything is computed, that batch statistics depend on the chunks."""
         if self.layers:
             logger.warning_once(
                 f"{len(self.layers)} BatchNorm layers normalise by the statistics of a chunk of the batch, since "
-                f"gradient_cache_chunks is {chunks}: the loss is then not to the bit that of the batch in one go, but "
-                f"that of {chunks} times as many processes. Layers that normalise each row alone make no difference."
+                f"gradient_cache_chunks is {chunks}: the loss is then not exactly that of the undivided batch, but "
+                f"that of {chunks} times as many processes. Layers that normalise each row by itself are not "
+                "affected."
             )
 
     @torch.no_grad()
@@ -269,14 +273,14 @@ class RunningStatistics:
 
     @torch.no_grad()
     def back(self) -> None:
-        """Where they stood at the beginning."""
+        """Resets the statistics to the start of the step."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.start)
             torch._foreach_copy_(self.counters, self.start_counts)
 
     @torch.no_grad()
     def add(self) -> None:
-        """Counts what a chunk has moved, and goes back."""
+        """Adds up the change by a chunk, and resets."""
         self.chunks += 1
         if self.buffers:
             torch._foreach_add_(self.moved, torch._foreach_sub(self.buffers, self.start))
@@ -285,14 +289,14 @@ class RunningStatistics:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """At the mean over the chunks; what none of them moved stays to the bit."""
+        """Sets the statistics to the mean over the chunks; unchanged ones stay bit-exact."""
         if self.buffers:
             torch._foreach_add_(self.buffers, self.moved, alpha=1 / self.chunks)
             torch._foreach_copy_(self.counters, self.end_counts)
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    # from pinned memory the copy runs beside the computation
+    # from pinned memory the copy is asynchronous
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 

@@ -1,7 +1,7 @@
-"""What a run reads: its tokenizer, kept in its directory, and a digest of every input, kept in its checkpoints.
+"""Records the inputs of a run: its tokenizer is saved in its directory, digests of all inputs in its checkpoints.
 
-Rows are covered as `processing/data/row_digest.py` says; files whole; of a directory that holds a model the files that
-loading reads, or of a name on the Hub the commit.
+Digests cover rows as described in `processing/data/row_digest.py`, whole files, the loaded files of a model
+directory, and the commit of a name on the Hub.
 """
 
 import json
@@ -27,27 +27,27 @@ from .checkpoint import CheckpointError, list_checkpoints
 
 logger = logging.get_logger(__name__)
 
-TOKENIZER = "tokenizer"  # the run's own, a directory in output_dir
-SAVED = "tokenizer.json"  # in it
-# arguments that name what is read beside rows; of the lists each entry
+TOKENIZER = "tokenizer"  # the run's tokenizer, a directory in output_dir
+SAVED = "tokenizer.json"  # file in it
+# arguments that name other inputs than rows; for lists each entry
 FILES = (
     *("initial_model", "initial_objective", "initial_vision", "initial_text", "tokenizer", "image_tokenizer"),
     *("answer_list", "eval_annotations", "refs", "instances", "detections", "excluded_images"),
 )
-# of a model's directory, what loading does not read
+# files of a model directory that loading does not read
 UNREAD = {".md", ".png", ".py"}
 UNREAD_NAMES = {"digests.json"}
 
 
 class Inputs:
     """
-    The digests of what a run reads, by name, and its tokenizer.
+    The digests of a run's inputs by name, and its tokenizer.
 
     Args:
         arguments (`Arguments`): The run's.
-        rows: Of each portion; a stream has no digest.
+        rows: Rows of each portion; streams have no digest.
         tokenizer (*optional*): Of the run's processor.
-        evaluators: Of their `rows`, where they have them, the digests are taken too.
+        evaluators: Digests of their `rows` are included, if they have any.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Inputs:
         self.tokenizer = tokenizer
         self.digests: dict[str, str] = {}
 
-        # rows that are trained and measured on
+        # training and evaluation rows
         for name, one in rows.items():
             if not isinstance(one, PairStream):
                 self.digests[f"rows of {name} ({one.name})"] = one.digest()
@@ -68,7 +68,7 @@ class Inputs:
             if getattr(one, "rows", None) is not None:
                 self.digests[f"rows of evaluation {one.name}"] = rows_digest(one.rows)
 
-        # the tokenizer that is used, and everything that is named
+        # the tokenizer, and all inputs named in arguments
         if tokenizer is not None:
             self.digests["tokenizer of the run"] = digest_of_tokenizer(tokenizer)
         told = arguments.to_dict()
@@ -79,7 +79,7 @@ class Inputs:
                     self.digests[f"{name} {value}"] = _digest_of(value)
 
     def keep(self, output_dir: Path) -> None:
-        """Writes the tokenizer into the run's directory, beside its place and renamed into it."""
+        """Saves the tokenizer in the run's directory, under another name first and then renamed."""
         if self.tokenizer is None:
             return
         place = output_dir / TOKENIZER
@@ -93,9 +93,9 @@ class Inputs:
         os.replace(beside, place)
 
     def check(self, path: Path, then: Mapping[str, str] | None, allow_changes: bool) -> None:
-        """Raises `CheckpointError` that names each input of the run at `path` which is another now."""
+        """Raises `CheckpointError` that names each input that has changed since the checkpoint at `path`."""
         if then is None:
-            logger.warning(f"{path} does not say what its run read: whether that has changed since is not known")
+            logger.warning(f"{path} does not record its inputs: whether they have changed since is unknown")
             return
         now = self.digests
         changed = [
@@ -107,14 +107,14 @@ class Inputs:
             return
         if not allow_changes:
             raise CheckpointError(
-                f"{path} was trained on other inputs than there are now; " + "; ".join(changed) + " (bring back what "
-                "the run began with, or allow_changes goes on with what there is, and with the tokenizer of the run)"
+                f"{path} was trained on other inputs than there are now; " + "; ".join(changed) + " (restore the "
+                "original inputs, or set allow_changes to continue with the current ones and the run's tokenizer)"
             )
         logger.warning(f"resumes {path} with other inputs; " + "; ".join(changed))
 
 
 def kept_tokenizer(run: RunArguments, max_text_length: int) -> PreTrainedTokenizerFast | None:
-    """That of the run which is going to be resumed, if it kept one: its weights know no other ids."""
+    """The tokenizer of the run to be resumed, if it saved one: its weights fit only these token ids."""
     if run.resume is None or not (run.resume != "auto" or list_checkpoints(run.output_dir)):
         return None
     place = (Path(run.output_dir) if run.resume == "auto" else Path(run.resume).parent) / TOKENIZER
@@ -122,8 +122,8 @@ def kept_tokenizer(run: RunArguments, max_text_length: int) -> PreTrainedTokeniz
 
 
 def digest_of_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
-    """By which two that make the same tokens are known to."""
-    # how a text is cut or padded is left in a fast tokenizer by its last call
+    """A digest that is equal for tokenizers that produce the same tokens."""
+    # without truncation and padding, which the last call leaves in a fast tokenizer
     told = json.loads(tokenizer.backend_tokenizer.to_str())
     told = {name: value for name, value in told.items() if name not in ("truncation", "padding")}
     return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
@@ -138,7 +138,7 @@ def _digest_of(source: str) -> str:
         read = [file for file in files if file.suffix not in UNREAD and file.name not in UNREAD_NAMES]
         return sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in read).encode()).hexdigest()
 
-    # on the Hub: its files lie in a folder that is called after the commit
+    # on the Hub: the cache folder of its files is named after the commit
     try:
         found = try_to_load_from_cache(source, "config.json")
     except HFValidationError:

@@ -1,4 +1,6 @@
-"""The rows that a run trains on, and its batches from any step on: each portion's own rows, order and batch size."""
+"""
+Opens the training rows of a run and yields its batches from any step on; each portion has its own rows and order.
+"""
 
 import time
 import warnings
@@ -29,12 +31,12 @@ Rows = PairRows | PairStream
 
 def open_training_rows(data: DataArguments) -> Rows:
     """
-    The training rows of a portion, of its kind, columns checked; those found bad are left to the quarantine.
+    Opens the training rows of a portion and checks their columns; bad rows are handed to the quarantine.
 
     Raises:
-        PairDataError: data that cannot be read as rows of the kind; names the file and what is wrong.
+        PairDataError: the data cannot be read as rows of the portion's kind; names the file and the problem.
     """
-    # columns that the kind does not have are not looked for
+    # only the columns of this kind of rows
     roles = ROLES[data.kind]
     rows = open_mixture(
         data.train_data,
@@ -54,20 +56,20 @@ def open_training_rows(data: DataArguments) -> Rows:
 
 def open_portions(arguments: Arguments) -> dict[str, Rows]:
     """
-    The rows of each portion of a run, columns checked, and bad ones left to the quarantine.
+    Opens the rows of each portion of a run and checks their columns; bad rows are handed to the quarantine.
 
     Raises:
-        PairDataError: data that cannot be read as rows; names the file and what is wrong.
+        PairDataError: the data cannot be read as rows; names the file and the problem.
         BadRowsError: too many rows are bad. quarantine.jsonl in the output directory lists them.
     """
-    # the check lists what is bad before anything is built
+    # bad rows are listed before anything is built
     rows = {name: open_training_rows(options.data) for name, options in arguments.portions().items()}
     quarantine_of(arguments, rows).check_opening()
     return rows
 
 
 def quarantine_of(arguments: Arguments, rows: Mapping[str, Rows]) -> Quarantine:
-    """The list of bad rows of a run over these portions, with those that are known already."""
+    """The quarantine of a run over these portions, with the bad rows known so far."""
     portions = arguments.portions()
     watches = {name: _watch(one, portions[name].data.max_bad_rows) for name, one in rows.items()}
     return Quarantine(arguments.run.output_dir, watches, is_main=rank() == 0)
@@ -77,32 +79,32 @@ def _watch(rows: Rows, max_bad_rows: float) -> Watch:
     if isinstance(rows, PairStream):
         return Watch(max_bad_rows)
 
-    # rows of an open data set are known by their file and place
+    # bad rows are listed with their file and position
     opened = [(*rows.where(row), reason) for row, reason in sorted(rows.bad.items())]
     return Watch(max_bad_rows, opened, len(rows))
 
 
 class RunLoader:
     """
-    `loader(start_step)` yields this process's batches by portion from that step to the end of the run, the same
-    whether the run was ever stopped, and a `Waiting` now and then while its data workers bring none. A stream is the
-    exception, and says so: `resume_note`.
+    `loader(start_step)` yields this process's batches by portion from that step to the end of the run, and a `Waiting`
+    from time to time while its data workers give none. The batches do not depend on whether the run was stopped,
+    except for streamed data: see `resume_note`.
 
     A row that cannot be used is replaced and listed in `quarantine.jsonl` in the output directory.
 
     Args:
         arguments (`Arguments`): The run's.
-        rows, collators: Of each portion that the arguments name.
+        rows, collators: For each portion in the arguments.
 
     Attributes:
-        quarantine (`Quarantine`): That list.
-        epoch_steps, total_steps (`int`): Length of an epoch, which one portion defines, and of the run; a stream's
-            epoch is the whole run.
-        resume_note (`str`, *optional*): Why resuming cannot be exact, if it cannot.
+        quarantine (`Quarantine`): The list of bad rows.
+        epoch_steps, total_steps (`int`): Length of an epoch, defined by one portion, and of the run; with streamed
+            data, an epoch is the whole run.
+        resume_note (`str`, *optional*): Why resuming is not exact, if it is not.
 
     Raises:
-        ValueError: other portions than the arguments name; what [`PortionLoader`] raises.
-        BadRowsError: more rows are bad than `max_bad_rows` allows, here or while the batches are read.
+        ValueError: the portions differ from those in the arguments; see also [`PortionLoader`].
+        BadRowsError: more rows are bad than `max_bad_rows` allows, now or while batches are read.
     """
 
     def __init__(self, arguments: Arguments, rows: Mapping[str, Rows], collators: Mapping[str, Collator]):
@@ -112,7 +114,7 @@ class RunLoader:
                 f"got rows of {sorted(rows)} and collators of {sorted(collators)}; expected {sorted(portions)}"
             )
 
-        # bad rows that are known before the first step count already
+        # bad rows known before the first step count too
         self.quarantine = quarantine_of(arguments, rows)
         self.quarantine.check_opening()
         self.portions = {
@@ -120,14 +122,14 @@ class RunLoader:
             for name, options in portions.items()
         }
 
-        # an epoch is one portion's; the run's length follows from it
+        # one portion defines the epoch and the length of the run
         epoch = self.portions[arguments.run.epoch_portion or next(iter(portions))]
         self.epoch_steps = epoch.epoch_steps
         self.total_steps = arguments.run.max_steps or round(arguments.run.epochs * self.epoch_steps)
         if self.total_steps < 1:
             raise ValueError(
-                f"epochs is {arguments.run.epochs}, less than one of the {self.epoch_steps} steps that an epoch has; "
-                f"expected more, or max_steps"
+                f"epochs is {arguments.run.epochs}, less than one step (an epoch has {self.epoch_steps}); expected "
+                "more, or max_steps"
             )
         notes = [
             portion.rows.resume_note for portion in self.portions.values() if isinstance(portion.rows, PairStream)
@@ -148,19 +150,16 @@ class RunLoader:
 
 class PortionLoader:
     """
-    One portion's batches.
+    The batches of one portion.
 
     Args:
-        name (`str`): The portion's.
-        arguments (`Arguments`): The portion's own: its data, batch size, repeat and seed.
-        rows, collator: What it reads, and what makes batches of that.
+        name (`str`): Name of the portion.
+        arguments (`Arguments`): The portion's own: data, batch size, repeat and seed.
+        rows, collator: Its rows, and the collator for their batches.
         quarantine (`Quarantine`): The run's.
 
     Attributes:
-        epoch_steps (`int`): Steps in which it reads its rows `repeat` times; a stream's are all of the run's.
-
-    Raises:
-        ValueError: a stream without max_steps, or with a warm-up that would last as long as the run.
+        epoch_steps (`int`): Steps to read its rows `repeat` times; for streamed data all steps of the run.
     """
 
     def __init__(self, name: str, arguments: Arguments, rows: Rows, collator: Collator, quarantine: Quarantine):
@@ -172,13 +171,13 @@ class PortionLoader:
         data = arguments.data
         run = arguments.run
 
-        # a stream has no length: its epoch is the run
+        # streamed data have no length: the epoch is the run
         if isinstance(rows, PairStream):
             _check_stream(arguments)
             self.epoch_steps = run.max_steps
             return
 
-        # the order of rows: how a mixture is drawn, and which rows may not meet in a batch
+        # the order of rows: weights of a mixture, and rows that must not be in the same batch
         self.mixture = {"groups": _groups(rows, data), "together": data.rows_together}
         if data.data_weights is not None:
             self.mixture |= {"sizes": rows.sizes, "weights": data.data_weights}
@@ -186,13 +185,13 @@ class PortionLoader:
         self.epoch_steps = run.repeat * order.steps_per_epoch
 
     def batches(self, start_step: int, total_steps: int) -> Iterator[Batch | Waiting]:
-        """From a step to the end, while what the batches tell of bad rows goes into the quarantine."""
+        """Yields the batches from a step to the end, and records their bad rows in the quarantine."""
         run = self.arguments.run
         watch = self.quarantine.watches[self.name]
         device = PartialState().device
         path = self.quarantine.path
 
-        # rows that were found bad at the opening, said once
+        # warn once of rows that were bad at the opening
         if watch.opened and self.quarantine.is_main:
             count = len(watch.opened)
             warnings.warn(
@@ -200,7 +199,7 @@ class PortionLoader:
             )
         earlier = sum_over_processes(watch.before if self.quarantine.is_main else (0, 0), device)
 
-        # each batch, less the list of rows that it replaced
+        # each batch, without its list of replaced rows
         step = start_step
         told = False
         loader = self._loader(start_step, total_steps)
@@ -213,7 +212,7 @@ class PortionLoader:
                 warnings.warn(f"a row cannot be used: {failed[0]['reason']}; see {path}", stacklevel=4)
                 told = True
             self.quarantine.add(self.name, step, [self._line(**row) for row in failed])
-            # several processes agree only now and then: the question makes an accelerator wait
+            # several processes check only at log lines, since it synchronises accelerators
             if world_size() == 1 or (step + 1) % run.log_every == 0 or step + 1 == total_steps:
                 failures, stand_ins = map(sum, zip(earlier, sum_over_processes(watch.new, device), strict=True))
                 self.quarantine.check(self.name, failures, (step + 1) * run.batch_size + stand_ins)
@@ -225,7 +224,7 @@ class PortionLoader:
         return line_of(*place, **what)
 
     def _loader(self, start_step: int, total_steps: int) -> DataLoader:
-        # this process's share of each batch, from `start_step` on
+        # this process's part of each batch, from `start_step` on
         run = self.arguments.run
         place = {"rank": rank(), "world_size": world_size(), "seed": run.seed, "start_step": start_step}
         if isinstance(self.rows, PairStream):
@@ -243,14 +242,14 @@ class PortionLoader:
             num_workers=self.arguments.data.num_workers,
             worker_init_fn=outlive_signals_to_the_group,
             pin_memory=torch.cuda.is_available(),
-            # its own, or opening a loader would draw from the generator that a resumed run has just restored
+            # its own generator: otherwise a loader would use the global one that a resumed run has just restored
             generator=torch.Generator().manual_seed(run.seed),
             **options,
         )
 
 
 def _groups(rows: PairRows, data: DataArguments) -> np.ndarray | None:
-    """What a batch may hold one row of only, (n,): an id, or an image whose captions are apart."""
+    """Group of each row, (n,), of which a batch may contain only one: its id, or its image with captions_apart."""
     if data.one_row_per_id:
         return rows.ids()
     if not data.captions_apart or data.image_repeats:
@@ -260,7 +259,7 @@ def _groups(rows: PairRows, data: DataArguments) -> np.ndarray | None:
 
 
 class Awaited:
-    """The items of `batches`, while it is counted for how many seconds whoever reads them waited for the next."""
+    """Yields the items of `batches` and counts the seconds spent waiting for them."""
 
     def __init__(self, batches: Iterable[Any]):
         self.batches = batches
@@ -283,12 +282,12 @@ class Awaited:
 def _check_stream(arguments: Arguments) -> None:
     run = arguments.run
     if run.max_steps is None:
-        raise ValueError("a stream has no length, so the run needs max_steps, got none")
+        raise ValueError("streamed data have no length, so the run needs max_steps, got none")
     if run.schedule == "albef":
-        raise ValueError("schedule albef falls with each epoch, and a stream has none; expected cosine")
-    # a warm-up in epochs is a share of the run for a stream
+        raise ValueError("schedule albef depends on epochs, which streamed data do not have; expected cosine")
+    # for streamed data, warmup_epochs is a share of the run
     if run.warmup_steps is None and run.warmup_epochs >= 1:
         raise ValueError(
-            f"warmup_epochs is {run.warmup_epochs}, which would warm up to the end of {run.max_steps} steps; "
-            f"for a stream, warmup_epochs is a share of max_steps below 1"
+            f"warmup_epochs is {run.warmup_epochs}, so that the warm-up would last all {run.max_steps} steps; "
+            f"for streamed data, warmup_epochs is a share of max_steps below 1"
         )

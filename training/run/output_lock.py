@@ -1,4 +1,4 @@
-"""One run at a time in an output directory."""
+"""A lock that allows only one run at a time in an output directory."""
 
 import contextlib
 import fcntl
@@ -22,18 +22,18 @@ LOCK = "run.lock"
 
 
 class DirectoryInUseError(CheckpointError):
-    """Another run writes into the output directory; the message names its host, process and start."""
+    """Another run is using the output directory; the message names its host, process and start time."""
 
 
 @contextlib.contextmanager
 def alone_in(output_dir: str | Path, device: torch.device) -> Iterator[None]:
     """
-    Holds the directory, made if it is not there, by a lock on `run.lock` in it, which the system gives up when the
-    process dies, however it dies. Collective: the first process holds it for all of a run.
+    Holds a lock on `run.lock` in the directory, which is created if needed. The system releases the lock however the
+    process ends. Collective: the first process holds it for the whole run.
 
     Raises:
-        DirectoryInUseError: another run holds it, on this machine or, where the file system has locks, on another.
-        OSError: the directory cannot be made or written.
+        DirectoryInUseError: another run holds it, on this machine or, if the file system has locks, on another.
+        OSError: the directory cannot be created or written.
     """
     descriptor = None
     error = None
@@ -49,27 +49,27 @@ def alone_in(output_dir: str | Path, device: torch.device) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            # a directory that cannot be written is told by the error that ended the run, and keeps the file
+            # if the directory cannot be written, the run has already raised, and the file stays
             with contextlib.suppress(OSError):
                 (Path(output_dir) / LOCK).unlink()
             os.close(descriptor)
 
 
 def _take(path: Path) -> int:
-    """The open file, locked."""
+    """Opens and locks the file; returns its descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            # a lock of the process: data workers do not inherit it, so it dies with the run, not with the last child
+            # a process lock: data workers do not inherit it, so it ends with the run, not with the last worker
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             holder = os.read(descriptor, 1000).decode("utf-8", "replace")
             os.close(descriptor)
             raise DirectoryInUseError(_told(path.parent, holder)) from None
         except OSError as error:
-            logger.warning(f"{path}: this file system has no locks, so a second run here stays unseen: {error}")
+            logger.warning(f"{path}: this file system has no locks, so a second run here cannot be detected: {error}")
             break
-        # the file may have been removed, with the lock on it, by a run that ended between the two
+        # a run that ended in the meantime may have removed the file, and with it the lock
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break
@@ -86,5 +86,5 @@ def _told(directory: Path, holder: str) -> str:
         told = json.loads(holder)
         who = f"process {told['pid']} on {told['host']}, since {told['started']}"
     except (ValueError, TypeError, KeyError):
-        who = "a process that did not say more"
-    return f"{directory} is in use by another run, {who}: wait for its end, stop it, or name another output_dir"
+        who = "an unknown process"
+    return f"{directory} is in use by another run, {who}: wait for its end, stop it, or choose another output_dir"

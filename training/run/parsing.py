@@ -1,4 +1,4 @@
-"""A run's arguments from a flat YAML file and the command line, in this order."""
+"""Parses a run's arguments from a flat YAML file and the command line, which takes precedence."""
 
 import argparse
 import difflib
@@ -47,7 +47,7 @@ def read_config(path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any
     if base is None:
         return values
 
-    # over those of its base; of model_config field by field
+    # override the base's values; model_config is merged field by field
     if not isinstance(base, str):
         raise ValueError(f"{path}: base is {base!r:.80}; expected another file's path")
     beside = path.parent / base
@@ -60,7 +60,7 @@ def read_config(path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any
 
 
 class ListParser(HfArgumentParser):
-    """Of a list none of whose values is given, `--eval_data` alone, it makes an empty one."""
+    """Accepts a list option without values, such as `--eval_data`, as an empty list."""
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         if options.get("nargs") == "+":
@@ -70,27 +70,27 @@ class ListParser(HfArgumentParser):
 
 def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = None, **defaults: Any) -> Arguments:
     """
-    `--config FILE.yaml`, then `--name value` for anything to override.
+    Parses `--config FILE.yaml`, and `--name value` for everything to override.
 
     Args:
-        objective: Dataclass to fill instead of the family's, as a task does to which the family is fine-tuned. All its
-            fields have defaults, and none is named as a field of the other three.
-        defaults: Of arguments that neither the file nor the command line names.
+        objective: Dataclass to fill instead of the family's, for example a task's. All its fields have defaults, and
+            their names differ from those of the other three.
+        defaults: Values of arguments given neither in the file nor on the command line.
 
     Raises:
-        ValueError: names that no argument has, or values out of range.
-        SystemExit: what argparse itself refuses, and `--help`.
+        ValueError: there are unknown arguments or values out of range.
+        SystemExit: argparse reports an error, or `--help`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
 
-    # a first look, for what decides which dataclasses there are
+    # a first pass, for the arguments that determine the dataclasses
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--family")
     first.add_argument("--initial_model")
     known, rest = first.parse_known_args(argv)
 
-    # the family says which objective's dataclass is the last
+    # the family determines the dataclass of the objective
     values = read_config(known.config) if known.config else {}
     family = known.family or values.get("family") or defaults.get("family")
     if objective is None:
@@ -100,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     parser = ListParser(kinds, allow_abbrev=False)
     hints = hints_of(*kinds)
 
-    # of other pairs than its own the file knows neither the makers nor the terms
+    # with other data than its own, the file's licence and attribution do not apply
     if any(word.split("=")[0] in ("--train_data", "--train-data") for word in rest):
         values = {name: value for name, value in values.items() if name not in OF_THE_PAIRS}
 
@@ -113,7 +113,7 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     initial = {} if known.initial_model is None else {"initial_model": known.initial_model}
     parser.set_defaults(**{**defaults, **values, **initial, "family": family})
 
-    # the dataclasses, and JSON that a command line gives as text
+    # fill the dataclasses, and parse JSON given on the command line
     model, *data, run, own = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
     values = {name: value for part in data for name, value in flat(part).items()}
     if not values["data_weights"]:

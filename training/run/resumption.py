@@ -1,4 +1,4 @@
-"""Going on where a run stopped: which checkpoint, whether it is of the same run, and the log up to there."""
+"""Resuming a run: chooses the checkpoint, checks that it belongs to the same run, and trims the log."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from .checkpoint import CheckpointError, find_checkpoint, list_checkpoints, step
 
 logger = logging.get_logger(__name__)
 
-# what may differ between the run that saved and the run that resumes, since no result depends on it
+# arguments that may differ when a run is resumed, since no result depends on them
 HARMLESS = {
     "resume", "allow_changes", "output_dir", "log_every", "report_to", "keep_checkpoints", "num_workers",
     "max_bad_rows",
@@ -26,23 +26,23 @@ HARMLESS = {
 
 def choose_checkpoint(output_dir: Path, resume: str | None, device: torch.device) -> Path | None:
     """
-    The checkpoint to go on from, verified once, by the first process, for all; None: begin at step 0.
+    The checkpoint to resume from, verified once by the first process for all; None to start at step 0.
 
     Args:
-        resume: None, `auto` for the last whole checkpoint of `output_dir` if any, or a checkpoint's path.
+        resume: None, `auto` for the last intact checkpoint of `output_dir` if any, or a checkpoint's path.
 
     Raises:
-        CheckpointError: the one named is damaged; of several not one is whole; or nothing is to be resumed, but
-            `output_dir` holds checkpoints, among which those of a new run would be lost.
+        CheckpointError: the given checkpoint is damaged; all checkpoints are damaged; or `resume` is None, but
+            `output_dir` contains checkpoints, with which those of a new run would be mixed.
     """
     checkpoints = list_checkpoints(output_dir)
 
-    # a new run must not write among the checkpoints of another
+    # a new run must not mix its checkpoints with those of another
     if resume is None:
         if checkpoints:
             raise CheckpointError(
-                f"{output_dir} holds {checkpoints[-1].name} of an earlier run: go on from it with --resume, "
-                f"name another output_dir, or remove it"
+                f"{output_dir} contains {checkpoints[-1].name} of an earlier run: resume it with --resume, choose "
+                "another output_dir, or remove it"
             )
         return None
     nothing = -1
@@ -59,10 +59,10 @@ def choose_checkpoint(output_dir: Path, resume: str | None, device: torch.device
             choice = failed
             error = caught
 
-    # all processes end alike, or take the same checkpoint
+    # all processes raise, or use the same checkpoint
     choice = int(gather_without_gradient(torch.tensor([choice], device=device))[0])
     if choice == failed:
-        raise error or CheckpointError(f"the first process found no whole checkpoint by --resume {resume}")
+        raise error or CheckpointError(f"the first process found no intact checkpoint with --resume {resume}")
     if choice == nothing:
         return None
     if resume != "auto":
@@ -71,8 +71,8 @@ def choose_checkpoint(output_dir: Path, resume: str | None, device: torch.device
 
 
 def check_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], allow_changes: bool) -> None:
-    """Raises `CheckpointError` that names each field which differs and matters, with both its values."""
-    # both through JSON, where a tuple is a list
+    """Raises `CheckpointError` that lists all relevant arguments that differ, with both values."""
+    # through JSON, as in the checkpoint, where tuples are lists
     now = json.loads(json.dumps(dict(now)))
     changed = [
         f"{name}: {then.get(name)!r} -> {now.get(name)!r}"
@@ -89,7 +89,7 @@ def check_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any], 
 
 
 class RunLog:
-    """log.jsonl: one JSON object a line, each with its `step`. Raises `CheckpointError` where it cannot be written."""
+    """log.jsonl: one JSON object per line, each with its `step`. Raises `CheckpointError` if it cannot be written."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -99,21 +99,21 @@ class RunLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be written, the last checkpoint stands: {error}") from error
+            raise CheckpointError(f"{self.path}: cannot be written, the last checkpoint is intact: {error}") from error
 
     def flush(self) -> None:
-        """Onto the disk, so that no checkpoint is ahead of its log."""
+        """Flushes the log to disk, so that no checkpoint is ahead of it."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
     def trim(self, step: int) -> None:
-        """Drops the lines after `step`, which a resumed run writes again, and a line that a crash cut short."""
+        """Removes the lines after `step`, which a resumed run writes again, and a line truncated by a crash."""
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
 
-        # beside and renamed: a kill meanwhile leaves the old log
+        # written under another name and renamed, so that a kill leaves the old log
         whole = [line for line in lines if self._is_whole(line) and json.loads(line)["step"] <= step]
         if whole != lines:
             beside = self.path.with_name(f".{self.path.name}.partial")

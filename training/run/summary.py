@@ -1,6 +1,6 @@
-"""What a run says of itself: a line before the first step, a model directory after the last, an exit status.
+"""Describes a run before its first step, exports its model after the last, and defines the exit status.
 
-What can be tried of the directory is tried before the first step: `prepare_publication`.
+`prepare_publication` checks before the first step as much of the export as possible.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ STOPPED = 75
 
 
 def describe(arguments: Arguments, model: PreTrainedModel, loader: RunLoader, accelerator: Accelerator) -> str:
-    """What is about to happen, in a line or two."""
-    # what, from where, how long, on what
+    """Describes the run in one or two lines."""
+    # model, origin, length, device
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     start = arguments.model
     origin = f"-{start.size}" if start.initial_model is None else f" from {start.initial_model}"
-    learn = "" if start.lora is None else f" of which {trained(model) / 1e6:.2f} M learn"
+    learn = "" if start.lora is None else f" of which {trained(model) / 1e6:.2f} M are trained"
     line = (
         f"{model.config.model_type}{origin}, {millions:.1f} M parameters{learn}, "
         f"{loader.total_steps} steps of {_rows(arguments)} on {accelerator.num_processes} x "
@@ -48,12 +48,12 @@ def _rows(arguments: Arguments) -> str:
 @dataclasses.dataclass(frozen=True)
 class Publication:
     """
-    What is settled of the model directory before the first step.
+    Settings of the exported model directory, determined before the first step.
 
     Attributes:
-        directory: Where it will lie.
-        dtype: Precision of its weights.
-        origins: Its data, their makers, and the models it begins with.
+        directory: Its path.
+        dtype: dtype of its weights.
+        origins: Data, attributions, and the models that the run starts from.
     """
 
     directory: Path
@@ -63,22 +63,22 @@ class Publication:
 
 def prepare_publication(arguments: Arguments) -> Publication:
     """
-    Tries what would else fail after the last step, and clears away what a killed export left.
+    Checks what would otherwise fail after the last step, and removes leftovers of a killed export.
 
     Raises:
-        ValueError: a precision, name or file of makers that cannot be published; evaluation sets of one name.
-        FileExistsError: something else than an exported model lies where the model is to go.
+        ValueError: the dtype, name or attribution file cannot be published; two evaluation sets have the same name.
+        FileExistsError: the place of the model contains something other than an exported model.
     """
     run, begin = arguments.run, arguments.model
     dtype = getattr(torch, run.export_dtype, run.export_dtype)
     check_stored_dtype(dtype)
     check_repo_id(run.repo_id)
 
-    # the numbers of one of them would overwrite the other's
+    # results of sets with the same name would overwrite each other
     names = [Path(source).stem for source in run.eval_data]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
-            f"eval_data has several sets called {twice}; expected different names, by which cards tell them"
+            f"eval_data has several sets called {twice}; expected different names, which identify them on cards"
         )
 
     # the place

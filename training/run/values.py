@@ -1,4 +1,4 @@
-"""Values of a YAML file or a command line as the types that dataclasses name."""
+"""Converts values of a YAML file or command line to the types of dataclass fields."""
 
 import json
 from types import NoneType, UnionType
@@ -7,10 +7,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 def fit(name: str, value: Any, hint: Any, file: str) -> Any:
     """
-    A value as its field's type: YAML reads 1e-4 as text and `no` as false, and one file needs no brackets.
+    Converts a value to its field's type: YAML reads 1e-4 as text and `no` as false, and a single value may stand for a
+    list.
 
     Raises:
-        ValueError: names the file, the field, what was got and what was expected.
+        ValueError: the value cannot be converted; names the file, the field, the value and the expected type.
     """
     alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None and NoneType in alternatives:
@@ -38,7 +39,7 @@ def _one_of(name: str, value: Any, choices: tuple, file: str) -> Any:
 
 
 def _scalar(value: Any, kind: type) -> Any:
-    # True is an int to Python, and means no number here
+    # True is an int in Python, but not a number here
     if isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool):
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -51,7 +52,7 @@ def _scalar(value: Any, kind: type) -> Any:
 
 
 def read_json(name: str, text: str) -> dict[str, Any]:
-    """The JSON object that an argument holds. Raises `ValueError`."""
+    """Parses the JSON object in an argument. Raises `ValueError`."""
     try:
         value = json.loads(text)
     except ValueError as error:

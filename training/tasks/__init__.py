@@ -1,1 +1,1 @@
-"""Fine-tuning: a table of tasks and what each needs."""
+"""The fine-tuning tasks, and the table that lists them."""

@@ -1,4 +1,6 @@
-"""Fine-tuning to answer questions out of a list, each answer a class: MoMo's VQAv2 (section 4.1), as FLAVA's."""
+"""
+Fine-tuning for question answering as classification over a list of answers: MoMo's VQAv2 (section 4.1), as FLAVA.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,27 +24,27 @@ from oner.training.run.collators import task_collator
 from .family_models import FamilyModels
 from .finetuning import Task, TaskArguments
 
-# that of transformers' auto class writes its answers in some families; a new family adds its line
+# transformers' auto class gives models that generate answers in some families; a new family adds its entry
 AutoModelForAnswerClasses = FamilyModels(
-    "that classifies answers (those that write them are of --task vqa)", {"momo": MomoForVisualQuestionAnswering}
+    "that classifies answers (use --task vqa for models that generate them)", {"momo": MomoForVisualQuestionAnswering}
 )
 
 
 @dataclass
 class AnswerClassArguments(DistillationArguments, TaskArguments):
-    """Of the data; which answers there are decides how many classes."""
+    """Options of the task; the number of classes is that of the answers in `answer_list`."""
 
     genome_folder: str | None = field(
-        default=None, metadata={"help": "What Visual Genome's picture paths are relative to; image_folder if none."}
+        default=None, metadata={"help": "Folder of Visual Genome's picture paths; image_folder if none."}
     )
     eval_annotations: list[str] = field(
         default_factory=list, metadata={"help": "VQA v2's annotations of the questions in eval_data, to score by."}
     )
     answer_list: str | None = field(
-        default=None, metadata={"help": "JSON list of what may be answered, a class each (FLAVA: 3,129)."}
+        default=None, metadata={"help": "JSON list of the possible answers, one class each (FLAVA: 3,129)."}
     )
     answer_folder: str | None = field(
-        default=None, metadata={"help": "Where each evaluation writes NAME.answers.json, as VQA's server takes it."}
+        default=None, metadata={"help": "Folder where each evaluation writes NAME.answers.json for VQA's server."}
     )
     distillation: float = field(
         default=0.0, metadata={"help": "alpha, the weight of a teacher's soft targets; MoMo has none."}
@@ -50,9 +52,9 @@ class AnswerClassArguments(DistillationArguments, TaskArguments):
 
 
 def classes(options: AnswerClassArguments) -> list[str]:
-    """Raises `ValueError` without a list of answers."""
+    """The answers in `answer_list`. Raises `ValueError` without a list."""
     if options.answer_list is None:
-        raise ValueError("answers are classes here; expected answer_list, a JSON list of them, got none")
+        raise ValueError("this task classifies answers; expected answer_list, a JSON list of them, got none")
     return read_answer_list(options.answer_list)
 
 
@@ -60,7 +62,7 @@ def open_rows(
     sources: Sequence[str], options: AnswerClassArguments, data: DataArguments, training: bool
 ) -> ListedRows:
     return open_questions(
-        # VQA v2 keeps answers in files of their own; training files have them in each row
+        # VQA v2 has separate files of answers for evaluation; training files contain them in each row
         list(sources) if training else [*sources, *options.eval_annotations],
         options.image_folder,
         options.genome_folder,

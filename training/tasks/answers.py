@@ -1,4 +1,4 @@
-"""Fine-tuning to answer questions: VQA v2 with Visual Genome."""
+"""Fine-tuning for generative question answering: VQA v2 with Visual Genome."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,44 +28,44 @@ from oner.training.run.collators import task_collator
 
 from .finetuning import Task, TaskArguments
 
-TEST_WORDS = 50  # of a question; in training 30 (ALBEF's code)
+TEST_WORDS = 50  # maximum words of a question in evaluation; 30 in training (ALBEF's code)
 
 
 @dataclass
 class AnswerArguments(AnswerObjectiveArguments, TaskArguments):
-    """Of the data, and of how answers are chosen."""
+    """Options of the task: its data, and how answers are chosen."""
 
     BOUNDS: ClassVar[dict[str, str]] = {"answers_in_full": "[1, inf)", "answer_beams": "[1, inf)"}
 
     genome_folder: str | None = field(
-        default=None, metadata={"help": "What Visual Genome's picture paths are relative to; image_folder if none."}
+        default=None, metadata={"help": "Folder of Visual Genome's picture paths; image_folder if none."}
     )
     eval_annotations: list[str] = field(
         default_factory=list, metadata={"help": "VQA v2's annotations of the questions in eval_data, to score by."}
     )
     answer_list: str | None = field(
-        default=None, metadata={"help": "JSON list of what may be answered; in the decoder's own words if none."}
+        default=None, metadata={"help": "JSON list of the possible answers; if none, answers are generated freely."}
     )
     answers_in_full: int = field(
-        default=128, metadata={"help": "Candidates whose whole likelihood is computed (ALBEF's code: 128)."}
+        default=128, metadata={"help": "Candidates whose full likelihood is computed (ALBEF's code: 128)."}
     )
     count_first_token_twice: bool = field(
         default=True, metadata={"help": "Rank as ALBEF's and SIMLA's code does; false: by the chain rule."}
     )
-    answer_beams: int = field(default=1, metadata={"help": "Beams of answers in the decoder's own words."})
+    answer_beams: int = field(default=1, metadata={"help": "Beams for freely generated answers."})
     answer_folder: str | None = field(
-        default=None, metadata={"help": "Where each evaluation writes NAME.answers.json, as VQA's server takes it."}
+        default=None, metadata={"help": "Folder where each evaluation writes NAME.answers.json for VQA's server."}
     )
 
 
 def open_rows(sources: Sequence[str], options: AnswerArguments, data: DataArguments, training: bool) -> ListedRows:
-    # questions follow the captions' rules; evaluation cuts them later than training
+    # questions are cleaned by the captions' rules; evaluation allows longer ones than training
     clean = None
     if data.caption_rules == "albef":
         clean = pre_question if training else partial(pre_question, max_words=TEST_WORDS)
 
     return open_questions(
-        # VQA v2 keeps answers in files of their own; training files have them in each row
+        # VQA v2 has separate files of answers for evaluation; training files contain them in each row
         list(sources) if training else [*sources, *options.eval_annotations],
         options.image_folder,
         options.genome_folder,
@@ -76,7 +76,7 @@ def open_rows(sources: Sequence[str], options: AnswerArguments, data: DataArgume
 
 
 def answers(processor: VisionLanguageProcessor, config: PreTrainedConfig) -> Answers:
-    # answers share the texts' tokenizer, and end as the decoder was trained to end them
+    # answers use the texts' tokenizer, and the end token with which the decoder is trained
     tokenizer = processor.tokenizer
     return Answers(tokenizer, SpecialTokens.of(config, tokenizer), answer_end(config))
 
@@ -95,12 +95,12 @@ def evaluator(rows: Sequence[Any], name: str, options: AnswerArguments) -> Answe
 
 
 def load_answering(source: str, **options: Any) -> PreTrainedModel:
-    """A model whose decoder begins as the tower's last layers and its MLM head, unless `source` has a decoder."""
+    """Loads a model; its decoder is initialised from the tower's last layers and MLM head unless `source` has one."""
     model = load_model(AutoModelForVisualQuestionAnswering, source, draws_heads=True, **options)
     if not hasattr(model, "initialise_from"):
-        raise ValueError(f"{type(model).__name__} writes no answers; expected --task answers, where each is a class")
+        raise ValueError(f"{type(model).__name__} does not generate answers; expected --task answers")
 
-    # a source of another class was pretrained: its decoder has been drawn at random, and is now filled
+    # a source of another class has no decoder: it was drawn at random and is now initialised
     if type(model).__name__ not in (AutoConfig.from_pretrained(source).architectures or ()):
         model.initialise_from(load_model(AutoModelForMaskedLM, source, draws_heads=True, **options))
     return model

@@ -1,4 +1,7 @@
-"""Between pretraining and NLVR2: which of two pictures is a text's own? From pairs alone (ALBEF's code)."""
+"""Text assignment, a stage between pretraining and NLVR2: to which of two images does a text belong (ALBEF's code)?
+
+It needs only image-text pairs.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,22 +33,23 @@ load_assignment = partial(load_second_layers, AutoModelForTextAssignment)
 
 @dataclass
 class AssignmentArguments(AssignmentObjectiveArguments, TaskArguments):
-    """Pairs are those of pretraining, or captions of pictures in Karpathy's or ALBEF's files."""
+    """Options of the task. Its data are pairs as in pretraining, or Karpathy's or ALBEF's caption files."""
 
 
 class AssignmentEvaluator:
     """
-    How often a text's own picture, or its absence, is recognised among two that are drawn from a batch as in training.
+    Measures how often the model recognises a text's own image, or its absence, among two that are drawn from a batch
+    as in training.
 
-    Yields name/accuracy, over rows for which two other pictures could be drawn.
+    Yields name/accuracy, over the rows for which two other images could be drawn.
 
     Raises:
-        ValueError: fewer than three rows.
+        ValueError: there are fewer than three rows.
     """
 
     def __init__(self, rows: Sequence[Any], name: str, options: AssignmentArguments, seed: int = 0):
         if len(rows) < 3:
-            raise ValueError(f"{name}: got {len(rows)} rows; expected a picture and two others at least")
+            raise ValueError(f"{name}: got {len(rows)} rows; expected at least three different pictures")
         self.rows = rows
         self.name = name
         self.options = options
@@ -53,7 +57,7 @@ class AssignmentEvaluator:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the numbers mean, for the file of results."""
+        """How the numbers were measured, for the results file."""
         return {
             "task": "text assignment to one of two pictures or neither",
             "rows": len(self.rows),
@@ -62,21 +66,21 @@ class AssignmentEvaluator:
         }
 
     def run(self, model: PreTrainedModel, processor: Any) -> Iterator[tuple[str, float]]:
-        """Draw, read and yield (name, value)."""
-        # seeded, so that the same pictures are drawn whatever happened before
+        """Evaluates and yields (name, value)."""
+        # seeded, so that the same images are drawn each time
         (ids,) = numbered(row_ids(self.rows))  # (n,)
         hits: list[bool] = []
         with evaluating(model), torch.random.fork_rng():
             torch.manual_seed(self.seed)
             for chosen in batches(len(self.rows), self.options.eval_batch_size, "pairs", False):
-                # the batch is what pictures are drawn from
+                # the other images are drawn from the batch
                 rows = [self.rows[number] for number in range(chosen.start, chosen.stop)]
                 inputs = task_inputs(processor, [{**row, "text": row["captions"][0]} for row in rows])
                 batch = on_device({**inputs, "ids": ids[chosen]}, model)
 
-                # rows for which nothing could be drawn have a label below 0
+                # rows for which no images could be drawn have a negative label
                 logits, labels = assign(model, batch, self.options.own_picture, self.options.draw_temperature)
-                hits += (logits.argmax(-1) == labels)[labels >= 0].tolist()  # of those drawn
+                hits += (logits.argmax(-1) == labels)[labels >= 0].tolist()
         yield f"{self.name}/accuracy", sum(hits) / max(len(hits), 1)
 
 

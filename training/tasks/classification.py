@@ -1,4 +1,4 @@
-"""Fine-tuning for classes of a pair: SNLI-VE, and NLVR2's sentences about two pictures."""
+"""Fine-tuning for classification of pairs: SNLI-VE, and NLVR2's sentences about two images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,31 +27,33 @@ TWO_PICTURES = ("image", "second_image")
 
 @dataclass
 class EntailmentArguments(DistillationArguments, TaskArguments):
-    """Soft targets count from the first step on (ALBEF's code: no warm-up of alpha)."""
+    """
+    Options of the task. Soft targets have their full weight from the first step (ALBEF's code: no warm-up of alpha).
+    """
 
 
 @dataclass
 class ReasoningArguments(DistillationArguments, TaskArguments):
     distillation_ramp: float = field(
-        default=1 / 10, metadata={"help": "Share of the run in which alpha rises from 0 (the first of 10 epochs)."}
+        default=1 / 10, metadata={"help": "Share of the run during which alpha rises from 0 (the first of 10 epochs)."}
     )
 
 
 def load_second_layers(auto: FamilyModels, source: str, **options: Any) -> PreTrainedModel:
-    """A model of two pictures, whose second layers begin as copies, unless `source` is of two pictures itself."""
-    # a pretrained model has one set of layers, a model of text assignment has both
+    """Loads a model of two images; its second layers are copies of the first unless `source` has both."""
+    # a pretrained model has only the first layers, a model of text assignment has both
     model = load_model(auto, source, draws_heads=True, **options)
     if not TWO_PICTURE_MODELS & set(AutoConfig.from_pretrained(source).architectures or ()):
         model.initialise_from(load_model(AutoModel, source, draws_heads=True, **options))
     return model
 
 
-# transformers has no auto class for two pictures
+# transformers has no auto class for two images
 AutoModelForVisualReasoning = FamilyModels(
     "of two pictures", {"codis": CodisForVisualReasoning, "simla": SimlaForVisualReasoning}
 )
 load_reasoning = partial(load_second_layers, AutoModelForVisualReasoning)
-# as configurations name the class that a checkpoint was saved from
+# class names as in a configuration's `architectures`
 TWO_PICTURE_MODELS = {
     model.__name__
     for model in (
@@ -67,7 +69,7 @@ def open_rows(
     training: bool,
     read: Callable[..., ListedRows],
 ) -> ListedRows:
-    # a bad row is left out of training, never of a score
+    # bad rows are skipped in training, but raise in evaluation
     clean = pre_caption if data.caption_rules == "albef" else None
     return read(sources, options.image_folder, clean=clean, bad_rows="skip" if training else "raise")
 

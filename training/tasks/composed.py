@@ -1,4 +1,6 @@
-"""Fine-tuning for composed image retrieval (CIR): a picture and words, embedded as one, ask for another picture."""
+"""
+Fine-tuning for composed image retrieval (CIR): a query of an image and words, embedded together, for another image.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,23 +22,23 @@ from oner.training.run.collators import CAPTION_RULES, task_collator
 from .family_models import FamilyModels
 from .finetuning import Task, TaskArguments
 
-# the other families answer a picture with words by the mean of two embeddings, which no query can train
+# the other families embed an image with words as the mean of two embeddings, which such queries cannot train
 AutoModelForComposedRetrieval = FamilyModels("that embeds a picture with words in one pass", {"oner": OneRModel})
 
 
 @dataclass
 class ComposedArguments(ComposedObjectiveArguments, TaskArguments):
-    """Options beside those of the objective."""
+    """Options of the task, in addition to those of the objective."""
 
 
 def open_rows(sources: Sequence[str], options: ComposedArguments, data: DataArguments, training: bool) -> ListedRows:
-    """`open_composed` by the options. A bad row is left out of training, never of a score."""
+    """Opens the rows. Bad rows are skipped in training, but raise in evaluation."""
     clean = CAPTION_RULES.get(data.caption_rules)
     return open_composed(sources, options.image_folder, clean, "skip" if training else "raise")
 
 
 def references(processor: VisionLanguageProcessor, config: PreTrainedConfig) -> References:
-    """What a batch says beside its pictures and texts."""
+    """The additional targets of a batch."""
     return References()
 
 

@@ -1,4 +1,4 @@
-"""Auto classes of tasks for which transformers has none."""
+"""Auto classes for tasks for which transformers has none."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 class FamilyModels:
     """
-    Stands where transformers has no auto class: loads the model `what` of whichever family a directory is of.
+    An auto class for a task: loads the model class of the source's family.
 
     Args:
-        what: what messages call it.
-        models: by family; a new family adds its own.
+        what: Describes the model in messages: "has no model {what}".
+        models: Model class by family; a new family adds its own.
     """
 
     def __init__(self, what: str, models: dict[str, type[PreTrainedModel]]):
@@ -19,8 +19,8 @@ class FamilyModels:
         self.models = models
 
     def from_pretrained(self, source: str, **options: Any) -> PreTrainedModel:
-        """The model of the family that `source` is of. Raises `ValueError` for a family that has none."""
-        # the run's configuration decides, where there is one
+        """The model of the family of `source`. Raises `ValueError` for a family that has none."""
+        # the run's configuration takes precedence
         config = options.get("config") or AutoConfig.from_pretrained(source)
         if config.model_type not in self.models:
             raise ValueError(

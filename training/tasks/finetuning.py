@@ -1,7 +1,7 @@
-"""What a task of fine-tuning is: its rows, batches, model, objective and scores; the table of tasks.
+"""Defines a fine-tuning task by its rows, batches, model, objective and evaluation; and lists all tasks.
 
-`examples/finetune.py` trains a task and `examples/evaluate.py` scores it, both by its entry here alone. A task's
-arguments, one dataclass, hold all that is its own: of the objective, of the data and of the evaluation.
+`examples/finetune.py` trains a task and `examples/evaluate.py` evaluates it, both using only its entry here. A task's
+arguments are one dataclass with its options for objective, data and evaluation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from oner.training.run.collators import Collator
 from oner.training.run.loading import quarantine_of
 from oner.training.run.optimization import checkpoint_activations
 
-# task -> module and name of its `Task`; a new task adds its line here
+# task -> module and name of its `Task`; a new task adds its entry here
 TASKS = {
     "retrieval": ("oner.training.tasks.retrieval", "RETRIEVAL"),
     "cir": ("oner.training.tasks.composed", "CIR"),
@@ -41,25 +41,27 @@ TASKS = {
 
 @dataclass
 class TaskArguments:
-    """The options that every task has; a task's own arguments derive from it, all fields with defaults."""
+    """The options of every task; a task's own arguments derive from it. All fields have defaults."""
 
     BOUNDS: ClassVar[dict[str, str]] = {"eval_limit": "[1, inf)", "eval_batch_size": "[1, inf)"}
 
     task: str = field(default="retrieval", metadata={"help": "What to fine-tune for; `--task` decides."})
     image_folder: str | None = field(
-        default=None, metadata={"help": "What the annotations' picture paths are relative to; if none, their file."}
+        default=None, metadata={"help": "Folder of the annotations' picture paths; that of their file if none."}
     )
     eval_split: str | None = field(
-        default=None, metadata={"help": "Split of eval_data, where one annotation file holds several."}
+        default=None, metadata={"help": "Split of eval_data, if one annotation file contains several."}
     )
     eval_limit: int | None = field(
-        default=None, metadata={"help": "Evaluate on so many rows of each set, evenly spaced; all if none."}
+        default=None, metadata={"help": "Number of rows of each set to evaluate on, evenly spaced; all if none."}
     )
-    eval_batch_size: int = field(default=64, metadata={"help": "Pictures a batch when evaluating."})
+    eval_batch_size: int = field(default=64, metadata={"help": "Batch size in evaluation."})
 
 
 class Evaluator(Protocol):
-    """`run(model, processor)` yields (name, number or picture), names begin with "NAME/"; `protocol` says of what."""
+    """
+    `run(model, processor)` yields (name, number or picture), with names "NAME/..."; `protocol` says how measured.
+    """
 
     name: str
     protocol: dict[str, Any]
@@ -70,26 +72,25 @@ class Evaluator(Protocol):
 @dataclass(frozen=True)
 class Task:
     """
-    One entry of the table.
+    A fine-tuning task.
 
     Attributes:
         name: Its key in `TASKS`.
-        model: An auto class (or any class with its `from_pretrained`) of what is trained and evaluated.
-        arguments: Dataclass of the task, derived from `TaskArguments`; it is `Arguments.objective` of the run.
-        open_rows: (sources, task arguments, data arguments, training) -> rows by number, checked; bad rows keep their
-            numbers and stand in `PairRows.bad` when training, and raise `PairDataError` otherwise. Annotations become
-            a `ListedRows`; to evaluate on, a list of rows will do. Training sources are opened together, evaluation's
-            one by one.
-        collator: (arguments, processor, model's configuration) -> what makes a batch of (RowKey, row, stand-ins)
-            items, all random choices about a row from `key.generator(seed)`.
-        evaluator: (rows, name, task arguments) -> `Evaluator`; shows no progress bar of its own.
-        objective: Called as `objective(student, arguments.objective)`. None: that of the family's pretraining, whose
-            own arguments then stand beside the task's, which may have other defaults for them.
-        load: As `load_model(model, source, draws_heads=True, config=..., dtype=...)`, where a task has more to do to
-            begin from a pretrained model that lacks its heads: a decoder that starts as the encoder's copy. It must
-            leave alone what `source` holds of them.
-        labels: (task arguments) -> the classes that the model is to have, where the arguments decide them; one for a
-            score.
+        model: Auto class (or any class with `from_pretrained`) of the trained and evaluated model.
+        arguments: The task's dataclass, derived from `TaskArguments`; the run has it as `Arguments.objective`.
+        open_rows: (sources, task arguments, data arguments, training) -> checked rows by number. In training, bad rows
+            keep their numbers and are listed in `PairRows.bad`; in evaluation they raise `PairDataError`. Annotations
+            become `ListedRows`; for evaluation a list of rows is enough. Training sources are opened together,
+            evaluation sources one by one.
+        collator: (arguments, processor, model's configuration) -> collator of (RowKey, row, stand-ins) items, which
+            makes all random choices for a row with `key.generator(seed)`.
+        evaluator: (rows, name, task arguments) -> `Evaluator`, without a progress bar.
+        objective: Called as `objective(student, arguments.objective)`. If None, the objective of the family's
+            pretraining is used; its arguments are then added to the task's, which may set other defaults for them.
+        load: Replaces `load_model(model, source, draws_heads=True, config=..., dtype=...)` if missing heads need more
+            than random initialisation, such as a decoder copied from the encoder. It must not change heads that
+            `source` has.
+        labels: (task arguments) -> the model's classes, if the arguments determine them; a single one for a score.
     """
 
     name: str
@@ -104,24 +105,24 @@ class Task:
 
 
 def find_task(name: str) -> Task:
-    """The entry of a task, whose module is imported now. Raises `ValueError` that lists the known tasks."""
+    """Imports and returns a task. Raises `ValueError` that lists the known tasks."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
-    # imported on demand, so that a task pays for its own imports alone
+    # imported on demand, so that a run only imports its own task
     module, attribute = TASKS[name]
     return getattr(import_module(module), attribute)
 
 
 def task_arguments(task: Task, family: str) -> type[TaskArguments]:
-    """The dataclass to fill for a run of a task; with the fields of the family's objective where it trains by that."""
+    """The dataclass of a task's arguments, with those of the family's objective if the task uses that objective."""
     if task.objective is not None:
         return task.arguments
-    # the task's fields come first in the order of bases, so its defaults win
+    # the task is the first base, so its defaults take precedence
     return make_dataclass(task.arguments.__name__, [], bases=(task.arguments, objective_classes(family)[1]))
 
 
 def task_objective(task: Task, student: PreTrainedModel, options: TaskArguments) -> Objective:
-    """The objective over an unwrapped student with its weights in place."""
+    """The objective of a task for an unwrapped student with loaded weights."""
     if task.objective is not None:
         return task.objective(student, options)
     return build_objective(student.config.model_type, student, options)
@@ -129,18 +130,17 @@ def task_objective(task: Task, student: PreTrainedModel, options: TaskArguments)
 
 def open_task_rows(task: Task, arguments: Arguments) -> PairRows:
     """
-    The rows to train on, those found bad left to the quarantine.
+    The training rows; bad rows are handed to the quarantine.
 
     Raises:
-        ValueError: no `initial_model`, without which there is nothing to train them with; `captions_apart` for a task
-            that has no captions.
-        PairDataError: data that cannot be read as the task's rows.
-        BadRowsError: more of them are bad than `max_bad_rows` allows.
+        ValueError: there is no `initial_model`; `captions_apart` is set for a task without captions.
+        PairDataError: the data cannot be read as rows of the task.
+        BadRowsError: there are more bad rows than `max_bad_rows` allows.
     """
     if arguments.model.initial_model is None:
-        raise ValueError("fine-tuning begins from a pretrained model directory; expected initial_model, got none")
+        raise ValueError("fine-tuning starts from a pretrained model directory; expected initial_model, got none")
 
-    # rows keep their numbers; the quarantine leaves the bad ones out
+    # rows keep their numbers; the quarantine skips bad ones
     rows = task.open_rows(arguments.data.train_data, arguments.objective, arguments.data, True)
     if arguments.data.captions_apart and not isinstance(rows, CaptionsApart):
         raise ValueError(f"captions_apart is for pretraining and retrieval; the rows of {task.name} have no captions")
@@ -150,10 +150,10 @@ def open_task_rows(task: Task, arguments: Arguments) -> PairRows:
 
 def build_evaluator(task: Task, source: str, options: TaskArguments, data: DataArguments) -> Evaluator:
     """
-    The task's evaluator of a source of rows, named after it. Raises `PairDataError` for a row that is bad, and for a
-    picture that cannot be read: a run would else end where it evaluates, and again whenever it is resumed.
+    The task's evaluator for a source of rows, named after it. Raises `PairDataError` for a bad row or an unreadable
+    picture: otherwise the run would fail at its first evaluation, and again each time it is resumed.
     """
-    # the same rows each time, however few
+    # with a limit, the same rows each time
     rows: Any = task.open_rows([source], options, data, False)
     pictures = rows.pictures if isinstance(rows, PairRows) else ("image",)
     if pictures:
@@ -165,13 +165,13 @@ def build_evaluator(task: Task, source: str, options: TaskArguments, data: DataA
 
 def load_task_model(task: Task, arguments: Arguments, config: PreTrainedConfig) -> PreTrainedModel:
     """
-    The student in fp32 from `initial_model`: heads that it never had are drawn by `seed`, learned positions of
-    another image size are brought to this one and learned on.
+    Loads the student in fp32 from `initial_model`. Missing heads are initialised at random with `seed`; learned
+    positions of another image size are resized to this one.
 
     Raises:
-        ModelDirectoryError: the directory is damaged, or lacks weights of its tower or a part of a head.
+        ModelDirectoryError: the directory is damaged, or lacks weights of the tower or a part of a head.
     """
-    # heads are drawn by torch's generator
+    # missing heads use torch's generator
     model = arguments.model
     torch.manual_seed(arguments.run.seed)
     if task.labels is not None:
@@ -181,13 +181,13 @@ def load_task_model(task: Task, arguments: Arguments, config: PreTrainedConfig) 
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
 
-    # from the pretrained model, by the task's way to begin if it has one
+    # load the pretrained model, with the task's own function if it has one
     if task.load is not None:
         student = task.load(model.initial_model, **options)
     else:
         student = load_model(task.model, model.initial_model, draws_heads=True, **options)
 
-    # positions of the image size that it was pretrained at
+    # resize positions if it was pretrained at another image size
     tower = student.base_model
     if hasattr(tower, "resize_positions") and config.position_image_size != config.image_size:
         tower.resize_positions(config.image_size)

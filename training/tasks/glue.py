@@ -1,4 +1,6 @@
-"""Fine-tuning on texts alone: GLUE's tasks but for CoLA and WNLI (MoMo's Tables 2 and 3), and two on glosses."""
+"""
+Fine-tuning on texts: GLUE's tasks except CoLA and WNLI (MoMo's Tables 2 and 3), and two tasks on WordNet glosses.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,9 +22,9 @@ from oner.training.run.collators import text_task_collator
 from .family_models import FamilyModels
 from .finetuning import Task, TaskArguments
 
-# transformers' auto class of texts is that of entailment by a picture for some; a new family adds its line
+# transformers' auto class for texts is used for visual entailment in some families; a new family adds its entry
 AutoModelForTexts = FamilyModels(
-    "of texts alone",
+    "for texts alone",
     {
         "codis": CodisForSequenceClassification,
         "momo": MomoForSequenceClassification,
@@ -39,17 +41,17 @@ class GlueArguments(DistillationArguments, TaskArguments):
         metadata={"help": "mnli, mrpc, qqp, sst2, qnli, rte, stsb; or of WordNet's glosses: hypernym, supersense."},
     )
     distillation: float = field(
-        default=0.0, metadata={"help": "alpha, the weight of a teacher's soft targets; GLUE's protocols have none."}
+        default=0.0, metadata={"help": "alpha, the weight of a teacher's soft targets; GLUE's protocols use none."}
     )
 
 
 def labels(options: GlueArguments) -> Sequence[str]:
-    """The task's classes; one of a score."""
+    """The task's classes; a single one for a score."""
     return text_task(options.glue_task).class_names or ("score",)
 
 
 def open_texts(sources: Sequence[str], options: GlueArguments, data: DataArguments, training: bool) -> ListedRows:
-    # a bad row is left out of training, never of a score
+    # bad rows are skipped in training, but raise in evaluation
     clean = pre_caption if data.caption_rules == "albef" else None
     return open_text_task(sources, options.glue_task, clean, "skip" if training else "raise")
 

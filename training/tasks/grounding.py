@@ -1,7 +1,7 @@
-"""Fine-tuning to ground expressions without boxes: RefCOCO+ (SIMLA, section 3.5; ALBEF's protocol).
+"""Fine-tuning for grounding of referring expressions without boxes: RefCOCO+ (SIMLA, section 3.5; ALBEF's protocol).
 
-Training is that of retrieval, of whole pictures by expressions: contrast and matching in which all expressions of a
-picture are right. Boxes are read to evaluate only.
+It trains retrieval of whole images by expressions: contrastive loss and matching, with all expressions of an image as
+positives. Boxes are used only for evaluation.
 """
 
 from collections.abc import Sequence
@@ -24,18 +24,19 @@ from .finetuning import Task, TaskArguments
 
 @dataclass
 class GroundingArguments(TaskArguments):
-    """Options beside those of the family's objective."""
+    """Options of the task, in addition to those of the family's objective."""
 
     BOUNDS: ClassVar[dict[str, str]] = {"cam_layer": "[0, inf)"}
 
     losses: list[str] = field(
-        default_factory=lambda: ["itc", "itm"], metadata={"help": "Any subset of those of the family's objective."}
+        default_factory=lambda: ["itc", "itm"],
+        metadata={"help": "Any subset of the losses of the family's objective."},
     )
     match_ids: bool = field(
-        default=True, metadata={"help": "All expressions of a picture are right for it, and never negatives of it."}
+        default=True, metadata={"help": "Treat all expressions of a picture as its positives, never as negatives."}
     )
     refs: str | None = field(
-        default=None, metadata={"help": "refs(unc).json: what is referred to, of REFER's pickle written as JSON."}
+        default=None, metadata={"help": "refs(unc).json: the referred objects, REFER's pickle converted to JSON."}
     )
     instances: str | None = field(default=None, metadata={"help": "instances.json: COCO's boxes of the objects."})
     detections: str | None = field(default=None, metadata={"help": "dets.json: the boxes to choose from."})
@@ -51,22 +52,22 @@ class GroundingArguments(TaskArguments):
 def open_rows(
     sources: Sequence[str], options: GroundingArguments, data: DataArguments, training: bool
 ) -> ListedRows | list[dict[str, Any]]:
-    """ALBEF's lists of expressions; to evaluate on, with boxes, and of one split if `eval_split` names it."""
-    # to train on: expressions and whole pictures, no boxes
+    """Opens ALBEF's lists of expressions; for evaluation with boxes, and only those of `eval_split` if it is set."""
+    # training: expressions and whole images, no boxes
     clean = CAPTION_RULES.get(data.caption_rules)
     if training:
         return open_grounding(list(sources), options.image_folder, clean=clean, bad_rows="skip")
 
-    # to evaluate on: all three files
+    # evaluation needs all three files
     files = {name: getattr(options, name) for name in ("refs", "instances", "detections")}
     if missing := [name for name, path in files.items() if path is None]:
-        raise PairDataError(f"grounding is scored by boxes: expected refs, instances and detections, got no {missing}")
+        raise PairDataError(f"evaluation needs boxes: expected refs, instances and detections, got no {missing}")
     rows = open_grounding(list(sources), options.image_folder, read_boxes(**files), clean)
 
     # one file holds all splits
     if options.eval_split is None:
         return rows
-    # rows without their `ListedRows`, which has done its checks
+    # a plain list, since `ListedRows` has already checked the rows
     chosen = [row for row in rows.rows if row["split"] == options.eval_split]
     if not chosen:
         splits = sorted({row["split"] for row in rows.rows})
@@ -85,7 +86,7 @@ def evaluator(rows: Sequence[Any], name: str, options: GroundingArguments) -> Gr
     )
 
 
-# no objective of its own: the family's pretraining without masks
+# it uses the objective of the family's pretraining, without masking
 GROUNDING = Task(
     name="grounding",
     model=AutoModelForPreTraining,

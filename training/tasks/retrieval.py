@@ -1,6 +1,6 @@
-"""Fine-tuning for retrieval: contrast and matching in which all captions of a picture are right (ALBEF, SIMLA).
+"""Fine-tuning for retrieval: contrastive loss and matching, with all captions of an image as positives (ALBEF, SIMLA).
 
-The losses are the family's own, by default `itc` and `itm` with `match_ids`; a family without a matching head needs
+The losses are the family's own, by default `itc` and `itm` with `match_ids`. A family without a matching head needs
 other `losses`, and `rerank_k` 0.
 """
 
@@ -29,41 +29,43 @@ from .finetuning import Task, TaskArguments
 
 @dataclass
 class RetrievalArguments(TaskArguments):
-    """Options beside those of the family's objective."""
+    """Options of the task, in addition to those of the family's objective."""
 
     BOUNDS: ClassVar[dict[str, str]] = {"rerank_k": "[0, inf)", "rerank_weight": "[0, inf)"}
 
     losses: list[str] = field(
-        default_factory=lambda: ["itc", "itm"], metadata={"help": "Any subset of those of the family's objective."}
+        default_factory=lambda: ["itc", "itm"],
+        metadata={"help": "Any subset of the losses of the family's objective."},
     )
     match_ids: bool = field(
-        default=True, metadata={"help": "All captions of a picture are right for it, and never negatives of it."}
+        default=True, metadata={"help": "Treat all captions of a picture as its positives, never as negatives."}
     )
     rerank_k: int = field(
         default=128,
-        metadata={"help": "Candidates that the matching head orders (COCO 256, Flickr30k 128); 0: no second stage."},
+        metadata={"help": "Candidates re-ranked by the matching head (COCO 256, Flickr30k 128); 0: no re-ranking."},
     )
     rerank_score: Literal["logit", "difference", "sum"] = field(
         default="logit",
         metadata={
-            "help": "What orders them: the logit for matched (ALBEF, SIMLA), its difference to the other logit, or "
+            "help": "Score for re-ranking: the logit for matched (ALBEF, SIMLA), its difference to the other logit, "
+            "or "
             "cosine / temperature + rerank_weight times that difference."
         },
     )
-    rerank_weight: float = field(default=0.25, metadata={"help": "Of the difference in sum."})
+    rerank_weight: float = field(default=0.25, metadata={"help": "Weight of the difference if rerank_score is sum."})
 
 
 def open_captions(
     sources: Sequence[str], options: RetrievalArguments, data: DataArguments, training: bool
 ) -> PairRows | list[dict[str, Any]]:
     """
-    Rows of pairs, to train on or to evaluate on.
+    Opens rows of pairs, for training or evaluation.
 
-    `.json` files are Karpathy's or ALBEF's; in training each of their captions is a row of its own. Anything else is
-    what `open_rows` takes, a row a picture, or with `captions_apart` a row a caption. Rows to evaluate on have their
-    captions rewritten by the rules of training.
+    `.json` files are Karpathy's or ALBEF's; in training each of their captions becomes a row. Any other source is read
+    by `open_rows`, one row per image, or with `captions_apart` one row per caption. In evaluation the captions are
+    rewritten by the rules of training.
     """
-    # a bad row is left out of training, never of a score
+    # bad rows are skipped in training, but raise in evaluation
     reading = {"split": data.split if training else options.eval_split, "bad_rows": "skip" if training else "raise"}
     columns = (data.image_column, data.text_column, data.id_column)
     opened = [
@@ -78,7 +80,7 @@ def open_captions(
     if training:
         return CaptionsApart(rows) if data.captions_apart else rows
 
-    # an evaluator takes them as they are
+    # for an evaluator they are rewritten here
     clean = CAPTION_RULES.get(data.caption_rules)
     all_rows = spaced(rows)
     if clean is None:
@@ -87,16 +89,16 @@ def open_captions(
 
 
 def evaluator(rows: Sequence[Any], name: str, options: RetrievalArguments) -> RetrievalEvaluator:
-    """Both stages, or the first alone."""
+    """Retrieval with re-ranking, or without if `rerank_k` is 0."""
     settings = {"batch_size": options.eval_batch_size, "name": name, "progress": False}
-    # a family without a matching head has no second stage
+    # a family without a matching head cannot re-rank
     if options.rerank_k:
         second = {"rerank_score": options.rerank_score, "rerank_weight": options.rerank_weight}
         return RerankingEvaluator(rows, **settings, rerank_k=options.rerank_k, **second)
     return RetrievalEvaluator(rows, **settings)
 
 
-# no objective of its own: the family's pretraining without masks
+# it uses the objective of the family's pretraining, without masking
 RETRIEVAL = Task(
     name="retrieval",
     model=AutoModelForPreTraining,
