@@ -9,6 +9,7 @@ import argparse
 import inspect
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,10 +17,9 @@ from pathlib import Path
 
 import oner_run_options as run_options
 from oner_evaluate_options import check_evaluation, compare_arguments, evaluate_arguments, suite_arguments
-from oner_run_options import Mistake, check_nothing_more
+from oner_run_options import Mistake, beside, check_nothing_more
+from oner_search_options import check_index, check_search, index_arguments, search_arguments
 from oner_serve_options import add_page, check_publishing, check_serving, serve_arguments
-
-BACKENDS = ("exact", "faiss", "lancedb", "qdrant")
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,68 +44,6 @@ def finetune_arguments(parser: argparse.ArgumentParser) -> None:
     Tasks: retrieval, cir, vqa, answers, entailment, assignment, nlvr2, grounding, glue. `--task TASK --help` lists
     the options of a task.
     """
-
-
-def search_arguments(parser: argparse.ArgumentParser) -> None:
-    """
-    Search images by text, by an image, or by both as one query, and draw the answers as a contact sheet.
-
-        oner search runs/photos "red fruit"                        the images that a run was trained on, with its model
-        oner search photos/ "made of glass" --image photo.png      a folder, a table of pairs, or a saved index
-        oner search "red fruit" --index photos/ --model runs/photos/model
-        oner search photos/ "a horse" --plus 0.7:stripes --minus "a rider" --where licence=MIT
-        oner search photos/ --like photos/apple.jpg --json
-
-    The index of a folder or table is cached in a hidden directory beside it. It is updated when a file's name, size
-    or modification time changes, or when the model does.
-    """
-    parser.add_argument("place", nargs="?", help="a run, a folder of images, a table of pairs, or a saved index")
-    parser.add_argument("words", nargs="?", help="the text to search for")
-    parser.add_argument("--image", help="an image to search for; with words, both form one query")
-    parser.add_argument("--index", help="the place to search; the positional argument is then the text to search for")
-    parser.add_argument("--model", help="a model directory, a run, a name on the Hub, or a shipped model (oner-emoji)")
-    parser.add_argument(
-        "--plus", action="append", default=[], metavar="[WEIGHT:]WORDS", help="add a query; repeatable"
-    )
-    parser.add_argument("--minus", action="append", default=[], metavar="[WEIGHT:]WORDS", help="subtract a query")
-    parser.add_argument("--plus-image", action="append", default=[], metavar="[WEIGHT:]FILE", help="add an image")
-    parser.add_argument("--minus-image", action="append", default=[], metavar="[WEIGHT:]FILE", help="subtract one")
-    parser.add_argument("--like", metavar="ITEM", help="nearest neighbours of an indexed item: its path or number")
-    parser.add_argument(
-        "--where", action="append", default=[], metavar="CONDITION",
-        help="condition on a table's column: licence=MIT, licence!=MIT|BSD, year>=2020; repeatable, all must hold",
-    )  # fmt: skip
-    parser.add_argument("--rerank", type=int, metavar="K", help="re-rank the best K by tokens and patches (MaxSim)")
-    parser.add_argument("--backend", choices=BACKENDS, default="exact", help="see docs/search.md")
-    parser.add_argument("--top-k", "--top_k", type=int, default=12)
-    parser.add_argument(
-        "--json", action="store_true", help="print the answers as JSON; draw a contact sheet only with --out"
-    )
-    parser.add_argument("--out", help="path of the contact sheet; default: results.png")
-    parser.add_argument("--index-cache", help="where to cache the index; default: beside the source")
-
-
-def index_arguments(parser: argparse.ArgumentParser) -> None:
-    """
-    Embed images once and save them as an index for `oner search` and the pipeline.
-
-        oner index photos/ photos-index --model runs/photos/model
-        oner search photos-index "red fruit" --model runs/photos/model
-        accelerate launch -m oner_command_line index photos/ photos-index     each process embeds a share
-
-    The index is saved in parts: if the command is killed, run it again to continue. When you run it on an existing
-    index, it embeds only new or changed items and drops deleted ones. docs/search.md says which backend to choose.
-    """
-    parser.add_argument("source", help="a folder of images, read recursively, or a table of pairs")
-    parser.add_argument("destination", help="directory of the index")
-    parser.add_argument("--model", help="a model directory, a run, a name on the Hub, or a shipped model (oner-emoji)")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument(
-        "--backend", choices=BACKENDS, default="exact", help="backend to build; exact needs no extra package"
-    )
-    parser.add_argument("--kind", choices=["ivf", "hnsw"], help="faiss: lists (ivf, the default) or a graph (hnsw)")
-    parser.add_argument("--recall", type=float, help="faiss: target recall of the exact top 10 (0.98)")
-    parser.add_argument("--url", help="lancedb, qdrant: address of the database; default: in the index directory")
 
 
 def publish_arguments(parser: argparse.ArgumentParser) -> None:
@@ -247,41 +185,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` tells more\n")
 
 
-def check_search(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
-    """Checks that there is a query and a place to search; sets `place` and `words`. Raises `Mistake`."""
-    check_nothing_more(options, rest, known)
-    if options.index is not None:
-        if options.words is not None:
-            raise Mistake(f"got {options.place!r}, {options.words!r} and --index; expected the words alone beside it")
-        options.words, options.place = options.place, options.index
-    where = "--index " if options.index is not None else ""
-    if options.place is None:
-        raise Mistake("where? expected a run, a folder of pictures, a table of pairs, or a saved index")
-    check_query(options)
-    for told, path in ((where, options.place), ("--image ", options.image)):
-        if path is not None and not Path(path).exists():
-            raise Mistake(f"{told}{path}: no such {'file' if told == '--image ' else 'folder or file'}{beside(path)}")
-
-
-def check_query(options: argparse.Namespace) -> None:
-    """Checks that there is exactly one query. Raises `Mistake`."""
-    asked = bool(options.words or options.image)
-    parts = bool(options.plus or options.minus or options.plus_image or options.minus_image)
-    if not asked and not parts and options.like is None:
-        raise Mistake("give words, --image, or both; or --like an item, or --plus and --minus")
-    if options.like is not None and (asked or parts):
-        raise Mistake("--like is a question of its own; words, pictures, --plus and --minus do not go with it")
-    if options.rerank is not None and (parts or options.like is not None):
-        raise Mistake("--rerank compares one query's tokens and patches; it goes with words, --image, or both")
-
-
-def beside(path: str) -> str:
-    """Suggestion for a path that does not exist."""
-    folder = Path(path).parent
-    names = [str(folder / one.name) for one in folder.iterdir()] if folder.is_dir() else []
-    return run_options.meant(str(Path(path)), names)
-
-
 def check_run(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
     """Checks the arguments of a run, apart from those of the command. Raises `Mistake`."""
     if words := run_options.given(rest)[""]:
@@ -292,6 +195,8 @@ def check_run(options: argparse.Namespace, rest: Sequence[str], known: Sequence[
 def check_training(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
     """Checks the folder and the arguments of a run. Raises `Mistake`."""
     folders = run_options.given(rest)[""]
+    if folders and Path(folders[0]).is_file():
+        raise Mistake(f"{folders[0]} is a file; expected a FOLDER, of pictures or with a table; or --config")
     if folders and not Path(folders[0]).is_dir():
         raise Mistake(f"{folders[0]}: no such folder{beside(folders[0])}")
     if not folders and not rest:
@@ -300,11 +205,10 @@ def check_training(options: argparse.Namespace, rest: Sequence[str], known: Sequ
 
 
 def check_place(options: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> None:
-    """Checks that the first argument exists: the run of `doctor`, the source of `index`. Raises `Mistake`."""
+    """Checks that the run of `doctor` exists. Raises `Mistake`."""
     check_nothing_more(options, rest, known)
-    place = options.run if "run" in options else options.source
-    if not Path(place).exists():
-        raise Mistake(f"{place}: no such folder or file{beside(place)}")
+    if not Path(options.run).exists():
+        raise Mistake(f"{options.run}: no such folder or file{beside(options.run)}")
 
 
 @dataclass(frozen=True)
@@ -393,7 +297,7 @@ COMMANDS = {
         "embed images once, to search them later",
         "oner.training.commands.index",
         index_arguments,
-        check_place,
+        check_index,
     ),
     "serve": Command(
         "serve a search page in the browser, or write it as a Space",
@@ -437,6 +341,19 @@ COMMANDS = {
 }
 
 
+def shown_plainly(name: str) -> Callable[..., str]:
+    """What formats warnings while a command runs: of ours the message alone, of others also where it comes from."""
+    usual = warnings.formatwarning
+    packages = tuple(f"{run_options.PACKAGES / package}/" for package in ("modeling", "processing", "training"))
+
+    def formatted(message: Warning, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+        if filename.startswith(packages):
+            return f"oner {name}: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    return formatted
+
+
 def is_refusal(error: Exception) -> bool:
     """
     Whether the message of an error is enough: the system refused a file, or our own code refused an input. An error
@@ -466,15 +383,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"oner {run_options.version()}")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    if argv is None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot write ends nothing
     given = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if given.command is None:
         parser.error(f"expected a command out of {', '.join(COMMANDS)}")
     if given.command not in COMMANDS:
         parser.error(f"{given.command!r} is none of {', '.join(COMMANDS)}{run_options.meant(given.command, COMMANDS)}")
     command = COMMANDS[given.command]
+    usual = warnings.formatwarning
+    warnings.formatwarning = shown_plainly(given.command)
     try:
         options, rest = command.read(given.command, given.rest)
         # torch and transformers are imported here and no earlier
@@ -486,6 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"oner {given.command}: {error}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = usual
 
 
 if __name__ == "__main__":

@@ -112,6 +112,11 @@ def _option(node: ast.AnnAssign) -> Option:
     return Option(node.target.id, "str" if choices else hint, text, default, choices, many)
 
 
+def version() -> str:
+    """Version of the package."""
+    return ast.literal_eval(Source(HERE / "oner" / "__init__.py").value_of("__version__"))
+
+
 def families() -> tuple[str, ...]:
     """Names of the families that can be trained."""
     return tuple(ast.literal_eval(Source(OBJECTIVES).value_of("OBJECTIVES")))
@@ -277,6 +282,13 @@ def meant(name: str, known: Any, dashes: str = "") -> str:
     """The nearest known name, as the end of a message."""
     close = difflib.get_close_matches(str(name), list(known), 1, 0.6)
     return f"; did you mean {dashes}{close[0]}?" if close else ""
+
+
+def beside(path: str) -> str:
+    """Suggestion for a path that does not exist."""
+    folder = Path(path).parent
+    names = [str(folder / one.name) for one in folder.iterdir()] if folder.is_dir() else []
+    return meant(str(Path(path)), names)
 
 
 def help_text(name: str, description: str, line: Sequence[str]) -> str:

@@ -42,7 +42,10 @@ class Backend(DatabaseBackend):
     def build(cls, directory: Path, url: str | None = None) -> "Backend":
         """Fills a new collection, then deletes the one before. Raises `ValueError` without the address of a server."""
         if url is None:
-            raise ValueError("qdrant is a server: give its address as url, --url http://localhost:6333")
+            raise ValueError(
+                "qdrant is a server, whose address is url=, or of `oner index` --url http://localhost:6333; no other "
+                "command builds it"
+            )
         models = library("qdrant_client.models", NAME)
         header = read_header(directory)
         index = RetrievalIndex.load(directory)

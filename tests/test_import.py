@@ -33,6 +33,7 @@ HEAVY = ("torch", "transformers", "datasets", "numpy", "oner")
 # what the command line says before it has imported anything, and whether that is an error
 SAID = {
     "--help": ("estimate", 0),
+    "--version": (f"oner {oner.__version__}\n", 0),
     "convert --help": ("--draw_missing", 0),
     "estimate --help": ("rtx4090", 0),
     "doctor --help": ("2 RUN is not a run", 0),
@@ -54,6 +55,7 @@ SAID = {
     "compare one": ("required: --data", 2),
     "publish --help": ("owner/photos --private", 0),
     "train": ("expected a FOLDER, or --config", 2),
+    "train setup.cfg": ("setup.cfg is a file; expected a FOLDER", 2),
     "train nowhere": ("nowhere: no such folder", 2),
     "train --config oner_emojy": ("did you mean oner_emoji?", 2),
     "train --config oner_emoji --bach_size 3": ("did you mean --batch_size?", 2),
@@ -62,7 +64,8 @@ SAID = {
     "train --family simpla": ("did you mean simla?", 2),
     "finetune --task vqaa": ("did you mean vqa?", 2),
     "estimate --config oner_base_224 --epoch 3": ("did you mean --epochs?", 2),
-    "search photos": ("give words, --image, or both", 2),
+    "search tests": ("give words, --image, or both", 2),
+    "search tests red fruit": ('expected all words as one: "red fruit"', 2),
     "search nowhere words": ("nowhere: no such folder or file", 2),
     "doctor run --row 3": ("did you mean", 2),
     "convert --from nowhere a b": ("invalid choice: 'nowhere'", 2),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import oner_command_line
+import oner_search_options
 from oner.processing import retrieval_backend
 from oner.processing.retrieval_backend import (
     SearchBackend,
@@ -279,7 +279,7 @@ def test_backends_that_are_not_there_say_what_to_do(tmp_path: Path, monkeypatch:
 
 
 def test_the_command_line_offers_all_of_them() -> None:
-    assert oner_command_line.BACKENDS == retrieval_backend.BACKENDS
+    assert oner_search_options.BACKENDS == retrieval_backend.BACKENDS
 
 
 def test_a_backend_that_was_not_built_is_named(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def oner(line: str, *says: str, **more: object) -> Step:
 def helps() -> Iterator[Step]:
     """`--help` of everything."""
     yield oner("--help", *COMMANDS, kind="help")
+    yield oner("--version", r"^oner \d+\.\d+", kind="help")
     for name in COMMANDS:
         yield oner(f"{name} --help", f"oner {name}", kind="help")
     yield oner("train --help-all", "--base_learning_rate", kind="help")
@@ -77,6 +78,13 @@ def mistakes() -> Iterator[Step]:
         ("search photso red_fruit", "photso: no such folder or file; did you mean photos?"),
         ("search photos", "give words, --image, or both"),
         ("search photos red_fruit --topk 3", "did you mean --top_k?"),
+        ("search photos red fruit", 'expected all words as one: "red fruit"'),
+        ("search photos red_fruit --top_k 0", "--top_k is 0; expected at least 1"),
+        ("search photos red_fruit --out nowhere/sheet.png", "there is no folder nowhere"),
+        ("search photos red_fruit --model oner-emojy", "did you mean oner-emoji?"),
+        ("search photos red_fruit --model few", "few: there is no config.json in it"),
+        ("index photos photos-index --recall 0.9", "--recall is of faiss, got --backend exact"),
+        ("train photo.png", "photo.png is a file; expected a FOLDER"),
         ("train phtos", "phtos: no such folder; did you mean photos?"),
         ("train photos --epoch 3", "did you mean --epochs?"),
         ("train photos --batch_size many", "expected int"),

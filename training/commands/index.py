@@ -84,9 +84,8 @@ def passed_over(reasons: Iterable[str], source: Path) -> list[str]:
     if source.is_dir() and (others := other_files(source)):
         shown = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         lines.append(f"  {others.total():6d}  files that are no pictures ({shown})")
-    return (
-        [f"passed over: {counts.total()} that were listed (retrieval_index.json names each)", *lines] if lines else []
-    )
+    listed = f" {counts.total()} that were listed (retrieval_index.json names each)" if counts else ""
+    return [f"passed over:{listed}", *lines] if lines else []
 
 
 def shortened(reason: str) -> str:

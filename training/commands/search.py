@@ -19,11 +19,12 @@ from PIL import Image
 from transformers import AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
 
 from oner.processing.data.places import expand
+from oner.processing.image_processing_vl import open_image
 from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipeline, list_pictures
 from oner.processing.retrieval_backend import SearchBackend, build_backend, build_stale, built_backends
-from oner.processing.retrieval_filter import number_of
+from oner.processing.retrieval_filter import columns_of, number_of
 from oner.processing.retrieval_index import INDEX_FILE, RetrievalIndexError
-from oner.training.doctor.reading import read_run
+from oner.training.doctor.reading import LOG, read_run
 from oner.training.evaluation.contact_sheet import caption_of, draw_sheet, picture_of, save_sheet
 from oner.training.publishing.model_loading import load_model
 from oner.training.publishing.shipped import find_model, shipped_checkpoint
@@ -36,8 +37,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """`oner search`. Raises `ValueError` before anything is read if --out cannot be written as a picture."""
     if options.out and Path(options.out).suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--out is {options.out!r}; expected the name of a picture, such as answers.png")
+    for picture in asked_pictures(options):
+        open_image(picture)  # what cannot be read is said before everything is embedded
     place = Path(options.place).resolve()
     of_run = (place / "model" / "config.json").is_file()
+    begun = any((place / name).is_file() for name in ("folder.json", LOG))
+    if begun and not of_run and not list_pictures(place):
+        raise ValueError(f"{options.place}: the run has left no model yet; `oner train` with the same words goes on")
     pipe = load_pipeline(options.model or (place if of_run else shipped_checkpoint()))
 
     # the index, reused if nothing has changed; with --json its messages go to stderr
@@ -61,7 +67,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         for rank, answer in enumerate(answers, 1):
             path = shown(answer)["path"] or ""
             print(f"{rank:4d}  {answer['score']:+.3f}  {caption_of(answer['item'])}  {path}".rstrip())
-    if options.out or not options.json:
+    if not answers and not options.json:
+        print(f"no item meets {' and '.join(options.where)}; their columns: {', '.join(columns(pipe))}")
+    elif options.out or not options.json:
         out = options.out or "results.png"
         words = [options.words, options.like and f"like {options.like}", *(said for *_, said in parts_of(options))]
         asked = {**query, "text": " ".join(filter(None, words))} if any(words) else query
@@ -81,6 +89,11 @@ def ask(pipe: ImageTextRetrievalPipeline, query: dict[str, str], options: argpar
     return pipe(query, **found, rerank_k=options.rerank, open_item=opened)
 
 
+def columns(pipe: ImageTextRetrievalPipeline) -> list[str]:
+    """What conditions can be on."""
+    return sorted({name for item in getattr(pipe.retrieval_index, "items", ()) for name in columns_of(item)})
+
+
 def named_item(index: SearchBackend, said: str) -> Any:
     """The number of an item, given its number, its path, or the item itself; `said` unchanged if there is none."""
     if said.isdecimal():
@@ -91,6 +104,12 @@ def named_item(index: SearchBackend, said: str) -> Any:
             return number
     rows = enumerate(getattr(index, "items", ()))
     return next((row for row, item in rows if isinstance(item, dict) and item.get("path") == path), said)
+
+
+def asked_pictures(options: argparse.Namespace) -> list[str]:
+    """The pictures of the query and of its parts."""
+    parts = [query["image"] for query, *_ in parts_of(options) if "image" in query]
+    return [options.image, *parts] if options.image else parts
 
 
 def parts_of(options: argparse.Namespace) -> list[tuple[dict[str, str], float, str]]:
