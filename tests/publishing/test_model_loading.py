@@ -186,6 +186,10 @@ def test_a_name_may_have_meant_a_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelDirectoryError, match="^runs/model: no such directory, and nothing of that name came"):
         load_model(AutoModel, "runs/model")
+    (tmp_path / "runs" / "models").mkdir(parents=True)
+    for source, name in (("runs/model", "runs/models"), ("oner-emojy", "oner-emoji")):
+        with pytest.raises(ModelDirectoryError, match=f"; did you mean {name}\\?$"):
+            load_model(AutoModel, source)
 
 
 def test_the_programs_refuse_a_model_that_lacks_weights(family, directory, tmp_path):

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .digests import sha256_of
 from .origins import may_be_on_the_hub
+from .shipped import meant
 
 logger = logging.get_logger(__name__)
 
@@ -75,6 +76,30 @@ def check_directory(directory: str | Path) -> None:
             )
 
 
+def check_place(source: str | Path) -> None:
+    """
+    Looks for config.json, which every model has, in a directory or on the Hub.
+
+    Raises:
+        ModelDirectoryError: there is none, no such directory, or no such name.
+    """
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise ModelDirectoryError(f"{source}: there is no config.json in it; {EXPECTED}")
+        return
+    # a name without an owner that is nearly that of a shipped model is a slip
+    slip = "/" not in str(source) and meant(source, neighbours=False)
+    if isinstance(source, Path) or slip or not may_be_on_the_hub(source):
+        raise ModelDirectoryError(f"{source}: no such directory; {EXPECTED}{meant(source)}")
+    try:
+        cached_file(source, "config.json")
+    except OSError as error:
+        lost = ", which cannot be reached" if "couldn't connect" in str(error) else ""
+        raise ModelDirectoryError(
+            f"{source}: no such directory, and nothing of that name came from the Hub{lost}; {EXPECTED}{meant(source)}"
+        ) from error
+
+
 def load_model(auto: type, source: str | Path, draws_heads: bool = False, **options: Any) -> PreTrainedModel:
     """
     `auto.from_pretrained(source, **options)`, which must find all weights of the model and only sound ones.
@@ -90,22 +115,15 @@ def load_model(auto: type, source: str | Path, draws_heads: bool = False, **opti
             another shape; weights contain NaN or infinity, or are all zero.
     """
     # damage is found before transformers opens anything
+    check_place(source)
     if Path(source).is_dir():
         check_directory(source)
-    elif isinstance(source, Path) or not may_be_on_the_hub(source):
-        raise ModelDirectoryError(f"{source}: no such directory; {EXPECTED}")
 
     # different shapes do not raise at the first one, so that all are reported below
     try:
         model, report = auto.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (SafetensorError, RuntimeError) as error:
         raise ModelDirectoryError(f"{source}: {error}") from error
-    except OSError as error:
-        if Path(source).is_dir():
-            raise
-        raise ModelDirectoryError(
-            f"{source}: no such directory, and nothing of that name came from the Hub; {EXPECTED}"
-        ) from error
 
     # every weight must be present with its shape; only whole heads may be random
     if mismatched := report["mismatched_keys"]:

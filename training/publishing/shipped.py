@@ -1,5 +1,6 @@
 """Finds shipped configurations and checkpoints by name, and the directory of a named model."""
 
+import difflib
 from pathlib import Path
 
 # a wheel has them beside this package, a checkout in its examples
@@ -37,6 +38,14 @@ def find_model(name: str | Path) -> str:
     if (place / "model" / "config.json").is_file():
         return str(place / "model")
     return str(name if place.exists() else _checkpoints().get(str(name), name))
+
+
+def meant(name: str | Path, neighbours: bool = True) -> str:
+    """What a model that is not there may have been, one that ships or a neighbour, as the end of a message."""
+    folder = Path(name).parent
+    there = [str(folder / one.name) for one in folder.iterdir()] if neighbours and folder.is_dir() else []
+    close = difflib.get_close_matches(str(name), [*_checkpoints(), *there], 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _checkpoints() -> dict[str, Path]:

@@ -17,7 +17,7 @@ from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import tokenizer_from_vocab, train_tokenizer, unknown_words
 from oner.training.conversion.towers import initialise, tower_fields
 from oner.training.parallel.distributed import rank
-from oner.training.publishing.model_loading import load_model
+from oner.training.publishing.model_loading import check_place, load_model
 
 from .adapters import add_lora
 from .arguments import Arguments, ModelArguments
@@ -52,6 +52,7 @@ def build_processor_and_config(
 
     # tokenizer and configuration: those of a trained model, or new ones
     if model.initial_model is not None:
+        check_place(model.initial_model)
         processor = AutoProcessor.from_pretrained(model.initial_model)
         tokenizer = processor.tokenizer
         if kept is not None and digest_of_tokenizer(kept) != digest_of_tokenizer(tokenizer):

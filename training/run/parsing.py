@@ -13,6 +13,7 @@ from transformers import AutoConfig, HfArgumentParser
 
 from oner.processing.data.places import regular
 from oner.training.objectives.objective import OBJECTIVES, objective_classes
+from oner.training.publishing.model_loading import check_place
 from oner.training.publishing.shipped import find_model, shipped_config
 
 from .argument_checks import check
@@ -132,4 +133,5 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
 def _family_of(initial_model: str | None) -> str:
     if initial_model is None:
         raise ValueError(f"which family? expected --family, or `family` in the file, out of {', '.join(OBJECTIVES)}")
+    check_place(find_model(initial_model))
     return AutoConfig.from_pretrained(find_model(initial_model)).model_type
