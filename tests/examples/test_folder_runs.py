@@ -45,6 +45,7 @@ from oner_command_line import main as command_line
         ("0001", ""),
         ("яблоко_1", "яблоко"),
         ("赤いりんご", "赤いりんご"),
+        ("caf\udce9", "caf\ufffd"),
     ],
 )
 def test_words_of_a_name(name, words):
@@ -69,6 +70,10 @@ def test_captions_beside_a_picture_in_its_name_and_in_its_folder(tmp_path, capsy
     assert pairs["IMG_2.png"] == ["a dog", "the face of a dog"] and "IMG_1.png" not in pairs
     assert "1 of 33 pictures have no words in their names: left out" in capsys.readouterr().out
 
+    # a damaged file says nothing of the others
+    (tmp_path / "a page.jpg").write_text("<html>")
+    assert len(read_folder(tmp_path)) == len(pairs)
+    assert "1 of 33 pictures cannot be used: left out; the first: cannot read" in capsys.readouterr().out
 
 def test_captions_beside_a_picture_are_read_as_they_are_written(tmp_path):
     (tmp_path / "0.txt").write_bytes("\ufeffa café\r\n".encode())
@@ -79,12 +84,15 @@ def test_captions_beside_a_picture_are_read_as_they_are_written(tmp_path):
             captions_of(tmp_path / "0.png", tmp_path)
 
 
-def test_a_table_says_what_its_pictures_show(tmp_path):
+def test_a_table_says_what_its_pictures_show(tmp_path, capsys):
     names = [f"{shade}.png" for shade in range(24)]
     for shade, name in enumerate(names):
         colour(tmp_path, name, shade)
     (tmp_path / "words.csv").write_text("file_name,text\n" + "".join(f"{name},thing {name[0]}\n" for name in names))
+    with (tmp_path / "words.csv").open("a") as table:
+        table.write("gone.png,what is not there\n")
     assert [pair.captions for pair in read_folder(tmp_path)][:2] == [["thing 0"], ["thing 1"]]
+    assert "1 of 25 rows of words.csv cannot be used: left out; the first: row 24: " in capsys.readouterr().out
     (tmp_path / "more.csv").write_text("file_name,text\n")
     with pytest.raises(
         FolderError, match="more.csv, words.csv are all tables; expected one, or one called metadata.csv"
@@ -100,7 +108,7 @@ def test_a_folder_that_says_nothing_is_refused(tmp_path):
     with pytest.raises(FolderError, match="not one of 30 pictures has a name that says what it shows"):
         read_folder(tmp_path)
     colour(tmp_path, "a tree.png", 99)
-    with pytest.raises(FolderError, match="1 pictures with captions; expected 20 different ones or more"):
+    with pytest.raises(FolderError, match="1 different pictures that can be read and have captions; expected 20"):
         read_folder(tmp_path)
 
 
@@ -127,6 +135,21 @@ def test_pictures_are_not_mirrored_where_captions_often_name_sides(capsys):
     pairs[0] = Pair(b"", ["the rightmost car", "a car to the left"], 0)
     assert mirroring(pairs) == {"horizontal_flip": 0.0}
     assert "2 of 38 captions name a side" in capsys.readouterr().out
+
+
+def test_a_size_or_another_family_begins_at_random(tmp_path, monkeypatch):
+    write_named(tmp_path / "photos", 22)
+    monkeypatch.chdir(tmp_path)
+    for line, begins in (([], True), (["--size", "tiny"], False), (["--config", "simla_emoji"], False)):
+        folders.folder_line("photos", line)
+        told = read_config("runs/photos/run.yaml")
+        assert (told["initial_model"] is not None) is begins and told["size"] == (
+            line[1] if "tiny" in line else "nano"
+        )
+    with pytest.raises(FolderError, match="--family simla: oner_folder is of oner; expected --config too"):
+        folders.folder_line("photos", ["--family", "simla"])
+    with pytest.raises(FolderError, match="is a file; expected a directory"):
+        folders.folder_line("photos", ["--output_dir", "runs/photos/run.yaml"])
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import yaml
 from oner.processing.data.augmentation import names_a_side
 from oner.processing.data.same_pictures import picture_digest
 from oner.processing.data.sources import TABLES, open_rows
+from oner.processing.image_processing_vl import ImageDecodeError, open_image
 from oner.processing.pipeline_image_text_retrieval import list_pictures
 from oner.training.publishing.shipped import shipped_checkpoint, shipped_config
 from oner.training.run.parsing import read_config
@@ -72,8 +74,12 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
     first.add_argument("--config")
     first.add_argument("--output_dir", "--output-dir", type=Path, default=Path("runs") / place.name)
     first.add_argument("--seed", type=int, default=0)
+    first.add_argument("--family")
+    first.add_argument("--size")
     told, rest = first.parse_known_args(line)
     output = told.output_dir
+    if output.is_file():
+        raise FolderError(f"--output_dir {output} is a file; expected a directory, new or of this run")
     pairs = read_folder(place)
     train, held_out = hold_out(pairs, told.seed)
     for sentence in describe(place, pairs, len(held_out)):
@@ -90,9 +96,14 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
     file = told.config or CONFIG
     base = Path(file).resolve() if Path(file).is_file() else shipped_config(file)
     own = {} if told.config is None else read_config(file)
+    ships = json.loads((shipped_checkpoint() / "config.json").read_text(encoding="utf-8"))["model_type"]
+    family = told.family or own.get("family") or ships
+    if family != ships and told.config is None:
+        raise FolderError(f"--family {family}: {CONFIG} is of {ships}; expected --config too, one of {family}'s")
     low, high = EPOCHS
     chosen = {
-        "initial_model": str(shipped_checkpoint()),
+        # a model of another family, or of a size that is told, begins at random
+        "initial_model": str(shipped_checkpoint()) if family == ships and told.size is None else None,
         "batch_size": min(BATCH, len(train)),
         "epochs": min(high, max(low, round(PAIRS / len(train)))),
         "resume": "auto",
@@ -111,6 +122,7 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
         "id_column": "id",
         "output_dir": str(output),
         "seed": told.seed,
+        **{name: getattr(told, name) for name in ("family", "size") if getattr(told, name) is not None},
     }
     _write(output / "run.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     return ["--config", str(output / "run.yaml"), *rest]
@@ -141,8 +153,11 @@ def read_folder(folder: Path) -> list[Pair]:
     """The folder's pairs, in the order of file names or of its table."""
     if (table := find_table(folder)) is not None:
         rows = open_rows(table, "pairs", bad_rows="skip")
-        good = [rows[number] for number in range(len(rows)) if rows.reason(number) is None]
-        pairs = [_of_row(row) for row in good]
+        bad = {number: reason for number in range(len(rows)) if (reason := rows.reason(number)) is not None}
+        tell_left_out(
+            [f"row {number}: {reason}" for number, reason in bad.items()], len(rows), f"rows of {table.name}"
+        )
+        pairs = [_of_row(rows[number]) for number in range(len(rows)) if number not in bad]
     else:
         pictures = list_pictures(folder)
         if not pictures:
@@ -157,9 +172,34 @@ def read_folder(folder: Path) -> list[Pair]:
             )
         if len(pairs) < len(pictures):
             print(f"{len(pictures) - len(pairs)} of {len(pictures)} pictures have no words in their names: left out")
-    if len({pair.picture for pair in pairs}) < FEWEST:
-        raise FolderError(f"{folder}: {len(pairs)} pictures with captions; expected {FEWEST} different ones or more")
+    pairs = readable(pairs)
+    if (different := len({pair.picture for pair in pairs})) < FEWEST:
+        raise FolderError(
+            f"{folder}: {different} different pictures that can be read and have captions; expected {FEWEST} or more"
+        )
     return pairs
+
+
+def readable(pairs: Sequence[Pair]) -> list[Pair]:
+    """Those whose picture can be read; of the others it is said how many, and what is wrong with the first."""
+    with ThreadPoolExecutor() as threads:
+        reasons = list(threads.map(_unreadable, [pair.image for pair in pairs]))
+    tell_left_out([reason for reason in reasons if reason is not None], len(pairs), "pictures")
+    return [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
+
+
+def _unreadable(image: str | bytes) -> str | None:
+    try:
+        open_image(image, finish=lambda picture: None)
+    except ImageDecodeError as error:
+        return str(error)
+    return None
+
+
+def tell_left_out(reasons: Sequence[str], total: int, what: str) -> None:
+    """Prints how many of what was found are no good, and why the first is not."""
+    if reasons:
+        print(f"{len(reasons)} of {total} {what} cannot be used: left out; the first: {reasons[0]}")
 
 
 def find_table(folder: Path) -> Path | None:
@@ -184,7 +224,7 @@ def _of_row(row: Mapping[str, Any]) -> Pair:
 
 
 def _digest(image: str | bytes) -> Hashable:
-    """Equal for equal files, whatever they are called; a file that cannot be read is left to the quarantine."""
+    """Equal for equal files, whatever they are called."""
     try:
         return picture_digest(Path(image).read_bytes() if isinstance(image, str) else image)
     except OSError:
@@ -214,6 +254,7 @@ def captions_of(picture: Path, folder: Path) -> list[str]:
 
 def words_of(name: str) -> str:
     """The words of a file's name: "red-apple_03" is "red apple", "IMG_2041" is "", and so is a digest."""
+    name = os.fsencode(name).decode("utf-8", "replace")  # of another encoding, as old archives have them
     tokens = re.split(r"[\s_\-.+,()\[\]]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
     telling = [token for token in tokens if any(letter.isalpha() for letter in token) and not _is_code(token)]
     return " ".join(telling) if any(token.lower() not in NAMELESS for token in telling) else ""
@@ -268,9 +309,9 @@ def describe(folder: Path, pairs: Sequence[Pair], held_out: int) -> Iterator[str
 
 def write_pairs(path: Path, pairs: Sequence[Pair], ids: Sequence[int]) -> None:
     """A table of pairs, unless the same is there already."""
-    # a column is of bytes or of paths
+    # a column is of bytes or of paths, and these are UTF-8
     images = [pair.image for pair in pairs]
-    if any(isinstance(image, bytes) for image in images):
+    if any(isinstance(image, bytes) or not _is_utf8(image) for image in images):
         images = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
     columns = {
         "image": pa.array(images),
@@ -284,6 +325,10 @@ def write_pairs(path: Path, pairs: Sequence[Pair], ids: Sequence[int]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(table, part)
     os.replace(part, path)
+
+
+def _is_utf8(name: str) -> bool:
+    return name == name.encode("utf-8", "replace").decode("utf-8")
 
 
 def _write(path: Path, text: str) -> None:
