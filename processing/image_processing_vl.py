@@ -27,6 +27,8 @@ from .image_fetching import BYTES_PER_PIXEL, decoding, fetch_bytes, from_base64,
 from .vl_sources import is_many
 
 MAX_PIXELS = 89_478_485  # PIL's own warning threshold: a quarter of a GiB at 3 bytes a pixel
+LONGEST = 100  # times as long as wide; where the middle is cut out, it is all that is resized of a longer picture
+_HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 _FLOATS = (np.float16, np.float32, np.float64)
 
 # Raster formats decoded by code inside Pillow. Left out on purpose: EPS (runs Ghostscript), WMF, and the
@@ -193,7 +195,10 @@ def _from_stream(stream: Any, name: str, max_pixels: int | None, finish: Callabl
     try:
         image = Image.open(stream, formats=_formats())
     except UnidentifiedImageError as error:
-        raise ImageDecodeError(f"cannot read {name}: not a picture in a known format, starts with {head!r}") from error
+        what = (
+            "HEIC, which is not read here; save it as JPEG or PNG" if head[4:12] in _HEIC else f"starts with {head!r}"
+        )
+        raise ImageDecodeError(f"cannot read {name}: not a picture in a known format, {what}") from error
     except Exception as error:  # Pillow's parsers raise many types on hostile headers; all mean the same here
         raise ImageDecodeError(f"cannot read {name}: {_reason(error)}") from error
     _check_pixels(image.size, max_pixels, name)
@@ -424,6 +429,9 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
         size = _resized(options)
 
         def finish(image: Image.Image) -> torch.Tensor:
+            most = LONGEST * min(image.size)
+            if options["do_center_crop"] and max(image.size) > most:
+                image = tvF.center_crop(image, [min(side, most) for side in reversed(image.size)])
             pixels = tvF.pil_to_tensor(image).to(options.get("device") or "cpu")  # (3, h, w) uint8
             return self.resize(pixels, size, options["resample"]) if options["do_resize"] else pixels
 

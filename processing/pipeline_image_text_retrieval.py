@@ -77,7 +77,11 @@ def report_skipped(index: RetrievalIndex, seen: int) -> None:
     if seen == 0:
         raise ValueError("nothing to index: the list is empty")
     skipped = index.skipped
-    first = f"{skipped[0]['item']}: {skipped[0]['reason']}" if skipped else ""
+    first = ""
+    if skipped:
+        item = str(skipped[0]["item"])
+        reason = skipped[0]["reason"]
+        first = reason if item in reason else f"{item}: {reason}"
     if len(skipped) == seen:
         raise ValueError(f"not one of {seen} entries could be read; the first: {first}")
     if skipped:

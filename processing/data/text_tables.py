@@ -87,6 +87,11 @@ def csv_names(file: Path) -> list[str]:
 def _header(file: Path, fields: list[str]) -> list[str]:
     if not fields or len(set(fields)) != len(fields):
         raise PairDataError(f"{file}: the first line must name the columns, each once; got {fields}")
+    if len(fields) == 1 and any(sign in fields[0] for sign in ";\t,"):
+        expected = "tabs" if separator(file) == "\t" else "commas"
+        raise PairDataError(
+            f"{file}: the first line is one field, {fields[0]!r}; expected {expected} between the columns"
+        )
     return fields
 
 

@@ -76,6 +76,11 @@ for _name, _content in NO_PICTURES.items():
     REFUSED[_name] = (lambda image, content=_content: content), UNKNOWN
 
 
+@refused("HEIC of a phone", "not a picture in a known format, HEIC, which is not read here; save it as JPEG")
+def _(image: Image.Image) -> bytes:
+    return b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(64)
+
+
 @refused("0 bytes", "0 bytes|empty")
 def _(image: Image.Image) -> bytes:
     return b""

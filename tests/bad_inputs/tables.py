@@ -57,7 +57,7 @@ CSV = {
     "csv without lines": ("", "the first line must name the columns"),
     "csv of a header alone": ("file_name,text\n", "cannot be read as csv"),
     "csv with a column twice": ("file_name,text,text\n0.png,a,b\n", "the first line must name the columns, each once"),
-    "csv with semicolons": ("file_name;text\n0.png;apple\n", "none of the columns image, file_name, image_path"),
+    "csv with semicolons": ("file_name;text\n0.png;apple\n", "the first line is one field, .*; expected commas"),
     "csv with a quote that is never closed": (changed(2, '1.png,"pear'), "row 1: has wrong quoting, from line 3 on"),
     "csv with a quote that the next row closes": (
         'file_name,text\n0.png,apple\n1.png,"pear\n2.png,plum\n3.png,"fig\n4.png,lemon\n',

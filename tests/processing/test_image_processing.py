@@ -428,3 +428,12 @@ def test_save_and_load(emoji, tmp_path):
         assert torch.equal(
             loaded(emoji, return_tensors="pt")["pixel_values"], processor(emoji, return_tensors="pt")["pixel_values"]
         )
+
+
+def test_of_a_picture_long_beyond_measure_the_middle_alone_is_resized():
+    """Its shorter side as wide as the window, a line of 20,000 pixels would take a hundred million."""
+    processor = VisionLanguageImageProcessor(size=32, patch_size=8, do_center_crop=True)
+    for width, height in ((1, 20_000), (20_000, 1)):
+        line = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+        assert max(processor.shrink(line).shape) == 32 * image_processing_vl.LONGEST
+        assert processor(line, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
