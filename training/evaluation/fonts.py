@@ -1,7 +1,8 @@
-"""A font that has the letters of a text: Pillow's own has Latin ones alone."""
+"""A font that has the letters of a text: Pillow's own has little beyond ASCII."""
 
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 from PIL import ImageFont
@@ -9,8 +10,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# what Pillow's own font has: Latin with its accents, and marks of punctuation
-LATIN = frozenset([*range(0x20, 0x180), *map(ord, "‘’“”–—…•")])
+# files that Pillow finds among the system's by their names alone: Linux, Windows, macOS
+USUAL = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "arial.ttf", "Arial Unicode.ttf")
+NOWHERE = chr(0x10FFFF)  # no character, which every font draws as it draws what it lacks
 
 
 def font(size: int, text: str = "") -> Any:
@@ -18,9 +20,8 @@ def font(size: int, text: str = "") -> Any:
     Pillow's own font at `size` pixels, or the first installed one that has every character of `text`; the one that has
     most of them where none has all, which is said once.
     """
-    needed = frozenset(ord(character) for character in text if character.isprintable())
-    file = None if needed <= LATIN else _file_with(needed)
-    return _loaded(file, size)
+    needed = frozenset(one for one in text if one.isprintable() and not one.isspace())
+    return _loaded(_file_with(needed), size)
 
 
 @lru_cache
@@ -29,37 +30,45 @@ def _loaded(file: str | None, size: int) -> Any:
 
 
 @lru_cache
-def _file_with(needed: frozenset[int]) -> str | None:
-    best, most = None, len(needed & LATIN)
-    for file, characters in _installed():
-        found = len(needed & characters)
-        if found == len(needed):
-            return file
-        if found > most:
-            best, most = file, found
-    missing = "".join(map(chr, sorted(needed - (_characters(best) if best else LATIN))))
-    logger.warning_once(f"no installed font has {missing[:20]!r}: drawn as boxes; install one of the script")
+def _file_with(needed: frozenset[str]) -> str | None:
+    best = None
+    missing = _lacking(None, needed)
+    if not missing:
+        return best
+    for file in _installed():
+        lacking = _lacking(file, needed)
+        if len(lacking) < len(missing):
+            best = file
+            missing = lacking
+        if not missing:
+            return best
+    shown = "".join(sorted(missing))[:20]
+    advice = (
+        "install one of the script" if _has_matplotlib() else "pip install matplotlib, which has one and finds others"
+    )
+    logger.warning_once(f"no font was found that has {shown!r}: drawn as boxes; {advice}")
     return best
 
 
-def _installed() -> Iterator[tuple[str, frozenset[int]]]:
-    """Files and their characters: matplotlib's DejaVu, then the system's, by name; none without matplotlib."""
-    try:
-        from matplotlib import font_manager
-    except ImportError:
+def _has_matplotlib() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+def _installed() -> Iterator[str]:
+    """Files of fonts: matplotlib's DejaVu, then the system's, by name; without matplotlib those that are usual."""
+    if not _has_matplotlib():
+        yield from USUAL
         return
-    for file in [font_manager.findfont("DejaVu Sans"), *sorted(font_manager.findSystemFonts())]:
-        if characters := _characters(file):
-            yield file, characters
+    from matplotlib import font_manager
+
+    yield from (font_manager.findfont("DejaVu Sans"), *sorted(font_manager.findSystemFonts()))
 
 
-@lru_cache
-def _characters(file: str) -> frozenset[int]:
-    """Code points that a font file has; none of one that FreeType or Pillow cannot read."""
-    from matplotlib.ft2font import FT2Font
-
+def _lacking(file: str | None, needed: frozenset[str]) -> frozenset[str]:
+    """Those characters that a font draws as its box; all, of one that Pillow cannot read."""
     try:
-        ImageFont.truetype(file, 12)
-        return frozenset(FT2Font(file).get_charmap())
-    except (OSError, RuntimeError):
-        return frozenset()
+        face = _loaded(file, 12)
+        box = bytes(face.getmask(NOWHERE))
+        return frozenset(one for one in needed if bytes(face.getmask(one)) == box)
+    except (OSError, ValueError):
+        return needed
