@@ -26,7 +26,7 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format compare evidence evidence-transfer evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test wheel-test resume-matrix walk docs dist clean
 
 help:
-	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (15 minutes, 2 cores)'
+	@echo 'make demo               install, pretrain a small OneR on the embedded pairs, evaluate, draw (8 minutes, 2 cores)'
 	@echo 'make scenes             SCENES=40000 composed pictures to train on, and what to judge by, in runs/scenes (3 minutes)'
 	@echo 'make icons              200,000 named icons to train on and to judge by, fetched by npm, in runs/icons (6 minutes of one core)'
 	@echo 'make momo               a small MoMo in three stages: emoji, composed scenes, glosses; in runs/momo_small (slow)'
