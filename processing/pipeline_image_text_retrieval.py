@@ -46,6 +46,7 @@ from .retrieval_sources import (
     read_query,
     read_row,
     rows_of,
+    told_of,
 )
 from .retrieval_unfinished import UnfinishedIndex, unfinished_index
 from .vl_sources import iterate, warn_caller
@@ -77,18 +78,12 @@ def report_skipped(index: RetrievalIndex, seen: int) -> None:
     if seen == 0:
         raise ValueError("nothing to index: the list is empty")
     skipped = index.skipped
-    first = ""
-    if skipped:
-        item = str(skipped[0]["item"])
-        reason = skipped[0]["reason"]
-        first = reason if item in reason else f"{item}: {reason}"
+    first = told_of(skipped[0]["item"], skipped[0]["reason"]) if skipped else ""
     if len(skipped) == seen:
         raise ValueError(f"not one of {seen} entries could be read; the first: {first}")
     if skipped:
-        warn_caller(
-            f"{len(skipped)} of {seen} entries could not be read and are left out (index.skipped lists them); "
-            f"the first: {first}"
-        )
+        said = f"{len(skipped)} of {seen} entries could not be read and are left out (index.skipped lists them)"
+        warn_caller(f"{said}; the first: {first}")
 
 
 class ImageTextRetrievalPipeline(VisionLanguagePipeline):

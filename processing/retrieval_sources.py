@@ -193,4 +193,9 @@ def name_of(picture: Any, position: int) -> str:
     return str(path) if path else f"picture {position}"
 
 
+def told_of(item: Any, reason: str) -> str:
+    """What is wrong with an entry, behind its name where the reason does not have that."""
+    return reason if str(item) in reason else f"{item}: {reason}"
+
+
 __all__ = ["PICTURE_SUFFIXES", "Query", "gather_queries", "list_pictures", "read_query", "read_row", "rows_of"]

@@ -152,6 +152,20 @@ def test_a_size_or_another_family_begins_at_random(tmp_path, monkeypatch):
         folders.folder_line("photos", ["--output_dir", "runs/photos/run.yaml"])
 
 
+def test_what_a_run_has_learned_from_is_not_written_over(tmp_path, monkeypatch):
+    photos = write_named(tmp_path / "photos", 23)
+    monkeypatch.chdir(tmp_path)
+    folders.folder_line("photos", [])
+    before = [Path(f"runs/photos/{name}.parquet").read_bytes() for name in ("pairs", "held_out")]
+    Path("runs/photos/checkpoint-00000001").mkdir()
+    sorted(photos.iterdir())[3].unlink()
+    with pytest.raises(FolderError, match="others than when runs/photos began; --output_dir begins a new run"):
+        folders.folder_line("photos", [])
+    assert before == [Path(f"runs/photos/{name}.parquet").read_bytes() for name in ("pairs", "held_out")]
+    folders.folder_line("photos", ["--allow_changes"])
+    assert before[0] != Path("runs/photos/pairs.parquet").read_bytes()
+
+
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.filterwarnings("ignore:the tokenizer of .* does not know:UserWarning")
 def test_a_folder_is_trained_on_and_searched(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from PIL import Image
@@ -51,7 +52,7 @@ def tell(
     print(f"model directory: {directory}")
     print(f"drawn: {', '.join(drawn)}")
     if of_folder:
-        print(f'search it: oner search {output_dir} "{example_of(evaluators[0])}"')
+        print(f'search it: oner search {quote(str(output_dir))} "{example_of(evaluators[0])}"')
     print(word(output_dir, rows))
 
 

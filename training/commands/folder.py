@@ -70,26 +70,24 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
         FolderError: there are no pictures, too few, or none with captions.
     """
     place = Path(folder).resolve()
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--output_dir", "--output-dir", type=Path, default=Path("runs") / place.name)
-    first.add_argument("--seed", type=int, default=0)
-    first.add_argument("--family")
-    first.add_argument("--size")
-    told, rest = first.parse_known_args(line)
+    told, rest = told_first(place, line)
     output = told.output_dir
-    if output.is_file():
-        raise FolderError(f"--output_dir {output} is a file; expected a directory, new or of this run")
     pairs = read_folder(place)
     train, held_out = hold_out(pairs, told.seed)
     for sentence in describe(place, pairs, len(held_out)):
         print(sentence)
 
     # the pairs, beside what the run leaves
-    output.mkdir(parents=True, exist_ok=True)
     ids = concepts(pairs)
-    for name, rows in (("pairs", train), ("held_out", held_out)):
-        write_pairs(output / f"{name}.parquet", [pairs[row] for row in rows], [ids[row] for row in rows])
+    tables = {
+        output / f"{name}.parquet": table_of([pairs[row] for row in rows], [ids[row] for row in rows])
+        for name, rows in (("pairs", train), ("held_out", held_out))
+    }
+    if not {"--allow_changes", "--allow-changes"} & set(rest):
+        check_unchanged(place, output, tables)
+    output.mkdir(parents=True, exist_ok=True)
+    for path, table in tables.items():
+        write_pairs(path, table)
     _write(output / "folder.json", json.dumps({"folder": str(place)}))
 
     # the values chosen here, which the caller's own file overrides
@@ -136,6 +134,20 @@ def mirroring(pairs: Sequence[Pair]) -> dict[str, float]:
         return {}
     print(f"{named} of {len(captions)} captions name a side, left or right: pictures are not mirrored")
     return {"horizontal_flip": 0.0}
+
+
+def told_first(folder: Path, line: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What decides of the run of a folder, and the rest of the line. Raises `FolderError`."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--output_dir", "--output-dir", type=Path, default=Path("runs") / folder.name)
+    first.add_argument("--seed", type=int, default=0)
+    first.add_argument("--family")
+    first.add_argument("--size")
+    told, rest = first.parse_known_args(line)
+    if told.output_dir.is_file():
+        raise FolderError(f"--output_dir {told.output_dir} is a file; expected a directory, new or of this run")
+    return told, rest
 
 
 def pictures_of(run: str | Path) -> Path | None:
@@ -307,8 +319,19 @@ def describe(folder: Path, pairs: Sequence[Pair], held_out: int) -> Iterator[str
         )
 
 
-def write_pairs(path: Path, pairs: Sequence[Pair], ids: Sequence[int]) -> None:
-    """A table of pairs, unless the same is there already."""
+def check_unchanged(folder: Path, output: Path, tables: Mapping[Path, pa.Table]) -> None:
+    """Raises `FolderError` where a run has learned from other pairs, which stay beside it."""
+    if not any(output.glob("checkpoint-*")):
+        return
+    if any(path.is_file() and not pq.read_table(path).equals(table) for path, table in tables.items()):
+        raise FolderError(
+            f"{folder}: its pictures or captions are others than when {output} began; --output_dir begins a new run, "
+            f"--allow_changes goes on with this one"
+        )
+
+
+def table_of(pairs: Sequence[Pair], ids: Sequence[int]) -> pa.Table:
+    """Pairs as a table: pictures, captions, and what counts as one thing."""
     # a column is of bytes or of paths, and these are UTF-8
     images = [pair.image for pair in pairs]
     if any(isinstance(image, bytes) or not _is_utf8(image) for image in images):
@@ -318,7 +341,11 @@ def write_pairs(path: Path, pairs: Sequence[Pair], ids: Sequence[int]) -> None:
         "captions": pa.array([pair.captions for pair in pairs], SCHEMA["captions"]),
         "id": pa.array(ids, SCHEMA["id"]),
     }
-    table = pa.table(columns)
+    return pa.table(columns)
+
+
+def write_pairs(path: Path, table: pa.Table) -> None:
+    """A table of pairs, unless the same is there already."""
     if path.is_file() and pq.read_table(path).equals(table):
         return
     # all processes of a launch write the same file

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -57,9 +58,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         start = time.monotonic()
         built = build_backend(options.backend, options.destination, **backend_options(options))
         print(f"built {options.backend} over {len(built)} items in {time.monotonic() - start:.0f} s")
-    model = f" --model {options.model}" if options.model else ""
+    model = f" --model {quote(options.model)}" if options.model else ""
     backend = f" --backend {options.backend}" if options.backend != "exact" else ""
-    print(f'search them: oner search {options.destination} "words"{model}{backend}')
+    print(f'search them: oner search {quote(options.destination)} "words"{model}{backend}')
     return 0
 
 

@@ -223,5 +223,8 @@ def _keep(pipe: ImageTextRetrievalPipeline, names: list[str], files: Sequence[st
             print(f"indexing again: {error}")
             for file in (*cache.glob("embeddings-*.safetensors"), cache / INDEX_FILE):
                 file.unlink(missing_ok=True)  # what is left of a damaged index must not be in the way
+    there = next(one for one in (cache.absolute(), *cache.absolute().parents) if one.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{cache}, where the index is kept, cannot be written; --index-cache names another place")
     pipe.index(rows, directory=cache)
     listing_file.write_text(json.dumps(listing))

@@ -130,7 +130,12 @@ def _read_pickle(path: Path) -> object:
         # torch's unpickler raises pickle's own error class, which this package does not import
         if type(error).__name__ != "UnpicklingError":
             raise
-        raise CheckpointFileError(f"{path}: holds more than weights: {str(error).splitlines()[0]}") from error
+        # torch's own text goes on with the advice to trust the file
+        named = re.search(r"Unsupported \w+: GLOBAL (\S+)", str(error))
+        what = (
+            f"holds more than weights: {named[1]}" if named else "cannot be read as weights: no checkpoint of torch's"
+        )
+        raise CheckpointFileError(f"{path}: {what}") from error
 
 
 def _foreign_names(path: Path) -> set[str]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 
 from safetensors import SafetensorError
 
@@ -118,7 +119,7 @@ def word(directory: str | Path, rows: Mapping[str, Rows] | None = None) -> str:
         return f"doctor: could not check this run: {error}"
     if not found:
         return "doctor: nothing found"
-    return f"doctor: {'; '.join(finding.name for finding in found)} (oner doctor {directory} tells more)"
+    return f"doctor: {'; '.join(finding.name for finding in found)} (oner doctor {quote(str(directory))} tells more)"
 
 
 def describe(found: Sequence[Finding], notes: Sequence[str]) -> str:

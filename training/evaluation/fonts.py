@@ -43,9 +43,7 @@ def _file_with(needed: frozenset[str]) -> str | None:
         if not missing:
             return best
     shown = "".join(sorted(missing))[:20]
-    advice = (
-        "install one of the script" if _has_matplotlib() else "pip install matplotlib, which has one and finds others"
-    )
+    advice = "install one of the script" if _has_matplotlib() else "pip install matplotlib, which finds more fonts"
     logger.warning_once(f"no font was found that has {shown!r}: drawn as boxes; {advice}")
     return best
 

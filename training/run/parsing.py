@@ -41,7 +41,7 @@ def read_config(path: str | Path, below: tuple[Path, ...] = ()) -> dict[str, Any
     except RecursionError as error:
         raise ValueError(f"{path}: is nested too deep to be read; expected a mapping of argument names") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+        raise ValueError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of argument names, got {type(values).__name__}")
     base = values.pop("base", None)
