@@ -23,6 +23,7 @@ from oner.processing.data.sources import PairDataError, open_rows
 from oner.processing.image_processing_vl import VisionLanguageImageProcessor
 from oner.processing.processing_vl import VisionLanguageProcessor
 from oner.processing.vl_tokenizer import train_tokenizer
+from oner.training.commands import evaluate
 from oner.training.commands.evaluate import chosen_tasks, read, read_gallery
 from oner.training.evaluation.embedding import Gallery, embed_pairs, gallery_vectors, spaced
 from oner.training.evaluation.labels import class_numbers, open_labelled
@@ -290,3 +291,21 @@ def test_composed_queries_and_languages(model_directory, tmp_path):
     values = evaluated([*common, "--data", str(tmp_path / "two.parquet"), "--id_column", "hexcode", *languages])
     assert values["two/backwards/of_en"] == values["two/en/tr_r@24"] == 1
     assert read_results(tmp_path)["two.languages"]["protocol"]["languages"] == ["en", "backwards"]
+
+
+def test_a_sheet_that_cannot_be_drawn_costs_no_numbers(tmp_path, monkeypatch, capsys):
+    """Without matplotlib, of all tasks: those before it have told theirs, and those behind it tell theirs."""
+
+    def told(model, processor):
+        yield "gap", 0.5
+        raise ImportError("drawing needs matplotlib")
+
+    monkeypatch.setattr(evaluate, "write_results", lambda *_: None)
+    options = SimpleNamespace(output=tmp_path, tasks=None, limit=None, gallery=None, class_names=None, model="m")
+    facts = {"task": "gap", "split": "pairs", "rows": 1}
+    numbers, drawn = evaluate.record(options, facts, SimpleNamespace(run=told), None, None)
+    assert (numbers, drawn) == ({"pairs/gap": 0.5}, {})
+    assert "pairs: gap ends here, as drawing needs matplotlib" in capsys.readouterr().out
+    options.tasks = ["gap"]
+    with pytest.raises(ImportError):
+        evaluate.record(options, facts, SimpleNamespace(run=told), None, None)

@@ -75,6 +75,7 @@ def test_captions_beside_a_picture_in_its_name_and_in_its_folder(tmp_path, capsy
     assert len(read_folder(tmp_path)) == len(pairs)
     assert "1 of 33 pictures cannot be used: left out; the first: cannot read" in capsys.readouterr().out
 
+
 def test_captions_beside_a_picture_are_read_as_they_are_written(tmp_path):
     (tmp_path / "0.txt").write_bytes("\ufeffa café\r\n".encode())
     assert captions_of(tmp_path / "0.png", tmp_path) == ["a café"]

@@ -52,7 +52,7 @@ def write_page(options: argparse.Namespace, directory: str | Path) -> None:
     model, pipe, indexes = open_search(options)
     space = Space(model, indexes, picture_of, options.title, options.limit)
     for name, count in write_space(space, directory, pipe).items():
-        print(f"{name}: {count} items")
+        print(f"{name}: {count} items" + ", evenly spaced; --limit takes more" * (count == options.limit))
 
 
 def index_of_run(place: Path) -> Path:
