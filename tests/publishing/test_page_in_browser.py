@@ -85,7 +85,7 @@ def test_words_then_a_click_show_answers_and_a_map(browser, search):
     assert browser.locator("#where img").evaluate("picture => picture.naturalWidth") == 512
     facts = browser.inner_text("#facts")
     third = expected(search, "named", "a face")[2].split(" ", 1)[1]
-    assert facts.startswith(f"3. {third}") and "Cosines from" in facts and ".png" in facts
+    assert facts.startswith(f"3. {third}") and "speaks for the words" in facts and ".png" in facts
     assert not browser.elsewhere
 
 
