@@ -66,6 +66,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"\nrank  score  item, of {len(pipe.retrieval_index)} in {(source or place).name}")
         for rank, answer in enumerate(answers, 1):
             path = shown(answer)["path"] or ""
+            path = "" if path == str(place) else path  # of a table, the header has said it
             print(f"{rank:4d}  {answer['score']:+.3f}  {caption_of(answer['item'])}  {path}".rstrip())
     if not answers and not options.json:
         print(f"no item meets {' and '.join(options.where)}; their columns: {', '.join(columns(pipe))}")
