@@ -1,4 +1,4 @@
-"""Configuration of CODIS, and of ALBEF, which is CODIS without its codebook. What the paper leaves open is a field."""
+"""Configuration of CODIS, and of ALBEF (CODIS without its codebook). Choices that the paper leaves open are fields."""
 
 from typing import ClassVar, Literal
 
@@ -22,16 +22,16 @@ CODIS_SIZES = {
 class CodisConfig(DualEncoderConfig):
     r"""
     Configuration of a [`CodisModel`]. The defaults are the paper's (Duan et al., 2022, sections 3, 4.2.1): ViT-B/16,
-    BERT-base of which six layers read a text and six above them its image too (123.7 M parameters with the head of
-    masked tokens), and a codebook of 4,000 columns of width 256. With `num_codes=0` it is ALBEF's.
+    BERT-base, whose lower six layers read the text alone and whose upper six also read its image (123.7 M parameters
+    with the masked-token head), and a codebook of 4,000 columns of width 256. `num_codes=0` gives ALBEF.
 
     Args:
-        num_text_layers (`int`): Layers that read a text alone.
-        num_fusion_layers (`int`): Layers above them, which read an image by cross-attention.
-        num_codes (`int`): K, columns of the codebook C (section 3.2: 4,000). 0: no codebook.
-        code_norm (`"forward"` or `"step"`): Codes have unit length because each use divides by their length, or
-            because each step leaves them so (SwAV). Equation 1 is a cosine, and says neither.
-        kwargs: What [`DualEncoderConfig`] takes.
+        num_text_layers (`int`): Number of layers that read a text alone.
+        num_fusion_layers (`int`): Number of layers above them that also read an image, by cross-attention.
+        num_codes (`int`): K, the number of columns of the codebook C (section 3.2: 4,000). 0: no codebook.
+        code_norm (`"forward"` or `"step"`): Normalise the codes to unit length in each forward pass, or after each
+            optimiser step (SwAV). Equation 1 is a cosine and does not say which.
+        kwargs: Arguments of [`DualEncoderConfig`].
     """
 
     model_type = "codis"

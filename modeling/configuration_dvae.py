@@ -6,8 +6,8 @@ from huggingface_hub.dataclasses import strict
 
 from .vl_configuration import VisionLanguageConfig
 
-# name -> (hidden_size, blocks_per_group, num_codes, codebook_dim). base is DALL-E's; nano is for pictures of 32 pixels
-# and one CPU core.
+# name -> (hidden_size, blocks_per_group, num_codes, codebook_dim). base is DALL-E's; nano is for 32-pixel images and
+# one CPU core
 DISCRETE_VAE_SIZES = {"nano": (32, 2, 512, 64), "base": (256, 2, 8192, 128)}
 
 
@@ -18,19 +18,19 @@ class DiscreteVAEConfig(VisionLanguageConfig):
     encoder and 43.83 M in the decoder (Ramesh et al., 2021, appendix A.1, and its code).
 
     Args:
-        num_codes (`int`): Words of the visual vocabulary.
+        num_codes (`int`): Size of the visual vocabulary.
         hidden_size (`int`): Channels of the encoder's first group; the four groups have 1, 2, 4 and 8 times as many.
-        blocks_per_group (`int`): Residual blocks in each of the four groups, of encoder and decoder.
-        codebook_dim (`int`): Channels into which the decoder embeds a code.
-        num_channels (`int`): Colours of a picture.
-        image_size (`int`): Side of the pictures it was trained on; others are taken as well, in multiples of 8.
-        decoder (`bool`): Whether there is one. Codes need the encoder alone.
-        reconstruction (`"logit_laplace"` or `"squared"`): The loss of a reconstructed value: DALL-E's logit-Laplace
-            likelihood with a scale of its own for each value, or the squared error. The first lives on pictures of
-            photographs; on drawings with plain grounds it soon cares for nothing but the ground.
-        kl_weight (`float`): Weight of KL(codes of a place || uniform), in nats a place, beside the reconstruction's
-            mean over values (BEiT's authors and others train without).
-        pixel_margin (`float`): Pixels are squeezed into [margin, 1 - margin] first: `map_pixels` (DALL-E: .1).
+        blocks_per_group (`int`): Residual blocks in each of the four groups of encoder and decoder.
+        codebook_dim (`int`): Width of the decoder's code embeddings.
+        num_channels (`int`): Colour channels of an image.
+        image_size (`int`): Side of the training images in pixels; any multiple of 8 is accepted.
+        decoder (`bool`): Whether to build the decoder. Computing codes needs the encoder alone.
+        reconstruction (`"logit_laplace"` or `"squared"`): Reconstruction loss: DALL-E's logit-Laplace likelihood with
+            a predicted scale per value, or the squared error. The first suits photographs; on drawings with plain
+            backgrounds, the background soon dominates it.
+        kl_weight (`float`): Weight of KL(codes || uniform), in nats per position, added to the reconstruction loss,
+            a mean over values (BEiT's authors and others train without it).
+        pixel_margin (`float`): `map_pixels` first maps pixels to [margin, 1 - margin] (DALL-E: .1).
     """
 
     model_type = "discrete_vae"
@@ -48,11 +48,11 @@ class DiscreteVAEConfig(VisionLanguageConfig):
 
     @property
     def factor(self) -> int:
-        """Pixels a side that one code stands for: three of the four groups end in a pooling by 2."""
+        """Side in pixels of the square that one code covers: three of the four groups end in a pooling by 2."""
         return 8
 
     def validate_architecture(self):
-        """Raises `ValueError` naming the field that does not fit."""
+        """Raises `ValueError` with the name of the invalid field."""
         for name in ("num_codes", "hidden_size", "blocks_per_group", "codebook_dim", "num_channels", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,4 +1,4 @@
-"""Configuration of MoMo. Everything that the paper leaves open is a field, with its source."""
+"""Configuration of MoMo. Each choice that the paper leaves open is a field, with its source."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from .vl_configuration import VisionLanguageConfig
 
 # name -> (hidden_size, layers, heads, decoder_hidden_size, decoder layers, decoder heads). base and large are the
-# paper's, tiny and small DeiT's widths, nano is for images of 64 pixels and two CPU cores
+# paper's, tiny and small have DeiT's widths, nano is for 64-pixel images and two CPU cores
 MOMO_SIZES = {
     "nano": (192, 4, 3, 96, 2, 3),
     "tiny": (192, 12, 3, 128, 4, 4),
@@ -21,47 +21,46 @@ DECODERS = ("image", "text", "pair")
 @strict
 class MomoConfig(VisionLanguageConfig):
     r"""
-    Configuration of a [`MomoModel`]. The defaults are the paper's base model: MAE's ViT-B/16 reads images, texts and
-    pairs, and decoders of 8 layers, 512 wide, complete what it did not see (section 3.3).
+    Configuration of a [`MomoModel`]. The defaults are the paper's base model: MAE's ViT-B/16 encodes images, texts and
+    pairs, and decoders of 8 layers and width 512 reconstruct the masked positions (section 3.3).
 
     Args:
-        vocab_size (`int`): BERT's uncased vocabulary, which makes the paper's 110 and 335 M parameters (Table 1).
+        vocab_size (`int`): BERT's uncased vocabulary, which gives the paper's 110 and 335 M parameters (Table 1).
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps: The
             encoder, pre-norm (MAE). `intermediate_size=None` means `4 * hidden_size`.
-        attention_dropout (`float`): Of its attention.
+        attention_dropout (`float`): Dropout of the encoder's attention weights.
         image_size, patch_size, num_channels (`int`): Images are square, with sides of `image_size` pixels.
         position_image_size (`int`, *optional*): Image size for which the 2-D table is defined; the table is
             interpolated from there to `image_size`. Defaults to `image_size`.
-        position_interpolation (`"bicubic"` or `"recompute"`): Bicubic as in MAE, or sines at the centres of the
-            patches on the old grid.
-        max_text_length (`int`): Maximum text length in tokens, without [CLS]: documents of 512 (FLAVA; the paper does
-            not say).
+        position_interpolation (`"bicubic"` or `"recompute"`): Interpolate the table bicubically as in MAE, or
+            recompute the sines at the new patch centres in the old grid's coordinates.
+        max_text_length (`int`): Maximum text length in tokens, without [CLS]: 512 as in FLAVA; the paper does not say.
         scale_word_embeddings (`bool`): Multiply word embeddings by sqrt(D) before the fixed sines are added (Vaswani
             et al., 2017, section 3.4). The paper does not say; off by default.
         initializer_range (`float`): Standard deviation of word and mask embeddings (MAE, BERT: 0.02).
-        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads (`int`): Each decoder (section 3.3;
-            the heads are MAE's).
-        decoders (`list[str]`): What is completed, of `image`, `text`, `pair`: a decoder for each (section 3.3). A
-            stage needs those of its losses.
-        pair_decoder (`"joint"` or `"separate"`): One decoder over [CLS], patches and words of a pair, or one for each
-            modality, over its own alone ("separate decoders for different modalities", section 4.2). Figure 3's box of
-            stage 3 does not say.
-        shared_decoder (`bool`): One decoder for images, texts and pairs alike (Table 6, "Shared decoder?").
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads (`int`): Size of each decoder
+            (section 3.3; the number of heads is MAE's).
+        decoders (`list[str]`): Which decoders to build, of `image`, `text`, `pair` (section 3.3). A stage needs those
+            of its losses.
+        pair_decoder (`"joint"` or `"separate"`): One decoder over [CLS], patches and words of a pair, or one per
+            modality, over its tokens alone ("separate decoders for different modalities", section 4.2). Figure 3's box
+            of stage 3 does not say.
+        shared_decoder (`bool`): One decoder for images, texts and pairs (Table 6, "Shared decoder?").
         save_decoders (`bool`): Whether saved weights hold the decoders, which [`MomoForMaskedLM`] needs. The paper
             discards them after each stage; checkpoints of a run hold them in any case.
-        projection_dim (`int`): Width of the contrastive space (FLAVA: 768; the paper is silent).
+        projection_dim (`int`): Width of the contrastive space (FLAVA: 768; the paper does not say).
         temperature (`float`): Initial value of the learnable contrastive temperature (CLIP, FLAVA: 0.07).
-        temperature_range (`tuple[float, float]`): It is clamped to this range before each step (FLAVA's code clamps
-            the logarithm of its inverse to [0, 4.6052]).
+        temperature_range (`tuple[float, float]`): The temperature is clamped to this range before each step (FLAVA's
+            code clamps the logarithm of its inverse to [0, 4.6052]).
         pad_token_id, image_token_id, cls_token_id, mask_token_id (`int`): Ids in BERT's vocabulary; the image
             placeholder is `[unused0]`.
     """
 
     model_type = "momo"
     attribute_map = {"d_model": "hidden_size"}
-    # a pair is one sequence of ids, with a placeholder for each patch
+    # a pair is one sequence of ids, with one placeholder per patch
     pair_layout = "joint"
-    # a convolution would let what is dropped be seen by its neighbours
+    # with overlapping convolutions, visible patches would see the pixels of masked ones
     stem = "linear"
 
     vocab_size: int = 30522
@@ -102,7 +101,7 @@ class MomoConfig(VisionLanguageConfig):
         if self.position_image_size is None:
             self.position_image_size = self.image_size
 
-        # a list and a tuple, whatever JSON made of them
+        # JSON turns both into lists
         self.decoders = list(self.decoders)
         self.temperature_range = tuple(self.temperature_range)
         super().__post_init__(**kwargs)

@@ -1,4 +1,4 @@
-"""Configuration of SIMLA. Everything that the paper leaves open, or the code does differently, is a field."""
+"""Configuration of SIMLA. Choices that the paper leaves open, or that its code makes differently, are fields."""
 
 from typing import ClassVar, Literal
 
@@ -20,20 +20,20 @@ SIMLA_SIZES = {
 @strict
 class SimlaConfig(DualEncoderConfig):
     r"""
-    Configuration of a [`SimlaModel`]. The defaults are the paper's: ViT-B/16 below, BERT-base with cross-attention in
-    each of its layers above (section 2.5), 223.10 M parameters.
+    Configuration of a [`SimlaModel`]. The defaults are the paper's: ViT-B/16, and BERT-base with cross-attention in
+    each layer above it (section 2.5), 223.10 M parameters.
 
-    The tokens of an image pass the text encoder's positions too when the image is to be completed (SIMLA's code), so
-    of larger images than `max_position_embeddings` has places none can be (512 suffice for 256 pixels, not for the 384
-    of fine-tuning, which completes none).
+    In masked image modelling, image tokens get the text encoder's positions (SIMLA's code), so the image must have
+    fewer patches than `max_position_embeddings` (512 suffices for 256 pixels, but not for the 384 of fine-tuning,
+    which masks no images).
 
     Args:
         num_visual_codes (`int`): Codes of the image tokenizer (section 2.3: 8192).
-        concept_input (`"projected"` or `"cls"`): What the concept head reads: the unit vector of the contrastive
+        concept_input (`"projected"` or `"cls"`): Input of the concept head: the unit embedding in the contrastive
             space (code, and the count of 238.26 M weights), or the image's [CLS] state (section 2.4).
-        mim_context (`"embeddings"` or `"states"`): What a masked image attends: the text's embeddings, the same at
-            every layer (code), or their states after the text encoder. The paper says "the caption as context".
-        kwargs: What [`DualEncoderConfig`] takes.
+        mim_context (`"embeddings"` or `"states"`): What a masked image attends to: the text's embeddings, the same at
+            every layer (code), or the text encoder's states. The paper says "the caption as context".
+        kwargs: Arguments of [`DualEncoderConfig`].
     """
 
     model_type = "simla"

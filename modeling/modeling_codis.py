@@ -1,7 +1,7 @@
-"""CODIS: two towers that meet in a third, and a codebook in the space that both are embedded in (Duan et al., 2022).
+"""CODIS: an image and a text encoder, fusion layers, and a codebook in the shared embedding space (Duan et al., 2022).
 
 Without the codebook it is ALBEF (Li et al., 2021). B pairs, N patches, S = 1 + N, T positions of a text with its
-[CLS], D width, P embedding width, K codes, M masked tokens, V vocabulary.
+[CLS], D width, P embedding width, K codes, M masked tokens, V vocabulary size.
 """
 
 from dataclasses import dataclass
@@ -72,8 +72,8 @@ class CodisPreTrainedModel(SavedWhole, DualEncoderPreTrainedModel):
 
 class CodisModel(DualEncoder, CodisPreTrainedModel):
     """
-    Both towers, the fusion layers on the text's, and the projections into the contrastive space. Reads text, images,
-    or pairs.
+    Both towers, the fusion layers above the text tower, and the projections into the contrastive space. Takes text,
+    images, or pairs.
 
     Args:
         config (`CodisConfig`): The configuration.
@@ -97,8 +97,8 @@ class CodisModel(DualEncoder, CodisPreTrainedModel):
             interpolate_pos_encoding: Accept other image sizes by interpolating the positions.
 
         A pair's `last_hidden_state` (B, N + T, D) is [CLS] of the fusion layers, the patches of the visual tower, and
-        the tokens of the fusion layers; `token_types` says which is which. Its `pooler_output` (B, P) is the mean of
-        the two unit embeddings: the family's own answer to pairs is the matching score.
+        the tokens of the fusion layers; `token_types` tells them apart. Its `pooler_output` (B, P) is the mean of the
+        two unit embeddings; to score pairs, use the matching head.
 
         Raises:
             ValueError: neither input is given, an image has the wrong size, a text is too long, ids are out of range
@@ -117,7 +117,7 @@ class CodisModel(DualEncoder, CodisPreTrainedModel):
         if input_ids is None:
             return self.image_output(image_states)
 
-        # a pair: the fusion layers stand on the text's states
+        # a pair: the fusion layers start from the text's states
         text_states = self.encode_texts(input_ids, attention_mask, **kwargs)  # (B, T, D)
         pooled = None
         if self.text_projection is not None:
@@ -132,7 +132,7 @@ class CodisModel(DualEncoder, CodisPreTrainedModel):
 
 class CodisForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetrieval, CodisPreTrainedModel):
     """
-    Images against texts by cosine, then the best of them by matching (ALBEF's protocol).
+    Scores images against texts by cosine, then re-ranks the best with the matching head (ALBEF's protocol).
     `AutoModelForZeroShotImageClassification` returns this class.
     """
 
@@ -144,12 +144,12 @@ class CodisForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetr
         self.post_init()
 
     def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
-        # within its range as before a step of training, and never at zero or below
+        # clamped to its range, as before each training step, so that it stays above zero
         return cosines / self.temperature.clamp(*self.config.temperature_range)
 
 
 class CodisForMaskedLM(MaskedTokens, CodisPreTrainedModel):
-    """BERT's language-model head on the fusion layers, or on the text layers when there is no image."""
+    """Masked language modelling: BERT's head on the fusion layers, or on the text layers if there is no image."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "codis.text.embeddings.word_embeddings.weight"}
 
@@ -161,7 +161,7 @@ class CodisForMaskedLM(MaskedTokens, CodisPreTrainedModel):
 
 
 class Codebook(nn.Module):
-    """K codes of the contrastive space, a row each: C of equation 1, transposed. (R, P) -> cosines (R, K)."""
+    """K codes in the contrastive space, one per row: C of equation 1, transposed. (R, P) -> cosines (R, K)."""
 
     def __init__(self, config: CodisConfig):
         super().__init__()
@@ -169,7 +169,7 @@ class Codebook(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.num_codes, config.projection_dim))
 
     def reset(self) -> None:
-        """Evenly on the sphere."""
+        """Draws codes uniformly from the unit sphere."""
         init.normal_(self.weight)
         init.copy_(self.weight, nn.functional.normalize(self.weight, dim=-1))
 
@@ -183,13 +183,13 @@ class CodisPreTrainingOutput(ModelOutput):
     """
     Args:
         temperature (`(1,)`): gamma, the learnable divisor of cosines; None for a teacher, which has none.
-        image_embeds, text_embeds (`(B, P)`): Unit vectors.
-        image_states (`(B, S, D)`): Of the visual tower.
-        itm_logits (`(3B, 2)`): Of the pairs, of each text with its negative image, of each image with its negative
-            text (equation 7).
-        mlm_logits (`(M, V)`, or `(B, T, V)` without places): Of masked tokens beside their images (equation 8).
+        image_embeds, text_embeds (`(B, P)`): Unit embeddings.
+        image_states (`(B, S, D)`): Output of the visual tower.
+        itm_logits (`(3B, 2)`): Matching logits of the pairs, of each text with its negative image, and of each image
+            with its negative text (equation 7).
+        mlm_logits (`(M, V)`, or `(B, T, V)` without places): Logits of masked tokens, given the image (equation 8).
         image_codes, text_codes (`(B, K)`): Cosines of the embeddings with the codes (equation 2).
-        image_key_codes, text_key_codes (`(B, K)`): Of the teacher's features with them (equation 1).
+        image_key_codes, text_key_codes (`(B, K)`): Cosines of the teacher's features with the codes (equation 1).
     """
 
     temperature: torch.FloatTensor | None = None
@@ -208,8 +208,8 @@ class CodisForPreTraining(
     FusedPredictions, TokenPredictions, ImageTextMatching, GroundedMatching, RetrievalFeatures, CodisPreTrainedModel
 ):
     """
-    All that is trained: towers, temperature, codebook, matching and language-model heads. It computes representations
-    and logits; losses, transport, teacher, queues and the draw of negatives are the objective's.
+    Everything that is trained: towers, temperature, codebook, matching and language-model heads. It computes
+    embeddings and logits; the objective owns losses, optimal transport, teacher, queues and negative sampling.
     """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "codis.text.embeddings.word_embeddings.weight"}
@@ -243,15 +243,15 @@ class CodisForPreTraining(
             input_ids, attention_mask (`(B, T)`): Texts, padded on the right.
             pixel_values (`(B, C, H, W)`): Their images.
             masked_input_ids (`(B, T)`): The same ids after masking, for "tokens".
-            mlm_places (`(M,)`): Places of what is to be predicted in the flat (B, T); every place where None.
+            mlm_places (`(M,)`): Indices into the flat (B, T) of the tokens to predict; None predicts all.
             passes: What to compute, of `contrast`, `match`, `tokens`, `codes`.
-            choose_negatives: For "match"; called once the embeddings are there. A pure function of tensors.
-            keys (`(B, P)` twice): For "codes": the teacher's features of images and texts, or None to ask the own.
-            image_states (`(B, S, D)`): Taken instead of the own.
+            choose_negatives: For "match"; called after the embeddings are computed. A pure function of tensors.
+            keys (`(B, P)` twice): For "codes": the teacher's image and text features; None uses this model's own.
+            image_states (`(B, S, D)`): Replaces the visual tower's output, which is then not computed.
             checked: Whether texts and images were already validated; the shapes of masks are checked in any case.
 
         Raises:
-            ValueError: unknown passes, one that lacks what it needs, and what [`CodisModel`] raises.
+            ValueError: a pass is unknown or lacks an input that it needs, and the errors of [`CodisModel`].
         """
         needs = {
             "tokens": ("masked_input_ids", masked_input_ids),
@@ -271,21 +271,21 @@ class CodisForPreTraining(
             image_states = self.codis.vision(pixel_values)  # (B, S, D)
         output.image_states = image_states
 
-        # each alone, in the contrastive space
+        # image and text embeddings in the contrastive space
         text_states = None
         if "contrast" in passes:
             text_states = self.codis.encode_texts(input_ids, attention_mask)  # (B, T, D)
             output.image_embeds = self.codis.embed_images(image_states)  # (B, P)
             output.text_embeds = self.codis.embed_texts(text_states)  # (B, P)
 
-        # where both lie among the codes
+        # cosines of all embeddings with the codes
         if "codes" in passes:
             image_key, text_key = keys or (output.image_embeds.detach(), output.text_embeds.detach())
             own = (output.image_embeds, output.text_embeds, image_key, text_key)
             cosines = self.codebook(torch.cat([part.to(output.image_embeds.dtype) for part in own]))  # (4B, K)
             output.image_codes, output.text_codes, output.image_key_codes, output.text_key_codes = cosines.chunk(4)
 
-        # texts that read an image: pairs and their negatives from states that are there, masked texts from their ids
+        # texts that read an image: pairs and negatives start from text_states, masked texts from their ids
         negatives = None
         if "match" in passes:
             negatives = choose_negatives(output.image_embeds, output.text_embeds, self.temperature)  # (B,), (B,)
@@ -299,7 +299,7 @@ class CodisForPreTraining(
 
 
 class CodisTaskModel(CodisPreTrainedModel):
-    """A tower, without projections where they serve nothing, and what a task adds (section 4.4; ALBEF's protocol)."""
+    """Base of the task models: a tower, with projections only where used (section 4.4; ALBEF's protocol)."""
 
     def __init__(self, config: CodisConfig, add_pooling_layer: bool = False):
         super().__init__(config)
@@ -307,7 +307,7 @@ class CodisTaskModel(CodisPreTrainedModel):
 
 
 class CodisForVisualQuestionAnswering(FusedAnswerGeneration, CodisTaskModel):
-    """Answers from the fused states of a question, by a decoder of `answer_decoder_layers` layers."""
+    """Generates answers from the fused states of a question with a decoder of `answer_decoder_layers` layers."""
 
     _tied_weights_keys = {"decoder.lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight"}
 
@@ -318,7 +318,7 @@ class CodisForVisualQuestionAnswering(FusedAnswerGeneration, CodisTaskModel):
 
 
 class CodisForVisualEntailment(PairClassification, DualEncoderTask, CodisTaskModel):
-    """Does the image contradict the text, say nothing of it, or entail it? Labels 0, 1, 2 (ALBEF's code)."""
+    """Visual entailment: the image contradicts, is neutral to, or entails the text; labels 0, 1, 2 (ALBEF's code)."""
 
     def __init__(self, config: CodisConfig):
         name_labels(config, ENTAILMENT_LABELS)
@@ -329,7 +329,7 @@ class CodisForVisualEntailment(PairClassification, DualEncoderTask, CodisTaskMod
 
 
 class CodisForSequenceClassification(TextClassification, TextReading, CodisTaskModel):
-    """What is a text, or what are two to each other (GLUE)? By [CLS] of the text tower alone."""
+    """Classification of texts or text pairs (GLUE), from [CLS] of the text tower alone."""
 
     def __init__(self, config: CodisConfig):
         super().__init__(config)
@@ -339,7 +339,7 @@ class CodisForSequenceClassification(TextClassification, TextReading, CodisTaskM
 
 
 class CodisForVisualReasoning(TwoImageReasoning, CodisTaskModel):
-    """Is a sentence true of two images (NLVR2)? Labels 0 and 1. The fusion layers stand twice."""
+    """Whether a sentence is true of two images (NLVR2); labels 0 and 1. The fusion layers are duplicated."""
 
     def __init__(self, config: CodisConfig):
         name_labels(config, REASONING_LABELS)
@@ -351,7 +351,7 @@ class CodisForVisualReasoning(TwoImageReasoning, CodisTaskModel):
 
 
 class CodisForTextAssignment(TextAssignment, CodisTaskModel):
-    """Which of two images is a text's own, the first, the second or neither?"""
+    """Three-way classification: a text belongs to the first of two images, to the second, or to neither."""
 
     def __init__(self, config: CodisConfig):
         super().__init__(config, add_pooling_layer=True)

@@ -1,6 +1,6 @@
-"""The discrete image tokenizer: a picture to a grid of visual words, and back (DALL-E's dVAE; Ramesh et al., 2021).
+"""The discrete image tokenizer: encodes an image as a grid of codes, and back (DALL-E's dVAE; Ramesh et al., 2021).
 
-B pictures, H x W pixels in [0, 1], h x w = H/8 x W/8 places, N = h*w of them row by row, K codes.
+B images, H x W pixels in [0, 1], h x w = H/8 x W/8 code positions, N = h*w in row-major order, K codes, E code width.
 """
 
 import math
@@ -19,7 +19,7 @@ from .configuration_dvae import DiscreteVAEConfig
 from .vl_inputs import check_finite, check_image_size
 from .vl_saving import SavedWhole
 
-# sides of a block's four kernels: the 1 x 1 stands last in the encoder, first in the decoder
+# sides of a block's four kernels: the 1 x 1 is last in the encoder, first in the decoder
 ENCODER_KERNELS, DECODER_KERNELS = (3, 3, 3, 1), (1, 3, 3, 3)
 GROUPS = 4
 
@@ -28,12 +28,13 @@ GROUPS = 4
 class DiscreteVAEOutput(ModelOutput):
     """
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*): Reconstruction and weighted KL; none without a decoder.
-        logits (`torch.FloatTensor` of shape `(B, K, h, w)`): Of the codes, in fp32.
-        codes (`torch.LongTensor` of shape `(B, N)`): The most likely code of each place, row by row.
-        reconstruction (`torch.FloatTensor` of shape `(B, C, H, W)`, *optional*): In [0, 1].
+        loss (`torch.FloatTensor` of shape `()`, *optional*): Reconstruction loss plus weighted KL; None without a
+            decoder.
+        logits (`torch.FloatTensor` of shape `(B, K, h, w)`): Logits of the codes, in fp32.
+        codes (`torch.LongTensor` of shape `(B, N)`): Most likely code at each position, row-major.
+        reconstruction (`torch.FloatTensor` of shape `(B, C, H, W)`, *optional*): Reconstructed pixels in [0, 1].
         reconstruction_loss (`torch.FloatTensor` of shape `()`, *optional*): Mean over values.
-        kl (`torch.FloatTensor` of shape `()`): KL of the places' codes to uniform ones in nats, mean over places.
+        kl (`torch.FloatTensor` of shape `()`): KL(codes || uniform) in nats, mean over positions.
     """
 
     loss: torch.FloatTensor | None = None
@@ -46,12 +47,12 @@ class DiscreteVAEOutput(ModelOutput):
 
 class ResidualBlock(nn.Module):
     """
-    x + gain * f(x), f four convolutions with a ReLU before each, through a quarter of the channels.
+    x + gain * f(x), where f is four convolutions, each after a ReLU, with a bottleneck of a quarter of the channels.
 
     Args:
-        channels_in, channels_out (`int`): Where they differ, the path beside f is a 1 x 1 convolution.
+        channels_in, channels_out (`int`): If they differ, the skip path is a 1 x 1 convolution.
         kernels: Sides of the four kernels.
-        gain (`float`): 1 / layers², so that what a deep stack adds is as small as what a shallow one does.
+        gain (`float`): 1 / layers², which keeps the sum of the residuals small in deep stacks.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernels: tuple[int, ...], gain: float):
@@ -75,7 +76,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualGroup(nn.Sequential):
-    """Blocks of one width; the first takes the width before it."""
+    """Blocks of one width; the first also maps from the previous group's width."""
 
     def __init__(self, config: DiscreteVAEConfig, channels_in: int, channels_out: int, kernels: tuple[int, ...]):
         gain = 1 / (GROUPS * config.blocks_per_group) ** 2
@@ -84,7 +85,7 @@ class ResidualGroup(nn.Sequential):
 
 
 class DiscreteVAEEncoder(nn.Module):
-    """Pictures to logits of codes. Groups of 1, 2, 4 and 8 times `hidden_size`, a max-pooling by 2 between them."""
+    """Images to code logits. Groups of 1, 2, 4 and 8 times `hidden_size`, with max-pooling by 2 between them."""
 
     def __init__(self, config: DiscreteVAEConfig):
         super().__init__()
@@ -105,7 +106,7 @@ class DiscreteVAEEncoder(nn.Module):
 
 
 class CodeProjection(nn.Conv2d):
-    """A 1 x 1 convolution of planes of codes, soft or one-hot; of ids without making the planes."""
+    """A 1 x 1 convolution of code probabilities, soft or one-hot; `embed` looks ids up instead."""
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Ids (B, h, w) -> (B, E, h, w)."""
@@ -113,7 +114,7 @@ class CodeProjection(nn.Conv2d):
 
 
 class DiscreteVAEDecoder(nn.Module):
-    """Codes to the mean and the log of the scale of each value. The encoder's widths backwards, doubling the sides."""
+    """Codes to the mean and log scale of each value. The encoder's widths in reverse order, upsampling by 2."""
 
     def __init__(self, config: DiscreteVAEConfig):
         super().__init__()
@@ -135,7 +136,7 @@ class DiscreteVAEDecoder(nn.Module):
 
 class DiscreteVAE(SavedWhole, PreTrainedModel):
     """
-    The tokenizer. `get_codebook_indices` gives a picture's visual words, `decode` draws words, `forward` trains.
+    The tokenizer. `get_codebook_indices` encodes images to codes, `decode` maps codes to images, `forward` trains.
 
     Args:
         config (`DiscreteVAEConfig`): The configuration.
@@ -148,9 +149,9 @@ class DiscreteVAE(SavedWhole, PreTrainedModel):
     # Trainer then divides the loss by the accumulation steps
     accepts_loss_kwargs = False
     _no_split_modules = ["ResidualBlock"]
-    # as DALL-E's code under half precision: codes are told apart, and looked up, in fp32
+    # as in DALL-E's code under half precision: code logits and code embeddings stay in fp32
     _keep_in_fp32_modules_strict = ["encoder.output", "decoder.input"]
-    # an encoder alone is made of a whole one
+    # an encoder alone may load a full checkpoint
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
 
     def __init__(self, config: DiscreteVAEConfig):
@@ -161,7 +162,7 @@ class DiscreteVAE(SavedWhole, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """DALL-E's: N(0, 1 / fan-in), biases zero."""
+        """DALL-E's initialisation: N(0, 1 / fan-in), biases zero."""
         if isinstance(module, nn.Conv2d):
             init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             init.zeros_(module.bias)
@@ -172,19 +173,19 @@ class DiscreteVAE(SavedWhole, PreTrainedModel):
         return (1 - 2 * margin) * pixel_values + margin
 
     def unmap_pixels(self, mapped: torch.Tensor) -> torch.Tensor:
-        """The way back, cut off at 0 and 1. Any shape."""
+        """Inverse of `map_pixels`, clamped to [0, 1]. Any shape."""
         margin = self.config.pixel_margin
         return ((mapped - margin) / (1 - 2 * margin)).clamp(0, 1)
 
     def check_pixels(self, pixel_values: torch.Tensor) -> None:
-        """Raises `ValueError` for another shape, or values outside [0, 1]; values only where looking costs nothing."""
+        """Raises `ValueError` for a wrong shape or, on a CPU and outside tracing, for values outside [0, 1]."""
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values are {pixel_values.dtype}; expected floats in [0, 1]")
         check_image_size(pixel_values, self.config.num_channels, self.config.factor, None)
         if not pixel_values.numel():
             raise ValueError(f"pixel_values have shape {tuple(pixel_values.shape)}; expected one picture at least")
 
-        # reading values makes an accelerator wait, and breaks a compiled graph
+        # reading values synchronises an accelerator and breaks a compiled graph
         if pixel_values.device.type != "cpu" or is_tracing(pixel_values):
             return
         check_finite(pixel_values)
@@ -199,29 +200,29 @@ class DiscreteVAE(SavedWhole, PreTrainedModel):
         """(B, C, H, W) in [0, 1] -> logits (B, K, h, w) in fp32. Raises `ValueError` as `check_pixels` does."""
         self.check_pixels(pixel_values)
         pixels = self.map_pixels(pixel_values).to(self.encoder.input.weight.dtype)
-        # a fifth faster on a CPU, and what half precision wants on a GPU
+        # channels-last is a fifth faster on a CPU, and the preferred layout of half precision on a GPU
         return self.encoder(pixels.contiguous(memory_format=torch.channels_last)).float()
 
     @torch.no_grad()
     def get_codebook_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        The visual words of pictures: (B, C, H, W) in [0, 1] -> (B, N) int64, row by row.
+        Codes of images: (B, C, H, W) in [0, 1] -> (B, N) int64, row-major.
 
-        They are computed in the weights' own precision, whatever autocast is on around: targets must not depend on the
-        precision of the run that predicts them.
+        They are computed in the precision of the weights, outside autocast: targets must not depend on the precision
+        of the run that predicts them.
         """
         with torch.autocast(pixel_values.device.type, enabled=False):
             return self.encode(pixel_values).argmax(1).flatten(1)
 
     def decode(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """
-        Pictures of visual words: (B, N), row by row, -> (B, C, H, W) in [0, 1].
+        Decodes codes to images: (B, N), row-major, -> (B, C, H, W) in [0, 1].
 
         Args:
-            grid: (h, w); a square one if none.
+            grid: (h, w); square if None.
 
         Raises:
-            ValueError: no decoder, ids outside [0, K), a number of places that is no such grid.
+            ValueError: there is no decoder, ids are outside [0, K), or N does not match the grid.
         """
         if codes.ndim != 2 or codes.is_floating_point() or not codes.numel():
             raise ValueError(f"codes are {codes.dtype} of shape {tuple(codes.shape)}; expected whole numbers (B, N)")
@@ -233,13 +234,13 @@ class DiscreteVAE(SavedWhole, PreTrainedModel):
                 f"many, or `grid`"
             )
 
-        # ids, where reading them costs nothing
+        # reading ids is free on a CPU only
         if codes.device.type == "cpu" and not is_tracing(codes):
             low, high = codes.min().item(), codes.max().item()
             if low < 0 or high >= self.config.num_codes:
                 raise ValueError(f"codes lie in [{low}, {high}]; expected [0, {self.config.num_codes - 1}]")
 
-        # the mean alone: a picture is its most likely values
+        # the means are the most likely values
         means, _ = self._draw(self._need_decoder().input.embed(codes.view(-1, height, width)))
         return self.unmap_pixels(means.sigmoid())
 
@@ -265,19 +266,19 @@ class DiscreteVAE(SavedWhole, PreTrainedModel):
         Encodes and, with a decoder, reconstructs.
 
         Args:
-            pixel_values (`(B, C, H, W)`): In [0, 1].
-            temperature: Of the Gumbel-softmax relaxation (DALL-E: 1 down to 1/16); None decodes the codes themselves,
-                through which the encoder gets no gradient.
-            hard: Of the relaxation, the drawn code goes forward and the soft one back (straight through).
-            kl_weight: Instead of the configuration's.
+            pixel_values (`(B, C, H, W)`): Pixels in [0, 1].
+            temperature: Temperature of the Gumbel-softmax relaxation (DALL-E: 1 down to 1/16); None decodes the
+                argmax codes, which pass no gradient to the encoder.
+            hard: Whether the relaxation uses the sampled code forward and the soft one backward (straight-through).
+            kl_weight: Overrides the configuration's.
 
         Raises:
-            ValueError: as `check_pixels`; a temperature that is not above 0.
+            ValueError: the errors of `check_pixels`, or `temperature` is not above 0.
         """
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature is {temperature}; expected a number above 0, or none for the codes")
 
-        # codes, and how far they are from uniform ones
+        # codes and their KL to the uniform distribution
         logits = self.encode(pixel_values)  # (B, K, h, w)
         log_probabilities = logits.log_softmax(1)  # (B, K, h, w)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(1).mean()
@@ -287,14 +288,14 @@ class DiscreteVAE(SavedWhole, PreTrainedModel):
         if self.decoder is None:
             return output
 
-        # the codes themselves, or a relaxation that lets the gradient through
+        # argmax codes, or a differentiable relaxation
         if temperature is None:
             embedded = self.decoder.input.embed(logits.argmax(1))  # (B, E, h, w)
         else:
             chosen = F.gumbel_softmax(logits, tau=temperature, hard=hard, dim=1)
             embedded = self.decoder.input(chosen.to(self.decoder.input.weight.dtype))  # (B, E, h, w)
 
-        # the picture back, and what it costs
+        # the reconstruction and its loss
         means, log_scales = self._draw(embedded)  # (B, C, H, W) each
         output.reconstruction = self.unmap_pixels(means.sigmoid())
         output.reconstruction_loss = self.reconstruction_loss(pixel_values, means, log_scales)
@@ -306,14 +307,15 @@ class DiscreteVAE(SavedWhole, PreTrainedModel):
         self, pixel_values: torch.Tensor, means: torch.Tensor, log_scales: torch.Tensor
     ) -> torch.Tensor:
         """
-        Mean over values, 0-dim; all three arguments (B, C, H, W), the last two of the logit of a mapped pixel x.
+        Mean over values, 0-dim. All arguments are (B, C, H, W); `means` and `log_scales` are those of the logit of a
+        mapped pixel x.
 
         logit_laplace: ln 2b + ln x(1 - x) + |logit x - mean| / b, with b the scale (Ramesh et al., appendix A.3);
-        squared: of pixels in [0, 1], the scale has no part in it.
+        squared: squared error of pixels in [0, 1]; the scale is not used.
         """
         mapped = self.map_pixels(pixel_values.float())  # (B, C, H, W)
 
-        # the mapping narrows the range: divided by its square, the error is that of pixels
+        # the mapping narrows the range; dividing by its square gives the error of the original pixels
         if self.config.reconstruction == "squared":
             return (means.sigmoid() - mapped).square().mean() / (1 - 2 * self.config.pixel_margin) ** 2
         distance = (mapped.logit() - means).abs() * (-log_scales).exp()

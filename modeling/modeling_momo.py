@@ -1,4 +1,4 @@
-"""MoMo: one encoder for texts, images and the two together, trained on what it does not see (Chada et al., 2023).
+"""MoMo: one encoder for texts, images and pairs, trained by masked reconstruction (Chada et al., 2023).
 
 B rows, L positions, N = h*w patches, T tokens of a text, D width, P embedding width. A sequence is [CLS], N patches, T
 tokens; either part may be missing. The same layers read all three kinds.
@@ -55,7 +55,7 @@ class MomoPreTrainedModel(SavedWhole, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """MAE's initialisation: Xavier for linear maps, N(0, .02) for tokens; torch's own for heads."""
+        """MAE's initialisation: Xavier for linear layers, N(0, .02) for embeddings; torch's default for heads."""
         # transformers calls this only for modules that hold parameters or buffers themselves, so each case is a leaf
         if isinstance(module, (HeadLinear, PatchProjection)):
             module.reset()
@@ -81,8 +81,8 @@ class MomoPreTrainedModel(SavedWhole, PreTrainedModel):
 
 class MomoModel(RetrievalFeatures, MomoPreTrainedModel):
     """
-    The encoder. Reads texts, images, or both; `pooler_output` is the retrieval embedding, not normalised: its
-    modality's projection of [CLS].
+    The encoder. Takes texts, images, or both; `pooler_output` is the retrieval embedding, not normalised: [CLS]
+    projected by the modality's own layer.
 
     Args:
         config (`MomoConfig`): The configuration.
@@ -110,15 +110,15 @@ class MomoModel(RetrievalFeatures, MomoPreTrainedModel):
     ) -> VisionLanguageModelOutput:
         r"""
         Args:
-            input_ids (`(B, L)`): [CLS], a placeholder per patch if there are images, tokens, padding on the right.
+            input_ids (`(B, L)`): [CLS], one placeholder per patch if there are images, tokens, padding on the right.
             attention_mask (`(B, L)`): 1 for real tokens, 0 for padding.
-            pixel_values (`(B, C, H, W)`): Normalised images; alone they are laid out as [CLS] and patches.
-            dropped (`(B, L)`): Positions that no other may see. They keep their places in the text.
+            pixel_values (`(B, C, H, W)`): Normalised images; without ids the sequence is [CLS] and patches.
+            dropped (`(B, L)`): True for positions that are masked from attention. They keep their text positions.
             interpolate_pos_encoding: Accept other image sizes by interpolating the 2-D positions.
 
-        A pair's `pooler_output` (B, P) is the mean of its two unit embeddings, each read alone, which is what contrast
-        trains, and without words its image's; the family's own answer to pairs is the matching score. `hidden_states`
-        then hold these two passes before the pair's own.
+        A pair's `pooler_output` (B, P) is the mean of its two unit embeddings, each modality encoded alone as in
+        contrastive training, or the image's embedding if the text is empty; to score pairs, use the matching head.
+        `hidden_states` then hold these two passes before the pair's own.
 
         Raises:
             ValueError: neither input is given, an image has the wrong size, a text is too long, ids are out of range,
@@ -132,7 +132,7 @@ class MomoModel(RetrievalFeatures, MomoPreTrainedModel):
         if dropped is not None:
             mask = ~dropped if mask is None else (mask != 0) & ~dropped
 
-        # of a pair each part by itself, for its embedding
+        # for the embedding of a pair, encode each modality alone
         pooled = None
         pair = input_ids is not None and pixel_values is not None
         if pair and self.image_projection is not None:
@@ -143,7 +143,7 @@ class MomoModel(RetrievalFeatures, MomoPreTrainedModel):
             has_text = (seen & (token_types == TEXT_TOKEN)).any(1, keepdim=True)  # (B, 1)
             pooled = torch.where(has_text, both, self.image_projection(image[:, 0]))
 
-        # all of it together
+        # the whole sequence
         states = self.encode(hidden_states, mask, **kwargs)  # (B, L, D)
         if not pair and self.image_projection is not None:
             project = self.image_projection if input_ids is None else self.text_projection
@@ -151,40 +151,40 @@ class MomoModel(RetrievalFeatures, MomoPreTrainedModel):
         return VisionLanguageModelOutput(last_hidden_state=states, pooler_output=pooled, token_types=token_types)
 
     def encode(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        """The layers over padded sequences (B, L, D), of which `mask` (B, L) says what may be seen."""
+        """Runs the layers on padded sequences (B, L, D); `mask` (B, L) is nonzero where attention is allowed."""
         mask = create_bidirectional_mask(self.config, hidden_states, mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=mask, **kwargs)
         return self.norm(hidden_states)
 
     def encode_visible(self, passes: list[tuple[torch.Tensor, Ragged]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The layers over what is visible of several batches, packed: `through_layers`."""
+        """Runs the layers on the visible tokens of several batches, packed; see `through_layers`."""
         return through_layers(self.layers, self.norm, self.config, passes, self.training)
 
     def embed_images(self, cls: torch.Tensor) -> torch.Tensor:
-        """[CLS] of images in the contrastive space, of unit length. (B, D) -> (B, P)."""
+        """Projects [CLS] of images to unit vectors in the contrastive space. (B, D) -> (B, P)."""
         return nn.functional.normalize(self.image_projection(cls), dim=-1)
 
     def embed_texts(self, cls: torch.Tensor) -> torch.Tensor:
-        """Likewise of texts."""
+        """Same for texts."""
         return nn.functional.normalize(self.text_projection(cls), dim=-1)
 
     def match_states(self, cls: torch.Tensor, patches: Ragged, words: Ragged) -> torch.Tensor:
-        """[CLS] that has read images and texts together, embedded rows of both. (R, D) and R rows -> (R, D)."""
+        """Encodes embedded images and texts together and returns [CLS]. (R, D) and R rows of each -> (R, D)."""
         ((states, _),) = self.encode_visible([(cls, Joined.of([patches, words]).whole)])
         return states
 
 
 class Matching:
-    """Beside `MomoPreTrainedModel`, of a model with `momo`, `logit_scale` and `itm_head`: do they match?"""
+    """Mixin for a `MomoPreTrainedModel` with `momo`, `logit_scale` and `itm_head`: image-text matching."""
 
     @property
     def temperature(self) -> torch.Tensor:
-        """The learned divisor of cosines, within its range. (1,)."""
+        """The learned divisor of cosines, clamped to its range. (1,)."""
         return (-self.logit_scale).exp().clamp(*self.config.temperature_range)
 
     def matching_context(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What `match` reads of images, made once however many texts are held against each. (C, ...) -> (C, N, D)."""
+        """Image states for `match`, computed once per image for any number of texts. (C, ...) -> (C, N, D)."""
         check_inputs(self.momo, None, None, pixel_values)
         return self.momo.embeddings.embed_patches(pixel_values)
 
@@ -197,16 +197,16 @@ class Matching:
         context_index: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
-        Do text and image belong together? Logits (R, 2), the second for yes.
+        Scores whether text and image belong together: logits (R, 2), the second for a match.
 
         Args:
-            input_ids, attention_mask (`(R, L)`): The texts, alone or beside placeholders, which are passed over.
-            pixel_values: An image for each, R of them.
-            image_states (`(C, N, D)`): Of `matching_context`, kept from before.
-            context_index (`(R,)`): Which image each text is held against; text r against image r if None.
+            input_ids, attention_mask (`(R, L)`): The texts; image placeholders among the ids are ignored.
+            pixel_values: R images, one per text.
+            image_states (`(C, N, D)`): Earlier output of `matching_context`, instead of images.
+            context_index (`(R,)`): Index of the image that each text is scored with; None pairs text r with image r.
 
         Raises:
-            ValueError: neither images nor their states, or both; what the tower raises.
+            ValueError: neither or both of images and their states are given, and the errors of the tower.
         """
         if (pixel_values is None) == (image_states is None):
             raise ValueError("match expects either pixel_values or image_states, and got both or neither")
@@ -215,14 +215,14 @@ class Matching:
         if context_index is None and image_states.shape[0] != input_ids.shape[0]:
             raise ValueError(f"got {len(input_ids)} texts and {len(image_states)} pictures; expected as many of each")
 
-        # texts without placeholders, as the tower embeds them
+        # embed the texts without placeholders
         is_text = input_ids != self.config.image_token_id  # (R, L)
         attention_mask = is_text.long() if attention_mask is None else attention_mask * is_text
         input_ids = torch.where(is_text, input_ids, self.config.pad_token_id or 0)
         check_inputs(self.momo, input_ids, attention_mask, None)
         embedded, token_types = self.momo.embeddings(input_ids, attention_mask, None)  # (R, L, D), (R, L)
 
-        # each row's image, and its words where there are any
+        # each row's image and words; a text may be empty
         patches = image_states if context_index is None else image_states.index_select(0, context_index)  # (R, N, D)
         places = (token_types == TEXT_TOKEN).flatten().nonzero().flatten()  # (n,)
         words = Ragged.of_rectangle(embedded).keep(places)
@@ -232,8 +232,8 @@ class Matching:
 
 class MomoForImageTextRetrieval(Matching, CosineRetrieval, MomoPreTrainedModel):
     """
-    Images against texts by cosine, then the best of them by matching. `AutoModelForZeroShotImageClassification`
-    returns this class.
+    Scores images against texts by cosine, then re-ranks the best with the matching head.
+    `AutoModelForZeroShotImageClassification` returns this class.
     """
 
     def __init__(self, config: MomoConfig):
@@ -248,7 +248,7 @@ class MomoForImageTextRetrieval(Matching, CosineRetrieval, MomoPreTrainedModel):
 
 
 class MomoForImageClassification(ImageClassification, MomoPreTrainedModel):
-    """A linear classifier on [CLS] of an image, or of an image and a text that says where to look."""
+    """Image classification: a linear layer on [CLS] of an image, or of an image with a text that guides it."""
 
     main_input_name = "pixel_values"
 
@@ -261,7 +261,7 @@ class MomoForImageClassification(ImageClassification, MomoPreTrainedModel):
 
 
 class MomoForSequenceClassification(MomoPreTrainedModel):
-    """A linear classifier, or a regression where there is one label, on [CLS] of a text, with an image or without."""
+    """Text classification, or regression if there is one label: a linear layer on [CLS] of a text or a pair."""
 
     def __init__(self, config: MomoConfig):
         super().__init__(config)
@@ -279,7 +279,7 @@ class MomoForSequenceClassification(MomoPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
-        """`logits` (B, labels); `labels` (B,), whole numbers for classes and others for a regression."""
+        """`logits` (B, labels); `labels` (B,), integers for classes and floats for a regression."""
         if input_ids is None:
             raise ValueError("MomoForSequenceClassification expects input_ids, got None")
         outputs = self.momo(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
@@ -290,14 +290,14 @@ class MomoForSequenceClassification(MomoPreTrainedModel):
         )
 
     def freeze_unused(self) -> None:
-        """What reads images alone, when fine-tuned: a data-parallel engine would wait for its gradient for ever."""
+        """Freezes the image stem: a data-parallel engine would wait for its gradients for ever."""
         self.momo.embeddings.stem.requires_grad_(False)
 
 
 class MomoForVisualQuestionAnswering(MomoPreTrainedModel):
     """
-    The answer to a question about an image, as one of `config.num_labels` (3,129 of VQAv2 in FLAVA's protocol, which
-    section 4.1 follows), on [CLS] of both.
+    Visual question answering as classification on [CLS] of the pair, into `config.num_labels` answers (3,129 for
+    VQAv2 in FLAVA's protocol, which section 4.1 follows).
     """
 
     def __init__(self, config: MomoConfig):
@@ -317,8 +317,8 @@ class MomoForVisualQuestionAnswering(MomoPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         """
-        `logits` (B, answers). `labels` are answers (B,), or how right each is (B, answers) in [0, 1], of which each is
-        then a binary cross-entropy, summed over answers.
+        `logits` (B, answers). `labels` are class indices (B,), trained with cross-entropy, or soft targets
+        (B, answers) in [0, 1], trained with binary cross-entropy summed over answers.
         """
         if input_ids is None or pixel_values is None:
             raise ValueError(f"{type(self).__name__} answers about pictures: it expects input_ids and pixel_values")

@@ -1,7 +1,7 @@
-"""MoMo's decoders, which complete what the encoder did not see, and the masked language model that they make.
+"""MoMo's decoders, which reconstruct masked positions, and the masked language model built from them.
 
-B rows, N patches, L positions, n tokens of all rows of a batch, v of them visible, D width of the encoder, E of a
-decoder, V vocabulary.
+B rows, N patches, L positions, n tokens of all rows of a batch, v of them visible, D width of the encoder, E width of
+a decoder, V vocabulary size.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from .vl_ragged import Joined, Ragged, through_layers
 
 
 class DecoderWidths:
-    """What a layer asks of a configuration, as a decoder answers it; attention is computed as in the encoder."""
+    """The configuration that layers read, with a decoder's widths; the attention implementation is the encoder's."""
 
     def __init__(self, config: MomoConfig):
         self.model = config
@@ -39,19 +39,19 @@ class DecoderWidths:
 
     @property
     def _attn_implementation(self) -> str:
-        # asked each time: a model's may be set after its layers are made
+        # read on each use: it may be set on a model after its layers are built
         return self.model._attn_implementation
 
 
 class Unseen(NamedTuple):
     """
-    One modality of a batch as a decoder meets it.
+    Decoder input of one modality of a batch.
 
     Attributes:
-        seen (`(v, D)`): Its visible tokens, from the encoder.
-        places (`(v,)`): Where these stand among all n of its tokens, rising.
-        row (`(n,)`), each: Of all of them, as [`Ragged`] has it.
-        positions (`(n, E)`): Theirs.
+        seen (`(v, D)`): The encoder's states of the visible tokens.
+        places (`(v,)`): Indices of the visible tokens among all n, ascending.
+        row (`(n,)`), each: Row of each of the n tokens and tokens per row, as in [`Ragged`].
+        positions (`(n, E)`): Position embeddings of the n tokens.
     """
 
     seen: torch.Tensor
@@ -63,11 +63,11 @@ class Unseen(NamedTuple):
 
 class MomoDecoder(SineTables):
     """
-    MAE's: what the encoder made of visible tokens, [MASK] at all other places, sines, and layers (section 3.1).
+    MAE's decoder: layers over the encoder's states of visible tokens and [MASK] elsewhere, plus sines (section 3.1).
 
     Args:
         config (`MomoConfig`): The configuration.
-        pixels (`bool`): Whether it has a head for an image's pixels.
+        pixels (`bool`): Whether to add a head that predicts pixels.
     """
 
     def __init__(self, config: MomoConfig, pixels: bool):
@@ -81,12 +81,12 @@ class MomoDecoder(SineTables):
         self.pixel_head = nn.Linear(config.decoder_hidden_size, patch) if pixels else None
 
     def forward(self, cls: torch.Tensor, parts: Sequence[Unseen]) -> tuple[torch.Tensor, ...]:
-        """[CLS] (B, D) and the modalities of a batch -> the states of all tokens of each, (n, E)."""
-        # what was seen, in the decoder's width
+        """[CLS] (B, D) and the modalities of a batch -> the states of all tokens of each modality, (n, E)."""
+        # visible tokens, projected to the decoder's width
         sizes = [len(cls), *(len(part.seen) for part in parts)]
         cls, *seen = self.embed(torch.cat([cls, *(part.seen for part in parts)])).split(sizes)
 
-        # and what was not, each at its place
+        # [MASK] at every other position
         whole = []
         for part, states in zip(parts, seen, strict=True):
             tokens = self.mask_token[0].to(states.dtype).expand(len(part.row), -1)  # (n, E)
@@ -105,13 +105,13 @@ class MomoDecoder(SineTables):
         patches: torch.Tensor | None,
     ) -> torch.Tensor:
         """
-        The same of padded sequences, with a place for each position: no shape depends on what is dropped.
+        `forward` for padded sequences that keep every position: no shape depends on `dropped`.
 
         Args:
-            states (`(B, L, D)`): Of the encoder, which did not see what is `dropped` (B, L).
-            token_types (`(B, L)`): What each place is.
-            attention_mask (`(B, L)`, *optional*): What this decoder may see.
-            patches (`(N, E)`, *optional*): Positions of an image's patches, where there is one.
+            states (`(B, L, D)`): The encoder's states; it did not see the positions that are `dropped` (B, L).
+            token_types (`(B, L)`): Type of each position.
+            attention_mask (`(B, L)`, *optional*): Positions that this decoder may attend to.
+            patches (`(N, E)`, *optional*): Position embeddings of the patches, if there are images.
 
         Returns:
             (B, L, E).
@@ -127,7 +127,7 @@ class MomoDecoder(SineTables):
             positions = torch.where((token_types == PATCH_TOKEN)[..., None], table, positions)
         hidden = hidden + positions.to(hidden.dtype)
 
-        # all of it together
+        # the whole sequence
         mask = create_bidirectional_mask(self.config, hidden, attention_mask)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask)
@@ -135,7 +135,7 @@ class MomoDecoder(SineTables):
 
 
 class WordHead(LanguageModelHead):
-    """BERT's, from a decoder's width to that of the words, whose table it ends with. (..., E) -> (..., V)."""
+    """BERT's head: from the decoder's to the word embeddings' width, then their tied table. (..., E) -> (..., V)."""
 
     def __init__(self, config: MomoConfig):
         super().__init__(config)
@@ -143,21 +143,21 @@ class WordHead(LanguageModelHead):
 
 
 class Decoders(TokenPredictions):
-    """Beside `MomoPreTrainedModel`: the decoders that its configuration names, and the head of words."""
+    """Mixin for `MomoPreTrainedModel`: the decoders that its configuration names, and the language-model head."""
 
     def add_decoders(self, config: MomoConfig, kinds: Sequence[str]) -> None:
-        """Makes those of `kinds`, as attributes: a part of a name is a part of a checkpoint's."""
+        """Adds the decoders of `kinds` as attributes, whose names appear in the keys of checkpoints."""
         for name in decoder_names(config, kinds):
             setattr(self, name, MomoDecoder(config, pixels=name not in ("text_decoder", "pair_text_decoder")))
         self.lm_head = WordHead(config)
 
     @property
     def pairs_apart(self) -> bool:
-        """Whether each modality of a pair has a decoder of its own."""
+        """Whether each modality of a pair has its own decoder."""
         return self.config.pair_decoder == "separate" and not self.config.shared_decoder
 
     def decoder(self, kind: str) -> MomoDecoder:
-        """Of `image`, `text`, `pair`, `pair_image` or `pair_text`. Raises `ValueError` where there is none."""
+        """Decoder of `image`, `text`, `pair`, `pair_image` or `pair_text`. Raises `ValueError` if there is none."""
         name = "shared_decoder" if self.config.shared_decoder else f"{kind}_decoder"
         found = getattr(self, name, None)
         if found is None:
@@ -166,7 +166,7 @@ class Decoders(TokenPredictions):
 
 
 def decoder_names(config: MomoConfig, kinds: Sequence[str]) -> tuple[str, ...]:
-    """The attributes that decoders of these kinds are."""
+    """Attribute names of the decoders of these kinds."""
     if config.shared_decoder:
         return ("shared_decoder",)
     separate = config.pair_decoder == "separate"
@@ -176,11 +176,11 @@ def decoder_names(config: MomoConfig, kinds: Sequence[str]) -> tuple[str, ...]:
 
 class MomoForMaskedLM(Decoders, MomoPreTrainedModel):
     """
-    [MASK] is not seen by the encoder, and completed by the decoder of texts, or of pairs where there is an image to
-    look at.
+    Masked language modelling: the encoder does not see [MASK]; the text decoder predicts its tokens, or the pair
+    decoder if there is an image.
     """
 
-    # the loss is a mean over all tokens of a step, however they are distributed over its batches
+    # the loss is a mean over all tokens of a step, across its accumulated batches
     accepts_loss_kwargs = True
     _tied_weights_keys = {"lm_head.decoder.weight": "momo.embeddings.word_embeddings.weight"}
 
@@ -206,14 +206,14 @@ class MomoForMaskedLM(Decoders, MomoPreTrainedModel):
         if None.
 
         Raises:
-            ValueError: no ids, an image without a decoder of pairs, and what the tower raises.
+            ValueError: no ids, an image but no pair decoder, and the errors of the tower.
         """
         if input_ids is None:
             raise ValueError(f"{type(self).__name__} expects input_ids, got None")
         dropped = input_ids == self.config.mask_token_id  # (B, L)
         outputs = self.momo(input_ids, attention_mask, pixel_values, dropped=dropped, return_dict=True, **kwargs)
 
-        # the decoder has a place for all of it
+        # decode the whole sequence
         kind = "text"
         if pixel_values is not None:
             kind = "pair_text" if self.pairs_apart else "pair"
@@ -221,7 +221,7 @@ class MomoForMaskedLM(Decoders, MomoPreTrainedModel):
         patches = None if pixel_values is None else decoder.positions_of(pixel_values)  # (N, E)
         mask = attention_mask
         if kind == "pair_text":
-            # which reads the text alone
+            # this decoder reads the text alone
             text = outputs.token_types != PATCH_TOKEN  # (B, L)
             mask = text if mask is None else (mask != 0) & text
         states = decoder.complete(outputs.last_hidden_state, outputs.token_types, dropped, mask, patches)  # (B, L, E)

@@ -1,7 +1,7 @@
-"""One pre-training step of MoMo in one call: what is masked of images, texts and pairs, contrast, matching.
+"""MoMo's pre-training forward: masked images, texts and pairs, contrastive embeddings, and matching in one call.
 
 B rows, N patches, W slots of a text, n tokens of all texts of a batch, L = 1 + N + W positions of a pair, D width of
-the encoder, E of a decoder, P embedding width, K masked patches, M masked tokens, V vocabulary.
+the encoder, E of a decoder, P embedding width, K masked patches, M masked tokens, V vocabulary size.
 """
 
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ class MomoPreTrainingOutput(ModelOutput):
     """
     Args:
         logit_scale (`(1,)`): The learnable logarithm of the inverse temperature.
-        embeddings (`dict`): Unit vectors (B, P) of `image` and `text`, each read alone and whole.
-        pixel_predictions (`dict`): (K, p*p*C) of the masked patches of `image` or `pair`.
-        mlm_logits (`dict`): (M, V) of the masked tokens of `text` or `pair`.
-        itm_logits (`(3B, 2)`): Of the pairs, of each text with its negative image, of each image with its negative
-            text.
+        embeddings (`dict`): Unit vectors (B, P) of `image` and `text`, each encoded alone and unmasked.
+        pixel_predictions (`dict`): Predicted pixels (K, p*p*C) of the masked patches of `image` or `pair`.
+        mlm_logits (`dict`): Logits (M, V) of the masked tokens of `text` or `pair`.
+        itm_logits (`(3B, 2)`): Matching logits of the pairs, of each text with its negative image, and of each image
+            with its negative text.
     """
 
     logit_scale: torch.FloatTensor | None = None
@@ -48,16 +48,16 @@ class MomoPreTrainingOutput(ModelOutput):
 @dataclass
 class Embedded:
     """
-    Images and texts of a batch before the encoder: all tokens of each, where those stand that are seen, and where
-    those that are not. A modality that the batch lacks, or that is not masked, is None.
+    Embedded images and texts of a batch before the encoder, with the indices of visible and masked tokens. Fields of
+    a modality that the batch lacks, or that is not masked, are None.
 
     Attributes:
-        cls (`(B, D)`): Of each row.
-        patches, words (`Ragged`): B * N and n tokens.
-        seen_patches, hidden_patches (`(B * N - K,)`, `(K,)`): Places among the patches.
-        seen_words, hidden_words (`(n - M,)`, `(M,)`): Places among the words.
-        word_slots (`(n,)`): The place of each word in its text.
-        pixel_values (`(B, C, H, W)`): The images, whose size decides positions.
+        cls (`(B, D)`): [CLS] embedding of each row.
+        patches, words (`Ragged`): All B * N patches and n words.
+        seen_patches, hidden_patches (`(B * N - K,)`, `(K,)`): Indices of visible and masked patches.
+        seen_words, hidden_words (`(n - M,)`, `(M,)`): Indices of visible and masked words.
+        word_slots (`(n,)`): Position of each word in its text.
+        pixel_values (`(B, C, H, W)`): The images, whose size determines the position table.
     """
 
     cls: torch.Tensor
@@ -71,14 +71,15 @@ class Embedded:
     word_slots: torch.Tensor | None = None
 
     def seen(self) -> list[Ragged]:
-        """What is seen of the patches and of the words."""
+        """The visible patches and the visible words."""
         return [self.patches.keep(self.seen_patches), self.words.keep(self.seen_words)]
 
 
 class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedModel):
     """
-    The encoder with everything that is trained: decoders, the head of words tied to the tokens, the temperature, the
-    matching head. It computes predictions, embeddings and logits; losses and negatives are the objective's.
+    The encoder with everything that is trained: decoders, a language-model head tied to the word embeddings, the
+    temperature, and the matching head. It computes predictions, embeddings and logits; the objective owns losses and
+    negative sampling.
     """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "momo.embeddings.word_embeddings.weight"}
@@ -92,7 +93,7 @@ class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedMo
         self.post_init()
 
     def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs) -> None:
-        """As everywhere, but without the decoders unless `save_decoders`: the paper discards them after each stage."""
+        """Saves without the decoders unless `save_decoders` is set: the paper discards them after each stage."""
         if not self.config.save_decoders:
             state_dict = self.state_dict() if state_dict is None else state_dict
             left = (*decoder_names(self.config, self.config.decoders), "lm_head")
@@ -117,26 +118,27 @@ class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedMo
         **kwargs,
     ) -> MomoPreTrainingOutput:
         r"""
-        What is masked is not seen at all by the encoder (section 3.3).
+        The encoder sees visible tokens only (section 3.3). The collator gives the three index tensors so that the
+        accelerator need not synchronise; without them, `text_index` and `mim_index` are found from the masks.
 
         Args:
             input_ids, attention_mask (`(B, L)`): Texts alone, or pairs in the processor's joint layout; without a mask
                 nothing is padding.
             pixel_values (`(B, C, H, W)`): Images alone, or those of the pairs.
-            bool_masked_pos (`(B, N)`): Masked patches.
-            text_index (`(n,)`): Slots of the real tokens in a flat (B, W), and likewise
-            mlm_index (`(M,)`): which of these tokens are masked, and
-            mim_index (`(K,)`): the masked patches in a flat (B, N). Found from the masks where None, but for
-                `mlm_index`; given by the collator so that no accelerator has to stop for them.
-            passes: What to compute: `image`, `text` (masked patches, masked tokens), `pair` (both, from what is seen
-                of both), `contrast` (images and texts alone, whole), `match` (pairs and negatives, whole).
-            choose_negatives: For "match"; called once the embeddings of "contrast" are there. A function of tensors.
-            match_masked: "match" reads what "pair" sees of images and texts, instead of all of them.
-            checked: Whether texts and images were looked through before.
+            bool_masked_pos (`(B, N)`): True for masked patches.
+            text_index (`(n,)`): Indices of the real tokens in the flat (B, W).
+            mlm_index (`(M,)`): Indices of the masked tokens among those n.
+            mim_index (`(K,)`): Indices of the masked patches in the flat (B, N).
+            passes: What to compute: `image` (masked patches), `text` (masked tokens), `pair` (both, from the visible
+                tokens of both), `contrast` (unmasked images and texts, each alone), `match` (unmasked pairs and
+                negatives).
+            choose_negatives: For "match"; called after the embeddings of "contrast". A function of tensors.
+            match_masked: Whether "match" reads only the visible tokens, as "pair" does.
+            checked: Whether texts and images were already validated.
 
         Raises:
-            ValueError: unknown passes, one that lacks what it needs, a decoder that the configuration has not, and
-                what [`MomoModel`] raises.
+            ValueError: a pass is unknown or lacks an input that it needs, the configuration has no such decoder, and
+                the errors of [`MomoModel`].
         """
         needs = {
             "image": ("bool_masked_pos", bool_masked_pos),
@@ -152,7 +154,7 @@ class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedMo
         self._check(input_ids, attention_mask, pixel_values, bool_masked_pos, checked)
         batch = self._embed(input_ids, attention_mask, pixel_values, bool_masked_pos, text_index, mlm_index, mim_index)
 
-        # all that is read before negatives are known, in one run of the encoder
+        # everything that needs no negatives, in one run of the encoder
         pair = Joined.of(batch.seen()) if "pair" in passes else None
         rows: dict[str, Ragged] = {}
         if "image" in passes:
@@ -176,7 +178,7 @@ class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedMo
             image, text = pair.apart(states["pair"][1])
             self._predict(output, "pair", batch, states["pair"][0], image=image, text=text)
 
-        # images and texts alone, and pairs with the negatives that these suggest
+        # image and text embeddings, then matching with negatives chosen from them
         if "contrast" in passes:
             output.embeddings["image"] = self.momo.embed_images(states["whole image"][0])  # (B, P)
             output.embeddings["text"] = self.momo.embed_texts(states["whole text"][0])  # (B, P)
@@ -213,13 +215,13 @@ class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedMo
         mlm_index: torch.Tensor | None,
         mim_index: torch.Tensor | None,
     ) -> Embedded:
-        """Stem and tokens once for every pass."""
+        """Embeds patches and words once, for all passes."""
         embeddings = self.momo.embeddings
         rows = len(input_ids if pixel_values is None else pixel_values)  # B
         batch = Embedded(embeddings.embed_cls(rows)[:, 0], pixel_values)
         head = 1
 
-        # patches, each image's full
+        # all patches of each image
         if pixel_values is not None:
             head += patch_count(pixel_values, self.config.patch_size)
             batch.patches = Ragged.of_rectangle(embeddings.embed_patches(pixel_values))  # B * N
@@ -250,8 +252,8 @@ class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedMo
         image: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
     ) -> None:
-        """Decodes what the encoder made of one pass, and says what was masked. Fills `output`."""
-        # one decoder for what there is, or of a pair one for each
+        """Decodes the encoder's states of one pass and predicts the masked tokens. Fills `output`."""
+        # one decoder for all modalities, or one per modality of a pair
         joint = kind != "pair" or not self.pairs_apart
         image_decoder = self.decoder(kind if joint else "pair_image") if image is not None else None
         text_decoder = self.decoder(kind if joint else "pair_text") if text is not None else None
@@ -272,7 +274,7 @@ class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedMo
             decoders = {"image": image_decoder, "text": text_decoder}
             states = {name: decoders[name](cls, [part])[0] for name, part in parts.items()}
 
-        # of the masked ones alone
+        # predictions at masked positions only
         if image is not None:
             masked = states["image"].index_select(0, batch.hidden_patches)  # (K, E)
             output.pixel_predictions[kind] = image_decoder.pixel_head(masked)
@@ -283,7 +285,7 @@ class MomoForPreTraining(Decoders, Matching, RetrievalFeatures, MomoPreTrainedMo
     def _match(
         self, batch: Embedded, other_images: torch.Tensor, other_texts: torch.Tensor, masked: bool
     ) -> torch.Tensor:
-        """Pairs, each text with its negative image, each image with its negative text. -> (3B, 2)."""
+        """Logits of pairs, of texts with negative images, and of images with negative texts. -> (3B, 2)."""
         patches, words = batch.seen() if masked else [batch.patches, batch.words]
         own = torch.arange(len(batch.cls), device=batch.cls.device)  # (B,)
         images = torch.cat([own, other_images, own])  # (3B,)

@@ -1,4 +1,4 @@
-"""SIMLA: a visual encoder below, a text encoder that reads its states by cross-attention above (Khan et al., 2022).
+"""SIMLA: a visual encoder, and a text encoder that reads its states by cross-attention (Khan et al., 2022).
 
 B pairs, N patches, S = 1 + N, T positions of a text with its [CLS], D width, P embedding width.
 The text encoder runs with cross-attention or, for text alone, without; it may also run over the tokens of an image.
@@ -61,9 +61,8 @@ class SimlaModel(DualEncoder, SimlaPreTrainedModel):
             interpolate_pos_encoding: Accept other image sizes by interpolating the positions.
 
         A pair's `last_hidden_state` (B, N + T, D) is [CLS] of the multimodal encoder, the patches of the visual one,
-        and the tokens of the multimodal one; `token_types` says which is which. Its `pooler_output` (B, P) is the mean
-        of the two unit embeddings, because SIMLA has no joint embedding: its output for a pair is the
-        matching score.
+        and the tokens of the multimodal one; `token_types` tells them apart. SIMLA has no joint embedding, so
+        `pooler_output` (B, P) is the mean of the two unit embeddings; to score pairs, use the matching head.
 
         Raises:
             ValueError: neither input is given, an image has the wrong size, a text is too long, ids are out of range
@@ -82,7 +81,7 @@ class SimlaModel(DualEncoder, SimlaPreTrainedModel):
         if input_ids is None:
             return self.image_output(image_states)
 
-        # a pair: its text alone, for the embedding, and its text that reads the image
+        # a pair: encode its text alone, for the embedding, and again with the image
         beginning, pooled = self.text.begin(input_ids, attention_mask, **kwargs), None  # (B, T, D)
         if self.text_projection is not None:
             text_states = self.text.alone(beginning, attention_mask, **kwargs)  # (B, T, D)
@@ -98,8 +97,8 @@ class SimlaModel(DualEncoder, SimlaPreTrainedModel):
 
 class SimlaForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetrieval, SimlaPreTrainedModel):
     """
-    Scores images against texts by cosine, and re-ranks the best by matching (section 3.6: the slower encoder
-    re-ranks). `AutoModelForZeroShotImageClassification` returns this class.
+    Scores images against texts by cosine, then re-ranks the best with the matching head (section 3.6: the slower
+    encoder re-ranks). `AutoModelForZeroShotImageClassification` returns this class.
     """
 
     def __init__(self, config: SimlaConfig):
@@ -110,7 +109,7 @@ class SimlaForImageTextRetrieval(ImageTextMatching, GroundedMatching, CosineRetr
         self.post_init()
 
     def scaled(self, cosines: torch.Tensor) -> torch.Tensor:
-        # within its range as before a step of training, and never at zero or below
+        # clamped to its range, as before each training step, so that it stays above zero
         return cosines / self.temperature.clamp(*self.config.temperature_range)
 
 

@@ -1,7 +1,7 @@
-"""One pre-training step of SIMLA, in one call: contrast, matching, masked tokens, masked patches, concepts.
+"""SIMLA's pre-training forward: contrast, matching, masked tokens, masked patches and concepts in one call.
 
 B pairs, N patches, S = 1 + N, T positions of a text with its [CLS], D width, P embedding width, M masked tokens,
-K masked patches, V tokens and Z codes of the two vocabularies, H heads.
+K masked patches, V tokens of the text vocabulary, Z visual codes, H heads.
 """
 
 from dataclasses import dataclass
@@ -28,15 +28,16 @@ class SimlaPreTrainingOutput(ModelOutput):
     """
     Args:
         temperature (`(1,)`): The learnable divisor of cosines; None for a teacher, which has none.
-        image_embeds, text_embeds (`(B, P)`): Unit vectors (equation 1).
-        image_states (`(B, S, D)`): Of the visual encoder, clean images.
-        itm_logits (`(3B, 2)`): Of the pairs, of each text with its negative image, of each image with its negative
-            text (equation 5).
-        mlm_logits (`(M, V)`, or `(B, T, V)` without places): Of masked tokens beside clean images (equation 6).
-        mim_logits (`(K, Z)`, or `(B, N, Z)` without places): Of masked images beside clean texts (equation 6).
-        text_context (`(B, T, D)`): What the masked images attended.
-        concept_logits (`(B, V)`): Which tokens an image calls for (equation 8).
-        keyword_attention (`(B, H, T)`): What [CLS] attends in the last layer (supplement, section 3).
+        image_embeds, text_embeds (`(B, P)`): Unit embeddings (equation 1).
+        image_states (`(B, S, D)`): Output of the visual encoder for unmasked images.
+        itm_logits (`(3B, 2)`): Matching logits of the pairs, of each text with its negative image, and of each image
+            with its negative text (equation 5).
+        mlm_logits (`(M, V)`, or `(B, T, V)` without places): Logits of masked tokens, given the image (equation 6).
+        mim_logits (`(K, Z)`, or `(B, N, Z)` without places): Logits of masked patches' codes, given the text
+            (equation 6).
+        text_context (`(B, T, D)`): Text states that the masked images attended to.
+        concept_logits (`(B, V)`): Tokens predicted from the image (equation 8).
+        keyword_attention (`(B, H, T)`): Attention of [CLS] in the last layer (supplement, section 3).
     """
 
     temperature: torch.FloatTensor | None = None
@@ -62,7 +63,7 @@ class SimlaForPreTraining(
 ):
     """
     Both encoders with everything that is trained: temperature, matching, language-model, code and concept heads. It
-    computes representations and logits; losses, teacher, queues and the draw of negatives are the objective's.
+    computes embeddings and logits; the objective owns losses, teacher, queues and negative sampling.
     """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "simla.text.embeddings.word_embeddings.weight"}
@@ -79,7 +80,7 @@ class SimlaForPreTraining(
         self.post_init()
 
     def _resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        # transformers knows of one table of tokens going in and one coming out; concepts are tokens too
+        # transformers resizes one input and one output table; the concept head predicts tokens too
         tokens = super()._resize_token_embeddings(*args, **kwargs)
         self.concept_head = self.concept_head.resized(tokens.num_embeddings)
         return tokens
@@ -106,18 +107,17 @@ class SimlaForPreTraining(
             input_ids, attention_mask (`(B, T)`): Texts, padded on the right.
             pixel_values (`(B, C, H, W)`): Their images.
             masked_input_ids (`(B, T)`): The same ids after masking, for "tokens".
-            bool_masked_pos (`(B, N)`): Masked patches, for "patches".
-            mlm_places (`(M,)`), mim_places (`(K,)`): Places of what is to be predicted in the flat (B, T) and (B, N);
-                logits of every place where None.
+            bool_masked_pos (`(B, N)`): True for masked patches, for "patches".
+            mlm_places (`(M,)`), mim_places (`(K,)`): Indices of the tokens and patches to predict in the flat (B, T)
+                and (B, N); None predicts all.
             passes: What to compute, of `contrast`, `match`, `tokens`, `patches`, `concepts`, `keywords`.
-            choose_negatives: For "match"; called once the embeddings of "contrast" are there. A function of tensors:
-                what else it compares with was made before.
-            image_states (`(B, S, D)`), text_context (`(B, T, D)`): Taken instead of the own, as the teacher takes the
+            choose_negatives: For "match"; called after the embeddings of "contrast". A pure function of tensors.
+            image_states (`(B, S, D)`), text_context (`(B, T, D)`): Replace this model's own, as the teacher uses the
                 student's for keywords and masked patches (SIMLA's code).
             checked: Whether texts and images were already validated; the shapes of masks are checked in any case.
 
         Raises:
-            ValueError: unknown passes, one that lacks what it needs, and what [`SimlaModel`] raises.
+            ValueError: a pass is unknown or lacks an input that it needs, and the errors of [`SimlaModel`].
         """
         check_needs(passes, masked_input_ids, bool_masked_pos, choose_negatives)
         if not checked:
@@ -125,24 +125,24 @@ class SimlaForPreTraining(
         check_masks(input_ids, pixel_values, masked_input_ids, bool_masked_pos, self.config.patch_size)
         output = SimlaPreTrainingOutput(temperature=self.temperature)
 
-        # clean images, for all but the masked ones
+        # unmasked images, for all passes but "patches"
         if image_states is None and set(passes) - {"patches"}:
             image_states = self.simla.vision(pixel_values)  # (B, S, D)
         output.image_states = image_states
 
-        # each alone, in the contrastive space
+        # image and text embeddings in the contrastive space
         text_states = None
         if "contrast" in passes:
             text_states = self._embed_each(output, input_ids, attention_mask)  # (B, T, D)
 
-        # texts that read a clean image: pairs, their negatives, masked texts
+        # texts that read an unmasked image: pairs, negatives, masked texts
         negatives = None
         if "match" in passes:
             negatives = choose_negatives(output.image_embeds, output.text_embeds, self.temperature)  # (B,), (B,)
         masked_ids = masked_input_ids if "tokens" in passes else None
         self.predict_fused(output, input_ids, attention_mask, negatives, masked_ids, mlm_places, self.simla.fuse)
 
-        # masked images that read a clean text
+        # masked images that read an unmasked text
         if "patches" in passes:
             if text_context is None:
                 text_context = self._text_context(input_ids, attention_mask, text_states)
@@ -150,7 +150,7 @@ class SimlaForPreTraining(
             masked_images = (pixel_values, bool_masked_pos, mim_places)
             output.mim_logits = self._predict_codes(*masked_images, text_context, attention_mask)  # (K, Z)
 
-        # what an image calls for, and what a pair attends
+        # concepts of an image, and attention of a pair's [CLS]
         if "concepts" in passes:
             output.concept_logits = self.concept_head(self._concept_input(output, image_states))  # (B, V)
         if "keywords" in passes:
@@ -160,7 +160,7 @@ class SimlaForPreTraining(
     def _embed_each(
         self, output: SimlaPreTrainingOutput, text_ids: torch.Tensor, text_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Unit vectors of images and texts go into the output; what the texts were encoded to is returned."""
+        """Writes the unit embeddings of images and texts to `output` and returns the text states (B, T, D)."""
         text_states = self.simla.encode_texts(text_ids, text_mask)  # (B, T, D)
         output.image_embeds = self.simla.embed_images(output.image_states)  # (B, P)
         output.text_embeds = self.simla.embed_texts(text_states)  # (B, P)
@@ -174,7 +174,7 @@ class SimlaForPreTraining(
     def _keyword_attention(
         self, text_ids: torch.Tensor, text_mask: torch.Tensor, image_states: torch.Tensor
     ) -> torch.Tensor:
-        """What the multimodal [CLS] attends among the tokens in the last layer (supplement 3). -> (B, H, T)."""
+        """Attention of the multimodal [CLS] to the tokens in the last layer (supplement 3). -> (B, H, T)."""
         text = self.simla.text
         hidden_states = text.embeddings(text_ids)  # (B, T, D)
         mask = self_mask(self.config, hidden_states, text_mask)
@@ -185,7 +185,7 @@ class SimlaForPreTraining(
     def _text_context(
         self, text_ids: torch.Tensor, text_mask: torch.Tensor, text_states: torch.Tensor | None
     ) -> torch.Tensor:
-        """The text that a masked image attends, (B, T, D)."""
+        """The text states that a masked image attends to, (B, T, D)."""
         if self.config.mim_context == "embeddings":
             return self.simla.text.embeddings(text_ids)
         return self.simla.encode_texts(text_ids, text_mask) if text_states is None else text_states
@@ -199,8 +199,8 @@ class SimlaForPreTraining(
         text_mask: torch.Tensor,
     ) -> torch.Tensor:
         """
-        The masked image's tokens through the text encoder, with the text as its context: (B, N, Z) or (K, Z). They
-        pass BERT's positions, norm and dropout as embeddings do.
+        Runs the masked image's tokens through the text encoder, with the text as context: (B, N, Z) or (K, Z). They
+        get BERT's positions, norm and dropout, as word embeddings do.
         """
         text, positions = self.simla.text, self.config.max_position_embeddings
         if bool_masked_pos.shape[1] >= positions:
@@ -221,7 +221,7 @@ def check_needs(
     bool_masked_pos: torch.Tensor | None,
     choose_negatives: ChooseNegatives | None,
 ) -> None:
-    """Raises `ValueError` for passes that are unknown, or lack what they need."""
+    """Raises `ValueError` for passes that are unknown or lack an input that they need."""
     needs = {
         "tokens": ("masked_input_ids", masked_input_ids),
         "patches": ("bool_masked_pos", bool_masked_pos),

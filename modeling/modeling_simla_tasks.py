@@ -1,4 +1,4 @@
-"""SIMLA fine-tuned: questions, entailment, sentences about two images (section 3.4; ALBEF's protocol)."""
+"""SIMLA's task models: VQA, visual entailment, NLVR2, text classification (section 3.4; ALBEF's protocol)."""
 
 from .configuration_simla import SimlaConfig
 from .modeling_simla import SimlaModel, SimlaPreTrainedModel
@@ -23,9 +23,9 @@ from .vl_task_heads import (
 
 
 class SimlaTaskModel(SimlaPreTrainedModel):
-    """A tower, without projections where they serve nothing, and what a task adds."""
+    """Base of the task models: a tower, with projections only where used."""
 
-    # one task's model begins where another's ended
+    # a task model may load another task's checkpoint
     _keys_to_ignore_on_load_unexpected = [
         *SimlaPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^assignment_head\.",
     ]  # fmt: skip
@@ -36,7 +36,7 @@ class SimlaTaskModel(SimlaPreTrainedModel):
 
 
 class SimlaForVisualQuestionAnswering(FusedAnswerGeneration, SimlaTaskModel):
-    """Answers from the multimodal states of a question, by a decoder of `answer_decoder_layers` layers."""
+    """Generates answers from the multimodal states of a question with a decoder of `answer_decoder_layers` layers."""
 
     _tied_weights_keys = {"decoder.lm_head.decoder.weight": "decoder.embeddings.word_embeddings.weight"}
 
@@ -47,7 +47,7 @@ class SimlaForVisualQuestionAnswering(FusedAnswerGeneration, SimlaTaskModel):
 
 
 class SimlaForVisualEntailment(PairClassification, DualEncoderTask, SimlaTaskModel):
-    """Does the image contradict the text, say nothing of it, or entail it? Labels 0, 1, 2 (ALBEF's code)."""
+    """Visual entailment: the image contradicts, is neutral to, or entails the text; labels 0, 1, 2 (ALBEF's code)."""
 
     def __init__(self, config: SimlaConfig):
         name_labels(config, ENTAILMENT_LABELS)
@@ -58,7 +58,7 @@ class SimlaForVisualEntailment(PairClassification, DualEncoderTask, SimlaTaskMod
 
 
 class SimlaForSequenceClassification(TextClassification, TextReading, SimlaTaskModel):
-    """What is a text, or what are two to each other (GLUE)? By [CLS] of the text tower alone."""
+    """Classification of texts or text pairs (GLUE), from [CLS] of the text tower alone."""
 
     def __init__(self, config: SimlaConfig):
         super().__init__(config)
@@ -68,7 +68,7 @@ class SimlaForSequenceClassification(TextClassification, TextReading, SimlaTaskM
 
 
 class SimlaForVisualReasoning(TwoImageReasoning, SimlaTaskModel):
-    """Is a sentence true of two images (NLVR2)? Labels 0 and 1."""
+    """Whether a sentence is true of two images (NLVR2); labels 0 and 1."""
 
     def __init__(self, config: SimlaConfig):
         name_labels(config, REASONING_LABELS)
@@ -80,7 +80,7 @@ class SimlaForVisualReasoning(TwoImageReasoning, SimlaTaskModel):
 
 
 class SimlaForTextAssignment(TextAssignment, SimlaTaskModel):
-    """Which of two images is a text's own, the first, the second or neither?"""
+    """Three-way classification: a text belongs to the first of two images, to the second, or to neither."""
 
     def __init__(self, config: SimlaConfig):
         super().__init__(config, add_pooling_layer=True)

@@ -14,7 +14,7 @@ class VisionLanguageConfig(PreTrainedConfig):
     Otherwise the attribute stays, and `trust_remote_code=True` runs the code.
     """
 
-    # tokens that do not stand for words
+    # tokens that are not words
     special_ids = ("pad_token_id", "image_token_id", "cls_token_id", "mask_token_id")
     # `oner` sets both on the classes that it registers; classes loaded from a model repository keep these values
     pipelines_are_registered = False
@@ -26,7 +26,7 @@ class VisionLanguageConfig(PreTrainedConfig):
         self._set_pipelines_aside()
 
     def _check_special_ids(self) -> None:
-        """Raises `ValueError` unless those that there are lie within the vocabulary and differ."""
+        """Raises `ValueError` unless all ids that are not None are in the vocabulary and distinct."""
         ids = {name: getattr(self, name) for name in self.special_ids if getattr(self, name) is not None}
         outside = {name: value for name, value in ids.items() if not 0 <= value < self.vocab_size}
         if outside:
@@ -36,7 +36,7 @@ class VisionLanguageConfig(PreTrainedConfig):
 
     def save_pretrained(self, *args, **kwargs):
         super().save_pretrained(*args, **kwargs)
-        # a pipeline that saves itself has set the attribute before
+        # saving a pipeline sets the attribute before
         self._set_pipelines_aside()
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from .vl_configuration import VisionLanguageConfig
 @strict
 class DualEncoderConfig(VisionLanguageConfig):
     r"""
-    The defaults are ALBEF's: ViT-B/16 and BERT-base. A family defines how many layers read a text and which of them
+    The defaults are ALBEF's: ViT-B/16 and BERT-base. Each family defines how many layers read a text and which of them
     also read an image.
 
     Args:
@@ -18,26 +18,26 @@ class DualEncoderConfig(VisionLanguageConfig):
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps,
         attention_dropout: The visual encoder, a pre-norm ViT. `intermediate_size=None` means `4 * hidden_size`.
         num_text_layers, text_attention_heads, text_intermediate_size, text_layer_norm_eps, text_attention_dropout,
-        hidden_dropout: The text and multimodal encoder, a post-norm BERT of the same width and activation. None means
-            as many heads as the visual encoder, and `4 * hidden_size`.
+        hidden_dropout: The text and multimodal encoder, a post-norm BERT of the same width and activation. None gives
+            as many heads as the visual encoder, and an intermediate size of `4 * hidden_size`.
         max_position_embeddings (`int`): Learned positions of the text encoder.
         max_text_length (`int`): Maximum text length in tokens, without [CLS] (ALBEF's code: 25 with it).
         image_size, patch_size, num_channels (`int`): Images are square, with sides of `image_size` pixels.
         stem (`"linear"` or `"conv"`): ViT's patch projection, or early convolutions, which learn faster from few pairs
-            (Xiao et al., 2021; of none of these papers).
+            (Xiao et al., 2021; not used in these papers).
         position_image_size (`int`, *optional*): Image size of the learned table of positions, which is interpolated
-            from there to `image_size` (bicubic, as ALBEF does it). Defaults to `image_size`.
+            from there to `image_size` (bicubic, as in ALBEF). Defaults to `image_size`.
         initializer_range (`float`): Standard deviation of weights, embeddings and tokens (ViT, BERT: 0.02).
         projection_dim (`int`): Width of the contrastive space.
         temperature (`float`): Initial value of the learnable temperature (ALBEF's code: 0.07).
-        temperature_range (`tuple[float, float]`): It is clamped to this range before each step (ALBEF's code: 0.001,
-            0.5).
+        temperature_range (`tuple[float, float]`): The temperature is clamped to this range before each step (ALBEF's
+            code: 0.001, 0.5).
         grounding_layer (`int`): Cross-attention layer for Grad-CAM, from 0 (ALBEF: 8). If the model has fewer layers,
             the last one.
         answer_decoder_layers (`int`): Layers of the decoder that generates answers (ALBEF's code: 6).
         pad_token_id, image_token_id, cls_token_id, sep_token_id, mask_token_id (`int`): Ids in BERT's vocabulary; the
             image placeholder is `[unused0]`. [SEP] ends answers only: a text is [CLS] and its tokens (ALBEF's code).
-            A vocabulary without [SEP] says None.
+            `sep_token_id` is None for a vocabulary without [SEP].
     """
 
     attribute_map = {"d_model": "hidden_size"}
@@ -94,7 +94,7 @@ class DualEncoderConfig(VisionLanguageConfig):
         if self.position_image_size is None:
             self.position_image_size = self.image_size
 
-        # a tuple again: JSON has only lists
+        # JSON turns the tuple into a list
         self.temperature_range = tuple(self.temperature_range)
         super().__post_init__(**kwargs)
 

@@ -1,4 +1,4 @@
-"""What families with a tower for images and a tower for texts share: SIMLA, and such as ALBEF.
+"""Shared code of families with an image tower and a text tower: SIMLA, CODIS, ALBEF.
 
 B pairs, R rows of text, C images, N patches, S = 1 + N, T positions of a text, D width, P embedding width.
 """
@@ -23,11 +23,11 @@ from .vl_outputs import VisionLanguageModelOutput, token_types_of
 
 class VisionEmbeddings(nn.Module):
     """
-    Patches, [CLS] and learned positions. (B, C, H, W) -> (B, 1 + N, D).
+    Embeddings of [CLS] and patches with learned positions. (B, C, H, W) -> (B, 1 + N, D).
 
     Args:
-        config (`PreTrainedConfig`): Of a family.
-        mask_token (`bool`): Whether there is a token to stand for a masked patch.
+        config (`PreTrainedConfig`): The family's configuration.
+        mask_token (`bool`): Whether to add a token that replaces masked patches.
     """
 
     def __init__(self, config: PreTrainedConfig, mask_token: bool = False):
@@ -42,25 +42,25 @@ class VisionEmbeddings(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """[CLS] and positions N(0, `initializer_range`), the mask token zeros (ViT, BEiT)."""
+        """Draws [CLS] and positions from N(0, `initializer_range`) and zeroes the mask token (ViT, BEiT)."""
         init.normal_(self.cls_token, std=self.config.initializer_range)
         init.normal_(self.position_embeddings, std=self.config.initializer_range)
         if self.mask_token is not None:
             init.zeros_(self.mask_token)
 
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The table for a grid (h, w), bicubic but for its first row, which is [CLS]'s. -> (1, 1 + h*w, D)."""
+        """Interpolates the patch positions to a grid (h, w), bicubically; [CLS] keeps its row. -> (1, 1 + h*w, D)."""
         table = self.position_embeddings  # (1, 1 + side², D)
         side = math.isqrt(table.shape[1] - 1)
         patches = interpolate_positions(table[0, 1:], (side, side), grid)  # (h*w, D)
         return torch.cat([table[:, :1], patches[None]], dim=1)
 
     def forward(self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
-        """Masked patches (B, N) become the mask token, before positions are added (BEiT)."""
+        """Replaces masked patches (B, N) by the mask token, before positions are added (BEiT)."""
         p = self.config.patch_size
         grid = (pixel_values.shape[-2] // p, pixel_values.shape[-1] // p)
         patches = self.stem(pixel_values.to(self.cls_token.dtype))  # (B, N, D)
-        # what is masked is not seen at all
+        # the encoder sees nothing of masked patches
         if bool_masked_pos is not None:
             patches = torch.where(bool_masked_pos[..., None], self.mask_token.to(patches.dtype), patches)  # (B, N, D)
         cls = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)  # (B, 1, D)
@@ -68,7 +68,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """A pre-norm ViT. (B, C, H, W) -> (B, 1 + N, D) after its final norm. Arguments as of `VisionEmbeddings`."""
+    """A pre-norm ViT. (B, C, H, W) -> (B, 1 + N, D) after its final norm. Arguments as in `VisionEmbeddings`."""
 
     def __init__(self, config: PreTrainedConfig, mask_token: bool = False):
         super().__init__()
@@ -87,14 +87,14 @@ class VisionEncoder(nn.Module):
 
 class TextEncoder(nn.Module):
     """
-    One stack of layers for a text alone and for a text that reads a context by cross-attention.
+    One stack of layers that encodes a text alone, or a text that reads a context by cross-attention.
 
-    The first `num_text_layers` read a text alone. `num_fusion_layers` more stand above them, have cross-attention, and
-    take the text's states from below (ALBEF: 6 and 6). Where there are none, the text's own layers have
-    cross-attention, and begin at the text's embeddings when they fuse (SIMLA, section 2.5).
+    The first `num_text_layers` read a text alone. `num_fusion_layers` more above them have cross-attention and take
+    the text layers' output as input (ALBEF: 6 and 6). If there are none, the text layers themselves have
+    cross-attention, and fusion starts from the text's embeddings (SIMLA, section 2.5).
 
     Attributes:
-        first_fusion (`int`): The first layer with cross-attention.
+        first_fusion (`int`): Index of the first layer with cross-attention.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -102,18 +102,18 @@ class TextEncoder(nn.Module):
         self.config = config
         depth = config.num_text_layers + config.num_fusion_layers
 
-        # without layers of fusion above them, all layers fuse
+        # without separate fusion layers, all layers have cross-attention
         self.first_fusion = config.num_text_layers if config.num_fusion_layers else 0
         self.embeddings = TextEmbeddings(config)
         self.layers = nn.ModuleList([FusionLayer(config, number >= self.first_fusion) for number in range(depth)])
 
     def begin(self, input_ids: torch.Tensor, key_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        """A text below the first layer that could read a context, for `alone` and `fuse`. (R, T) -> (R, T, D)."""
+        """Runs the layers below the first with cross-attention, for `alone` and `fuse`. (R, T) -> (R, T, D)."""
         embeddings = self.embeddings(input_ids)  # (R, T, D)
         return self._through(self.layers[: self.first_fusion], embeddings, key_mask, **kwargs)
 
     def alone(self, hidden_states: torch.Tensor, key_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        """The rest of the layers that read a text alone; none where others fuse. (R, T, D) -> (R, T, D)."""
+        """Runs the remaining text layers (none if there are fusion layers), without context. (R, T, D) -> same."""
         layers = self.layers[self.first_fusion : self.config.num_text_layers]
         return self._through(layers, hidden_states, key_mask, **kwargs)
 
@@ -135,16 +135,16 @@ class TextEncoder(nn.Module):
         **kwargs,
     ) -> torch.Tensor:
         """
-        The layers with cross-attention: (R, T, D) -> (R, T, D).
+        Runs the layers with cross-attention: (R, T, D) -> (R, T, D).
 
         Args:
-            hidden_states (`(R, T, D)`): From `begin`, or vectors that pass as embeddings.
-            key_mask (`(R, T)`): 1 for real positions; None for all.
-            context (`(C, S, D)`): What cross-attention reads.
-            context_mask (`(R, S)`): Its real positions, by row; None for all.
-            context_index (`(R,)`): Which context a row reads; row r reads context r when None.
+            hidden_states (`(R, T, D)`): Output of `begin`, or vectors in place of embeddings.
+            key_mask (`(R, T)`): 1 for real positions; None if all are real.
+            context (`(C, S, D)`): Keys and values of cross-attention.
+            context_mask (`(R, S)`): 1 for real positions of each row's context; None if all are real.
+            context_index (`(R,)`): Index of each row's context; row r reads context r if None.
         """
-        # what may be attended in the text, and in the context
+        # masks of self-attention and of cross-attention
         mask = self_mask(self.config, hidden_states, key_mask)
         across = context_mask_of(self.config, hidden_states, context, context_mask)
         for layer in self.layers[self.first_fusion :]:
@@ -153,7 +153,7 @@ class TextEncoder(nn.Module):
 
 
 class DualEncoderPreTrainedModel(PreTrainedModel):
-    """Base of a family's classes; the family names `config`, `base_model_prefix` and its heads' weights."""
+    """Base of a family's classes; the family sets `config`, `base_model_prefix` and the keys of its heads."""
 
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
@@ -162,20 +162,20 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _no_split_modules = ["PreNormLayer", "FusionLayer"]
     _supports_sdpa = True
-    # texts attend images of another length, which flash attention's padding helper cannot take apart
+    # texts attend to images of another length, which flash attention's padding helper does not support
     _supports_flash_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": [PreNormLayer, FusionLayer],
-        # ends of names: of a list of two classes, transformers before 5.14 takes the second for the crossed
+        # name suffixes: given two classes, transformers before 5.14 records the second as cross-attention
         "attentions": ".attention",
         "cross_attentions": ".cross_attention",
     }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """ViT's and BERT's N(0, .02); heads and patches keep torch's own, as in ALBEF's code."""
+        """ViT's and BERT's N(0, .02); heads and patch projections keep torch's default, as in ALBEF's code."""
         if isinstance(module, (HeadLinear, VisionEmbeddings)):
             module.reset()
         elif isinstance(module, nn.Conv2d):
@@ -197,14 +197,14 @@ class DualEncoderPreTrainedModel(PreTrainedModel):
 
 class DualEncoder(RetrievalFeatures):
     """
-    Beside a family's `DualEncoderPreTrainedModel`: both towers, and the projections into the contrastive space.
+    Mixin for a family's `DualEncoderPreTrainedModel`: both towers, and the projections into the contrastive space.
 
     Args:
-        config (`PreTrainedConfig`): Of the family.
+        config (`PreTrainedConfig`): The family's configuration.
         add_pooling_layer (`bool`, defaults to `True`): Whether to add the projections.
 
     Attributes:
-        masks_images (`bool`): Whether the family ever completes masked images, by a token in place of patches.
+        masks_images (`bool`): Whether the family trains on masked images, and so needs a mask token for patches.
     """
 
     masks_images = False
@@ -218,7 +218,7 @@ class DualEncoder(RetrievalFeatures):
         self.post_init()
 
     def encode_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        """Texts without an image: (R, T) -> (R, T, D)."""
+        """Encodes texts without an image: (R, T) -> (R, T, D)."""
         beginning = self.text.begin(input_ids, attention_mask, **kwargs)  # (R, T, D)
         return self.text.alone(beginning, attention_mask, **kwargs)
 
@@ -230,14 +230,14 @@ class DualEncoder(RetrievalFeatures):
         context_index: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Texts (R, T) that read images (C, S, D), each the one that `context_index` (R,) says. -> (R, T, D)."""
+        """Encodes texts (R, T) that read images (C, S, D), chosen by `context_index` (R,). -> (R, T, D)."""
         beginning = self.text.begin(input_ids, attention_mask, **kwargs)  # (R, T, D)
         return self.text.fuse(beginning, attention_mask, image_states, context_index=context_index, **kwargs)
 
     def text_output(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
     ) -> VisionLanguageModelOutput:
-        """What a tower's forward says of texts alone. (R, T)."""
+        """The tower's output for texts alone. (R, T)."""
         states = self.encode_texts(input_ids, attention_mask, **kwargs)  # (R, T, D)
         return VisionLanguageModelOutput(
             last_hidden_state=states,
@@ -246,7 +246,7 @@ class DualEncoder(RetrievalFeatures):
         )
 
     def image_output(self, image_states: torch.Tensor) -> VisionLanguageModelOutput:
-        """Likewise of images alone, by the states of the visual tower. (C, S, D)."""
+        """The tower's output for images alone, from the states of the visual tower. (C, S, D)."""
         return VisionLanguageModelOutput(
             last_hidden_state=image_states,
             pooler_output=self.project_images(image_states),  # (C, P)
@@ -254,37 +254,37 @@ class DualEncoder(RetrievalFeatures):
         )
 
     def project_images(self, image_states: torch.Tensor) -> torch.Tensor | None:
-        """[CLS] in the contrastive space, (C, S, D) -> (C, P); None of a tower without projections."""
+        """Projects [CLS] into the contrastive space, (C, S, D) -> (C, P); None for a tower without projections."""
         return None if self.vision_projection is None else self.vision_projection(image_states[:, 0])
 
     def project_texts(self, text_states: torch.Tensor) -> torch.Tensor | None:
-        """Likewise of texts alone: (R, T, D) -> (R, P)."""
+        """Same for texts alone: (R, T, D) -> (R, P)."""
         return None if self.text_projection is None else self.text_projection(text_states[:, 0])
 
     def embed_images(self, image_states: torch.Tensor) -> torch.Tensor:
-        """As `project_images`, of unit length."""
+        """`project_images`, normalised to unit length."""
         return nn.functional.normalize(self.project_images(image_states), dim=-1)
 
     def embed_texts(self, text_states: torch.Tensor) -> torch.Tensor:
-        """As `project_texts`, of unit length."""
+        """`project_texts`, normalised to unit length."""
         return nn.functional.normalize(self.project_texts(text_states), dim=-1)
 
     def resize_positions(self, image_size: int) -> None:
-        """Reads images of another size from now on, with a table of positions of its own to learn. In place."""
+        """Switches to another image size, in place, with a learnable position table for that size."""
         side = image_size // self.config.patch_size
         embeddings = self.vision.embeddings
 
-        # interpolated from the old table; what was frozen stays frozen
+        # interpolated from the old table; a frozen table stays frozen
         table = embeddings.positions((side, side)).detach().clone()
         embeddings.position_embeddings = nn.Parameter(table, embeddings.position_embeddings.requires_grad)
         self.config.image_size = self.config.position_image_size = image_size
 
 
 class ImageTextMatching:
-    """Beside `RetrievalFeatures`: what a class with the matching head `itm_head` over a dual encoder can be asked."""
+    """Mixin beside `RetrievalFeatures`: image-text matching with the head `itm_head` over a dual encoder."""
 
     def matching_context(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What `match` reads of images, made once however many texts are held against each. (C, ...) -> (C, S, D)."""
+        """Image states for `match`, computed once per image for any number of texts. (C, ...) -> (C, S, D)."""
         return self.get_image_features(pixel_values=pixel_values, return_dict=True).last_hidden_state
 
     def match(
@@ -296,25 +296,25 @@ class ImageTextMatching:
         context_index: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
-        Do text and image belong together? Logits (R, 2), the second for yes.
+        Scores whether text and image belong together: logits (R, 2), the second for a match.
 
         Args:
             input_ids, attention_mask (`(R, T)`): The texts.
-            pixel_values: An image for each, R of them.
-            image_states (`(C, S, D)`): Of `matching_context`, kept from before.
-            context_index (`(R,)`): Which image each text is held against; text r against image r if None.
+            pixel_values: R images, one per text.
+            image_states (`(C, S, D)`): Earlier output of `matching_context`, instead of images.
+            context_index (`(R,)`): Index of the image that each text is scored with; None pairs text r with image r.
 
         Raises:
-            ValueError: neither images nor their states, or both; what the tower raises.
+            ValueError: neither or both of images and their states are given, and the errors of the tower.
         """
-        # either images or what was made of them
+        # either images or their states
         if (pixel_values is None) == (image_states is None):
             raise ValueError("match expects either pixel_values or image_states, and got both or neither")
         check_inputs(self.tower, input_ids, attention_mask, pixel_values)
         if image_states is None:
             image_states = self.tower.vision(pixel_values)  # (R, S, D)
 
-        # without an index text r is held against image r
+        # without an index, text r is scored with image r
         if context_index is None and image_states.shape[0] != input_ids.shape[0]:
             raise ValueError(f"got {len(input_ids)} texts and {len(image_states)} pictures; expected as many of each")
         return self.matching_logits(input_ids, attention_mask, image_states, context_index)
@@ -327,13 +327,13 @@ class ImageTextMatching:
         context_index: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """`match` of what was checked before. (R, T), (C, S, D) -> (R, 2)."""
+        """`match` without input checks. (R, T), (C, S, D) -> (R, 2)."""
         fused = self.tower.fuse(input_ids, attention_mask, image_states, context_index, **kwargs)  # (R, T, D)
         return self.itm_head(fused[:, 0])
 
 
 class FusedPredictions:
-    """Beside a family's `PreTrainedModel` with `itm_head` and `lm_head`: pairs, negatives and masked texts at once."""
+    """Mixin for a model with `itm_head` and `lm_head`: predicts matching and masked tokens in one run."""
 
     def predict_fused(
         self,
@@ -346,17 +346,17 @@ class FusedPredictions:
         fuse: Callable[..., torch.Tensor],
     ) -> None:
         """
-        Every text that reads a clean image, in one run. Fills `itm_logits` and `mlm_logits` of `output`, which has
-        `image_states` (B, S, D).
+        Fuses all texts that read an unmasked image in one run. Fills `itm_logits` and `mlm_logits` of `output`, which
+        holds `image_states` (B, S, D).
 
         Args:
-            texts, masked_texts (`(B, T, ...)`): Ids or states, whatever `fuse` begins from; masked ones or None.
+            texts, masked_texts (`(B, T, ...)`): Ids or states, as `fuse` takes them; `masked_texts` may be None.
             text_mask (`(B, T)`): 1 for real positions.
-            negatives (`(B,)` twice): Each text's negative image and each image's negative text, or None.
-            mlm_places (`(M,)`): Places in the flat (B, T) that are predicted; all if None.
-            fuse: Rows of text, their mask, the image states and `context_index` -> (R, T, D).
+            negatives (`(B,)` twice): Index of each text's negative image and of each image's negative text, or None.
+            mlm_places (`(M,)`): Indices into the flat (B, T) of the tokens to predict; all if None.
+            fuse: Maps rows of text, their mask, the image states and `context_index` to (R, T, D).
         """
-        # rows of text, and the image that each reads
+        # rows of text, and the index of the image that each reads
         count = text_mask.shape[0]
         own = torch.arange(count, device=text_mask.device)  # (B,)
         rows = []
@@ -374,10 +374,10 @@ class FusedPredictions:
         if not rows:
             return
 
-        # one run, so that each image's keys and values are made once
+        # one run, so that each image's keys and values are computed once
         states = fuse(torch.cat(rows), torch.cat(masks), output.image_states, context_index=torch.cat(images))
 
-        # apart again: pairs by their [CLS], then the masked texts
+        # split: pairs are classified from [CLS], masked texts from their tokens
         matched = 0 if negatives is None else 3 * count
         if matched:
             output.itm_logits = self.itm_head(states[:matched, 0])  # (3B, 2)
@@ -389,7 +389,7 @@ class FusedPredictions:
 
 
 def check_passes(passes: Sequence[str], known: Sequence[str], needs: Mapping[str, tuple[str, object]]) -> None:
-    """Raises `ValueError` for passes that are not `known`, or whose need, its name and what was given, is None."""
+    """Raises `ValueError` for passes not in `known`, or if the value in `needs` (pass -> name, value) is None."""
     if unknown := [name for name in passes if name not in known]:
         raise ValueError(f"unknown passes {unknown}; expected any of {list(known)}")
     for name, (what, given) in needs.items():
@@ -397,8 +397,8 @@ def check_passes(passes: Sequence[str], known: Sequence[str], needs: Mapping[str
             raise ValueError(f"the pass {name!r} needs {what}, got None")
 
 
-# which image each text is held against, and which text each image: image_embeds, text_embeds (B, P), temperature
-# (1,) -> two index tensors (B,)
+# chooses a negative image for each text and a negative text for each image: image_embeds, text_embeds (B, P),
+# temperature (1,) -> two index tensors (B,)
 ChooseNegatives = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 __all__ = [

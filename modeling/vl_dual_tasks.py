@@ -1,4 +1,4 @@
-"""Dual encoders fine-tuned: answers begun from the fusion layers, and texts that read two images (ALBEF's protocol).
+"""Fine-tuning of dual encoders: answer generation, and texts that read two images (ALBEF's protocol).
 
 B pairs, N patches, S = 1 + N, T positions of a text with its [CLS], C images, D width.
 """
@@ -21,23 +21,23 @@ REASONING_LABELS = ("False", "True")
 
 
 class DualEncoderTask:
-    """Beside a family's `PreTrainedModel` with a tower: where a task's model begins, and what it leaves alone."""
+    """Mixin for a family's task models: initialisation from a pretrained model, and freezing of unused weights."""
 
     def freeze_unused(self) -> None:
-        """What no task's loss reaches: a data-parallel engine would wait for its gradient for ever."""
+        """Freezes the mask token, which no task uses: a data-parallel engine would wait for its gradient for ever."""
         mask_token = self.base_model.vision.embeddings.mask_token
         if mask_token is not None:
             mask_token.requires_grad_(False)
 
     @torch.no_grad()
     def initialise_from(self, pretrained: PreTrainedModel) -> None:
-        """Begins where another model of the family ended: its tower, and all of a head that can be had from it."""
+        """Copies the tower of another model of the family; subclasses also copy what fits their heads."""
         theirs, tower = pretrained.base_model.state_dict(), self.base_model
         tower.load_state_dict({name: theirs[name] for name in tower.state_dict()})
 
 
 class FusedAnswerGeneration(AnswerGeneration, DualEncoderTask):
-    """`AnswerGeneration` whose decoder has the form of the tower's last layers, and begins as they are."""
+    """`AnswerGeneration` whose decoder has the shape of the tower's last layers and is initialised from them."""
 
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.lm_head.decoder
@@ -46,7 +46,7 @@ class FusedAnswerGeneration(AnswerGeneration, DualEncoderTask):
         self.decoder.lm_head.decoder = new_embeddings
 
     def _resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        # transformers knows of one table of tokens going in and one coming out; the decoder's reads the same tokens
+        # transformers resizes one input and one output table; the decoder's input table must follow
         tokens, own = super()._resize_token_embeddings(*args, **kwargs), self.decoder.embeddings
         own.word_embeddings = self._get_resized_embeddings(own.word_embeddings, tokens.num_embeddings)
         return tokens
@@ -57,7 +57,7 @@ class FusedAnswerGeneration(AnswerGeneration, DualEncoderTask):
 
     @torch.no_grad()
     def initialise_decoder(self, lm_head: nn.Module | None = None) -> None:
-        """The decoder as the tower's last layers, its embeddings, and a language-model head if there is one."""
+        """Copies the tower's last layers and embeddings, and the language-model head if given, into the decoder."""
         text, decoder = self.base_model.text, self.decoder
         decoder.embeddings.load_state_dict(text.embeddings.state_dict())
         for mine, theirs in zip(decoder.layers, text.layers[-len(decoder.layers) :], strict=True):
@@ -67,7 +67,7 @@ class FusedAnswerGeneration(AnswerGeneration, DualEncoderTask):
 
 
 class TextReading(DualEncoderTask):
-    """Of a task on texts alone: the text tower as far as it reads a text without an image, and nothing else."""
+    """Mixin for tasks on texts alone: trains the layers that read a text without an image, and freezes the rest."""
 
     def freeze_unused(self) -> None:
         tower = self.base_model
@@ -81,16 +81,17 @@ class TextReading(DualEncoderTask):
 
 class TwoImageReading(DualEncoderTask):
     """
-    Reads a text about two images. The fusion layers stand twice, one after the other; of layers that all fuse, the
-    upper half: of twelve, layers 6 to 11 make layers 6 to 17. Cross-attention alternates between the images from layer
-    to layer, and the two of a pair share its keys and values (ALBEF's code; SIMLA's has it in the lower half too).
+    Reads a text about two images. Each fusion layer is followed by a second copy; if all layers fuse, only those of
+    the upper half are (of twelve, layers 6 to 11 become layers 6 to 17). Cross-attention alternates between the images
+    from layer to layer, and a layer and its copy share keys and values (ALBEF's code; SIMLA's alternates in the lower
+    half too).
 
     Attributes:
-        lower (`int`): Layers that stand once.
+        lower (`int`): Number of layers without a copy.
     """
 
     def add_second_layers(self, config: PreTrainedConfig) -> None:
-        """Makes them, with the keys and values of those before. To be called once, with the tower in place."""
+        """Adds the second layers, sharing keys and values with the first. Call once, after the tower is built."""
         layers, prefix = self.base_model.text.layers, self.base_model_prefix
         self.lower = config.num_text_layers if config.num_fusion_layers else config.num_text_layers // 2
         self.second_layers = nn.ModuleList([FusionLayer(config) for _ in layers[self.lower :]])
@@ -112,12 +113,12 @@ class TwoImageReading(DualEncoderTask):
 
     @torch.no_grad()
     def initialise_second_layers(self) -> None:
-        """Each the copy of the layer before it."""
+        """Copies each layer's weights into its second copy."""
         for mine, theirs in zip(self.second_layers, self.base_model.text.layers[self.lower :], strict=True):
             mine.load_state_dict(theirs.state_dict())
 
     def fusion_stack(self) -> Iterator[FusionLayer]:
-        """The layers with cross-attention in their order."""
+        """Yields the layers with cross-attention in order."""
         text = self.base_model.text
         yield from text.layers[text.first_fusion : self.lower]
         for pair in zip(text.layers[self.lower :], self.second_layers, strict=True):
@@ -130,7 +131,7 @@ class TwoImageReading(DualEncoderTask):
         states: torch.Tensor,
         chosen: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """Texts (B, T) that read two of the images (C, S, D) each, by their places (B,) twice. [CLS], (B, D)."""
+        """[CLS] (B, D) of texts (B, T), each reading two of the images (C, S, D), indexed by `chosen` (two (B,))."""
         hidden_states = self.base_model.text.begin(text_ids, text_mask)  # (B, T, D)
         mask = self_mask(self.config, hidden_states, text_mask)
         for place, layer in enumerate(self.fusion_stack()):
@@ -139,7 +140,7 @@ class TwoImageReading(DualEncoderTask):
 
 
 class TwoImageReasoning(TwoImageReading):
-    """Forward of a model with a `classifier`: is a sentence true of two images (NLVR2)? Labels 0 and 1."""
+    """Forward of a model with a `classifier`: whether a sentence is true of two images (NLVR2); labels 0 and 1."""
 
     @can_return_tuple
     def forward(
@@ -151,14 +152,14 @@ class TwoImageReasoning(TwoImageReading):
         **kwargs,
     ) -> SequenceClassifierOutput:
         """
-        `logits` (B, 2), the second for true, of texts (B, T) and the two images of each, `pixel_values`
-        (B, 2, C, H, W). `labels` (B,). Raises `ValueError` as the tower.
+        `logits` (B, 2), the second for true, of texts (B, T) and two images per text, `pixel_values`
+        (B, 2, C, H, W). `labels` (B,). Raises the `ValueError`s of the tower.
         """
         check_two_images(type(self).__name__, input_ids, pixel_values)
         first_images, second_images = pixel_values.unbind(1)  # (B, C, H, W) each
         check_inputs(self.base_model, input_ids, attention_mask, first_images)
         check_inputs(self.base_model, None, None, second_images)
-        # the two images of a text side by side
+        # rows 2i and 2i + 1 are the two images of text i
         states = self.base_model.vision(pixel_values.flatten(0, 1))  # (2B, S, D)
         first = torch.arange(0, states.shape[0], 2, device=states.device)  # (B,)
         cls = self.read(input_ids, attention_mask, states, (first, first + 1))  # (B, D)
@@ -169,8 +170,8 @@ class TwoImageReasoning(TwoImageReading):
 
 class TextAssignment(TwoImageReading):
     """
-    Forward of a model with an `assignment_head`: which of two images is a text's own, the first, the second or
-    neither? ALBEF's step between pretraining and NLVR2, from pairs alone, by which the second layers learn their part.
+    Forward of a model with an `assignment_head`: whether a text belongs to the first of two images, the second, or
+    neither. ALBEF trains this on pairs between pretraining and NLVR2, to pretrain the second layers.
     """
 
     def freeze_unused(self) -> None:
@@ -188,9 +189,8 @@ class TextAssignment(TwoImageReading):
         **kwargs,
     ) -> SequenceClassifierOutput:
         """
-        `logits` (B, 3) of texts (B, T) and images (B, C, H, W). `choose` takes the images' cosines (B, B), without
-        gradient, and gives the places in the batch of the two images that each text is to read. Raises `ValueError` as
-        the tower.
+        `logits` (B, 3) of texts (B, T) and images (B, C, H, W). `choose` maps the images' cosines (B, B), without
+        gradient, to the batch indices of the two images that each text reads. Raises the `ValueError`s of the tower.
         """
         if input_ids is None or pixel_values is None or choose is None:
             raise ValueError(
@@ -200,7 +200,7 @@ class TextAssignment(TwoImageReading):
         check_inputs(tower, input_ids, attention_mask, pixel_values)
         states = tower.vision(pixel_values)  # (B, S, D)
 
-        # images that look alike are hard to tell apart
+        # similar images are hard negatives
         with torch.no_grad():
             unit = F.normalize(tower.vision_projection(states[:, 0]).float(), dim=-1)  # (B, P)
             chosen = choose(unit @ unit.T)
@@ -209,7 +209,7 @@ class TextAssignment(TwoImageReading):
 
 
 def name_labels(config: PreTrainedConfig, labels: tuple[str, ...]) -> None:
-    """The task's labels, where the configuration names none of its own."""
+    """Sets the task's labels, unless the configuration names its own."""
     if all(name.startswith("LABEL_") for name in config.id2label.values()):
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in enumerate(labels)}

@@ -1,6 +1,6 @@
 """BERT's post-norm transformer, with cross-attention to another sequence between self-attention and feed-forward.
 
-R rows, L positions of a row, C contexts (pictures, say) of S positions, D width, H heads, d = D / H, V vocabulary.
+R rows, L positions of a row, C contexts (such as images) of S positions, D width, H heads, d = D / H.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ class TextEmbeddings(nn.Module):
         self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
         tokens = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (R, L, D)
-        # beyond the table there is padding only: texts and pictures that need more are refused before
+        # positions beyond the table are padding: longer texts and larger images were rejected before
         last = self.position_embeddings.num_embeddings - 1
         positions = torch.arange(tokens.shape[1], device=tokens.device).clamp(max=last)  # (L,)
         return self.dropout(self.norm(tokens + self.position_embeddings(positions)))
 
 
 class FusionAttention(nn.Module):
-    """Multi-head attention over the own sequence, or over a context that several rows may share."""
+    """Multi-head self-attention, or cross-attention to a context that several rows may share."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -63,10 +63,10 @@ class FusionAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        (R, L, D) -> (R, L, D), and the weights (R, H, L, S) where the implementation gives them.
+        (R, L, D) -> (R, L, D), and the weights (R, H, L, S) if the implementation returns them.
 
-        `context` (C, S, D) is attended instead of the row itself. Its keys and values are made once for each of the C
-        contexts; `context_index` (R,) says which one a row attends.
+        `context` (C, S, D) is attended to instead of the row itself. Keys and values are computed once per context;
+        `context_index` (R,) is the index of each row's context.
         """
         source = hidden_states if context is None else context
         key, value = self.heads(self.key(source)), self.heads(self.value(source))  # (C, H, S, d)
@@ -88,7 +88,7 @@ class FusionAttention(nn.Module):
         return self.proj(output.flatten(2)), weights
 
     def first_row(self, hidden_states: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-        """What the first position attends, before dropout: (R, L, D), 1 for real keys (R, L) -> (R, H, L)."""
+        """Attention of the first position, before dropout: (R, L, D), 1 for real keys (R, L) -> (R, H, L)."""
         query = self.heads(self.query(hidden_states[:, :1]))  # (R, H, 1, d)
         scores = (query * self.scaling) @ self.heads(self.key(hidden_states)).transpose(2, 3)  # (R, H, 1, L)
         if key_mask is not None:
@@ -99,7 +99,7 @@ class FusionAttention(nn.Module):
 
 class FusionLayer(GradientCheckpointingLayer):
     """
-    norm(x + attention), norm(x + cross-attention) where there is a context, norm(x + feed-forward); dropout on each
+    norm(x + attention), norm(x + cross-attention) if there is a context, norm(x + feed-forward), with dropout on each
     sum's second term. (R, L, D) -> (R, L, D).
     """
 
@@ -126,13 +126,13 @@ class FusionLayer(GradientCheckpointingLayer):
         watch: Watch | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """With `first_row`, what the first position attends of 1 for real keys (R, L): (R, H, L) instead of states."""
-        if first_row:  # by a call of the layer, at which an engine that shards brings its weights together
+        """With `first_row`, returns the attention of the first position (R, H, L); `key_mask` is 1 for real keys."""
+        if first_row:  # called through the layer, so that a sharding engine gathers its weights
             return self.attention.first_row(hidden_states, key_mask)
-        # the text itself
+        # self-attention
         attended, _ = attend(self.attention, watch, hidden_states, None, attention_mask, **kwargs)
         hidden_states = self.attention_norm(self.dropout(attended) + hidden_states)
-        # what it reads
+        # cross-attention
         if context is not None:
             attended, _ = attend(
                 self.cross_attention, watch, hidden_states, context, context_mask, context_index, **kwargs
@@ -142,15 +142,15 @@ class FusionLayer(GradientCheckpointingLayer):
 
 
 def self_mask(config: PreTrainedConfig, states: torch.Tensor, key_mask: torch.Tensor | None, causal: bool = False):
-    """What the attention implementation in use wants, of 1 for real positions (R, L); None for no restriction."""
+    """Self-attention mask in the form of the current implementation, from 1 for real positions (R, L) or None."""
     if causal:
-        # the last is the cache, by its place: transformers 5.24 renames it, and has no default for it
+        # the cache is passed by position: transformers 5.24 renames the argument and gives it no default
         return create_causal_mask(config, states, key_mask, None)
     return create_bidirectional_mask(
         config=config,
         inputs_embeds=states,
         attention_mask=key_mask,
-        # whether a mask can be left out is read from its values: an accelerator would wait for the answer
+        # deciding whether to skip the mask reads its values, which would synchronise an accelerator
         allow_is_bidirectional_skip=states.device.type == "cpu",
     )
 
@@ -158,7 +158,7 @@ def self_mask(config: PreTrainedConfig, states: torch.Tensor, key_mask: torch.Te
 def context_mask_of(
     config: PreTrainedConfig, states: torch.Tensor, context: torch.Tensor, key_mask: torch.Tensor | None
 ):
-    """Likewise of queries (R, L, D) over contexts whose real positions are (R, S)."""
+    """Cross-attention mask of queries (R, L, D), from 1 for real positions of each row's context (R, S)."""
     if key_mask is None:
         return None
     keys = context.new_empty(states.shape[0], key_mask.shape[1], 1)

@@ -1,9 +1,9 @@
-"""Grad-CAM of attention: which patches made a pair match, or made the model detect a concept.
+"""Grad-CAM of attention: the patches that made a pair match, or made the model detect a concept.
 
 SIMLA, section 3.5 and the supplement's Figure 2; the formula is ALBEF's and SIMLA's code. With attention A and a
 score, the map is A * max(d score / d A, 0): attended positions whose attention increases the score.
 
-B pairs, H heads, T positions of a text ([CLS] first), N = h*w patches, L queries, S keys, V vocabulary.
+B pairs, H heads, T positions of a text ([CLS] first), N = h*w patches, L queries, S keys, V vocabulary size.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,8 @@ POOLS = ("padded", "real", "tokens", "none")
 
 def attention_gradcam(attention: nn.Module, score: Callable[[Watch], torch.Tensor]) -> torch.Tensor:
     """
-    A * max(d score / d A, 0) of the one pass through `attention` that `score(watch)` makes, which hands `watch` to its
-    layers; its value is summed, so that rows of a batch keep to themselves. -> (B, H, L, S), without a graph, also
-    under `no_grad`.
+    A * max(d score / d A, 0), where `score(watch)` passes `watch` to its layers and runs `attention` once. The scores
+    are summed; rows of a batch do not mix. -> (B, H, L, S), detached; works under `no_grad`.
     """
     watch = Watch(attention)
     with torch.enable_grad():
@@ -30,14 +29,14 @@ def attention_gradcam(attention: nn.Module, score: Callable[[Watch], torch.Tenso
         if len(watch.weights) != 1:
             raise RuntimeError(f"the score made {len(watch.weights)} passes through the attention layer; expected 1")
 
-        # only back to A: nothing below it is differentiated
+        # differentiates back to A only, not the layers below
         (weights,) = watch.weights
         (gradient,) = torch.autograd.grad(total, weights)
     return (weights * gradient.clamp_min(0)).detach()
 
 
 def chosen_layer(layers: nn.ModuleList, layer: int | None, default: int) -> nn.Module:
-    """Layer `layer` from 0 (negative: from the end); None is `default`, or the last of fewer layers.
+    """Layer number `layer`, from 0 (negative: from the end); None gives `default`, or the last of fewer layers.
 
     Raises:
         ValueError: there is no such layer.
@@ -50,10 +49,10 @@ def chosen_layer(layers: nn.ModuleList, layer: int | None, default: int) -> nn.M
 
 
 def fusion_layer(text: nn.Module, layer: int | None, default: int) -> nn.Module:
-    """Likewise of a `TextEncoder`, among all of its layers.
+    """`chosen_layer` among all layers of a `TextEncoder`.
 
     Raises:
-        ValueError: there is no such layer, or it reads no image.
+        ValueError: there is no such layer, or it has no cross-attention.
     """
     chosen = chosen_layer(text.layers, layer, default)
     if chosen.cross_attention is None:
@@ -63,10 +62,10 @@ def fusion_layer(text: nn.Module, layer: int | None, default: int) -> nn.Module:
 
 def pool_positions(maps: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.Tensor:
     """
-    Maps of each text position (B, T, h, w), zero at padding by `mask` (B, T) -> (B, h, w), or as they are for "none".
+    Pools maps of text positions, zeroed at padding: (B, T, h, w), `mask` (B, T) -> (B, h, w); "none" does not pool.
 
-    "padded": the mean over all T, [CLS] and padding included (official code: a text's own scale then depends on the
-    longest of its batch, its ranking of boxes does not); "real": over [CLS] and tokens; "tokens": over tokens.
+    "padded": the mean over all T, including [CLS] and padding (official code: the scale of a map then depends on the
+    longest text of the batch, the ranking of boxes does not); "real": over [CLS] and tokens; "tokens": over tokens.
     """
     maps = maps * mask[..., None, None].to(maps.dtype)
     if pool == "none":
@@ -74,7 +73,7 @@ def pool_positions(maps: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.T
     if pool == "padded":
         return maps.mean(1)
 
-    # the mean over a text's own positions, whatever its batch
+    # the mean over a text's own positions, independent of the batch
     kept = mask.clone()
     if pool == "tokens":
         kept[:, 0] = 0
@@ -83,7 +82,7 @@ def pool_positions(maps: torch.Tensor, mask: torch.Tensor, pool: str) -> torch.T
 
 
 def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A copy that autograd accepts of a tensor that was created under `inference_mode`."""
+    """The tensor, or, if it was created under `inference_mode`, a copy that autograd accepts."""
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
@@ -92,7 +91,7 @@ def _grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
 
 
 class GroundedMatching:
-    """Beside `RetrievalFeatures` and `ImageTextMatching`: over a dual encoder with a matching head."""
+    """Mixin for a dual encoder with a matching head, beside `RetrievalFeatures` and `ImageTextMatching`: `ground`."""
 
     grounding_modes = MODES
 
@@ -127,11 +126,11 @@ class GroundedMatching:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, T)
             grid = _grid(pixel_values, self.config.patch_size)
 
-            # the visual encoder's own attention
+            # self-attention of the visual encoder
             if mode == "itc":
                 return self._ground_by_contrast(input_ids, mask, pixel_values, layer).unflatten(1, grid)
 
-            # what the text's positions attend among the patches
+            # cross-attention from text positions to patches
             states = self.tower.vision(pixel_values)  # (B, 1 + N, D)
             attention = fusion_layer(self.tower.text, layer, self.config.grounding_layer).cross_attention
             cam = attention_gradcam(
@@ -143,7 +142,7 @@ class GroundedMatching:
     def _ground_by_contrast(
         self, text_ids: torch.Tensor, text_mask: torch.Tensor, pixel_values: torch.Tensor, layer: int | None
     ) -> torch.Tensor:
-        """Gradient of each pair's cosine over the temperature. -> (B, N)"""
+        """Grad-CAM of each pair's cosine divided by the temperature. -> (B, N)"""
         tower, temperature = self.tower, self.temperature.detach()
         text = tower.embed_texts(tower.encode_texts(text_ids, text_mask))  # (B, P)
 
@@ -165,15 +164,15 @@ def _check_request(model: nn.Module, mode: str, pool: str, pixel_values: torch.T
 
 
 class GroundedConcepts:
-    """Beside `RetrievalFeatures`, for a model with a `concept_head` that reads the picture's [CLS]."""
+    """Mixin beside `RetrievalFeatures`, for a model with a `concept_head` on the image's [CLS]."""
 
     def concepts(self, pixel_values: torch.FloatTensor) -> torch.Tensor:
-        """The concept head's logits (B, V) of pictures alone (section 2.4): which tokens are seen in them."""
+        """The concept head's logits (B, V) for images alone (section 2.4): the tokens detected in them."""
         check_inputs(self.tower, None, None, pixel_values)
         return self.concept_logits(pixel_values)
 
     def concept_logits(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """`concepts` of what was checked before. (B, C, H, W) -> (B, V)."""
+        """`concepts` without input checks. (B, C, H, W) -> (B, V)."""
         states = self.tower.vision(pixel_values, **kwargs)  # (B, 1 + N, D)
         projected = self.config.concept_input == "projected"
         return self.concept_head(self.tower.embed_images(states) if projected else states[:, 0])
@@ -182,15 +181,16 @@ class GroundedConcepts:
         self, pixel_values: torch.FloatTensor, token_ids: torch.LongTensor, layer: int | None = None
     ) -> torch.Tensor:
         """
-        Where in a picture the concept head sees a token (supplement, Figure 2): Grad-CAM (B, h, w) of what the visual
-        encoder's [CLS] attends. The paper does not name the layer: `config.grounding_layer`, as for the other maps.
+        Locates a token that the concept head detects in an image (supplement, Figure 2): Grad-CAM (B, h, w) of the
+        visual encoder's [CLS] attention. The paper does not name the layer; the default is `config.grounding_layer`.
 
         Args:
             pixel_values (`(B, C, H, W)`): The images.
-            token_ids (`(B,)`): One of the vocabulary for each.
+            token_ids (`(B,)`): One token id per image.
 
         Raises:
-            ValueError: a model in training mode, another number of tokens than of pictures, or no such layer.
+            ValueError: the model is in training mode, the numbers of tokens and images differ, or there is no such
+                layer.
         """
         if self.training:
             raise ValueError("ground_concepts() expects a model in eval mode; call eval() first")

@@ -1,6 +1,6 @@
 """Checks of the inputs of a forward pass. Every function raises a `ValueError` that says what was given and expected.
 
-B rows, L positions, N = patches of a picture, C channels, H x W pixels, p patch side.
+B rows, L positions, N patches of an image, C channels, H x W pixels, p patch side.
 """
 
 import torch
@@ -17,8 +17,8 @@ def check_inputs(
     bool_masked_pos: torch.Tensor | None = None,
 ) -> None:
     """
-    Checks a tower's inputs against its configuration; values only where reading them is free. Called once, where a
-    user's input enters, and not by later passes.
+    Checks a tower's inputs against its configuration; values are checked only where reading them is free. Called once
+    on the user's input, and not by later passes.
     """
     config = model.config
     if input_ids is None and pixel_values is None:
@@ -51,14 +51,14 @@ def check_inputs(
 
 
 def patch_count(pixel_values: torch.Tensor, patch_size: int) -> int:
-    """N, of images (..., H, W)."""
+    """Number of patches N of images (..., H, W)."""
     return (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
 
 
 def check_shapes(
     input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor | None
 ) -> None:
-    """Ids are whole numbers (B, L); the parts of a batch have as many rows, and the mask the shape of the ids."""
+    """Ids must be integers (B, L), ids and images have B rows each, and the mask the shape of the ids."""
     if input_ids is not None and (input_ids.ndim != 2 or not input_ids.numel()):
         raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected (rows, positions), one at least")
     if input_ids is not None and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
@@ -73,7 +73,7 @@ def check_shapes(
 
 
 def check_image_size(pixel_values: torch.Tensor, num_channels: int, patch_size: int, image_size: int | None) -> int:
-    """(B, C, H, W) with H = W = `image_size`, or any multiples of p when that is None. Returns N."""
+    """Images must be (B, C, H, W) with H = W = `image_size`, or multiples of p if that is None. Returns N."""
     got = tuple(pixel_values.shape)
     if len(got) != 4 or got[1] != num_channels:
         side = image_size or "height, width"
@@ -91,7 +91,7 @@ def check_image_size(pixel_values: torch.Tensor, num_channels: int, patch_size: 
 
 
 def check_patch_mask(bool_masked_pos: torch.Tensor, batch_size: int, n_patches: int) -> None:
-    """One flag a patch: bool (B, N)."""
+    """The mask must have one flag per patch: bool (B, N)."""
     if bool_masked_pos.dtype != torch.bool:
         raise ValueError(f"bool_masked_pos is {bool_masked_pos.dtype}; expected torch.bool, True for masked patches")
     if tuple(bool_masked_pos.shape) != (batch_size, n_patches):
@@ -102,24 +102,24 @@ def check_patch_mask(bool_masked_pos: torch.Tensor, batch_size: int, n_patches: 
 
 
 def check_text_alone(pixel_values: torch.Tensor | None) -> None:
-    """No images for `get_text_features`."""
+    """`get_text_features` takes no images."""
     if pixel_values is not None:
         raise ValueError("get_text_features reads text alone; drop pixel_values or use get_multimodal_features")
 
 
 def check_images_alone(input_ids: torch.Tensor | None, pixel_values: torch.Tensor, config: PreTrainedConfig) -> None:
-    """No text for `get_image_features`: no ids (B, L) but [CLS] and, in the joint layout, placeholders."""
+    """`get_image_features` takes no text: ids (B, L) may only hold [CLS] and, in the joint layout, placeholders."""
     if input_ids is None:
         return
 
-    # as many ids as there are without a text
+    # number of ids without a text
     placed = 1 + patch_count(pixel_values, config.patch_size) if config.pair_layout == "joint" else 0
     if input_ids.shape[-1] > placed:
         raise ValueError("get_image_features reads pictures alone; drop input_ids or use get_multimodal_features")
 
 
 def check_finite(pixel_values: torch.Tensor) -> None:
-    """No NaN, no infinity; names the rows (B, C, H, W)."""
+    """Pixels (B, C, H, W) must not be NaN or infinite; the error names the rows."""
     finite = torch.isfinite(pixel_values)
     if not finite.all():
         rows = (~finite).flatten(1).any(1).nonzero().flatten().tolist()
@@ -127,7 +127,7 @@ def check_finite(pixel_values: torch.Tensor) -> None:
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int, cls_token_id: int) -> None:
-    """Ids (B, L) within the vocabulary, [CLS] first in each row."""
+    """Ids (B, L) must be in the vocabulary, and each row must begin with [CLS]."""
     low, high = input_ids.min().item(), input_ids.max().item()
     if low < 0 or high >= vocab_size:
         raise ValueError(f"input_ids lie in [{low}, {high}]; expected ids in [0, {vocab_size - 1}]")
@@ -146,11 +146,11 @@ def check_layout(
     n_patches: int | None,
     max_text_length: int,
 ) -> None:
-    """One placeholder a patch (none without pictures: `n_patches=None`), and not too many tokens. Ids are (B, L)."""
+    """Ids (B, L) must hold one placeholder per patch (none if `n_patches` is None) and not too many tokens."""
     real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
     placeholders = ((input_ids == image_token_id) * real).sum(1)  # (B,)
 
-    # placeholders are for patches, one each
+    # one placeholder per patch
     if n_patches is None and placeholders.any():
         raise ValueError(
             f"input_ids hold {placeholders.max().item()} image placeholders in a row but pixel_values is None"
@@ -171,7 +171,7 @@ def check_layout(
 def check_text(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, image_token_id: int, max_text_length: int
 ) -> None:
-    """[CLS] and a text's own tokens (B, T), not too many of them, and padding behind them only."""
+    """Ids (B, T) must be [CLS], the text's tokens, not too many, and padding on the right only."""
     real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
     strays = (input_ids == image_token_id) & (real == 1)  # (B, T)
     if strays.any():
@@ -192,7 +192,7 @@ def check_masks(
     bool_masked_pos: torch.Tensor | None,
     patch_size: int,
 ) -> None:
-    """Masked ids stand where the clean ones do, (B, L), and each patch has a flag, (B, N)."""
+    """Masked ids must have the shape of the ids, (B, L), and the mask one flag per patch, (B, N)."""
     if masked_input_ids is not None and masked_input_ids.shape != input_ids.shape:
         raise ValueError(
             f"masked_input_ids have shape {tuple(masked_input_ids.shape)}; "
@@ -203,7 +203,7 @@ def check_masks(
 
 
 def check_kept_patches(kept_patches: torch.Tensor, batch_size: int, n_patches: int) -> None:
-    """Places of the patches that are read, as many of each picture: int64 (B, K), K at most N."""
+    """Indices of the kept patches must be int64 (B, K), with K at most N."""
     shape = tuple(kept_patches.shape)
     fits = len(shape) == 2 and shape[0] == batch_size and 1 <= shape[1] <= n_patches
     if not fits or kept_patches.dtype != torch.int64:
@@ -214,7 +214,7 @@ def check_kept_patches(kept_patches: torch.Tensor, batch_size: int, n_patches: i
 
 
 def check_padding(attention_mask: torch.Tensor) -> None:
-    """A token's place is counted from [CLS] on, so padding may only stand behind the text, (B, L)."""
+    """Padding must be on the right of the text, (B, L), because positions are counted from [CLS]."""
     real = attention_mask != 0
     gaps = (real[:, 1:] & ~real[:, :-1]).any(1)  # (B,)
     if gaps.any():
@@ -226,10 +226,10 @@ def check_padding(attention_mask: torch.Tensor) -> None:
 
 def check_pairs(input_ids: torch.Tensor, attention_mask: torch.Tensor, image_token_id: int, n_patches: int) -> None:
     """
-    A training step cuts its streams from the joint layout: [CLS], N placeholders, then the text. (B, L) each.
-    There a token's slot is its place in the text, so padding may only stand behind the text.
+    Ids and mask (B, L) must follow the joint layout: [CLS], N placeholders, then the text, with padding on the right,
+    because a training step slices its streams from it and takes a token's slot as its position in the text.
     """
-    # only where reading values costs nothing
+    # only where reading values is free
     if input_ids.device.type != "cpu" or is_tracing(input_ids):
         return
     strays = (input_ids[:, 1 : 1 + n_patches] != image_token_id).any(1)  # (B,)

@@ -1,8 +1,8 @@
-"""Where in a picture its text is, of a model whose patches and words live in one space.
+"""Locates a text in an image, for models that embed patches and words in one space.
 
 OneR, Figures 1, 3, 6 to 8: "We simply compute the cosine similarities between image patch embeddings and the
-average-pooled text embedding": both come from the final LayerNorm, before any projector, picture and text each in a
-pass of its own. In a model of two spaces the maps are noise (Figure 3).
+average-pooled text embedding": both are outputs of the final LayerNorm, before any projector, with image and text in
+separate passes. In a model with two spaces the maps are noise (Figure 3).
 
 B pairs, L positions of a text ([CLS] first), N = h*w patches (row-major), D width.
 """
@@ -31,10 +31,10 @@ def patch_word_cosine(patches: torch.Tensor, words: torch.Tensor) -> torch.Tenso
 
 
 class GroundedPatches:
-    """Beside `RetrievalFeatures`, over one tower.
+    """Mixin beside `RetrievalFeatures`, for a single tower.
 
     Attributes:
-        grounding_modes: What `ground` can be asked by.
+        grounding_modes: The modes of `ground`.
     """
 
     grounding_modes = ("cosine",)
@@ -48,16 +48,16 @@ class GroundedPatches:
         mode: str = "cosine",
     ) -> torch.Tensor:
         r"""
-        Maps (B, h, w), not negative, on no fixed scale: how much nearer a patch lies to its text than the picture's
-        patches do on average. The cosines themselves are high everywhere, and a box around all would win.
+        Locates texts in images: maps (B, h, w), non-negative, without a fixed scale, of each patch's cosine with the
+        text above the image's mean. Raw cosines are high everywhere, so a box around the whole image would win.
 
         Args:
-            input_ids, attention_mask (`(B, L)`): The texts; placeholders are passed over.
+            input_ids, attention_mask (`(B, L)`): The texts; image placeholders are ignored.
             pixel_values (`(B, C, H, W)`): The images.
             mode: "cosine".
 
         Raises:
-            ValueError: no pictures, another mode, or a text without tokens.
+            ValueError: there are no images, the mode is unknown, or a text has no tokens.
         """
         if pixel_values is None:
             raise ValueError("ground() expects pixel_values, got None")
@@ -66,12 +66,12 @@ class GroundedPatches:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask * (input_ids != self.config.image_token_id)  # (B, L)
 
-        # final states of two passes, that of pictures without [CLS]
+        # final states of two passes; images without [CLS]
         patches = self.get_image_features(pixel_values).last_hidden_state[:, 1:]  # (B, N, D)
         states = self.get_text_features(input_ids, mask).last_hidden_state  # (B, L, D)
         cosines = patch_word_cosine(patches, mean_of_words(states, mask))  # (B, N)
 
-        # what stands out
+        # the part above the image's mean
         above = (cosines - cosines.mean(1, keepdim=True)).clamp_min(0)
         size = self.config.patch_size
         return above.unflatten(1, (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size))  # (B, h, w)

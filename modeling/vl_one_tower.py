@@ -16,7 +16,7 @@ from .vl_outputs import CLS_TOKEN, PADDING_TOKEN, PATCH_TOKEN, TEXT_TOKEN
 
 
 class SineTables(nn.Module):
-    """MAE's fixed tables, of `width`: 2-D sines of an image's patches, 1-D sines of a text's words."""
+    """MAE's fixed position tables of width `width`: 2-D sines for patches, 1-D sines for words."""
 
     def __init__(self, config: PreTrainedConfig, width: int):
         super().__init__()
@@ -27,11 +27,11 @@ class SineTables(nn.Module):
         self.register_buffer("text_positions", self.make_text_positions(), persistent=False)
 
     def make_image_positions(self, grid: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
-        """The 2-D table for a grid (h, w), from the grid the model was first trained on. -> (h*w, width), fp32."""
+        """The 2-D table for a grid (h, w), derived from the original training grid. -> (h*w, width), fp32."""
         config = self.config
         side = config.position_image_size // config.patch_size
         if config.position_interpolation == "recompute":
-            # the middle of each patch on the old grid, as a resized picture moves it
+            # centres of the new patches, in coordinates of the old grid
             rows, columns = (
                 (torch.arange(n, device=device, dtype=torch.float64) + 0.5) * side / n - 0.5 for n in grid
             )
@@ -44,7 +44,7 @@ class SineTables(nn.Module):
         return sincos_1d(torch.arange(self.config.max_text_length), self.width).float()
 
     def positions_of(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The table at hand, or one for another size of images (B, C, H, W). -> (N, width)."""
+        """The stored table, or a new one if images (B, C, H, W) have another size. -> (N, width)."""
         p = self.config.patch_size
         h, w = pixel_values.shape[-2] // p, pixel_values.shape[-1] // p
         if h * p == w * p == self.config.image_size:
@@ -52,7 +52,7 @@ class SineTables(nn.Module):
         return self.make_image_positions((h, w), pixel_values.device)
 
     def reset_tables(self) -> None:
-        """For `_init_weights`: buffers that no checkpoint holds."""
+        """Recomputes the tables, for `_init_weights`: checkpoints do not hold these buffers."""
         side = self.config.image_size // self.config.patch_size
         init.copy_(self.image_positions, self.make_image_positions((side, side)))
         init.copy_(self.text_positions, self.make_text_positions())
@@ -76,7 +76,7 @@ class OneTowerEmbeddings(SineTables):
         return patches + self.positions_of(pixel_values).to(patches.dtype)
 
     def embed_tokens(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Ids and their places in the text, any equal shape. (...) -> (..., D)."""
+        """Embeds ids at their positions in the text, both of one shape. (...) -> (..., D)."""
         tokens = self.word_embeddings(input_ids) * self.token_scale
         return tokens + self.text_positions[positions].to(tokens.dtype)
 
@@ -92,7 +92,7 @@ class OneTowerEmbeddings(SineTables):
         pixel_values: torch.Tensor | None,
         **masks: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sequence (B, L, D) and what each position is (B, L); `masks` are for `embed_patches`."""
+        """Returns the sequence (B, L, D) and its token types (B, L); `masks` are passed to `embed_patches`."""
         # an image alone
         if input_ids is None:
             patches = self.embed_patches(pixel_values, **masks)  # (B, N, D)
@@ -101,11 +101,11 @@ class OneTowerEmbeddings(SineTables):
             token_types[:, 0] = CLS_TOKEN
             return hidden_states, token_types
 
-        # what each place is, and the tokens, counted from the first of the text
+        # token types, and tokens with positions counted from the first of the text
         token_types = token_types_in(input_ids, attention_mask, self.config.image_token_id)  # (B, L)
         place = text_places(token_types, self.config.max_text_length)  # (B, L)
         tokens = self.embed_tokens(input_ids, place)  # (B, L, D)
-        # no slice from 1 on: an exported graph would have one more case, a text of one token
+        # a mask, not a slice from 1: an exported graph would need an extra case for texts of one token
         is_cls = (torch.arange(tokens.shape[1], device=tokens.device) == 0)[:, None]  # (L, 1)
         hidden_states = torch.where(is_cls, self.embed_cls(tokens.shape[0]).to(tokens.dtype), tokens)  # (B, L, D)
 
@@ -118,7 +118,7 @@ class OneTowerEmbeddings(SineTables):
 
 
 def token_types_in(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, image_token_id: int) -> torch.Tensor:
-    """What each place of the joint layout is. (B, L) -> (B, L)."""
+    """Token type of each position of the joint layout. (B, L) -> (B, L)."""
     token_types = torch.full_like(input_ids, TEXT_TOKEN)
     token_types = token_types.masked_fill(input_ids == image_token_id, PATCH_TOKEN)
     if attention_mask is not None:
@@ -128,12 +128,12 @@ def token_types_in(input_ids: torch.Tensor, attention_mask: torch.Tensor | None,
 
 
 def text_places(token_types: torch.Tensor, max_text_length: int) -> torch.Tensor:
-    """The place of each token in its text; any within the table where there is none. (B, L) -> (B, L)."""
+    """Position of each token in its text; an arbitrary valid one for other tokens. (B, L) -> (B, L)."""
     return ((token_types == TEXT_TOKEN).cumsum(1) - 1).clamp(0, max_text_length - 1)
 
 
 def at_placeholders(patches: torch.Tensor, token_types: torch.Tensor) -> torch.Tensor:
-    """Each placeholder's patch, any patch elsewhere. (B, N, D), (B, L) -> (B, L, D)."""
+    """The patch of each placeholder; an arbitrary patch elsewhere. (B, N, D), (B, L) -> (B, L, D)."""
     source = ((token_types == PATCH_TOKEN).cumsum(1) - 1).clamp(0, patches.shape[1] - 1)  # (B, L)
     return patches.gather(1, source[..., None].expand(-1, -1, patches.shape[-1]))
 

@@ -52,20 +52,20 @@ def token_types_of(image_states: torch.Tensor | None, text_mask: torch.Tensor | 
 def with_patches(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     """
     [CLS] of a text, the patches of its image, the text's tokens: (B, 1 + W, ...) and (B, 1 + N, ...) ->
-    (B, 1 + N + W, ...). By places and not by slices, which an exported graph would fix a length for.
+    (B, 1 + N + W, ...). Uses indices because slices would fix the length in an exported graph.
     """
     length = text.shape[1]  # 1 + W
     patches = image.shape[1] - 1  # N
     place = torch.arange(length + patches, device=text.device)
-    # where each place's value stands in the text and the image end to end; the image's [CLS] is left out
+    # index of each output position in the concatenated text and image; the image's [CLS] is left out
     source = torch.where(place > patches, place - patches, torch.where(place > 0, place + length, place))
     return torch.cat([text, image], dim=1).index_select(1, source)
 
 
 def without_patches(values: torch.Tensor, length: int) -> torch.Tensor:
     """
-    [CLS] and text of what speaks of [CLS], patches and text: (B, 1 + N + W, ...) -> (B, 1 + W, ...), `length` 1 + W.
-    What has no patches stays as it is.
+    Removes the patches from values of [CLS], patches and text: (B, 1 + N + W, ...) -> (B, 1 + W, ...), `length` 1 + W.
+    Values without patches are returned unchanged.
     """
     patches = values.shape[1] - length
     return torch.cat([values[:, :1], values[:, 1 + patches :]], dim=1) if patches else values

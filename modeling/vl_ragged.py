@@ -1,4 +1,4 @@
-"""Rows of unequal length end to end: what is visible of a batch, and what is done to such rows without padding them.
+"""Packed rows of unequal length, such as the visible tokens of a batch, processed without padding.
 
 R rows, n tokens of all rows, X any width, D width of the layers.
 """
@@ -17,13 +17,13 @@ from .vl_layers import Sequences, Stream, attends_unpadded, sequences_of, split_
 @dataclass
 class Ragged:
     """
-    Tokens of R rows, row after row; a row may have none.
+    Tokens of R rows, concatenated row by row; a row may be empty.
 
     Attributes:
         states (`(n, X)`): The tokens.
-        row (`(n,)`): Which row each belongs to, never falling.
+        row (`(n,)`): Row index of each token, ascending.
         rows (`int`): R.
-        each (`int`, *optional*): How many every row has, where all have as many.
+        each (`int`, *optional*): Tokens per row, if all rows have the same number.
     """
 
     states: torch.Tensor
@@ -33,26 +33,26 @@ class Ragged:
 
     @classmethod
     def of_rectangle(cls, states: torch.Tensor) -> "Ragged":
-        """(R, S, X), every row full."""
+        """Packs (R, S, X), in which every row has S tokens."""
         rows, each = states.shape[:2]
         row = torch.arange(rows, device=states.device).repeat_interleave(each)  # (R * S,)
         return cls(states.flatten(0, 1), row, rows, each)
 
     @property
     def counts(self) -> torch.Tensor:
-        """Tokens of each row, (R,)."""
+        """Number of tokens in each row, (R,)."""
         return self.row.new_zeros(self.rows).index_add(0, self.row, torch.ones_like(self.row))
 
     def keep(self, index: torch.Tensor) -> "Ragged":
-        """The tokens at rising places (m,), of the same rows."""
+        """Keeps the tokens at ascending indices (m,), in the same rows."""
         return Ragged(self.states.index_select(0, index), self.row.index_select(0, index), self.rows)
 
     def select(self, index: torch.Tensor) -> "Ragged":
-        """Whole rows by their numbers (R',), of which some may come twice and others not at all."""
+        """Selects whole rows by index (R',), with or without repetition."""
         counts = self.counts
         wanted = counts.index_select(0, index)  # (R',)
 
-        # how many tokens these are: where rows differ, the host waits for the answer
+        # total number of tokens; rows of unequal length need a device synchronisation
         if self.each is not None:
             total = self.each * len(index)
         elif is_tracing(index):
@@ -60,14 +60,14 @@ class Ragged:
         else:
             total = int(wanted.sum())
 
-        # a token's place is that of its row's first, and how many of the row come before it
+        # index of each token: the start of its row plus its offset in the row
         row = torch.arange(len(index), device=index.device).repeat_interleave(wanted, output_size=total)  # (n',)
         skipped = (counts.cumsum(0) - counts).index_select(0, index) - (wanted.cumsum(0) - wanted)  # (R',)
         place = torch.arange(total, device=index.device) + skipped.index_select(0, row)  # (n',)
         return Ragged(self.states.index_select(0, place), row, len(index), self.each)
 
     def width(self) -> int:
-        """Tokens of the longest row, 1 at least; about as many where a graph is traced and nothing can be counted."""
+        """Number of tokens in the longest row, at least 1; the mean number under tracing, which cannot read values."""
         if self.each is not None:
             return max(1, self.each)
         if is_tracing(self.row):
@@ -75,7 +75,7 @@ class Ragged:
         return max(1, int(self.counts.max()))
 
     def slots(self, width: int) -> torch.Tensor:
-        """Where each token lies in a flat (R, width). -> (n,)."""
+        """Index of each token in the flat (R, width). -> (n,)."""
         counts = self.counts
         before = (counts.cumsum(0) - counts).index_select(0, self.row)  # (n,)
         return self.row * width + torch.arange(len(self.row), device=self.row.device) - before
@@ -84,12 +84,12 @@ class Ragged:
 @dataclass
 class Joined:
     """
-    Several of the same rows as one: in each row the tokens of the first, then those of the second, and so on.
+    Several parts joined row by row: each row holds the tokens of the first part, then those of the second, and so on.
 
     Attributes:
-        whole (`Ragged`): All of them.
-        order (`(n,)`): Where each of its tokens stood in the parts end to end.
-        sizes (`list[int]`): Tokens of each part.
+        whole (`Ragged`): The joined rows.
+        order (`(n,)`): Index of each joined token in the concatenated parts.
+        sizes (`list[int]`): Number of tokens in each part.
     """
 
     whole: Ragged
@@ -107,12 +107,12 @@ class Joined:
         return cls(whole, order, sizes)
 
     def apart(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What became of the whole's tokens, (n, X), by part."""
+        """Splits states (n, X) of the joined tokens back into the parts."""
         return torch.empty_like(states).index_copy(0, self.order, states).split(self.sizes)
 
 
 def complement(index: torch.Tensor, count: int) -> torch.Tensor:
-    """The places below `count` that are not among `index`, rising; the host knows how many. (m,) -> (count - m,)."""
+    """Indices below `count` that are not in `index`, ascending, without synchronising. (m,) -> (count - m,)."""
     taken = torch.zeros(count, dtype=torch.uint8, device=index.device).index_fill(0, index, 1)
     return taken.argsort(stable=True)[: count - len(index)]
 
@@ -125,17 +125,17 @@ def through_layers(
     training: bool,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
-    Several batches of rows through the same layers at once, each row attending itself alone.
+    Runs several batches of rows through the same layers at once; each row attends to itself alone.
 
     Args:
-        layers, norm: `PreNormLayer`s, and what follows the last.
-        config: What attention goes by.
-        passes: Of each batch, [CLS] of every row (R, D), and the tokens behind it.
+        layers, norm: `PreNormLayer`s and the final norm.
+        config: Configuration with the attention settings.
+        passes: For each batch, [CLS] of every row (R, D) and the tokens that follow it.
 
     Returns:
-        Of each batch [CLS] (R, D) and tokens (n, D), in the order in which they came.
+        For each batch, [CLS] (R, D) and tokens (n, D), in the order given.
     """
-    # each batch as a stream: [CLS] of all rows, then the tokens, end to end
+    # each batch is a stream: [CLS] of all rows, then the tokens, concatenated
     streams, masks, packed = [], [], []
     for number, (cls, rest) in enumerate(passes):
         width = rest.width()
@@ -146,7 +146,7 @@ def through_layers(
     dtype = torch.promote_types(packed[0].dtype, packed[-1].dtype)
     states = torch.cat([part.to(dtype) for part in packed])  # (n of all, D)
 
-    # each row's tokens side by side, once for all layers
+    # unpadded: reorder once for all layers, so that each row's tokens are contiguous
     if attends_unpadded(config, streams, states, training):
         places, sequences = _side_by_side(streams, masks)
         states = torch.empty_like(states).index_copy(0, places, states)
@@ -154,7 +154,7 @@ def through_layers(
             states = layer(states, None, sequences)
         states = norm(states.index_select(0, places))
 
-    # or each batch padded for its own attention
+    # padded: each batch is padded for its own attention
     else:
         for stream, mask, (_, rest) in zip(streams, masks, passes, strict=True):
             full = rest.each == stream.text_slots
@@ -167,7 +167,7 @@ def through_layers(
 
 
 def _side_by_side(streams: Sequence[Stream], masks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Sequences]:
-    """`sequences_of` streams of which each has a mask of its own."""
+    """`sequences_of` for streams that each have their own mask."""
     places, starts, end, longest = [], [], 0, 0
     for stream, mask in zip(streams, masks, strict=True):
         own, sequences = sequences_of([stream], mask)

@@ -1,7 +1,8 @@
-"""The files that a saved model needs besides its weights: every way of saving writes a repository that loads.
+"""The files that a saved model needs besides its weights, so that every saved repository loads.
 
-transformers copies the code of the class that is saved. A repository offers more: the family's other classes, its
-processor, its pipelines. Where `oner` is, it writes them all; where the code came with the weights, it goes along.
+transformers copies the code of the saved class only. A repository also needs the family's other classes, its
+processor and its pipelines. If `oner` is installed, it writes them all; otherwise the code that came with the weights
+is copied.
 """
 
 import json
@@ -16,9 +17,9 @@ from transformers.utils import cached_file, logging
 logger = logging.get_logger(__name__)
 
 HERE = Path(__file__).parent
-# vouches for the bytes of files, which a save replaces
+# digests of the repository's files, which a save invalidates
 DIGESTS = "digests.json"
-# what texts and images are read by; a model that came with it takes it along
+# files of the processor, copied from the model's origin
 PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -29,7 +30,7 @@ class SavedWhole:
         super().save_pretrained(save_directory, *args, **kwargs)
         directory = Path(save_directory)
         writes = args[0] if args else kwargs.get("is_main_process", True)
-        # an adapter is saved without its model's configuration, and needs no code
+        # an adapter is saved without a config.json and needs no code
         if writes and (directory / "config.json").is_file():
             (directory / DIGESTS).unlink(missing_ok=True)
             if self.config.write_code is None:
@@ -38,7 +39,7 @@ class SavedWhole:
                 self.config.write_code(self, directory)
             take_processor_along(self.config, directory)
 
-        # not before the directory is whole
+        # only once the directory is complete
         if push_to_hub:
             known = ("commit_message", "private", "token", "revision", "create_pr")
             told = {name: value for name, value in kwargs.items() if name in known}
@@ -46,17 +47,17 @@ class SavedWhole:
 
 
 def take_code_along(config: PreTrainedConfig, directory: Path) -> None:
-    """The code files that a saved config.json names, from where the model came; a name without its file goes."""
+    """Copies the code files that a saved config.json names from the model's origin; removes names without a file."""
     path = directory / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
 
-    # auto class -> file.Class; of a model from the Hub with the name of its repository before it
+    # auto class -> file.Class, prefixed with the repository's name for a model from the Hub
     auto_map = {}
     for auto, reference in values.get("auto_map", {}).items():
         if isinstance(reference, str) and _take(reference.rpartition("--")[2], config, directory):
             auto_map[auto] = reference.rpartition("--")[2]
 
-    # task -> file.Class of its pipeline
+    # task -> file.Class of the pipeline
     pipelines = {}
     for task, entry in values.get("custom_pipelines", {}).items():
         if _take(entry["impl"].rpartition("--")[2], config, directory):
@@ -66,7 +67,7 @@ def take_code_along(config: PreTrainedConfig, directory: Path) -> None:
 
 
 def take_processor_along(config: PreTrainedConfig, directory: Path) -> None:
-    """What the model came with, where nothing of the name is there; a processor that is saved later replaces it."""
+    """Copies the processor files of the model's origin, unless present; a processor saved later replaces them."""
     for name in PROCESSOR_FILES:
         source = None if (directory / name).exists() else find_origin(config, name)
         if source is not None:
@@ -74,10 +75,10 @@ def take_processor_along(config: PreTrainedConfig, directory: Path) -> None:
 
 
 def find_origin(config: PreTrainedConfig, name: str) -> Path | None:
-    """A file of the repository that a configuration came from, a directory or one on the Hub; None if it has none."""
+    """A file of the directory or Hub repository that a configuration was loaded from; None if it is not there."""
     if not config.name_or_path:
         return None
-    # code from the Hub lies in a folder of its commit's name; else only what was fetched before is looked at
+    # code from the Hub is in a folder named after its commit; otherwise only cached files are used
     commit = HERE.name if re.fullmatch("[0-9a-f]{40}", HERE.name) else None
     try:
         return Path(cached_file(config.name_or_path, name, revision=commit, local_files_only=commit is None))
@@ -86,7 +87,7 @@ def find_origin(config: PreTrainedConfig, name: str) -> Path | None:
 
 
 def _take(reference: str, config: PreTrainedConfig, directory: Path) -> bool:
-    """Copies the file of `file.Class` and all that it imports. False, with a warning, where one is not to be had."""
+    """Copies the file of `file.Class` and all files that it imports; False, with a warning, if one is missing."""
     waiting = [reference.partition(".")[0]]
     seen = set()
     while waiting:
@@ -94,7 +95,7 @@ def _take(reference: str, config: PreTrainedConfig, directory: Path) -> bool:
         seen.add(module)
         target = directory / f"{module}.py"
 
-        # beside this very file, or where the model came from
+        # from this file's folder, or from the model's origin
         beside = HERE / target.name
         source = beside if beside.is_file() else find_origin(config, target.name)
         if source is None and not target.is_file():

@@ -1,9 +1,9 @@
-"""Heads of tasks on pairs, for any family: classes of a pair, and answers that a decoder writes or ranks.
+"""Task heads for any family: classification, and answers that a decoder generates or ranks.
 
-A family's tower reads pairs, in the joint layout or each part as it is, and gives states of [CLS], patches and text in
-this order: that is all that is known of it here. B pairs, L positions of the ids, N patches, T positions of the text
-([CLS] and tokens), D width, V tokens of the vocabulary, R answers (several a question), A tokens of an answer with its
-start and its end, K candidates.
+They assume only that a tower takes pairs, in the joint or the separate layout, and returns the states of [CLS],
+patches and text in this order. B pairs, L positions of the ids, N patches, T positions of the text ([CLS] and tokens),
+D width, V vocabulary size, R answers (several per question), A tokens of an answer including start and end,
+K candidates.
 """
 
 import copy
@@ -21,8 +21,8 @@ from .vl_heads import HeadLinear, LanguageModelHead
 from .vl_inputs import patch_count
 from .vl_outputs import VisionLanguageModelOutput, without_patches
 
-TEXT_DROPOUT = 0.1  # BERT's and RoBERTa's of a head
-ROWS_AT_ONCE = 256  # answers whose logits over the vocabulary are held together when ranking
+TEXT_DROPOUT = 0.1  # of BERT's and RoBERTa's classification heads
+ROWS_AT_ONCE = 256  # batch size of ranking: answers whose logits over the vocabulary are in memory at once
 
 
 @dataclass
@@ -30,8 +30,8 @@ class AnswerOutput(ModelOutput):
     """
     Args:
         loss (`torch.FloatTensor`, 0-dim, *optional*): Weighted sum over a question's answers, mean over questions.
-        logits (`torch.FloatTensor` of shape `(R, A - 1, V)`, *optional*): Of the token behind each of an answer's.
-        question_states (`torch.FloatTensor` of shape `(B, T, D)`): What the decoder reads.
+        logits (`torch.FloatTensor` of shape `(R, A - 1, V)`, *optional*): Next-token logits of the answers.
+        question_states (`torch.FloatTensor` of shape `(B, T, D)`): States that the decoder attends to.
     """
 
     loss: torch.FloatTensor | None = None
@@ -44,7 +44,7 @@ class AnswerRanking(ModelOutput):
     """
     Args:
         indices (`torch.LongTensor` of shape `(B, k)`): The k best candidates of each question, best first.
-        scores (`torch.FloatTensor` of shape `(B, k)`): Their log-likelihoods, the first token's twice if asked for.
+        scores (`torch.FloatTensor` of shape `(B, k)`): Log-likelihoods, counting the first token twice if asked for.
     """
 
     indices: torch.LongTensor | None = None
@@ -55,8 +55,8 @@ class AnswerRanking(ModelOutput):
 class WrittenAnswers(ModelOutput):
     """
     Args:
-        sequences (`torch.LongTensor` of shape `(B, A)`): Tokens behind the start; behind the end, padding.
-        scores (`torch.FloatTensor` of shape `(B,)`): Log-likelihood over length to the power of `length_penalty`.
+        sequences (`torch.LongTensor` of shape `(B, A)`): Tokens after the start token; padding after the end token.
+        scores (`torch.FloatTensor` of shape `(B,)`): Log-likelihood divided by length ** `length_penalty`.
     """
 
     sequences: torch.LongTensor | None = None
@@ -71,7 +71,7 @@ class PairClassificationHead(nn.Sequential):
 
 
 class TextClassificationHead(nn.Sequential):
-    """RoBERTa's: dropout, a dense layer with tanh, dropout, a linear map. (B, D) -> (B, labels)."""
+    """RoBERTa's head: dropout, a dense layer with tanh, dropout, a linear layer. (B, D) -> (B, labels)."""
 
     def __init__(self, hidden_size: int, num_labels: int):
         super().__init__(
@@ -85,11 +85,11 @@ class TextClassificationHead(nn.Sequential):
 
 class AnswerDecoder(nn.Module):
     """
-    A causal BERT that reads question and picture by cross-attention (section 3.4: "auto-regressive decoder atop").
+    A causal BERT that reads question and image by cross-attention (section 3.4: "auto-regressive decoder atop").
 
     Args:
-        config (`PreTrainedConfig`): Of a family; where it has no fields for a text stack, the tower's serve.
-        num_layers (`int`): Layers, each with cross-attention.
+        config (`PreTrainedConfig`): The family's configuration; without fields for a text stack, the tower's are used.
+        num_layers (`int`): Number of layers, each with cross-attention.
     """
 
     def __init__(self, config: PreTrainedConfig, num_layers: int):
@@ -107,12 +107,12 @@ class AnswerDecoder(nn.Module):
         question_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Logits (R, A, V) of what follows each token. Padding stands on the right, where no real token looks.
+        Next-token logits (R, A, V). Padding is on the right, so the causal mask hides it from real tokens.
 
         Args:
-            answer_ids (`(R, A)`): From the start on.
-            question_states, question_mask (`(B, T, D)` and `(B, T)`): What is attended, 1 for real positions.
-            question_index (`(R,)`): Which question a row answers; row r answers question r when None.
+            answer_ids (`(R, A)`): Answers, beginning with the start token.
+            question_states, question_mask (`(B, T, D)` and `(B, T)`): States to attend to; 1 for real positions.
+            question_index (`(R,)`): Index of the question that each row answers; row r answers question r if None.
         """
         if question_index is not None:
             question_mask = question_mask.index_select(0, question_index)
@@ -125,7 +125,7 @@ class AnswerDecoder(nn.Module):
 
 
 def text_stack_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """`config`, or a copy with a post-norm text stack like its own tower where it has none."""
+    """`config`, or, if it has no fields for a post-norm text stack, a copy with those fields set from its tower."""
     if hasattr(config, "text_attention_heads"):
         return config
     config = copy.deepcopy(config)
@@ -139,7 +139,7 @@ def text_stack_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def answer_end(config: PreTrainedConfig) -> int:
-    """The token that ends an answer: [SEP], and [CLS] again for a vocabulary without it."""
+    """The token that ends an answer: [SEP], or [CLS] for a vocabulary without it."""
     end = getattr(config, "sep_token_id", None)
     return config.cls_token_id if end is None else end
 
@@ -152,7 +152,7 @@ def answer_losses(
     alpha: float | torch.Tensor = 0.0,
 ) -> torch.Tensor:
     """
-    What each answer costs, summed over its tokens behind the start: (1 - alpha) CE(token) + alpha CE(soft labels).
+    Loss of each answer, summed over the tokens after the start: (1 - alpha) CE(token) + alpha CE(soft labels).
 
     (R, A - 1, V), (R, A), (R, A), soft labels (R, A - 1, V) that sum to 1 -> (R,), in fp32 or fp64.
     """
@@ -166,7 +166,7 @@ def answer_losses(
 
 
 class PairClassification:
-    """Forward of a model with a tower and a `classifier` that says what a picture is to a text."""
+    """Forward of a model with a tower and a `classifier` of image-text pairs."""
 
     @can_return_tuple
     def forward(
@@ -177,7 +177,7 @@ class PairClassification:
         labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """`logits` (B, labels) of pairs as the tower reads them; `labels` (B,). Raises `ValueError` as the tower."""
+        """`logits` (B, labels) of pairs in the tower's layout; `labels` (B,). Raises the tower's `ValueError`s."""
         if input_ids is None or pixel_values is None:
             raise ValueError(f"{type(self).__name__} reads pairs: it expects both input_ids and pixel_values")
         outputs = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
@@ -191,10 +191,10 @@ class PairClassification:
 
 
 class ImageClassification:
-    """Forward of a model with a tower and a `classifier` of images, alone or beside a text that says where to look."""
+    """Forward of a model with a tower and a `classifier` of images, alone or with a text that guides it."""
 
     def pooled(self, outputs: VisionLanguageModelOutput) -> torch.Tensor:
-        """What of the states (B, L, D) is classified, (B, D): [CLS]."""
+        """Input of the classifier (B, D), from the states (B, L, D): [CLS]."""
         return outputs.last_hidden_state[:, 0]
 
     @can_return_tuple
@@ -219,12 +219,12 @@ class ImageClassification:
 
 class TextClassification:
     """
-    Forward of a model with a tower and a `classifier` of texts, alone or beside an image: classes, or a score where
-    there is one label.
+    Forward of a model with a tower and a `classifier` of texts, alone or with an image: classification, or regression
+    if there is one label.
     """
 
     def pooled(self, outputs: VisionLanguageModelOutput) -> torch.Tensor:
-        """What of the states (B, L, D) is classified, (B, D): [CLS]."""
+        """Input of the classifier (B, D), from the states (B, L, D): [CLS]."""
         return outputs.last_hidden_state[:, 0]
 
     @can_return_tuple
@@ -237,8 +237,8 @@ class TextClassification:
         **kwargs,
     ) -> SequenceClassifierOutput:
         """
-        `logits` (B, labels) of texts, or of pairs as the tower reads them. `labels` (B,): classes, whose loss is the
-        cross-entropy, or scores, whose loss is the mean squared error. Raises `ValueError` as the tower.
+        `logits` (B, labels) of texts, or of pairs in the tower's layout. `labels` (B,): classes, trained with
+        cross-entropy, or scores, trained with the mean squared error. Raises the `ValueError`s of the tower.
         """
         if input_ids is None:
             raise ValueError(f"{type(self).__name__} expects input_ids, got None")
@@ -253,7 +253,7 @@ class TextClassification:
 
 
 def text_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What each text costs: of one label the squared error of a score, else cross-entropy. (B, C), (B,) -> (B,)."""
+    """Loss of each text: squared error if there is one label, else cross-entropy. (B, C), (B,) -> (B,)."""
     if logits.shape[-1] == 1:
         return (logits[:, 0].float() - labels.float()).square()
     return F.cross_entropy(logits.float(), labels, reduction="none")
@@ -261,8 +261,9 @@ def text_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 class TwoImageClassification:
     """
-    Likewise of two pictures and a text, by a tower that reads one: the text with each, then both [CLS] side by side,
-    (B, 2D), in `classifier` (UNITER's "pair"; families with cross-attention alternate instead, see SIMLA's).
+    Forward for two images and a text, with a tower that reads one image: it encodes the text with each image, and
+    `classifier` takes both [CLS], concatenated (B, 2D) (UNITER's "pair"; families with cross-attention alternate
+    between the images instead, see `TwoImageReading`).
     """
 
     @can_return_tuple
@@ -274,12 +275,12 @@ class TwoImageClassification:
         labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """`logits` (B, labels) of texts in the layout for one picture and `pixel_values` (B, 2, C, H, W)."""
+        """`logits` (B, labels) of texts in the layout for one image and `pixel_values` (B, 2, C, H, W)."""
         check_two_images(type(self).__name__, input_ids, pixel_values)
-        # the text with each of its two pictures
+        # the text with each of its two images
         twice = [None if part is None else part.repeat_interleave(2, 0) for part in (input_ids, attention_mask)]
         outputs = self.base_model(*twice, pixel_values.flatten(0, 1), return_dict=True, **kwargs)
-        # both [CLS] side by side
+        # concatenate both [CLS]
         cls = outputs.last_hidden_state[:, 0].unflatten(0, (-1, 2)).flatten(1)  # (2B, D) -> (B, 2D)
         logits = self.classifier(cls)  # (B, labels)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
@@ -287,7 +288,7 @@ class TwoImageClassification:
 
 
 def check_two_images(name: str, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None) -> None:
-    """A text for every two pictures (B, 2, C, H, W). Raises `ValueError`."""
+    """Raises `ValueError` unless there are texts and two images per text (B, 2, C, H, W)."""
     if input_ids is None or pixel_values is None:
         raise ValueError(f"{name} reads texts about two pictures: it expects both input_ids and pixel_values")
     if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
@@ -297,12 +298,12 @@ def check_two_images(name: str, input_ids: torch.Tensor | None, pixel_values: to
 
 
 class AnswerGeneration:
-    """A model with a tower and a `decoder` ([`AnswerDecoder`]) that answers questions about pictures."""
+    """Visual question answering for a model with a tower and a `decoder` ([`AnswerDecoder`])."""
 
     def read_questions(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pixel_values: torch.Tensor, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states of [CLS] and the question's tokens (B, T, D), and which of them are real (B, T)."""
+        """States of [CLS] and the question's tokens (B, T, D), and their mask (B, T), 1 for real tokens."""
         if input_ids is None or pixel_values is None:
             raise ValueError(f"{type(self).__name__} answers about pictures: it expects input_ids and pixel_values")
         states = self.base_model(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs).last_hidden_state
@@ -326,20 +327,21 @@ class AnswerGeneration:
     ) -> AnswerOutput:
         r"""
         Args:
-            input_ids, attention_mask, pixel_values: Questions (B, L) and pictures, as the tower reads pairs.
-            answer_ids, answer_mask (`(R, A)`): Start, tokens, end, padding; those of a question one after the other.
-            answer_weights (`(R,)`): What an answer counts: the share of people who gave it. 1 when None.
-            answers_per_question (`(B,)`): Of sum R; one each when None.
+            input_ids, attention_mask, pixel_values: Questions (B, L) and images, in the tower's layout of pairs.
+            answer_ids, answer_mask (`(R, A)`): Start, tokens, end, padding; the answers to a question are adjacent.
+            answer_weights (`(R,)`): Weight of each answer: the share of annotators who gave it. 1 if None.
+            answers_per_question (`(B,)`): Number of answers to each question, with sum R; one each if None.
             soft_labels, alpha: As in `answer_losses`.
 
         Raises:
-            ValueError: no question or no picture, answers that belong to none; what the tower raises.
+            ValueError: no questions or no images, the number of answers does not match the questions, and the errors
+                of the tower.
         """
         states, mask = self.read_questions(input_ids, attention_mask, pixel_values, **kwargs)  # (B, T, D), (B, T)
         if answer_ids is None:
             return AnswerOutput(question_states=states)
 
-        # which question each answer is to
+        # index of each answer's question
         index = None
         if answers_per_question is not None:
             if answers_per_question.device.type == "cpu" and answers_per_question.sum() != answer_ids.shape[0]:
@@ -353,7 +355,7 @@ class AnswerGeneration:
                 f"got {answer_ids.shape[0]} answers to {states.shape[0]} questions, and no answers_per_question"
             )
 
-        # the token behind each of an answer's
+        # next-token prediction
         logits = self.decoder(answer_ids[:, :-1], states, mask, index)  # (R, A - 1, V)
         real = torch.ones_like(answer_ids) if answer_mask is None else answer_mask
         losses = answer_losses(logits, answer_ids, real, soft_labels, alpha)  # (R,)
@@ -372,12 +374,12 @@ class AnswerGeneration:
         count_first_token_twice: bool = True,
     ) -> AnswerRanking:
         """
-        The k candidates whose first token is likeliest, ranked by their log-likelihood.
+        Selects the k candidates with the most likely first token and ranks them by log-likelihood.
 
         Args:
             candidate_ids, candidate_mask (`(K, A)`): Start, tokens, end, padding.
-            count_first_token_twice: As ALBEF's and SIMLA's code has it, which adds the whole answer's log-likelihood
-                to that of its first token; false: the chain rule.
+            count_first_token_twice: Whether to add the log-likelihood of the first token to that of the whole answer,
+                as in ALBEF's and SIMLA's code; False follows the chain rule.
         """
         states, mask = self.read_questions(input_ids, attention_mask, pixel_values)
         k, length = min(k, candidate_ids.shape[0]), candidate_ids.shape[1]
@@ -405,8 +407,8 @@ class AnswerGeneration:
         length_penalty: float = 1.0,
     ) -> WrittenAnswers:
         """
-        Answers in words of the decoder's own, the best of a beam search: greedy with one beam. The end is a token of
-        `max_new_tokens`; an answer that has not come to it by then is cut there.
+        Generates answers with beam search, greedy with one beam. `max_new_tokens` includes the end token; a longer
+        answer is truncated.
         """
         if max_new_tokens < 1 or not 1 <= num_beams <= self.config.vocab_size:
             raise ValueError(f"got max_new_tokens {max_new_tokens} and num_beams {num_beams}; expected 1 at least")
@@ -418,7 +420,7 @@ class AnswerGeneration:
         index = rows.repeat_interleave(num_beams)
         sequences = torch.full((batch, num_beams, 1), self.config.cls_token_id, device=states.device)
 
-        # beams start alike: all but one are out of the race until they differ
+        # all beams start equal, so only the first is active in the first step
         scores = torch.full((batch, num_beams), -torch.inf, device=states.device)
         scores[:, 0] = 0.0
         ended = torch.zeros_like(scores, dtype=torch.bool)
@@ -427,7 +429,7 @@ class AnswerGeneration:
             logs = self.decoder(sequences.flatten(0, 1), states, mask, index)[:, -1].float().log_softmax(-1)
             logs = logs.view(batch, num_beams, -1)
             logs = logs.masked_fill(ended[..., None], -torch.inf)
-            logs[..., pad] = torch.where(ended, 0.0, -torch.inf)  # what has ended is carried on as it is
+            logs[..., pad] = torch.where(ended, 0.0, -torch.inf)  # finished beams are padded
             scores, places = (scores[..., None] + logs).flatten(1).topk(num_beams)
             beam, token = places // logs.shape[-1], places % logs.shape[-1]
             sequences = torch.cat([sequences[rows[:, None], beam], token[..., None]], dim=-1)

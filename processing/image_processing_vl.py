@@ -1,7 +1,7 @@
-"""Pictures of any kind to normalised pixels, through one guarded decoder.
+"""Decodes images from any source and turns them into normalised pixels.
 
-Shapes: B pictures, H height, W width in pixels, P patch size; N = (H / P) * (W / P) patches, row-major.
-``open_image`` is the only place that decodes; everything it accepts, ``VisionLanguageImageProcessor`` accepts.
+Shapes: B images, H height, W width in pixels, P patch size; N = (H / P) * (W / P) patches, row-major.
+All decoding is in ``open_image``; ``VisionLanguageImageProcessor`` accepts every source that it accepts.
 """
 
 import errno
@@ -31,8 +31,8 @@ LONGEST = 100  # times as long as wide; where the middle is cut out, it is all t
 _HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 _FLOATS = (np.float16, np.float32, np.float64)
 
-# Raster formats decoded by code inside Pillow. Left out on purpose: EPS (runs Ghostscript), WMF, and the
-# scientific containers whose pixel ranges have no agreed meaning.
+# Raster formats decoded by Pillow itself. Excluded on purpose: EPS (runs Ghostscript), WMF, and scientific containers,
+# whose pixel ranges have no standard meaning.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA", "PCX", "ICNS")
 
 _ORIENTATION_TAG = 0x0112  # EXIF 2.32, table 4
@@ -48,9 +48,9 @@ _ORIENTATIONS = {
 
 
 class ImageDecodeError(ValueError):
-    """A picture could not be read. The message names the source and the reason.
+    """An image could not be read. The message names the source and the reason.
 
-    Takes one message, so that it survives being re-raised out of a data-loading worker.
+    The constructor takes only a message, so that a data-loading worker can re-raise the error.
     """
 
 
@@ -60,26 +60,26 @@ def open_image(
     allow_urls: bool = False,
     finish: Callable[[Image.Image], Any] | None = None,
 ) -> Any:
-    """Reads one picture from ``source`` as 8-bit RGB, upright, in memory.
+    """Reads one image from ``source`` into memory as upright 8-bit RGB.
 
     Args:
         source: a PIL image; a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with C in 1..4, of
             booleans, 8-bit or 16-bit integers, or floats in 0..1; a path; encoded bytes, also as base64 text or a
             ``data:`` address; ``{"bytes": ..., "path": ...}``; an http(s) URL if ``allow_urls``.
-        max_pixels: pictures with more pixels are refused, from the header, before anything is decoded;
-            ``None`` switches the cap off.
-        allow_urls: whether a URL may be fetched.
-        finish: what is made of the picture and returned instead, say a smaller one. All threads together decode and
-            finish within one budget of memory, so that many large pictures at once wait for each other.
+        max_pixels: images with more pixels are rejected from the header, before decoding; ``None`` disables the
+            limit.
+        allow_urls: whether URLs may be fetched.
+        finish: applied to the image, for example to shrink it; its result is returned instead. All threads share one
+            memory budget for decoding and ``finish``, so many large images at once wait for each other.
 
-    Grey and palette pictures are expanded, transparency is laid on white, CMYK is converted, 16 bits are scaled to
-    8, EXIF rotation is applied, an animation gives its first frame.
+    Greyscale and palette images are expanded to RGB, transparency is composited on white, CMYK is converted, 16 bits
+    are scaled to 8, EXIF rotation is applied, and an animation gives its first frame.
 
     Raises:
-        ImageDecodeError: whatever the reason: missing or empty file, not a picture, truncated, too large, wrong
-            range or shape of an array, unsupported type.
+        ImageDecodeError: for any reason: a missing or empty file, not an image, truncated, too large, an array with
+            a wrong range or shape, an unsupported type.
     """
-    # each kind of source by its own way, all of them to `_decode` or `_narrow_to_rgb`
+    # every kind of source ends in `_decode` or `_narrow_to_rgb`
     finish = finish or (lambda image: image)
     if isinstance(source, dict):
         source = _from_mapping(source)
@@ -98,7 +98,7 @@ def open_image(
             )
         return _from_stream(io.BytesIO(_fetch(source)), named(source), max_pixels, finish)
 
-    # encoded bytes, as text or as they are, or a path
+    # base64 text, a path, or encoded bytes
     if isinstance(source, str) and (data := from_base64(source, _is_picture)) is not None:
         return _from_stream(io.BytesIO(data), named(source), max_pixels, finish)
     if isinstance(source, str | os.PathLike):
@@ -114,7 +114,7 @@ def open_image(
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """One source, a batch (B, ...) or a (nested) list of sources to a flat list of sources, nothing decoded."""
+    """Flattens one source, a batch (B, ...) or a nested list of sources to a list of sources, without decoding."""
     if isinstance(images, torch.Tensor | np.ndarray) and images.ndim == 4:
         return list(images)
     if is_many(images):
@@ -123,14 +123,14 @@ def flatten_images(images: Any) -> list[Any]:
 
 
 def _is_float(source: Any) -> bool:
-    """Whether a picture comes as floats, and so in 0..1: as of torchvision's ``ToTensor``."""
+    """Whether an image is given as floats, and so in 0..1, as from torchvision's ``ToTensor``."""
     if isinstance(source, Image.Image):
         return source.mode == "F"
     return torch.is_floating_point(source) if torch.is_tensor(source) else getattr(source, "dtype", None) in _FLOATS
 
 
 def _from_mapping(source: dict) -> Any:
-    """The datasets library's undecoded picture: bytes where embedded, else the path."""
+    """An undecoded image of the datasets library: its bytes if embedded, else its path."""
     if source.get("bytes") is not None:
         return source["bytes"]
     if source.get("path") is not None:
@@ -144,13 +144,13 @@ def _is_picture(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data), formats=_formats()):
             return True
-    except Exception:  # whatever Pillow's parsers raise
+    except Exception:  # Pillow's parsers raise many types
         return False
 
 
 def _from_path(path: str, max_pixels: int | None, finish: Callable[[Image.Image], Any]) -> Any:
     try:
-        # before opening: a pipe that nobody writes to would be waited for without end
+        # checked before opening: a pipe without a writer would block for ever
         kind = os.stat(path).st_mode
         if not stat.S_ISREG(kind):
             what = "directory" if stat.S_ISDIR(kind) else "pipe, socket or device"
@@ -176,22 +176,22 @@ def _fetch(url: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
-    """The accepted formats that this Pillow was built with (AVIF, WEBP, JPEG2000 are optional)."""
+    """The accepted formats that this Pillow supports (AVIF, WEBP and JPEG2000 are optional)."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _from_stream(stream: Any, name: str, max_pixels: int | None, finish: Callable[[Image.Image], Any]) -> Any:
-    # an empty file would be called unknown to every format
+    # Pillow would report an empty file as an unknown format
     try:
         head = stream.read(16)
         stream.seek(0)
-    except OSError as error:  # a disk that fails
+    except OSError as error:  # disk error
         raise ImageDecodeError(f"cannot read {name}: {error.strerror or error}") from error
     if not head:
         raise ImageDecodeError(f"cannot read {name}: empty")
 
-    # the header, in a format that is allowed, and its size before anything is decoded
+    # read the header in an allowed format, and check the size before decoding
     try:
         image = Image.open(stream, formats=_formats())
     except UnidentifiedImageError as error:
@@ -205,8 +205,8 @@ def _from_stream(stream: Any, name: str, max_pixels: int | None, finish: Callabl
     with decoding.hold(image.size[0] * image.size[1] * BYTES_PER_PIXEL):
         with image:
             decoded = _guarded(_decode, image, name)
-        del image  # the decoder's canvases go before anything is made of the picture
-        _check_pixels(decoded.size, max_pixels, name)  # a container's header may say less than what it holds
+        del image  # frees the decoder's buffers before `finish`
+        _check_pixels(decoded.size, max_pixels, name)  # the header of a container may understate the size
         result = finish(decoded)
         del decoded
     return result
@@ -225,7 +225,7 @@ def _check_pixels(size: tuple[int, int], max_pixels: int | None, name: str) -> N
 def _guarded(function: Any, image: Any, name: str) -> Image.Image:
     try:
         return function(image)
-    except Exception as error:  # as above: truncated and hostile data raise nearly anything
+    except Exception as error:  # as above: truncated and hostile data raise many types
         raise ImageDecodeError(f"cannot read {name}: {_reason(error)}") from error
 
 
@@ -234,7 +234,7 @@ def _reason(error: Exception) -> str:
 
 
 def _decode(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode, perhaps still on disk, to a new upright 8-bit RGB image."""
+    """Converts a PIL image of any mode, possibly not yet loaded, to a new upright 8-bit RGB image."""
     image.load()
     turn = _ORIENTATIONS.get(_orientation(image))
     if image.mode == "F" or image.mode.startswith("I"):
@@ -243,29 +243,29 @@ def _decode(image: Image.Image) -> Image.Image:
         flat = _narrow_to_rgb(image)
     if turn is not None:
         flat = flat.transpose(turn)
-    flat.info = {}  # or whoever opens it next, ourselves among them, would turn it again
+    flat.info = {}  # otherwise the EXIF rotation would be applied again
     return flat
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # a picture with unreadable metadata is still a picture
+    except Exception:  # unreadable metadata does not make the image unreadable
         return 1
 
 
 def _narrow_to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit modes. Transparency is an alpha channel (RGBA, LA, PA) or an entry in ``info`` (P, L, RGB)."""
+    """Converts 8-bit modes. Transparency is an alpha channel (RGBA, LA, PA) or an entry in ``info`` (P, L, RGB)."""
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    # .copy() in the RGB case: the caller's image, or one backed by a file about to close, is never handed out
+    # copy RGB: never return the caller's image, or one whose file is about to close
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
 def _wide_to_rgb(values: np.ndarray, mode: str) -> Image.Image:
-    """16-bit and float grey. PIL's own conversion clips at 255; here the range is scaled."""
+    """Converts 16-bit and float greyscale. PIL's own conversion clips at 255; this scales the range."""
     low, high = values.min(), values.max()
 
     # floats in 0..1 or 0..255
@@ -276,7 +276,7 @@ def _wide_to_rgb(values: np.ndarray, mode: str) -> Image.Image:
     else:
         if low < 0 or high > 65535:
             raise ValueError(f"integer pixels in {low}..{high}, expected 0..65535")
-        # mode "I" holds 32 bits: what fits in 8 is taken as 8-bit; the "I;16" family is 16-bit by name
+        # mode "I" holds 32 bits and is taken as 8-bit if the values fit; the "I;16" modes are 16-bit
         grey = values if mode == "I" and high <= 255 else values / 257.0
     return Image.fromarray(np.round(grey).astype(np.uint8)).convert("RGB")
 
@@ -293,14 +293,14 @@ def _from_array(source: Any, max_pixels: int | None) -> Image.Image:
     _check_pixels((pixels.shape[1], pixels.shape[0]), max_pixels, name)
     pixels = _to_uint8(pixels, name)
 
-    # PIL wants grey without its channel
+    # PIL expects greyscale without a channel axis
     if pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     return _guarded(lambda array: _narrow_to_rgb(Image.fromarray(np.ascontiguousarray(array))), pixels, name)
 
 
 def _channels_last(array: np.ndarray, prefer_first: bool, name: str) -> np.ndarray:
-    """Any layout to (H, W, C). Where both readings fit, tensors are taken as (C, H, W), arrays as (H, W, C)."""
+    """Any layout to (H, W, C). If ambiguous, tensors are taken as (C, H, W) and arrays as (H, W, C)."""
     if array.ndim == 2:
         return array[:, :, None]
     if array.ndim == 3:
@@ -321,7 +321,7 @@ def _to_uint8(pixels: np.ndarray, name: str) -> np.ndarray:
     if pixels.dtype == np.uint16:
         return np.round(pixels / 257.0).astype(np.uint8)
 
-    # what is left has a range that must be known: floats in 0..1, integers of 8 bits
+    # other types need a known range: floats in 0..1, integers in 0..255
     if pixels.dtype.kind not in "iuf":
         raise ImageDecodeError(f"cannot read {name}: expected booleans, integers or floats")
     low, high = pixels.min(), pixels.max()
@@ -332,11 +332,11 @@ def _to_uint8(pixels: np.ndarray, name: str) -> np.ndarray:
 
 
 class OneRImageKwargs(ImagesKwargs, total=False):
-    """Options beside transformers' own.
+    """Options in addition to those of transformers.
 
     patch_size: side P of a patch in pixels; H and W must be multiples of it.
-    max_pixels: the decoder's cap.
-    allow_urls: whether URLs may be fetched; a choice of the caller, never read from or written to a file.
+    max_pixels: largest image to decode, in pixels.
+    allow_urls: whether URLs may be fetched; set by the caller only, never read from or written to a file.
     """
 
     patch_size: int | None
@@ -345,18 +345,18 @@ class OneRImageKwargs(ImagesKwargs, total=False):
 
 
 class VisionLanguageImageProcessor(TorchvisionBackend):
-    """Pictures to ``pixel_values`` (B, 3, H, W): square bicubic resize with antialias, ImageNet mean and deviation.
+    """Images to ``pixel_values`` (B, 3, H, W): square bicubic resize with antialiasing, ImageNet mean and deviation.
 
-    ``do_center_crop=True`` keeps the aspect ratio instead: the shorter side is resized to S, then the middle S x S
-    is kept (zero-shot evaluation as in SLIP; pass ``resample`` there for the paper's bilinear filter).
+    ``do_center_crop=True`` keeps the aspect ratio instead: the shorter side is resized to S, then the central S x S
+    square is cropped (SLIP's zero-shot evaluation; pass ``resample`` for the paper's bilinear filter).
 
-    Pictures that come as floats in 0..1 have the same pixels with ``do_rescale=False``, as in transformers, and
-    without it. One at a time is decoded and resized, so that a batch of large ones costs the memory of one.
+    Images given as floats in 0..1 yield the same pixels with ``do_rescale=False``, as in transformers, and without
+    it. Images are decoded and resized one at a time, so a batch of large images needs the memory of one.
 
     Raises:
-        ImageDecodeError: a picture could not be read; the message holds its place in the batch.
-        ValueError: H or W is not a multiple of ``patch_size``, pictures of one batch differ in size, or 8-bit pictures
-            are to be normalised without being scaled to the 0..1 that mean and deviation speak of.
+        ImageDecodeError: an image could not be read; the message gives its index in the batch.
+        ValueError: H or W is not a multiple of ``patch_size``, images of one batch differ in size, or 8-bit images
+            would be normalised without rescaling to 0..1, the range of mean and deviation.
     """
 
     valid_kwargs = OneRImageKwargs
@@ -381,11 +381,11 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: everything but ``allow_urls``."""
+        """The saved configuration: everything but ``allow_urls``."""
         return {key: value for key, value in super().to_dict().items() if key != "allow_urls"}
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> list[str]:
-        """As transformers'; beside a processor into the processor's own file, which is then read for both."""
+        """Saves as transformers does; if a processor was saved there, into its file, which serves both."""
         written = super().save_pretrained(save_directory, *args, **kwargs)
         own, shared = (Path(save_directory) / name for name in ("preprocessor_config.json", "processor_config.json"))
         if not shared.is_file():
@@ -397,7 +397,7 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
         return [str(shared)]
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Passes sources on: ``open_image`` reads them, under its guards."""
+        """Returns the sources unchanged: ``open_image`` reads them, with its checks."""
         return image_url_or_urls
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
@@ -415,14 +415,14 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
         return tensors
 
     def shrink(self, source: Any, **kwargs: Any) -> torch.Tensor:
-        """One picture, decoded and resized: uint8 (3, h, w), of which the processor makes what it makes of ``source``.
+        """Decodes and resizes one image: uint8 (3, h, w), for which the processor gives the same pixels as ``source``.
 
         Args:
             source: anything that ``open_image`` reads.
-            kwargs: options of this call; the processor's own by default.
+            kwargs: options of this call; they default to the processor's.
 
         Raises:
-            ImageDecodeError: it could not be read.
+            ImageDecodeError: the image could not be read.
         """
         names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "max_pixels")
         options = {**{name: getattr(self, name) for name in names}, **kwargs}
@@ -438,7 +438,7 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
         return open_image(source, options["max_pixels"], bool(options.get("allow_urls")), finish)
 
     def _scaled(self, pixels: torch.Tensor, source: Any, **kwargs: Any) -> torch.Tensor:
-        """With ``do_rescale=False``: what came as floats is floats in 0..1 again; 8 bits are refused if normalised."""
+        """With ``do_rescale=False``, restores floats in 0..1 for float sources; rejects normalised 8-bit ones."""
         if kwargs["do_rescale"]:
             return pixels
         if _is_float(source):
@@ -456,18 +456,18 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
         super()._validate_preprocess_kwargs(**kwargs)
 
     def resize(self, image: torch.Tensor, size: SizeDict, resample: Any = None, **kwargs: Any) -> torch.Tensor:
-        """Resizes (B, 3, h, w), uint8, with antialias."""
+        """Resizes (B, 3, h, w), uint8, with antialiasing."""
         return super().resize(image, size, resample=resample, antialias=True)
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
-        """torchvision's own crop, so that the window is the one of the published evaluations (ties round to even)."""
+        """torchvision's crop, so that the window is that of the published evaluations (ties round to even)."""
         return tvF.center_crop(image, [size.height, size.width])
 
     def _preprocess(self, images: list[torch.Tensor], *args: Any, **kwargs: Any) -> BatchFeature:
         return_tensors = kwargs.pop("return_tensors", None)
         patch_size = kwargs.pop("patch_size")
 
-        # the shorter side becomes the window's, then the middle is cut out
+        # resize the shorter side to the crop's, then crop the centre
         if kwargs.get("do_center_crop"):
             kwargs["crop_size"] = kwargs.get("crop_size") or kwargs["size"]
         kwargs["size"] = _resized(kwargs)
@@ -477,7 +477,7 @@ class VisionLanguageImageProcessor(TorchvisionBackend):
 
 
 def _resized(options: dict[str, Any]) -> SizeDict:
-    """What a picture is resized to: its shorter side alone where the middle will be cut out."""
+    """Target size of the resize; with a centre crop, that of the shorter side alone."""
     size = options["size"]
     if not isinstance(size, SizeDict):
         size = SizeDict(**get_size_dict(size))
@@ -487,7 +487,7 @@ def _resized(options: dict[str, Any]) -> SizeDict:
 
 
 def _check_grid(pixel_values: list[torch.Tensor], patch_size: int) -> None:
-    """Every picture of the batch must have one size, a whole number of patches."""
+    """Raises ValueError unless all images of the batch have one size, a multiple of the patch size."""
     sizes = sorted({tuple(image.shape[-2:]) for image in pixel_values})
     if len(sizes) > 1:
         raise ValueError(f"pictures of one batch must end in one size, got {sizes}; pass size= with height and width")

@@ -1,12 +1,12 @@
-"""What answers questions for a retrieval pipeline: one small interface, and the backends behind it by their names.
+"""The search backends of a retrieval pipeline: their common interface, and access to them by name.
 
-    exact      `RetrievalIndex` itself: every item is compared, in memory
-    faiss      a graph or lists of neighbours over the same embeddings, beside them
+    exact      `RetrievalIndex` itself: compares every item, in memory
+    faiss      an approximate index (graph or inverted lists) over the same embeddings, stored beside them
     lancedb    a table of LanceDB, in a directory or at an address
     qdrant     a collection of Qdrant, in a directory or on a server
 
-Each but the first is built from a saved index, and answers with the same numbers, items and columns. Their files are
-imported when they are asked for; they stay with oner and do not travel with a published model.
+Each but the first is built from a saved index, and returns the same indices, items and columns. Their modules are
+imported on demand; they are part of oner and are not copied into published models.
 
 Shapes: n indexed items, P projection_dim, q queries, k answers per query.
 """
@@ -34,8 +34,8 @@ class SearchBackend(ABC):
     """
     Attributes:
         projection_dim: P, the width of the embeddings.
-        model: name or path of the model that made them, for people and messages.
-        fingerprint: what identifies their space (`space_fingerprint`); None accepts any.
+        model: name or path of the model that computed them, for display and messages.
+        fingerprint: identifies their space (`space_fingerprint`); None accepts any.
     """
 
     projection_dim: int
@@ -48,18 +48,18 @@ class SearchBackend(ABC):
 
     @abstractmethod
     def answers(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> list[list[Answer]]:
-        """For each of queries (q, P), of any length, its {"score", "item", "index"}, best first.
+        """For each query (q, P), of any norm, its answers {"score", "item", "index"}, best first.
 
-        The score is the cosine. `where` admits some of the items, see `retrieval_filter.py`.
+        The score is the cosine. `where` restricts the items, see `retrieval_filter.py`.
         """
 
     @abstractmethod
     def embedding_at(self, index: int) -> torch.Tensor:
-        """(P,), the unit row of one item."""
+        """The unit embedding (P,) of one item."""
 
     @abstractmethod
     def index_of(self, item: Any) -> int | None:
-        """The number of an item, of the first if there are several; None if there is none."""
+        """The index of an item, or of the first of several; None if there is none."""
 
     def neighbours(self, item: Any, top_k: int = 10, where: Where = None) -> list[Answer]:
         """The nearest of an item that is indexed, given by itself, or by its number where that is no item, without it.
@@ -76,7 +76,7 @@ class SearchBackend(ABC):
         return [answer for answer in found if answer["index"] != index][:top_k]
 
     def check_space(self, projection_dim: int, fingerprint: str | None = None, model: str | None = None) -> None:
-        """Raises IndexMismatchError unless embeddings of this width and fingerprint belong into this index."""
+        """Raises IndexMismatchError unless embeddings have this index's width and fingerprint."""
         if projection_dim != self.projection_dim:
             raise IndexMismatchError(
                 f"this index holds embeddings of width {self.projection_dim} (model {self.model!r}), "
@@ -89,7 +89,7 @@ class SearchBackend(ABC):
             )
 
     def check_queries(self, queries: torch.Tensor, top_k: int) -> None:
-        """Raises ValueError for what is no number of answers, and for what are no queries of this space."""
+        """Raises ValueError unless `top_k` is a positive integer and the queries have this index's width."""
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise ValueError(f"top_k must be a positive integer, got {top_k!r}")
         if not torch.is_tensor(queries) or queries.dim() != 2:
@@ -100,10 +100,10 @@ class SearchBackend(ABC):
 
 class DatabaseBackend(SearchBackend):
     """
-    One whose rows lie in a database of its own.
+    A backend that keeps its rows in a database.
 
     Args:
-        note: what was built from which index, see `write_note`.
+        note: describes what was built from which index, see `write_note`.
     """
 
     def __init__(self, note: Mapping[str, Any]):
@@ -132,7 +132,7 @@ class DatabaseBackend(SearchBackend):
 
 
 def answers_of(scores: torch.Tensor, indices: torch.Tensor, items: Sequence[Any]) -> list[list[Answer]]:
-    """Scores and numbers (q, k) → the answers of each query, their items out of all."""
+    """Scores and indices (q, k) → the answers of each query, with their items taken from `items`."""
     return [
         [{"score": score, "item": items[index], "index": index} for score, index in zip(*pair, strict=True)]
         for pair in zip(scores.tolist(), indices.tolist(), strict=True)
@@ -140,28 +140,28 @@ def answers_of(scores: torch.Tensor, indices: torch.Tensor, items: Sequence[Any]
 
 
 def open_backend(name: str, directory: str | Path) -> SearchBackend:
-    """The backend that was built in the directory of an index.
+    """Opens the backend that was built in the directory of an index.
 
     Raises:
-        ValueError: a name that is none.
+        ValueError: the name is unknown.
         ImportError: its library is not installed.
-        IndexFileError: it was not built there, or from embeddings that have been replaced since.
+        IndexFileError: it was not built there, or its embeddings have been replaced since.
     """
     return _module(name).Backend.open(Path(directory))
 
 
 def build_backend(name: str, directory: str | Path, **options: Any) -> SearchBackend:
-    """Builds a backend from the index that is saved in `directory`, keeps it there, and opens it. Raises likewise."""
+    """Builds a backend from the index in `directory`, stores it there and opens it. Raises as `open_backend`."""
     return _module(name).Backend.build(Path(directory), **options)
 
 
 def built_backends(directory: str | Path) -> list[str]:
-    """Those that were built in the directory of an index."""
+    """Names of the backends that were built in the directory of an index."""
     return [name for name in BUILT if (Path(directory) / f"{name}.json").is_file()]
 
 
 def build_stale(directory: str | Path) -> list[str]:
-    """Builds those again, with the options they were built with, whose index was replaced since; and names them."""
+    """Rebuilds, with their original options, the backends whose index was replaced since; returns their names."""
     header = read_header(Path(directory))
     kept = {name: read_note(Path(directory), name) for name in built_backends(directory)}
     stale = [name for name, note in kept.items() if note["index"] != index_state(header)]
@@ -182,7 +182,7 @@ def _module(name: str) -> Any:
 
 
 def library(name: str, extra: str) -> Any:
-    """A library that only one backend needs. Raises ImportError, which says how to get it."""
+    """Imports a library that only one backend needs. Raises ImportError that says how to install it."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -192,24 +192,24 @@ def library(name: str, extra: str) -> Any:
 
 
 def written(item: Any) -> str:
-    """An item as a database keeps it, and finds it by."""
+    """An item as JSON text, under which a database stores and finds it."""
     return json.dumps(item, ensure_ascii=False, sort_keys=True)
 
 
 def index_state(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells an index from the one it was: of its header, embeddings and items."""
+    """Fields of the header that change if the index's embeddings or items change."""
     return {"embeddings_file": header["embeddings_file"], "header_sha256": header.get("header_sha256")}
 
 
 def write_note(directory: Path, name: str, header: Mapping[str, Any], options: Mapping[str, Any], **more: Any) -> None:
-    """Says in NAME.json what was built, from what and how; last, when all else is there."""
+    """Records in NAME.json what was built, from which index and with which options; written last."""
     space = {key: header[key] for key in ("model", "fingerprint", "projection_dim", "count")}
     note = {"format": FORMAT, "backend": name, **space, "index": index_state(header), "options": dict(options), **more}
     write_in_place(directory / f"{name}.json", json.dumps(note, indent=1).encode())
 
 
 def read_note(directory: Path, name: str) -> dict[str, Any]:
-    """What `write_note` wrote. Raises IndexFileError for anything else."""
+    """Reads the note of `write_note`. Raises IndexFileError if it is missing or not valid."""
     file = directory / f"{name}.json"
     if not file.is_file():
         raise IndexFileError(file, f"no such file; build it: oner index SOURCE {directory} --backend {name}")
@@ -224,7 +224,7 @@ def read_note(directory: Path, name: str) -> dict[str, Any]:
 
 
 def current_note(directory: Path, name: str) -> dict[str, Any]:
-    """As `read_note`, of what was built from the embeddings that lie there now. Raises IndexFileError."""
+    """`read_note` for a backend that was built from the current embeddings; else raises IndexFileError."""
     note = read_note(directory, name)
     if not (directory / str(note["index"].get("embeddings_file"))).is_file():
         raise IndexFileError(

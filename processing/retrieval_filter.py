@@ -29,9 +29,9 @@ Where = str | Sequence[str] | Mapping[str, Any] | None
 class Condition:
     """
     Attributes:
-        column: Whose values are looked at.
+        column: Name of the column to test.
         operator: "=", "!=", "<", "<=", ">" or ">=".
-        values: Texts, of which one must be equal, or none for "!="; for an order the one number.
+        values: Texts of which one must be equal ("="), or none ("!="); for other operators, a single number.
     """
 
     column: str
@@ -39,7 +39,7 @@ class Condition:
     values: tuple[str, ...]
 
     def admits(self, value: Any) -> bool:
-        """Whether an item whose column has this value meets it."""
+        """Whether an item with this value in the column meets the condition."""
         if value is None:
             return False
         if self.operator in ORDERS:
@@ -95,19 +95,19 @@ def number_of(text: str) -> int | float | None:
 
 
 def equals(value: Any, text: str) -> bool:
-    """Whether a value of an item is the one that a text spells."""
+    """Whether an item's value equals the value that a text spells."""
     if isinstance(value, bool):
         return text == str(value).lower()
     return number_of(text) == value if is_number(value) else value == text
 
 
 def columns_of(item: Any) -> Mapping[str, Any]:
-    """What conditions see of an item."""
+    """The columns of an item, to which conditions apply."""
     return item if isinstance(item, Mapping) else {OWN_COLUMN: item}
 
 
 def rows_admitted(conditions: Sequence[Condition], items: Sequence[Any]) -> torch.Tensor:
-    """Numbers (m,) int64 of those of n items that meet all conditions, rising."""
+    """Indices (m,) int64, ascending, of the n items that meet all conditions."""
     met = [
         place
         for place, item in enumerate(items)

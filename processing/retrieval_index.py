@@ -1,9 +1,9 @@
-"""A retrieval index: normalised embeddings, what each of them stands for, and the model that made them.
+"""A retrieval index: normalised embeddings, the items that they represent, and the model that computed them.
 
 Shapes: n indexed items, P projection_dim, q queries, k answers per query (k = min(top_k, n)).
 
-Threads may add, search, save and load at once. What is searched or saved is a snapshot: a tuple of blocks that nobody
-changes, swapped for a longer one under a lock; the list of items only grows, and before the snapshot that counts them.
+Threads may add, search, save and load concurrently. Searches and saves use a snapshot, an immutable tuple of blocks
+that is replaced under a lock; the list of items only grows, and does so before the snapshot that counts them.
 """
 
 import hashlib
@@ -34,17 +34,17 @@ from .retrieval_nearest import best_keys, unit_rows, unpack_keys
 QUERY_BLOCK = 1024
 KEY = re.compile(r"[0-9a-f]{32}")
 
-# of all indexes: it is held for the moment in which one grows, and an index that holds none can be copied
+# one lock for all indexes, held only while one grows; a lock per index would prevent copying
 _growing = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """
-    An index at one moment.
+    An immutable state of an index.
 
     Attributes:
-        blocks (`tuple[torch.Tensor, ...]`): (m, P) each, unit rows; n rows together, in the order of the items.
+        blocks (`tuple[torch.Tensor, ...]`): (m, P) each, unit rows; n rows in total, in the order of the items.
         count (`int`): n.
     """
 
@@ -52,7 +52,7 @@ class Snapshot:
     count: int
 
     def grown(self, rows: torch.Tensor) -> "Snapshot":
-        """With rows (m, P) behind: each block stays at least twice as long as the next, so they remain few."""
+        """Appends rows (m, P); each block stays at least twice as long as the next, so there are few blocks."""
         blocks = [*self.blocks, rows]
         while len(blocks) > 1 and len(blocks[-2]) < 2 * len(blocks[-1]):
             last = blocks.pop()
@@ -61,11 +61,11 @@ class Snapshot:
 
 
 def space_fingerprint(model: torch.nn.Module, samples: int = 64) -> str:
-    """Names the embedding space of a model: a digest of its weights, not of the place they were loaded from.
+    """Identifies the embedding space of a model by a digest of its weights, independent of their location.
 
-    Of every floating-point entry of the state dict the name, the shape and `samples` evenly spread values are
-    hashed; the values as fp16, so that an fp32 checkpoint and the same one loaded in half precision agree.
-    A retrained model differs, also when it was saved over the old one; a moved directory does not.
+    The digest covers the name, the shape and `samples` evenly spaced values of every floating-point entry of the
+    state dict, as fp16, so that an fp32 checkpoint and the same one loaded in half precision agree. It changes if a
+    model is retrained, even when saved over the old one, but not if its directory is moved.
     """
     digest = hashlib.sha256()
     weights = ((name, tensor) for name, value in sorted(model.state_dict().items()) for tensor in floats_of(value))
@@ -79,13 +79,13 @@ def space_fingerprint(model: torch.nn.Module, samples: int = 64) -> str:
 
 
 def floats_of(value: Any) -> Iterator[torch.Tensor]:
-    """The floating-point tensors of an entry of a state dict; of quantised ones, packed in tuples or not, what they
-    stand for."""
+    """Yields the floating-point tensors of an entry of a state dict; quantised ones, also in tuples, are
+    dequantised."""
     if isinstance(value, (tuple, list)):
         for part in value:
             yield from floats_of(part)
     elif isinstance(value, torch.Tensor):
-        # torchao's tensors say that they are floats
+        # torchao's quantised tensors report a float dtype
         quantised = value.is_quantized or type(value).dequantize is not torch.Tensor.dequantize
         tensor = value.dequantize() if quantised else value
         if tensor.is_floating_point():
@@ -93,18 +93,18 @@ def floats_of(value: Any) -> Iterator[torch.Tensor]:
 
 
 class RetrievalIndex(SearchBackend):
-    """Embeddings with their items, searched exactly. The other backends are built from a saved one.
+    """Embeddings with their items, searched exactly. The other backends are built from a saved index.
 
     Args:
         projection_dim: P, the width of the embeddings.
-        model: name or path of the model, for people and messages.
-        fingerprint: what identifies the embedding space (`space_fingerprint`); None accepts any.
-        dtype: "float16" (default, half the memory) or "float32", how embeddings are kept.
+        model: name or path of the model, for display and messages.
+        fingerprint: identifies the embedding space (`space_fingerprint`); None accepts any.
+        dtype: storage type of the embeddings, "float16" (default, half the memory) or "float32".
 
     Attributes:
-        items: what each embedding stands for, JSON values.
-        skipped: {"item", "reason"} of what could not be read.
-        counts: of the call that indexed: rows "embedded", "kept" as they were, and "gone" since. Not saved.
+        items: the item of each embedding, a JSON value.
+        skipped: {"item", "reason"} of each item that could not be read.
+        counts: rows that the indexing call "embedded", "kept" unchanged, and found "gone". Not saved.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class RetrievalIndex(SearchBackend):
         fingerprint: str | None = None,
         dtype: str = "float16",
     ):
-        # a width and a precision
+        # width and precision
         if not isinstance(projection_dim, int) or projection_dim < 1:
             raise ValueError(f"projection_dim must be a positive integer, got {projection_dim!r}")
         if dtype not in DTYPES:
@@ -124,7 +124,7 @@ class RetrievalIndex(SearchBackend):
         self.fingerprint = fingerprint
         self.dtype = dtype
 
-        # items and their keys, which only grow, and their embeddings
+        # items and keys, which only grow, and their embeddings
         self.items: list[Any] = []
         self.keys: list[str | None] = []
         self.skipped: list[dict[str, str]] = []
@@ -145,7 +145,7 @@ class RetrievalIndex(SearchBackend):
             return snapshot.blocks[0]
         joined = torch.cat(snapshot.blocks)
 
-        # kept, unless rows were added meanwhile
+        # cached, unless rows were added meanwhile
         with _growing:
             if self._snapshot is snapshot:
                 self._snapshot = Snapshot((joined,), snapshot.count)
@@ -161,14 +161,14 @@ class RetrievalIndex(SearchBackend):
     ) -> None:
         """Appends embeddings (m, P), normalised here, and their m items (paths or any JSON values).
 
-        `keys` name what each was made of, 32 hexadecimal digits or None: what is indexed again is known by them.
+        `keys` are digests of each row's content, 32 hexadecimal digits or None, by which re-indexing recognises rows.
 
         Raises:
-            IndexMismatchError: another width or fingerprint than the index has.
-            ValueError: not two-dimensional, not finite, a zero row, or not as many items as embeddings.
-            TypeError: an item that JSON cannot hold.
+            IndexMismatchError: the width or fingerprint differs from the index's.
+            ValueError: embeddings are not two-dimensional, not finite or zero, or do not match the number of items.
+            TypeError: an item is not a JSON value.
         """
-        # as many items as embeddings, of this space
+        # as many items as embeddings, in this index's space
         items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in items]
         if not torch.is_tensor(embeddings) or embeddings.dim() != 2 or len(embeddings) != len(items):
             got = tuple(embeddings.shape) if torch.is_tensor(embeddings) else type(embeddings).__name__
@@ -176,7 +176,7 @@ class RetrievalIndex(SearchBackend):
                              f"got {got} and {len(items)} items")  # fmt: skip
         self.check_space(embeddings.shape[1], fingerprint, model)
 
-        # every item must be one that can be saved, before anything is added
+        # check that every item can be saved before adding any
         for item in items:
             try:
                 json.dumps(item, allow_nan=False)
@@ -192,15 +192,15 @@ class RetrievalIndex(SearchBackend):
         self.add_unit_rows(unit_rows(embeddings).to(DTYPES[self.dtype]), items, keys)
 
     def add_unit_rows(self, rows: torch.Tensor, items: list[Any], keys: list[str | None]) -> None:
-        """Appends unit rows (m, P) of this dtype as they are, with m checked items and keys."""
-        # the items first: whatever a search finds has one
+        """Appends unit rows (m, P) of this dtype, with m items and keys, unchecked."""
+        # items first: every row that a search finds must have one
         with _growing:
             self.items.extend(items)
             self.keys.extend(keys)
             self._snapshot = self._snapshot.grown(rows)
 
     def extend(self, other: "RetrievalIndex") -> "RetrievalIndex":
-        """Appends all of another index of this space and dtype, and what it skipped. Returns itself."""
+        """Appends all items of another index of the same space, and its list of skipped items. Returns itself."""
         self.check_space(other.projection_dim, other.fingerprint, other.model)
         self.add_unit_rows(other.embeddings.to(DTYPES[self.dtype]), list(other.items), list(other.keys))
         self.note_skipped(other.skipped)
@@ -209,24 +209,24 @@ class RetrievalIndex(SearchBackend):
         return self
 
     def note_skipped(self, entries: Iterable[dict[str, str]]) -> None:
-        """Lists more entries {"item", "reason"} that could not be read."""
+        """Records entries {"item", "reason"} that could not be read."""
         with _growing:
             self.skipped = [*self.skipped, *entries]
 
     def search(
         self, queries: torch.Tensor, top_k: int = 10, chunk: int | None = None, where: Where = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine of every query with every item: exact, `chunk` items at a time.
+        """Exact cosine of every query with every item, `chunk` items at a time.
 
-        Products are summed in fp64 and rounded to fp32 once, so equal embeddings get equal scores wherever they
-        stand and the size of the chunk never changes an answer; among equal scores the lower index comes first.
+        Products are summed in fp64 and rounded to fp32 once, so equal embeddings get equal scores at any position,
+        and the chunk size never changes an answer; among equal scores, lower indices come first.
 
         Args:
             queries: (q, P), normalised here; any float dtype and device.
-            top_k: answers wanted; cut to n.
+            top_k: maximum number of answers.
             where: conditions that items must meet, see `retrieval_filter.py`; m of n do.
         Returns:
-            Scores (q, k) fp32, falling, and indices (q, k) int64, on the CPU; k = min(top_k, n), or min(top_k, m).
+            Scores (q, k) fp32, descending, and indices (q, k) int64, on the CPU; k = min(top_k, n), or min(top_k, m).
         """
         self.check_queries(queries, top_k)
         if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
@@ -236,13 +236,13 @@ class RetrievalIndex(SearchBackend):
         count = snapshot.count
         admitted = None
 
-        # of a filtered search only the rows that it admits
+        # a filtered search uses the admitted rows only
         if conditions := read_where(where):
             admitted = rows_admitted(conditions, self.items[:count])  # (m,)
             blocks = (self.embeddings[admitted],)  # (m, P)
             count = len(admitted)
 
-        # blocks of queries, so that scores of all items are never held at once
+        # queries in blocks, to bound the memory for scores
         k = min(top_k, count)
         rows = unit_rows(queries)  # (q, P) fp64
         keys = [best_keys(block, blocks, k, chunk) for block in rows.split(QUERY_BLOCK)]
@@ -262,9 +262,9 @@ class RetrievalIndex(SearchBackend):
             return None
 
     def save(self, directory: str | os.PathLike) -> Path:
-        """Writes the index into `directory` (made if missing); replaces an index that stands there.
+        """Writes the index into `directory` (created if missing), replacing an index that is there.
 
-        Raises IndexFileError if `directory` holds a `retrieval_index.json` that is not ours, or is a file.
+        Raises IndexFileError if `directory` is a file, or holds a `retrieval_index.json` that is not a valid index.
         """
         with _growing:
             snapshot = self._snapshot
@@ -284,7 +284,7 @@ class RetrievalIndex(SearchBackend):
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "RetrievalIndex":
-        """Reads a saved index. Raises IndexFileError, which names the file and the key, if anything is not right."""
+        """Reads a saved index. Raises IndexFileError, which names the file and the key, if it is not valid."""
         header, embeddings, keys = read_index(Path(directory))
         index = cls(header["projection_dim"], header["model"], header["fingerprint"], header["dtype"])
         index._snapshot = Snapshot((embeddings,), len(embeddings))

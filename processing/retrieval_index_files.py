@@ -1,12 +1,12 @@
-"""A retrieval index on the disk: a directory of two files.
+"""A retrieval index on disk: a directory with two files.
 
     retrieval_index.json               format, version, model, fingerprint, counts, items (JSON values), skipped
     embeddings-<digest>.safetensors    "embeddings" (n, P), fp16 or fp32, unit rows; named in the JSON file;
-                                       "keys" (n, 16) bytes, what each was made of: zeros where that is not known
+                                       "keys" (n, 16) bytes, digests of the rows' content; zeros if unknown
 
-The embeddings are written first, under a name made of their digest, and the JSON file is renamed into place last;
-writers wait for each other, and a reader whose embeddings were replaced meanwhile reads again. So whoever reads the
-directory, beside a writer or after a crash, sees one index whole.
+The embeddings are written first, under a name made from their digest, and the JSON file is renamed into place last.
+Writers wait for each other, and a reader whose embeddings were replaced meanwhile reads again. So a reader always sees
+one complete index, even during a write or after a crash.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ TENSOR_NAME = "embeddings"
 KEYS_NAME = "keys"
 KEY_BYTES = 16
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-# what a writer leaves that was replaced, or killed
+# files left by replaced indexes or killed writers
 LEFTOVER = re.compile(r"embeddings-[0-9a-f]{16}\.safetensors|\.(embeddings-|retrieval_index\.json).*\.tmp")
 UNIT_TOLERANCE = 1e-2  # fp16 rows are off by 1e-3
 
 
 class RetrievalIndexError(ValueError):
-    """Anything that is wrong with a retrieval index."""
+    """Base of the errors of a retrieval index."""
 
 
 class IndexFileError(RetrievalIndexError):
-    """A file of the index is missing, damaged or not ours. `file` and, where there is one, `key` say which."""
+    """A file of the index is missing, damaged or of another format. `file` and, if any, `key` name the place."""
 
     def __init__(self, file: str | os.PathLike, reason: str, key: str | None = None):
         self.file = str(file)
@@ -50,21 +50,21 @@ class IndexFileError(RetrievalIndexError):
 
 
 class IndexMismatchError(RetrievalIndexError):
-    """Embeddings of another model or of another width than the index holds."""
+    """Embeddings are from another model, or of another width, than those of the index."""
 
 
 def write_index(
     directory: Path, header: dict[str, Any], embeddings: torch.Tensor, keys: Sequence[str | None] | None = None
 ) -> None:
-    """Writes what `read_index` reads: a header without format, version and digests, embeddings (n, P), and n keys.
+    """Writes an index: a header, to which it adds format, version and digests, embeddings (n, P), and n keys.
 
-    Raises IndexFileError if `directory` holds a `retrieval_index.json` that is not ours, or is a file.
+    Raises IndexFileError if `directory` is a file, or holds a `retrieval_index.json` that is not a valid index.
     """
     if directory.exists() and not directory.is_dir():
         raise IndexFileError(directory, "is a file; an index is saved into a directory")
     directory.mkdir(parents=True, exist_ok=True)
 
-    # the embeddings, under a name made of their digest
+    # the embeddings, under a name made from their digest
     tensors = {TENSOR_NAME: embeddings.contiguous()}
     if keys is not None:
         together = b"".join(bytes(KEY_BYTES) if key is None else bytes.fromhex(key) for key in keys)
@@ -76,28 +76,28 @@ def write_index(
     header = {**header, "embeddings_sha256": digest}
     header["header_sha256"] = header_digest(header)
 
-    # what may be replaced: nothing, or an index
+    # only a valid index may be replaced
     with FileLock(directory / LOCK_FILE):
         if (directory / INDEX_FILE).exists():
             read_header(directory)
 
-        # the header last: who reads meanwhile sees one index whole
+        # the header last, so that a reader always sees one complete index
         write_in_place(directory / name, payload)
         write_in_place(directory / INDEX_FILE, json.dumps(header, indent=1, allow_nan=False).encode())
-        # nobody names the old embeddings any more
+        # no header names the old embeddings any more
         for file in directory.iterdir():
             if LEFTOVER.fullmatch(file.name) and file.name != name:
                 file.unlink(missing_ok=True)
 
 
 def read_index(directory: Path) -> tuple[dict[str, Any], torch.Tensor, list[str | None]]:
-    """The checked header, embeddings (n, P) and n keys. Raises IndexFileError."""
+    """Reads and validates the header, embeddings (n, P) and n keys. Raises IndexFileError."""
     header = read_header(directory)
     while True:
         try:
             embeddings, keys = read_embeddings(directory, header)
         except IndexFileError:
-            # a writer may have replaced them since their name was read
+            # a writer may have replaced the embeddings since the header was read
             newer = read_header(directory)
             if newer["embeddings_file"] == header["embeddings_file"]:
                 raise
@@ -105,20 +105,20 @@ def read_index(directory: Path) -> tuple[dict[str, Any], torch.Tensor, list[str 
         else:
             break
 
-    # last, for what nothing else explains; older files have none
+    # checked last, because the other errors are more specific; older files have no digest
     if header.get("header_sha256", header_digest(header)) != header_digest(header):
         raise IndexFileError(directory / INDEX_FILE, "damaged: not what was saved", key="header_sha256")
     return header, embeddings, keys
 
 
 def header_digest(header: dict[str, Any]) -> str:
-    """Of everything but itself."""
+    """SHA-256 of the header without its own digest."""
     rest = {key: value for key, value in header.items() if key != "header_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_in_place(path: Path, payload: bytes) -> None:
-    """Writes beside `path`, flushes to the disk, then renames: `path` is never half written."""
+    """Writes atomically: into a temporary file beside `path`, flushed to disk, then renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -131,17 +131,17 @@ def write_in_place(path: Path, payload: bytes) -> None:
 
 
 def read_header(directory: Path) -> dict[str, Any]:
-    """The checked content of `retrieval_index.json`."""
+    """Reads and validates `retrieval_index.json`."""
     path = directory / INDEX_FILE
     if not path.is_file():
         raise IndexFileError(path, "no such file; expected a directory that RetrievalIndex.save wrote")
 
-    # a document of ours, of a version that is known
+    # JSON of this format, in a known version
     try:
         header = json.loads(path.read_bytes())
     except OSError as error:
         raise IndexFileError(path, f"cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number with too many digits
         raise IndexFileError(path, f"damaged, not readable as JSON ({error})") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         got = header.get("format") if isinstance(header, dict) else type(header).__name__
@@ -154,7 +154,7 @@ def read_header(directory: Path) -> dict[str, Any]:
 
 
 def check_header(path: Path, header: dict[str, Any]) -> None:
-    """Raises IndexFileError for the first key that is missing or not what `save` writes."""
+    """Raises IndexFileError for the first key that is missing or has an invalid value."""
     optional_text: tuple[type, ...] = (str, type(None))
     types: dict[str, tuple[type, ...]] = {
         "model": optional_text, "fingerprint": optional_text, "projection_dim": (int,), "dtype": (str,),
@@ -169,7 +169,7 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
             wanted = " or ".join(kind.__name__ for kind in expected)
             raise IndexFileError(path, f"expected {wanted}, got {type(header[key]).__name__}", key=key)
 
-    # values that make an index
+    # the values
     if header["projection_dim"] < 1:
         raise IndexFileError(path, f"expected a positive width, got {header['projection_dim']}", key="projection_dim")
     if header["dtype"] not in DTYPES:
@@ -182,8 +182,8 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
 
 
 def read_embeddings(directory: Path, header: dict[str, Any]) -> tuple[torch.Tensor, list[str | None]]:
-    """The checked embeddings (n, P) that the header names, and their n keys, None where there is none."""
-    # the very bytes that were saved
+    """Reads and validates the embeddings (n, P) that the header names, and their n keys or None."""
+    # the bytes must match the digest
     path = directory / header["embeddings_file"]
     if not path.is_file():
         raise IndexFileError(path, f"no such file, but {INDEX_FILE} names it", key="embeddings_file")
@@ -194,7 +194,7 @@ def read_embeddings(directory: Path, header: dict[str, Any]) -> tuple[torch.Tens
     if hashlib.sha256(payload).hexdigest() != header["embeddings_sha256"]:
         raise IndexFileError(path, "damaged: not the bytes that were saved", key="embeddings_sha256")
 
-    # as the header describes them
+    # shape and dtype must match the header
     try:
         tensors = load_safetensors(payload)
     except (SafetensorError, ValueError) as error:
@@ -215,7 +215,7 @@ def read_embeddings(directory: Path, header: dict[str, Any]) -> tuple[torch.Tens
 
 
 def read_keys(path: Path, tensor: torch.Tensor | None, count: int) -> list[str | None]:
-    """Bytes (n, 16), or nothing → n keys of hexadecimal digits."""
+    """Bytes (n, 16), or None → n hexadecimal keys; None for unknown ones."""
     if tensor is None:
         return [None] * count
     if tuple(tensor.shape) != (count, KEY_BYTES) or tensor.dtype != torch.uint8:

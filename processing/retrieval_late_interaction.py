@@ -1,10 +1,10 @@
-"""Late interaction: a query and what was found for it compared token by token and patch by patch.
+"""Late interaction: re-ranks retrieved items by comparing their tokens or patches with those of the query.
 
-    score = the mean over the query's states of the greatest cosine with a state of the item       (MaxSim)
+    score = the mean over the query's states of the maximum cosine with a state of the item       (MaxSim)
 
-as in ColBERT (Khattab and Zaharia, SIGIR 2020, equation 3), with a mean where it has a sum, so that it mixes with a
-cosine. A one-tower model needs no training for it: its tokens and patches are states of one space, after the last
-layer and before any projector, the ones that localise a text in a picture.
+as in ColBERT (Khattab and Zaharia, SIGIR 2020, equation 3), with a mean instead of the sum, so that it can be mixed
+with a cosine. A one-tower model needs no training for it: its tokens and patches share one space after the last layer
+and before any projector, the states that also localise a text in an image.
 
 Shapes: S states of the query, S' of an item, D their width, c items.
 """
@@ -25,7 +25,7 @@ def late_interaction(query: torch.Tensor, items: Sequence[torch.Tensor]) -> torc
     """States (S, D) of a query and of each item (S', D) → scores (c,) from -1 to 1.
 
     Raises:
-        ValueError: a query without states, or an item.
+        ValueError: the query or an item has no states.
     """
     if not len(query) or not all(map(len, items)):
         raise ValueError("a text without a word, or a picture without a patch, has no states to compare")
@@ -35,7 +35,7 @@ def late_interaction(query: torch.Tensor, items: Sequence[torch.Tensor]) -> torc
 
 
 def check_reranking(config: Any, rerank_k: int, weight: float) -> None:
-    """Raises ValueError for a model whose tokens and patches live in two spaces, and for a weight that is no share."""
+    """Raises ValueError for a model whose tokens and patches have separate spaces, or a weight outside [0, 1]."""
     if getattr(config, "pair_layout", "separate") != "joint":
         raise ValueError(f"late interaction needs one tower for tokens and patches, got a {config.model_type} model")
     if not 0 <= weight <= 1:
@@ -43,10 +43,10 @@ def check_reranking(config: Any, rerank_k: int, weight: float) -> None:
 
 
 def query_of_item(item: Any) -> Any:
-    """The query that shows an item: the picture of a path, or of a mapping's "image" or "path"; any other text itself.
+    """The query for an item: the image at a path, or at a mapping's "image" or "path"; any other str is a text.
 
     Raises:
-        ValueError: an item that says of no picture and no text where it is.
+        ValueError: the item names neither an image nor a text.
     """
     if isinstance(item, Mapping):
         picture = next((item[key] for key in ("image", "path") if item.get(key) is not None), None)

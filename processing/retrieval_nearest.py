@@ -1,23 +1,23 @@
-"""The nearest of many unit rows, exactly: products in fp32 choose, products in fp64 decide.
+"""Exact nearest-neighbour search over unit vectors: fp32 products select candidates, fp64 products rank them.
 
-Shapes: q queries, P projection_dim, m rows of a block, c rows that are compared at once, k answers per query.
+Shapes: q queries, P projection_dim, m rows of a block, c rows of a chunk, k answers per query.
 """
 
 from collections.abc import Iterable
 
 import torch
 
-PRODUCTS = 1 << 24  # most products that are held at once
+PRODUCTS = 1 << 24  # maximum number of products in memory at once
 LONGEST_CHUNK = 1 << 16  # rows
-CONVERTED = 4096  # fp16 rows that become fp32 at once: their buffer stays in the processor's cache
+CONVERTED = 4096  # fp16 rows converted to fp32 at once: their buffer fits the processor's cache
 LOW_32_BITS = 0xFFFFFFFF
 
 
 def pack_keys(scores: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    """fp32 scores (q, c) of items (q, c) → int64 keys (q, c) that sort as (score, then lower index first).
+    """fp32 scores (q, c) of items (q, c) → int64 keys (q, c) that sort by score, ties by lower index.
 
-    The bits of an fp32 number, with those of negative ones mirrored, sort as the number does; they fill the upper
-    half, the item's index, counted down, the lower half. No two keys are equal, so any top-k is a stable one.
+    The bits of an fp32 number, flipped if it is negative, sort like the number; they fill the upper half of the key.
+    The item's index, subtracted from the maximum, fills the lower half. All keys differ, so any top-k is stable.
     """
     bits = (scores + 0.0).contiguous().view(torch.int32)  # (q, c); + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(torch.int64)  # (q, c)
@@ -32,9 +32,9 @@ def unpack_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def best_keys(queries: torch.Tensor, blocks: Iterable[torch.Tensor], k: int, chunk: int | None = None) -> torch.Tensor:
-    """fp64 queries (q, P), blocks of items (m, P) → the k greatest keys (q, k), falling; see `pack_keys`.
+    """fp64 queries (q, P), blocks of items (m, P) → the k greatest keys (q, k), descending; see `pack_keys`.
 
-    `chunk` items are compared at once; None chooses as many as memory is kept for.
+    `chunk` is the number of items compared at once; None chooses it by `PRODUCTS`.
     """
     chunk = chunk or min(LONGEST_CHUNK, PRODUCTS // max(1, len(queries)))
     best = torch.empty(len(queries), 0, dtype=torch.int64)  # (q, 0)
@@ -49,13 +49,13 @@ def best_keys(queries: torch.Tensor, blocks: Iterable[torch.Tensor], k: int, chu
 
 def chunk_keys(queries: torch.Tensor, rows: torch.Tensor, k: int, start: int) -> torch.Tensor:
     """
-    Keys of a chunk's items, the k greatest among them: fp64 (q, P), (c, P) → (q, at least min(k, c)).
+    Keys of the best items of a chunk, including the k greatest: fp64 (q, P), (c, P) → (q, at least min(k, c)).
 
-    Products in fp32 choose who may be among the best, products in fp64 decide. An item is left out only if it lies
-    below the k-th by more than the fp32 products of both can be wrong.
+    fp32 products select candidates, fp64 products rank them. An item is dropped only if its fp32 score is below the
+    k-th by more than the rounding errors of both.
     """
     quick = quick_products(queries.to(torch.float32), rows)  # (q, c)
-    slack = (rows.shape[1] + 8) * 2.0**-24  # of a sum of P products of unit vectors
+    slack = (rows.shape[1] + 8) * 2.0**-24  # error bound of an fp32 dot product of unit vectors
     kept = min(2 * k + 30, len(rows))
     while True:
         values, places = quick.topk(kept, dim=1)  # (q, kept)
@@ -63,7 +63,7 @@ def chunk_keys(queries: torch.Tensor, rows: torch.Tensor, k: int, start: int) ->
         if kept == len(rows):
             break
 
-        # a setting of torch may round the quick products further than is reckoned with
+        # some torch settings round fp32 products by more than this bound
         as_reckoned = bool((values - exact).abs().max() <= slack)
         if as_reckoned and bool((values[:, -1] < values[:, k - 1] - 2 * slack).all()):
             break
@@ -76,7 +76,7 @@ def quick_products(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if rows.dtype == torch.float32:
         return queries @ rows.T  # (q, c)
 
-    # half precision is half the memory to read, and becomes fp32 in one buffer
+    # fp16 rows are converted to fp32 in one reused buffer
     products = torch.empty(len(queries), len(rows))  # (q, c)
     buffer = torch.empty(min(CONVERTED, len(rows)), rows.shape[1])  # (b, P)
     for start in range(0, len(rows), CONVERTED):
@@ -86,7 +86,7 @@ def quick_products(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def own_products(queries: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Each query with its own items, summed one by one, so that no product depends on its neighbours. (q, kept)."""
+    """fp64 products of each query with its own items, each summed independently of its neighbours. (q, kept)."""
     step = max(1, PRODUCTS // max(1, places.shape[1] * rows.shape[1]))
     parts = [
         (rows[some].to(torch.float64) * asked[:, None]).sum(-1)  # (s, kept)
@@ -96,7 +96,7 @@ def own_products(queries: torch.Tensor, rows: torch.Tensor, places: torch.Tensor
 
 
 def unit_rows(embeddings: torch.Tensor) -> torch.Tensor:
-    """(m, P) of any float dtype and device → (m, P) fp64 on the CPU, every row of length one."""
+    """(m, P) of any float dtype and device → (m, P) fp64 on the CPU, rows normalised to unit length."""
     rows = embeddings.detach().to("cpu", torch.float64)  # (m, P)
     norms = rows.norm(dim=1, keepdim=True)  # (m, 1)
     bad = ~(torch.isfinite(norms) & (norms > 0)).squeeze(1)  # (m,)

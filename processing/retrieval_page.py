@@ -1,4 +1,4 @@
-"""What a search page does, without the page: answers with their pictures, and where in a picture the words are.
+"""The functions of a search page, without its layout: search, previews of the answers, and maps of the words.
 
     page = SearchPage(pipe, {"photos": "photos-index", "art": "art-index"})
     answer = page.search("photos", "made of glass", picture="photo.png")
@@ -6,7 +6,7 @@
     page.preview(answer.found[0].item)           # a small picture of it
     page.locate(answer.words, answer.found[0].item).map
 
-`oner serve` and the Spaces that it writes lay a page out over this one; both serve many users at once.
+`oner serve` and the Spaces that it writes build their page on this class; both serve many users at once.
 """
 
 import copy
@@ -29,8 +29,8 @@ from .pipeline_visual_grounding import VisualGroundingPipeline
 # pixels of the longer side
 PREVIEW = 320
 LARGE = 512
-MOST = 60  # answers to one query
-# ways to a map, as a reader is told
+MOST = 60  # maximum number of answers to one query
+# modes of `ground`, as described to the user
 MAPS = {"itc": "Grad-CAM of the contrast", "cosine": "cosines of patches and words"}
 
 
@@ -41,9 +41,9 @@ class Found:
 
     Attributes:
         score: The cosine.
-        item: What the index holds of it.
-        name: Its caption, or how its file is called.
-        place: The path, or the table and the row; "" of a text.
+        item: The item as stored in the index.
+        name: Its caption or file name.
+        place: The path, or the table and the row; "" for a text.
     """
 
     score: float
@@ -56,9 +56,9 @@ class Found:
 class Answer:
     """
     Attributes:
-        found: Best first.
-        words: What was asked by words, "" if by a picture alone.
-        remark: In a sentence, what was searched, and which words the model cannot read.
+        found: The answers, best first.
+        words: The text of the query; "" for a query by image alone.
+        remark: A sentence on what was searched, and on tokens that the model does not know.
     """
 
     found: list[Found]
@@ -70,8 +70,8 @@ class Answer:
 class Located:
     """
     Attributes:
-        picture: The answer's picture, LARGE pixels wide or high; None of a text.
-        map: It under the map of the words; None where there is none.
+        picture: The answer's image, its longer side LARGE pixels; None for a text.
+        map: The image overlaid with the map of the words; None if there is none.
         remark: What the map shows, or why there is none.
     """
 
@@ -81,21 +81,21 @@ class Located:
 
 
 def caption_of(item: Any) -> str:
-    """The words of an item, a path's stem, or the item as it is."""
+    """The item's text, the stem of its path, or the item itself as a str."""
     if isinstance(item, Mapping):
         return str(item.get("text") or (caption_of(item["image"]) if "image" in item else item))
     return Path(item).stem if isinstance(item, str) and Path(item).suffix else str(item)
 
 
 def place_of(item: Any) -> str:
-    """Where an item's picture lies, as one reads it; "" where it says nothing of that."""
+    """The location of an item's image, for display; "" if the item has none."""
     if isinstance(item, Mapping):
         return f"{item['table']}, row {item['row']}" if "table" in item else str(item.get("image", ""))
     return item if isinstance(item, str) and Path(item).suffix else ""
 
 
 def picture_of(item: Any, folder: str | os.PathLike = "") -> Image.Image | None:
-    """The picture that an item names, a relative path from `folder`; None of a text, and of one that is gone."""
+    """The image that an item names, relative to `folder`; None for a text, or if the file cannot be read."""
     source = item.get("image") if isinstance(item, Mapping) else item
     try:
         return open_image(os.path.join(folder, source)) if isinstance(source, str) else None
@@ -105,16 +105,16 @@ def picture_of(item: Any, folder: str | os.PathLike = "") -> Image.Image | None:
 
 class SearchPage:
     """
-    Answers queries of any thread: the model reads one at a time, everything else goes on beside it.
+    Answers queries from any thread: the model runs one query at a time, everything else runs in parallel.
 
     Args:
-        pipe: With the model; its own index, if it has one, is left alone.
-        indexes: Directories of saved indexes, by the name that the page calls them.
-        open_item: From an item to its picture, or None.
+        pipe: Pipeline with the model; its own index, if any, is not changed.
+        indexes: Display name -> directory of a saved index.
+        open_item: Maps an item to its image, or None.
 
     Raises:
         ValueError: there is no index.
-        IndexMismatchError, IndexFileError: one was made by another model, or cannot be read.
+        IndexMismatchError, IndexFileError: an index was made by another model, or cannot be read.
     """
 
     def __init__(
@@ -129,27 +129,27 @@ class SearchPage:
         self.pipe = pipe
         self.model_name = pipe.model_name
 
-        # a pipeline for each index, all over one model
+        # one pipeline per index, all sharing one model
         self._searches = {name: copy.copy(pipe) for name in indexes}
         for name, directory in indexes.items():
             self._searches[name].load_index(directory)
 
         parts = {"model": pipe.model, "processor": pipe.processor, "device": pipe.device}
         self._ground = VisualGroundingPipeline(**parts) if hasattr(pipe.model, "ground") else None
-        # a tokenizer's padding is a setting of its own, which calls change: two at once would read each other's
+        # calls change the tokenizer's padding setting, so two at once would interfere
         self._reading = threading.Lock()
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How much each index holds, by name."""
+        """Number of items in each index, by name."""
         return {name: len(pipe.retrieval_index) for name, pipe in self._searches.items()}
 
     def search(self, index: str, words: str | None = "", picture: Any = None, top_k: int = 12) -> Answer:
         """
-        The nearest of an index, by words, by a picture (a path, PIL, bytes), or by both as one query.
+        Finds the nearest items of an index to a text, an image (a path, PIL, bytes), or both as one query.
 
         Raises:
-            ValueError: no such index, nothing asked, or a text or picture that cannot be read.
+            ValueError: there is no such index, the query is empty, or its text or image cannot be read.
         """
         if index not in self._searches:
             raise ValueError(f"there is no index {index!r}; expected one of {list(self._searches)}")
@@ -158,7 +158,7 @@ class SearchPage:
         if not query:
             raise ValueError("nothing was asked: give words, a picture, or both")
 
-        # the model reads, alone; the index is searched beside others
+        # the model runs under the lock; the index is searched in parallel
         pipe = self._searches[index]
         with self._reading:
             inputs = pipe.preprocess([query])
@@ -168,7 +168,7 @@ class SearchPage:
         count = min(max(1, int(top_k)), MOST)
         (answers,) = pipe.postprocess({"embeddings": embeddings}, top_k=count)
 
-        # as it is shown
+        # the answers for display
         found = [
             Found(answer["score"], answer["item"], caption_of(answer["item"]), place_of(answer["item"]))
             for answer in answers
@@ -180,16 +180,16 @@ class SearchPage:
         return Answer(found, words, remark)
 
     def preview(self, item: Any) -> Image.Image:
-        """What stands for an item: its picture, at most PREVIEW pixels wide and high, else a card with its words."""
+        """A preview of an item: its image, at most PREVIEW pixels wide and high, or a card with its text."""
         picture = self.open_item(item)
         if picture is None:
             return text_card(caption_of(item))
-        picture = picture.copy()  # `thumbnail` works in place, and the picture may be kept elsewhere
+        picture = picture.copy()  # `thumbnail` works in place, and the image may be shared
         picture.thumbnail((PREVIEW, PREVIEW), Image.Resampling.LANCZOS)
         return picture
 
     def locate(self, words: str, item: Any) -> Located:
-        """The item's picture, and it under the map of the words where the model can make one."""
+        """The item's image, and the image overlaid with the map of the words if the model supports it."""
         picture = self.open_item(item)
         if picture is None:
             return Located(None, None, "There is no picture to show.")
@@ -200,7 +200,7 @@ class SearchPage:
         if self._ground is None:
             return Located(large, None, f"{type(self.pipe.model).__name__} makes no maps.")
 
-        # by the contrast, which ranked the answers, where there are several ways
+        # if there are several modes, use the contrastive one, which ranked the answers
         modes = self.pipe.model.grounding_modes
         mode = "itc" if "itc" in modes else modes[0]
         with self._reading:
@@ -209,7 +209,7 @@ class SearchPage:
 
 
 def text_card(words: str) -> Image.Image:
-    """A white card with words, as many as fit."""
+    """A white card with the words, truncated to fit."""
     card = Image.new("RGB", (PREVIEW, PREVIEW), "white")
     lines = "\n".join(textwrap.wrap(words, 26, max_lines=9, placeholder=" …"))
     centre = (PREVIEW // 2, PREVIEW // 2)

@@ -1,6 +1,6 @@
-"""What a retrieval pipeline is asked and what it indexes: queries and rows of any accepted form, pictures of a folder.
+"""Parses the queries of a retrieval pipeline and the rows that it indexes, and lists the images of a folder.
 
-Strings never have two meanings: in a query a plain str is text, in a row to be indexed it is a picture's path.
+A str has one meaning in each: in a query it is a text, in a row to be indexed it is the path of an image.
 """
 
 import json
@@ -16,34 +16,34 @@ from PIL import Image
 from .vl_captions import caption_reason
 from .vl_sources import is_many, iterate, undecoded
 
-# of every format that is decoded, and of some that are not, which are then named
+# formats that are decoded, and some that are not, which are reported as unreadable
 PICTURE_SUFFIXES = frozenset(
     ".apng .avif .avifs .bmp .dib .gif .heic .heif .hif .icns .ico .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg "
     ".jpx .jxl .pbm .pcx .pgm .png .pnm .ppm .psd .tga .tif .tiff .webp".split()
 )
-# how a picture begins whatever its file is called
+# first bytes of image files, for files without such a suffix
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
-# what a PNG that we drew says of itself, near its beginning
+# mark near the beginning of PNG files that oner itself draws
 SHEET_MARK = b"oner contact sheet"
 SHEET_REASON = "a sheet of pictures that oner drew"
 QUERY_KEYS = ("text", "image")
 ROW_KEYS = ("text", "image", "item")
 
-LONGEST_PATH = 4096  # characters, of Linux; a longer text is a picture in base64
+LONGEST_PATH = 4096  # characters, Linux's limit; a longer str is an image in base64
 
 Query = dict[str, Any]  # "text", "image" or both; "item" in a row to be indexed
 
 
 def list_pictures(folder: str | os.PathLike) -> list[str]:
-    """Every picture file under `folder`, by suffix or by how it begins, sorted; hidden ones are left out. A folder
-    that cannot be looked into stands for its pictures: whoever opens it is told."""
+    """All image files under `folder`, by suffix or first bytes, sorted; hidden files are skipped. A folder that cannot
+    be read is listed itself, so that opening it reports the error."""
     pictures: list[str] = []
 
     def note(error: OSError) -> None:
         pictures.append(error.filename)
 
-    # in place, which keeps os.walk out of hidden folders
+    # assigned in place, so that os.walk skips hidden folders
     for parent, folders, files in os.walk(folder, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = [os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")]
@@ -52,7 +52,7 @@ def list_pictures(folder: str | os.PathLike) -> list[str]:
 
 
 def is_picture_file(path: str) -> bool:
-    """Whether a file has the suffix of a picture, or is a regular one and begins as pictures do."""
+    """Whether a file has an image suffix, or is a regular file with the first bytes of an image."""
     if Path(path).suffix.lower() in PICTURE_SUFFIXES:
         return True
     if not os.path.isfile(path):
@@ -67,11 +67,11 @@ def is_picture_file(path: str) -> bool:
 
 
 def is_sheet(picture: Any) -> bool:
-    """Whether a path is that of a PNG which oner drew of other pictures."""
+    """Whether a path is that of a contact sheet, a PNG of other images that oner drew."""
     if not isinstance(picture, (str, os.PathLike)) or not os.fspath(picture).lower().endswith(".png"):
         return False
     try:
-        if not os.path.isfile(picture):  # a pipe that nobody writes to would be waited for without end
+        if not os.path.isfile(picture):  # a pipe without a writer would block for ever
             return False
         with open(picture, "rb") as file:
             return SHEET_MARK in file.read(256)
@@ -81,13 +81,13 @@ def is_sheet(picture: Any) -> bool:
 
 def read_query(query: Any) -> Query:
     """One query of any accepted form → {"text": str} and/or {"image": picture}."""
-    # a str is a text, anything else that is no mapping a picture
+    # a str is a text; anything else that is not a mapping is an image
     if isinstance(query, str):
         query = {"text": query}
     if not isinstance(query, Mapping):
         return {"image": query}
 
-    # keys that are known, with values that can be read
+    # only known keys, with valid values
     values = {key: query[key] for key in QUERY_KEYS if query.get(key) is not None}
     if not values or set(query) - set(QUERY_KEYS):
         raise ValueError(f'a query has the keys "text", "image" or both, got {sorted(map(str, query))}')
@@ -99,8 +99,8 @@ def read_query(query: Any) -> Query:
 
 
 def gather_queries(inputs: Any, text: Any, image: Any) -> tuple[Iterator[Query], bool]:
-    """The three ways to ask → queries, read as they are needed, and whether it was a single one."""
-    # a positional query: one of any form, or a list of such
+    """The three call forms → queries, parsed lazily, and whether there was a single one."""
+    # a positional query of any form, or a list of them
     if isinstance(inputs, str) and text is None:
         text = inputs
         inputs = None
@@ -110,7 +110,7 @@ def gather_queries(inputs: Any, text: Any, image: Any) -> tuple[Iterator[Query],
         many = is_many(inputs)
         return (read_query(query) for query in (inputs if many else [inputs])), not many
 
-    # by name: each of text= and image= one, or lists of one length
+    # by keyword: text= and image= are both single, or lists of one length
     named = {key: value for key, value in (("text", text), ("image", image)) if value is not None}
     if not named:
         raise ValueError('nothing was asked: give a str, a picture, {"text": ..., "image": ...} or a list of them')
@@ -125,8 +125,8 @@ def gather_queries(inputs: Any, text: Any, image: Any) -> tuple[Iterator[Query],
 
 
 def rows_of(source: Any) -> tuple[Iterator[Any], int | None]:
-    """A folder or an iterable → its entries, read as they are needed, and how many if known."""
-    # the pictures of a folder
+    """A folder or an iterable → its entries, read lazily, and their number if known."""
+    # the images of a folder
     if isinstance(source, (str, os.PathLike)):
         if not os.path.isdir(source):
             raise ValueError(f"{os.fspath(source)!r} is not a folder; give a folder or a list of pictures")
@@ -134,7 +134,7 @@ def rows_of(source: Any) -> tuple[Iterator[Any], int | None]:
         if not source:
             raise ValueError(f"no picture under {os.fspath(folder)!r} ({', '.join(sorted(PICTURE_SUFFIXES))})")
 
-    # or any iterable but what is one picture or row itself; undecoded, so that a damaged picture is one row's matter
+    # or any iterable that is not itself an image or row; undecoded, so that a damaged image affects its row only
     source = undecoded(source)
     single = isinstance(source, (bytes, bytearray, Mapping, Image.Image, np.ndarray, torch.Tensor))
     if single or not (isinstance(source, Iterable) or is_many(source)):
@@ -144,20 +144,20 @@ def rows_of(source: Any) -> tuple[Iterator[Any], int | None]:
 
 
 def without_further_columns(dataset: Iterable[Mapping]) -> Iterator[Query]:
-    """Rows of a data set of `datasets`: the columns that a row can have, of perhaps many."""
+    """Rows of a data set of `datasets`, with the columns "text", "image" and "item" only."""
     if dataset.column_names is not None and not set(dataset.column_names) & set(QUERY_KEYS):
         raise ValueError(f'a data set needs a column "image" or "text", got {sorted(dataset.column_names)}')
     return ({key: row[key] for key in ROW_KEYS if key in row} for row in dataset)
 
 
 def read_row(row: Any, position: int) -> Query:
-    """One entry of an index source → its query plus "item", what the answers will show for it."""
-    # a picture by itself
+    """One entry of an index source → its query plus "item", the value that answers show for it."""
+    # an image alone
     stored_picture = isinstance(row, Mapping) and "bytes" in row and not set(row) - {"bytes", "path"}
-    if not isinstance(row, Mapping) or stored_picture:  # {"bytes", "path"}: a picture as `datasets` stores it
+    if not isinstance(row, Mapping) or stored_picture:  # {"bytes", "path"}: an image as `datasets` stores it
         return {"image": row, "item": name_of(row, position)}
 
-    # a mapping: its query, and what answers show for it
+    # a mapping: its query and item
     if set(row) - set(ROW_KEYS):
         raise ValueError(f"row {position}: expected the keys {', '.join(ROW_KEYS)}, got {sorted(map(str, row))}")
     try:
@@ -166,7 +166,7 @@ def read_row(row: Any, position: int) -> Query:
     except (TypeError, ValueError) as error:
         raise type(error)(f"row {position}: {error}") from None
 
-    # given, or made of what it holds
+    # the item is given, or derived from the query
     if "item" in row:
         item = row["item"]
     elif "image" in query and "text" in query:
@@ -177,7 +177,7 @@ def read_row(row: Any, position: int) -> Query:
 
 
 def name_of_row(row: Any, position: int) -> Any:
-    """What stands for a row that cannot be read."""
+    """Name of a row that cannot be read."""
     stored = isinstance(row, Mapping) and set(row) <= {"bytes", "path"}
     if not isinstance(row, Mapping) or stored or row.get("image") is not None:
         return name_of(row.get("image", row) if isinstance(row, Mapping) else row, position)
@@ -185,7 +185,7 @@ def name_of_row(row: Any, position: int) -> Any:
 
 
 def name_of(picture: Any, position: int) -> str:
-    """A path or an address itself, a PIL picture's file, else "picture <position>"."""
+    """A path or URL itself, the file of a PIL image, else "picture <position>"."""
     if isinstance(picture, (str, os.PathLike)):
         path = os.fspath(picture)
         return path if len(path) < LONGEST_PATH and not path.startswith("data:") else f"picture {position}"

@@ -1,10 +1,10 @@
-"""What of an index is embedded before it is whole, and need not be again: the saved index, and parts beside it.
+"""Embeddings that need not be computed again when indexing resumes: the saved index, and partial files beside it.
 
     unfinished/<digest>.safetensors    "embeddings" (m, P) fp32, and the keys of their m rows in the metadata
 
-Several processes may write such parts at once, each of its share of the rows; one that indexes afterwards finds all.
-A row's key is a digest of what was embedded and by what: the same file at another place in the list is found again, a
-file that changed since is not.
+Several processes may write such parts at once, each for its share of the rows; a later indexing process finds them
+all. A row's key is a digest of its content and of the model: a file is recognised at another position in the list, but
+not if it has changed since.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from .retrieval_nearest import unit_rows
 from .retrieval_sources import Query
 
 PARTS = "unfinished"
-# the first also keeps a process that indexes alone away
+# lock of share 0, also taken by a process that indexes alone
 BUSY_FILE = ".indexing.lock"
 BUSY_SHARE_FILE = ".indexing-{}.lock"
 PART_ROWS = 4096
@@ -45,17 +45,17 @@ PART_SECONDS = 5.0
 
 class UnfinishedIndex:
     """
-    What is embedded already: the rows of the index that is saved in a directory, and of the parts beside it.
+    The embeddings computed so far: the rows of the index saved in a directory, and of the parts beside it.
 
     Args:
-        directory: of the index; None keeps nothing.
-        space: names model and processor.
-        dtype: of the index that is made; rows that were saved in another are embedded again.
+        directory: directory of the index; None stores nothing.
+        space: identifies model and processor.
+        dtype: of the new index; rows saved in another dtype are embedded again.
 
     Attributes:
         rows: embeddings (P,) fp32 of the parts, by key.
-        embedded: how many rows were embedded since it was opened.
-        taken: the numbers of the saved rows that were asked for.
+        embedded: number of rows embedded since it was opened.
+        taken: indices of the saved rows that were reused.
     """
 
     def __init__(self, directory: Path | None, space: str, dtype: str = "float16"):
@@ -69,23 +69,23 @@ class UnfinishedIndex:
         self._written = time.monotonic()
         for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             self.rows.update(read_part(file))
-        self._saved, self._places = saved_rows(directory, dtype)  # unit rows (n, P), their numbers by key
+        self._saved, self._places = saved_rows(directory, dtype)  # unit rows (n, P), their indices by key
 
     def find(self, key: str | None) -> torch.Tensor | None:
-        """The unit row (P,), in the index's dtype, that is known by a key; to the bit as it would be saved again."""
+        """The unit row (P,) of a key, in the index's dtype and bit for bit as it would be saved; None if unknown."""
         if key in self._places:
             self.taken.add(self._places[key])
             return self._saved[self._places[key]]
         return unit_rows(self.rows[key][None])[0].to(self.dtype) if key in self.rows else None
 
     def counts(self, total: int) -> dict[str, int]:
-        """Of `total` rows that an index has now: those that were embedded, those that were not, and what of the
-        index before is no more."""
+        """Counts of the new index's `total` rows: "embedded", "kept" from before, and earlier rows that are "gone"
+        from it."""
         gone = len(self._saved) - len(self.taken)
         return {"embedded": self.embedded, "kept": total - self.embedded, "gone": gone}
 
     def key(self, query: Query) -> str | None:
-        """Of a row {"text", "image"}; None if nothing is kept, or if what it is of cannot be told."""
+        """Key of a row {"text", "image"}; None if nothing is stored, or if the content cannot be read."""
         if self.folder is None:
             return None
         digest = hashlib.sha256(self.space.encode())
@@ -94,12 +94,12 @@ class UnfinishedIndex:
                 digest.update(f"\0{name}\0".encode())
                 for piece in content_of(query[name], name):
                     digest.update(piece)
-        except Exception:  # a file that is gone, a picture that cannot be decoded: named where it is opened
+        except Exception:  # a missing file or a damaged image: reported where it is opened
             return None
         return digest.hexdigest()[:32]
 
     def add(self, rows: Iterable[tuple[str | None, torch.Tensor]]) -> None:
-        """Keeps embeddings (P,) by their keys; writes them when there are many, or after a while."""
+        """Adds embeddings (P,) by key; writes them after PART_ROWS rows or PART_SECONDS seconds."""
         rows = list(rows)
         self.embedded += len(rows)
         self._fresh.update((key, row) for key, row in rows if key is not None)
@@ -107,7 +107,7 @@ class UnfinishedIndex:
             self.write()
 
     def write(self) -> None:
-        """What was added since the last part becomes the next."""
+        """Writes the rows added since the last part as the next part."""
         if not self._fresh:
             return
         metadata = {"keys": json.dumps(list(self._fresh))}
@@ -119,7 +119,7 @@ class UnfinishedIndex:
         self._written = time.monotonic()
 
     def finish(self) -> None:
-        """The index is whole, and saved."""
+        """Removes the parts, once the complete index is saved."""
         self._fresh = {}
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -129,10 +129,10 @@ class UnfinishedIndex:
 def unfinished_index(
     directory: str | os.PathLike | None, space: str, dtype: str = "float16", share: int = 0
 ) -> Iterator[UnfinishedIndex]:
-    """While open, `directory` is this process's to index into, or a share of it; an error leaves what was embedded
-    before it.
+    """Reserves `directory`, or one share of it, for this process to index into; after an error, the embeddings
+    computed so far remain.
 
-    Raises IndexFileError if another process is at it, or `directory` is a file or holds something else.
+    Raises IndexFileError if another process is indexing into it, or `directory` is a file or holds something else.
     """
     if directory is None:
         yield UnfinishedIndex(None, space, dtype)
@@ -153,7 +153,7 @@ def unfinished_index(
 
 
 def read_part(file: Path) -> dict[str, torch.Tensor]:
-    """Embeddings (P,) by key; none of a part that is damaged, whose rows are then embedded again."""
+    """Embeddings (P,) by key; empty if the part is damaged, whose rows are then embedded again."""
     try:
         with safe_open(file, framework="pt") as part:
             keys = json.loads((part.metadata() or {}).get("keys", "[]"))
@@ -165,8 +165,8 @@ def read_part(file: Path) -> dict[str, torch.Tensor]:
 
 
 def saved_rows(directory: Path | None, dtype: str) -> tuple[torch.Tensor, dict[str, int]]:
-    """Unit rows (n, P) of the index that is saved in `directory`, and their numbers by key; none of one that is
-    damaged or kept otherwise. Raises IndexFileError for a file of its name that is not ours."""
+    """Unit rows (n, P) of the index saved in `directory`, and their indices by key; empty if it is damaged or has
+    another dtype. Raises IndexFileError for a file of its name in another format."""
     nothing = torch.empty(0, 0)
     if directory is None or not (directory / INDEX_FILE).is_file():
         return nothing, {}

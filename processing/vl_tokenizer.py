@@ -1,18 +1,19 @@
-"""WordPiece tokenizers for one-sequence models: trained from captions, or made from any BERT vocabulary.
+"""WordPiece tokenizers for one-sequence models: trained on captions, or made from any BERT vocabulary.
 
-Both end the same way: ``[CLS] $A`` without [SEP] (one tower reads one sequence, nothing needs separating), no
+Both use the template ``[CLS] $A`` without [SEP] (a tower reads one sequence, so nothing needs separating), no
 ``token_type_ids``, and an image token, the placeholder that the processor repeats once per patch.
 
-Called directly, the tokenizer reads "[MASK]" or "[IMG]" spelled out in a text as the special token (fill-mask needs
-it); with ``split_special_tokens=True``, as ``VisionLanguageProcessor`` calls it, they are letters and brackets.
+Called directly, the tokenizer parses "[MASK]" or "[IMG]" in a text as the special token (fill-mask needs this); with
+``split_special_tokens=True``, as ``VisionLanguageProcessor`` calls it, they are plain text.
 
-Marks. bert-base-uncased drops every nonspacing mark: the voicing of kana (glass, ガラス, becomes カラス, crow), the
+Marks. bert-base-uncased drops every nonspacing mark: the voicing of kana (ガラス, glass, becomes カラス, crow), the
 vowels of Indic scripts and the tones of Thai. A trained tokenizer drops only those of Latin, Greek and Cyrillic
-letters (é = e, й = и), and in captions that are in part Vietnamese, whose tones are such marks, none at all. What was
-decided stands in ``tokenizer.json``.
+letters (é = e, й = и), or none if captions are partly Vietnamese, whose tones are such marks. The choice is stored in
+``tokenizer.json``.
 
-Words. Scripts that put no spaces between words are cut where the script changes and before a vowel that Thai and Lao
-write ahead of its syllable, Han into characters. A word of any length is read in pieces of 100 letters, not as [UNK].
+Words. Scripts without spaces between words are split where the script changes, and before the vowels that Thai and
+Lao write ahead of their syllable; Han is split into characters. A word of more than 100 letters is split into pieces
+of 100 instead of becoming [UNK].
 """
 
 import json
@@ -40,30 +41,30 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, IMAGE, UNK, CLS, MASK = "[PAD]", "[IMG]", "[UNK]", "[CLS]", "[MASK]"
 SPECIAL_TOKENS = (PAD, IMAGE, UNK, CLS, MASK)  # ids 0..4 of a trained vocabulary
-BERT_IMAGE_TOKEN = "[unused0]"  # id 1 of bert-base-uncased: a row of the embedding table that no text ever uses
-LONGEST_WORD = 100  # letters; WordPiece takes the square of a word's length, and BERT gives longer ones up
-ALPHABET = 1000  # characters kept in any case
-COVERAGE = 0.999  # of the captions' characters, kept beyond them where the vocabulary has room
+BERT_IMAGE_TOKEN = "[unused0]"  # id 1 of bert-base-uncased: an embedding that no text ever uses
+LONGEST_WORD = 100  # letters; WordPiece is quadratic in a word's length, and BERT maps longer words to [UNK]
+ALPHABET = 1000  # default number of characters to keep
+COVERAGE = 0.999  # share of the captions' characters to cover by keeping more, if the vocabulary has room
 
 # combining marks of Latin, Greek and Cyrillic letters, of symbols, and variation selectors; not those of other scripts
 _MARKS = (
     r"[\x{300}-\x{36f}\x{483}-\x{487}\x{1ab0}-\x{1aff}\x{1dc0}-\x{1dff}\x{20d0}-\x{20f0}\x{fe00}-\x{fe0f}"
     r"\x{fe20}-\x{fe2f}\x{e0100}-\x{e01ef}]"
 )
-# Thai and Lao write these vowels before the consonant that they follow, so a syllable begins here
+# Thai and Lao write these vowels before the consonant that they follow in speech, so a syllable begins here
 _AHEAD = r"\x{e40}-\x{e44}\x{ec0}-\x{ec4}"
 _UNSPACED = (
     rf"[\p{{Katakana}}\x{{30fc}}]{{1,{LONGEST_WORD}}}|\p{{Hiragana}}{{1,{LONGEST_WORD}}}"
     rf"|[{_AHEAD}]?[\p{{Thai}}\p{{Lao}}&&[^{_AHEAD}]]{{1,{LONGEST_WORD - 1}}}"
     rf"|[\p{{Khmer}}\p{{Myanmar}}\p{{Javanese}}\p{{Balinese}}]{{1,{LONGEST_WORD}}}"
 )
-# letters with a horn, a hook above or a dot below, and d with a stroke: hardly written but in Vietnamese
+# letters with a horn, a hook above or a dot below, and d with a stroke: rare outside Vietnamese
 _VIETNAMESE = re.compile("[\u0323\u0309\u031b\u0111\u0110]")
-_VIETNAMESE_SHARE = 0.02  # of the words; in Vietnamese it is about a half
+_VIETNAMESE_SHARE = 0.02  # share of words with such letters; about a half in Vietnamese
 
 
 class _Reading(NamedTuple):
-    """How a text becomes words: BERT's way for its vocabularies, or as the top of this file says."""
+    """How a text is split into words: as BERT does for its vocabularies, else as the module docstring describes."""
 
     lower_case: bool = True
     strip_accents: bool = True
@@ -82,26 +83,26 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Trains WordPiece on ``captions``. The same captions, in any order, give the same vocabulary.
 
-    A word of more than 100 letters (an address, base64) is not learned from. Where words of the captions would be
-    [UNK], a warning says how many.
+    Words of more than 100 letters (addresses, base64) are ignored in training. A warning gives the number of words of
+    the captions that become [UNK].
 
     Args:
-        captions: read once.
-        vocab_size: upper bound on the number of tokens, specials included.
-        min_frequency: a merge must occur this often.
-        limit_alphabet: keep only so many of the commonest characters; words with others become [UNK]. By default
-            1,000, and as many more as it takes to cover 99.9 % of the text and the vocabulary has room for: Chinese
-            takes 3,000 and more.
-        lower_case: fold case.
-        max_text_length: tokens a text may have, without [CLS].
-        strip_accents: drop the marks of Latin, Greek and Cyrillic letters; those of other scripts stay. None: if
-            ``lower_case``, and the captions are not Vietnamese (2 % of their words have a letter of it). In a
-            language whose marks tell words apart (Yoruba, pinyin, año and ano), say False.
+        captions: iterated once.
+        vocab_size: maximum number of tokens, including special tokens.
+        min_frequency: minimum frequency of a merge.
+        limit_alphabet: number of most frequent characters to keep; words with others become [UNK]. By default 1,000,
+            and as many more as are needed to cover 99.9 % of the text, if the vocabulary has room: Chinese needs
+            3,000 and more.
+        lower_case: whether to lower-case.
+        max_text_length: maximum text length in tokens, without [CLS].
+        strip_accents: whether to drop the marks of Latin, Greek and Cyrillic letters; other scripts keep theirs. None
+            drops them if ``lower_case`` is true and the captions are not Vietnamese (fewer than 2 % of words have
+            Vietnamese letters). Pass False if marks distinguish words (Yoruba, pinyin, año and ano).
 
     Raises:
-        ValueError: no words in ``captions``, an entry is not a str, or ``vocab_size`` leaves no room.
+        ValueError: ``captions`` have no words, an entry is not a str, or ``vocab_size`` is too small.
     """
-    # words and how often each occurs; the order of the captions is gone
+    # word counts, which do not depend on the order of the captions
     room = vocab_size - len(SPECIAL_TOKENS)
     if room < 2:
         raise ValueError(f"vocab_size must be at least {len(SPECIAL_TOKENS) + 2}, got {vocab_size}")
@@ -113,7 +114,7 @@ def train_tokenizer(
     if not words:
         raise ValueError("captions hold no words of at most 100 letters: cannot train a tokenizer")
 
-    # the alphabet, and the words that it spells
+    # the alphabet, and the words that it can spell
     known = set(_alphabet(words, room, limit_alphabet))
     usable = {word: count for word, count in words.items() if known.issuperset(word)}
     if len(usable) < len(words):
@@ -136,18 +137,18 @@ def tokenizer_from_vocab(
     """Makes the tokenizer from an existing BERT vocabulary: ids are kept, ``[CLS] $A`` replaces ``[CLS] $A [SEP]``.
 
     Args:
-        source: a ``vocab.txt`` (one token a line), or the folder of a saved tokenizer (``tokenizer.json`` or
+        source: a ``vocab.txt`` (one token per line), or the folder of a saved tokenizer (``tokenizer.json`` or
             ``vocab.txt``).
-        image_token: the placeholder's token; by default ``[IMG]`` if the vocabulary has it, else ``[unused0]``.
-        lower_case: for ``vocab.txt``; by default what ``tokenizer_config.json`` beside it says, else True.
-            A ``tokenizer.json`` brings its own normaliser, which is kept.
-        max_text_length: tokens a text may have, without [CLS].
-        strip_accents: for ``vocab.txt`` likewise; else as ``lower_case``, by BERT's rule: the marks of every script,
-            since the vocabulary was made so.
+        image_token: the placeholder token; by default ``[IMG]`` if the vocabulary has it, else ``[unused0]``.
+        lower_case: for ``vocab.txt``; defaults to the value in ``tokenizer_config.json`` beside it, else True.
+            The normaliser of a ``tokenizer.json`` is kept.
+        max_text_length: maximum text length in tokens, without [CLS].
+        strip_accents: for ``vocab.txt``, with the same default, else ``lower_case``; BERT's rule drops the marks of
+            every script, as when the vocabulary was made.
 
     Raises:
-        FileNotFoundError: no vocabulary at ``source``.
-        ValueError: the vocabulary lacks a needed token, which is named, or holds one twice.
+        FileNotFoundError: there is no vocabulary at ``source``.
+        ValueError: the vocabulary lacks a required token, which is named, or holds a token twice.
     """
     path = Path(source)
 
@@ -160,7 +161,7 @@ def tokenizer_from_vocab(
     elif not path.is_file():
         raise FileNotFoundError(f"no vocabulary at {str(path)!r}: expected a vocab.txt or a saved tokenizer's folder")
 
-    # a saved tokenizer as it is, but for lengths, which are the processor's business
+    # a saved tokenizer, without padding and truncation, which the processor controls
     if path.suffix == ".json":
         backend = Tokenizer.from_file(str(path))
         backend.no_padding()
@@ -171,7 +172,7 @@ def tokenizer_from_vocab(
             raise ValueError(f"vocabulary {str(path)!r} lacks {UNK!r}")
         backend = _backend(vocab, _reading_beside(path, lower_case, strip_accents))
 
-    # the placeholder, and every other token that is needed
+    # the placeholder and the other required tokens
     if image_token is None:
         image_token = IMAGE if backend.token_to_id(IMAGE) is not None else BERT_IMAGE_TOKEN
     missing = [token for token in (PAD, UNK, CLS, MASK, image_token) if backend.token_to_id(token) is None]
@@ -182,7 +183,7 @@ def tokenizer_from_vocab(
 
 def _read_vocab(path: Path) -> dict[str, int]:
     vocab: dict[str, int] = {}
-    # Only "\n" ends a token: BERT vocabularies hold characters that str.splitlines would also break at.
+    # split at "\n" only: BERT vocabularies hold characters that str.splitlines also splits at
     lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     for index, line in enumerate(lines):
         token = line.rstrip("\r")
@@ -195,7 +196,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
 
 
 def _reading_beside(path: Path, lower_case: bool | None, strip_accents: bool | None) -> _Reading:
-    """BERT's reading, as given, else as the ``tokenizer_config.json`` beside a vocabulary says, else its defaults."""
+    """BERT's options: as given, else from ``tokenizer_config.json`` beside the vocabulary, else BERT's defaults."""
     file = path.with_name("tokenizer_config.json")
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if lower_case is None:
@@ -207,7 +208,7 @@ def _reading_beside(path: Path, lower_case: bool | None, strip_accents: bool | N
 
 
 def _backend(vocab: dict[str, int], reading: _Reading) -> Tokenizer:
-    """A normaliser, a pre-tokenizer and WordPiece around ``vocab``."""
+    """WordPiece with ``vocab``, with its normaliser, pre-tokenizer and decoder."""
     backend = Tokenizer(models.WordPiece(vocab, unk_token=UNK, max_input_chars_per_word=LONGEST_WORD))
     backend.normalizer = _normalizer(reading)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer() if reading.of_bert else _words(f".{{{LONGEST_WORD}}}")
@@ -220,7 +221,7 @@ def _normalizer(reading: _Reading) -> normalizers.Normalizer:
         options = {"strip_accents": reading.strip_accents, "handle_chinese_chars": reading.split_han}
         return normalizers.BertNormalizer(lowercase=reading.lower_case, **options)
 
-    # marks are taken off while they stand apart, those that stay are put back on
+    # marks are removed in decomposed form (NFD); the others are recomposed (NFC)
     steps = [normalizers.BertNormalizer(strip_accents=False, lowercase=False)]
     steps += [normalizers.NFD(), normalizers.Replace(Regex(_MARKS), "")] if reading.strip_accents else []
     steps += [normalizers.Lowercase()] if reading.lower_case else []
@@ -228,13 +229,13 @@ def _normalizer(reading: _Reading) -> normalizers.Normalizer:
 
 
 def _words(*cuts: str) -> pre_tokenizers.PreTokenizer:
-    """Words between spaces and punctuation, in them runs of a script that puts no spaces; then further cuts."""
+    """Splits at spaces and punctuation, then into runs of scripts without spaces, then by the patterns in ``cuts``."""
     pieces = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_UNSPACED, *cuts)]
     return pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), *pieces])
 
 
 def _count_words(captions: Iterable[str], normalizer: normalizers.Normalizer) -> Counter[str]:
-    """How often each word occurs, but for those that are too long to be words of a language."""
+    """Counts words, except those too long to be words of a language."""
     words: Counter[str] = Counter()
     divide = _words()
     for index, caption in enumerate(captions):
@@ -246,7 +247,7 @@ def _count_words(captions: Iterable[str], normalizer: normalizers.Normalizer) ->
 
 
 def _folded(words: Counter[str], normalizer: normalizers.Normalizer) -> Counter[str]:
-    """Words as the tokenizer reads them, counted anew."""
+    """Counts of the normalised words."""
     folded: Counter[str] = Counter()
     for word, count in words.items():
         folded.update(dict.fromkeys(normalizer.normalize_str(word).split(), count))
@@ -259,22 +260,22 @@ def _is_vietnamese(words: Counter[str]) -> bool:
 
 
 def _alphabet(words: Counter[str], room: int, limit: int | None) -> Sequence[str]:
-    """The commonest characters, ties broken by code point."""
+    """The most frequent characters, ties broken by code point."""
     characters: Counter[str] = Counter()
-    entries: Counter[str] = Counter()  # a character may take two, alone and as a continuation
+    entries: Counter[str] = Counter()  # a character takes up to two entries: word-initial and as a continuation
     for word, count in words.items():
         for character in word:
             characters[character] += count
     for places in ({word[0] for word in words}, {character for word in words for character in word[1:]}):
         entries.update(places)
 
-    # as many as were asked for
+    # the given number of characters
     ranked = sorted(characters, key=lambda character: (-characters[character], character))
     kept = max(1, min(ALPHABET if limit is None else limit, room // 2))
     if limit is not None:
         return ranked[:kept]
 
-    # or as many as it takes
+    # or as many as the coverage needs and the vocabulary has room for
     covered = sum(characters[character] for character in ranked[:kept])
     taken = sum(entries[character] for character in ranked[:kept])
     while kept < len(ranked) and covered < COVERAGE * characters.total() and taken + entries[ranked[kept]] <= room:
@@ -287,8 +288,8 @@ def _alphabet(words: Counter[str], room: int, limit: int | None) -> Sequence[str
 def _train_vocab(words: dict[str, int], vocab_size: int, min_frequency: int) -> dict[str, int]:
     """The vocabulary, token to id.
 
-    tokenizers' trainer numbers continuation characters in the order of a hash map and breaks ties between merges by
-    these numbers, so its vocabulary differs from run to run. Declaring every character beforehand fixes the numbers.
+    tokenizers' trainer numbers continuation characters in hash-map order and breaks ties between merges by these
+    numbers, so its vocabulary differs from run to run. Declaring all characters beforehand fixes the numbers.
     """
     usable = sorted(words)
     inside = {character for word in usable for character in word[1:]}
@@ -308,13 +309,13 @@ def _train_vocab(words: dict[str, int], vocab_size: int, min_frequency: int) -> 
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> tuple[int, int, Counter[str]]:
-    """Of texts: how many tokens are [UNK], how many tokens there are, and the words that became [UNK]."""
+    """Number of [UNK] tokens in the texts, number of all tokens, and counts of the words that became [UNK]."""
     unknown = total = 0
     words: Counter[str] = Counter()
     texts = list(texts)
     if not texts:
-        return unknown, total, words  # rows of images have none
-    # what is spelled like a special token is letters, as the processor reads it
+        return unknown, total, words  # rows of images have no texts
+    # text that looks like a special token is plain text, as in the processor
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     for text, ids, places in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         lost = [
@@ -327,7 +328,7 @@ def unknown_words(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> t
 
 
 def _wrap(backend: Tokenizer, image_token: str, max_text_length: int) -> PreTrainedTokenizerFast:
-    # declared to the backend, so that they are never cut
+    # added as special tokens, so that they are never split
     specials = list(dict.fromkeys((PAD, image_token, UNK, CLS, MASK)))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     backend.post_processor = processors.TemplateProcessing(
@@ -340,7 +341,7 @@ def _wrap(backend: Tokenizer, image_token: str, max_text_length: int) -> PreTrai
         cls_token=CLS,
         mask_token=MASK,
         extra_special_tokens={"image_token": image_token},
-        model_max_length=max_text_length + 1,  # and [CLS]
+        model_max_length=max_text_length + 1,  # plus [CLS]
         model_input_names=["input_ids", "attention_mask"],
         padding_side="right",
         clean_up_tokenization_spaces=False,
