@@ -335,7 +335,7 @@ class MomoForVisualQuestionAnswering(MomoPreTrainedModel):
         )
 
     def answer_scores(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """Of the forward's inputs, how right each answer of `config.id2label` is by itself: (B, answers) in [0, 1]."""
+        """Probability of each answer of `config.id2label`, given the inputs of `forward`: (B, answers) in [0, 1]."""
         return self(**inputs).logits.float().sigmoid()
 
 

@@ -1,11 +1,11 @@
-"""Rows to a training batch: the only place where data are corrupted at random, and where bad rows are replaced.
+"""Collates rows into a training batch; all random corruption and all replacement of bad rows happens here.
 
-A collator is composed: a reader makes examples of rows, a layout makes tensors of tokens and patches, a corruption
-hides some of them, targets add what is right.
+A collator is composed of a reader, which turns rows into examples, a layout, which turns tokens and patches into
+tensors, a corruption, which hides some of them, and targets, which add labels.
 
 Shapes: B rows, N patches of an image (row-major), W tokens of the longest text of the batch (at least 1), H ids before
 the text (1, or 1+N in the joint layout), n tokens of the batch, M tokens or patches to predict, T tokens of a text,
-L the most that a batch takes of one, k images of a row.
+L maximum number of tokens of a text, k images of a row.
 """
 
 import copy
@@ -31,15 +31,15 @@ from .sampling import RowKey, concept_id
 
 @dataclass
 class Example:
-    """A row as the collator takes it.
+    """A row, read and tokenised.
 
     Attributes:
-        key, row: which row, and its content.
-        rng: draws for this row at this place of the order, and for nothing else.
-        text: as chosen; empty where none is read.
+        key, row: key and content of the row.
+        rng: generator for this row at this position of the order only.
+        text: the chosen text; empty if none is read.
         views: views of the image by their names in the batch, (3, H, W) each, or (k, 3, H, W).
-        tokens: ids of the text, (T,) int64; None where none is read.
-        second: the other text of a pair of texts; None where there is none.
+        tokens: ids of the text, (T,) int64; None if none is read.
+        second: the second text of a pair of texts, or None.
     """
 
     key: RowKey
@@ -52,24 +52,24 @@ class Example:
 
 
 class Reader:
-    """Reads texts, images or both of a row.
+    """Reads the texts, images or both of a row.
 
     Args:
         tokenizer: fast tokenizer; its special tokens are neither added nor recognised inside a text. None: no text.
         image_transform: (PIL RGB, numpy generator) -> (3, H, W) float tensor, or several views by their names in the
             batch, `pixel_values` among them. None: no image.
         images: the row's keys of its images; several are stacked, in order.
-        text: "captions": one of the row's is drawn. "text": the row's own, which its source has cleaned, and behind a
-            separator its "second_text", where it has one.
+        text: "captions" draws one of the row's captions. "text" takes the row's text, already cleaned, followed by a
+            separator and "second_text" if the row has one.
         max_text_length: L, without [CLS].
-        windows: a text of more tokens is cut into ceil(T / L) windows of L, aligned but for the last, which reaches
-            back to be full, and one of them is drawn; without, the first L tokens are kept.
-        clean_caption: rewrites a text before it is tokenised, as `pre_caption` does.
-        max_pixels: largest image that is decoded; None keeps the decoder's own cap.
-        excluded: hashes of images that may not be read, as `image_hash` makes them.
+        windows: whether to draw one of the ceil(T / L) windows of a longer text, which are aligned except for the
+            last, which ends with the text; otherwise the first L tokens are kept.
+        clean_caption: rewrites a text before tokenisation, for example `pre_caption`.
+        max_pixels: largest image to decode; None keeps the decoder's limit.
+        excluded: hashes, from `image_hash`, of images that must not be read.
 
     Raises:
-        ValueError: nothing to read, or a length below 1.
+        ValueError: there is nothing to read, or a length is below 1.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Reader:
             raise ValueError("a reader needs a tokenizer, an image transform or both, got neither")
         if max_text_length < 1:
             raise ValueError(f"max_text_length must be positive, got {max_text_length}")
-        # its own: a call leaves its truncation inside a fast tokenizer, and the run's is published as it was made
+        # a copy: calls change the truncation setting of a fast tokenizer, and the run's is published unchanged
         self.tokenizer = copy.deepcopy(tokenizer)
         self.image_transform = image_transform
         self.rule = TEXT if image_transform is None else CAPTION
@@ -102,10 +102,10 @@ class Reader:
         self.cap = {} if max_pixels is None else {"max_pixels": max_pixels}
 
     def read(self, key: RowKey, row: dict[str, Any], rng: np.random.Generator) -> Example | BadRow:
-        """A row's text and image, or why there are none; its tokens come with those of others."""
+        """A row's text and image, or a `BadRow` with the reason; `tokenize` adds the tokens."""
         example = Example(key, row, rng)
 
-        # a text: one draw whatever their number, even where none is read, so that later draws do not depend on it
+        # a text: always exactly one draw, so that later draws do not depend on the number of texts
         place = rng.random() if self.text == "captions" else 0.0
         if self.tokenizer is not None:
             texts = [row[self.text]] if isinstance(row[self.text], str) else row[self.text]
@@ -125,7 +125,7 @@ class Reader:
         return example
 
     def _views(self, row: dict[str, Any], rng: np.random.Generator) -> dict[str, torch.Tensor] | BadRow:
-        """Each view of the row's images, (3, H, W), or (k, 3, H, W) of several."""
+        """The views of the row's images, (3, H, W) each, or (k, 3, H, W) for several images."""
         found: list[Mapping[str, torch.Tensor]] = []
         for name in self.images:
             try:
@@ -144,13 +144,13 @@ class Reader:
         return {name: torch.stack([views[name] for views in found]) for name in found[0]}  # (k, 3, H, W)
 
     def tokenize(self, examples: Sequence[Example | BadRow]) -> list[Example | BadRow]:
-        """The examples with their texts as ids, in one call of the tokenizer; a text without any is bad."""
+        """Tokenises all texts in one call; an example whose text has no tokens becomes a `BadRow`."""
         if self.tokenizer is None:
             return list(examples)
         good = [example for example in examples if isinstance(example, Example)]
         texts = [example.text for example in good]
 
-        # all texts of a batch in one call, cut to L tokens or to one of their windows
+        # all texts of a batch in one call, truncated to L tokens or to one of their windows
         if self.clean_caption is not None:
             texts = [self.clean_caption(text) for text in texts]
         most = None if self.windows else self.max_text_length
@@ -165,7 +165,7 @@ class Reader:
         return BadRow(f"no token is left of the {self.rule.what} {example.text[:40]!r}")
 
     def _window(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One of the windows of a text, (min(T, L),); one draw, whatever the text."""
+        """A random window of a text, (min(T, L),); always exactly one draw."""
         length = self.max_text_length
         count = -(-len(ids) // length)
         start = min(int(rng.random() * count) * length, max(len(ids) - length, 0))
@@ -173,7 +173,7 @@ class Reader:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> list[np.ndarray]:
-    """Ids of each text, (T,) int64, the first `most`; the text "[MASK]" in a text is plain text."""
+    """Ids of each text, (T,) int64, truncated to `most`; "[MASK]" in a text is plain text."""
     if not texts:
         return []
     encoded = tokenizer(
@@ -185,7 +185,7 @@ def token_ids(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> 
         padding=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # of texts that are cut into windows afterwards
+        verbose=False,  # no length warning: long texts are split into windows afterwards
     )["input_ids"]
     return [np.asarray(ids, dtype=np.int64) for ids in encoded]
 
@@ -194,15 +194,15 @@ def joined_ids(
     tokenizer: Any, texts: Sequence[str], seconds: Sequence[str | None], most: int | None = None
 ) -> list[np.ndarray]:
     """
-    Ids of each text, or of two with [SEP] between them, [CLS] again for a vocabulary without it; (T,) int64, T at most
-    `most`, the longer of two cut first. [CLS] before them all is the layout's.
+    Ids of each text, or of two joined by [SEP], or by [CLS] for a vocabulary without it; (T,) int64, T at most `most`,
+    truncating the longer of two first. The layout adds the leading [CLS].
     """
     first = token_ids(tokenizer, texts, most)
     paired = [place for place, second in enumerate(seconds) if second is not None]
     if not paired:
         return first
 
-    # two of a row, and what stands between them
+    # join the two texts of a row by the separator
     separator = tokenizer.sep_token_id
     separator = tokenizer.cls_token_id if separator is None else separator
     others = token_ids(tokenizer, [seconds[place] for place in paired], most)
@@ -212,7 +212,7 @@ def joined_ids(
 
 
 def _joined(first: np.ndarray, second: np.ndarray, separator: int, most: int | None) -> np.ndarray:
-    # each keeps half of the room, and what the other leaves
+    # each text gets half of the room, plus what the other does not use
     room = len(first) + len(second) if most is None else most - 1
     half = room // 2
     kept = min(len(first), max(room - half, room - len(second)))
@@ -220,14 +220,14 @@ def _joined(first: np.ndarray, second: np.ndarray, separator: int, most: int | N
 
 
 def _called(image: Any) -> str:
-    """What to call an image in a message: its path where it has one."""
+    """Name of an image in messages: its path, if any."""
     if isinstance(image, dict):
         image = image.get("path") or image.get("bytes")
     return repr(image) if isinstance(image, str) else f"({type(image).__name__})"
 
 
 class Corruption(Protocol):
-    """What hides tokens and patches of a row: `Replacement`, `Dropping`."""
+    """Hides tokens and patches of a row: `Replacement`, `Dropping`."""
 
     def __call__(
         self, tokens: np.ndarray | None, grid: tuple[int, int] | None, progress: float, rng: np.random.Generator
@@ -235,10 +235,10 @@ class Corruption(Protocol):
 
 
 class Targets(Protocol):
-    """What a task's rows say is right."""
+    """The labels of a task."""
 
     def reason(self, row: dict[str, Any]) -> str | None:
-        """Why there is nothing to learn from a row; None if there is."""
+        """The reason why a row has no label to learn from, or None."""
         ...
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -249,23 +249,23 @@ class Targets(Protocol):
 class Collator:
     """Turns a list of (RowKey, row) into a batch.
 
-    Every random choice about a row (which caption, crop, window, hidden tokens, hidden patches) is drawn from
+    Every random choice about a row (caption, crop, window, hidden tokens, hidden patches) is drawn from
     `key.generator(seed)`: it does not depend on the row's batch, data worker or process.
 
-    An item may hold a third member, (RowKey, row) pairs of those that stand in for the row if it cannot be used: its
-    image is none, its text is none or without tokens, or a `BadRow` holds its place. Without it that is an error.
+    An item may hold a third member, (RowKey, row) pairs of stand-ins, used if the row is bad: its image or text cannot
+    be read, its text has no tokens, or its content is a `BadRow`. Without stand-ins a bad row is an error.
 
     Args:
-        reader: rows to examples.
-        layout: examples to tensors.
-        corruption: what is hidden; None: nothing, and the batch says nothing of it.
-        targets: what a task adds.
+        reader: turns rows into examples.
+        layout: turns examples into tensors.
+        corruption: hides tokens and patches; None hides nothing and adds no keys to the batch.
+        targets: adds the labels of a task.
         seed: seed of the run.
         source: name of the data, for error messages.
-        keeping: which patches of an image are kept to be read; a share of 1: all, and the batch says nothing of it.
+        keeping: share of patches that the model reads; 1 keeps all and adds no key to the batch.
 
     Raises:
-        ValueError: texts without a layout for them, or a corruption or a share of patches of an unknown size.
+        ValueError: reader and layout disagree on texts, or a corruption or a share of patches lacks the patch size.
     """
 
     def __init__(
@@ -294,30 +294,30 @@ class Collator:
         self.keeping = keeping
 
     def __call__(self, items: Sequence[tuple]) -> dict[str, Any]:
-        """Batch of `items`, (RowKey, row) or (RowKey, row, stand-ins).
+        """Collates `items`, (RowKey, row) or (RowKey, row, stand-ins).
 
         Returns:
-            of images: pixel_values (B, 3, H, W) float32, or (B, k, 3, H, W), and any other view of the transform;
-            of texts: input_ids, attention_mask (B, H+W) int64;
-            of hidden tokens: text_index (n,) int64, the places of the tokens in a flat (B, W); mlm_index (M,) int64,
-            places among those n; mlm_labels (M,) int64, the tokens that stood there; and of replaced ones
+            for images: pixel_values (B, 3, H, W) float32, or (B, k, 3, H, W), and any other view of the transform;
+            for texts: input_ids, attention_mask (B, H+W) int64;
+            for hidden tokens: text_index (n,) int64, indices of the tokens in the flat (B, W); mlm_index (M,) int64,
+            indices into those n; mlm_labels (M,) int64, the original tokens; and for replaced tokens
             masked_input_ids (B, H+W) int64;
-            of hidden patches: bool_masked_pos (B, N) bool; mim_index (M,) int64, their places in a flat (B, N);
-            of kept ones: kept_patches (B, K) int64, rising places among the N of their row;
-            what the targets add; ids (B,) int64 concept ids; rows (B,) int64;
+            for hidden patches: bool_masked_pos (B, N) bool; mim_index (M,) int64, their indices in the flat (B, N);
+            for kept patches: kept_patches (B, K) int64, ascending indices among the N patches of a row;
+            the keys of the targets; ids (B,) int64 concept ids; rows (B,) int64;
             and, if rows were replaced, quarantine: a list of {"row", "epoch", "attempt", "reason", "replaced_by"}, one
-            for each row that could not be used and was not known to be bad, with "excluded" if it may not be seen.
+            for each bad row that was not known before, with "excluded" if the run must not see it.
 
         Raises:
-            ValueError: if a row without stand-ins cannot be used (the message names it), or an image ends in a size
-                that patches do not fit.
+            ValueError: a row without stand-ins cannot be used (the message names it), or the image size is not a
+                multiple of the patch size.
             BadRowsError: no stand-in can be used either.
         """
         if not items:
             raise ValueError("an empty batch: expected at least one (RowKey, row)")
-        examples, replaced = self._examples(items)  # B, whatever rows were bad
+        examples, replaced = self._examples(items)  # B examples, with bad rows replaced
 
-        # images, and how they are cut
+        # images and their patch grid
         batch: dict[str, Any] = {}
         for name in examples[0].views:
             batch[name] = torch.stack([one.views[name] for one in examples])  # (B, 3, H, W), or (B, k, 3, H, W)
@@ -325,7 +325,7 @@ class Collator:
         if batch and self.layout.patch_size is not None:
             grid = patch_grid(batch["pixel_values"], self.layout.patch_size)
 
-        # texts behind what the layout puts before them, and what is hidden
+        # texts after the layout's head, and hidden tokens and patches
         head = None
         if self.layout.special is not None:
             head = self.layout.head(0 if grid is None else grid[0] * grid[1])  # (H,)
@@ -335,14 +335,14 @@ class Collator:
         if self.corruption is not None:
             batch |= self._hidden(examples, head, grid)
 
-        # what is right, and who the rows are
+        # labels
         if self.targets is not None:
             batch |= self.targets(examples)
 
-        # which patches are kept: the last draw, so that nothing else of a row depends on it
+        # kept patches, drawn last, so that no other draw of the row depends on them
         if self.keeping.share != 1:
             n_patches = grid[0] * grid[1]
-            count = self.keeping.count(n_patches, items[0][0].progress)  # K, of all rows
+            count = self.keeping.count(n_patches, items[0][0].progress)  # K, the same for all rows
             kept = [keep_patches(n_patches, count, example.rng) for example in examples]
             batch["kept_patches"] = torch.from_numpy(np.stack(kept))  # (B, K)
         ids = [concept_id(example.row.get("id", example.key.row)) for example in examples]
@@ -353,7 +353,7 @@ class Collator:
     def _hidden(
         self, examples: Sequence[Example], head: np.ndarray | None, grid: tuple[int, int] | None
     ) -> dict[str, torch.Tensor]:
-        """What the corruption takes away, packed over the batch."""
+        """The hidden tokens and patches, packed over the batch."""
         hidden = [self.corruption(one.tokens, grid, one.key.progress, one.rng) for one in examples]
         batch = {}
         if head is not None:
@@ -369,7 +369,7 @@ class Collator:
         return batch
 
     def _examples(self, items: Sequence[tuple]) -> tuple[list[Example], list[dict[str, Any]]]:
-        """Examples of the items, those that cannot be used replaced, and the lines of the quarantine about them."""
+        """Examples of the items, with bad rows replaced, and the quarantine lines about those rows."""
         replaced: list[dict[str, Any]] = []
         examples = self.reader.tokenize([self._read(key, row) for key, row, *_ in items])
         for place, example in enumerate(examples):
@@ -385,7 +385,7 @@ class Collator:
         return self.reader.read(key, row, key.generator(self.seed))
 
     def _stand_in(self, item: tuple, bad: BadRow, replaced: list[dict[str, Any]]) -> Example:
-        """The first of the item's stand-ins that can be used; `replaced` learns of the rows that could not."""
+        """The item's first usable stand-in; appends a line to `replaced` for each row that could not be used."""
         key, _, *stand_ins = item
         if not stand_ins:
             raise ValueError(f"row {key.row} of {self.source}: {bad.reason}")
@@ -395,7 +395,7 @@ class Collator:
         for other, row in islice(stand_ins[0], MAX_ATTEMPTS):
             (example,) = self.reader.tokenize([self._read(other, row)])
             if isinstance(example, Example):
-                # those that were known to be bad are in the list already
+                # rows known to be bad are already listed
                 replaced += [
                     {
                         "row": number,
@@ -411,7 +411,7 @@ class Collator:
                 return example
             failed.append((other.row, example))
 
-        # none: what was tried is in the message
+        # none is usable: the message lists those tried
         lines = "\n".join(f"  row {number}: {wrong.reason}" for number, wrong in failed[:SHOWN])
         raise BadRowsError(
             f"row {key.row} of {self.source} cannot be used, and none of {len(failed) - 1} rows that could stand in "
@@ -420,9 +420,9 @@ class Collator:
 
 
 def _packed_targets(tokens: Sequence[np.ndarray], chosen: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Places of the batch's tokens, and of those to predict among them."""
+    """Indices of the batch's tokens, and of those to predict among them."""
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)  # (B,)
-    starts = np.cumsum(lengths) - lengths  # (B,), the place of each row's first token
+    starts = np.cumsum(lengths) - lengths  # (B,), index of each row's first token
     targets = np.concatenate([places + start for places, start in zip(chosen, starts, strict=True)])  # (M,)
     arrays = {
         "text_index": np.flatnonzero(real_slots(tokens)),  # (n,)

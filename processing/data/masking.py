@@ -1,6 +1,6 @@
-"""Which tokens and patches are hidden: options, two ways to hide, and pure functions of an explicit numpy generator.
+"""Masking of tokens and patches: options, two corruptions, and pure functions of an explicit numpy generator.
 
-Shapes: T tokens of a text, m of them chosen, N patches of an image, row by row, in a grid of h x w.
+Shapes: T tokens of a text, m of them chosen, N patches of an image, row-major, in a grid of h x w.
 """
 
 import math
@@ -14,7 +14,7 @@ from .bounds import check_bounds
 from .layouts import SpecialTokens
 
 BLOCK_ATTEMPTS = 10  # BEiT's code
-ROUNDING = 1e-9  # .29 of 100 is 28.999999999999996 in floats, and 29 tokens
+ROUNDING = 1e-9  # .29 * 100 is 28.999999999999996 in floats and must give 29 tokens
 
 
 def _help(text: str) -> dict[str, str]:
@@ -23,10 +23,10 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Masking:
-    """How tokens and patches are hidden, by the flat names of a configuration.
+    """Masking options, by their flat names in a configuration.
 
     Raises:
-        ValueError: a value out of its range, which is named.
+        ValueError: a value is out of range; the message names it.
     """
 
     BOUNDS: ClassVar[dict[str, str]] = {
@@ -74,11 +74,11 @@ UNMASKED = Masking(mlm_probability=0.0, mim_ratio=[0.0, 0.0])
 
 
 class Hidden(NamedTuple):
-    """What is hidden of a row.
+    """The hidden tokens and patches of a row.
 
     Attributes:
-        tokens: what stands in the corrupted copy, (T,) int64; None if there is no copy or no text.
-        chosen: places of the tokens to predict, (m,) int64, rising; None without a text.
+        tokens: ids of the corrupted copy, (T,) int64; None if there is no copy or no text.
+        chosen: indices of the tokens to predict, (m,) int64, ascending; None without a text.
         patches: (N,) bool, True = hidden; None without an image.
     """
 
@@ -88,7 +88,7 @@ class Hidden(NamedTuple):
 
 
 class Replacement:
-    """BERT's 80/10/10 of tokens, and masked patches whose places stay: a corrupted copy beside the clean row."""
+    """BERT's 80/10/10 replacement of tokens, and masked patches that keep their positions."""
 
     def __init__(self, masking: Masking, special: SpecialTokens) -> None:
         self.masking = masking
@@ -97,7 +97,7 @@ class Replacement:
     def __call__(
         self, tokens: np.ndarray | None, grid: tuple[int, int] | None, progress: float, rng: np.random.Generator
     ) -> Hidden:
-        """Of a row: its tokens (T,), its grid of patches, the share of the run that is done."""
+        """Masks a row, given its tokens (T,), its patch grid and the completed share of the run."""
         changed = chosen = patches = None
         if tokens is not None:
             changed, chosen = mask_tokens(
@@ -115,7 +115,7 @@ class Replacement:
         return Hidden(changed, chosen, patches)
 
     def _patches(self, grid: tuple[int, int], ratio: float, rng: np.random.Generator) -> np.ndarray:
-        # BEiT's blocks fall short of the share by a few patches, random ones never
+        # BEiT's blocks may mask a few patches fewer than the share; random masks are exact
         n_patches = grid[0] * grid[1]
         if self.masking.mim_masking == "blocks":
             if self.masking.mim_min_block > n_patches:
@@ -126,9 +126,10 @@ class Replacement:
 
 
 class Dropping:
-    """MAE's way for both modalities (MoMo, section 3.1): what is hidden is not seen at all, so there is no copy.
+    """MAE's masking for both modalities (MoMo, section 3.1): hidden tokens and patches are dropped, without a copy.
 
-    Exactly floor(r T) tokens and floor(r N) patches of a row, for the shares r of `masking`; a text keeps one token.
+    Drops exactly floor(r T) tokens and floor(r N) patches of a row, with the shares r of `masking`; a text keeps at
+    least one token.
     """
 
     def __init__(self, masking: Masking) -> None:
@@ -137,7 +138,7 @@ class Dropping:
     def __call__(
         self, tokens: np.ndarray | None, grid: tuple[int, int] | None, progress: float, rng: np.random.Generator
     ) -> Hidden:
-        """Of a row, as `Replacement`."""
+        """Masks a row; arguments as in `Replacement`."""
         chosen = patches = None
         if tokens is not None:
             count = whole_share(len(tokens), self.masking.mlm_probability)
@@ -150,25 +151,25 @@ class Dropping:
 
 
 def whole_share(count: int, ratio: float) -> int:
-    """floor(ratio * count), of the ratio as it is written and not as floats have it."""
+    """floor(ratio * count), computed for the decimal ratio, without float error."""
     return math.floor(ratio * count + ROUNDING)
 
 
 def choose(count: int, chosen: int, rng: np.random.Generator) -> np.ndarray:
-    """`chosen` of `count` places at random (MAE's argsort of noise): (count,) bool."""
+    """Chooses `chosen` of `count` positions at random (MAE's argsort of noise): (count,) bool."""
     mask = np.zeros(count, dtype=bool)
     mask[np.argsort(rng.random(count))[:chosen]] = True
     return mask
 
 
 class Keeping(NamedTuple):
-    """Which share of an image's patches is kept to be read, and from which share of the run on all of them are."""
+    """Share of an image's patches that the model reads, and the share of the run after which it reads all."""
 
     share: float = 1.0
     until: float = 1.0
 
     def count(self, n_patches: int, progress: float) -> int:
-        """K: floor(share N), one at least; N at the end of the run."""
+        """K = floor(share N), at least 1; N once `progress` reaches `until`."""
         return max(1, whole_share(n_patches, self.share)) if progress < self.until else n_patches
 
 
@@ -176,7 +177,7 @@ ALL_PATCHES = Keeping()
 
 
 def keep_patches(n_patches: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Places of `count` patches at random, rising: (K,) int64."""
+    """Ascending indices of `count` random patches: (K,) int64."""
     return np.flatnonzero(choose(n_patches, count, rng))
 
 
@@ -193,21 +194,21 @@ def mask_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """BERT's corruption of a text's tokens, without [CLS] and padding.
 
-    Each token is chosen independently with `probability` (a short caption may have none chosen: OneR's paper is
-    silent, and a forced choice would mask tokens of short captions more often). Of the chosen, 80 % become [MASK],
-    10 % a random token, 10 % stay.
+    Each token is chosen independently with `probability` (a short caption may have none chosen: OneR's paper does not
+    say, and forcing one would mask tokens of short captions more often). Of the chosen tokens, 80 % become [MASK],
+    10 % a random token, and 10 % are unchanged.
 
     Args:
         token_ids: (T,) ids.
-        special_ids: ids that a random token must not be.
+        special_ids: ids that are excluded from random tokens.
         random_specials: draw the random token from the whole vocabulary, as ALBEF does.
-        always_mask: [MASK] for all that are chosen, as CODIS' section 3.4 can be read.
+        always_mask: replace all chosen tokens by [MASK], one reading of CODIS' section 3.4.
 
     Returns:
-        corrupted ids (T,) int64, and the chosen places (m,) int64 in rising order.
+        corrupted ids (T,) int64, and the chosen indices (m,) int64, ascending.
 
     Raises:
-        ValueError: if the probability is outside [0, 1] or no token is left to draw from.
+        ValueError: the probability is outside [0, 1], or there is no token to draw from.
     """
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"probability must be in [0, 1], got {probability}")
@@ -217,7 +218,7 @@ def mask_tokens(
     if len(specials) >= vocab_size:
         raise ValueError(f"all {vocab_size} ids of the vocabulary are special: no random token is left")
 
-    # draws for every token, so that they do not depend on which are chosen
+    # draw for every token, so that draws do not depend on which tokens are chosen
     corrupted = np.array(token_ids, dtype=np.int64)  # (T,)
     count = len(corrupted)
     chosen = np.flatnonzero(rng.random(count) < probability)  # (m,)
@@ -226,7 +227,7 @@ def mask_tokens(
     # the r-th id that is not special: r plus the number of special ids at or below it
     drawn += np.searchsorted(specials - np.arange(len(specials)), drawn, side="right")  # (m,), ids of the vocabulary
 
-    # 80 % [MASK], 10 % random, 10 % as they were
+    # 80 % [MASK], 10 % random, 10 % unchanged
     if always_mask:
         corrupted[chosen] = mask_token_id
         return corrupted, chosen
@@ -237,7 +238,7 @@ def mask_tokens(
 
 
 def mask_patches(n_patches: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """Exactly int(n_patches * ratio) patches at random places: (N,) bool, True = masked."""
+    """Masks exactly int(n_patches * ratio) random patches: (N,) bool, True = masked."""
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
     return choose(n_patches, int(n_patches * ratio), rng)
@@ -253,21 +254,22 @@ def mask_blocks(
 ) -> np.ndarray:
     """BEiT's block-wise mask (its algorithm 1, and its code where that differs): rectangles until `target` is reached.
 
-    A rectangle's area is uniform between `min_block` and what is still to be masked, its aspect log-uniform in
-    1/max_aspect to max_aspect, its place uniform; it never spans the grid, hides at least one patch more, and never
-    more than are still to be masked. Where ten in a row do not fit, the mask is done: `target` may be missed by a few
-    patches (of 16 x 16 with 75: 72 or more in 98 of 100 masks, 74.4 on average).
+    A rectangle's area is uniform between `min_block` and the number of patches still to mask, its aspect ratio
+    log-uniform in 1/max_aspect to max_aspect, its position uniform. It is smaller than the grid on each side and must
+    mask at least one new patch, but not more than are still to mask. After ten failed attempts in a row the mask is
+    complete, so it may be a few patches short of `target` (16 x 16 with 75: 72 or more in 98 of 100 masks, 74.4 on
+    average).
 
     Args:
         grid: rows and columns of patches.
-        target: patches to mask, at most.
-        min_block: smallest area drawn; where `target` itself is less, that. 16 belongs to a grid of 14 or 16 a side.
+        target: maximum number of patches to mask.
+        min_block: smallest area drawn, or `target` if that is smaller. 16 is for a grid of side 14 or 16.
 
     Returns:
         (N,) bool, True = masked.
 
     Raises:
-        ValueError: if target does not lie in [0, N], min_block or max_aspect is below 1.
+        ValueError: target is not in [0, N], or min_block or max_aspect is below 1.
     """
     height, width = grid
     if not 0 <= target <= height * width:
@@ -283,7 +285,7 @@ def mask_blocks(
         attempts -= 1
 
         # a rectangle's area and shape
-        # when less is wanted than the smallest block, the area lies between the two
+        # if fewer patches are left than the smallest block, the area lies between the two
         area = smallest + (wanted - smallest) * rng.random()
         aspect = math.exp(spread * (2 * rng.random() - 1))
         rows = round(math.sqrt(area * aspect))
@@ -291,7 +293,7 @@ def mask_blocks(
         if rows >= height or columns >= width:
             continue
 
-        # its place; it counts if it hides something new, and not too much
+        # its position; it is accepted if it masks new patches, but not too many
         top = rng.integers(height - rows, endpoint=True)
         left = rng.integers(width - columns, endpoint=True)
         block = masked[top : top + rows, left : left + columns]  # (rows, columns), a view
@@ -304,7 +306,7 @@ def mask_blocks(
 
 
 def mim_ratio(progress: float, start: float = 0.1, end: float = 0.5) -> float:
-    """Share of masked patches, linear in the progress of the run (OneR: .1 at the beginning, .5 at the end)."""
+    """Share of masked patches, linear in the progress of the run (OneR: .1 at the start, .5 at the end)."""
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress must be in [0, 1], got {progress}")
     return start + (end - start) * progress

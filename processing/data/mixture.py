@@ -1,7 +1,7 @@
-"""Several sources of rows of one kind as one: the rows of the first, then those of the second, and so on.
+"""Concatenates several sources of rows of one kind.
 
-How often rows by number are visited is not decided here but by the order (`PairOrder`, `weights`); streams, which have
-no order but their own, are woven by weight here.
+For indexed rows, the order (`PairOrder`, `weights`) decides how often they are visited; streams, which have a fixed
+order, are interleaved by weight here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,21 +34,21 @@ def open_mixture(
     """`open_rows` of each entry; a `PairMixture` or `PairStreamMixture` unless the entries are one source.
 
     Args:
-        entries: at least one of what `open_rows` takes. Table files of one kind, and shards, are read as one source.
-        weights: keep every entry a source of its own. Rows by number are then weighed by the order of the run, which
-            must be given the weights too; streams are woven by them.
-        others: see `open_rows`; they hold for every entry.
+        entries: at least one source of `open_rows`. Table files of one kind, and shards, are read as one source.
+        weights: keep every entry a separate source. Indexed rows are weighted by the order of the run, which must be
+            given the weights too; streams are interleaved by them.
+        others: see `open_rows`; they apply to every entry.
 
     Raises:
-        PairDataError: what `open_rows` raises; entries whose ids can never be equal (numbers here, text there); with
-            `streaming`, entries that do not stream.
-        ValueError: not one positive weight for each entry.
+        PairDataError: the errors of `open_rows`; ids of some entries are numbers and of others text, and so never
+            equal; with `streaming`, an entry does not stream.
+        ValueError: there is not one positive weight per entry.
     """
     if weights is not None:
         checked_shares(weights, len(entries))
     options = (kind, image_column, text_column, id_column, split, streaming, bad_rows, config, revision)
 
-    # one source, if the entries can be that
+    # one source, if the entries have one format
     if len(entries) == 1 and weights is None:
         return open_rows(entries[0], *options)
     formats = {_format(entry) for entry in entries}
@@ -61,7 +61,7 @@ def open_mixture(
 
 
 def _format(entry: Any) -> str | None:
-    """Entries of one format that is not None can be opened as one source."""
+    """Format of an entry; entries of one format, not None, can be opened as one source."""
     name = str(entry).lower()
     return "tar" if is_shard(name) else next((form for ending, form in READERS.items() if name.endswith(ending)), None)
 
@@ -69,16 +69,16 @@ def _format(entry: Any) -> str | None:
 class PairMixture(PairRows):
     """The rows of several sources, numbered one source after the other.
 
-    Without a column of ids each picture of a source is a concept of its own; with one, equal ids are one concept
-    wherever they stand.
+    Without an id column, each image of a source is a concept of its own; with one, equal ids are one concept across
+    sources.
 
     Attributes:
         sources: the sources.
         sizes: rows of each.
 
     Raises:
-        PairDataError: no source; rows of several kinds; ids in some sources only, or numbers in some and text in
-            others.
+        PairDataError: there is no source, rows are of several kinds, or ids are in some sources only, or numbers in
+            some and text in others.
     """
 
     def __init__(self, sources: Sequence[PairRows]) -> None:
@@ -88,7 +88,7 @@ class PairMixture(PairRows):
         self.sources = list(sources)
         self.name = _joined(sources)
 
-        # rows of one source stand behind those of the one before
+        # rows are numbered source after source
         self.sizes = tuple(len(source) for source in sources)
         self.starts = np.cumsum([0, *self.sizes])
         self.bad = {
@@ -97,7 +97,7 @@ class PairMixture(PairRows):
             for row, reason in source.bad.items()
         }
 
-        # ids are compared over all sources, or nowhere
+        # ids must be comparable across all sources, or absent
         types = [(source.name, _type_of_ids(source)) for source in sources]
         if len({found for _, found in types} - {"no good row"}) > 1:
             raise PairDataError(f"the ids of the sources can never be equal, since they differ in kind: {types}")
@@ -114,7 +114,7 @@ class PairMixture(PairRows):
             mine = np.flatnonzero(of == number)
             rows = self.sources[number].take((places[mine] - self.starts[number]).tolist())
             for place, row in zip(mine, rows, strict=True):
-                # the number of a row of the source becomes one of the mixture
+                # without ids, row numbers of the source become row numbers of the mixture
                 found[place] = row if self.has_ids else {**row, "id": int(self.starts[number]) + row["id"]}
         return found
 
@@ -140,14 +140,14 @@ class PairMixture(PairRows):
 
 
 class PairStreamMixture(PairStream):
-    """Streams as one, whose rows are numbered as they come.
+    """Several streams as one, whose rows are numbered in the order read.
 
-    Without weights an epoch reads one stream after the other. With weights the next row is of the stream that is
-    furthest behind its share, so that no share is ever off by more than a few rows; a stream that ends is read again
-    from its beginning until every stream has ended once, which ends the epoch.
+    Without weights, an epoch reads one stream after the other. With weights, the next row is from the stream that is
+    furthest behind its share, so no share is ever off by more than a few rows; a stream that ends is restarted until
+    every stream has ended once, which ends the epoch.
 
     Raises:
-        PairDataError: a source that is no stream, or rows of several kinds; while it is read, a stream without rows.
+        PairDataError: a source is not a stream, or rows are of several kinds; while reading, a stream has no rows.
     """
 
     def __init__(self, sources: Sequence[PairStream], weights: Sequence[float] | None = None) -> None:
@@ -174,7 +174,7 @@ class PairStreamMixture(PairStream):
                 yield from ((source, row, _of(source, place, reason)) for place, row, reason in source.checked())
             return
 
-        # by weight: the one that is furthest behind its share
+        # by weight: the stream that is furthest behind its share
         given = np.zeros(len(self.sources))  # rows of each so far
         ended = np.zeros(len(self.sources), dtype=bool)
         streams = [source.checked() for source in self.sources]
@@ -182,7 +182,7 @@ class PairStreamMixture(PairStream):
             chosen = int(np.argmax(self.shares * total - given))
             source = self.sources[chosen]
             item = next(streams[chosen], None)
-            if item is None:  # from its beginning, unless all have been read
+            if item is None:  # restart the stream, unless all have ended
                 ended[chosen] = True
                 if ended.all():
                     return

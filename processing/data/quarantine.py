@@ -1,6 +1,6 @@
-"""Rows that cannot be used: who stands in for a bad row, and the list of them on disk.
+"""Rows that cannot be used: their replacement by stand-ins, and the list of them on disk.
 
-Shapes: G rows of a global batch, t groups that they are of, n rows of all sources.
+Shapes: G rows of a global batch, t groups in it, n rows of all sources.
 """
 
 import json
@@ -17,24 +17,24 @@ from .sampling import PairOrder, RowKey
 
 FILE = "quarantine.jsonl"
 SHOWN = 10  # rows named in an error
-CHUNK = 1024  # candidates looked at together
-MAX_ATTEMPTS = 100  # rows in turn that may fail for one place of a batch
-STAND_IN_TURN = 1 << 62  # above any turn of the order: a stand-in's random draws are those of no row's own turn
+CHUNK = 1024  # candidates computed at once
+MAX_ATTEMPTS = 100  # stand-ins tried for one position of a batch
+STAND_IN_TURN = 1 << 62  # above all turns of the order, so that stand-ins have their own random draws
 
 
 class BadRowsError(ValueError):
-    """More rows cannot be used than the run allows, or none is left for a place. The message lists them.
+    """More rows are bad than the run allows, or no stand-in is left for a position. The message lists them.
 
-    Takes one message, so that it survives being re-raised out of a data-loading worker.
+    The constructor takes only a message, so that a data-loading worker can re-raise the error.
     """
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """Takes the place of a row's content where it cannot be read.
+    """Replaces the content of a row that cannot be read.
 
-    `known`: the row was found bad when the source was opened, and is in the list already. `excluded`: nothing is wrong
-    with it, but the run may not see it; it is listed, and counts for no share of bad rows.
+    `known`: the row was found bad when the source was opened, and is already listed. `excluded`: the row is good, but
+    the run must not see it; it is listed, but does not count as a bad row.
     """
 
     reason: str
@@ -43,19 +43,18 @@ class BadRow:
 
 
 class StandIns:
-    """For each place of the order, the rows that stand there if its own cannot be used.
+    """The stand-ins for each position of the order, used if its own row is bad.
 
-    The candidates are a pure function of (seed, position of the place, attempt): the same after a resume and for any
-    number of data workers and processes, which need not talk to each other. First come, where the order keeps one row
-    per id in a batch, the other rows of the bad row's own id. Then all ids (or rows) that are not in the batch, in a
-    shuffled order that is dealt to the G places in turn, so that two places never take the same one; of a weighted
-    source, first those that have rows in it. Last, where ids may occur twice, rows of the batch itself. A place can be
-    left without any only where ids may not occur twice, the bad row's id has no other row, and fewer than G ids are
-    outside the batch.
+    The candidates are a pure function of (seed, position, attempt): the same after a resume and for any number of data
+    workers and processes, without communication. If the order keeps one row per id in a batch, the other rows of the
+    bad row's id come first. Then come all ids (or rows) outside the batch, in a shuffled order dealt to the G
+    positions in turn, so that two positions never take the same one; with weighted sources, ids with rows in the bad
+    row's source come first. Last, if ids may repeat, come rows of the batch itself. A position has no candidate only
+    if ids may not repeat, the bad row's id has no other row, and fewer than G ids are outside the batch.
 
     Args:
-        rows: what `PairTrainingSet` reads: `reason(row)` and `take(rows)`.
-        order: of the run.
+        rows: the rows of `PairTrainingSet`, with `reason(row)` and `take(rows)`.
+        order: order of the run.
         total_steps: length of the run.
     """
 
@@ -63,17 +62,17 @@ class StandIns:
         self.rows = rows
         self.order = order
         self.total_steps = total_steps
-        # without groups every row is a group of its own
+        # without groups, every row is its own group
         self.groups = order.groups
         self.n_groups = order.n_rows if self.groups is None else int(self.groups.max()) + 1
 
-        # kept from call to call: the batch that was asked about last, and rows by group
+        # caches: the last batch, and rows by group
         self._step = -1
         self._batch = np.zeros(0, dtype=np.int64)
         self._by_group: np.ndarray | None = None
 
     def __call__(self, key: RowKey) -> Iterator[tuple[RowKey, dict[str, Any] | BadRow]]:
-        """Candidates for the place of `key`, read one at a time; rows known to be bad are left out."""
+        """Candidates for the position of `key`, read one at a time, without rows known to be bad."""
         for row in self.candidates(key):
             if self.rows.reason(row) is None:
                 yield key._replace(row=row, turn=STAND_IN_TURN + key.position), read_rows(self.rows, [row])[0]
@@ -82,12 +81,12 @@ class StandIns:
         """Row numbers, each at most once, without the row of `key`."""
         rng = np.random.default_rng(np.random.SeedSequence(self.order.seed, spawn_key=(STAND_IN_TURN, key.position)))
 
-        # other rows of its own id
+        # other rows of the same id
         if self.groups is not None:
             own = self._members(int(self.groups[key.row]))
             yield from rng.permutation(own[own != key.row]).tolist()
 
-        # groups outside the batch; of a weighted source, those with rows in it first
+        # groups outside the batch; with weighted sources, first those with rows in the same source
         source = self._source_of(key.row)
         for inside in (True, False) if source is not None else (None,):
             for group in self._dealt(key.position):
@@ -96,13 +95,13 @@ class StandIns:
                     rows = rows[((rows >= source.start) & (rows < source.stop)) == inside]
                 yield from rng.permutation(rows).tolist()
 
-        # without ids a row of the batch may occur twice
+        # without ids, a row of the batch may occur twice
         if self.groups is None:
             batch = self._taken_at(key.position // self.order.batch_size)
             yield from rng.permutation(batch[batch != key.row]).tolist()
 
     def _dealt(self, position: int) -> Iterator[int]:
-        """The groups outside the batch that are dealt to a place, in its order."""
+        """The groups outside the batch that are dealt to a position, in order."""
         step, place = divmod(position, self.order.batch_size)
         taken = self._taken_at(step)  # (t,)
         count = self.n_groups
@@ -114,7 +113,7 @@ class StandIns:
         while gcd(factor, count) != 1:
             factor += 2
 
-        # the numbers that give groups of the batch are left out: rank -> number skips those below it
+        # skip the numbers that give groups of the batch, when mapping rank -> number
         numbers_taken = np.sort((taken - start) % count * pow(factor, -1, count) % count)  # (t,)
         skipped = numbers_taken - np.arange(len(taken))  # (t,)
         for first in range(place, count - len(taken), stride * CHUNK):
@@ -124,7 +123,7 @@ class StandIns:
             yield from ((factor % count * numbers + start) % count).tolist()
 
     def _taken_at(self, step: int) -> np.ndarray:
-        """Groups of the rows of the global batch, each once."""
+        """Distinct groups of the global batch."""
         batch = self._batch_at(step)
         return np.unique(batch if self.groups is None else self.groups[batch])
 
@@ -146,7 +145,7 @@ class StandIns:
         return self._by_group[self._ends[group - 1] if group else 0 : self._ends[group]]
 
     def _source_of(self, row: int) -> range | None:
-        """Rows of the weighted source that `row` is of; None where there are no weights to keep."""
+        """Rows of the weighted source that contains `row`; None without weights."""
         if self.order.sizes is None:
             return None
         ends = np.cumsum(self.order.sizes)  # (sources,)
@@ -155,12 +154,12 @@ class StandIns:
 
 
 def read_rows(rows: Any, numbers: Sequence[int]) -> list[dict[str, Any] | BadRow]:
-    """`rows.take`, in which a row that cannot be read does not take the others down."""
-    # rows that are known to be bad are not even tried
+    """`rows.take`, except that a row that cannot be read becomes a `BadRow` and does not affect the others."""
+    # rows known to be bad are not read
     known = {number: reason for number in numbers if (reason := rows.reason(number)) is not None}
     wanted = [number for number in numbers if number not in known]
 
-    # all the others in one read, and one by one if that fails
+    # all others in one read, or one by one if that fails
     try:
         read = dict(zip(wanted, rows.take(wanted), strict=True)) if wanted else {}
     except (OSError, ValueError, EOFError) as error:
@@ -172,18 +171,18 @@ def read_rows(rows: Any, numbers: Sequence[int]) -> list[dict[str, Any] | BadRow
 
 
 class Watch:
-    """The share of bad rows of one portion of a run.
+    """Monitors the share of bad rows of one portion of a run.
 
-    More of the rows seen may be bad than `max_bad_rows` allows only as far as chance would make it: at opening not at
-    all, in steps by three standard deviations of a binomial count (at 1 %, 4 rows of the first 100).
+    At opening the share may not exceed `max_bad_rows`; during training it may exceed it by three standard deviations
+    of a binomial count (at 1 %, 4 rows of the first 100).
 
     Args:
-        max_bad_rows: share, from 0 (none) to 1 (any).
+        max_bad_rows: maximum share, from 0 (none) to 1 (any).
         opened: (source, row, reason) of the rows found bad at opening.
         total: rows of the portion; None for a stream, which is not checked at opening.
 
     Attributes:
-        before, new: (rows that failed, those of them that were to stand in for others) before the start and since.
+        before, new: (failed rows, those of them that were stand-ins) before the start and since.
     """
 
     def __init__(
@@ -201,18 +200,18 @@ class Watch:
 
 
 class Quarantine:
-    """The list of bad rows of a run, `quarantine.jsonl`, and the watch over their share.
+    """The list of bad rows of a run, `quarantine.jsonl`, and the check of their share.
 
     A line is {"portion", "source", "row", "epoch", "step", "attempt", "reason", "replaced_by"}. `row` counts within
-    its source; `attempt` is 0 for a row of the order and k for the k-th row that was to stand in for one;
-    `replaced_by` is the row that did, counted over all sources. Rows found bad when the data were opened come first,
-    once, with null for everything that belongs to a step; then comes a line each time that a row fails in a step. That
-    of a row which the run may not see has "excluded" beside these.
+    its source; `attempt` is 0 for a row of the order and k for its k-th stand-in; `replaced_by` is the row that was
+    used, counted over all sources. Rows found bad at opening come first, once, with null in all fields of a step; then
+    there is one line each time that a row fails in a step. Lines of rows that the run must not see also have
+    "excluded".
 
     Args:
-        directory: of the run's output.
-        watches: by portion; all portions of a run share the one list.
-        is_main: on the first process, which writes the lines of the opening and cuts the file at a resume.
+        directory: output directory of the run.
+        watches: a `Watch` per portion; all portions of a run share one list.
+        is_main: whether this is the first process, which writes the opening's lines and truncates the file on resume.
     """
 
     def __init__(self, directory: str | os.PathLike, watches: Mapping[str, Watch], is_main: bool = True) -> None:
@@ -221,7 +220,7 @@ class Quarantine:
         self.is_main = is_main
 
     def check_opening(self) -> None:
-        """Raises `BadRowsError` if too large a share was found bad at opening, with the file written all the same."""
+        """Raises `BadRowsError` if too large a share was found bad at opening, after writing the file."""
         for watch in self.watches.values():
             if watch.opened_share <= watch.max_bad_rows:
                 continue
@@ -234,7 +233,7 @@ class Quarantine:
             )
 
     def begin(self, start_step: int) -> None:
-        """Brings the file to what it was at `start_step`: later lines are those of steps that will be run again."""
+        """Restores the file to its state at `start_step`: later steps will be run again."""
         earlier = [line for line in read_quarantine(self.path) if line["step"] is not None]
         earlier = [line for line in earlier if line["step"] < start_step]
         for name, watch in self.watches.items():
@@ -246,7 +245,7 @@ class Quarantine:
             self._write(earlier)
 
     def add(self, portion: str, step: int, lines: Iterable[dict[str, Any]]) -> None:
-        """Appends what happened to a portion in a step: `line_of` without the step."""
+        """Appends the lines of a portion in a step; `lines` are from `line_of`, without the step."""
         lines = [{"portion": portion, **line, "step": step} for line in lines]
         if not lines:
             return
@@ -255,15 +254,15 @@ class Quarantine:
         watch.new = watch.new[0] + failed, watch.new[1] + stand_ins
         watch.last = (watch.last + lines)[-SHOWN:]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One unbuffered write at the end of the file, wherever that is by now: several processes keep one list.
+        # one unbuffered append, because several processes write to one list
         with open(self.path, "ab", buffering=0) as file:
             file.write("".join(map(dumped, lines)).encode())
 
     def check(self, portion: str, bad: int, seen: int) -> None:
-        """Raises `BadRowsError` if `bad` of the `seen` rows of all processes' steps are more than the run allows."""
+        """Raises `BadRowsError` if `bad` of the `seen` rows, over all processes, exceed what the run allows."""
         watch = self.watches[portion]
 
-        # what of the share the opening has left, and three deviations more
+        # the share that bad rows at opening have left, plus three standard deviations
         left = max(watch.max_bad_rows - watch.opened_share, 0.0)
         if bad > left * seen + 3 * sqrt(left * seen):
             at_opening = f", beside {len(watch.opened)} of {watch.total} at opening" if watch.opened else ""
@@ -273,7 +272,7 @@ class Quarantine:
             )
 
     def _write(self, earlier: list[dict[str, Any]]) -> None:
-        """The opening's lines and these, written beside and renamed; no file if there is none."""
+        """Atomically writes the opening's lines and `earlier`; removes the file if there are none."""
         opened = [{"portion": name, **line} for name, watch in self.watches.items() for line in watch.opened]
         if not opened and not earlier:
             self.path.unlink(missing_ok=True)
@@ -296,24 +295,24 @@ def line_of(
     replaced_by: int | None = None,
     **marks: bool,
 ) -> dict[str, Any]:
-    """A line of the list, of a step that is not known yet or of none."""
+    """A line of the list, without its step, which is unknown here or does not exist."""
     place = {"source": source, "row": int(row), "epoch": epoch, "step": None, "attempt": attempt}
     return {**place, "reason": reason, "replaced_by": replaced_by, **marks}
 
 
 def counted(lines: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """How many rows failed, and how many of them were to stand in for others; not those that may not be seen."""
+    """Number of rows that failed, and of stand-ins among them, without excluded rows."""
     failed = [line for line in lines if not line.get("excluded")]
     return len(failed), sum(line["attempt"] > 0 for line in failed)
 
 
 def dumped(line: dict[str, Any]) -> str:
-    # ASCII: a reason may quote the very surrogates that no encoding takes
+    # ASCII, because a reason may quote lone surrogates, which cannot be encoded
     return json.dumps(line) + "\n"
 
 
 def read_quarantine(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a list; none if there is no file. A last line that a crash cut short is left out."""
+    """The lines of a list; empty if there is no file. A last line truncated by a crash is ignored."""
     try:
         content = Path(path).read_bytes().decode("utf-8", "replace")
     except FileNotFoundError:
@@ -323,5 +322,5 @@ def read_quarantine(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def listed(lines: Sequence[dict[str, Any]]) -> str:
-    """Lines for people."""
+    """Formats lines for a message."""
     return "\n".join(f"  row {line['row']} of {line['source']}: {line['reason']}" for line in lines)

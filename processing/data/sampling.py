@@ -1,10 +1,9 @@
-"""The order of rows as pure index arithmetic: (seed, epoch, position) -> row.
+"""The order of rows as a pure function: (seed, epoch, position) -> row.
 
-Nothing here holds a state that a checkpoint would have to carry: the step number is the whole position, so a run
-that starts at step k reads the very rows that an unbroken run reads from step k on, with any number of data workers
-and of processes.
+No state has to be stored in checkpoints: the step number alone determines the position. A run that starts at step k
+reads exactly the rows that an uninterrupted run reads from step k on, for any number of data workers and processes.
 
-Shapes: n rows, S steps an epoch, G global batch, G / world_size rows a process and step.
+Shapes: n rows, S steps per epoch, G global batch, G / world_size rows per process and step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,19 +13,19 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-EXTRA_TURN = 1 << 61  # above the turns of visits that the shares ask for
+EXTRA_TURN = 1 << 61  # above the turns of regular visits
 
 
 class RowKey(NamedTuple):
-    """What a data set and a collator need to know about one place in the order.
+    """One position in the order, for the data set and the collator.
 
     Attributes:
         row: number of the row.
-        epoch: of the run.
-        progress: share of the run that is done before this step: step / total_steps, in [0, 1).
-        turn: no two places of a run have the same row and turn, so random choices about a row are drawn from
-            (seed, turn, row): copies of a row in one epoch get their own. The epoch, if rows occur once an epoch.
-        position: place in the run, step * batch_size + place in the global batch.
+        epoch: epoch of the run.
+        progress: share of the run completed before this step: step / total_steps, in [0, 1).
+        turn: distinguishes the visits of a row in a run; random choices are drawn from (seed, turn, row), so copies of
+            a row in one epoch differ. Equal to the epoch if rows occur once per epoch.
+        position: position in the run, step * batch_size + index in the global batch.
     """
 
     row: int
@@ -36,12 +35,12 @@ class RowKey(NamedTuple):
     position: int = -1
 
     def generator(self, seed: int, *more: int) -> np.random.Generator:
-        """For every random choice about the row at this place; `more` tells several generators apart."""
+        """Generator of all random choices about the row at this position; `more` distinguishes several generators."""
         return np.random.default_rng([seed, self.epoch if self.turn < 0 else self.turn, self.row, *more])
 
 
 def concept_id(value: int | str) -> int:
-    """Concept id as a 63-bit number: an integer stays, a string becomes a hash that is the same in every process."""
+    """Concept id as a 63-bit number: integers are kept, strings are hashed, identically in every process."""
     if isinstance(value, str):
         return int.from_bytes(blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -50,7 +49,7 @@ def concept_id(value: int | str) -> int:
 
 
 def steps_in_epoch(n_rows: int, batch_size: int, groups: Sequence | None = None) -> int:
-    """Number of full batches that one epoch gives; see `epoch_batches`. The same for every epoch."""
+    """Number of full batches per epoch, the same for every epoch; see `epoch_batches`."""
     return _full_steps(n_rows, batch_size, None if groups is None else _group_codes(groups, n_rows)[1])
 
 
@@ -65,15 +64,15 @@ def epoch_batches(
     """The batches of one epoch, a pure function of its arguments: (S, batch_size) int64 row numbers.
 
     Every row occurs at most once. Without `groups`, the n mod batch_size rows at the end of the shuffle are dropped.
-    With `groups` (n,) (one concept id a row) no batch holds two rows of one group, and S is the largest number of
-    full batches for which such a division exists; dropped are, at random, the rows of a group beyond S (a group can
-    fill one place a batch) and what is left over after S full batches.
+    With `groups` (n,), one concept id per row, no batch holds two rows of one group, and S is the largest number of
+    full batches that can be formed so; the rows of a group beyond S (a group has at most one row in each batch) and
+    those left over after S full batches are dropped at random.
 
-    With `drop_last=False` every row is used: a batch that is not full ends in -1. With groups there are then
-    max(ceil(n / batch_size), largest group) batches.
+    With `drop_last=False` every row is used, and incomplete batches are padded with -1 at the end. With groups there
+    are then max(ceil(n / batch_size), largest group) batches.
 
     Raises:
-        ValueError: if the batch is larger than the number of rows or of groups, or an argument is not positive.
+        ValueError: the batch is larger than the number of rows or of groups, or an argument is not positive.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
     if groups is not None:
@@ -81,7 +80,7 @@ def epoch_batches(
         possible = _full_steps(n_rows, batch_size, counts)
         return _grouped_batches(codes, counts, batch_size, rng, possible if drop_last else None)
 
-    # one shuffle, whose end is dropped or padded
+    # one shuffle, with the last batch dropped or padded
     steps = _full_steps(n_rows, batch_size, None)
     order = rng.permutation(n_rows).astype(np.int64, copy=False)  # (n,)
     if drop_last:
@@ -92,7 +91,7 @@ def epoch_batches(
 
 
 def _group_codes(groups: Sequence, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Group of each row as a number from 0 (n,), and the size of each group."""
+    """Group number of each row, from 0 (n,), and the size of each group."""
     groups = np.asarray(groups)  # (n,)
     if groups.shape != (n_rows,):
         raise ValueError(f"groups must hold one id a row, shape ({n_rows},), got shape {groups.shape}")
@@ -101,11 +100,11 @@ def _group_codes(groups: Sequence, n_rows: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def _full_steps(n_rows: int, batch_size: int, counts: np.ndarray | None) -> int:
-    """Largest S such that S full batches can be formed, a group giving at most one row to each.
+    """Largest S such that S full batches can be formed with at most one row of a group in each.
 
     S batches can be filled if and only if sum_g min(count_g, S) >= S * batch_size: necessary because a group has at
-    most S places, sufficient by the wrap-around of `_grouped_batches`. The left side is concave in S and both are 0
-    at S = 0, so that the feasible S are an interval, found by bisection.
+    most S places, sufficient by the construction of `_grouped_batches`. The left side is concave in S and both sides
+    are 0 at S = 0, so the feasible S form an interval, and bisection finds its end.
     """
     if n_rows < 1 or batch_size < 1:
         raise ValueError(f"n_rows and batch_size must be positive, got {n_rows} rows and a batch of {batch_size}")
@@ -133,34 +132,34 @@ def _full_steps(n_rows: int, batch_size: int, counts: np.ndarray | None) -> int:
 def _grouped_batches(
     codes: np.ndarray, counts: np.ndarray, batch_size: int, rng: np.random.Generator, steps: int | None
 ) -> np.ndarray:
-    """Rows laid out group after group, dealt to the S batches in turn: a group of at most S rows meets none twice.
+    """Deals rows, sorted by group, to the S batches in turn: a group of at most S rows has one row per batch at most.
 
-    `steps` full batches, at most `_full_steps`; None uses every row, and batches that are not full end in -1.
+    Forms `steps` full batches, at most `_full_steps`; None uses every row and pads incomplete batches with -1.
     """
     n_rows = len(codes)
     drop_last = steps is not None
     if steps is None:
         steps = max(-(-n_rows // batch_size), int(counts.max()))
 
-    # groups in random order, rows of a group beside each other, in random order
+    # groups in random order, with the rows of each group adjacent and in random order
     rows = rng.permutation(n_rows)  # (n,)
     rank_of_group = rng.permutation(len(counts))
     rows = rows[np.argsort(rank_of_group[codes[rows]], kind="stable")]
     sizes = counts[np.argsort(rank_of_group)]  # (groups,)
     place_in_group = np.arange(n_rows) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # (n,)
 
-    # a group gives at most one row to each batch; what is too much goes at random
+    # a group has at most one row in each batch; surplus rows are dropped at random
     rows = rows[place_in_group < steps]
     if drop_last:
         chosen = rng.permutation(len(rows))[: steps * batch_size]  # (S * batch_size,)
         rows = rows[np.sort(chosen)]
 
-    # dealt in turn: row i goes to batch i mod S, so that S rows in a row meet nowhere
+    # dealt in turn: row i goes to batch i mod S, so S consecutive rows are in different batches
     dealt = np.full(steps * batch_size, -1, dtype=np.int64)
     dealt[: len(rows)] = rows
     batches = dealt.reshape(batch_size, steps).T  # (S, batch_size)
 
-    # the order of batches, and of rows in each, tells nothing of groups
+    # shuffle batches, and rows within each, so that the order does not depend on groups
     batches = batches[rng.permutation(steps)]
     batches = rng.permuted(batches, axis=1)
     if not drop_last:
@@ -171,32 +170,31 @@ def _grouped_batches(
 class PairOrder:
     """The order of a run of any length: `keys(step)` is the global batch, a pure function of the step.
 
-    One source, or several one after the other without weights: `epoch_batches`. With `weights`, an epoch of S steps
-    visits source k v_k times, v_k being its share of the S * batch_size places (rounded to whole rows, so that the
-    shares of an epoch are off by less than 1 / (S * batch_size)). The j-th visit of a source in the run reads place
-    j mod n_k of its pass j div n_k, and each pass is a new shuffle of its n_k rows: after any epoch the rows of a
-    source have been visited equally often, or once more. The visits of an epoch are shuffled into its batches.
+    Without weights, `epoch_batches` orders one source or several concatenated ones. With `weights`, an epoch of S
+    steps visits source k v_k times, its share of the S * batch_size positions (rounded to whole rows, so the shares of
+    an epoch are off by less than 1 / (S * batch_size)). Visit j of a source in the run reads position j mod n_k of
+    its pass j div n_k, and each pass is a new shuffle of its n_k rows: after any epoch the visits of a source's rows
+    differ by at most one. The visits of an epoch are shuffled into its batches.
 
-    With `groups` and weights, S is what the mean visits of the groups fill. Only where an epoch visits a group more
-    than S times, the surplus is dropped, at random, and as many visits of other groups are added: shares and
-    evenness then hold on average.
+    With `groups` and weights, S is the number of batches that the groups' mean visits fill. If an epoch visits a group
+    more than S times, the surplus is dropped at random and replaced by visits of other groups; shares and evenness
+    then hold on average.
 
     Args:
-        n_rows: rows of all sources together, numbered one source after the other.
-        batch_size: rows of a step over all processes.
-        seed: with the epoch, decides the order.
-        groups: optional concept id of each row, one row per concept in a global batch.
+        n_rows: total number of rows of the concatenated sources.
+        batch_size: rows per step over all processes.
+        seed: determines the order, together with the epoch.
+        groups: optional concept id of each row; a global batch holds at most one row per concept.
         sizes: rows of each source; with `weights` only.
-        weights: share of each source, any positive scale; None walks every row once an epoch.
-        together: so many rows that follow each other are in a batch together, beside each other; without groups and
-            weights only. Rows that are left at the end of the data are never read.
+        weights: share of each source, on any positive scale; None reads every row once per epoch.
+        together: number of consecutive rows that stay adjacent in one batch; without groups and weights only. A
+            remainder at the end of the data is never read.
 
     Attributes:
         steps_per_epoch: S, the same for every epoch.
 
     Raises:
-        ValueError: if the sizes do not fit each other, a share gives a source no row in an epoch, or rows cannot be
-            together.
+        ValueError: the sizes do not match, a share gives a source no row in an epoch, or rows cannot stay together.
     """
 
     def __init__(
@@ -221,7 +219,7 @@ class PairOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.together = together
-        # The group of a row is sorted out once; epochs only shuffle the codes.
+        # group codes are computed once; epochs only shuffle them
         self.groups = None if groups is None else _group_codes(groups, n_rows)[0]
         self.sizes = self.visits = None
         if weights is None:
@@ -232,7 +230,7 @@ class PairOrder:
             self.visits = shares_of(steps * batch_size, weights, len(self.sizes))
             self.steps_per_epoch = steps if groups is None else self._mean_steps(steps)
 
-        # the epoch that was asked for last
+        # cache of the last epoch
         self._epoch = -1
         self._batches = None
 
@@ -258,7 +256,7 @@ class PairOrder:
             rows = (firsts[:, :, None] + np.arange(self.together)).reshape(-1, self.batch_size)  # (S, batch_size)
             return rows, np.broadcast_to(np.int64(epoch), rows.shape)
 
-        # weighted sources: the visits of this epoch, put into batches
+        # weighted sources: distribute the visits of this epoch over its batches
         rows, turns = epoch_visits(self.sizes, self.visits, self.seed, epoch)  # (V,) each
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
         if self.groups is None:
@@ -271,18 +269,18 @@ class PairOrder:
 
     def _mean_steps(self, steps: int) -> int:
         """Largest S <= steps that the mean visits of the groups in an epoch fill; see `_full_steps`."""
-        # how often an epoch visits each group on average
+        # mean number of visits of each group in an epoch
         mean = np.zeros(int(self.groups.max()) + 1)  # (groups,)
         start = 0
         for size, visits in zip(self.sizes, self.visits, strict=True):
             mean += np.bincount(self.groups[start : start + size], minlength=len(mean)) * (visits / size)
             start += size
 
-        # the largest S that they fill, by bisection
+        # the largest S that these fill, by bisection
         low, high = 0, steps
         while low < high:
             middle = (low + high + 1) // 2
-            # half a row for rounding: rows are whole, and what an epoch lacks is filled up anyway
+            # tolerance of half a row for rounding; `_filled_up` adds what an epoch lacks
             fits = np.minimum(mean, middle).sum() + 0.5 >= middle * self.batch_size
             if fits:
                 low = middle
@@ -299,7 +297,7 @@ class PairOrder:
     def _filled_up(
         self, rows: np.ndarray, turns: np.ndarray, epoch: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The visits, and as many more as S batches lack because some groups by chance have more than S of them."""
+        """Adds the visits that S batches lack because some groups happen to have more than S visits."""
         steps = self.steps_per_epoch
         places = steps * self.batch_size
         counts = np.bincount(self.groups[rows], minlength=int(self.groups.max()) + 1)  # (groups,)
@@ -307,11 +305,11 @@ class PairOrder:
         if lack <= 0:
             return rows, turns
 
-        # groups with room for more, once for each visit more that they can take
+        # groups with room, repeated once for each additional visit
         room = np.repeat(np.arange(len(counts)), np.clip(steps - counts, 0, lack))
         chosen = rng.permutation(room)[:lack]
 
-        # a random row of each group that was chosen, under turns of its own
+        # a random row of each chosen group, with its own turn
         by_group = np.argsort(self.groups, kind="stable")  # (n,)
         sizes = np.bincount(self.groups)  # (groups,)
         extra = by_group[(np.cumsum(sizes) - sizes)[chosen] + rng.integers(sizes[chosen])]  # (lack,)
@@ -320,10 +318,10 @@ class PairOrder:
 
 
 def shares_of(places: int, weights: Sequence[float], sources: int) -> tuple[int, ...]:
-    """`places` divided by weight into whole numbers, the largest remainders rounded up (the first of equal ones).
+    """Divides `places` by weight into integers, rounding up the largest remainders (the first of equal ones).
 
     Raises:
-        ValueError: not one positive finite weight a source, or one so small that it gives no place.
+        ValueError: there is not one positive finite weight per source, or a weight is so small that it gives no place.
     """
     shares = checked_shares(weights, sources)
     exact = shares * places  # (sources,)
@@ -335,7 +333,7 @@ def shares_of(places: int, weights: Sequence[float], sources: int) -> tuple[int,
 
 
 def checked_shares(weights: Sequence[float], sources: int) -> np.ndarray:
-    """Weights on any scale as shares of 1, (sources,). Raises `ValueError` unless there is a positive one for each."""
+    """Normalises weights to sum 1, (sources,). Raises `ValueError` unless each source has a positive one."""
     shares = np.asarray(weights, dtype=np.float64)
     if shares.shape != (sources,) or not np.isfinite(shares).all() or shares.min() <= 0:
         raise ValueError(f"weights must be one positive number for each of {sources} sources, got {list(weights)}")
@@ -343,9 +341,9 @@ def checked_shares(weights: Sequence[float], sources: int) -> np.ndarray:
 
 
 def epoch_visits(sizes: Sequence[int], visits: Sequence[int], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The visits of an epoch of a mixture, source after source: global row numbers and passes, each (V,) int64.
+    """Visits of an epoch of a mixture, source by source: global row numbers and passes, each (V,) int64.
 
-    Visit j of source k in the run is place j mod n_k of its pass j div n_k; epoch e holds the visits from e v_k on.
+    Visit j of source k in the run is position j mod n_k of its pass j div n_k; epoch e starts at visit e v_k.
     """
     rows: list[np.ndarray] = []
     passes: list[np.ndarray] = []
@@ -354,7 +352,7 @@ def epoch_visits(sizes: Sequence[int], visits: Sequence[int], seed: int, epoch: 
         # the visits of this epoch, pass by pass
         first, end = epoch * count, (epoch + 1) * count
         for number in range(first // size, -(-end // size)):
-            # a shuffle that depends on the pass alone, so that an epoch may begin in its middle
+            # the shuffle depends on the pass alone, so an epoch may begin in the middle of a pass
             shuffle = np.random.SeedSequence(seed, spawn_key=(source, number))
             order = np.random.default_rng(shuffle).permutation(size)
             part = order[max(first - number * size, 0) : min(end - number * size, size)]
@@ -365,16 +363,16 @@ def epoch_visits(sizes: Sequence[int], visits: Sequence[int], seed: int, epoch: 
 
 
 class PairBatchSampler(Sampler[list[RowKey]]):
-    """Batches of `RowKey` for one process: the contiguous slice `rank` of every global batch.
+    """Batches of `RowKey` for one process: slice number `rank` of every global batch.
 
-    Meant as the `batch_sampler` of a `DataLoader` (which must not be sharded a second time). The concatenation of the
-    slices of all ranks is the global batch, so that the order does not depend on the number of processes.
+    Use it as the `batch_sampler` of a `DataLoader` (which must not be sharded again). The slices of all ranks,
+    concatenated, are the global batch, so the order does not depend on the number of processes.
 
     Args:
         n_rows: rows of the data set.
-        batch_size: rows of a step over all processes; a multiple of `world_size`.
-        seed: with the epoch, decides the order.
-        total_epochs, total_steps: length of the run; exactly one of them.
+        batch_size: rows per step over all processes; a multiple of `world_size`.
+        seed: determines the order, together with the epoch.
+        total_epochs, total_steps: length of the run; give exactly one.
         groups, sizes, weights, together: see `PairOrder`.
         rank, world_size: this process among all.
         start_step: step of the run at which iteration begins (resume).

@@ -1,4 +1,4 @@
-"""Rows as PyTorch's DataLoader takes them: by the sampler's keys, or a stream as whole batches."""
+"""Rows for PyTorch's DataLoader: indexed by the sampler's keys, or a stream of whole batches."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -14,10 +14,10 @@ from .sampling import RowKey
 
 
 class PairTrainingSet(Dataset):
-    """What the DataLoader indexes with the sampler's `RowKey`s: (key, row), the collator's input.
+    """A data set indexed by the sampler's `RowKey`s: items are (key, row), the collator's input.
 
-    With `stand_ins` an item is (key, row, rows that can stand in for it), read when they are asked for, and a row that
-    cannot be read is a `BadRow`; without, it is an error.
+    With `stand_ins` an item is (key, row, stand-ins), which are read lazily, and a row that cannot be read is a
+    `BadRow`; without them it is an error.
     """
 
     def __init__(self, rows: PairRows, stand_ins: StandIns | None = None) -> None:
@@ -38,14 +38,15 @@ class PairTrainingSet(Dataset):
 
 
 class PairTrainingStream(IterableDataset):
-    """A stream as whole batches for one process: lists of (key, row), for a DataLoader with `batch_size=None`.
+    """A stream of whole batches for one process: lists of (key, row), for a DataLoader with `batch_size=None`.
 
-    The global order is the stream's, shuffled in a buffer by a generator of (seed, epoch); process `rank` takes its
-    contiguous slice of each global batch and data worker w of W the batches w, w + W, ...: the order depends on
-    neither number. Every worker reads the whole stream. The last, incomplete batch of an epoch is dropped.
+    The global order is the stream's, shuffled in a buffer with a generator of (seed, epoch). Process `rank` takes its
+    slice of each global batch, and data worker w of W takes batches w, w + W, ...; the order does not depend on the
+    numbers of processes and workers. Every worker reads the whole stream. An incomplete last batch of an epoch is
+    dropped.
 
-    If the stream was opened with `bad_rows="skip"`, an item is (key, row, rows that can stand in for it), a bad row
-    being a `BadRow`: those of the global batch before, then those that wait in the buffer.
+    If the stream was opened with `bad_rows="skip"`, an item is (key, row, stand-ins), with a `BadRow` for a bad row;
+    stand-ins are the rows of the previous global batch, then those in the buffer.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class PairTrainingStream(IterableDataset):
         skipping = self.stream.bad_rows == "skip"
         before: list = []
         for step, epoch, batch, coming in self._batches():
-            # all workers read all batches, and each gives every W-th
+            # all workers read all batches, and each yields every W-th
             if step >= self.start_step and (step - self.start_step) % workers == worker:
                 first = step * self.batch_size + mine.start
                 progress = step / self.total_steps
@@ -90,7 +91,7 @@ class PairTrainingStream(IterableDataset):
             before = batch if skipping else []
 
     def _batches(self) -> Iterator[tuple[int, int, list, list]]:
-        """(step, epoch, global batch, rows in the buffer) from the first step on."""
+        """Yields (step, epoch, global batch, rows in the buffer) from the first step on."""
         step = epoch = 0
         while step < self.total_steps:
             batch: list = []
@@ -108,11 +109,11 @@ class PairTrainingStream(IterableDataset):
             epoch += 1
 
     def _shuffled(self, epoch: int) -> Iterator[tuple[tuple[int, dict[str, Any] | BadRow], list]]:
-        """Each row, and the rows that wait behind it."""
+        """Yields each row, with the rows that are in the buffer."""
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
         buffer: list = []
 
-        # each row that comes takes the place of one that goes
+        # each new row replaces a random row of the buffer, which is yielded
         for item in self._read():
             if len(buffer) < self.buffer_size:
                 buffer.append(item)
@@ -122,7 +123,7 @@ class PairTrainingStream(IterableDataset):
             buffer[place] = item
             yield chosen, buffer
 
-        # the rest, in any order
+        # the remaining rows, in random order
         buffer = [buffer[place] for place in rng.permutation(len(buffer))]
         while buffer:
             yield buffer.pop(0), buffer
@@ -134,7 +135,7 @@ class PairTrainingStream(IterableDataset):
             yield number, BadRow(reason) if reason else row
 
     def _stand_ins(self, key: RowKey, before: list, coming: list) -> Iterator[tuple[RowKey, dict[str, Any]]]:
-        """Rows of the batch before, then of the buffer, from the place of `key` on, less those known to be bad."""
+        """Good rows of the previous batch, then of the buffer, starting at the position of `key`."""
         place = key.position % self.batch_size
         turn = STAND_IN_TURN + key.position
         for number, row in chain(before[place:], before[:place], coming[place:], coming[:place]):
