@@ -1,4 +1,4 @@
-"""How tokens and patches become tensors: one row of both for a one-tower family, or each for itself.
+"""Layouts of tokens and patches in tensors: one joint sequence for a one-tower family, or separate inputs.
 
 Shapes: B rows, N patches of an image, W tokens of the longest text of the batch (at least 1), T tokens of a text,
 n tokens of the batch, H ids before the text.
@@ -14,19 +14,19 @@ import torch
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids that a layout needs, and those that a random token must not be.
+    """The special ids of a layout, which random tokens must not be.
 
     Args:
-        cls, mask, pad: [CLS], [MASK], [PAD].
-        vocab_size: all ids are below it.
-        image: the placeholder of a patch; None for a family that has none.
-        others: further special ids of the tokenizer.
+        cls, mask, pad: ids of [CLS], [MASK], [PAD].
+        vocab_size: upper bound of all ids.
+        image: id of the placeholder of a patch; None for a family without one.
+        others: other special ids of the tokenizer.
 
     Attributes:
-        ids: all of them, rising.
+        ids: all special ids, ascending.
 
     Raises:
-        ValueError: two that are equal, or one outside the vocabulary.
+        ValueError: two ids are equal, or one is outside the vocabulary.
     """
 
     cls: int
@@ -43,13 +43,13 @@ class SpecialTokens:
         distinct = set(layout.values())
         if len(distinct) < len(layout) or min(distinct) < 0 or max(distinct) >= self.vocab_size:
             raise ValueError(f"special ids must be different ids in [0, {self.vocab_size}), got {layout}")
-        # a random token must be none of them, nor any other special token that the tokenizer knows
+        # random tokens exclude these and all other special tokens of the tokenizer
         known = {number for number in self.others if 0 <= number < self.vocab_size}
         object.__setattr__(self, "ids", tuple(sorted(known | distinct)))
 
     @classmethod
     def of(cls, config: Any, tokenizer: Any) -> "SpecialTokens":
-        """Those of a model's configuration and its tokenizer."""
+        """The special ids of a model's configuration and tokenizer."""
         return cls(
             cls=config.cls_token_id,
             mask=config.mask_token_id,
@@ -61,11 +61,11 @@ class SpecialTokens:
 
 
 class Layout(Protocol):
-    """What stands before the text of a row, and how an image is cut.
+    """The ids before the text of a row, and the patch size.
 
     Attributes:
-        special: ids of the text's row; None for images alone.
-        patch_size: side of a square patch; None where no patch is counted.
+        special: special ids; None for images alone.
+        patch_size: side of a square patch in pixels; None if patches are not counted.
     """
 
     special: SpecialTokens | None
@@ -78,7 +78,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class JointLayout:
-    """One tower reads both: [CLS] [IMG]*N w1 ... wT [PAD]*, (B, 1+N+W), a placeholder for each patch."""
+    """Joint sequence for one tower: [CLS] [IMG]*N w1 ... wT [PAD]*, (B, 1+N+W), with one placeholder per patch."""
 
     special: SpecialTokens
     patch_size: int
@@ -93,7 +93,7 @@ class JointLayout:
 
 @dataclass(frozen=True)
 class SeparateLayout:
-    """Text beside pixels, or text alone: [CLS] w1 ... wT [PAD]*, (B, 1+W)."""
+    """Text separate from pixels, or text alone: [CLS] w1 ... wT [PAD]*, (B, 1+W)."""
 
     special: SpecialTokens
     patch_size: int | None = None
@@ -114,16 +114,16 @@ class ImageLayout:
 
 
 def patch_grid(pixels: torch.Tensor, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches of (..., H, W). Raises `ValueError` for a size that patches do not fit."""
+    """Rows and columns of patches of (..., H, W). Raises `ValueError` unless the patch size divides H and W."""
     height, width = pixels.shape[-2:]
-    # a margin that no patch covers would silently be lost
+    # otherwise a margin would silently be lost
     if height % patch_size or width % patch_size:
         raise ValueError(f"pictures of {height}x{width} cannot be cut into patches of {patch_size}")
     return height // patch_size, width // patch_size
 
 
 def real_slots(tokens: Sequence[np.ndarray]) -> np.ndarray:
-    """Which of the W slots of each row hold a token: (B, W) bool, W at least 1."""
+    """Mask of the slots that hold a token: (B, W) bool, W at least 1."""
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)  # (B,)
     return np.arange(max(1, int(lengths.max()))) < lengths[:, None]  # (B, W)
 
@@ -138,7 +138,7 @@ def lay_out(tokens: Sequence[np.ndarray], head: np.ndarray, pad: int) -> torch.T
 
 
 def attention_mask(tokens: Sequence[np.ndarray], n_head: int) -> torch.Tensor:
-    """1 for every place but padding: (B, H+W) int64."""
+    """1 for every position except padding: (B, H+W) int64."""
     real = real_slots(tokens)  # (B, W)
     before = np.ones((len(tokens), n_head), dtype=bool)  # (B, H)
     return torch.from_numpy(np.concatenate([before, real], axis=1).astype(np.int64))  # (B, H+W)

@@ -1,4 +1,4 @@
-"""Rows held in memory: what the annotations of a task become, once read and checked."""
+"""Rows held in memory, as read from the annotation files of a task."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
@@ -13,19 +13,19 @@ from .rows import PairRows, concept_ids
 
 class ListedRows(PairRows):
     """
-    `rows` by number, each a mapping with "image" (a path or bytes), "id", and whatever else its task needs; its texts
-    are "captions" or "text".
+    Indexed `rows`, each a mapping with "image" (a path or bytes), "id", and the other fields of its task; texts are in
+    "captions" or "text".
 
     Args:
         rows: at least one.
-        name: what messages call the source.
-        reason: row -> what is wrong with it beside its pictures, or None.
-        bad_rows: "raise", or "skip": a bad row keeps its number and stands in `bad`.
-        images: the keys under which a row holds images; a task may have two, or none.
-        looked_for: whether these have been looked for already, and `reason` tells of those that are not there.
+        name: name of the source in messages.
+        reason: row -> why it is bad, apart from its images, or None.
+        bad_rows: "raise", or "skip": bad rows keep their numbers and are listed in `bad`.
+        images: keys under which a row holds images; a task may have two, or none.
+        looked_for: whether image files were already checked, and `reason` reports missing ones.
 
     Raises:
-        PairDataError: no rows; bad rows with "raise": the first ten, and how many there are.
+        PairDataError: there are no rows, or bad ones with "raise"; the message gives the first ten and their number.
     """
 
     has_ids = True
@@ -46,7 +46,7 @@ class ListedRows(PairRows):
         self.kind = "pairs" if images else "texts"
         self.pictures = tuple(images)
 
-        # its images, and what else its task checks
+        # check images, and what the task requires
         find = None if looked_for else _finder(images)
         checks = [check for check in (find, reason) if check is not None]
         self.bad = {}
@@ -78,7 +78,7 @@ class ListedRows(PairRows):
 
 
 def _finder(keys: Sequence[str]) -> Callable[[Mapping[str, Any]], str | None]:
-    """What is wrong with the pictures of a row; each path is looked for once, however many rows share it."""
+    """A function row -> what is wrong with its images; each path is checked once, even if rows share it."""
     known: dict[str, str | None] = {}
 
     def wrong(image: Any) -> str | None:
@@ -92,7 +92,7 @@ def _finder(keys: Sequence[str]) -> Callable[[Mapping[str, Any]], str | None]:
 
 
 def rows_digest(rows: PairRows | Sequence[Mapping[str, Any]]) -> str:
-    """`PairRows.digest`, also of a list of rows, as an evaluation may hold them."""
+    """`PairRows.digest`, also for a list of rows, as evaluations may use."""
     if isinstance(rows, PairRows):
         return rows.digest()
     digest = blake2b(digest_size=16)

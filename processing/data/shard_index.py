@@ -1,10 +1,10 @@
-"""Where the samples of a tar shard lie: an index, made once and kept in a file beside the shard.
+"""The index of a tar shard: byte offsets of its samples, built once and stored in a file beside the shard.
 
-Layout (webdataset's): members `key.jpg` and `key.txt` or `key.json` with one key are a sample; the key is the member's
-name up to the first dot after the last slash; up to the last dot (`photo.v1.jpg`) where nothing that is read has the
-shorter key, or both a picture and a text have the longer one. Samples are numbered by their first member. What follows
-the key may be jpg, jpeg, png, webp, gif, bmp, tif or tiff for the image, txt or json for the text. Other members are
-passed over, and so are those that rows of this kind do not have: the images of texts, the texts of images.
+Layout (webdataset's): members `key.jpg` and `key.txt` or `key.json` with the same key form a sample. The key is the
+member's name up to the first dot after the last slash, or up to the last dot (`photo.v1.jpg`) if no member that is
+read has the shorter key, or both an image and a text have the longer one. Samples are numbered by their first member.
+The ending may be jpg, jpeg, png, webp, gif, bmp, tif or tiff for the image, txt or json for the text. Other members
+are ignored, as are images in rows of texts and texts in rows of images.
 """
 
 import json
@@ -28,15 +28,15 @@ from .same_pictures import PICTURE, content_digest
 from .text_tables import parsed
 from .waiting_lock import waiting_lock
 
-FORMAT = 3  # of the index; another number makes every index anew
+FORMAT = 3  # version of the index; changing it rebuilds every index
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTIONS = ("captions", "caption", "text")  # fields of a .json that hold the text if none is named
-KEY = "__key__"  # webdataset's name for a sample's key, as an id column
+KEY = "__key__"  # webdataset's name of a sample's key, as an id column
 LONGEST_TEXT = 4 << 20  # bytes of a .txt or .json
 BLOCK = tarfile.BLOCKSIZE
-LONGEST_HEADER = 1 << 20  # bytes of a name or of other fields that stand before a member's own header
-MOST_HEADERS = 16  # such headers before one member; `tarfile` calls itself for each
-EXTENDED = (b"L", b"K", b"x", b"X", b"g", b"S")  # long names and links, pax fields, holes
+LONGEST_HEADER = 1 << 20  # bytes of an extended header before a member's own header
+MOST_HEADERS = 16  # extended headers before one member; `tarfile` recurses for each
+EXTENDED = (b"L", b"K", b"x", b"X", b"g", b"S")  # types: long names and links, pax fields, sparse files
 NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 SCHEMA = pa.schema(
     {
@@ -46,16 +46,16 @@ SCHEMA = pa.schema(
         PICTURE: pa.int64(),
         "captions": pa.large_list(pa.large_string()),
         "id": pa.large_string(),  # as JSON, which tells 7 from "7"
-        "reason": pa.large_string(),  # what is wrong with the sample; null if nothing
+        "reason": pa.large_string(),  # why the sample is bad; null if it is good
     }
 )
 
 
 class ShardColumns(NamedTuple):
-    """What is read of a sample; None means what stands at the top of this file and, for the id, its row number.
+    """Which parts of a sample are read; None means the defaults in the module docstring and, for the id, row numbers.
 
-    image: ending of the image ("png", or several, "jpg;png"). text: ending of a member that is the caption, or a
-    field of the .json that holds it or a list of them. id: a field of the .json, or "__key__". kind: of the rows.
+    image: ending of the image ("png", or several, "jpg;png"). text: ending of the member with the caption, or a field
+    of the .json with one caption or a list. id: a field of the .json, or "__key__". kind: kind of the rows.
     """
 
     image: str | None = None
@@ -65,7 +65,7 @@ class ShardColumns(NamedTuple):
 
     @property
     def images(self) -> tuple[str, ...]:
-        """Endings of images, in the order of preference; none for rows of texts."""
+        """Endings of images, in order of preference; empty for rows of texts."""
         if "image" not in ROLES[self.kind]:
             return ()
         return tuple(self.image.lower().split(";")) if self.image else IMAGES
@@ -81,36 +81,36 @@ class ShardColumns(NamedTuple):
 
     @property
     def wanted(self) -> set[str]:
-        """Endings of the members that are looked at."""
+        """Endings of the members that are read."""
         texts = {"txt", "json", (self.text or "txt").lower()} if self.reads_text else set()
         return {*self.images, *texts, *(("json",) if self.reads_fields else ())}
 
 
 def shard_index(shard: Path, columns: ShardColumns) -> pa.Table:
-    """The index of a shard (`SCHEMA`, one row a sample), from the file beside it if that fits the shard, else made.
+    """The index of a shard (`SCHEMA`, one row per sample), read from the file beside it if up to date, else built.
 
-    The file is called `<shard>.<digest of the columns>.index.parquet` and is keyed by the shard's size and times of
-    change, of which one cannot be set: a shard that was replaced by one of the same size and date is indexed anew. It
-    is written beside its place and renamed into it; of several processes on a machine one makes it. Where it cannot be
-    written, a warning says so and every process makes its own.
+    The file is named `<shard>.<digest of the columns>.index.parquet` and stores the shard's size and times of change.
+    One of the times cannot be set, so a shard replaced by one of the same size and date is indexed again. The file is
+    written atomically, by one of the processes on a machine. If it cannot be written, there is a warning and every
+    process builds its own index.
 
     Raises:
         PairDataError: the shard is missing or is not an uncompressed tar archive.
     """
-    # the file beside the shard, called after what is read and keyed by what the shard is
+    # the file beside the shard: its name depends on the columns, its metadata on the state of the shard
     status = os.stat(regular(shard))
     digest = blake2b(json.dumps([FORMAT, *columns]).encode(), digest_size=4).hexdigest()
     place = Path(f"{shard}.{digest}.index.parquet")
-    # a time of change can be set, that of the inode cannot
+    # mtime can be set, ctime cannot
     state = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
     made_of = {name.encode(): str(value).encode() for name, value in state.items()}
     table = _read(place, made_of)
     if table is not None:
         return table
 
-    # or a new one, made by one process while the others wait
+    # or a new one, built by one process while the others wait
     with waiting_lock(place):
-        table = _read(place, made_of)  # another process may have made it meanwhile
+        table = _read(place, made_of)  # another process may have built it meanwhile
         if table is None:
             table = pa.Table.from_pylist(list(_samples(shard, columns)), SCHEMA).replace_schema_metadata(made_of)
             _write(table, place)
@@ -118,7 +118,7 @@ def shard_index(shard: Path, columns: ShardColumns) -> pa.Table:
 
 
 def _read(place: Path, made_of: dict[bytes, bytes]) -> pa.Table | None:
-    """None if there is no index, or it is damaged, or the shard is not the one that it was made of."""
+    """Reads an index; None if it is missing, damaged or was built from another state of the shard."""
     try:
         table = pq.read_table(place, page_checksum_verification=True)
     except (OSError, ValueError, pa.ArrowException):
@@ -128,7 +128,7 @@ def _read(place: Path, made_of: dict[bytes, bytes]) -> pa.Table | None:
 
 
 def _write(table: pa.Table, place: Path) -> None:
-    beside = place.with_name(f"{place.name}.{uuid4().hex}.part")  # unlike a process id, one of its kind on all nodes
+    beside = place.with_name(f"{place.name}.{uuid4().hex}.part")  # unlike a process id, unique across nodes
     try:
         pq.write_table(table, beside, write_page_checksum=True)
         os.replace(beside, place)
@@ -144,27 +144,27 @@ def _write(table: pa.Table, place: Path) -> None:
 @dataclass
 class _Sample:
     key: str
-    place: int  # of its first member
+    place: int  # offset of its first member
     members: dict[str, tuple[int, int]] = field(default_factory=dict)  # ending: (offset, size)
     reasons: list[str] = field(default_factory=list)
 
 
 class _DamageError(Exception):
-    """Why the members of an archive cannot be followed to its end."""
+    """The reason why the members of an archive cannot be read to its end."""
 
 
 def _samples(shard: Path, columns: ShardColumns) -> Iterator[dict[str, Any]]:
-    """The rows of the index. Damage that no sample can be blamed for is a row of its own, the last."""
+    """Yields the rows of the index. Damage outside of samples becomes an additional last row."""
     wanted = columns.wanted
 
-    # samples in the order of their first members, and those whose base names have dots
+    # samples by the shorter key, in order of their first members, and samples by the longer, dotted key
     samples: list[_Sample] = []
     latest: dict[str, _Sample] = {}
     dotted: list[_Sample] = []
     latest_dotted: dict[str, _Sample] = {}
     damage = None
 
-    # every member once, in their order
+    # all members in order
     with open(shard, "rb") as file:
         length = os.fstat(file.fileno()).st_size
         try:
@@ -181,7 +181,7 @@ def _samples(shard: Path, columns: ShardColumns) -> Iterator[dict[str, Any]]:
         except _DamageError as error:
             damage = str(error)
 
-        # their rows, and one for damage behind the last of them
+        # their rows, and one for damage after the last of them
         own = [one for one in dotted if _shorter(one.key) not in latest or _is_pair(one, columns)]
         for sample in sorted([*samples, *own], key=lambda one: one.place):
             yield _row_of(sample, columns, file)
@@ -197,7 +197,7 @@ def _add(
     latest: dict[str, _Sample],
     length: int,
 ) -> None:
-    """A member to the sample of its key. A key that comes again is another sample, and an error."""
+    """Adds a member to the sample of its key. A duplicate key becomes another sample, which is marked bad."""
     sample = latest.get(key)
     if sample is None or ending in sample.members:
         latest[key] = _Sample(key, member.offset)
@@ -224,10 +224,10 @@ def _is_pair(sample: _Sample, columns: ShardColumns) -> bool:
 
 def _check_headers(file: BinaryIO, place: int) -> None:
     """
-    Looks at what stands before a member's own header, which `tarfile` reads whole and one within the other.
+    Checks the extended headers before a member's own header, which `tarfile` reads into memory and recursively.
 
     Raises:
-        _DamageError: too much of it.
+        _DamageError: there are too many, or one is too long.
     """
     for _ in range(MOST_HEADERS):
         try:
@@ -240,8 +240,8 @@ def _check_headers(file: BinaryIO, place: int) -> None:
         try:
             size = tarfile.nti(header[124:136])
         except tarfile.HeaderError:
-            return  # which `tarfile` names
-        # of a member with holes, where more of them are told of than fit into its header
+            return  # `tarfile` reports the error
+        # a sparse member whose map does not fit into its header
         if header[156:157] == b"S":
             if header[482]:
                 raise _DamageError(f"the member at byte {place} has more holes than are read")
@@ -253,16 +253,16 @@ def _check_headers(file: BinaryIO, place: int) -> None:
 
 
 def _members(file: BinaryIO, shard: Path, length: int) -> Iterator[tarfile.TarInfo]:
-    """Members in their order. tarfile takes damage for the end of an archive, so the end is looked at here.
+    """Yields members in order. tarfile takes damage for the end of an archive, so the end is checked here.
 
     Raises:
-        PairDataError: not an archive at all.
-        _DamageError: after the last member that could be found.
+        PairDataError: the file is not a tar archive.
+        _DamageError: the archive is damaged after the last member yielded.
     """
     _check_headers(file, 0)
     file.seek(0)
     try:
-        # opened without compression: places in a compressed archive mean nothing
+        # opened without decompression, because offsets in a compressed archive are useless
         archive = tarfile.open(fileobj=file, mode="r:")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise PairDataError(
@@ -270,7 +270,7 @@ def _members(file: BinaryIO, shard: Path, length: int) -> Iterator[tarfile.TarIn
             f"uncompressed .tar ({error})"
         ) from error
 
-    # member after member, each farther than the one before
+    # member after member, with increasing offsets
     place = -1
     while True:
         _check_headers(file, archive.offset)
@@ -284,14 +284,14 @@ def _members(file: BinaryIO, shard: Path, length: int) -> Iterator[tarfile.TarIn
             raise _DamageError(f"the archive is damaged: its member at byte {member.offset} points backwards")
         place = member.offset_data
         yield member
-        archive.members.clear()  # or the archive would keep every member
+        archive.members.clear()  # otherwise the archive keeps all members in memory
 
     _check_end(file, archive.offset, length)
 
 
 def _check_end(file: BinaryIO, end: int, length: int) -> None:
     file.seek(end)
-    # an archive ends in blocks of zeros; tarfile takes any damage for its end
+    # an archive ends with blocks of zeros; tarfile takes any damage for its end
     mark = file.read(BLOCK)
     if len(mark) < BLOCK:
         raise _DamageError(f"the archive is cut short: it ends at byte {length} without its end mark")
@@ -303,11 +303,11 @@ def _check_end(file: BinaryIO, end: int, length: int) -> None:
 
 
 def _row_of(sample: _Sample, columns: ShardColumns, file: BinaryIO) -> dict[str, Any]:
-    """A sample as a row of the index; every reason against it in one line."""
+    """A sample as a row of the index, with all reasons why it is bad in one line."""
     reasons = list(sample.reasons)
     has = ", ".join(f".{ending}" for ending in sample.members)
 
-    # where its image lies
+    # the location of its image
     offset, size = next((sample.members[ending] for ending in columns.images if ending in sample.members), (0, 0))
     if columns.images and not any(ending in sample.members for ending in columns.images):
         reasons.append(f"missing pair: a sample without a picture (it has {has})")
@@ -317,13 +317,13 @@ def _row_of(sample: _Sample, columns: ShardColumns, file: BinaryIO) -> dict[str,
     # its text and its id
     captions = None
     identity = "null"
-    if not sample.reasons:  # what a damaged sample holds is not read
+    if not sample.reasons:  # damaged samples are not read
         try:
             captions, identity = _text_of(sample, columns, file, has)
         except ValueError as error:
             reasons.append(str(error))
     picture = content_digest(file, offset, size) if columns.kind == "pairs" and not reasons else None
-    offset, size = (0, 0) if reasons else (offset, size)  # what a damaged header says may be any number
+    offset, size = (0, 0) if reasons else (offset, size)  # damaged headers may hold any number
     return _index_row(sample.key, offset, size, captions, identity, "; ".join(reasons) or None, picture)
 
 
@@ -336,7 +336,7 @@ def _index_row(
     reason: str | None = None,
     picture: int | None = None,
 ) -> dict[str, Any]:
-    # names in archives and the reasons that quote them need not be UTF-8, which the index is
+    # names in archives, and reasons that quote them, need not be UTF-8, but the index must be
     key, reason = (text and text.encode("utf-8", "backslashreplace").decode() for text in (key, reason))
     return {
         "key": key,

@@ -1,4 +1,4 @@
-"""Tar shards read at random places: one read of a sample's image, by the index beside each shard."""
+"""Random access to tar shards: a sample's image takes one read, using the index beside each shard."""
 
 import json
 import os
@@ -23,15 +23,15 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def is_shard(source: Any) -> bool:
-    """Whether the name is that of a shard or, as `cc-{000..127}.tar` and `cc-*.tar`, of several."""
+    """Whether the name is that of a shard, or a pattern of shards such as `cc-{000..127}.tar` and `cc-*.tar`."""
     return str(source).lower().endswith((".tar", *COMPRESSED))
 
 
 def find_shards(source: Any) -> list[Path]:
-    """The shards that a name, a list of names or a folder stands for; none if it stands for something else.
+    """The shards that a name, a list of names or a folder denotes; empty for any other source.
 
     Raises:
-        PairDataError: shards and other files in one list, compressed shards, a pattern that no file fits.
+        PairDataError: a list mixes shards and other files, shards are compressed, or no file matches a pattern.
     """
     if isinstance(source, (list, tuple)):
         names = [name for name in source if is_shard(name)]
@@ -60,10 +60,11 @@ def find_shards(source: Any) -> list[Path]:
 
 
 class PairShards(PairRows):
-    """The samples of shards, numbered shard after shard. Images are read by offset, texts stand in the index.
+    """The samples of shards, numbered shard after shard. Images are read by offset, texts are in the index.
 
     Raises:
-        PairDataError: a missing or foreign file, no samples, or bad ones, which are named by shard and key.
+        PairDataError: a file is missing or not a shard, there are no samples, or some are bad; the message names them
+            by shard and key.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class PairShards(PairRows):
         self.kind = columns.kind
         self.name = self.shards[0] + (f" (+{len(shards) - 1})" if shards[1:] else "")
 
-        # samples of one shard stand behind those of the one before
+        # samples are numbered shard after shard
         tables = [shard_index(Path(shard), columns).replace_schema_metadata(None) for shard in shards]
         self.starts = np.cumsum([0, *map(len, tables)])
         self.table = pa.concat_tables(tables).combine_chunks()
@@ -82,7 +83,7 @@ class PairShards(PairRows):
             expected = {"pairs": "0001.jpg with 0001.txt", "images": "0001.jpg", "texts": "0001.txt"}[self.kind]
             raise PairDataError(f"{self.name}: no samples (expected members such as {expected})")
 
-        # what their indexes found
+        # bad samples, from the indexes
         reasons = self.table["reason"]
         self.bad = {
             int(row): f"{self._called(int(row))}: {reasons[int(row)]}"
@@ -91,7 +92,7 @@ class PairShards(PairRows):
         if self.bad and bad_rows == "raise":
             raise PairDataError(report(self.name, list(islice(self.bad.items(), SHOWN)), len(self.bad), len(self)))
 
-        # without ids, samples of one picture are one concept
+        # without ids, samples of one image are one concept
         self._ids: np.ndarray | None = None
         if not self.has_ids:
             self._ids = np.arange(len(self), dtype=np.int64)
@@ -106,7 +107,7 @@ class PairShards(PairRows):
         places = np.asarray(indices, dtype=np.int64)  # (n,)
         columns = ["image_offset", "image_size", "captions", "id", "key"]
         cells = self.table.select(columns).take(places).to_pylist()
-        if self.kind != "texts":  # texts stand in the index
+        if self.kind != "texts":  # texts are in the index
             self._read_images(cells, places)
         ids = [json.loads(cell["id"]) for cell in cells] if self.has_ids else self._ids[places].tolist()
         return [
@@ -115,7 +116,7 @@ class PairShards(PairRows):
         ]
 
     def _read_images(self, cells: list[dict[str, Any]], places: np.ndarray) -> None:
-        """Puts into each cell the bytes of its image; a shard is opened once."""
+        """Adds the image bytes to each cell; each shard is opened once."""
         of = np.searchsorted(self.starts, places, side="right") - 1  # (n,) which shard
         for number in np.unique(of):
             shard = self.shards[number]
@@ -138,7 +139,7 @@ class PairShards(PairRows):
                     yield from captions or ()
 
     def feed(self, digest: Digest) -> None:
-        # not where they lie in the archive: the same samples may be packed again
+        # without offsets: the same samples may be packed again
         for column in ("key", "image_size", "captions", "id"):
             for cells in self.table[column].chunks:
                 feed_cells(digest, cells)

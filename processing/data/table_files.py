@@ -1,8 +1,8 @@
-"""Files of rows on this machine, csv, JSON lines, plain lines and parquet, as one memory-mapped table.
+"""Reads local files of rows (csv, JSON lines, plain lines, parquet) into one memory-mapped table.
 
-Only the columns that are needed are kept, in a file of Arrow in the cache of `datasets`, called after what was read
-and how. A path is a name here and never a pattern. Python's readers take the cells as they are written: no dates,
-numbers or missing values are guessed, and what nobody reads may be anything that is JSON.
+Only the required columns are kept, in an Arrow file in the cache of `datasets`, named after a digest of the files and
+options. Paths are never patterns here. Cells are read as they are written: no dates, numbers or missing values are
+inferred, and columns that are not read may hold any JSON.
 """
 
 import json
@@ -37,11 +37,11 @@ from .same_pictures import PICTURE, picture_digest
 from .text_tables import READERS, csv_names, is_utf8
 from .waiting_lock import waiting_lock
 
-FORMAT = 2  # of the file in the cache; another number makes all anew
-PEEK = 1000  # rows whose keys are the columns of JSON lines
-WRITTEN = 32 << 20  # bytes of a batch in the cache at the least, so that it has few
-UNPACKED = 1 << 30  # bytes that the rows read at a time may have, as far as a parquet file tells
-MOST_TIMES = 100  # a parquet file may become so many times as long, and UNPACKED more
+FORMAT = 2  # version of the cache file; changing it rebuilds all
+PEEK = 1000  # first rows, whose keys are the columns of JSON lines
+WRITTEN = 32 << 20  # minimum bytes of a batch in the cache file, to keep batches few
+UNPACKED = 1 << 30  # maximum bytes of the rows read at once, according to the parquet file's metadata
+MOST_TIMES = 100  # maximum expansion factor of a parquet file, beyond UNPACKED bytes
 WRITTEN_LIST = r"""^\s*\[\s*(?:'.*'|".*")\s*,?\s*\]\s*$"""
 COLUMNS = {"image": "image", "text": "captions", "id": "id"}  # of text files; parquet keeps its own names
 
@@ -49,7 +49,7 @@ Pick = Callable[[list[str]], dict[str, str]]
 
 
 class TableFile(NamedTuple):
-    """A table, the column of each role in it, and {row: what is wrong with how it is written}."""
+    """A table, its column for each role, and {row: why it cannot be read}."""
 
     data: datasets.Dataset
     columns: dict[str, str]
@@ -58,19 +58,19 @@ class TableFile(NamedTuple):
 
 def read_tables(form: str, files: Sequence[Path], pick: Pick, rule: TextRule, name: str) -> TableFile:
     """
-    Files of one format as one table.
+    Reads files of one format as one table.
 
     Args:
         form: "csv", "json", "text" or "parquet".
         files: at least one, each a regular file.
-        pick: the names of the columns -> that of each role. Raises `PairDataError` where one is missing.
-        rule: for texts.
-        name: for messages.
+        pick: maps column names to the column of each role. Raises `PairDataError` if one is missing.
+        rule: rule for texts.
+        name: name of the source in messages.
 
     Raises:
-        PairDataError: a file that cannot be divided into rows, no rows, or none that can be used.
+        PairDataError: a file cannot be split into rows, or there are no rows, or no good ones.
     """
-    # a file in the cache, called after what is read and how
+    # the cache file, named after a digest of files and options
     with _readable(form, name):
         columns = pick(_names(form, files, name))
         key = blake2b(json.dumps([FORMAT, form, columns, *rule]).encode(), digest_size=16)
@@ -78,7 +78,7 @@ def read_tables(form: str, files: Sequence[Path], pick: Pick, rule: TextRule, na
             key.update(_state(file, form))
     place = Path(datasets.config.HF_DATASETS_CACHE) / "oner" / f"{key.hexdigest()}.arrow"
 
-    # made by one process while the others wait
+    # written by one process while the others wait
     if not place.is_file():
         with waiting_lock(place):
             if not place.is_file():
@@ -88,7 +88,7 @@ def read_tables(form: str, files: Sequence[Path], pick: Pick, rule: TextRule, na
     if form == "parquet":
         return TableFile(data, columns, {})
 
-    # what was found wrong when it was made
+    # bad rows, found when the table was written
     column = data.data.column("reason")
     reasons = {int(row): column[int(row)].as_py() for row in np.flatnonzero(column.is_valid().to_numpy())}
     if len(reasons) == len(data):
@@ -99,7 +99,7 @@ def read_tables(form: str, files: Sequence[Path], pick: Pick, rule: TextRule, na
 
 
 def _warn_of_lists(texts: pa.ChunkedArray, name: str) -> None:
-    """A csv has no lists; programs that are told to write one write how they would spell it."""
+    """Warns of csv cells that look like lists: csv has no lists, so programs write their text form."""
     texts = pc.list_flatten(texts)
     spelled = texts.filter(pc.match_substring_regex(texts, WRITTEN_LIST))
     if len(spelled):
@@ -126,7 +126,7 @@ def _reading(tables: Iterator[pa.Table], form: str, name: str) -> Iterator[pa.Ta
 
 
 def _names(form: str, files: Sequence[Path], name: str) -> list[str]:
-    """The columns of the files, in their order."""
+    """The columns of the files, in order."""
     if form == "text":
         return ["text"]
     if form == "csv":
@@ -134,7 +134,7 @@ def _names(form: str, files: Sequence[Path], name: str) -> list[str]:
     if form == "parquet":
         return pq.read_schema(files[0]).names
 
-    # keys of the first objects; where there are none, what stands in their place
+    # keys of the first objects; if there are none, report the bad rows
     found: dict[str, None] = {}
     wrong = []
     for row, cells in enumerate(islice(chain.from_iterable(map(READERS[form], files)), PEEK)):
@@ -150,11 +150,11 @@ def _names(form: str, files: Sequence[Path], name: str) -> list[str]:
 
 
 def _state(file: Path, form: str) -> bytes:
-    """What tells a file from one that replaced it: its content, or of parquet its end and its times."""
+    """A digest that changes with the file: of its content or, for parquet, of its end, size, times and inode."""
     digest = blake2b(file.suffix.lower().encode(), digest_size=32)
     with open(file, "rb") as content:
         if form == "parquet":
-            # a file's time of change can be set, its inode's cannot
+            # mtime can be set, ctime cannot
             status = os.fstat(content.fileno())
             digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}".encode())
             content.seek(max(0, status.st_size - (1 << 16)))
@@ -164,7 +164,7 @@ def _state(file: Path, form: str) -> bytes:
 
 
 def _texts(form: str, files: Sequence[Path], columns: dict[str, str], rule: TextRule) -> Iterator[pa.Table]:
-    """Tables of image (string), captions (list of string), id (int64 or string) and reason (string), by role."""
+    """Yields tables of image (string), captions (list of string), id (int64 or string) and reason (string)."""
     kind = _type_of_ids(form, files, columns["id"]) if "id" in columns else None
     types = {"image": pa.string(), "text": pa.large_list(pa.large_string()), "id": kind}
     digest = [(PICTURE, pa.int64())] if columns.keys() >= {"image", "text"} else []
@@ -185,7 +185,7 @@ def _texts(form: str, files: Sequence[Path], columns: dict[str, str], rule: Text
 
 
 def _checked(cells: dict[str, Any], columns: dict[str, str], rule: TextRule) -> tuple[dict[str, Any], str | None]:
-    """The cells by role as they are kept, none where they cannot be used, and why."""
+    """The values to store by role, or, for a bad row, no values and the reason."""
     values = {role: cells.get(column) for role, column in columns.items()}
     reasons = []
     if "text" in values:
@@ -197,7 +197,7 @@ def _checked(cells: dict[str, Any], columns: dict[str, str], rule: TextRule) -> 
         image = values["image"]
         image = image.get("path", image) if isinstance(image, dict) else image
         values["image"] = image
-        # whether there is such a file is asked each time
+        # whether the file exists is checked on each opening
         reasons.append(None if isinstance(image, str) else image_reason(image, None))
     if any(isinstance(value, str) and not is_utf8(value) for value in values.values()):
         reasons.append("holds a lone surrogate, which is no text")
@@ -210,7 +210,7 @@ def _checked(cells: dict[str, Any], columns: dict[str, str], rule: TextRule) -> 
 
 
 def _type_of_ids(form: str, files: Sequence[Path], column: str) -> pa.DataType:
-    """That of the first id that can be used."""
+    """The type of the first valid id."""
     for cells in chain.from_iterable(map(READERS[form], files)):
         identity = cells.get(column) if isinstance(cells, dict) else None
         if id_reason(identity) is None:
@@ -227,7 +227,7 @@ def _check_type(identity: Any, kind: pa.DataType, files: Sequence[Path], column:
 
 
 def _parquet(files: Sequence[Path], columns: dict[str, str]) -> Iterator[pa.Table]:
-    """Tables of the columns, their types those of all files together, without dictionaries."""
+    """Yields tables of the columns, with types unified over all files and dictionaries decoded."""
     wanted = list(dict.fromkeys(columns.values()))
     schemas = []
     for file in files:
@@ -239,7 +239,7 @@ def _parquet(files: Sequence[Path], columns: dict[str, str]) -> Iterator[pa.Tabl
         schemas.append(pa.schema([(column, _plain(found.field(column).type)) for column in wanted]))
     schema = pa.unify_schemas(schemas, promote_options="permissive")
 
-    # so few rows at a time that they fit, even if each is the longest entry of a dictionary
+    # few enough rows at a time to fit in memory, even if each is the longest entry of a dictionary
     for file in files:
         with pq.ParquetFile(file) as parquet:
             groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
@@ -266,7 +266,7 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 
 def _merged(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Tables of at least `WRITTEN` bytes or `CHUNK` rows."""
+    """Merges tables to at least `WRITTEN` bytes or `CHUNK` rows."""
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
@@ -278,7 +278,7 @@ def _merged(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _write(tables: Iterator[pa.Table], place: Path, empty: str) -> None:
-    """Writes them beside `place`, which then appears whole. Raises `PairDataError`: without rows, `empty`."""
+    """Writes the tables to `place` atomically. Raises `PairDataError`, with message `empty` if there are no rows."""
     first = next(tables, None)
     if first is None or not len(first):
         raise PairDataError(empty)

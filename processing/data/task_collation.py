@@ -1,6 +1,6 @@
-"""What the rows of a task say is right: a label, or answers and what each weighs.
+"""Targets of the tasks: labels, or weighted answers.
 
-B rows, R answers of all rows, A tokens of the longest answer, C answers that are classes.
+B rows, R answers of all rows, A tokens of the longest answer, C answer classes.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from .layouts import SpecialTokens
 
 
 class Labels:
-    """Of rows with a "label"."""
+    """Targets of rows with a "label"."""
 
     def reason(self, row: dict[str, Any]) -> str | None:
         """None: every row has its label."""
@@ -28,13 +28,13 @@ class Labels:
 
 class Answers:
     """
-    Of questions: every different answer of a row, weighed by the share of people who gave it.
+    Targets of questions: each distinct answer of a row, weighted by the share of annotators who gave it.
 
     Args:
-        tokenizer: of the answers.
-        special: its ids; [CLS] begins an answer.
-        end_token_id: ends one.
-        max_answer_length: tokens kept of one.
+        tokenizer: tokenizer of the answers.
+        special: its special ids; [CLS] starts an answer.
+        end_token_id: id that ends an answer.
+        max_answer_length: maximum number of tokens of an answer.
     """
 
     def __init__(self, tokenizer: Any, special: SpecialTokens, end_token_id: int, max_answer_length: int = 30) -> None:
@@ -44,15 +44,15 @@ class Answers:
         self.max_answer_length = max_answer_length
 
     def reason(self, row: dict[str, Any]) -> str | None:
-        """Blank answers are none."""
+        """A row needs at least one answer that is not blank."""
         return None if weigh_answers(row["answers"], row["weight"]) else "there is no answer to learn"
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """
-        answer_ids, answer_mask (R, A) int64, the answers of a row one after the other; answer_weights (R,) float32;
+        answer_ids, answer_mask (R, A) int64, with the answers of a row adjacent; answer_weights (R,) float32;
         answers_per_question (B,) int64.
         """
-        # each different answer once, with its share
+        # each distinct answer once, with its share
         shares = [weigh_answers(example.row["answers"], example.row["weight"]) for example in examples]
         ids, mask = encode_answers(
             self.tokenizer,
@@ -72,27 +72,27 @@ class Answers:
 
 class AnswerClasses:
     """
-    Of questions: how right each answer of a list is, as VQA scores it. An answer that is none of them is lost.
+    Targets of questions: VQA's score of each answer class. Answers outside the classes are dropped.
 
     Args:
-        classes: what may be answered.
-        normalise: brings answers into the form that the score compares.
+        classes: the possible answers.
+        normalise: normalises answers as the score does.
     """
 
     def __init__(self, classes: Sequence[str], normalise: Callable[[str], str]) -> None:
         self.normalise = normalise
-        # of two classes of one form the first
+        # of classes with the same normal form, the first counts
         self.places: dict[str, int] = {}
         for place, one in enumerate(classes):
             self.places.setdefault(normalise(one), place)
         self.count = len(classes)
 
     def reason(self, row: dict[str, Any]) -> str | None:
-        """Blank answers are none."""
+        """A row needs at least one answer that is not blank."""
         return None if any(answer.strip() for answer in row["answers"]) else "there is no answer to learn"
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """`labels` (B, C) float32 in [0, 1], times the row's weight; all 0 where no answer of a row is a class."""
+        """`labels` (B, C) float32 in [0, 1], times the row's weight; all 0 if no answer of the row is a class."""
         labels = torch.zeros(len(examples), self.count)  # (B, C)
         for number, example in enumerate(examples):
             answers = example.row["answers"]
@@ -104,8 +104,8 @@ class AnswerClasses:
 
 def vote_accuracy(votes: int, people: int) -> float:
     """
-    VQA's accuracy of what `votes` of so many people said: min(votes of the others / 3, 1), mean over whom is left out.
-    One answer alone, as Visual Genome's, is right.
+    VQA's accuracy of an answer given by `votes` of the annotators: min(votes of the others / 3, 1), averaged over the
+    annotator left out. A single answer, as in Visual Genome, is right.
     """
     if people == 1:
         return float(votes)
@@ -114,9 +114,9 @@ def vote_accuracy(votes: int, people: int) -> float:
 
 
 def weigh_answers(answers: Sequence[str], weight: float = 1.0) -> dict[str, float]:
-    """Different answers in their order, and the share of all that says so, times `weight`; blank ones are left out."""
+    """Distinct answers in order, with their share of all answers times `weight`, without blank ones."""
     shares: dict[str, float] = {}
-    # blank answers count among all, so that the shares of the others do not grow
+    # blank answers count in the total, so that the shares of the others do not grow
     for answer in answers:
         if answer.strip():
             shares[answer] = shares.get(answer, 0.0) + weight / len(answers)
@@ -127,10 +127,10 @@ def encode_answers(
     tokenizer: Any, answers: Sequence[str], start: int, end: int, pad: int, max_length: int = 30
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Start, tokens, end, padding: ids and mask (R, A) int64. No special token is read inside an answer.
+    Start, tokens, end, padding: ids and mask (R, A) int64. Special tokens in an answer's text are plain text.
 
     Raises:
-        ValueError: an answer without any token.
+        ValueError: an answer has no tokens.
     """
     rows = token_ids(tokenizer, answers, max_length)
     if empty := [answer for answer, row in zip(answers, rows, strict=True) if not len(row)]:

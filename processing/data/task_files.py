@@ -1,4 +1,4 @@
-"""Annotation files and the records in them: reading, fields of the right type, and the pictures they name."""
+"""Reads annotation files, checks the types of their fields, and finds the image files that they name."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,23 +18,23 @@ class RowFault(ValueError):
 
 
 class Broken(str):
-    """Stands for a line that is no JSON; says what is wrong with it."""
+    """Replaces a line that is not JSON; its text says what is wrong."""
 
 
 def read_json(path: str) -> Any:
     """
-    What a JSON file holds; of JSON lines, the list of them, with a `Broken` for a bad one. Lines are told by the name
-    (`.jsonl`), or by a first line that is JSON by itself before others: NLVR2 calls its lines `.json`.
+    The content of a JSON file, or the list of values of a JSON lines file, with a `Broken` for each bad line. JSON
+    lines are recognised by the name (`.jsonl`), or by a first line that is a JSON object, as in NLVR2's `.json` files.
 
     Raises:
-        PairDataError: no such file, not UTF-8, or no JSON.
+        PairDataError: the file does not exist, is not UTF-8, or is not JSON.
     """
     try:
         content = regular(path).read_bytes()
     except OSError as error:
         raise PairDataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
-    # one document, or a document a line
+    # one document, or one per line
     if Path(path).suffix != ".jsonl":
         value = parsed(content, unique=False)
         if not isinstance(value, str):
@@ -50,24 +50,24 @@ def _line(content: bytes) -> Any:
 
 
 def field(record: Mapping[str, Any], name: str, kinds: tuple[type, ...], default: Any = MISSING) -> Any:
-    """A field of one of these types. Raises `RowFault`; not where the field is missing and there is a default."""
+    """A field of one of these types. Raises `RowFault`, unless the field is missing and has a default."""
     return first_field(record, (name,), kinds, default)
 
 
 def first_field(
     record: Mapping[str, Any], names: Sequence[str], kinds: tuple[type, ...], default: Any = MISSING
 ) -> Any:
-    """The first of several fields that is there, as `field`."""
+    """`field` for the first of several names that is present."""
     present = [name for name in names if name in record]
 
-    # none of them
+    # none is present
     if not present:
         if default is not MISSING:
             return default
         wanted = " or ".join(map(repr, names))
         raise RowFault(f"there is no {wanted} among the fields {', '.join(sorted(map(str, record)))}")
 
-    # a bool is an int to Python, and no number here
+    # bool is a subclass of int, but is not a number here
     value = record[present[0]]
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
@@ -80,7 +80,7 @@ def first_field(
 
 
 def listed(content: Mapping[str, Any], name: str, path: str) -> list[Any]:
-    """A field of a file that must be a list. Raises `PairDataError`."""
+    """A field of a file, which must be a list. Raises `PairDataError`."""
     if not isinstance(content.get(name), list):
         raise PairDataError(f"{path}: {name!r} should be a list, got {type(content.get(name)).__name__}")
     return content[name]
@@ -93,19 +93,19 @@ def find_file(folder: str, *names: str) -> str:
 
 @lru_cache(maxsize=1 << 18)
 def _find_file(folder: str, names: tuple[str, ...]) -> str:
-    # data sets are unpacked in more than one way
+    # data sets are unpacked into different folders
     paths = [os.path.join(folder, name) for name in names]
     return next((path for path in paths if is_file(path)), paths[0])
 
 
 @lru_cache(maxsize=1 << 18)
 def is_file(path: str) -> bool:
-    """Whether there is such a file; asked once of each, for many rows share a picture."""
+    """Whether the file exists; cached, because many rows share an image."""
     return os.path.isfile(path)
 
 
 def forget_files() -> None:
-    """Looks anew from now on: what was missing may have come."""
+    """Clears the caches: missing files may have been added."""
     _find_file.cache_clear()
     is_file.cache_clear()
 

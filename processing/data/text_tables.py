@@ -1,8 +1,8 @@
-"""Tables kept as text, csv, JSON and plain lines, read strictly and row by row.
+"""Strict row-by-row readers of text tables: csv, JSON and plain lines.
 
-Cells are what is written: "NA", "007" and "2020-01-01" are captions. What is wrong with a row, a line that is no JSON
-say, is its reason, and its neighbours are read; what reaches beyond a row, such as a quote that never closes, is an
-error of the file. Lines and nesting are bounded, so that no file takes all memory.
+Cells are not interpreted: "NA", "007" and "2020-01-01" are captions. An error in one row, such as a line that is not
+JSON, becomes the reason why that row is bad, and the others are read; an error beyond one row, such as an unclosed
+quote, is an error of the file. The length of lines and the depth of nesting are limited, to bound memory.
 """
 
 import codecs
@@ -18,28 +18,29 @@ import numpy as np
 
 from .row_checks import SHOWN, PairDataError, report
 
-LONGEST_LINE = 64 << 20  # bytes: a text of the greatest length, every character escaped
-DEEPEST = 200  # brackets within each other in a line of JSON; python's reader gives up at its recursion limit
-LONGEST_DOCUMENT = 1 << 30  # bytes of a .json that is one document
+LONGEST_LINE = 64 << 20  # bytes: a text of maximum length with every character escaped
+DEEPEST = 200  # nesting depth of JSON; python's reader fails at its recursion limit
+LONGEST_DOCUMENT = 1 << 30  # bytes of a .json file that is one document
 
 Cells = dict[str, Any]
-Reader = Callable[[Path], Iterator[Cells | str]]  # of each row its cells, or what is wrong with it
+Reader = Callable[[Path], Iterator[Cells | str]]  # yields each row's cells, or why it is bad
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)  # to the end where it never closes
 _NO_BRACKETS = bytes(set(range(256)).difference(b"[]{}"))
 
 
 def separator(file: Path) -> str:
-    """What stands between the fields of a csv or tsv."""
+    """The field separator of a csv or tsv."""
     return "\t" if file.suffix.lower() == ".tsv" else ","
 
 
 def csv_rows(file: Path) -> Iterator[Cells | str]:
     """
-    Every cell a text; a short row has empty ones. A column without a name, as pandas writes its index, is passed over.
+    Yields rows whose cells are texts; short rows are padded with empty cells. A column without a name, as pandas
+    writes its index, is ignored.
 
     Raises:
-        PairDataError: no line of names, a name that stands there twice, UTF-16; rows that cannot be told apart, all
-            that have more fields than the first line among them.
+        PairDataError: the header is missing or names a column twice, the file is UTF-16, rows cannot be separated, or
+            rows have more fields than the header.
     """
     _refuse_utf16(file)
     header: list[str] = []
@@ -97,10 +98,10 @@ def _header(file: Path, fields: list[str]) -> list[str]:
 
 def json_rows(file: Path) -> Iterator[Cells | str]:
     """
-    An object a line, or a `.json` that is one list of objects.
+    Yields the objects of JSON lines, or of a `.json` file with one list of objects.
 
     Raises:
-        PairDataError: UTF-16; a document that is neither.
+        PairDataError: the file is UTF-16, or neither of these.
     """
     _refuse_utf16(file)
     with open(file, "rb") as content:
@@ -142,7 +143,7 @@ def _object(line: bytes | None) -> Cells | str:
 
 
 def parsed(content: bytes, unique: bool = True) -> tuple[Any] | str:
-    """The value of a JSON document, alone in a tuple, or what is wrong with it; if `unique`, also a key come twice."""
+    """The value of a JSON document, in a 1-tuple, or a str saying why it is bad; `unique` rejects duplicate keys."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -156,7 +157,7 @@ def parsed(content: bytes, unique: bool = True) -> tuple[Any] | str:
 
 
 def _depth(content: bytes) -> int:
-    """How deep brackets stand within each other, outside of strings; 0 where they are too few to be too deep."""
+    """Nesting depth of brackets outside of strings; 0 if there are too few of them to exceed DEEPEST."""
     if content.count(b"[") + content.count(b"{") <= DEEPEST:
         return 0
     brackets = np.frombuffer(_STRING.sub(b"", content).translate(None, _NO_BRACKETS), dtype=np.uint8)
@@ -171,7 +172,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Cells:
 
 
 def line_rows(file: Path) -> Iterator[Cells | str]:
-    """Every line that is not blank, as "text"."""
+    """Yields every non-blank line as {"text": line}."""
     _refuse_utf16(file)
     with open(file, encoding="utf-8-sig", errors="surrogateescape") as content:
         for number, line in enumerate(_bounded(content), 1):
@@ -182,7 +183,7 @@ def line_rows(file: Path) -> Iterator[Cells | str]:
 
 
 def _bounded(content: IO[AnyStr]) -> Iterator[AnyStr | None]:
-    """Lines; None for one that is longer than `LONGEST_LINE`."""
+    """Yields lines; None for a line longer than `LONGEST_LINE`."""
     while line := content.readline(LONGEST_LINE + 1):
         whole = len(line) <= LONGEST_LINE
         yield line if whole else None
@@ -204,7 +205,7 @@ def _refuse_utf16(file: Path) -> None:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text has no lone surrogates, as which bytes that are no UTF-8 were read."""
+    """Whether a text has no lone surrogates, to which bytes that are not UTF-8 were decoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
