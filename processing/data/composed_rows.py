@@ -1,4 +1,4 @@
-"""Rows of composed retrieval: a picture and words that ask for another picture.
+"""Rows of composed retrieval: a reference image and a text that describe a target image.
 
 Every row is {"image", "target_image", "text", "id", "reference_id"}. The id is the target's, so that two rows that ask
 for one picture are right for each other. A reference that is some row's target has that one's id, for it answers those
@@ -67,7 +67,7 @@ def open_composed(
 
 
 def _identify(rows: Sequence[Row]) -> None:
-    """Gives every row the ids of its two pictures, in place: its own where it has one, else what the picture is."""
+    """Sets the ids of each row's two images, in place: the given id, else one derived from the image."""
     answers: dict[int, Any] = {}  # digest of a target -> its id
     for number, row in enumerate(rows):
         digest = picture_digest(row["target_image"])
@@ -82,24 +82,24 @@ def _identify(rows: Sequence[Row]) -> None:
 
 
 def _reason(row: Mapping[str, Any]) -> str | None:
-    """What is wrong with a row beside its pictures."""
+    """Why a row is bad, apart from its images."""
     return row.get("fault") or caption_reason(row["text"], "text") or id_reason(row["id"])
 
 
 class References:
-    """What a batch says of the references: whose target each is, if any row's."""
+    """Targets of the references: the concept id of each, which is that of a row whose target it is, if any."""
 
     def reason(self, row: dict[str, Any]) -> str | None:
         """None: every row has its reference."""
         return None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """`reference_ids` (B,) int64, of the same ids as the batch's own, which are the targets'."""
+        """`reference_ids` (B,) int64, comparable with the batch's `ids`, which are those of the targets."""
         return {"reference_ids": torch.tensor([concept_id(one.row["reference_id"]) for one in examples])}  # (B,)
 
 
 def _of_table(source: str, folder: str | None) -> Iterator[Row]:
-    """Rows of a parquet file; the pictures of a query's target come from the gallery beside it."""
+    """Rows of a parquet file; the targets of a file of queries are read from the gallery beside it."""
     path = Path(source)
     home = folder or str(path.parent)
     try:
@@ -129,7 +129,7 @@ def _of_table(source: str, folder: str | None) -> Iterator[Row]:
 
 
 def _target_reason(number: Any, gallery: str, count: int) -> str | None:
-    """What is wrong with a query's target, a row of a gallery of `count`; None if nothing."""
+    """Why a query's target, a row of a gallery of `count` rows, is invalid; None if it is valid."""
     if number is None:
         return "the target is null"
     if isinstance(number, bool) or not isinstance(number, int):
@@ -148,14 +148,14 @@ def _expect(source: str, columns: Sequence[str], wanted: Sequence[str]) -> None:
 
 
 def _cells(home: str, *cells: Any) -> Row:
-    """The two pictures of a row: a cell of `datasets` holds bytes or a path, or is one of these itself."""
+    """The two images of a row; a cell is bytes, a path, or a mapping of `datasets` with either."""
     found = [(cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell for cell in cells]
     placed = [located(os.path.join(home, cell)) if isinstance(cell, str) else cell for cell in found]
     return dict(zip(PICTURES, placed, strict=True))
 
 
 def _of_annotations(source: str, folder: str | None) -> Iterator[Row]:
-    """Rows of CIRR's or FashionIQ's JSON; what is wrong with one stands in its "fault"."""
+    """Rows of CIRR's or FashionIQ's JSON; a bad row gives the reason in "fault"."""
     content = read_json(source)
     if not isinstance(content, list):
         raise PairDataError(f"{source}: expected CIRR's or FashionIQ's list of queries, got {type(content).__name__}")

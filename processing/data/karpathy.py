@@ -1,11 +1,11 @@
-"""COCO and Flickr30k as their retrieval benchmarks are distributed, as rows of pairs.
+"""Reads COCO and Flickr30k, in the files of their retrieval benchmarks, as rows of pairs.
 
 Karpathy's JSON (`dataset_coco.json`, `dataset_flickr30k.json`): {"images": [{"filepath", "filename", "split",
-"sentences": [{"raw"}, ...]}, ...]}; only COCO has "filepath". Its split "train" is read with "restval", which together
-are the 113,287 pictures that are trained on.
+"sentences": [{"raw"}, ...]}, ...]}; only COCO has "filepath". Its split "train" includes "restval", together the
+113,287 training images.
 
-ALBEF's JSON: a list of {"image", "caption", "image_id"}; to train on, one caption an entry, to evaluate on, all
-captions of a picture in a list and no id. A file holds one split.
+ALBEF's JSON: a list of {"image", "caption", "image_id"}; training files have one caption per entry, evaluation files
+a list of all captions of an image and no id. A file holds one split.
 """
 
 import os
@@ -40,18 +40,18 @@ def open_karpathy(
     bad_rows: Literal["raise", "skip"] = "raise",
 ) -> PairTable:
     """
-    The rows of one or several annotation files, {"image", "captions", "id"}; rows of one picture share an id.
+    The rows of one or several annotation files, {"image", "captions", "id"}; rows of one image share an id.
 
     Args:
         files: Karpathy's or ALBEF's JSON.
-        image_folder: what the pictures' paths are relative to; by default the folder of their file.
-        split: of Karpathy's JSON, "train" (with "restval"), "val" or "test".
-        captions_apart: each caption a row of its own, as one trains (an epoch then shows every caption), instead of
-            each picture a row with all its captions, as one evaluates.
+        image_folder: folder that image paths are relative to; by default the folder of their file.
+        split: split of Karpathy's JSON: "train" (with "restval"), "val" or "test".
+        captions_apart: one row per caption, for training (an epoch then shows every caption), instead of one row per
+            image with all its captions, for evaluation.
         bad_rows: as in `open_rows`.
 
     Raises:
-        PairDataError: a file that is not such JSON, a split that it does not have, rows that cannot be used.
+        PairDataError: a file is not such JSON, the split does not exist, or rows are bad.
     """
     # columns with a cell for each row, good or bad
     files = [files] if isinstance(files, str | os.PathLike) else list(files)
@@ -63,24 +63,24 @@ def open_karpathy(
             for captions in _rows_of(entry, captions_apart):
                 _add(columns, reasons, entry, captions, folder)
 
-    # an error names the rows by their places in the files
+    # errors name rows by their positions in the files
     name = str(files[0]) + (f" (+{len(files) - 1})" if files[1:] else "") + (f", split {split}" if split else "")
     if not columns["id"]:
         raise PairDataError(f"{name}: no rows")
     if reasons and bad_rows == "raise":
         raise PairDataError(report(name, list(reasons.items())[:SHOWN], len(reasons), len(columns["id"])))
 
-    # as a table, in which bad rows keep their numbers
+    # a table in which bad rows keep their numbers
     text = datasets.Value("string")
     features = datasets.Features({"image": text, "captions": datasets.Sequence(text), "id": text})
     return PairTable(datasets.Dataset.from_dict(columns, features), COLUMNS, name, None, bad_rows, reasons)
 
 
 def _entries(file: Path, split: str | None) -> Iterator[Entry]:
-    """The pictures of a file, those of `split` where it has several."""
+    """The images of a file, or those of `split` if it has several splits."""
     content = read_json(str(file))
 
-    # the two formats are told apart by what stands at the top
+    # the top-level type distinguishes the two formats
     if isinstance(content, list):
         yield from (_albef_entry(number, entry) for number, entry in enumerate(content))
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
@@ -91,14 +91,14 @@ def _entries(file: Path, split: str | None) -> Iterator[Entry]:
 
 
 def _karpathy_entries(file: Path, images: list[Any], split: str | None) -> Iterator[Entry]:
-    # the split that is meant
+    # check the split
     splits = sorted({str(image.get("split")) for image in images if isinstance(image, dict)})
     if split not in splits and not (split is None and len(splits) == 1):
         what = "holds several splits" if split is None else f"has no split {split!r}"
         raise PairDataError(f"{file} {what}; choose one of {splits}")
     wanted = {split or splits[0]} | ({"restval"} if split == "train" else set())
 
-    # its pictures, and what messages call them
+    # its images, with their names in messages
     for number, image in enumerate(images):
         if not isinstance(image, dict):
             yield Entry(None, None, None, f"image {number} ({image!r:.40}, expected an object)")
@@ -125,8 +125,8 @@ def _rows_of(entry: Entry, captions_apart: bool) -> list[Any]:
 
 
 def _add(columns: dict[str, list], reasons: dict[int, str], entry: Entry, captions: Any, folder: Path) -> None:
-    """One row more; one that cannot be used keeps its number, with nothing in its cells."""
-    # what is wrong with it, all at once
+    """Appends one row; a bad row keeps its number, with empty cells."""
+    # all reasons why it is bad
     wrong = text_reason(captions)
     if not isinstance(entry.image, str):
         wrong = "; ".join(filter(None, (wrong, f"the picture must be a path, got {type(entry.image).__name__}")))
@@ -135,10 +135,10 @@ def _add(columns: dict[str, list], reasons: dict[int, str], entry: Entry, captio
     if wrong:
         reasons[len(columns["id"])] = f"{entry.place}: {wrong}"
 
-    # the row, whose cells are empty if it cannot be used
+    # the row, with empty cells if it is bad
     image = "" if wrong else os.path.join(folder, entry.image)
     columns["image"].append(image)
     columns["captions"].append([] if wrong else [captions] if isinstance(captions, str) else captions)
-    # names in the folders of two files may be alike
+    # the path, because images in the folders of two files may have the same name
     identity = os.path.normpath(image) if entry.id is None else str(entry.id)
     columns["id"].append("" if wrong else identity)

@@ -1,4 +1,4 @@
-"""What is wrong with the cells of rows, column by column, before any image is decoded."""
+"""Checks the cells of rows, column by column, before any image is decoded."""
 
 import json
 import os
@@ -12,29 +12,29 @@ import pyarrow.compute as pc
 
 from oner.processing.vl_captions import MAX_CAPTION_LENGTH, MAX_TEXT_LENGTH, caption_reason
 
-from .places import PairDataError as PairDataError  # where others take it from
+from .places import PairDataError as PairDataError  # re-exported
 from .places import located
 
 Kind = Literal["pairs", "images", "texts"]
-# what rows of a kind have, beside an id
+# columns of each kind of rows, besides an id
 ROLES: dict[Kind, tuple[str, ...]] = {"pairs": ("image", "text"), "images": ("image",), "texts": ("text",)}
 SHOWN = 10  # rows named in an error
-CHUNK = 1024  # rows checked at a time: small enough for rows that are copied because of a selection
+CHUNK = 1024  # rows checked at a time; small, because rows of a selection are copied
 
 
 class TextRule(NamedTuple):
-    """What a text is called in messages, and how many characters it may have."""
+    """Name of a text in messages, and its maximum number of characters."""
 
     what: str
     longest: int
 
 
 CAPTION = TextRule("caption", MAX_CAPTION_LENGTH)
-TEXT = TextRule("text", MAX_TEXT_LENGTH)  # alone, and long enough to be read in windows
+TEXT = TextRule("text", MAX_TEXT_LENGTH)  # without an image; may be long enough to be read in windows
 
 
 def kind_of(roles: Iterable[str]) -> Kind:
-    """The kind of rows that have these roles. Raises `ValueError` if there is none."""
+    """The kind of rows with these roles. Raises `ValueError` if there is none."""
     wanted = set(roles) - {"id"}
     for kind, known in ROLES.items():
         if wanted == set(known):
@@ -43,14 +43,14 @@ def kind_of(roles: Iterable[str]) -> Kind:
 
 
 def rule_of(roles: Iterable[str]) -> TextRule:
-    """A text beside an image is a caption."""
+    """The rule for texts: with an image, a text is a caption."""
     return CAPTION if "image" in roles else TEXT
 
 
 def plain_texts(cell: Any) -> Any:
-    """A cell of texts, where they are objects that hold a text, as COCO's `sentences` do: the texts."""
+    """The texts of a cell; objects that hold a text, as in COCO's `sentences`, become that text."""
     if isinstance(cell, Mapping) and "raw" in cell:
-        return cell["raw"]  # a text, or in data sets written by columns a list of them
+        return cell["raw"]  # a text, or a list of texts in data sets written by columns
     if isinstance(cell, (list, tuple)) and any(isinstance(one, Mapping) for one in cell):
         return [plain_texts(one) for one in cell]
     return cell
@@ -63,14 +63,14 @@ def find_bad_rows(
     most: int | None = None,
     known: Mapping[int, str] | None = None,
 ) -> tuple[dict[int, str], int]:
-    """One pass over the columns: {row number: what is wrong with it}, and how many rows are bad.
+    """Checks all columns in one pass: {row number: reason why it is bad}, and the number of bad rows.
 
     Args:
-        data: a data set of n rows, pictures not decoded.
-        columns: the name of the column of each role: "image", "text", "id", as far as rows of this kind have it.
-        folder: what image paths are relative to.
-        most: reasons are given for so many rows only, the first; all of them if None.
-        known: what is known to be wrong with rows already.
+        data: a data set of n rows, with images not decoded.
+        columns: column name of each role that this kind of rows has: "image", "text", "id".
+        folder: folder that image paths are relative to.
+        most: maximum number of rows for which reasons are given, from the first; None for all.
+        known: {row number: reason} of rows already known to be bad.
     """
     problems: dict[int, str] = {}
     total = start = 0
@@ -78,13 +78,13 @@ def find_bad_rows(
     known = known or {}
     faulty = np.array(sorted(known), dtype=np.int64)
     for table in data.with_format("arrow").iter(CHUNK):
-        # quickly, by column: which rows are bad
+        # vectorised by column: which rows are bad
         bad = np.zeros(len(table), dtype=bool)  # (CHUNK,)
         bad[faulty[np.searchsorted(faulty, start) : np.searchsorted(faulty, start + len(table))] - start] = True
         for role, column in columns.items():
             bad |= _bad_cells(role, table[column].combine_chunks(), folder, rule)
 
-        # slowly, by row: why
+        # row by row: the reasons
         for place in np.flatnonzero(bad)[: None if most is None else most - len(problems)]:
             row = start + int(place)
             cells = {role: _value(table[column][int(place)]) for role, column in columns.items()}
@@ -95,7 +95,7 @@ def find_bad_rows(
 
 
 def row_reason(cells: Mapping[str, Any], folder: str | None) -> str | None:
-    """All that is wrong with the cells of a row, by role; None if nothing."""
+    """All reasons why the cells of a row, by role, are bad; None if they are good."""
     reasons = []
     if "text" in cells:
         reasons.append(text_reason(plain_texts(cells["text"]), rule_of(cells)))
@@ -107,23 +107,23 @@ def row_reason(cells: Mapping[str, Any], folder: str | None) -> str | None:
 
 
 def _bad_cells(role: str, array: pa.Array, folder: str | None, rule: TextRule) -> np.ndarray:
-    """Where the cells of a role are bad, (n,) bool."""
+    """Mask of the bad cells of a role, (n,) bool."""
     if role == "text":
         return _bad_texts(array, rule)
     return _bad_images(array, folder) if role == "image" else _bad_ids(array)
 
 
 def _value(scalar: pa.Scalar) -> Any:
-    """Python value of a cell, or the error that it is; `datasets` stores a column of mixed types as JSON text."""
+    """Python value of a cell, or its decoding error; `datasets` stores columns of mixed types as JSON text."""
     try:
         value = scalar.as_py()
-    except UnicodeDecodeError as error:  # parquet writers do not have to check what they call text
+    except UnicodeDecodeError as error:  # parquet writers need not check that text is UTF-8
         return error
     return json.loads(value) if isinstance(scalar, pa.ExtensionScalar) and value is not None else value
 
 
 def _by_reason(array: pa.Array, reason: Any) -> np.ndarray:
-    """The slow way, for types that have no vectorised check."""
+    """Slow check, cell by cell, for types without a vectorised one."""
     return np.array([reason(_value(scalar)) is not None for scalar in array], dtype=bool)
 
 
@@ -154,7 +154,7 @@ def _bad_texts(array: pa.Array, rule: TextRule) -> np.ndarray:
 
 
 def text_reason(text: Any, rule: TextRule = CAPTION) -> str | None:
-    """What is wrong with a cell of the text column; None if nothing."""
+    """Why a cell of the text column is bad; None if it is good."""
     if isinstance(text, UnicodeDecodeError):
         return f"the {rule.what} is not UTF-8 (byte {text.object[text.start]:#04x} at {text.start})"
     if not isinstance(text, (list, tuple)):
@@ -171,7 +171,7 @@ def _bad_images(array: pa.Array, folder: str | None) -> np.ndarray:
         return pc.fill_null(pc.equal(pc.binary_length(array), 0), True).to_numpy(zero_copy_only=False)
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
         return _by_reason(array, lambda image: image_reason(image, folder))
-    # Most rows carry their bytes: only the others are looked at one by one. A null struct has null fields.
+    # most rows hold bytes; only the others are checked one by one. A null struct has null fields
     content = pc.struct_field(array, "bytes")
     empty = _bad_images(content.cast(pa.binary()) if pa.types.is_null(content.type) else content, folder)
     for place in np.flatnonzero(empty):
@@ -180,7 +180,7 @@ def _bad_images(array: pa.Array, folder: str | None) -> np.ndarray:
 
 
 def image_reason(image: Any, folder: str | None) -> str | None:
-    """What is wrong with a cell of the image column, without decoding it; None if nothing."""
+    """Why a cell of the image column is bad, without decoding it; None if it is good."""
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if image is None:

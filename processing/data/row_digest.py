@@ -1,9 +1,9 @@
-"""A digest of rows, by which a run that goes on knows whether they are still the rows that it began with.
+"""A digest of rows, by which a resumed run checks that its data have not changed.
 
-It covers, in their order: every text and every id; of every picture its path, or how many bytes it has in a table or a
-shard; and the bytes at both ends of pictures, of every row where there are at most 4,096, else of so many that are
-evenly spaced. So millions of rows cost the reading of their texts, which opening them costs too, and 4,096 pictures. A
-picture of a larger source that is replaced by another of the same path or length may stay unseen.
+It covers, in order: all texts and ids; the path of every image, or its number of bytes in a table or shard; and the
+bytes at both ends of the images of all rows or, if there are more than 4,096, of 4,096 evenly spaced rows. So for
+millions of rows it reads all texts, as opening them does, and 4,096 images. In a larger source, an image that is
+replaced by another of the same path or length may go unnoticed.
 """
 
 import json
@@ -14,24 +14,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-PICTURES = 4096  # looked into
-END = 8192  # bytes at each end of a picture; a PNG ends in a check sum of what is between
+PICTURES = 4096  # maximum number of images read
+END = 8192  # bytes at each end of an image; a PNG ends with checksums of its content
 
 
 class Digest(Protocol):
-    """What `hashlib` makes."""
+    """A hash object of `hashlib`."""
 
     def update(self, content: bytes, /) -> None: ...
 
 
 def feed_cells(digest: Digest, cells: pa.Array) -> None:
-    """The cells of a column, whatever they are nested in; of pictures, which are binary, their lengths only."""
+    """Updates `digest` with the cells of a column, also nested ones; of binary cells (images), with lengths only."""
     if isinstance(cells, pa.ExtensionArray):
         cells = cells.storage
     kind = cells.type
     digest.update(np.packbits(cells.is_valid().to_numpy(zero_copy_only=False)).tobytes())
 
-    # what is nested, from the outside in
+    # nested types, recursively
     if pa.types.is_struct(kind):
         for place in range(kind.num_fields):
             feed_cells(digest, pc.struct_field(cells, place))
@@ -39,7 +39,7 @@ def feed_cells(digest: Digest, cells: pa.Array) -> None:
         digest.update(_numbers(pc.list_value_length(cells)))
         feed_cells(digest, pc.list_flatten(cells))
 
-    # texts as the bytes that they are, for they need not be UTF-8
+    # texts as bytes, because they need not be UTF-8
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         digest.update(_numbers(pc.binary_length(cells)))
         digest.update(_joined(cells))
@@ -54,7 +54,7 @@ def _numbers(lengths: pa.Array) -> bytes:
 
 
 def _joined(texts: pa.Array) -> bytes:
-    """All characters of all texts, one after the other."""
+    """The bytes of all texts, concatenated."""
     filled = pc.fill_null(texts.cast(pa.large_binary()), b"")
     _, offsets, content = filled.buffers()
     if content is None:
@@ -64,7 +64,7 @@ def _joined(texts: pa.Array) -> bytes:
 
 
 def feed_listed(digest: Digest, rows: Any) -> None:
-    """Rows that are mappings, such as a task makes of its annotations; of bytes in them the length only."""
+    """Updates `digest` with rows that are mappings, as tasks read from annotations; of bytes, with the length only."""
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=_told).encode())
 
@@ -74,12 +74,12 @@ def _told(value: Any) -> Any:
 
 
 def feed_pictures(digest: Digest, rows: Any, keys: tuple[str, ...]) -> None:
-    """Both ends of the pictures, under `keys`, of at most `PICTURES` good rows of a `PairRows`."""
+    """Updates `digest` with both ends of the images under `keys`, of at most `PICTURES` good rows of a `PairRows`."""
     count = min(len(rows), PICTURES)
     spaced = [place * len(rows) // count for place in range(count)]
     good = [row for row in spaced if row not in rows.bad]
 
-    # a chunk of rows at a time, for each brings its pictures along
+    # a chunk of rows at a time, because rows hold their images
     for start in range(0, len(good), 64):
         for row in rows.take(good[start : start + 64]):
             for key in keys:

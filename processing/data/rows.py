@@ -1,8 +1,8 @@
-"""Rows by number (`PairRows`), of a table (`PairTable`), or in sequence (`PairStream`), of three kinds.
+"""Indexed rows (`PairRows`), of a table (`PairTable`), or sequential rows (`PairStream`), of three kinds.
 
 A row is {"image": bytes | path | {"bytes", "path"}, "captions": list of str, "id": int | str}. In rows of images the
 captions are an empty list, in rows of texts the image is None. Images are not decoded here. Rows that share an id show
-the same concept: they are true positives of each other.
+the same concept: they are positives of each other.
 """
 
 import os
@@ -37,16 +37,16 @@ from .sampling import concept_id
 
 
 class PairRows(ABC):
-    """Rows by number: `len(rows)`, `rows[i]`, `rows.take([i, j])`. Checked as a whole when it is made.
+    """Indexed rows: `len(rows)`, `rows[i]`, `rows.take([i, j])`. All rows are checked at construction.
 
     Attributes:
-        name: what messages call the source.
+        name: name of the source in messages.
         kind: "pairs", "images" or "texts".
-        pictures: the keys under which a row holds images.
-        exact_resume: whether a run that reads these rows resumes at the very row where it stopped.
-        bad: {row number: reason} of the rows that the check found unusable; they keep their numbers. Empty unless the
-            source was opened with `bad_rows="skip"`, since otherwise a bad row is an error.
-        has_ids: whether a column of ids was named; without one each picture is a concept, see `same_pictures.py`.
+        pictures: keys under which a row holds images.
+        exact_resume: whether a run that reads these rows resumes at exactly the row where it stopped.
+        bad: {row number: reason} of the bad rows, which keep their numbers. Empty unless the source was opened with
+            `bad_rows="skip"`; otherwise a bad row is an error.
+        has_ids: whether an id column was named; without one each image is a concept, see `same_pictures.py`.
     """
 
     exact_resume = True
@@ -61,22 +61,22 @@ class PairRows(ABC):
 
     @abstractmethod
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Several rows in one read. What stands in the cells of a bad row is not defined."""
+        """Reads several rows at once. The content of bad rows is undefined."""
 
     @abstractmethod
     def ids(self) -> np.ndarray:
-        """Concept id of every row as a number, (n,) int64: the `groups` of the sampler, the batch's `ids`."""
+        """Concept id of every row as a number, (n,) int64: the sampler's `groups` and the batch's `ids`."""
 
     @abstractmethod
     def captions(self) -> Iterator[str]:
-        """Every text of every good row in order, for instance to train a tokenizer; images are not read."""
+        """All texts of all good rows in order, for example to train a tokenizer; images are not read."""
 
     @abstractmethod
     def feed(self, digest: Digest) -> None:
-        """Texts, ids, and where images lie or how long they are, of every row in order."""
+        """Updates `digest` with the texts, ids, and image paths or lengths of all rows in order."""
 
     def digest(self) -> str:
-        """By what the rows are known again; see `row_digest.py` for what it covers."""
+        """A digest that identifies the rows; `row_digest.py` says what it covers."""
         digest = blake2b(digest_size=16)
         self.feed(digest)
         if "image" in ROLES[self.kind]:
@@ -85,7 +85,7 @@ class PairRows(ABC):
 
     @abstractmethod
     def caption_counts(self) -> np.ndarray:
-        """How many texts each row has, (n,) int64; of a bad row any number. Images are not read."""
+        """Number of texts of each row, (n,) int64; undefined for bad rows. Images are not read."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = int(index)
@@ -94,16 +94,16 @@ class PairRows(ABC):
         return self.take([index % len(self)])[0]
 
     def reason(self, index: int) -> str | None:
-        """Why the row cannot be used; None if the check found nothing (its picture may still not decode)."""
+        """Why the row is bad; None if the check found nothing (its image may still fail to decode)."""
         return self.bad.get(index)
 
     def where(self, index: int) -> tuple[str, int]:
-        """Name of the source that the row comes from, and its number there."""
+        """Name of the row's source, and its number there."""
         return self.name, index
 
 
 class PairTable(PairRows):
-    """Rows of a `datasets.Dataset`, memory-mapped where it comes from files."""
+    """Rows of a `datasets.Dataset`, memory-mapped if it is read from files."""
 
     def __init__(
         self,
@@ -124,12 +124,12 @@ class PairTable(PairRows):
         if not len(self.data):
             raise PairDataError(f"{name}: no rows")
 
-        # what the cells say, and what was found while the file was read
+        # bad cells, and errors found while reading the file
         self.bad, total = find_bad_rows(self.data, columns, folder, SHOWN if bad_rows == "raise" else None, reasons)
         if total and bad_rows == "raise":
             raise PairDataError(report(name, list(self.bad.items()), total, len(self.data)))
 
-        # without ids, rows of one picture are one concept
+        # without ids, rows of one image are one concept
         self._ids: np.ndarray | None = None
         if not self.has_ids:
             self._ids = np.arange(len(self.data), dtype=np.int64)
@@ -183,14 +183,14 @@ class PairTable(PairRows):
         if pa.types.is_list(texts.type) or pa.types.is_large_list(texts.type):
             return pc.fill_null(pc.list_value_length(texts), 0).to_numpy().astype(np.int64)
 
-        # lists of a fixed length, texts beside lists, objects that hold either
+        # fixed-size lists, columns that mix texts and lists, and objects that hold either
         cells = (cell for table in column.iter(CHUNK) for cell in table[self.columns["text"]])
         counts = (len(text) if isinstance(text, (list, tuple)) else 1 for text in map(plain_texts, cells))
         return np.fromiter(counts, np.int64, len(self))
 
 
 class PairStream:
-    """Rows in sequence. A run that reads a stream cannot be resumed exactly, which it says when it is opened."""
+    """Sequential rows. A run that reads a stream cannot be resumed exactly; opening it gives a warning."""
 
     exact_resume = False
 
@@ -222,29 +222,29 @@ class PairStream:
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows. Raises `PairDataError` at a bad one, also with `bad_rows="skip"`: see `checked`."""
+        """Yields rows. Raises `PairDataError` at a bad one, even with `bad_rows="skip"`: see `checked`."""
         for number, row, reason in self.checked():
             if reason:
                 raise PairDataError(report(self.name, [(number, reason)], 1, None))
             yield row
 
     def checked(self) -> Iterator[tuple[int, dict[str, Any], str | None]]:
-        """(number, row, what is wrong with it or None) of every row."""
+        """Yields (number, row, reason why it is bad or None) for every row."""
         for number, raw in enumerate(self._cells()):
             cells = {role: raw[column] for role, column in self.columns.items()}
             reason = self.reasons.get(number) or row_reason(cells, self.folder)
             row = {} if reason else row_of(cells, number, self.folder)
             if row and self.ids_by_picture:
-                row["id"] = picture_digest(row["image"])  # what will come is not known, so no row's number
+                row["id"] = picture_digest(row["image"])  # a stream cannot know an image's first row number
             yield number, row, reason
 
     @property
     def ids_by_picture(self) -> bool:
-        """Whether a row's id says which picture it shows, and no column of ids."""
+        """Whether ids are digests of the images, because there is no id column."""
         return self.kind == "pairs" and "id" not in self.columns and not self.rows_apart
 
     def _cells(self) -> Iterator[dict[str, Any]]:
-        # Not iter(self.data): inside a data worker `datasets` would silently give only that worker's shards.
+        # not iter(self.data): inside a data worker, `datasets` would silently yield only that worker's shards
         for table in self.data.iter(64):
             names = list(table)
             for cells in zip(*table.values(), strict=True):
@@ -252,7 +252,7 @@ class PairStream:
 
 
 def undecoded(data: Any, image_column: str | None) -> Any:
-    """The data set with its images, if it has any, as the bytes that were stored."""
+    """The data set with its images, if any, as encoded bytes."""
     feature = None if data.features is None else data.features.get(image_column)
     if isinstance(feature, datasets.Image):
         return data.cast_column(image_column, datasets.Image(decode=False))
@@ -273,18 +273,18 @@ def row_of(cells: Mapping[str, Any], number: int, folder: str | None) -> dict[st
 
 
 def concept_ids(cells: Any, bad: Mapping[int, str]) -> np.ndarray:
-    """`concept_id` of each cell, (n,) int64; a bad row, whose id may be missing, is a concept of its own.
+    """`concept_id` of each cell, (n,) int64; a bad row, whose id may be missing, is its own concept.
 
     Args:
         cells: n ids, a list or a pyarrow array.
-        bad: the rows whose cells are not looked at.
+        bad: rows whose cells are not read.
     """
-    # few enough to be taken one by one
+    # lists are short enough for a loop
     if isinstance(cells, list):
         alone = (concept_id(f"bad row {row}") if row in bad else concept_id(cell) for row, cell in enumerate(cells))
         return np.fromiter(alone, np.int64, len(cells))
 
-    # each different id is turned into a number once
+    # each distinct id is converted once
     good = np.ones(len(cells), dtype=bool)  # (n,)
     good[list(bad)] = False
     coded = cells.filter(pa.array(good)).dictionary_encode()

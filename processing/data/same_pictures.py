@@ -1,7 +1,7 @@
-"""Which rows show the same picture: captions are often kept one a row, and a picture then stands in several.
+"""Finds rows with the same image: data sets often have one caption per row, and so several rows per image.
 
-Pairs of one picture are one concept unless a column of ids says otherwise. Else each would be a negative of the
-captions of the others in training, and in an evaluation a caption of the right picture would count as wrong.
+Pairs with one image are one concept unless there is an id column. Otherwise each would be a negative for the captions
+of the others in training, and in evaluation a caption of the right image would count as wrong.
 """
 
 import os
@@ -16,12 +16,12 @@ import pyarrow as pa
 
 from .row_checks import CHUNK
 
-ROW = "__row__"  # as the column of ids: each row is a concept of its own, whatever it shows
-PICTURE = "__picture__"  # the column of `picture_digest` in tables of the cache
+ROW = "__row__"  # as the id column: each row is its own concept, even if it shares an image
+PICTURE = "__picture__"  # column of `picture_digest` in cached tables
 
 
 def picture_digest(image: Any) -> int | None:
-    """Equal for equal bytes, and for equal paths; None if there is neither. 63 bits."""
+    """A 63-bit digest, equal for equal bytes or equal paths; None if there is neither."""
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, str):
@@ -45,8 +45,8 @@ def _number(digest: Any) -> int:
 
 def digests_of(data: datasets.Dataset, column: str) -> pa.ChunkedArray:
     """
-    `picture_digest` of each row. The tables of `table_files.py` have them; those of another data set are kept by
-    `datasets` where it keeps the data set in files.
+    `picture_digest` of each row. The tables of `table_files.py` hold them; for other data sets, `datasets` caches them
+    if the data set is stored in files.
     """
     if PICTURE in data.column_names:
         return data.data.column(PICTURE)
@@ -66,7 +66,7 @@ def _digests(images: Sequence[Any]) -> dict[str, list[int | None]]:
 
 
 def first_rows(digests: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """For each row the number of the first one with its digest, (n,) int64; its own where it has none."""
+    """Number of the first row with the same digest, (n,) int64; a row without a digest gets its own number."""
     rows = np.arange(len(digests), dtype=np.int64)  # (n,)
     there = digests.is_valid().to_numpy(zero_copy_only=False) if len(digests) else rows.astype(bool)
     values = digests.filter(there).to_numpy() if isinstance(digests, pa.ChunkedArray) else digests.filter(there)
@@ -77,7 +77,7 @@ def first_rows(digests: pa.ChunkedArray | pa.Array) -> np.ndarray:
 
 
 def warn_of_shared_pictures(name: str, firsts: np.ndarray, bad: Iterable[int]) -> None:
-    """Says how many rows show how many pictures, where these differ."""
+    """Warns if there are fewer distinct images than rows."""
     good = np.ones(len(firsts), dtype=bool)
     good[list(bad)] = False
     count = len(np.unique(firsts[good]))

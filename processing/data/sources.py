@@ -1,13 +1,14 @@
-"""Rows from where they lie, checked before the first step: pairs of images and captions, images alone, texts alone.
+"""Opens sources of rows and checks them before the first step: pairs of images and captions, images, or texts.
 
 A row is {"image": bytes | path | {"bytes", "path"}, "captions": list of str, "id": int | str}; see `rows.py`. Images
-are not decoded here. Rows that share an id show the same concept: they are true positives of each other.
+are not decoded here. Rows that share an id show the same concept: they are positives of each other.
 
-Which columns are taken when none are named: for the image the first of `image`, `file_name`, `image_path`; for the
-text the first of `captions`, `caption`, `text`. A text column holds a string or a list of strings a row.
+Default columns: for the image the first of `image`, `file_name`, `image_path`; for the text the first of `captions`,
+`caption`, `text`. A text column holds a string or a list of strings per row.
 
-Unless a column of ids is named, pairs of the same picture (by path or bytes) share an id, and a warning says how many;
-a row of another kind has its number. A column that is called `id` often numbers captions or images, not concepts.
+Without an id column, pairs with the same image (by path or bytes) share an id, and a warning gives their number; rows
+of other kinds get their row number. A column named `id` is not used by default, because it often numbers captions or
+images, not concepts.
 """
 
 import glob
@@ -30,10 +31,10 @@ from .training_sets import PairTrainingSet, PairTrainingStream
 
 __all__ = ["PairDataError", "PairRows", "PairStream", "PairTrainingSet", "PairTrainingStream", "open_rows"]
 
-# the usual names of the column of a role
+# default column names of each role
 USUAL = {"image": ("image", "file_name", "image_path"), "text": ("captions", "caption", "text"), "id": ()}
 NOUNS = {"image": "pictures", "text": "captions", "id": "ids"}
-# of COCO: the texts in a list of objects, which `plain_texts` finds
+# COCO's texts in a list of objects, which `plain_texts` extracts
 INSIDE = re.compile(r"(.+?)(?:\[\])?\.raw")
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -56,36 +57,36 @@ def open_rows(
     Args:
         source: one of
             a folder with `metadata.csv`, `metadata.jsonl` or `metadata.parquet` (column `file_name`, relative to it),
-            in itself or in a folder named as the split; or with a file `{split}.parquet`;
-            a `.csv`, `.tsv`, `.jsonl` or `.parquet` file, or a list of files of one kind beside each other (image
-            paths are relative to the file);
+            in itself or in a subfolder named after the split; or with a file `{split}.parquet`;
+            a `.csv`, `.tsv`, `.jsonl` or `.parquet` file, or a list of files of one kind in one folder (image paths
+            are relative to the file);
             tar shards in webdataset's layout (`shard_index.py`): a `.tar`, a pattern of them (`cc-{000..127}.tar`,
             `cc-*.tar`), a list of them, or a folder that holds them and no metadata;
-            a pattern of files (`data/*.parquet`), where no file is called so; `hf://datasets/NAME/FILE`, or a pattern;
+            a file pattern (`data/*.parquet`), unless a file has that name; `hf://datasets/NAME/FILE`, or a pattern;
             a folder that `datasets` can read; a `datasets` object; a name on the Hub;
-            of images, a folder of image files, at any depth, in itself or in a folder named as the split;
-            of texts, a `.txt` file, a list of them, or a folder of them without tables: a line a text, UTF-8, blank
-            lines left out.
-        kind: "pairs", "images" or "texts". Columns that rows of the kind do not have are not read.
-        image_column, text_column, id_column: names of the columns; see the top of this file for what None means, and
-            `ShardColumns` for what they are of shards. The id_column "__row__" makes each row a concept of its own.
-        split: which split, where the source has several.
-        streaming: read in sequence without an index; gives a `PairStream`.
-        bad_rows: "raise", or "skip": rows that cannot be used keep their numbers and are listed in `PairRows.bad`
-            (a stream tells them apart in `PairStream.checked`). A file that cannot be read as a table always raises.
-        config, revision: which configuration of a data set on the Hub, and its branch, tag or commit.
+            for images, a folder of image files, at any depth, or its subfolder named after the split;
+            for texts, a `.txt` file, a list of them, or a folder of them without tables: UTF-8, one text per line,
+            ignoring blank lines.
+        kind: "pairs", "images" or "texts". Columns that this kind does not have are not read.
+        image_column, text_column, id_column: names of the columns; see the module docstring for defaults, and
+            `ShardColumns` for shards. The id_column "__row__" makes each row its own concept.
+        split: the split to read, if the source has several.
+        streaming: read sequentially without an index; returns a `PairStream`.
+        bad_rows: "raise", or "skip": bad rows keep their numbers and are listed in `PairRows.bad` (for a stream, see
+            `PairStream.checked`). A file that cannot be read as a table always raises.
+        config, revision: configuration of a data set on the Hub, and its branch, tag or commit.
 
     Raises:
-        ValueError: another kind, or a column of what rows of the kind do not have.
-        PairDataError: a missing source or column, an ambiguous split, or rows that cannot be used: the first ten with
-            their numbers (from 0), and how many there are.
+        ValueError: the kind is unknown, or a column is named that this kind does not have.
+        PairDataError: a source or column is missing, the split is ambiguous, or rows are bad; the message gives the
+            first ten with their numbers (from 0), and the number of bad rows.
     """
     rows_apart = id_column == ROW
     id_column = None if rows_apart else id_column
     named = {"image": image_column, "text": text_column, "id": id_column}
     _check(kind, named, bad_rows, split)
 
-    # patterns become the files that fit; shards bring their own index
+    # expand patterns; shards have their own index
     source = expand(source)
     if not _has_metadata(source, split) and (shards := find_shards(source)):
         _whole(str(shards[0]), split)
@@ -93,7 +94,7 @@ def open_rows(
             raise PairDataError(f"{shards[0]}: shards are read at random places; open them without streaming")
         return PairShards(shards, ShardColumns(image_column, text_column, id_column, kind), bad_rows, rows_apart)
 
-    # anything else is a table: files, or what `datasets` reads
+    # anything else is a table: files, or a data set of `datasets`
     loaded = _load(source, kind, named, split, streaming, {"name": config, "revision": revision})
     data = _one_split(loaded.data, split, loaded.name) if isinstance(loaded.data, dict) else loaded.data
     columns = loaded.columns or _columns_of(data, kind, named, loaded.name)
@@ -114,21 +115,21 @@ def _check(kind: str, named: dict[str, str | None], bad_rows: str, split: str | 
 
 
 def _whole(name: str, split: str | None) -> None:
-    """Refuses a split of what has none, and would be read whole under any name; under "train" it may be."""
+    """Rejects a split of a source without splits, except "train", because it would be read as a whole."""
     if split not in (None, "train"):
         raise PairDataError(f"{name} has no split {split!r}: it is one set of rows; leave split out")
 
 
 @dataclass
 class Loaded:
-    """What a source holds.
+    """A loaded source.
 
     Attributes:
         data: a data set, or a dict of splits.
-        name: for messages.
-        folder: what image paths are relative to.
-        reasons: what is wrong with rows of its files.
-        columns: by role, where files without columns were read.
+        name: name in messages.
+        folder: folder that image paths are relative to.
+        reasons: {row number: why it is bad}, from reading its files.
+        columns: by role, if already known from reading its files.
     """
 
     data: Any
@@ -156,7 +157,7 @@ def _load(
     if not isinstance(source, (str, os.PathLike)):
         raise PairDataError(f"a source is a path, a list of paths, a name or a data set, got {type(source).__name__}")
 
-    # a folder with a table, a saved data set, or nothing but files
+    # a folder with a table, a saved data set, or plain files
     path = Path(source)
     if path.is_dir():
         if table := _metadata(path, split):
@@ -183,7 +184,7 @@ def _load(
                 "for a pattern; name the files in it, or call it without [ ] * ?"
             )
 
-    # a file, or what `datasets` knows by this name
+    # a file, or a name that `datasets` can load
     elif path.suffix.lower() in READERS or path.exists():
         _whole(str(path), split)
         return _load_files([path], kind, named, streaming)
@@ -193,7 +194,7 @@ def _load(
 def _load_by_name(source: str, split: str | None, streaming: bool, options: dict[str, str]) -> Loaded:
     try:
         return Loaded(datasets.load_dataset(source, split=split, streaming=streaming, **options), source)
-    except Exception as error:  # its readers have each their own
+    except Exception as error:  # its readers raise many types
         reason = str(error) or type(error).__name__
         hint = "; data_config names one" if "onfig name is missing" in reason else ""
         raise PairDataError(
@@ -215,14 +216,14 @@ def _has_metadata(source: Any, split: str | None) -> bool:
 
 
 def _bare_images(folder: Path) -> list[str]:
-    """The image files of a folder, at any depth; none where parquet files may hold them."""
+    """The image files of a folder, at any depth; empty if there are parquet files, which may hold images."""
     from oner.processing.pipeline_image_text_retrieval import list_pictures  # it imports transformers' pipelines
 
     return [] if any(folder.glob("*.parquet")) else list_pictures(folder)
 
 
 def _bare_texts(folder: Path) -> list[Path]:
-    """The `.txt` files of a folder that has no tables."""
+    """The `.txt` files of a folder without tables."""
     formats = {READERS[file.suffix.lower()] for file in folder.iterdir() if file.suffix.lower() in READERS}
     return sorted(folder.glob("*.txt")) if formats == {"text"} else []
 
@@ -237,13 +238,13 @@ def _load_files(files: list[Path], kind: Kind, named: dict[str, str | None], str
         regular(file)
     (form,) = formats
 
-    # image paths are relative to the one folder of all files
+    # image paths are relative to the files' common folder
     folders = {str(file.parent) for file in files}
     if len(folders) > 1 and form != "parquet" and kind != "texts":
         raise PairDataError(f"files with picture paths must lie in one folder, got {sorted(folders)[:SHOWN]}")
     name = str(files[0]) + (f" (+{len(files) - 1})" if files[1:] else "")
 
-    # the only column of plain lines goes by any name
+    # the only column of plain lines needs no name
     chosen = named if form != "text" else {**named, "text": None}
     table = read_tables(form, files, lambda found: _columns(found, kind, chosen, name), rule_of(ROLES[kind]), name)
     data = table.data.to_iterable_dataset() if streaming else table.data
@@ -251,7 +252,7 @@ def _load_files(files: list[Path], kind: Kind, named: dict[str, str | None], str
 
 
 def _columns(found: list[str], kind: Kind, named: dict[str, str | None], name: str) -> dict[str, str]:
-    """The column of each role that rows of the kind have, and of the id if it is named."""
+    """The column of each role of this kind, and of the id if it is named."""
     roles = [*ROLES[kind], *(("id",) if named["id"] is not None else ())]
     return {role: _pick(found, named[role], role, name) for role in roles}
 
@@ -266,7 +267,7 @@ def _one_split(data: dict, split: str | None, name: str) -> Any:
 
 
 def _columns_of(data: Any, kind: Kind, named: dict[str, str | None], name: str) -> dict[str, str]:
-    """Those of a data set of `datasets`, by role."""
+    """The columns of a data set of `datasets`, by role."""
     found = data.column_names
     if found is None:  # a stream that does not know its columns
         found = list(next(iter(data), {}))
@@ -280,7 +281,7 @@ def _columns_of(data: Any, kind: Kind, named: dict[str, str | None], name: str) 
 
 
 def _pick(found: list[str], given: str | None, role: str, name: str) -> str:
-    """Name of the column for a role: the given one, else the first usual one that is there."""
+    """Name of the column for a role: the given one, else the first default that exists."""
     for column in USUAL[role] if given is None else (given,):
         if column in found:
             return column
