@@ -1,4 +1,4 @@
-"""The training image: a random crop, resized and normalised; nothing stronger by default (OneR, appendix E).
+"""Augmentation of training images: a random resized crop, normalised; by default nothing else (OneR, appendix E).
 
 Shapes: 3 channels, H = W = image_size, S side of the second view.
 """
@@ -22,20 +22,20 @@ from torchvision.transforms.v2 import functional as tvf
 from .bounds import check_bounds
 
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect ratios of a crop
-# a crop of the whole area can only have the image's own ratio: timm then takes all of it if that is within
+# a crop of the whole area must have the image's own ratio; timm takes the whole image if that ratio is in range
 ANY_RATIO = (1e-6, 1e6)
-WHITE = (255, 255, 255)  # the ground on which the processor lays transparent images too
+WHITE = (255, 255, 255)  # background colour, on which the processor also composites transparent images
 GREY = (128, 128, 128)
-# mean and deviation of each channel, by the name of their origin
+# mean and deviation of each channel, by source
 NORMALIZATIONS = {
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
 CodeCrop = Literal["common", "independent"]
 SIDE = re.compile(r"\b(?:left|right)(?:most|wards?|[- ]?hand(?:ed)?)?\b", re.IGNORECASE)
-# RandAugment as ALBEF, TCL and SIMLA run it: two of these and of doing nothing, each done half of the time
+# RandAugment of ALBEF, TCL and SIMLA: two of these or the identity, each applied with probability 1/2
 ALBEF = "albef-n2-m7"
-MOST_OPERATIONS = 100  # of RandAugment on one image; timm's are 2 or 3
+MOST_OPERATIONS = 100  # maximum number of RandAugment operations per image; timm's configurations have 2 or 3
 ALBEF_OPS = (
     "AutoContrast",
     "Equalize",
@@ -60,10 +60,10 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Crop:
-    """What happens to a training image before it is normalised, by the flat names of a configuration.
+    """Augmentation options, applied before normalisation, by their flat names in a configuration.
 
     Raises:
-        ValueError: a value out of its range, which is named.
+        ValueError: a value is out of range; the message names it.
     """
 
     BOUNDS: ClassVar[dict[str, str]] = {
@@ -83,7 +83,7 @@ class Crop:
         metadata=_help("White ground laid round an image before the crop, at each side up to this share of it."),
     )
 
-    # what is done to the crop, none of it by default
+    # operations on the crop, all off by default
     horizontal_flip: float = field(
         default=0.0, metadata=_help("Probability of a flip; captions speak of left and right.")
     )
@@ -106,15 +106,15 @@ class Crop:
 
 @dataclass(frozen=True)
 class CodeView:
-    """A second view of an image for an image tokenizer, its values in [0, 1].
+    """A second view of an image for an image tokenizer, with values in [0, 1].
 
     Args:
         size: its side S.
-        crop: "common" shows what the first view does, by the same draws, and is resized from the same crop by Lanczos
-            (BEiT). "independent" is drawn anew and resized by bicubic (SIMLA's code).
+        crop: "common" uses the crop and random draws of the first view, resized with Lanczos (BEiT). "independent" is
+            drawn separately and resized with bicubic interpolation (SIMLA's code).
 
     Raises:
-        ValueError: no size, or another crop.
+        ValueError: the size is not positive, or the crop is unknown.
     """
 
     size: int
@@ -130,18 +130,18 @@ class CodeView:
 class TrainingImageTransform:
     """timm's bicubic `RandomResizedCropAndInterpolation`, optional distortions, normalisation.
 
-    timm draws from the global generators of python and numpy; here their states are set from the generator of the call
-    and put back afterwards, so that an image depends on its own generator alone and nothing outside is disturbed.
+    timm draws from the global generators of python and numpy; their states are seeded from the generator of the call
+    and restored afterwards, so an image depends on its own generator only and global states are unchanged.
 
     Args:
         image_size: side H = W of the result.
-        crop: what is drawn. The ground that timm's RandAugment uncovers is white; ALBEF's comes after the flip, on
-            grey ground.
-        mean, std: per channel, of values in [0, 1].
+        crop: augmentation options. timm's RandAugment fills with white; ALBEF's is applied after the flip and fills
+            with grey.
+        mean, std: per channel, for values in [0, 1].
         code_view: a second view, (3, S, S).
 
     Raises:
-        ValueError: sizes or statistics that make no image, a RandAugment that timm does not know.
+        ValueError: sizes or statistics are invalid, or timm does not know the RandAugment string.
     """
 
     def __init__(
@@ -170,13 +170,13 @@ class TrainingImageTransform:
             self.code_view = self._view_for_codes(code_view.size)
 
     def _draw_by(self, image_size: int, filtering: str, shift: float = 1.0) -> None:
-        """The operations of a view; `shift` scales ALBEF's shifts."""
+        """Sets up the operations of a view; `shift` scales ALBEF's translations."""
         scale = self.options.crop_scale
         config = self.options.rand_augment
         ratio = ANY_RATIO if min(scale) == 1 else CROP_RATIO
         self.random_crop = RandomResizedCropAndInterpolation(image_size, tuple(scale), ratio, filtering)
         self.rand_augment = _rand_augment(config, image_size, shift) if config else None
-        self.flip_first = config == ALBEF  # where ALBEF flips; timm's distortions come before the flip
+        self.flip_first = config == ALBEF  # ALBEF flips before RandAugment, timm after it
 
     def _normalize(self, mean: Sequence[float], std: Sequence[float]) -> None:
         # (x / 255 - mean) / std as one multiplication and one addition
@@ -187,7 +187,7 @@ class TrainingImageTransform:
         """This transform at another size, without normalisation."""
         view = copy.copy(self)
         if self.replays:
-            # what the first view shows, in other pixels
+            # the content of the first view at another resolution
             view._draw_by(size, "lanczos", shift=size / self.image_size)
         else:
             view._draw_by(size, "bicubic")
@@ -195,9 +195,9 @@ class TrainingImageTransform:
         return view
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor | dict[str, torch.Tensor]:
-        """One image (PIL, RGB) to (3, H, W) float32; two draws from `rng`, and more for what is switched on.
+        """One image (PIL, RGB) to (3, H, W) float32; makes two draws from `rng`, and more for optional operations.
 
-        With a second view: `pixel_values` (3, H, W) and `code_pixel_values` (3, S, S). A common one draws no more.
+        With a second view: `pixel_values` (3, H, W) and `code_pixel_values` (3, S, S). A common one needs no draws.
         """
         if image.mode != "RGB":
             raise ValueError(f"the picture must be RGB, got mode {image.mode}")
@@ -208,7 +208,7 @@ class TrainingImageTransform:
         return {**views, "code_pixel_values": self.code_view._view(image, rng_of_codes)}  # (3, S, S)
 
     def _view(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        # all draws of this view but those of colour
+        # all draws of this view except those of colour
         seed = int(rng.integers(1 << 62))
         flip = float(rng.random()) < self.options.horizontal_flip
         if self.options.crop_margin:
@@ -225,7 +225,7 @@ class TrainingImageTransform:
             image = ImageOps.mirror(image)
         image = self._recolour(image, rng)
 
-        # PIL parts the channels four times as fast as a transposed copy of floats does
+        # splitting channels in PIL is four times as fast as transposing floats
         pixels = torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))  # (3, H, W) uint8
         return pixels.float().mul_(self.factor).add_(self.offset)  # (3, H, W) float32
 
@@ -235,7 +235,7 @@ class TrainingImageTransform:
         return ImageOps.expand(image, (width, height, width, height), fill=WHITE)
 
     def _recolour(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        # torchvision's own ColorJitter draws from torch's global generator, so only its functions are used
+        # torchvision's ColorJitter draws from torch's global generator, so its functional form is used
         jitter = self.options.color_jitter
         grayscale = self.options.grayscale
         if jitter:
@@ -247,12 +247,12 @@ class TrainingImageTransform:
 
 
 def _rand_augment(config: str, image_size: int, shift: float = 1.0) -> RandAugment:
-    """`shift` scales ALBEF's shifts, which are so many pixels whatever the size; timm's are shares of the side."""
+    """Builds RandAugment; `shift` scales ALBEF's translations, fixed in pixels; timm's are shares of the side."""
     if config == ALBEF:
         hparams = {"translate_const": 10 * shift, "img_mean": GREY, "interpolation": Image.Resampling.BILINEAR}
         ops = rand_augment_ops(magnitude=7, prob=0.5, hparams=hparams, transforms=list(ALBEF_OPS))
         return RandAugment([_unchanged, *ops], num_layers=2)
-    # timm's own reference values: shifts of up to 45 % of the side, and the ground that the distortion uncovers
+    # timm's reference value for translations, up to 45 % of the side, and the fill colour
     try:
         return rand_augment_transform(config, {"translate_const": int(0.45 * image_size), "img_mean": WHITE})
     except (AssertionError, KeyError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""What numbers a dataclass of arguments takes: each class says so in `BOUNDS`, and one check holds for all.
+"""Range checks for dataclasses of arguments: each class lists its intervals in `BOUNDS`.
 
     BOUNDS: ClassVar = {"epochs": "(0, inf)", "crop_scale": "(0, 1]"}
 
-An interval as in mathematics, by a field's name; it holds for every number of a list or a mapping. A number that no
-interval is given for need only be finite: neither NaN nor infinity is ever a value.
+Field names map to intervals in mathematical notation, which apply to every number in a list or a mapping. Numbers
+without an interval must be finite: NaN and infinity are never allowed.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def bounds_of(kind: type) -> dict[str, str]:
-    """Field -> interval, of a dataclass and those that it derives from."""
+    """Field -> interval, for a dataclass and its bases."""
     merged: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         merged |= vars(base).get("BOUNDS", {})
@@ -21,7 +21,7 @@ def bounds_of(kind: type) -> dict[str, str]:
 
 
 def check_bounds(part: Any) -> None:
-    """Raises `ValueError` that names the first field of a dataclass with a number out of its interval."""
+    """Raises `ValueError` naming the first field of a dataclass with a number outside its interval."""
     bounds = bounds_of(type(part))
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
@@ -32,7 +32,7 @@ def check_bounds(part: Any) -> None:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in a value, however nested; a truth is none."""
+    """Yields all numbers in a nested value, except booleans."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Each caption of a row as a row of its own, so that an epoch shows every caption once."""
+"""Splits rows into one row per caption, so that an epoch shows every caption once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from .rows import PairRows
 
 class CaptionsApart(PairRows):
     """
-    The pairs of `rows`: an image with one of its captions each, those of a row beside each other, in its order.
+    The pairs of `rows`: each is an image with one of its captions; those of a row are adjacent and in order.
 
-    A bad row, and one without captions, keeps one place. Pairs of one image share its id, whether or not there is a
-    column of ids, so that they are right for each other where ids are compared.
+    A bad row, and a row without captions, becomes one pair. Pairs of one image share its id, even without an id
+    column, so they are positives of each other wherever ids are compared.
 
     Args:
-        rows: of kind "pairs".
+        rows: rows of kind "pairs".
 
     Attributes:
-        sizes: pairs of each source, where `rows` is a mixture.
+        sizes: number of pairs of each source, if `rows` is a mixture.
     """
 
     def __init__(self, rows: PairRows) -> None:
@@ -31,7 +31,7 @@ class CaptionsApart(PairRows):
         self.has_ids = rows.has_ids
         self.exact_resume = rows.exact_resume
 
-        # pair p is of the row whose captions start at or before p
+        # pair p belongs to the last row whose captions start at or before p
         counts = np.maximum(rows.caption_counts(), 1)  # (n,)
         counts[list(rows.bad)] = 1
         self.starts = np.concatenate([[0], counts.cumsum()])  # (n + 1,)
@@ -46,7 +46,7 @@ class CaptionsApart(PairRows):
         return int(self.starts[-1])
 
     def images(self, pairs: Sequence[int] | None = None) -> np.ndarray:
-        """The row, which is the image, of each of `pairs`, or of all: (p,) int64."""
+        """Row number, which identifies the image, of each of `pairs`, or of all pairs: (p,) int64."""
         if pairs is None:
             return np.repeat(np.arange(len(self.rows)), np.diff(self.starts))
         return np.searchsorted(self.starts, np.asarray(pairs, dtype=np.int64), side="right") - 1
@@ -75,5 +75,5 @@ class CaptionsApart(PairRows):
         return self.rows.captions()
 
     def where(self, index: int) -> tuple[str, int]:
-        """Name of the source, and the number of the row there: what is wrong with a pair is mostly its image."""
+        """Name of the source, and the row's number there, because a bad pair mostly has a bad image."""
         return self.rows.where(int(self.images([index])[0]))

@@ -1,4 +1,4 @@
-"""A batch in chunks of rows, as if each had been collated by itself at the width of the whole.
+"""Splits a batch into chunks of rows, as if each had been collated separately at the width of the whole batch.
 
 B rows, H ids before the text, N patches, W slots of the longest text, n tokens of the batch, M tokens or patches to
 predict, R answers.
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-# What is packed over the batch instead of having a row each, and what its values are.
+# tensors that are packed over the batch instead of having B rows, and their values
 PACKED = {
     "text_index": "places of the tokens in a flat (B, W)",
     "mlm_index": "places among those tokens",
@@ -22,16 +22,16 @@ PACKED = {
 
 def split_pairs(batch: Mapping[str, torch.Tensor], chunks: int) -> list[dict[str, torch.Tensor]]:
     """
-    The collator's batch, of any layout, in `chunks` of consecutive rows, sizes differing by one at most. Rows are
-    views; the packed indices count anew in every chunk. Meant for the CPU: an accelerator would have to wait for the
-    edges.
+    Splits the collator's batch, of any layout, into `chunks` of consecutive rows whose sizes differ by at most one.
+    Rows are views; packed indices restart in every chunk. Meant for the CPU: finding the edges would synchronise an
+    accelerator.
 
     Raises:
-        ValueError: more chunks than rows, or a tensor of the batch that has neither a row each nor is known as packed.
+        ValueError: there are more chunks than rows, or a tensor has neither B rows nor is known as packed.
     """
     rows = {name: value for name, value in batch.items() if name not in PACKED}
 
-    # what has a row each has the same number of rows
+    # all other tensors must have the same number of rows
     batch_size = len(next(iter(rows.values())))
     for name, value in rows.items():
         if len(value) != batch_size:
@@ -49,15 +49,15 @@ def split_pairs(batch: Mapping[str, torch.Tensor], chunks: int) -> list[dict[str
 
 
 def text_slots(batch: Mapping[str, torch.Tensor]) -> int:
-    """W: the columns of `input_ids` behind [CLS] and the placeholders (none in a separate layout)."""
+    """W, the number of columns of `input_ids` after [CLS] and the placeholders (none in a separate layout)."""
     batch_size, width = batch["input_ids"].shape
-    # a row's mask counts H ids and its tokens
+    # the mask of a row counts H ids and its tokens
     n_head = (int(batch["attention_mask"].sum()) - len(batch["text_index"])) // batch_size  # H
     return width - n_head
 
 
 def _tokens_of(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
-    """What is packed by tokens, of rows `start` to `end`."""
+    """The tensors packed by tokens, for rows `start` to `end`."""
     if "text_index" not in batch:
         return {}
     slots = text_slots(batch)
@@ -71,7 +71,7 @@ def _tokens_of(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dict[
 
 
 def _patches_of(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dict[str, torch.Tensor]:
-    """Places of the masked patches of rows `start` to `end`."""
+    """Indices of the masked patches of rows `start` to `end`."""
     if "mim_index" not in batch:
         return {}
     n_patches = batch["bool_masked_pos"].shape[1]
@@ -89,7 +89,7 @@ def _answers_of(batch: Mapping[str, torch.Tensor], start: int, end: int) -> dict
 
 
 def _between(places: torch.Tensor, low: int, high: int) -> tuple[int, int]:
-    """Where the rising `places` reach `low` and `high`."""
+    """Indices at which the ascending `places` reach `low` and `high`."""
     edges = torch.tensor([low, high], device=places.device)
     first, last = torch.searchsorted(places.contiguous(), edges).tolist()
     return first, last

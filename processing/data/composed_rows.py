@@ -1,9 +1,9 @@
 """Rows of composed retrieval: a reference image and a text that describe a target image.
 
-Every row is {"image", "target_image", "text", "id", "reference_id"}. The id is the target's, so that two rows that ask
-for one picture are right for each other. A reference that is some row's target has that one's id, for it answers those
-rows. Pictures are paths or encoded bytes. Rows of CIRR also say "leaves_reference": in its protocol a query's own
-reference is taken out of the gallery, in FashionIQ's it stays.
+Every row is {"image", "target_image", "text", "id", "reference_id"}. The id is the target's, so rows with one target
+are positives of each other. A reference that is also some row's target has that target's id, because it answers that
+row. Images are paths or encoded bytes. Rows of CIRR also have "leaves_reference": its protocol removes a query's own
+reference from the gallery, FashionIQ's does not.
 """
 
 import os
@@ -40,18 +40,18 @@ def open_composed(
     Args:
         sources: each one of
 
-            a parquet table with columns `image`, `text`, `target_image`, and `id` where pictures that differ are one
-            target; without it each target picture is one;
-            `NAME_queries.parquet` with `NAME_gallery.parquet` beside it, whose row `target` is asked for;
-            CIRR's JSON, a list of {"reference", "target_hard", "caption"} with pictures NAME.png;
-            FashionIQ's JSON, a list of {"candidate", "target", "captions"} with pictures NAME.jpg, whose two captions
+            a parquet table with columns `image`, `text`, `target_image`, and `id` if different images are one target;
+            without it each target image is its own;
+            `NAME_queries.parquet` with `NAME_gallery.parquet` beside it, whose row `target` is the target;
+            CIRR's JSON, a list of {"reference", "target_hard", "caption"} with images NAME.png;
+            FashionIQ's JSON, a list of {"candidate", "target", "captions"} with images NAME.jpg, whose two captions
             are joined by "and".
-        folder: what the paths of pictures are relative to; if none, their file's.
-        clean: how a text is rewritten.
-        bad_rows: as `ListedRows`.
+        folder: folder that image paths are relative to; by default that of the source.
+        clean: rewrites each text.
+        bad_rows: as in `ListedRows`.
 
     Raises:
-        PairDataError: a file that is none of these; rows that cannot be used, with their numbers.
+        PairDataError: a file is none of these, or rows are bad; the message gives their numbers.
     """
     forget_files()
     rows: list[Row] = []

@@ -1,7 +1,7 @@
-"""Images that a run must not see, those of the sets it will be measured on, known by the SHA-256 of their files.
+"""Images that a run must not see, such as those of its evaluation sets, identified by the SHA-256 of their files.
 
-MoMo leaves out what is in the validation and test parts of its tasks (section 3.4), by UNITER's procedure, which
-compares numbers of images. Hashes need no numbers, but do not know an image that was encoded anew.
+MoMo excludes the images of its tasks' validation and test sets (section 3.4), by UNITER's procedure, which compares
+image ids. Hashes need no ids, but do not match an image that was re-encoded.
 """
 
 import string
@@ -17,10 +17,10 @@ LENGTH = 64  # hexadecimal digits
 
 def read_hashes(files: Iterable[str]) -> frozenset[str]:
     """
-    All hashes of text files, one a line as `sha256sum` writes them: the hash first, then whatever there is.
+    All hashes in text files with one per line, as `sha256sum` writes them: the hash first, followed by any text.
 
     Raises:
-        PairDataError: a file that cannot be read, or a line that begins with no hash.
+        PairDataError: a file cannot be read, or a line does not begin with a hash.
     """
     hashes: set[str] = set()
     for file in files:
@@ -29,7 +29,7 @@ def read_hashes(files: Iterable[str]) -> frozenset[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise PairDataError(f"{file}: cannot be read as a list of hashes: {error}") from error
 
-        # sha256sum marks a name that it had to escape
+        # sha256sum puts a backslash before the hash if it escaped the name
         for number, line in enumerate(lines, 1):
             first = line.split(maxsplit=1)[0].lstrip("\\").lower() if line.strip() else ""
             if first and (len(first) != LENGTH or not set(first) <= set(string.hexdigits)):
@@ -42,10 +42,10 @@ def read_hashes(files: Iterable[str]) -> frozenset[str]:
 
 def image_hash(image: Any) -> str | None:
     """
-    The SHA-256 of a row's image, bytes or a path or {"bytes", "path"}; None of anything else.
+    The SHA-256 of a row's image: bytes, a path or {"bytes", "path"}; None for anything else.
 
     Raises:
-        OSError: a file that cannot be read.
+        OSError: the file cannot be read.
     """
     if isinstance(image, dict):
         image = image.get("path") if image.get("bytes") is None else image["bytes"]

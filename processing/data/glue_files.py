@@ -1,7 +1,7 @@
-"""Tasks on texts alone in the official TSV files of GLUE (Wang et al., 2019), and two of this project's in their form.
+"""Reads text tasks in the official TSV format of GLUE (Wang et al., 2019), and two tasks of this project.
 
-A row is {"text", "second_text" or None, "label": the place of its class or a score, "id"}. Fields stand between tabs,
-and a quotation mark is a letter like any other.
+A row is {"text", "second_text" or None, "label": class index or score, "id"}. Fields are separated by tabs, and
+quotation marks have no special meaning.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,20 +29,20 @@ SUPERSENSES = (
     "verb.social", "verb.stative", "verb.weather", "adj.ppl",
 )  # fmt: skip
 
-# what MoMo's Tables 2 and 3 report of a task
+# metrics of MoMo's Tables 2 and 3
 Metric = Literal["accuracy", "f1", "correlation"]
 
 
 @dataclass(frozen=True)
 class TextTask:
     """
-    One task on texts alone.
+    A task on texts alone.
 
     Attributes:
-        texts: Columns of its one text or its two.
-        target: Column of what is right.
-        labels: What a class is called in the files, by its number; none where the target is a score.
-        names: What a class is called elsewhere, where the files have numbers.
+        texts: Columns of its one or two texts.
+        target: Column of the label.
+        labels: Class names in the files, by index; empty if the target is a score.
+        names: Readable class names, if the files have numbers.
         metric: Accuracy; accuracy and F1 of class 1; or correlations of a score.
     """
 
@@ -69,7 +69,7 @@ TEXT_TASKS = {
     "qnli": TextTask(("question", "sentence"), labels=ENTAILMENT),
     "rte": TextTask(SENTENCES, labels=ENTAILMENT),
     "stsb": TextTask(SENTENCES, "score", metric="correlation"),
-    # of WordNet's glosses, examples/data/glosses
+    # from WordNet's glosses, examples/data/glosses
     "hypernym": TextTask(SENTENCES, labels=ENTAILMENT),
     "supersense": TextTask(("sentence",), labels=SUPERSENSES),
 }
@@ -92,12 +92,12 @@ def open_text_task(
     Rows of one or several files of a task, with their labels.
 
     Args:
-        name: Of `TEXT_TASKS`.
-        clean: How a text is rewritten, by the rules of captions.
-        bad_rows: As `ListedRows`.
+        name: A key of `TEXT_TASKS`.
+        clean: Rewrites each text, as for captions.
+        bad_rows: As in `ListedRows`.
 
     Raises:
-        PairDataError: a file that cannot be read or lacks a column; rows that cannot be used, with their numbers.
+        PairDataError: a file cannot be read or lacks a column, or rows are bad; the message gives their numbers.
     """
     task = text_task(name)
     rows = [row for source in sources for row in _rows(source, task, clean)]
@@ -112,7 +112,7 @@ def _rows(source: str, task: TextTask, clean: Callable[[str], str] | None) -> It
     except OSError as error:
         raise PairDataError(f"{source}: cannot be read: {error.strerror or error}") from error
 
-    # which column is which; the test sets of GLUE have no labels
+    # find the columns; the test sets of GLUE have no labels
     first, *lines = content.decode("utf-8-sig", errors="surrogateescape").split("\n")
     header = first.rstrip("\r").split("\t")
     if missing := [column for column in (*task.texts, task.target) if column not in header]:
@@ -128,7 +128,7 @@ def _rows(source: str, task: TextTask, clean: Callable[[str], str] | None) -> It
 def _row(
     cells: Sequence[str], header: Sequence[str], task: TextTask, clean: Callable[[str], str] | None
 ) -> dict[str, Any]:
-    """A row of a line; where it cannot be one, an empty row whose "fault" says why."""
+    """The row of a line; for a bad line, an empty row whose "fault" gives the reason."""
     empty: dict[str, Any] = {"text": "", "second_text": None, "label": 0}
     try:
         if len(cells) != len(header):

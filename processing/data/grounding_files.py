@@ -1,10 +1,10 @@
-"""Referring expressions with boxes: RefCOCO+ in the files that ALBEF and SIMLA evaluate with.
+"""Referring expressions with boxes: RefCOCO+ in the files used by ALBEF's and SIMLA's evaluation.
 
 - `refcoco+_train.json`, `refcoco+_val.json`, `refcoco+_test.json` (ALBEF's download): a list of
   {"image": path in the folder of pictures, "text": expression, "ref_id": int}.
-- `refs(unc).json`: the list that REFER ships as `refs(unc).p`, one entry for each object that is spoken of, of which
-  "ref_id", "ann_id", "image_id" and "split" (train, val, testA, testB) are read. REFER's own file is a pickle, which
-  can run any code and is not read here. Who trusts the copy at hand writes it down once, outside of this package:
+- `refs(unc).json`: the list that REFER ships as `refs(unc).p`, one entry per referred object, of which "ref_id",
+  "ann_id", "image_id" and "split" (train, val, testA, testB) are read. REFER's own file is a pickle, which can run any
+  code and is not read here. If you trust your copy, convert it once, outside of this package:
 
       python -c "import json, pickle; json.dump(pickle.load(open('refs(unc).p', 'rb')), open('refs(unc).json', 'w'))"
 
@@ -32,10 +32,10 @@ EVALUATED = ("val", "testA", "testB")
 
 
 def read_top(path: str | os.PathLike, kind: type, what: str) -> Any:
-    """A JSON file whose top is a `kind`.
+    """The content of a JSON file whose top level is a `kind`.
 
     Raises:
-        PairDataError: no such file, a pickle, no JSON, or something else at its top.
+        PairDataError: the file does not exist, is a pickle, is not JSON, or has another type at its top level.
     """
     # a pickle is never opened
     if Path(path).suffix in (".p", ".pkl", ".pickle"):
@@ -66,13 +66,13 @@ def read_boxes(
     refs: str | os.PathLike, instances: str | os.PathLike, detections: str | os.PathLike
 ) -> dict[int, dict[str, Any]]:
     """
-    What is known of each expression's object: ref_id -> {"split", "box", "size": (height, width), "boxes": those of
-    the detector, or None if it has none for the picture}.
+    The object of each expression: ref_id -> {"split", "box", "size": (height, width), "boxes": the detector's boxes,
+    or None if it has none for the image}.
 
     Raises:
-        PairDataError: a file that is not what it should be, or an entry that leads to no other.
+        PairDataError: a file has the wrong content, or an entry refers to a missing one.
     """
-    # three files, by the keys that lead from one to the other
+    # three files, indexed by the keys that link them
     objects = read_top(refs, list, "the referred objects")
     objects = _by_key(objects, "ref_id", ("ann_id", "image_id", "split"), str(refs))
     content = read_top(instances, dict, "COCO's instances")
@@ -83,7 +83,7 @@ def read_boxes(
     boxes = _by_key(content["annotations"], "id", ("bbox",), f"{instances}, annotations")
     detected = read_top(detections, dict, "the detector's boxes")
 
-    # what they say together of each expression's object
+    # join them for each expression's object
     objects_known = {}
     for ref_id, ref in objects.items():
         if ref["ann_id"] not in boxes or ref["image_id"] not in pictures:
@@ -107,23 +107,23 @@ def open_grounding(
     bad_rows: Literal["raise", "skip"] = "raise",
 ) -> ListedRows:
     """
-    Expressions as rows {"image": path, "captions": [text], "id": the picture's file name, "ref_id"}; expressions of
-    one picture share an id, so that none counts as a negative of another (ALBEF's code).
+    Expressions as rows {"image": path, "captions": [text], "id": file name of the image, "ref_id"}; expressions of one
+    image share an id, so that none is a negative of another (ALBEF's code).
 
     Args:
         sources: one or several of ALBEF's lists.
-        image_folder: what "image" is relative to; the folder of each list by default.
-        boxes: from `read_boxes`; rows then also have "split", "box", "size" and "boxes", and lack of any is an error.
-        clean: applied to each expression, `pre_caption` say.
+        image_folder: folder that "image" is relative to; the folder of each list by default.
+        boxes: from `read_boxes`; rows then also have "split", "box", "size" and "boxes", and none may be missing.
+        clean: rewrites each expression, for example `pre_caption`.
 
     Raises:
-        PairDataError: no such file, no list, or rows that cannot be used (with `bad_rows="raise"`).
+        PairDataError: a file does not exist or is not a list, or rows are bad (with `bad_rows="raise"`).
     """
     # one or several lists, each with its own folder
     paths = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     rows: list[dict[str, Any]] = []
     for path in paths:
-        # what is no object keeps its number as an empty row, which the check names
+        # an entry that is not an object becomes an empty row, which the check reports
         folder = Path(path).parent if image_folder is None else image_folder
         for entry in read_top(path, list, "the list of expressions"):
             entry = entry if isinstance(entry, Mapping) else {}
@@ -135,11 +135,11 @@ def open_grounding(
                 "ref_id": ref_id,
             }
 
-            # what is known of its object, where boxes are asked for
+            # its object, if boxes are given
             known = boxes.get(ref_id) if boxes is not None and isinstance(ref_id, (int, str)) else None
             rows.append(row | dict(known or {}))
 
-    # expressions are checked together, so that the error can count them
+    # all expressions are checked together, so that the error can count bad ones
     name = ", ".join(map(str, paths[:2])) + (f" (+{len(paths) - 2})" if len(paths) > 2 else "")
     return ListedRows(rows, name, _reason_with_boxes if boxes is not None else _reason, bad_rows)
 
@@ -152,7 +152,7 @@ def _reason_with_boxes(row: Mapping[str, Any]) -> str | None:
     if "box" not in row:
         return f"ref_id {row['ref_id']!r} is not among the referred objects"
 
-    # each thing that is wrong, the expression first
+    # all reasons, the expression's first
     wrong = [_reason(row), f"its object: {reason}" if (reason := box_reason(row["box"])) else None]
     if not row["boxes"]:
         wrong.append("the detector has no boxes for its picture")

@@ -24,7 +24,7 @@ COLUMNS = {"image": "image", "text": "captions", "id": "id"}
 
 
 class Entry(NamedTuple):
-    """A picture with its captions, unchecked, and what messages call it; without an id it is known by its path."""
+    """An image with its captions, unchecked, and its name in messages; without an id, the path identifies it."""
 
     image: Any
     captions: Any

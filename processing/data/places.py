@@ -1,4 +1,4 @@
-"""Where data lie: a path that is there is taken as it is written, a pattern stands for the files that fit it."""
+"""Resolves the paths of data: an existing path is taken literally, a pattern is expanded to the matching files."""
 
 import glob
 import os
@@ -12,20 +12,19 @@ HUB = "hf://"
 REPOSITORY = re.compile(
     r"(?:(?P<kind>datasets|spaces)/)?(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>.+)"
 )
-SPANS = re.compile(r"\{\d+\.\.\d+\}")  # of shards, cc-{000..127}.tar
+SPANS = re.compile(r"\{\d+\.\.\d+\}")  # ranges of shards, cc-{000..127}.tar
 
 
 class PairDataError(ValueError):
-    """The data cannot be used; the message names the source, the rows and what is wrong with them."""
+    """The data cannot be used; the message names the source, the rows and the reasons."""
 
 
 def expand(source: Any) -> Any:
     """
-    A source in which patterns, and files on the Hub, have become files on this machine, in the order of their names;
-    anything else as it is.
+    Expands patterns and files on the Hub to local files, sorted by name; any other source is returned unchanged.
 
     Raises:
-        PairDataError: a pattern that nothing fits; a file that the Hub does not give.
+        PairDataError: no file matches a pattern, or the Hub does not provide a file.
     """
     if isinstance(source, (list, tuple)):
         expanded = [expand(one) for one in source]
@@ -45,7 +44,7 @@ def expand(source: Any) -> Any:
 
 
 def _from_hub(address: str) -> list[str]:
-    """Files of a repository, downloaded into the cache where they are not there yet."""
+    """Files of a repository, downloaded into the cache if missing."""
     from huggingface_hub import HfFileSystem, hf_hub_download
 
     found = []
@@ -70,10 +69,10 @@ def _from_hub(address: str) -> list[str]:
 
 def regular(path: str | os.PathLike) -> Path:
     """
-    The path, if a file is there. A pipe would wait for ever, and a device may have no end.
+    The path of a regular file. Reading a pipe might block for ever, and a device may be endless.
 
     Raises:
-        PairDataError: nothing is there, or a folder, a pipe, a socket or a device.
+        PairDataError: the path does not exist, or is a folder, a pipe, a socket or a device.
     """
     try:
         mode = os.stat(path).st_mode
@@ -88,8 +87,8 @@ def regular(path: str | os.PathLike) -> Path:
 
 def located(path: str) -> str:
     """
-    The path of a picture as a table names it: as it is written, else with the separators of another system or its
-    accents composed otherwise, if a file is there.
+    The path of an image that a table names: as written, or, if a file exists there, with another system's separators
+    or Unicode normalisation.
     """
     if (path.isascii() and "\\" not in path) or os.path.isfile(path):
         return path

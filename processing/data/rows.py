@@ -260,7 +260,7 @@ def undecoded(data: Any, image_column: str | None) -> Any:
 
 
 def row_of(cells: Mapping[str, Any], number: int, folder: str | None) -> dict[str, Any]:
-    """A row of its cells by role, an image's path joined to `folder`; without a cell for it, the id is `number`."""
+    """A row from its cells by role, with image paths joined to `folder`; without an id cell, the id is `number`."""
     image = cells.get("image")
     text = plain_texts(cells.get("text"))
     if folder is not None:

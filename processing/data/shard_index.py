@@ -350,8 +350,8 @@ def _index_row(
 
 
 def _text_of(sample: _Sample, columns: ShardColumns, file: BinaryIO, has: str) -> tuple[list[str], str]:
-    """Captions, and the id as JSON. Raises `ValueError` with what is wrong."""
-    # where the text stands: in a member of its own, or among the fields of a .json
+    """Captions, and the id as JSON. Raises `ValueError` with the reason why they are bad."""
+    # the text is a member of its own, or a field of a .json
     ending = (columns.text or "txt").lower()
     in_fields = columns.reads_text and ending not in sample.members
     fields = _fields(sample, file) if columns.reads_fields or in_fields else None

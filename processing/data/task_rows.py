@@ -1,10 +1,10 @@
-"""Rows of three tasks out of the annotation files they are published in, and of ALBEF's merged files.
+"""Reads rows of three tasks from their published annotation files, and from ALBEF's merged files.
 
-Questions (VQA v2, Visual Genome)  {"image", "text", "answers": as given, "weight": of all of them together, "kind"}
-Entailment (SNLI-VE)               {"image", "text", "label"}, a place in `ENTAILMENT_LABELS`
-Reasoning (NLVR2)                  {"image", "second_image", "text", "label"}, a place in `REASONING_LABELS`
+Questions (VQA v2, Visual Genome)  {"image", "text", "answers": as given, "weight": their total weight, "kind"}
+Entailment (SNLI-VE)               {"image", "text", "label"}, an index into `ENTAILMENT_LABELS`
+Reasoning (NLVR2)                  {"image", "second_image", "text", "label"}, an index into `REASONING_LABELS`
 
-Every row has an "id" too: the question's, the pair's or the sentence's, else its number. Pictures are paths.
+Every row also has an "id": that of the question, pair or sentence, else its row number. Images are paths.
 """
 
 import re
@@ -25,8 +25,8 @@ from .text_tables import is_utf8
 
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
 REASONING_LABELS = ("False", "True")
-VISUAL_GENOME_WEIGHT = 0.5  # what an answer of one annotator counts beside those of ten (ALBEF's code)
-CHUNK = 65_536  # rows made at a time
+VISUAL_GENOME_WEIGHT = 0.5  # weight of an answer by one annotator, relative to those of ten (ALBEF's code)
+CHUNK = 65_536  # rows converted at a time
 
 QUESTION_COLUMNS = pa.schema(
     {
@@ -46,10 +46,10 @@ EMPTY_QUESTION: Draft = {"image": None, "text": "", "answers": [], "weight": 0.0
 
 
 class TableRows(Sequence):
-    """Rows as columns, each made a mapping when it is asked for: VQA v2 with Visual Genome has two million."""
+    """Rows stored as columns and converted to mappings on access: VQA v2 with Visual Genome has two million."""
 
     def __init__(self, drafts: Iterable[Draft], schema: pa.Schema):
-        # a chunk at a time: all drafts together would be mappings of two million rows
+        # a chunk at a time, to avoid holding two million mappings
         drafts = iter(drafts)
         chunks: list[pa.Table] = []
         while chunk := list(islice(drafts, CHUNK)):
@@ -78,27 +78,27 @@ def open_questions(
     bad_rows: Literal["raise", "skip"] = "raise",
 ) -> ListedRows:
     """
-    Questions about pictures.
+    Questions about images.
 
     Args:
-        sources: JSON files of any of four kinds, told apart by what they hold: VQA v2's questions and annotations
-            (matched by question_id, whatever file they are in), Visual Genome's question_answers, and ALBEF's lists of
+        sources: JSON files of four kinds, recognised by their content: VQA v2's questions and annotations (matched by
+            question_id across all files), Visual Genome's question_answers, and ALBEF's lists of
             {"image", "question", "answer", "dataset": "vqa" | "vg", "question_id"}.
-        folder: what picture paths are relative to; if none, the file. COCO's lie there in `train2014/` and the like,
-            or without folders.
-        genome_folder: likewise of Visual Genome; if none, `folder`.
-        answered: every row must have answers, as in training. Without, "answers" may be empty.
-        clean: how a question is rewritten, `pre_question` for ALBEF's reading.
-        bad_rows: as `ListedRows`.
+        folder: folder that image paths are relative to; by default that of the file. COCO's images are in subfolders
+            such as `train2014/`, or directly in it.
+        genome_folder: the same for Visual Genome; defaults to `folder`.
+        answered: whether every row must have answers, as in training; otherwise "answers" may be empty.
+        clean: rewrites each question; `pre_question` follows ALBEF.
+        bad_rows: as in `ListedRows`.
 
     Raises:
-        PairDataError: a file that is none of these; rows that cannot be used, with their numbers.
+        PairDataError: a file is none of these, or rows are bad; the message gives their numbers.
     """
     forget_files()
 
     annotations, asking = _told_apart(sources)
 
-    # questions alone may be asked, answers alone may not
+    # questions may come without annotations, but not annotations without questions
     if not asking:
         raise PairDataError(f"{_named(sources)}: annotations without the questions they are about")
 
@@ -115,13 +115,13 @@ def open_questions(
             for record in records:
                 yield _drafted(record, make, EMPTY_QUESTION, ("image",), clean, answered)
 
-    # a question without an id has its row's number, negative so that it is no other question's
+    # a question without an id gets its row number, negative to differ from all question ids
     numbered = (one if one["id"] is not None else {**one, "id": -1 - row} for row, one in enumerate(drafts()))
     return _opened(TableRows(numbered, QUESTION_COLUMNS), sources, bad_rows, ("image",))
 
 
 def _told_apart(sources: Sequence[str]) -> tuple[dict[Any, dict[str, Any]] | None, list[tuple[str, Any]]]:
-    """The annotations by question, None if there are none, and the files of questions, by what each file holds."""
+    """Sorts files by their content: annotations by question id, None if there are none, and files of questions."""
     annotations: dict[Any, dict[str, Any]] | None = None
     asking: list[tuple[str, Any]] = []
     for source in sources:
@@ -149,12 +149,12 @@ def open_entailment(
 ) -> ListedRows:
     """
     Premises and hypotheses: SNLI-VE's jsonl (Flickr30K_ID, sentence2, gold_label) or ALBEF's lists of {"image",
-    "sentence", "label"}. Pictures are Flickr30k's, in `folder` or a folder `flickr30k-images` there. Arguments and
-    errors as `open_questions`.
+    "sentence", "label"}. Images are Flickr30k's, in `folder` or its subfolder `flickr30k-images`. Arguments and errors
+    are those of `open_questions`.
     """
 
     def make(record: Mapping[str, Any], home: str) -> Draft:
-        # SNLI-VE's files spell the field in three ways
+        # SNLI-VE's files have three spellings of this field
         name = str(first_field(record, ("Flickr30K_ID", "Flickr30kID", "Flikr30kID", "image"), (str, int)))
         name = name.removesuffix(".jpg") + ".jpg"
         return {
@@ -174,13 +174,13 @@ def open_reasoning(
     bad_rows: Literal["raise", "skip"] = "raise",
 ) -> ListedRows:
     """
-    Sentences about two pictures: NLVR2's jsonl (identifier, sentence, label) or ALBEF's lists of {"images",
-    "sentence", "label"}. The identifier names the pictures `{identifier less its last number}-img0.png`, which lie in
-    `folder`, in a folder of their split, or in one of their directory in that. Arguments, errors: `open_questions`.
+    Sentences about two images: NLVR2's jsonl (identifier, sentence, label) or ALBEF's lists of {"images", "sentence",
+    "label"}. Images are named `{identifier without its last number}-img0.png` and are in `folder`, in the subfolder of
+    their split, or in that of their directory there. Arguments and errors are those of `open_questions`.
     """
 
     def make(record: Mapping[str, Any], home: str) -> Draft:
-        # ALBEF's lists name the pictures, NLVR2's files an identifier
+        # ALBEF's lists give image paths, NLVR2's files an identifier
         if "images" in record:
             names = field(record, "images", (list,))
             if len(names) != 2 or not all(isinstance(name, str) for name in names):
@@ -201,8 +201,8 @@ def open_reasoning(
 
 
 def read_answer_list(path: str) -> list[str]:
-    """The candidates that answers are chosen from, a JSON list. Raises `PairDataError`: no such list, or one twice."""
-    # a list of texts, each once
+    """The candidate answers, a JSON list. Raises `PairDataError` if it is not a list, or has duplicates."""
+    # a list of distinct texts
     answers = read_json(path)
     if not isinstance(answers, list) or not answers or not all(isinstance(one, str) and one for one in answers):
         raise PairDataError(f"{path}: expected a list of answers, one string at least, none of them empty")
@@ -215,7 +215,7 @@ def read_answer_list(path: str) -> list[str]:
 def _coco_question(
     record: Mapping[str, Any], home: str, subtype: str, annotations: Mapping[Any, Mapping[str, Any]] | None
 ) -> Draft:
-    # the question, and the picture that COCO calls by number
+    # the question, and COCO's image, named by number
     number = field(record, "question_id", (int,))
     picture = field(record, "image_id", (int,))
     name = f"COCO_{subtype}_{picture:012d}.jpg"
@@ -228,7 +228,7 @@ def _coco_question(
         "id": number,
     }
 
-    # its answers, where they are asked for
+    # its answers, if there are annotations
     if annotations is not None:
         if number not in annotations:
             raise RowFault(f"question {number} has no annotation")
@@ -242,13 +242,13 @@ def _coco_question(
 
 def _merged_question(record: Mapping[str, Any], home: str, genome: str) -> Draft:
     """A question of ALBEF's merged files, or one of Visual Genome's."""
-    # whose question it is: a single answer is Visual Genome's
+    # the data set: a single answer means Visual Genome
     one = isinstance(record.get("answer"), str)
     kind = record.get("dataset", "vg" if one else "vqa")
     if kind not in ("vqa", "vg"):
         raise RowFault(f"'dataset' must be 'vqa' or 'vg', got {kind!r:.40}")
 
-    # its picture, by path or by number
+    # its image, by path or by number
     if "image" in record:
         image = find_file(genome if kind == "vg" else home, field(record, "image", (str,)))
     else:
@@ -266,7 +266,7 @@ def _merged_question(record: Mapping[str, Any], home: str, genome: str) -> Draft
 
 
 def _genome_questions(content: list[Any]) -> Iterator[Any]:
-    """The records of a list, those of one picture in Visual Genome's files taken apart."""
+    """Yields the records of a list; those of Visual Genome's files are split into single questions."""
     for record in content:
         questions = record.get("qas") if isinstance(record, dict) else None
         if not isinstance(questions, list):
@@ -279,7 +279,7 @@ def _genome_questions(content: list[Any]) -> Iterator[Any]:
 def _answers(values: Any) -> list[str]:
     if not isinstance(values, list):
         raise RowFault(f"the answers must be a list, got {type(values).__name__} {values!r:.40}")
-    # VQA v2 has one mapping an annotator, ALBEF's lists have the answers alone
+    # VQA v2 has one mapping per annotator, ALBEF's lists have only the answers
     answers = [one.get("answer") if isinstance(one, dict) else one for one in values]
     if wrong := [one for one in answers if not isinstance(one, str) or not is_utf8(one)]:
         raise RowFault(f"an answer must be a string, got {type(wrong[0]).__name__} {wrong[0]!r:.40}")
@@ -292,7 +292,7 @@ def _reasoning_pictures(record: Mapping[str, Any], home: str) -> tuple[str, str]
     if pair is None:
         raise RowFault(f"'identifier' must read like 'train-10171-0-0', got {identifier!r:.40}")
 
-    # where the pictures may lie, as they are distributed or unpacked
+    # possible locations of the images, as distributed or unpacked
     split = pair["split"]
     directory = record.get("directory")
     places = ["", f"{split}/", f"{split}/{directory}/", f"images/{split}/", f"images/{split}/{directory}/"]
@@ -328,7 +328,7 @@ def _open_sentences(
             for record in content:
                 yield _drafted(record, partial(make, home=home), empty, images, clean, answered=False)
 
-    # a sentence without an id has its row's number
+    # a sentence without an id gets its row number
     numbered = (one if one["id"] is not None else {**one, "id": f"row {row}"} for row, one in enumerate(drafts()))
     text = ("text", "id", "fault")
     columns = pa.schema({**dict.fromkeys((*images, *text), pa.string()), "label": pa.int64()})
@@ -343,7 +343,7 @@ def _drafted(
     clean: Clean,
     answered: bool,
 ) -> Draft:
-    """A row of a record; where it cannot be one, an empty row whose "fault" says why."""
+    """The row of a record; for a bad record, an empty row whose "fault" gives the reason."""
     # a draft, if the record is an object with the fields of its task
     try:
         if isinstance(record, Broken):
@@ -352,7 +352,7 @@ def _drafted(
             raise RowFault(f"a row must be an object, got {type(record).__name__} {record!r:.40}")
         draft = make(record)
 
-        # its text, as it is and as it is cleaned
+        # its text, before and after cleaning
         if reason := caption_reason(draft["text"]):
             raise RowFault(reason.replace("the caption", "the text", 1))
         if clean is not None:
@@ -367,7 +367,7 @@ def _drafted(
     except RowFault as fault:
         return {**empty, "fault": str(fault).encode("utf-8", "backslashreplace").decode()}
 
-    # its pictures, all that are missing
+    # all missing images
     missing = (f"no picture file {draft[name]}" for name in images if not is_file(draft[name]))
     return {**draft, "fault": "; ".join(missing) or None}
 
@@ -375,7 +375,7 @@ def _drafted(
 def _opened(
     rows: TableRows, sources: Sequence[str], bad_rows: Literal["raise", "skip"], images: Sequence[str]
 ) -> ListedRows:
-    # pictures have been looked for: a row with another fault may have lost the name of its own
+    # image files were already checked; rows with other faults may have no image name
     return ListedRows(rows, _named(sources), lambda row: row["fault"], bad_rows, images, looked_for=True)
 
 
