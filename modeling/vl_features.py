@@ -163,7 +163,7 @@ class TokenPredictions:
 class MaskedTokens(TokenPredictions):
     """Masked language modelling: the head on every state of the tower, which is the attribute `base_model_prefix`."""
 
-    # the loss is a mean over all tokens of a step, however they are distributed over its batches
+    # the loss is a mean over all tokens of a step, across its accumulated batches
     accepts_loss_kwargs = True
 
     @can_return_tuple
@@ -186,7 +186,7 @@ class MaskedTokens(TokenPredictions):
         tower = getattr(self, self.base_model_prefix)
         outputs = tower(input_ids, attention_mask, pixel_values, return_dict=True, **kwargs)
 
-        # the places that ids speak of
+        # states at the positions of the ids, without patches
         states = without_patches(outputs.last_hidden_state, input_ids.shape[1])  # (B, L, D)
         logits = self.lm_head(states)  # (B, L, V)
         loss = None

@@ -1,6 +1,6 @@
-"""From a map of a picture to a box: scores of boxes, the best rectangle, overlap, and a picture to look at.
+"""Turns localisation maps into boxes: scores of boxes, the best rectangle, IoU, and an overlay image.
 
-h x w cells of a map, H x W pixels of a picture, n boxes. A box is (x, y, width, height) in pixels, as in COCO.
+h x w cells of a map, H x W pixels of an image, n boxes. A box is (x, y, width, height) in pixels, as in COCO.
 Source: ALBEF's and SIMLA's evaluation of RefCOCO+ (dataset/utils.py); the rectangle search is ours.
 """
 
@@ -24,7 +24,7 @@ def resize_map(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def box_reason(box: Box) -> str | None:
-    """What is wrong with a box; None if nothing."""
+    """Why a box is invalid; None if it is valid."""
     numbers = isinstance(box, Sequence) and len(box) >= 4 and all(isinstance(side, Real) for side in box[:4])
     if not numbers or not all(np.isfinite(box[:4])):
         return f"a box is (x, y, width, height), got {box!r:.60}"
@@ -33,11 +33,11 @@ def box_reason(box: Box) -> str | None:
 
 def score_boxes(pixels: torch.Tensor, boxes: Sequence[Box], exponent: float = 0.5) -> torch.Tensor:
     """
-    The sum of a map (H, W) inside each box over its area to the power `exponent`: between the sum, which large boxes
-    win, and the mean, which small ones win. Corners are cut to whole pixels. -> (n,)
+    The sum of a map (H, W) inside each box, divided by area ** `exponent`: a compromise between the sum, which favours
+    large boxes, and the mean, which favours small ones. Corners are truncated to whole pixels. -> (n,)
 
     Raises:
-        ValueError: no boxes, or one that is none.
+        ValueError: there are no boxes, or one is invalid.
     """
     if not len(boxes):
         raise ValueError("there are no boxes to score")
@@ -45,7 +45,7 @@ def score_boxes(pixels: torch.Tensor, boxes: Sequence[Box], exponent: float = 0.
     for box in boxes:
         if (reason := box_reason(box)) is not None:
             raise ValueError(reason)
-        # to whole pixels, none outside the picture
+        # truncated to whole pixels inside the image
         x, y, width, height = box[:4]
         inside = pixels[max(int(y), 0) : max(int(y + height), 0), max(int(x), 0) : max(int(x + width), 0)]
         scores.append(inside.sum() / (width * height) ** exponent)
@@ -53,8 +53,8 @@ def score_boxes(pixels: torch.Tensor, boxes: Sequence[Box], exponent: float = 0.
 
 
 def box_iou(one: Box, other: Box) -> float:
-    """Overlap over union, pixels counted inclusively as in the official evaluation: boxes that share one row or one
-    column of pixels only do not overlap."""
+    """Intersection over union, with pixels counted inclusively as in the official evaluation: boxes that share only
+    one row or column of pixels do not overlap."""
     left = max(one[0], other[0])
     top = max(one[1], other[1])
     right = min(one[0] + one[2] - 1, other[0] + other[2] - 1)
@@ -64,8 +64,8 @@ def box_iou(one: Box, other: Box) -> float:
 
 
 def best_rectangle(cells: torch.Tensor, exponent: float = 0.5) -> tuple[int, int, int, int]:
-    """The (top, left, bottom, right) of all rectangles of cells whose sum over area ** `exponent` is highest; the end
-    is not part of it. What a perfect detector's boxes would be chosen from."""
+    """The rectangle of cells (top, left, bottom, right) with the highest sum / area ** `exponent` of all rectangles;
+    bottom and right are exclusive. It is the choice among the boxes of a perfect detector."""
     height, width = cells.shape
     total = F.pad(cells.double().cumsum(0).cumsum(1), (1, 0, 1, 0))  # (h + 1, w + 1)
     rows = torch.triu_indices(height + 1, height + 1, 1)  # (2, rectangles down), first and end
@@ -79,7 +79,7 @@ def best_rectangle(cells: torch.Tensor, exponent: float = 0.5) -> tuple[int, int
 
 
 def rectangle_box(cells: torch.Tensor, height: int, width: int, exponent: float = 0.5) -> tuple[float, ...]:
-    """`best_rectangle` of a map (h, w) as a box of its picture of H x W pixels."""
+    """`best_rectangle` of a map (h, w) as a box in its image of H x W pixels."""
     top, left, bottom, right = best_rectangle(cells, exponent)
     down = height / cells.shape[0]
     across = width / cells.shape[1]
@@ -87,8 +87,8 @@ def rectangle_box(cells: torch.Tensor, height: int, width: int, exponent: float 
 
 
 def overlay_map(picture: Image.Image, cells: torch.Tensor, box: Box | None = None) -> Image.Image:
-    """The picture in grey under its map, low blue and high red on a scale of its own, with the box drawn in."""
-    # the map in colours, on a scale of its own
+    """The image in grey, overlaid with its map, scaled from blue (minimum) to red (maximum), and the box."""
+    # the map in colours, scaled to its own range
     width, height = picture.size
     heat = resize_map(cells.cpu(), height, width).clamp_min(0)  # (H, W)
     heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)).numpy().astype(np.float64)
@@ -97,7 +97,7 @@ def overlay_map(picture: Image.Image, cells: torch.Tensor, box: Box | None = Non
     grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None]
     drawn = Image.fromarray((0.45 * grey + 0.55 * colours).round().astype(np.uint8))
 
-    # the box, as far as it lies in the picture
+    # the part of the box inside the image
     if box is not None:
         line = max(1, round(min(width, height) / 120))
         x, y, across, down = box[:4]

@@ -194,7 +194,7 @@ def name_of(picture: Any, position: int) -> str:
 
 
 def told_of(item: Any, reason: str) -> str:
-    """What is wrong with an entry, behind its name where the reason does not have that."""
+    """The reason why an entry is bad, prefixed with its name unless the reason contains it."""
     return reason if str(item) in reason else f"{item}: {reason}"
 
 

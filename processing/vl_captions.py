@@ -1,4 +1,4 @@
-"""What makes a string unfit to be a caption or a query, and how ALBEF's family rewrites one before it is tokenised."""
+"""Checks of captions and queries, and the text cleaning of ALBEF's family before tokenisation."""
 
 import re
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 MAX_CAPTION_LENGTH = 65_536  # characters; the slowest kind of text is tokenised in 90 ms at this length
 MAX_TEXT_LENGTH = 4_194_304  # characters of a text that is read in windows: a long book
 
-# ALBEF's code drops twelve marks and opens compounds; none of this is in the paper
+# ALBEF's code drops twelve punctuation marks and splits compounds; none of this is in the paper
 _MARKS = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})
 _WIDE_SPACE = re.compile(r"\s\s+")
 
 
 def pre_caption(text: str, max_words: int = 30) -> str:
-    """A caption as ALBEF, TCL and SIMLA read it: lower case, without marks, `<person>` a word, so many words."""
+    """Cleans a caption as ALBEF, TCL and SIMLA do: lower case, no punctuation, `<person>` as a word, truncated."""
     text = text.lower().translate(_MARKS).replace("<person>", "person")
     return _first_words(_WIDE_SPACE.sub(" ", text).rstrip("\n").strip(" "), max_words)
 
 
 def pre_question(text: str, max_words: int = 30) -> str:
-    """A question likewise; `<person>` and spaces inside stay as they are (ALBEF's code; its tests take 50 words)."""
+    """Cleans a question; `<person>` and inner spaces are kept (ALBEF's code; its tests take 50 words)."""
     return _first_words(text.lower().translate(_MARKS).rstrip(" "), max_words)
 
 
@@ -29,7 +29,7 @@ def _first_words(text: str, count: int) -> str:
 
 
 def caption_reason(caption: Any, what: str = "caption", longest: int = MAX_CAPTION_LENGTH) -> str | None:
-    """What is wrong with a caption, or with `what` else it is, of at most `longest` characters; None if nothing."""
+    """Why a caption is bad, or None; messages call it `what`, and it may have at most `longest` characters."""
     if caption is None:
         return f"the {what} is null"
     if not isinstance(caption, str):

@@ -1,4 +1,4 @@
-"""Many inputs or one: lists, and what stands for a list in `datasets` and in transformers' pipelines."""
+"""Tells one input from many: lists, and the list-like types of `datasets` and of transformers' pipelines."""
 
 import inspect
 import os
@@ -16,8 +16,8 @@ INSIDE = {os.path.dirname(__file__), os.path.join(os.path.dirname(transformers._
 
 def is_many(value: Any) -> bool:
     """
-    Whether a value holds inputs, and is none itself: a list, a tuple, an iterator, a `datasets` column or data set,
-    a `KeyDataset`, any sequence that is read by number. A text, encoded bytes, an array and a mapping are one input.
+    Whether a value is a collection of inputs: a list, a tuple, an iterator, a `datasets` column or data set, a
+    `KeyDataset`, or any indexable sequence. A text, encoded bytes, an array and a mapping are one input.
     """
     if isinstance(value, (str, bytes, bytearray, memoryview, Mapping, np.ndarray, np.generic, torch.Tensor)):
         return False
@@ -25,21 +25,21 @@ def is_many(value: Any) -> bool:
 
 
 def iterate(source: Any) -> Iterator[Any]:
-    """As `iter`, also of what is read by number and does not say where it ends, such as torch's data sets."""
+    """`iter`, also for indexable objects that are not iterable, such as torch's data sets."""
     return iter(source) if isinstance(source, Iterable) else (source[place] for place in range(len(source)))
 
 
 def undecoded(source: Any) -> Any:
     """
-    A data set or a column of `datasets`, or a `KeyDataset` over one, with pictures as they are stored; anything else
-    as it is. A damaged picture would else end the whole iteration.
+    Turns off image decoding in a data set or column of `datasets`, or a `KeyDataset` over one; returns anything else
+    unchanged. Otherwise a damaged image would end the whole iteration.
     """
     if isinstance(getattr(source, "column_name", None), str) and hasattr(source, "source"):
         return undecoded(source.source)[source.column_name]
     if hasattr(source, "dataset") and hasattr(source, "key"):
         return type(source)(undecoded(source.dataset), source.key)
 
-    # a transform or a format of the user's own sees what it always saw
+    # a user's own transform or format keeps its input
     features = getattr(source, "features", None) if hasattr(source, "cast_column") else None
     if not features or (getattr(source, "format", None) or {}).get("type") is not None:
         return source
@@ -50,7 +50,7 @@ def undecoded(source: Any) -> Any:
 
 
 def warn_caller(message: str) -> None:
-    """A warning that names the line outside of this package and of transformers' pipelines that led here."""
+    """Warns with the location of the first caller outside of this package and of transformers' pipelines."""
     frame, level = inspect.currentframe(), 1
     while frame is not None and os.path.dirname(frame.f_code.co_filename) in INSIDE:
         frame = frame.f_back
