@@ -232,7 +232,7 @@ def test_a_configuration_of_omegaconf_is_not_imported(tmp_path):
         (lambda path: path.write_bytes(b"not a checkpoint"), "cannot be read as weights|holds more than weights"),
         (lambda path: path.write_bytes(b""), "cannot be read as weights"),
         (lambda path: zipfile.ZipFile(path, "w").close(), "cannot be read as a checkpoint"),
-        (lambda path: torch.save({"model": {"a": 1}}, path), "got .'a'. beside"),
+        (lambda path: torch.save({"model": {"a": 1}}, path), "got also .'a'."),
         (lambda path: torch.save([torch.ones(1)], path), "expected tensors by name, got list"),
         (lambda path: torch.save({}, path), "expected tensors by name, got dict"),
     ],

@@ -242,7 +242,7 @@ def test_no_shape_tells_the_heads(tmp_path):
     dino = dino_model("simla")
     save_file(by_facebook(dino), tmp_path / "dino.safetensors")
     simla = CONFIG_MAPPING["simla"]
-    with pytest.raises(ValueError, match="48 wide, size 'nano' 192, and no shape tells the number of attention heads"):
+    with pytest.raises(ValueError, match="width 48, size 'nano' has 192, and no shape tells the number"):
         tower_fields(simla, "nano", {}, tmp_path / "dino.safetensors")
     model = fresh("simla", tmp_path / "dino.safetensors", num_attention_heads=6)
     report = initialise(model, tmp_path / "dino.safetensors")
@@ -293,7 +293,7 @@ def test_a_run_and_its_estimate_take_the_shape(tmp_path):
 
 def test_what_is_no_tower_is_told():
     simla = CONFIG_MAPPING["simla"]
-    with pytest.raises(MissingWeightsError, match=r"no blocks.0.norm1.weight, but \['a'\].*expected a ViT"):
+    with pytest.raises(MissingWeightsError, match=r"no blocks.0.norm1.weight; it has \['a'\].*expected a ViT"):
         tower_fields(simla, "nano", {}, vision={"a": torch.ones(1)})
-    with pytest.raises(MissingWeightsError, match="no embeddings.word_embeddings.weight, .*expected a BERT"):
+    with pytest.raises(MissingWeightsError, match="no embeddings.word_embeddings.weight; .*expected a BERT"):
         tower_fields(simla, "nano", {}, text={"a": torch.ones(1)})

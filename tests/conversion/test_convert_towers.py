@@ -211,7 +211,7 @@ def test_both_towers_in_one_report():
     report = initialise(model, vision=vit.state_dict(), text=bert.state_dict())
     assert set(report.used) | set(report.left_over) == set(vit.state_dict()) | set(bert.state_dict())
     assert {name.split(".")[1] for name in report.used.values()} == {"vision", "text"}
-    assert "pooler.dense.bias: this model has no such part" in report.describe()
+    assert "pooler.dense.bias: our model has no such part" in report.describe()
 
 
 def test_longer_tables_of_words_are_cut():
@@ -220,7 +220,7 @@ def test_longer_tables_of_words_are_cut():
     report = initialise(model, text=bert.state_dict())
     table = model.simla.text.embeddings.position_embeddings.weight
     assert torch.equal(table, bert.embeddings.position_embeddings.weight[:32])
-    assert report.changed["embeddings.position_embeddings.weight"] == "the first 32 of 45 rows"
+    assert report.changed["embeddings.position_embeddings.weight"] == "truncated to the first 32 of 45 rows"
 
 
 def broken(state: dict, **changes) -> dict:

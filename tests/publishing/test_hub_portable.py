@@ -268,7 +268,7 @@ def test_clear_errors(model, processor, tmp_path):
     foreign.config.__class__ = type("Unregistered", (transformers.ViTConfig,), {})
     with pytest.raises(ValueError, match="Unregistered is not registered with AutoModel"):
         export_model(foreign, processor, tmp_path / "x")
-    with pytest.raises(FileNotFoundError, match=r"lacks config.json.*\*.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"config.json.*\*.safetensors missing"):
         push_to_hub(tmp_path, "org/nothing")
 
 

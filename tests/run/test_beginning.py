@@ -129,7 +129,7 @@ def test_a_damaged_file_and_another_models_are_refused(pretrained, tmp_path):
 
 def test_a_file_without_a_model_is_refused():
     model = parse_arguments(["--family", "oner", "--train_data", "x", "--initial_objective", "a.safetensors"]).model
-    with pytest.raises(ValueError, match="'a.safetensors', teacher of a model; expected initial_model too"):
+    with pytest.raises(ValueError, match="'a.safetensors', the teacher of a model; expected initial_model too"):
         objective_file(model)
 
 
