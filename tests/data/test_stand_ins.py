@@ -193,6 +193,7 @@ def test_a_stand_in_draws_for_itself(pairs, tokenizer):
     assert len(turns) == 2 and not torch.equal(*turns)
 
 
+@pytest.mark.filterwarnings("ignore:.*different pictures")
 def test_failed_stand_ins_are_listed_too(pairs, tokenizer):
     bad = tuple(range(0, 32, 2))
     rows = open_rows(broken(pairs, bad=bad), bad_rows="skip")
