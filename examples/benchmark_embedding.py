@@ -20,10 +20,11 @@ from typing import Any
 
 import onnxruntime
 import torch
+from benchmark_steps import transformers_clip
 from evidence_table import machine_facts
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from page_marks import between_marks
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import AutoTokenizer
 
 from oner import OneRConfig, OneRModel, open_rows
 from oner.training.publishing.onnx_export import Embedding, export_program, write_graph
@@ -35,21 +36,6 @@ EMOJI = ROOT / "examples" / "data" / "emoji" / "train.parquet"
 TOKENIZER = ROOT / "examples" / "checkpoints" / "oner-emoji"
 CLIP_LENGTH = 77
 Calls = Mapping[str, Callable[[], object]]
-
-
-def clip_like(config: OneRConfig) -> CLIPModel:
-    """Random weights; a text tower as wide and deep as that of pictures."""
-    width = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "projection_dim": config.projection_dim,
-    }
-    vision = {**width, "image_size": config.image_size, "patch_size": config.patch_size}
-    text = {**width, "vocab_size": config.vocab_size, "max_position_embeddings": CLIP_LENGTH}
-    text |= {"bos_token_id": config.cls_token_id, "eos_token_id": config.vocab_size - 1}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.projection_dim)).eval()
 
 
 def by_turns(calls: Calls, repeats: int) -> dict[str, float]:
@@ -114,7 +100,7 @@ def measure(repeats: int, size: str = "base", pictures: int = 8, captions: int =
     models = {
         "OneR": OneRModel(config).eval(),
         "OneR, linear stem": OneRModel(OneRConfig.from_size(size, stem="linear", **fields)).eval(),
-        "CLIP": clip_like(config),
+        "CLIP": transformers_clip(config, CLIP_LENGTH).eval(),
     }
     side = config.image_size
     pixels = torch.rand(pictures, 3, side, side)  # (B, 3, H, W)

@@ -145,21 +145,26 @@ class OpenClipStep(Step):
         self.objective.after_step()
 
 
+def transformers_clip(config: OneRConfig, positions: int) -> CLIPModel:
+    """Random weights; both towers have the configuration's width, depth and heads, texts as many positions."""
+    width = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "projection_dim": config.projection_dim,
+    }
+    vision = {**width, "image_size": config.image_size, "patch_size": config.patch_size}
+    text = {**width, "vocab_size": config.vocab_size, "max_position_embeddings": positions}
+    text |= {"bos_token_id": config.cls_token_id, "eos_token_id": config.vocab_size - 1}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.projection_dim))
+
+
 class TransformersClipStep(Step):
     """transformers' `CLIPModel` of the same size, with its own loss, over texts padded to the longest of the batch."""
 
     def __init__(self, arguments: Arguments, config: OneRConfig, device: torch.device, half: bool):
-        width = {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "projection_dim": config.projection_dim,
-        }
-        vision = {**width, "image_size": config.image_size, "patch_size": config.patch_size}
-        text = {**width, "vocab_size": config.vocab_size, "max_position_embeddings": config.max_text_length + 1}
-        text |= {"bos_token_id": config.cls_token_id, "eos_token_id": config.vocab_size - 1}
-        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.projection_dim))
+        clip = transformers_clip(config, config.max_text_length + 1)
         super().__init__(clip, arguments, device, half, compiled=False)
         self.image_token_id = config.image_token_id
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from real_browser import CHROMIUM, page_at
 from tiny_pretraining import load_example
 from transformers import AutoProcessor
 
 from oner.processing.retrieval_index import RetrievalIndex
 from oner.training.publishing.shipped import shipped_checkpoint
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # a busy machine takes long to answer
 PATIENCE = 240_000
 # of 8 bits a last digit can turn a rounding of activations, and with it the vector a little
@@ -102,20 +102,12 @@ def index(site, pairs) -> RetrievalIndex:
 @pytest.fixture(scope="module")
 def page(site) -> Iterator[Any]:
     """A page of the browser; `elsewhere` are addresses that it asked beside the server's."""
-    playwright = pytest.importorskip("playwright.sync_api")
+    pytest.importorskip("playwright.sync_api")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/"
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = chromium.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.elsewhere = []
-        page.on("request", lambda request: request.url.startswith(address) or page.elsewhere.append(request.url))
-        page.goto(address)
-        page.wait_for_selector("button:enabled")
+    with page_at(address, "button:enabled", PATIENCE) as page:
         yield page
-        chromium.close()
     server.shutdown()
     server.server_close()
 

@@ -1,6 +1,5 @@
 """The search page in a real Chromium, by playwright: words, an upload, both, a click on an answer, another index."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +7,12 @@ from typing import Any
 
 import pytest
 from families import FAMILIES
+from real_browser import CHROMIUM, page_at
 from tiny_search import search_of
 
 from oner.processing.retrieval_page import SearchPage
 from oner.training.publishing.space_layout import build_page, look
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # a busy machine takes long to answer
 PATIENCE = 120_000
 
@@ -42,17 +41,8 @@ def address(search) -> Iterator[str]:
 @pytest.fixture
 def browser(address) -> Iterator[Any]:
     """A page of the browser; `elsewhere` are addresses that it asked beside the server's."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = chromium.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.elsewhere = []
-        page.on("request", lambda request: request.url.startswith(address) or page.elsewhere.append(request.url))
-        page.goto(address)
-        page.wait_for_selector("#words textarea")
+    with page_at(address, "#words textarea", PATIENCE) as page:
         yield page
-        chromium.close()
 
 
 def captions(page: Any) -> list[str]:

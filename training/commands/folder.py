@@ -23,8 +23,8 @@ import yaml
 from oner.processing.data.augmentation import names_a_side
 from oner.processing.data.same_pictures import picture_digest
 from oner.processing.data.sources import TABLES, open_rows
-from oner.processing.image_processing_vl import ImageDecodeError, open_image
 from oner.processing.pipeline_image_text_retrieval import list_pictures
+from oner.training.evaluation.embedding import picture_fault
 from oner.training.publishing.shipped import shipped_checkpoint, shipped_config
 from oner.training.run.parsing import read_config
 
@@ -195,17 +195,9 @@ def read_folder(folder: Path) -> list[Pair]:
 def readable(pairs: Sequence[Pair]) -> list[Pair]:
     """Those whose picture can be read; of the others it is said how many, and what is wrong with the first."""
     with ThreadPoolExecutor() as threads:
-        reasons = list(threads.map(_unreadable, [pair.image for pair in pairs]))
+        reasons = list(threads.map(picture_fault, [pair.image for pair in pairs]))
     tell_left_out([reason for reason in reasons if reason is not None], len(pairs), "pictures")
     return [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
-
-
-def _unreadable(image: str | bytes) -> str | None:
-    try:
-        open_image(image, finish=lambda picture: None)
-    except ImageDecodeError as error:
-        return str(error)
-    return None
 
 
 def tell_left_out(reasons: Sequence[str], total: int, what: str) -> None:

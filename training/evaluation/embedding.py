@@ -55,6 +55,15 @@ def _embed(
     return embeddings
 
 
+def picture_fault(image: Any) -> str | None:
+    """Why an image cannot be decoded; None if it can."""
+    try:
+        open_image(image, finish=lambda picture: None)
+    except ImageDecodeError as error:
+        return str(error)
+    return None
+
+
 def check_pictures(
     rows: Sequence[Row],
     name: str,
@@ -81,12 +90,7 @@ def check_pictures(
         path = image if isinstance(image, str) else ""
         if path in known:
             return known[path]
-        try:
-            open_image(image)
-        except ImageDecodeError as error:
-            reason = str(error)
-        else:
-            reason = None
+        reason = picture_fault(image)
         if path:
             known[path] = reason
         return reason
