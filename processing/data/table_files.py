@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .parquet_batches import MOST_TIMES, chunks_of
 from .row_checks import (
     CHUNK,
     SHOWN,
@@ -40,8 +41,6 @@ from .waiting_lock import waiting_lock
 FORMAT = 2  # version of the cache file; changing it rebuilds all
 PEEK = 1000  # first rows, whose keys are the columns of JSON lines
 WRITTEN = 32 << 20  # minimum bytes of a batch in the cache file, to keep batches few
-UNPACKED = 1 << 30  # maximum bytes of the rows read at once, according to the parquet file's metadata
-MOST_TIMES = 100  # maximum expansion factor of a parquet file, beyond UNPACKED bytes
 WRITTEN_LIST = r"""^\s*\[\s*(?:'.*'|".*")\s*,?\s*\]\s*$"""
 COLUMNS = {"image": "image", "text": "captions", "id": "id"}  # of text files; parquet keeps its own names
 
@@ -239,14 +238,10 @@ def _parquet(files: Sequence[Path], columns: dict[str, str]) -> Iterator[pa.Tabl
         schemas.append(pa.schema([(column, _plain(found.field(column).type)) for column in wanted]))
     schema = pa.unify_schemas(schemas, promote_options="permissive")
 
-    # few enough rows at a time to fit in memory, even if each is the longest entry of a dictionary
     for file in files:
         with pq.ParquetFile(file) as parquet:
-            groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
-            chunks = [group.column(place) for group in groups for place in range(group.num_columns)]
-            sizes = [one.total_uncompressed_size for one in chunks if one.path_in_schema.split(".")[0] in wanted]
-            room = MOST_TIMES * sum(sizes) + UNPACKED
-            for batch in parquet.iter_batches(min(CHUNK, max(1, UNPACKED // max([*sizes, 1]))), columns=wanted):
+            room, rows = chunks_of(file, parquet, wanted)
+            for batch in parquet.iter_batches(min(CHUNK, rows), columns=wanted):
                 room -= batch.nbytes
                 if room < 0:
                     raise PairDataError(f"{file}: becomes more than {MOST_TIMES} times as long where it is unpacked")

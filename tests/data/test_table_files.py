@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from oner.processing.data import table_files, text_tables
+from oner.processing.data import parquet_batches, table_files, text_tables
 from oner.processing.data.sources import PairDataError, open_rows
 
 FORMS = ("csv", "jsonl", "parquet")
@@ -259,7 +259,7 @@ def test_a_dictionary_that_unpacks_into_too_much(home, monkeypatch, column):
     table = pa.table({"image": images, "text": pa.array(["a"] * 5000) if column == "bytes" else cells})
     pq.write_table(table, home / "p.parquet", dictionary_pagesize_limit=1 << 20, store_schema=False)
     assert (home / "p.parquet").stat().st_size < 100_000  # of 500 MB
-    monkeypatch.setattr(table_files, "UNPACKED", 1 << 20)
+    monkeypatch.setattr(parquet_batches, "UNPACKED", 1 << 20)
     before = pa.total_allocated_bytes()
     with pytest.raises(PairDataError, match="p.parquet: becomes more than 100 times as long"):
         open_rows(home / "p.parquet", bad_rows="skip")
