@@ -62,6 +62,7 @@ from evidence_table_simla import main_table as simla_main_table
 from evidence_table_simla import page as simla_page
 from evidence_table_transfer import main_table as transfer_main_table
 from evidence_table_transfer import page as transfer_page
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from oner import open_rows
@@ -335,7 +336,8 @@ def work_all(
 ) -> list[BaseException]:
     """All runs, `jobs` at a time, under a progress bar; returns the errors of those that failed."""
     children: list[subprocess.Popen] = []
-    pool, errors = ThreadPoolExecutor(jobs), []
+    # torch counts threads for each thread that asks; numpy and scikit-learn for the process
+    pool, errors = ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads,)), []
     waiting = list(reversed(runs))  # the longest first
     running: dict[Future, Run] = {}
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -432,6 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         [] if a.table in SCENES else open_rows(a.gallery, id_column=a.id_column),
     )
     torch.set_num_threads(a.threads)
+    threadpool_limits(a.threads, user_api="blas")
     errors: list[BaseException] = []
     rates: dict[str, dict[str, float]] = {}
     if a.rates:
