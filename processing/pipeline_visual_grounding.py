@@ -39,8 +39,8 @@ class VisualGroundingPipeline(PairPipeline):
     """For any model with `ground(input_ids, attention_mask, pixel_values)` → maps (n, h, w).
 
     Args (besides `PairPipeline`'s):
-        boxes: candidates, each {"xmin", "ymin", "xmax", "ymax"}, {"box": such a dict} as the object-detection
-            pipeline returns, or these four numbers. With several pairs, one list of candidates per pair.
+        boxes (calls only): candidates, each {"xmin", "ymin", "xmax", "ymax"}, {"box": such a dict} as the
+            object-detection pipeline returns, or these four numbers. With several pairs, one list per pair.
         overlay: whether to return "overlay", the image overlaid with the map and the box (False).
         mode, layer: arguments of the model's `ground`.
     """

@@ -5,7 +5,8 @@
     pipe("photo.png", question="what colour is it", candidates=["red", "green"])    # both, the likelier first
 
 Without candidates, the model generates one answer; its score is the geometric mean of its tokens' probabilities. With
-candidates, the model ranks them; a score is the candidate's likelihood divided by the sum over the ranked candidates.
+candidates, the model ranks them; the scores are a softmax over the log-likelihoods of the ranked candidates, in which
+the first token counts twice (ALBEF's and SIMLA's code).
 
 A model that classifies over a fixed list of answers returns the most likely of them, or of the candidates among them;
 each score is the probability of that answer alone, so scores need not sum to 1.
@@ -115,7 +116,7 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
             best = scores.sort(descending=True)
             return {"indices": places[best.indices], "scores": best.values}
 
-        # likelihoods of the ranked answers, normalised to sum to 1
+        # log-likelihoods of the ranked answers -> scores that sum to 1
         if "candidate_ids" in model_inputs:
             ranking = self.model.rank_answers(**model_inputs, k=RANKED)
             return {"indices": ranking.indices, "scores": ranking.scores.softmax(-1)}
