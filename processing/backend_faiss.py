@@ -1,11 +1,11 @@
-"""The backend "faiss": candidates from lists or a graph of neighbours, scored and ordered as exact search does it.
+"""The backend "faiss": candidates from inverted lists or a neighbour graph, scored and ordered as in exact search.
 
-    faiss-<digest>.index    beside the embeddings: 8 bits a number, in lists (IVF) or a graph (HNSW)
-    faiss.json              how it was built, and how far a search looks
+    faiss-<digest>.index    stored beside the embeddings: 8 bits per value, in inverted lists (IVF) or a graph (HNSW)
+    faiss.json              how it was built, and its search effort
 
-How far a search looks (nprobe, efSearch) is measured when it is built: far enough that queries out of the index itself
-find the share `recall` of their exact top 10. What is found is scored anew from the embeddings, so an answer that both
-have is the same to the bit; a search with conditions is exact.
+The search effort (nprobe, efSearch) is tuned when the index is built: high enough that queries taken from the index
+itself find at least the share `recall` of their exact top 10. Candidates are scored again from the embeddings, so an
+answer that exact search also finds has bit for bit the same score; a search with conditions is exact.
 
 Shapes: n items, P projection_dim, q queries, c candidates, k answers per query.
 """
@@ -25,22 +25,22 @@ from .retrieval_nearest import own_products, pack_keys, unit_rows, unpack_keys
 
 NAME = "faiss"
 KINDS = ("ivf", "hnsw")
-AT_ONCE = 65536  # rows that become fp32 together
-PER_LIST = 39  # rows that k-means wants for each list, by faiss
-TRAINED = 40  # rows for each list that k-means sees
-NEIGHBOURS = 32  # of a node of the graph
-BUILT_WITH = 80  # candidates that a node chooses its neighbours from
-SAMPLE = 256  # queries by which a search is tuned
-TUNED_AT = 10  # the k of the recall
+AT_ONCE = 65536  # rows converted to fp32 at once
+PER_LIST = 39  # minimum number of rows per list that faiss wants for k-means
+TRAINED = 40  # rows per list on which k-means is trained
+NEIGHBOURS = 32  # per node of the graph
+BUILT_WITH = 80  # candidates from which a node chooses its neighbours (efConstruction)
+SAMPLE = 256  # number of queries for tuning
+TUNED_AT = 10  # the k of recall@k
 
 
 class Backend(SearchBackend):
     """
     Args:
-        exact: the index whose embeddings it covers.
+        exact: the index with the embeddings.
         found: faiss's index over them.
         kind: "ivf" or "hnsw".
-        effort: nprobe, or efSearch.
+        effort: nprobe (IVF) or efSearch (HNSW).
     """
 
     def __init__(self, exact: RetrievalIndex, found: Any, kind: str, effort: int):
@@ -56,7 +56,7 @@ class Backend(SearchBackend):
     def build(cls, directory: Path, kind: str = "ivf", recall: float = 0.98) -> "Backend":
         """
         Raises:
-            ValueError: another kind, or a recall that is no share; an empty index.
+            ValueError: an unknown kind, a recall outside (0, 1], or an empty index.
         """
         faiss = library("faiss", "search")
         if kind not in KINDS:
@@ -68,11 +68,11 @@ class Backend(SearchBackend):
         if not len(exact):
             raise ValueError(f"{directory}: there is nothing in this index")
 
-        # filled, then tuned
+        # fill, then tune
         backend = cls(exact, filled(faiss, kind, exact.embeddings), kind, effort=1)
         reached = backend.tune(recall)
 
-        # the file under a name made of its digest, then the note that names it
+        # write the file under a name made from its digest, then the note that names it
         temporary = directory / f".faiss.{os.getpid()}.tmp"
         faiss.write_index(backend._found, str(temporary))
         digest = file_digest(temporary)
@@ -111,7 +111,7 @@ class Backend(SearchBackend):
         return self.exact.index_of(item)
 
     def search(self, queries: torch.Tensor, top_k: int = 10, where: Where = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `RetrievalIndex.search`: scores (q, k) fp32, falling, and indices (q, k) int64."""
+        """As `RetrievalIndex.search`: scores (q, k) fp32, descending, and indices (q, k) int64."""
         self.check_queries(queries, top_k)
         if read_where(where):
             return self.exact.search(queries, top_k, where=where)
@@ -119,18 +119,18 @@ class Backend(SearchBackend):
         k = min(top_k, len(self))
         places = self._candidates(rows, min(len(self), 2 * k + 30))  # (q, c)
 
-        # too few of them in the lists that were looked into
+        # fewer than k candidates, for example because the probed lists are short: search exactly
         if bool(((places >= 0).sum(1) < k).any()):
             return self.exact.search(queries, top_k)
 
-        # scored as exact search does; what is no candidate comes last
+        # scored as in exact search; empty places come last
         exact = own_products(rows, self.exact.embeddings, places.clamp(min=0))  # (q, c) fp64
         exact = exact.masked_fill(places < 0, -2.0).to(torch.float32)
         keys = pack_keys(exact, places.clamp(min=0))  # (q, c)
         return unpack_keys(keys.topk(k, dim=1).values)  # (q, k) each
 
     def _candidates(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """Queries (q, P) → numbers of items (q, count), -1 where there are no more."""
+        """Queries (q, P) → indices of items (q, count), padded with -1."""
         faiss = library("faiss", "search")
         if self._kind == "ivf":
             options = faiss.SearchParametersIVF(nprobe=self.effort)
@@ -141,11 +141,11 @@ class Backend(SearchBackend):
 
     def tune(self, recall: float, queries: torch.Tensor | None = None) -> float:
         """
-        Sets how far a search looks, as little as finds the share `recall` of the exact top 10; returns what it finds.
+        Raises the search effort until it finds the share `recall` of the exact top 10; returns the share found.
 
         Args:
-            queries: (q, P), by which to tell; evenly spread items by default. Texts lie elsewhere than pictures do:
-                give some where that matters.
+            queries: (q, P), on which recall is measured; by default items evenly spaced in the index. Texts and
+                images occupy different regions of the space: pass text queries where that matters.
         """
         if queries is None:
             queries = self.exact.embeddings[:: max(1, len(self) // SAMPLE)][:SAMPLE]  # (q, P)
@@ -162,7 +162,7 @@ class Backend(SearchBackend):
 
 
 def filled(faiss: Any, kind: str, rows: torch.Tensor) -> Any:
-    """faiss's index over unit rows (n, P), for which the nearest and the most similar are the same."""
+    """faiss's index over unit rows (n, P), for which L2 distance and cosine give the same order."""
     count, width = rows.shape
     if kind == "hnsw":
         found = faiss.IndexHNSWSQ(width, faiss.ScalarQuantizer.QT_8bit, NEIGHBOURS)

@@ -1,8 +1,8 @@
-"""The backend "lancedb": a table of LanceDB, in the directory of the index or at an address that lancedb knows.
+"""The backend "lancedb": a table of LanceDB, in the directory of the index or at a URL that lancedb accepts.
 
-    oner_id, oner_vector, oner_item    number, unit row (P,) fp32 and item as JSON; beside them the items' columns
+    oner_id, oner_vector, oner_item    index, unit row (P,) fp32 and item as JSON; plus the items' columns
 
-A table is compared row by row, exactly, until somebody gives it an index of LanceDB's own (`table.create_index`).
+The search is exact and reads every row, unless you create an index of LanceDB's own (`table.create_index`).
 """
 
 import json
@@ -21,7 +21,7 @@ from .retrieval_nearest import unit_rows
 
 NAME = "lancedb"
 ID, VECTOR, ITEM = "oner_id", "oner_vector", "oner_item"
-AT_ONCE = 8192  # rows of a batch
+AT_ONCE = 8192  # rows per batch
 KINDS = {bool: "bool_", int: "int64", float: "float64", str: "string"}
 NUMBERS = {"int64", "float64"}
 
@@ -29,8 +29,8 @@ NUMBERS = {"int64", "float64"}
 class Backend(DatabaseBackend):
     """
     Args:
-        table: of lancedb.
-        note: what was kept of it, see `write_note`.
+        table: a table of lancedb.
+        note: describes what was built from which index, see `write_note`.
     """
 
     def __init__(self, table: Any, note: dict[str, Any]):
@@ -40,12 +40,12 @@ class Backend(DatabaseBackend):
 
     @classmethod
     def build(cls, directory: Path, url: str | None = None) -> "Backend":
-        """Writes a new table, then drops the one before."""
+        """Writes a new table, then drops the previous one."""
         header = read_header(directory)
         index = RetrievalIndex.load(directory)
         before = read_note(directory, NAME) if (directory / f"{NAME}.json").is_file() else None
 
-        # called after what is in it, so that the one before answers until this one is whole
+        # named after its content, so that the previous table answers until this one is complete
         name = f"oner_{header['header_sha256'][:16]}"
         database = library(NAME, NAME).connect(url or str(directory / NAME))
         schema = schema_of(index)
@@ -68,7 +68,7 @@ class Backend(DatabaseBackend):
         return [self._first(partial(self._ask, row.tolist(), condition), top_k) for row in rows]
 
     def _ask(self, row: list[float], condition: str, count: int) -> list[Answer]:
-        """So many answers to one unit row (P,)."""
+        """The `count` best answers for one unit row (P,)."""
         asked = self.table.search(row, vector_column_name=VECTOR).distance_type("dot").limit(count)
         asked = asked.select([ID, ITEM, "_distance"])
         found = (asked.where(condition, prefilter=True) if condition else asked).to_list()
@@ -94,7 +94,7 @@ class Backend(DatabaseBackend):
         if condition.operator in ORDERS:
             return f"{column} {condition.operator} {number_of(condition.values[0])!r}" if numeric else "false"
 
-        # a value of another type equals none of the column's
+        # values of another type than the column's never match
         if kind == "bool":
             values = [value for value in condition.values if value in ("true", "false")]
         elif numeric:
@@ -112,7 +112,7 @@ def quoted(text: str) -> str:
 
 
 def schema_of(index: RetrievalIndex) -> Any:
-    """Of Arrow: ours, and each column of the items by the type of its values; binary, and empty, where they differ."""
+    """Arrow schema: our columns, and the items' by type of value; mixed types give a binary column of nulls."""
     arrow = library("pyarrow", NAME)
     kinds: dict[str, set[str]] = {}
     for item in index.items:
@@ -126,7 +126,7 @@ def schema_of(index: RetrievalIndex) -> Any:
         arrow.field(ITEM, arrow.string()),
     ]
     for name, found in kinds.items():
-        found = {"float64"} if found == NUMBERS else found  # whole ones beside others
+        found = {"float64"} if found == NUMBERS else found  # integers and floats in one column
         kind = getattr(arrow, next(iter(found)))() if len(found) == 1 else arrow.binary()
         fields.append(arrow.field(name, kind))
     return arrow.schema(fields)

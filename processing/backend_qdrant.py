@@ -1,8 +1,8 @@
-"""The backend "qdrant": a collection on a Qdrant server, by its address.
+"""The backend "qdrant": a collection on a Qdrant server, given by its URL.
 
-Each point has the number of its item, its unit row, and as payload the columns of the item and `oner_item`, the item
-as JSON. The store on disk of Qdrant's Python client is made of pickles, so without a server there is only ":memory:",
-which ends with the process.
+Each point has the index of its item as id, the unit row as vector, and as payload the columns of the item and
+`oner_item`, the item as JSON. The on-disk store of Qdrant's Python client uses pickle, so without a server only
+":memory:" is supported, which ends with the process.
 """
 
 import json
@@ -21,16 +21,16 @@ from .retrieval_nearest import unit_rows
 NAME = "qdrant"
 MEMORY = ":memory:"
 ITEM = "oner_item"
-AT_ONCE = 512  # points of a request
-WHOLE = 1 << 53  # below it floats are whole numbers
+AT_ONCE = 512  # points per request
+WHOLE = 1 << 53  # up to this value, floats represent every integer
 BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
 
 class Backend(DatabaseBackend):
     """
     Args:
-        client: of qdrant_client.
-        note: what was kept of it, see `write_note`.
+        client: a `QdrantClient`.
+        note: describes what was built from which index, see `write_note`.
     """
 
     def __init__(self, client: Any, note: dict[str, Any]):
@@ -40,7 +40,7 @@ class Backend(DatabaseBackend):
 
     @classmethod
     def build(cls, directory: Path, url: str | None = None) -> "Backend":
-        """Fills a new collection, then deletes the one before. Raises `ValueError` without the address of a server."""
+        """Fills a new collection, then deletes the previous one. Raises `ValueError` without the URL of a server."""
         if url is None:
             raise ValueError(
                 "qdrant is a server, whose address is url=, or of `oner index` --url http://localhost:6333; no other "
@@ -51,7 +51,7 @@ class Backend(DatabaseBackend):
         index = RetrievalIndex.load(directory)
         before = read_note(directory, NAME) if (directory / f"{NAME}.json").is_file() else None
 
-        # called after what is in it, so that the one before answers until this one is whole
+        # named after its content, so that the previous collection answers until this one is complete
         name = f"oner_{header['header_sha256'][:16]}"
         client = connected(url)
         if client.collection_exists(name):
@@ -80,7 +80,7 @@ class Backend(DatabaseBackend):
         return [self._first(partial(self._ask, row.tolist(), conditions), top_k) for row in rows]
 
     def _ask(self, row: list[float], conditions: list[Any], count: int) -> list[Answer]:
-        """So many answers to one unit row (P,)."""
+        """The `count` best answers for one unit row (P,)."""
         models = library("qdrant_client.models", NAME)
         found = self.client.query_points(
             self.collection,
@@ -108,7 +108,7 @@ def connected(url: str) -> Any:
 
 
 def points_of(models: Any, index: RetrievalIndex, start: int) -> list[Any]:
-    """The next points of an index from one of its numbers on."""
+    """Up to AT_ONCE points of an index, from item `start` on."""
     rows = index.embeddings[start : start + AT_ONCE].float()  # (m, P)
     items = index.items[start : start + len(rows)]
     return [
@@ -118,17 +118,17 @@ def points_of(models: Any, index: RetrievalIndex, start: int) -> list[Any]:
 
 
 def filter_of(models: Any, condition: Condition) -> Any:
-    """A condition as Qdrant has it."""
+    """A condition as a Qdrant filter."""
     key = condition.column if condition.column.isidentifier() else json.dumps(condition.column)
     if condition.operator in ORDERS:
         bounds = {BOUNDS[condition.operator]: number_of(condition.values[0])}
         return models.FieldCondition(key=key, range=models.Range(**bounds))
 
-    # a value may be spelt as a text, a number or a boolean
+    # a value may stand for a text, a number or a boolean
     equal = [models.FieldCondition(key=key, match=models.MatchAny(any=list(condition.values)))]
     for value in condition.values:
         if (number := number_of(value)) is not None:
-            # a range is of floats, which do not tell large whole numbers apart
+            # ranges compare floats, which cannot distinguish large integers
             large = isinstance(number, int) and abs(number) > WHOLE
             match = models.MatchValue(value=number) if large else None
             bounds = None if large else models.Range(gte=number, lte=number)

@@ -1,7 +1,7 @@
-"""Pictures from elsewhere: an http(s) address within limits of time and size, base64, and memory for decoding.
+"""Fetches images by http(s) with limits on time and size, decodes base64, and limits the memory for decoding.
 
-A redirect to a network that is not public is refused: whoever may name an address must not reach, through a server of
-his own, what only this machine can see. An address that names such a network itself is the caller's choice.
+Redirects to addresses that are not public are refused: otherwise anyone who can submit a URL could use a server of
+their own to reach hosts that only this machine can reach. A URL that itself names such a host is the caller's choice.
 """
 
 import base64
@@ -20,16 +20,16 @@ from typing import Any
 from urllib.parse import quote
 
 MAX_URL_BYTES = 64 * 2**20
-URL_SECONDS = 20.0  # from the first look-up to the last byte
-USER_AGENT = "oner (Python library of vision-language models)"  # hosts refuse Python's own
+URL_SECONDS = 20.0  # from the DNS look-up to the last byte
+USER_AGENT = "oner (Python library of vision-language models)"  # some hosts refuse Python's default
 PIECE = 2**16
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
 DECODE_BYTES = 2**30
-BYTES_PER_PIXEL = 12  # of the hungriest decoder, WebP's: three canvases of four channels
+BYTES_PER_PIXEL = 12  # of the decoder that needs most, WebP's: three canvases of four channels
 
 
 class _PublicOnly:
-    """Beside a connection: it must not have ended in a private network."""
+    """Mixin for a connection: refuses peers whose address is not public."""
 
     def connect(self) -> None:
         super().connect()
@@ -68,18 +68,18 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def is_guarded(request: Any) -> bool:
-    """Whether a request follows a redirect by itself; a proxy guards its own network."""
+    """Whether a request follows a redirect without a proxy; a proxy protects its own network."""
     return getattr(request, "redirected", False) and not request.has_proxy()
 
 
 def fetch_bytes(url: str, seconds: float = URL_SECONDS, most: int = MAX_URL_BYTES) -> bytes:
-    """What lies at an http(s) address.
+    """The content at an http(s) URL.
 
     Raises:
-        OSError: whatever goes wrong, the limits among it; the message says what.
+        OSError: for any failure, also if a limit is exceeded; the message gives the reason.
     """
     answer: Queue = Queue()
-    # in a thread, for nothing else ends a look-up, a handshake or headers that trickle
+    # in a thread: nothing else bounds the time of a DNS look-up, a handshake or slow headers
     threading.Thread(target=_fetch_into, args=(answer, url, seconds, most), daemon=True).start()
     try:
         got = answer.get(timeout=seconds)
@@ -94,7 +94,7 @@ def _fetch_into(answer: Queue, url: str, seconds: float, most: int) -> None:
     end = time.monotonic() + seconds
     data = bytearray()
     try:
-        # a space or a letter beyond ASCII is written as its bytes
+        # percent-encode spaces and non-ASCII characters
         address = quote(url, safe="%/:=&?~#+!$,;'@()*[]")
         request = urllib.request.Request(address, headers={"User-Agent": USER_AGENT})
         with urllib.request.build_opener(_Http, _Https, _Redirects).open(request, timeout=seconds) as response:
@@ -106,20 +106,20 @@ def _fetch_into(answer: Queue, url: str, seconds: float, most: int) -> None:
                     return
             if response.length:
                 raise http.client.IncompleteRead(bytes(data), response.length)
-    except Exception as error:  # any of http.client's, urllib's and the socket's; all mean the same here
+    except Exception as error:  # http.client, urllib and sockets raise many types; all mean the same here
         answer.put(error)
     else:
         answer.put(bytes(data))
 
 
 def named(source: str) -> str:
-    """Of a path or an address, for messages; of a text that holds a whole picture only how it begins."""
+    """A path or URL for messages; for a text that contains a whole image, only its beginning."""
     short = len(source) <= 300 and not source.startswith("data:")
     return repr(source) if short else f"{source[:40]!r}... of {len(source)} characters"
 
 
 def from_base64(text: str, is_picture: Callable[[bytes], bool]) -> bytes | None:
-    """What a ``data:`` address or a text in base64 holds; None for a path: what exists as a file is one."""
+    """The bytes of a ``data:`` URL or a base64 text; None for a path. The name of an existing file is a path."""
     head, comma, body = text.partition(",")
     marked = head.startswith("data:") and head.endswith(";base64") and comma
     if not marked:
@@ -134,20 +134,20 @@ def from_base64(text: str, is_picture: Callable[[bytes], bool]) -> bytes | None:
 
 
 class ByteBudget:
-    """Bytes that all threads together may hold; who wants more than there are waits for the others."""
+    """A memory budget shared by all threads; a thread that wants more than is left waits for the others."""
 
     def __init__(self, total: int):
         self.total = total
         self.reset()
 
     def reset(self) -> None:
-        """Nothing is held, as in a forked child, where the threads that held some are not."""
+        """Releases everything, as needed in a forked child, which lacks the threads that held memory."""
         self._left = self.total
         self._changed = threading.Condition()
 
     @contextmanager
     def hold(self, wanted: int) -> Iterator[None]:
-        """Never more than all of it: what is too large for it is held alone."""
+        """Holds `wanted` bytes, at most the whole budget: a larger request runs alone."""
         wanted = min(wanted, self.total)
         with self._changed:
             self._changed.wait_for(lambda: self._left >= wanted)

@@ -27,7 +27,7 @@ from .image_fetching import BYTES_PER_PIXEL, decoding, fetch_bytes, from_base64,
 from .vl_sources import is_many
 
 MAX_PIXELS = 89_478_485  # PIL's own warning threshold: a quarter of a GiB at 3 bytes a pixel
-LONGEST = 100  # times as long as wide; where the middle is cut out, it is all that is resized of a longer picture
+LONGEST = 100  # aspect ratio to which a longer image is cropped before the resize, if a centre crop follows
 _HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 _FLOATS = (np.float16, np.float32, np.float64)
 
@@ -65,7 +65,7 @@ def open_image(
     Args:
         source: a PIL image; a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with C in 1..4, of
             booleans, 8-bit or 16-bit integers, or floats in 0..1; a path; encoded bytes, also as base64 text or a
-            ``data:`` address; ``{"bytes": ..., "path": ...}``; an http(s) URL if ``allow_urls``.
+            ``data:`` URL; ``{"bytes": ..., "path": ...}``; an http(s) URL if ``allow_urls``.
         max_pixels: images with more pixels are rejected from the header, before decoding; ``None`` disables the
             limit.
         allow_urls: whether URLs may be fetched.
@@ -150,7 +150,7 @@ def _is_picture(data: bytes) -> bool:
 
 def _from_path(path: str, max_pixels: int | None, finish: Callable[[Image.Image], Any]) -> Any:
     try:
-        # checked before opening: a pipe without a writer would block for ever
+        # checked before opening: a pipe without a writer would block forever
         kind = os.stat(path).st_mode
         if not stat.S_ISREG(kind):
             what = "directory" if stat.S_ISDIR(kind) else "pipe, socket or device"

@@ -2,7 +2,7 @@
 
     pipe = pipeline("image-text-matching", model="org/simla-base")
     pipe("photo.png", text="a red apple")                # {"score": 0.98, "text": "a red apple"}
-    pipe("photo.png", text=["a red apple", "a tree"])    # one for each
+    pipe("photo.png", text=["a red apple", "a tree"])    # a list: one answer per text
 
 Unlike a cosine, the score is a probability, from a model that reads both together (ALBEF, SIMLA: the ITM head).
 """
@@ -16,8 +16,8 @@ from .pipeline_pairs import Pair, PairPipeline, known_options
 
 class ImageTextMatchingPipeline(PairPipeline):
     """
-    Any model with `matching_context(pixel_values)`, and `match(input_ids, attention_mask, image_states=,
-    context_index=)` → logits (n, 2), yes last.
+    For any model with `matching_context(pixel_values)`, and `match(input_ids, attention_mask, image_states=,
+    context_index=)` → logits (n, 2), the second for "matched".
     """
 
     task_name = "image-text-matching"
@@ -29,8 +29,8 @@ class ImageTextMatchingPipeline(PairPipeline):
         return known_options(self.task_name, {"allow_urls": allow_urls, "num_workers": num_workers}, unknown), {}, {}
 
     def preprocess(self, pairs: list[Pair], allow_urls: bool = False, num_workers: int = 0) -> dict[str, Any]:
-        """n pairs → texts (n, T), the different pictures (c, 3, H, W), and which of them each text is held against."""
-        # each picture once, however many texts are held against it
+        """n pairs → texts (n, T), the distinct images (c, 3, H, W), and for each text the index of its image (n,)."""
+        # each image once, however many texts it is compared with
         places: dict[int, int] = {}
         index = [places.setdefault(id(pair["image"]), len(places)) for pair in pairs]
         first = [index.index(place) for place in range(len(places))]
@@ -54,7 +54,7 @@ class ImageTextMatchingPipeline(PairPipeline):
         return {"scores": logits.float().softmax(-1)[:, 1], "texts": model_inputs["texts"]}  # (n,)
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Probabilities (n,) → {"score", "text"} of each pair."""
+        """Probabilities (n,) → {"score", "text"} for each pair."""
         pairs = zip(model_outputs["scores"].tolist(), model_outputs["texts"], strict=True)
         return [{"score": score, "text": text} for score, text in pairs]
 

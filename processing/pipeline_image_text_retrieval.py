@@ -3,7 +3,7 @@
     pipe = pipeline("image-text-retrieval", model="org/oner-base")
     pipe.index("photos/")
     pipe("red fruit", top_k=5)                                     # [{"score": 0.61, "item": ..., "index": 17}, ...]
-    pipe("made of glass", image="photos/apple.jpg")                # one query of both: one joint sequence
+    pipe("made of glass", image="photos/apple.jpg")                # one query with both: one joint sequence
     pipe.combine([("a horse", 1.0), ("stripes", 0.7), ("a rider", -0.5)])     # a weighted sum of queries
     pipe.neighbours("photos/apple.jpg")                            # nearest neighbours of an indexed item
     pipe("red fruit", where=["licence=MIT", "year>=2020"], rerank_k=50)
@@ -63,7 +63,8 @@ class Row:
         item: What answers contain.
         query: {"text", "image"}, with the image decoded.
         reason: Why it cannot be read; None if it can.
-        key, embedding: As `UnfinishedIndex` finds them; the embedding a unit row (P,) in the index's dtype.
+        key: Its key in `UnfinishedIndex`, if it has one.
+        embedding: A unit row (P,) in the index's dtype, once it is known.
     """
 
     item: Any
@@ -116,7 +117,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
     def model_name(self) -> str:
         return getattr(self.model, "name_or_path", "") or type(self.model).__name__
 
-    # The stages of transformers.Pipeline, for a batch of queries of one kind
+    # The stages of transformers.Pipeline, each for a batch of queries of one kind
 
     def _sanitize_parameters(
         self,
@@ -134,7 +135,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
 
     def preprocess(self, queries: list[Query], allow_urls: bool = False, num_workers: int = 0) -> dict[str, Any]:
         """B queries, all of the same kind → the processor's batch."""
-        # a query of both is one joint sequence
+        # a query with both is one joint sequence
         inputs: dict[str, list] = {}
         if "image" in queries[0]:
             inputs["images"] = self.read_all([query["image"] for query in queries], allow_urls, num_workers)
@@ -177,15 +178,15 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         allow_urls: bool | None = None,
         num_workers: int | None = None,
     ) -> list[Answer] | list[list[Answer]] | Iterator[list[Answer]]:
-        """Answers one query with a list of {"score", "item", "index"}, several with a list of such lists.
+        """Answers one query with a list of {"score", "item", "index"}, several queries with a list of such lists.
 
         Args:
             inputs: a str (text), an image, {"text": ..., "image": ...}; a list or a dataset column of these; or an
                 iterator of these, for which an iterator is returned that reads one batch ahead.
             text, image: the same by name; both together, or `image` with a str, form one joint query.
             where: conditions on the columns of items, such as "licence=MIT"; see `retrieval_filter.py`.
-            rerank_k: how many of the best by cosine to re-rank by comparing tokens with patches; None for
-                none. For single-tower models; see `retrieval_late_interaction.py`.
+            rerank_k: number of best answers by cosine to re-rank by comparing tokens with patches; None disables
+                re-ranking. For single-tower models; see `retrieval_late_interaction.py`.
             rerank_weight: weight of late interaction in the re-ranking score, from 0 to 1.
             open_item: maps an item to a query with its image or text, for re-ranking.
             num_workers: threads that decode images (0: no extra threads).
@@ -200,7 +201,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         if rerank_k is not None:
             check_reranking(self.model.config, checked_top_k(rerank_k), rerank_weight)
 
-        # embedded and searched, batch by batch
+        # embed and search, batch by batch
         queries, single = gather_queries(inputs, text, image)
         options = {"batch_size": batch_size, "allow_urls": allow_urls, "num_workers": num_workers}
         by_call = {"top_k": top_k, "where": where}
@@ -260,7 +261,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         """Searches by a weighted sum of the unit embeddings of several queries; a negative weight subtracts.
 
         Args:
-            queries: (query, weight) pairs; a query of any form, text, picture or both.
+            queries: (query, weight) pairs; a query in any form: text, image or both.
 
         Raises:
             ValueError: there is no query, a weight is not finite, or the sum is zero.
@@ -278,7 +279,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         return self._ready_index().answers(together, self._top_k(top_k), where)[0]
 
     def neighbours(self, item: Any, *, top_k: int | None = None, where: Where = None) -> list[Answer]:
-        """Nearest neighbours of an indexed item, given by itself or by its number where that is no item, without it.
+        """Nearest neighbours of an indexed item, without itself; `item` may be its index, if no item equals that int.
 
         Raises:
             ValueError: there is no such item.
@@ -297,7 +298,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
     ) -> torch.Tensor:
         """Queries of any kinds → retrieval embeddings (number of queries, P), fp32, unit rows, on the CPU.
 
-        Words that the vocabulary lacks are named in a warning.
+        Warns about texts with words that the vocabulary lacks.
         """
         queries = [read_query(query) for query in iterate(queries)]
         by_call = {"allow_urls": allow_urls, "num_workers": num_workers}
@@ -319,18 +320,17 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         return [states[mask.bool()][1:].float() for states, mask in outputs]
 
     def _embed(self, queries: list[Query], size: int, by_call: dict[str, Any]) -> tuple[torch.Tensor, list[Unknown]]:
-        """As `embed`, of checked queries; and the texts with unknown words."""
+        """As `embed`, for parsed queries; also returns the texts with unknown words."""
         outputs, unknown = self._run(queries, size, by_call)
         if not outputs:
             return torch.empty(0, self.model.config.projection_dim), unknown
-        embeddings = torch.stack(outputs)  # (queries, P), as they were asked
+        embeddings = torch.stack(outputs)  # (queries, P), in the order of the queries
         return torch.nn.functional.normalize(embeddings, dim=-1), unknown
 
     def _run(
         self, queries: list[Query], size: int, by_call: dict[str, Any], states: bool = False
     ) -> tuple[list[Any], list[Unknown]]:
-        """Of each query its embedding (P,), or its states (L, D) with their mask (L,); and the texts with unknown
-        words."""
+        """The embedding (P,) of each query, or its states (L, D) and mask (L,); also the texts with unknown words."""
         before = self._preprocess_params | {name: value for name, value in by_call.items() if value is not None}
 
         # a batch holds queries of one kind
@@ -369,16 +369,16 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         decoded to the model's size one by one, so that a batch of large images needs little memory.
 
         Args:
-            source: a folder (searched recursively); or an iterable of paths, PIL pictures, bytes, addresses (with
-                allow_urls) or rows {"image", "text", "item"}: a row with both is one joint embedding, and "item", if
-                given, is the JSON value that answers show; or a data set of `datasets` with such columns.
-            append: add to the current index instead of replacing it, once all is embedded.
+            source: a folder (searched recursively); or an iterable of paths, PIL images, bytes, URLs (with
+                allow_urls) or rows {"image", "text", "item"}: a row with image and text gets one joint embedding, and
+                "item", if given, is the JSON value that answers show; or a `datasets` dataset with such columns.
+            append: add to the current index instead of replacing it, once everything is embedded.
             num_workers: threads that decode images.
             dtype: how a new index stores embeddings, "float16" or "float32".
-            directory: where to save the index, as `save_index` does, and the finished parts before it is complete: if
-                a call is killed, the same call continues from there. Unchanged entries of an index that is already
-                there, made by this model, are not embedded again; entries that are gone from the source are dropped.
-            share: (r, n): embed only every n-th row from r on; a call without it merges them when all n are done.
+            directory: where to save the index, as `save_index` does, and finished parts before it is complete: if a
+                call is killed, the same call resumes from them. If the directory already holds an index made by this
+                model, its unchanged entries are not embedded again, and those gone from the source are dropped.
+            share: (r, n): embed only every n-th row from r on; a call without it merges them once all are done.
 
         Raises:
             ValueError: there is no image in the folder, the source is empty, or no entry is readable.
@@ -395,7 +395,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         seen = 0
         unknown: list[Unknown] = []
 
-        # a batch at a time: decoded by threads, then embedded, or known from a call that was killed
+        # one batch at a time: decoded by threads, then embedded unless an earlier, interrupted call did so
         with (
             unfinished_index(directory, self._space, new.dtype, 0 if share is None else share[0]) as known,
             ThreadPoolExecutor(max(1, num_workers)) as pool,
@@ -408,7 +408,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
                 seen += len(batch)
                 bar.update(len(batch))
 
-            # it answers only once it is whole
+            # the index answers queries only once it is complete
             new.counts = known.counts(len(new))
             if share is not None:
                 return new
@@ -422,18 +422,18 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         return index
 
     def index_texts(self, texts: Iterable[str], **options: Any) -> RetrievalIndex:
-        """As `index`, for captions: the items are the texts themselves."""
+        """`index` for captions: the items are the texts themselves."""
         rows = ({"text": text} for text in iterate([texts] if isinstance(texts, str) else texts))
         return self.index(list(rows) if isinstance(texts, Sized) else rows, **options)
 
     def save_index(self, directory: str | os.PathLike) -> Path:
-        """Saves the present index into `directory`; see `RetrievalIndex.save`."""
+        """Saves the current index into `directory`; see `RetrievalIndex.save`."""
         return self._own_index().save(directory)
 
     def load_index(self, directory: str | os.PathLike, backend: str = "exact") -> SearchBackend:
-        """Loads a saved index and answers from it, or from another backend that was built in its directory.
+        """Loads a saved index to answer from, or opens another backend that was built in its directory.
 
-        Raises IndexMismatchError if another model made it, and as `open_backend`.
+        Raises IndexMismatchError if another model made it, and the errors of `open_backend`.
         """
         index = RetrievalIndex.load(directory) if backend == "exact" else open_backend(backend, directory)
         index.check_space(self.model.config.projection_dim, self.fingerprint, self.model_name)
@@ -444,7 +444,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         return RetrievalIndex(self.model.config.projection_dim, self.model_name, self.fingerprint, dtype)
 
     def _own_index(self) -> RetrievalIndex:
-        """The index in memory, which can grow and be saved. Raises ValueError where another backend answers."""
+        """The index in memory, which can grow and be saved. Raises ValueError if another backend is in use."""
         index = self._ready_index()
         if not isinstance(index, RetrievalIndex):
             raise ValueError(f"{type(index).__module__} only answers; load the index itself: load_index(directory)")
@@ -457,11 +457,11 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
 
     @property
     def _space(self) -> str:
-        """Names what makes an embedding of a row: model, pixels, length of texts."""
+        """Identifies what determines the embedding of a row: model, image processor, maximum text length."""
         return f"{self.fingerprint} {self.processor.image_processor.to_json_string()} {self.processor.max_text_length}"
 
     def _open_row(self, known: UnfinishedIndex, allow_urls: bool, entry: Any, position: int) -> Row:
-        """One entry of a source, its picture decoded to the model's size, or why it cannot be read."""
+        """One entry of a source, its image decoded at the model's size, or the reason why it cannot be read."""
         try:
             query = read_row(entry, position)
         except (TypeError, ValueError) as error:
@@ -477,17 +477,17 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         try:
             if "image" in query:
                 query["image"] = self.read(query["image"], allow_urls)
-        except Exception as error:  # a picture may be anything, and is one row's matter
+        except Exception as error:  # whatever is wrong with an image concerns its row only
             return Row(item, reason=str(error) or type(error).__name__)
         return Row(item, query, key=key)
 
     def _add_rows(self, index: RetrievalIndex, rows: list[Row], known: UnfinishedIndex, size: int) -> list[Unknown]:
-        """Embeds the rows that are not known yet, and adds all to `index`."""
+        """Embeds the rows without an embedding, and adds all to `index`; returns the texts with unknown words."""
         missing = [row for row in rows if row.embedding is None]
         embeddings, unknown = self._embed([row.query for row in missing], size, {})
         known.add(zip([row.key for row in missing], embeddings, strict=True))
 
-        # to unit rows, as the known ones are
+        # as unit rows, like the known ones
         for row, unit in zip(missing, unit_rows(embeddings).to(DTYPES[index.dtype]), strict=True):
             row.embedding = unit  # (P,)
         if rows:

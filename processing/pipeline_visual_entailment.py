@@ -1,4 +1,4 @@
-"""Pipeline "visual-entailment": does a picture entail a text, contradict it, or say nothing of it?
+"""Pipeline "visual-entailment": does an image entail a text, contradict it, or neither?
 
 pipe = pipeline("visual-entailment", model="runs/snli-ve/model")
 pipe("photo.png", text="two people are outside")  # [{"label": "entailment", "score": 0.91}, ...], best first
@@ -12,10 +12,10 @@ from .pipeline_pairs import PairPipeline, checked_top_k, known_options
 
 
 class VisualEntailmentPipeline(PairPipeline):
-    """Any model with a `classifier` of pairs: `model(input_ids, attention_mask, pixel_values)` → logits (n, labels).
+    """For any model with a `classifier`: `model(input_ids, attention_mask, pixel_values)` → logits (n, labels).
 
     Args (besides `PairPipeline`'s):
-        top_k: labels in an answer; all of `config.id2label` by default.
+        top_k: number of labels in an answer; by default all of `config.id2label`.
     """
 
     task_name = "visual-entailment"
@@ -39,7 +39,7 @@ class VisualEntailmentPipeline(PairPipeline):
         return {"scores": self.model(**model_inputs).logits.float().softmax(-1)}  # (n, labels)
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor], top_k: int | None = None) -> list[list[dict]]:
-        """Probabilities (n, labels) → {"label", "score"} of each pair's labels, best first."""
+        """Probabilities (n, labels) → for each pair its {"label", "score"}, best first."""
         names = self.model.config.id2label
         return [
             [{"label": names[place], "score": float(row[place])} for place in row.argsort(descending=True).tolist()][

@@ -1,14 +1,14 @@
-"""Pipeline "visual-grounding": where in a picture is what a text says?
+"""Pipeline "visual-grounding": where in an image is what a text describes?
 
     pipe = pipeline("visual-grounding", model="org/simla-base")
     pipe("photo.png", text="the man on the left")  # {"box": {"xmin": ...}, "score": ..., "map": tensor of (h, w)}
     pipe("photo.png", text="a hat", overlay=True)["overlay"].save("where.png")
 
-The map is what the model's `ground` makes: Grad-CAM of cross-attention (SIMLA, section 3.5), or how near patches lie
-to the words in a tower of one space (OneR, Figure 1); no box was needed to train either. With `boxes=`,
-say of a detector, the box is one of them, by the score that RefCOCO+ is evaluated with: the map's sum inside over the
-root of the area. Without, it is the rectangle of patches that scores highest. A score of 0 says that nothing in the
-picture was found to speak for the text.
+The model's `ground` computes the map: Grad-CAM of cross-attention (SIMLA, section 3.5), or the similarity of patches
+and words in a single tower (OneR, Figure 1); neither was trained on boxes. With `boxes=`, say a detector's, the answer
+is the box with the highest score, as in the evaluation on RefCOCO+: the sum of the map inside the box, divided by the
+square root of its area. Without, it is the rectangle of patches with the highest score. A score of 0 means that
+nothing in the image supports the text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclass
 class Seen:
-    """What is kept of a picture: its pixels (3, h, w), its own width and height, and itself if it is drawn on."""
+    """An image's resized pixels (3, h, w), its original (width, height), and the image itself if it is drawn on."""
 
     pixels: torch.Tensor
     size: tuple[int, int]
@@ -36,13 +36,13 @@ class Seen:
 
 
 class VisualGroundingPipeline(PairPipeline):
-    """Any model with `ground(input_ids, attention_mask, pixel_values)` → maps (n, h, w).
+    """For any model with `ground(input_ids, attention_mask, pixel_values)` → maps (n, h, w).
 
     Args (besides `PairPipeline`'s):
-        boxes: candidates, each {"xmin", "ymin", "xmax", "ymax"}, {"box": such a dict} as the object-detection
-            pipeline answers, or these four numbers. With several pairs, one list of candidates for each.
-        overlay: whether an answer has "overlay", the picture under its map with the box drawn in (False).
-        mode, layer: of the model's `ground`.
+        boxes (calls only): candidates, each {"xmin", "ymin", "xmax", "ymax"}, {"box": such a dict} as the
+            object-detection pipeline returns, or these four numbers. With several pairs, one list per pair.
+        overlay: whether to return "overlay", the image overlaid with the map and the box (False).
+        mode, layer: arguments of the model's `ground`.
     """
 
     task_name = "visual-grounding"
@@ -66,12 +66,13 @@ class VisualGroundingPipeline(PairPipeline):
         return tuple({name: options[name] for name in names if name in options} for names in stages)
 
     def __call__(self, inputs: Any = None, *, image: Any = None, boxes: Any = None, **options: Any) -> Any:
-        """{"box", "score", "map"} for one pair, else a list of them; also "index" with `boxes`, and "overlay".
+        """{"box", "score", "map"} for a single pair, a list for several; with `boxes` also "index", with `overlay`
+        also "overlay".
 
         Raises:
-            ValueError: as `PairPipeline`; candidates that are no boxes, or not one list for each pair.
+            ValueError: as `PairPipeline`; a candidate is not a box, or there is not one list for each pair.
         """
-        # candidates go with their pairs
+        # attach the candidates to their pairs
         pairs, single = gather_pairs(inputs, image, options.pop("text", None))
         if boxes is not None:
             boxes, pairs = [boxes] if single else list(boxes), list(pairs)
@@ -87,8 +88,8 @@ class VisualGroundingPipeline(PairPipeline):
     def preprocess(
         self, pairs: list[Pair], allow_urls: bool = False, num_workers: int = 0, overlay: bool = False
     ) -> dict[str, Any]:
-        """n pairs → the processor's batch; pictures are seen whole, also where the processor would crop them."""
-        # one size without a crop, so that the map covers the picture
+        """n pairs → the processor's batch; images are never cropped, even if the processor's default is to crop."""
+        # resized without a crop, so that the map covers the whole image
         side = self.model.config.image_size
         whole = {"size": {"height": side, "width": side}, "do_center_crop": False}
         seen = self.read_all([pair["image"] for pair in pairs], allow_urls, num_workers, keep=overlay, **whole)
@@ -97,7 +98,7 @@ class VisualGroundingPipeline(PairPipeline):
         return {**batch.to(self.dtype), "seen": seen, "boxes": [pair.get("boxes") for pair in pairs]}
 
     def read(self, picture: Any, allow_urls: bool = False, keep: bool = False, **options: Any) -> Seen:
-        """As every pipeline's; with the picture's own size, and itself if it is to be drawn on."""
+        """Also keeps the image's original size, and with `keep` the image itself, to draw on."""
         image = open_image(picture, self.processor.image_processor.max_pixels, allow_urls)
         return Seen(super().read(image, **options), image.size, image if keep else None)
 
@@ -107,21 +108,21 @@ class VisualGroundingPipeline(PairPipeline):
         return {"maps": self.model.ground(**model_inputs, **options), "seen": seen, "boxes": boxes}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Maps (n, h, w) → for each pair the best box, its score, and the map."""
+        """Maps (n, h, w) → for each pair its best box, the score and the map."""
         answers = []
         triples = zip(model_outputs["maps"].float(), model_outputs["seen"], model_outputs["boxes"], strict=True)
 
-        # each map at the size of its own picture
+        # each map is scaled to the size of its image
         for cells, seen, boxes in triples:
             width, height = seen.size
 
-            # the candidate that scores highest
+            # the candidate with the highest score
             candidates = boxes or [rectangle_box(cells, height, width)]
             scores = score_boxes(resize_map(cells, height, width), candidates)  # (boxes,)
             best = int(scores.argmax())
             x, y, across, down = candidates[best]
 
-            # as the object-detection pipeline answers
+            # the format of the object-detection pipeline
             answer = {
                 "box": dict(zip(CORNERS, (x, y, x + across, y + down), strict=True)),
                 "score": float(scores[best]),
@@ -134,12 +135,12 @@ class VisualGroundingPipeline(PairPipeline):
 
 
 def read_boxes(boxes: Any) -> list[tuple[float, float, float, float]]:
-    """Candidates of any accepted form → (x, y, width, height). Raises `ValueError`."""
+    """Candidates in any accepted form → (x, y, width, height). Raises `ValueError`."""
     if not isinstance(boxes, (list, tuple)) or not boxes:
         raise ValueError(f"boxes must be a list of at least one box, got {boxes!r:.60}")
     read = []
     for place, box in enumerate(boxes):
-        # corners in a mapping, a detector's answer that holds one, or four numbers
+        # a mapping of corners, a detector's answer that contains one, or four numbers
         corners = box.get("box", box) if isinstance(box, Mapping) else box
         if isinstance(corners, Mapping) and set(CORNERS) <= set(corners):
             corners = [corners[name] for name in CORNERS]

@@ -1,14 +1,15 @@
-"""Pipeline "image-question-answering": written or ranked answers to questions about a picture.
+"""Pipeline "image-question-answering": generated or ranked answers to questions about an image.
 
     pipe = pipeline("image-question-answering", model="runs/vqa/model")
     pipe("photo.png", question="what colour is the apple")                          # [{"answer": "red", "score": ...}]
     pipe("photo.png", question="what colour is it", candidates=["red", "green"])    # both, the likelier first
 
-Without candidates the model writes one answer in words of its own; the score is the geometric mean of its tokens'
-probabilities. With candidates it ranks them, and the scores are shares of the ranked ones' likelihood.
+Without candidates, the model generates one answer; its score is the geometric mean of its tokens' probabilities. With
+candidates, the model ranks them; the scores are a softmax over the log-likelihoods of the ranked candidates, in which
+the first token counts twice (ALBEF's and SIMLA's code).
 
-A model that knows a list of answers, each a class, gives the likeliest of them, or orders those of the candidates; the
-score is how right it finds each, by itself.
+A model that classifies over a fixed list of answers returns the most likely of them, or of the candidates among them;
+each score is the probability of that answer alone, so scores need not sum to 1.
 """
 
 from collections.abc import Sequence
@@ -24,16 +25,16 @@ RANKED = 128  # candidates ranked by the whole answer, out of those ranked by it
 
 
 class VisualQuestionAnsweringPipeline(PairPipeline):
-    """Any model with `generate_answers` and `rank_answers` (`vl_task_heads.AnswerGeneration`), or `answer_scores`.
+    """For models with `generate_answers` and `rank_answers` (`vl_task_heads.AnswerGeneration`), or `answer_scores`.
 
     Args (besides `PairPipeline`'s):
-        candidates: answers to choose from, for every question; None lets the model write, or choose from its own.
-        top_k: answers to a question (5), where there are any to choose from.
-        max_new_tokens, num_beams: of a written answer.
+        candidates: answers to choose from, for all questions; None generates an answer, or uses the model's own list.
+        top_k: maximum number of answers to a question (5), unless one is generated.
+        max_new_tokens, num_beams: for generated answers.
     """
 
-    # not "visual-question-answering": transformers 5 has removed that task, and `pipeline` refuses its name
-    # whatever is registered under it
+    # not "visual-question-answering": transformers 5 removed that task, and its `pipeline` refuses the name even if
+    # something is registered under it
     task_name = "image-question-answering"
     model_methods = ("generate_answers", "rank_answers")
     text_name = "question"
@@ -77,21 +78,21 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         num_workers: int = 0,
         candidates: list[str] | None = None,
     ) -> dict[str, Any]:
-        """n pairs → the processor's batch, and the candidates' ids and mask (K, A), or their places (K,)."""
+        """n pairs → the processor's batch, and the ids and mask of the candidates (K, A), or their classes (K,)."""
         batch = super().preprocess(pairs, allow_urls, num_workers)
         if hasattr(self.model, "answer_scores"):
             return batch | {"places": self.places_of(candidates)}
         return batch if candidates is None else batch | self.lay_out_answers(candidates)
 
     def places_of(self, candidates: list[str] | None) -> torch.Tensor:
-        """Of the candidates among the model's classes, or of all of these. (K,). Raises `ValueError`."""
+        """The class indices of the candidates, or of all answers that the model knows. (K,). Raises `ValueError`."""
         places = {str(answer): place for place, answer in self.model.config.id2label.items()}
         if foreign := [answer for answer in candidates or () if answer not in places]:
             raise ValueError(f"candidates {foreign[:5]} are none of the {len(places)} answers that the model knows")
         return torch.tensor(list(places.values()) if candidates is None else [places[one] for one in candidates])
 
     def lay_out_answers(self, answers: list[str]) -> dict[str, torch.Tensor]:
-        """[CLS], tokens, the end, padding: as answers are learned. (K, A)."""
+        """[CLS], tokens, the end token, padding, as in training. (K, A)."""
         laid_out = self.processor(text=answers, return_tensors=None, padding=False)["input_ids"]
         rows = [torch.tensor([*row, self.answer_end]) for row in laid_out]  # (A,) each
         ids = torch.nn.utils.rnn.pad_sequence(
@@ -102,35 +103,35 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
 
     @property
     def answer_end(self) -> int:
-        """The token that ends an answer: [SEP], and [CLS] again for a vocabulary without it."""
+        """The token that ends an answer: [SEP], or [CLS] if the vocabulary has no [SEP]."""
         config = self.model.config
         end = getattr(config, "sep_token_id", None)
         return config.cls_token_id if end is None else end
 
     def _forward(self, model_inputs: dict[str, Any], **writing: Any) -> dict[str, torch.Tensor]:
-        # classes, those of the candidates
+        # scores of the candidates' classes
         if "places" in model_inputs:
             places = model_inputs.pop("places")  # (K,)
             scores = self.model.answer_scores(**model_inputs)[:, places]  # (n, K)
             best = scores.sort(descending=True)
             return {"indices": places[best.indices], "scores": best.values}
 
-        # likelihoods of the ranked answers as shares of their sum
+        # log-likelihoods of the ranked answers -> scores that sum to 1
         if "candidate_ids" in model_inputs:
             ranking = self.model.rank_answers(**model_inputs, k=RANKED)
             return {"indices": ranking.indices, "scores": ranking.scores.softmax(-1)}
 
-        # or one answer, in words of the model's own
+        # or one generated answer
         written = self.model.generate_answers(**model_inputs, **{"length_penalty": 1.0, **writing})
         return {"sequences": written.sequences, "scores": written.scores.exp()}
 
     def postprocess(
         self, model_outputs: dict[str, torch.Tensor], candidates: list[str] | None = None, top_k: int | None = None
     ) -> list[list[dict[str, Any]]]:
-        """Ranks (n, k), or tokens (n, A) → {"answer", "score"} of each question's answers, best first."""
+        """Indices (n, k), or tokens (n, A) → for each question its answers {"answer", "score"}, best first."""
         scores = model_outputs["scores"].float().tolist()
 
-        # classes or candidates by their places, or tokens up to the end
+        # classes or candidates by index, or tokens up to the end
         if "indices" in model_outputs:
             chosen = model_outputs["indices"].tolist()
             names = self.model.config.id2label if hasattr(self.model, "answer_scores") else candidates
@@ -142,13 +143,13 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         return [[{"answer": words, "score": score}] for words, score in zip(written, scores, strict=True)]
 
     def _words(self, ids: list[int]) -> str:
-        """The text before the end."""
+        """Decodes the tokens before the end token."""
         ids = ids[: ids.index(self.answer_end)] if self.answer_end in ids else ids
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def read_candidates(candidates: Any) -> list[str]:
-    """Raises `ValueError` for what is no list of answers."""
+    """Returns the candidates as a list. Raises `ValueError` unless they are a list of valid answers."""
     if not isinstance(candidates, (list, tuple)) or not candidates:
         raise ValueError(f"candidates must be a list of at least one answer, got {candidates!r:.60}")
     for place, answer in enumerate(candidates):

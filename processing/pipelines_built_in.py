@@ -1,7 +1,8 @@
-"""transformers' own pipelines on pictures, which see with a model of this package what its processor sees.
+"""transformers' own image pipelines, changed so that our models get the same pixels as from our processor.
 
-They open a picture themselves: transparency on black, 16 bits cut at 255. Here `open_image` reads it before, and they
-find nothing left to convert. With any other model each is the class that it extends.
+transformers' pipelines decode images themselves: they put transparency on black and clip 16 bits at 255. Here
+`open_image` decodes first, so they have nothing left to convert. With any other model, each pipeline behaves like its
+base class.
 """
 
 from typing import Any
@@ -18,31 +19,31 @@ from .vl_sources import is_many, iterate, undecoded
 
 
 class ReadsPictures:
-    """Beside a pipeline whose inputs are pictures, addresses among them."""
+    """Mixin for a pipeline whose inputs are images, including URLs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # a data set's column is a list to its users
+        # users expect a dataset column to work like a list
         if args and self.is_ours and is_many(args[0]) and hasattr(args[0], "column_name"):
             args = (list(iterate(undecoded(args[0]))), *args[1:])
         return super().__call__(*args, **kwargs)
 
     def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the pipeline's own, of anything that `open_image` reads."""
+        """The base pipeline's, for any image that `open_image` reads."""
         if self.is_ours:
             image = open_image(image, self.image_processor.max_pixels, allow_urls=True)
         return super().preprocess(image, *args, **kwargs)
 
     @property
     def is_ours(self) -> bool:
-        # by what it can do: code from the Hub may have the class twice
+        # checks the method, not the class: code loaded from the Hub has a class of its own
         return hasattr(self.image_processor, "shrink")
 
 
 class ZeroShotPipeline(ReadsPictures, ZeroShotImageClassificationPipeline):
-    """Also cuts labels that are longer than the model's texts, as the processor does."""
+    """Also truncates labels to the model's maximum text length, as the processor does."""
 
     def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:
-        """Pixels (1, 3, H, W), and the labels' ids and mask (labels, L)."""
+        """pixel_values (1, 3, H, W), and the ids and mask of the labels (labels, L)."""
         inputs = super().preprocess(image, *args, **kwargs)
         longest = getattr(self.model.config, "max_text_length", None)
         if self.is_ours and longest is not None:
@@ -52,14 +53,14 @@ class ZeroShotPipeline(ReadsPictures, ZeroShotImageClassificationPipeline):
 
 
 class ImageFeaturesPipeline(ReadsPictures, ImageFeatureExtractionPipeline):
-    """Of pictures alone."""
+    """Takes images only."""
 
 
 class PictureClassificationPipeline(ReadsPictures, ImageClassificationPipeline):
-    """Of pictures alone."""
+    """Takes images only."""
 
 
-# task -> the class in place of transformers'
+# task -> the class that replaces transformers'
 BUILT_IN = {
     "zero-shot-image-classification": ZeroShotPipeline,
     "image-feature-extraction": ImageFeaturesPipeline,

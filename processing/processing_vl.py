@@ -2,8 +2,7 @@
 
 Shapes: B examples, H x W pixels, P patch size, N = (H / P) * (W / P) patches row-major, T tokens of a text,
 L = 1 + N + T positions in the joint layout, else L = 1 + T. In the joint layout ``input_ids``, ``attention_mask`` and
-the model's ``last_hidden_state`` have the same L positions; the model puts patch embeddings where the placeholders
-stand.
+the model's ``last_hidden_state`` have the same L positions; the model replaces the placeholders by patch embeddings.
 Source: OneR, section "One Representation": text and patches "into one sequence", one [CLS], no separator.
 """
 
@@ -16,12 +15,12 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 
 from .vl_sources import is_many, iterate
 
-_IMAGE_TOKENS = ("[IMG]", "[unused0]")  # our own vocabularies; bert-base-uncased's
+_IMAGE_TOKENS = ("[IMG]", "[unused0]")  # of our own vocabularies; of bert-base-uncased's
 _TEXT_OPTIONS = frozenset(
     ("padding", "truncation", "max_length", "return_tensors", "is_split_into_words", "pad_to_multiple_of")
     + ("split_special_tokens", "return_attention_mask", "return_token_type_ids", "add_special_tokens", "verbose")
 )
-# groups that are looked into by transformers alone, or by nobody: who serves all kinds of models sends all of them
+# option groups that only transformers reads, or that are ignored: generic callers pass all groups to every model
 _OTHER_GROUPS = frozenset(("common_kwargs", "audio_kwargs", "videos_kwargs"))
 
 
@@ -37,7 +36,7 @@ class VisionLanguageProcessorKwargs(ProcessingKwargs, total=False):
     """The options of ``VisionLanguageProcessor.__call__``."""
 
     text_kwargs: OneRTextKwargs
-    _defaults = {}  # transformers 5.20, the newest for Python 3.10, asks for it
+    _defaults = {}  # required by transformers 5.20, the newest for Python 3.10
 
 
 class VisionLanguageProcessor(ProcessorMixin):
@@ -70,7 +69,7 @@ class VisionLanguageProcessor(ProcessorMixin):
     ) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
 
-        # what the sequence is counted and built with
+        # what determines the length and content of a sequence
         if getattr(image_processor, "patch_size", None) is None:
             raise ValueError(f"{type(image_processor).__name__} has no patch_size: cannot count placeholders")
         if not isinstance(max_text_length, int) or max_text_length < 1:
@@ -102,14 +101,14 @@ class VisionLanguageProcessor(ProcessorMixin):
         Returns:
             ``input_ids`` and ``attention_mask`` (B, L) int64, and with images ``pixel_values`` (B, 3, H, W) float.
             Without ``joint_layout``, images alone have no ids. If the numbers of texts and images differ, a retrieval
-            model scores all against all; the ids are then of the texts only, whatever the layout.
+            model scores all against all; the ids are then of the texts only, in either layout.
 
         Raises:
             ValueError: neither is given, a text is not a str, or a list is empty.
             TypeError: an unknown option.
             ImageDecodeError: see ``open_image``.
         """
-        # what was asked, every option known
+        # check the inputs and the options
         if images is None and text is None:
             raise ValueError(f"{type(self).__name__} got neither images nor text: pass at least one of them")
         self._check_options(kwargs)
@@ -122,12 +121,12 @@ class VisionLanguageProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         n_patches = 0
 
-        # pictures as pixels, and in the joint layout as many placeholders as they have patches
+        # images as pixels, and in the joint layout one placeholder per patch
         if images is not None:
             pixel_values = self.image_processor(images, **{**image_options, "return_tensors": "pt"})["pixel_values"]
             data["pixel_values"] = pixel_values  # (B, 3, H, W)
         if images is not None and self.joint_layout:
-            # as many of both are pairs; other numbers are held against each other, as in CLIP, and laid out apart
+            # equal numbers are pairs; otherwise all texts are scored with all images, as in CLIP, in separate inputs
             pairs = tokens is None or len(tokens) == len(pixel_values)
             tokens = [[] for _ in pixel_values] if tokens is None else tokens
             n_patches = self.num_image_tokens(*pixel_values.shape[-2:]) if pairs else 0
@@ -137,10 +136,10 @@ class VisionLanguageProcessor(ProcessorMixin):
         return BatchFeature({**sequences, **data}, tensor_type=options.get("return_tensors"))
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> list[str]:
-        """As of every processor; what calls left inside the tokenizer is not saved."""
-        # what vouches for the bytes of a published directory cannot vouch for these
+        """Saves as transformers does, but without padding and truncation settings left in the tokenizer by calls."""
+        # the digests of a published directory would not match the new files
         (Path(save_directory) / "digests.json").unlink(missing_ok=True)
-        # a call with truncation or padding stays in tokenizer.json, where another program would obey it
+        # settings of an earlier call would stay in tokenizer.json, and other programs would apply them
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
@@ -158,7 +157,7 @@ class VisionLanguageProcessor(ProcessorMixin):
 
     def _check_options(self, kwargs: dict[str, Any]) -> None:
         """Raises for unknown options: transformers would warn once and use the defaults."""
-        # an option is a text's or an image's, flat or in its group
+        # options of the text or the image, passed flat or in their group
         image_options = set(self.image_processor.valid_kwargs.__annotations__)
         groups = {"text_kwargs": _TEXT_OPTIONS, "images_kwargs": image_options}
         flat = set(kwargs) - set(groups) - _OTHER_GROUPS
@@ -171,7 +170,7 @@ class VisionLanguageProcessor(ProcessorMixin):
                 f"image options: {sorted(image_options)}"
             )
 
-        # what is fixed may be said, but not changed
+        # fixed options may be passed, but not changed
         for name, fixed in (
             ("return_token_type_ids", False),
             ("add_special_tokens", True),
@@ -182,14 +181,14 @@ class VisionLanguageProcessor(ProcessorMixin):
                 raise ValueError(f"{name}={value} is not possible: a sequence is always [CLS], placeholders, words")
 
     def _tokenize(self, text: Any, options: dict[str, Any]) -> list[list[int]]:
-        """Texts to token ids, cut to length, without [CLS]."""
+        """Texts to token ids, truncated, without [CLS]."""
         split = bool(options.get("is_split_into_words"))
 
         # a batch of texts, or of lists of words
         texts = _as_texts(text, split)
         strict = options.get("split_special_tokens")
         strict = True if strict is None else bool(strict)
-        # Cut here and not in the tokenizer: there, truncation is a lasting state that would be saved with it.
+        # truncated here and not in the tokenizer, which would keep the setting and save it
         rows = self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -204,7 +203,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         if options.get("truncation") not in (None, False, "do_not_truncate"):
             limit = self._limit(options)
             rows = [row[:limit] for row in rows]
-        # Second lock: a foreign tokenizer may hold a special token as an ordinary entry of its vocabulary.
+        # second safeguard: another tokenizer may have a special token as an ordinary entry of its vocabulary
         tokenizer = self.tokenizer
         closed = {self.image_token_id, tokenizer.pad_token_id, tokenizer.cls_token_id}
         closed |= {tokenizer.mask_token_id} if strict else set()
@@ -219,11 +218,11 @@ class VisionLanguageProcessor(ProcessorMixin):
         return limit
 
     def _lay_out(self, tokens: list[list[int]], n_patches: int, options: dict[str, Any]) -> dict[str, Any]:
-        """Token ids to ``[CLS] [IMG]*N w1 ... wT [PAD]*`` and its mask, (B, L), or lists if nothing pads them."""
+        """Token ids to ``[CLS] [IMG]*N w1 ... wT [PAD]*`` and its mask, (B, L); lists if not padded."""
         prefix = [self.tokenizer.cls_token_id] + [self.image_token_id] * n_patches
         padding = options.get("padding")
 
-        # without padding: lists, which only rows of one length make a tensor of
+        # without padding: lists, which form a tensor only if all rows have one length
         if padding in (None, False, "do_not_pad"):
             ids = [prefix + row for row in tokens]
             lengths = sorted({len(row) for row in ids})
@@ -233,7 +232,7 @@ class VisionLanguageProcessor(ProcessorMixin):
                 )
             return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
 
-        # the longest row, or what was asked for, rounded up
+        # the length of the longest row, or the requested one, rounded up
         length = len(prefix) + max(map(len, tokens))
         if padding == "max_length":
             length = max(length, len(prefix) + self._limit(options))
@@ -242,7 +241,7 @@ class VisionLanguageProcessor(ProcessorMixin):
         multiple = options.get("pad_to_multiple_of") or 1
         length = -(-length // multiple) * multiple
 
-        # padding everywhere, then the head, then each row's tokens
+        # fill with padding, then write the prefix, then each row's tokens
         input_ids = torch.full((len(tokens), length), self.tokenizer.pad_token_id, dtype=torch.long)  # (B, L)
         attention_mask = torch.zeros_like(input_ids)  # (B, L)
         input_ids[:, : len(prefix)] = torch.tensor(prefix)
@@ -275,7 +274,7 @@ def _token_id(tokenizer: Any, token: str | None, name: str) -> int:
 
 def _as_texts(text: Any, split: bool) -> list[Any]:
     """Checks the nesting and returns a batch: a list of str, or of lists of str if ``split``."""
-    if is_many(text):  # also a column of a data set
+    if is_many(text):  # also a dataset column
         text = list(iterate(text))
     # one text becomes a batch of one
     if split and isinstance(text, list | tuple) and text and all(isinstance(word, str) for word in text):

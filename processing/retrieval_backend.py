@@ -62,10 +62,10 @@ class SearchBackend(ABC):
         """The index of an item, or of the first of several; None if there is none."""
 
     def neighbours(self, item: Any, top_k: int = 10, where: Where = None) -> list[Answer]:
-        """The nearest of an item that is indexed, given by itself, or by its number where that is no item, without it.
+        """Nearest neighbours of an indexed item, without itself; `item` may be its index, if no item equals that int.
 
         Raises:
-            ValueError: no such item.
+            ValueError: there is no such item.
         """
         index = self.index_of(item)
         if index is None and isinstance(item, int) and not isinstance(item, bool):
@@ -117,11 +117,11 @@ class DatabaseBackend(SearchBackend):
 
     def _first(self, ask: Callable[[int], list[Answer]], top_k: int) -> list[Answer]:
         """
-        The first answers of one query, of equal scores those of lower numbers: a database leaves open which of several
-        it gives, copies of one picture say, so it is asked for all that are as good as the last.
+        The first answers of one query; ties are broken by lower index. A database may return any of several items with
+        equal scores (copies of one image, for example), so this asks for all items that tie with the last answer.
 
         Args:
-            ask: how many -> so many of the best, in any order.
+            ask: number of answers -> that many of the best, in any order.
         """
         wanted = top_k + 1
         while True:

@@ -1,11 +1,11 @@
-"""Conditions on the columns of indexed items: what `where` of a search admits.
+"""Conditions on the columns of indexed items: the `where` of a search.
 
     licence=MIT    licence!=MIT    licence=MIT|BSD    year>=2020
 
-An item that is a mapping has its keys as columns; any other has the one column `item`, which is itself. `=` and `!=`
-compare numbers with numbers, true and false with booleans, and texts letter by letter; `<`, `<=`, `>`, `>=` compare
-numbers alone, and whole numbers of any size exactly. An item without a column meets no condition on it. Of several
-conditions all must be met.
+The columns of an item are its keys if it is a mapping; any other item has the single column `item`, its own value.
+`=` and `!=` compare numbers as numbers, booleans with true and false, and texts exactly; `<`, `<=`, `>`, `>=` compare
+numbers only, and integers of any size exactly. An item that lacks a column meets no condition on it. If several
+conditions are given, all must be met.
 """
 
 import math
@@ -31,7 +31,7 @@ class Condition:
     Attributes:
         column: Name of the column to test.
         operator: "=", "!=", "<", "<=", ">" or ">=".
-        values: Texts of which one must be equal ("="), or none ("!="); for other operators, a single number.
+        values: Texts, one of which must be equal ("="), or none ("!="); for other operators, a single number.
     """
 
     column: str
@@ -48,10 +48,11 @@ class Condition:
 
 
 def read_where(where: Where) -> tuple[Condition, ...]:
-    """Conditions as texts, one or several, or as {column: value or list of values}.
+    """Parses conditions: one text, several texts, or {column: value or list of values}.
 
     Raises:
-        ValueError: a text that is no condition, or an order by what is no number; a value that no column has.
+        ValueError: a text is not a condition, an order comparison has no number, or a value is not a text, a number or
+            a boolean.
     """
     if where is None:
         return ()
@@ -62,7 +63,7 @@ def read_where(where: Where) -> tuple[Condition, ...]:
 
 def _texts(value: Any) -> tuple[str, ...]:
     values = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
-    # None or a mapping would be compared by its spelling, which nothing has
+    # None or a mapping would be compared as its str, which no value equals
     if wrong := [one for one in values if not isinstance(one, (str, Real))]:
         raise ValueError(f"a value to compare with is a text, a number or a boolean, got {wrong[0]!r:.80}")
     return tuple(str(one).lower() if isinstance(one, bool) else str(one) for one in values)
@@ -84,7 +85,7 @@ def is_number(value: Any) -> bool:
 
 
 def number_of(text: str) -> int | float | None:
-    """The finite number that a text spells, None if it spells none; a whole one exactly, as ids of 64 bits need it."""
+    """The finite number in a text, or None. Integers are parsed exactly, as 64-bit ids need."""
     for kind in (int, float):
         try:
             value = kind(text)
@@ -95,14 +96,14 @@ def number_of(text: str) -> int | float | None:
 
 
 def equals(value: Any, text: str) -> bool:
-    """Whether an item's value equals the value that a text spells."""
+    """Whether an item's value equals the value that a text stands for."""
     if isinstance(value, bool):
         return text == str(value).lower()
     return number_of(text) == value if is_number(value) else value == text
 
 
 def columns_of(item: Any) -> Mapping[str, Any]:
-    """The columns of an item, to which conditions apply."""
+    """The columns of an item, by name."""
     return item if isinstance(item, Mapping) else {OWN_COLUMN: item}
 
 

@@ -104,7 +104,7 @@ class RetrievalIndex(SearchBackend):
     Attributes:
         items: the item of each embedding, a JSON value.
         skipped: {"item", "reason"} of each item that could not be read.
-        counts: rows that the indexing call "embedded", "kept" unchanged, and found "gone". Not saved.
+        counts: numbers of rows that the indexing call "embedded", "kept" unchanged, and found "gone". Not saved.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class RetrievalIndex(SearchBackend):
         self.check_space(other.projection_dim, other.fingerprint, other.model)
         self.add_unit_rows(other.embeddings.to(DTYPES[self.dtype]), list(other.items), list(other.keys))
         self.note_skipped(other.skipped)
-        # nothing leaves an index that is added to
+        # appending removes nothing
         self.counts = {**other.counts, "gone": 0} if other.counts else {}
         return self
 

@@ -41,7 +41,7 @@ class RetrievalIndexError(ValueError):
 
 
 class IndexFileError(RetrievalIndexError):
-    """A file of the index is missing, damaged or of another format. `file` and, if any, `key` name the place."""
+    """A file of the index is missing, damaged or of another format; `file`, and `key` if not None, name the place."""
 
     def __init__(self, file: str | os.PathLike, reason: str, key: str | None = None):
         self.file = str(file)

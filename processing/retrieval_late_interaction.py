@@ -4,7 +4,7 @@
 
 as in ColBERT (Khattab and Zaharia, SIGIR 2020, equation 3), with a mean instead of the sum, so that it can be mixed
 with a cosine. A one-tower model needs no training for it: its tokens and patches share one space after the last layer
-and before any projector, the states that also localise a text in an image.
+and before any projector; the same states localise a text in an image.
 
 Shapes: S states of the query, S' of an item, D their width, c items.
 """

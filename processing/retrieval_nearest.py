@@ -52,7 +52,7 @@ def chunk_keys(queries: torch.Tensor, rows: torch.Tensor, k: int, start: int) ->
     Keys of the best items of a chunk, including the k greatest: fp64 (q, P), (c, P) → (q, at least min(k, c)).
 
     fp32 products select candidates, fp64 products rank them. An item is dropped only if its fp32 score is below the
-    k-th by more than the rounding errors of both.
+    k-th by more than the rounding errors of both scores.
     """
     quick = quick_products(queries.to(torch.float32), rows)  # (q, c)
     slack = (rows.shape[1] + 8) * 2.0**-24  # error bound of an fp32 dot product of unit vectors

@@ -3,7 +3,7 @@
     page = SearchPage(pipe, {"photos": "photos-index", "art": "art-index"})
     answer = page.search("photos", "made of glass", picture="photo.png")
     answer.found[0].name, answer.found[0].score
-    page.preview(answer.found[0].item)           # a small picture of it
+    page.preview(answer.found[0].item)           # a small image of it
     page.locate(answer.words, answer.found[0].item).map
 
 `oner serve` and the Spaces that it writes build their page on this class; both serve many users at once.

@@ -71,7 +71,7 @@ def is_sheet(picture: Any) -> bool:
     if not isinstance(picture, (str, os.PathLike)) or not os.fspath(picture).lower().endswith(".png"):
         return False
     try:
-        if not os.path.isfile(picture):  # a pipe without a writer would block for ever
+        if not os.path.isfile(picture):  # opening a pipe without a writer would block forever
             return False
         with open(picture, "rb") as file:
             return SHEET_MARK in file.read(256)
@@ -144,7 +144,7 @@ def rows_of(source: Any) -> tuple[Iterator[Any], int | None]:
 
 
 def without_further_columns(dataset: Iterable[Mapping]) -> Iterator[Query]:
-    """Rows of a data set of `datasets`, with the columns "text", "image" and "item" only."""
+    """Rows of a `datasets` dataset, with the columns "text", "image" and "item" only."""
     if dataset.column_names is not None and not set(dataset.column_names) & set(QUERY_KEYS):
         raise ValueError(f'a data set needs a column "image" or "text", got {sorted(dataset.column_names)}')
     return ({key: row[key] for key in ROW_KEYS if key in row} for row in dataset)

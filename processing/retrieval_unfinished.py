@@ -166,7 +166,7 @@ def read_part(file: Path) -> dict[str, torch.Tensor]:
 
 def saved_rows(directory: Path | None, dtype: str) -> tuple[torch.Tensor, dict[str, int]]:
     """Unit rows (n, P) of the index saved in `directory`, and their indices by key; empty if it is damaged or has
-    another dtype. Raises IndexFileError for a file of its name in another format."""
+    another dtype. Raises IndexFileError if `retrieval_index.json` has another format."""
     nothing = torch.empty(0, 0)
     if directory is None or not (directory / INDEX_FILE).is_file():
         return nothing, {}
@@ -182,8 +182,8 @@ def saved_rows(directory: Path | None, dtype: str) -> tuple[torch.Tensor, dict[s
 
 def content_of(value: Any, name: str) -> Iterator[bytes]:
     """
-    The bytes that tell a text or a picture from any other; of a file its place, size and times of change, of which one
-    cannot be set: a file that took the place of another of its size and date is not taken for it.
+    Bytes that identify a text or an image. A file is identified by path, size, and times of modification and status
+    change; the latter cannot be set, so a file replaced by one of the same size and date is recognised as changed.
     """
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -198,7 +198,7 @@ def content_of(value: Any, name: str) -> Iterator[bytes]:
         yield bytes(value)
         return
 
-    # pictures in memory as they are seen: their numbers alone tell neither palette nor range
+    # images in memory as RGB: the raw values alone imply neither palette nor range
     picture = open_image(value)
     yield f"pixels {picture.size}".encode()
     yield picture.tobytes()

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 MAX_CAPTION_LENGTH = 65_536  # characters; the slowest kind of text is tokenised in 90 ms at this length
-MAX_TEXT_LENGTH = 4_194_304  # characters of a text that is read in windows: a long book
+MAX_TEXT_LENGTH = 4_194_304  # characters of a text that is read in windows; enough for a long book
 
 # ALBEF's code drops twelve punctuation marks and splits compounds; none of this is in the paper
 _MARKS = str.maketrans({**dict.fromkeys(",.'!?\"()*#:;~"), "-": " ", "/": " "})

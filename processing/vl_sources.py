@@ -16,7 +16,7 @@ INSIDE = {os.path.dirname(__file__), os.path.join(os.path.dirname(transformers._
 
 def is_many(value: Any) -> bool:
     """
-    Whether a value is a collection of inputs: a list, a tuple, an iterator, a `datasets` column or data set, a
+    Whether a value is a collection of inputs: a list, a tuple, an iterator, a `datasets` column or dataset, a
     `KeyDataset`, or any indexable sequence. A text, encoded bytes, an array and a mapping are one input.
     """
     if isinstance(value, (str, bytes, bytearray, memoryview, Mapping, np.ndarray, np.generic, torch.Tensor)):
@@ -25,13 +25,13 @@ def is_many(value: Any) -> bool:
 
 
 def iterate(source: Any) -> Iterator[Any]:
-    """`iter`, also for indexable objects that are not iterable, such as torch's data sets."""
+    """`iter`, also for indexable objects that are not iterable, such as torch's datasets."""
     return iter(source) if isinstance(source, Iterable) else (source[place] for place in range(len(source)))
 
 
 def undecoded(source: Any) -> Any:
     """
-    Turns off image decoding in a data set or column of `datasets`, or a `KeyDataset` over one; returns anything else
+    Turns off image decoding in a dataset or column of `datasets`, or a `KeyDataset` over one; returns anything else
     unchanged. Otherwise a damaged image would end the whole iteration.
     """
     if isinstance(getattr(source, "column_name", None), str) and hasattr(source, "source"):
@@ -39,7 +39,7 @@ def undecoded(source: Any) -> Any:
     if hasattr(source, "dataset") and hasattr(source, "key"):
         return type(source)(undecoded(source.dataset), source.key)
 
-    # a user's own transform or format keeps its input
+    # leave the user's own transform or format unchanged
     features = getattr(source, "features", None) if hasattr(source, "cast_column") else None
     if not features or (getattr(source, "format", None) or {}).get("type") is not None:
         return source
