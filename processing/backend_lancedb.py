@@ -20,7 +20,7 @@ from .retrieval_index_files import read_header
 from .retrieval_nearest import unit_rows
 
 NAME = "lancedb"
-ID, VECTOR, ITEM = "oner_id", "oner_vector", "oner_item"
+ID, VECTOR, ITEM = OWN = "oner_id", "oner_vector", "oner_item"
 AT_ONCE = 8192  # rows per batch
 KINDS = {bool: "bool_", int: "int64", float: "float64", str: "string"}
 NUMBERS = {"int64", "float64"}
@@ -85,10 +85,13 @@ class Backend(DatabaseBackend):
     def _sql(self, condition: Condition) -> str:
         """A condition in LanceDB's SQL. Raises `ValueError` for a column of mixed values."""
         kind = self._kinds.get(condition.column)
-        if kind is None or condition.column in (ID, VECTOR, ITEM):
+        if kind is None or condition.column in OWN:
             return "false"
         if kind == "binary":
-            raise ValueError(f"the column {condition.column!r} mixes numbers and texts; lancedb cannot compare them")
+            raise ValueError(
+                f"lancedb cannot compare the column {condition.column!r}: it mixes numbers and texts, holds lists or "
+                "integers beyond 64 bits, or has a backtick in its name; exact search can"
+            )
         column = f"`{condition.column}`"
         numeric = kind in ("double", "int64")
         if condition.operator in ORDERS:
@@ -111,15 +114,28 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def kind_of(name: str, value: Any) -> str:
+    """The Arrow type of a value: binary if LanceDB cannot compare it, or cannot quote the name of its column."""
+    if "`" in name or (type(value) is int and not -(2**63) <= value < 2**63):
+        return "binary"
+    return KINDS.get(type(value), "binary")
+
+
 def schema_of(index: RetrievalIndex) -> Any:
-    """Arrow schema: our columns, and the items' by type of value; mixed types give a binary column of nulls."""
+    """
+    Arrow schema: our columns, and the items' by type of value. What LanceDB cannot compare is binary and null.
+
+    Raises:
+        ValueError: a column of the items has the name of one of ours.
+    """
     arrow = library("pyarrow", NAME)
     kinds: dict[str, set[str]] = {}
     for item in index.items:
         for name, value in columns_of(item).items():
-            if type(value) in KINDS and "`" not in name:
-                beyond = type(value) is int and not -(2**63) <= value < 2**63
-                kinds.setdefault(name, set()).add("float64" if beyond else KINDS[type(value)])
+            if value is not None:
+                kinds.setdefault(name, set()).add(kind_of(name, value))
+    if taken := kinds.keys() & {*OWN}:
+        raise ValueError(f"items have a column {min(taken)!r}, a name that the table in lancedb needs; rename it")
     fields = [
         arrow.field(ID, arrow.int64()),
         arrow.field(VECTOR, arrow.list_(arrow.float32(), index.projection_dim)),

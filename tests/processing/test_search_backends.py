@@ -311,11 +311,32 @@ def test_a_database_is_replaced_when_the_new_one_is_whole(tmp_path: Path, name: 
         assert first.table.name != second.table.name
 
 
-def test_a_column_of_mixed_values_is_refused_by_lancedb_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("items", "where", "right"),
+    [
+        ([{"a": 1}, {"a": "1"}], "a=1", 2),
+        ([{"a": ["x"]}, {"a": ["y"]}], "a!=x", 2),
+        ([{"a": 2**64 + 1}, {"a": 2**64}], f"a={2**64}", 1),
+        ([{"a`b": 1}, {"a`b": 2}], "a`b=1", 1),
+    ],
+    ids=["mixed", "lists", "beyond 64 bits", "backtick"],
+)
+def test_a_column_that_only_exact_search_compares_is_refused_by_lancedb(
+    tmp_path: Path, items: list, where: str, right: int
+) -> None:
     pytest.importorskip("lancedb")
     index = RetrievalIndex(WIDTH)
-    index.add(torch.randn(2, WIDTH), [{"a": 1}, {"a": "1"}])
-    assert len(index.answers(queries()[:1], where="a=1")[0]) == 2
+    index.add(torch.randn(2, WIDTH), items)
+    assert len(index.answers(queries()[:1], where=where)[0]) == right
     index.save(tmp_path)
-    with pytest.raises(ValueError, match="mixes numbers and texts"):
-        build_backend("lancedb", tmp_path).answers(queries(), where="a=1")
+    with pytest.raises(ValueError, match=r"lancedb cannot compare the column .* mixes numbers and texts"):
+        build_backend("lancedb", tmp_path).answers(queries(), where=where)
+
+
+def test_lancedb_keeps_the_names_of_its_own_columns(tmp_path: Path) -> None:
+    pytest.importorskip("lancedb")
+    index = RetrievalIndex(WIDTH)
+    index.add(torch.randn(1, WIDTH), [{"oner_id": 7, "a": None}])
+    index.save(tmp_path)
+    with pytest.raises(ValueError, match="a column 'oner_id', a name that the table in lancedb needs"):
+        build_backend("lancedb", tmp_path)
