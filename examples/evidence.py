@@ -391,9 +391,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seeds", nargs="+", type=int, help="default: 0 1 2 on an accelerator and for momo, codis and compare, else 0"
     )
     parser.add_argument("--epochs", type=float, help="default: 20, 6 for compare, 12 for transfer; codis uses --steps")
-    parser.add_argument("--seconds", type=float, help="also train every row a second time, for this long")
+    parser.add_argument("--seconds", type=float, help="also train each row again, for this many seconds")
     parser.add_argument("--rates", action="store_true", help="use the best of three learning rates; only for compare")
-    parser.add_argument("--fraction", type=float, default=1.0, help="of the steps in momo's configurations")
+    parser.add_argument("--fraction", type=float, default=1.0, help="fraction of the steps in momo's files")
     parser.add_argument("--steps", type=int, help="steps instead of epochs; default for codis: 120")
     parser.add_argument("--head-norm", choices=("batch", "layer", "none"), help="for all rows except CLIP")
     parser.add_argument("--head-statistics", choices=("shared", "separate"), help="for all rows except CLIP")
