@@ -118,7 +118,7 @@ def paper_hours(figures: Figures) -> float | None:
 
 
 def goal_rows(figures: Figures) -> list[tuple[str, str, float | None, str]]:
-    """(what, goal, figure, its format)."""
+    """(what, goal, figure, format of the figure)."""
     cases, gpu = figures["cases"], "accelerator" in figures["machine"]
     halves = best([mfu(figures, "oner_bf16"), mfu(figures, "oner_bf16_compiled")])
     fastest = best([c["pairs"] / c["seconds"] for n, c in steps(figures).items() if n.startswith("oner_")])

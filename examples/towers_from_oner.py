@@ -3,7 +3,7 @@
     python examples/towers_from_oner.py examples/checkpoints/oner-scenes runs/simla_scenes_start
     python examples/towers_from_oner.py examples/checkpoints/oner-scenes runs/codis_scenes_start --family codis
 
-Trained from scratch, two small towers tell only backgrounds and sizes for hundreds of steps; with a vision tower that
+Trained from scratch, two small towers learn only backgrounds and sizes for hundreds of steps; with a vision tower that
 is already trained, words are learned within a hundred (docs/training_small.md). The directory is the `initial_model`
 of examples/configs/simla_scenes.yaml or codis_scenes.yaml. Both papers likewise start from DeiT, which was trained on
 images alone.

@@ -32,7 +32,7 @@ UNSEEN_SETS = (
     "dinkie-icons", "memory", "picon", "pixel", "pixelarticons", "flat-color-icons",
     "pepicons-pencil", "pepicons-pop", "pepicons-print", "carbon", "clarity", "iconoir",
 )  # fmt: skip
-ONE_NAME_IN = 40  # one concept of so many is held out in every set
+ONE_NAME_IN = 40  # one concept in this many is held out, in every set
 
 # Word -> drawing style.
 STYLES = {

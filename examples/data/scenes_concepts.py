@@ -12,7 +12,7 @@ from pathlib import Path
 from zlib import crc32
 
 TABLE = Path(__file__).resolve().parent / "scenes_concepts.csv"
-ONE_PAIR_IN = 10  # one pair of concepts of so many is held out
+ONE_PAIR_IN = 10  # one pair of concepts in this many is held out
 NUMBERS = ("no", "one", "two", "three", "four")
 # Words whose first sound differs from their first letter.
 CONSONANTS = ("unicorn",)
