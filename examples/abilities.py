@@ -1,11 +1,11 @@
-"""What a model can do on composed scenes: every ability of docs in one table, the aims beside the figures.
+"""What a model can do on composed scenes: all abilities of docs/abilities.md in one table, with their aims.
 
     make scenes
     python examples/abilities.py runs/mine/model --scenes runs/scenes
 
-It reads {split}.parquet of each split, and {split}_queries.parquet with {split}_gallery.parquet where they are there
-(examples/data/scenes.md), and writes results/{split}.abilities.json and results/abilities.md under --output. What a
-family cannot do is left out. Answers, entailment and two pictures need models of their own: evaluate.py --tasks vqa.
+It reads {split}.parquet of each split, and {split}_queries.parquet and {split}_gallery.parquet if they exist
+(examples/data/scenes.md), and writes results/{split}.abilities.json and results/abilities.md under --output. Abilities
+that a family lacks are omitted. VQA, entailment and NLVR2 need fine-tuned models: evaluate.py --tasks vqa.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from oner.training.evaluation.scenes import SceneEvaluator
 from oner.training.publishing.model_loading import load_model
 
 SPLITS = ("seen", "unseen_pairs", "unseen_style", "unseen_concepts")
-SINGLES = "seen"  # the split whose single things stand for A in "A and B": styles and concepts of training
+SINGLES = "seen"  # images of single things in this split serve as A in "A and B": training styles and concepts
 
 
 @dataclass(frozen=True)
 class Ability:
-    """A line of the table: a number, what chance gives, and the aim, in styles of training and in the unseen one."""
+    """A line of the table: a metric, its chance level, and its aim for training styles and for the unseen style."""
 
     name: str
     value: str
@@ -40,7 +40,7 @@ class Ability:
     percent: bool = True
 
     def chance_on(self, split: str, values: dict[str, float]) -> float | None:
-        """A number of its own, or one of those measured on the split."""
+        """The chance level: a constant, or a value measured on the split."""
         return values.get(f"{split}/{self.chance}") if isinstance(self.chance, str) else self.chance
 
     def aim_on(self, split: str) -> float | None:
@@ -84,17 +84,17 @@ ABILITIES = [
 
 
 def read(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a parquet file with all their columns, evenly spaced if there are more than `limit`; none without it."""
+    """Rows of a parquet file with all columns, at most `limit`, evenly spaced; empty if the file does not exist."""
     return spaced(pq.read_table(path).to_pylist(), limit) if path.is_file() else []
 
 
 def evaluators(a: argparse.Namespace) -> Iterator[SceneEvaluator]:
-    """One for each split."""
+    """One evaluator per split."""
     rows = {split: read(a.scenes / f"{split}.parquet", a.limit) for split in SPLITS}
     if missing := [split for split in a.splits if not rows[split]]:
         raise SystemExit(f"{a.scenes} has no {' and no '.join(f'{one}.parquet' for one in missing)}: make scenes")
 
-    # a query's picture is in a style that training has seen, unless its concepts have none
+    # query images are in training styles, except for unseen concepts
     known = [row for row in rows[SINGLES] if len(row["names"]) == 1]
     for split in a.splits:
         own = [row for row in rows[split] if len(row["names"]) == 1]
@@ -116,9 +116,9 @@ def shown(value: float | None, percent: bool) -> str:
 
 
 def table(values: dict[str, float], scenes: dict[str, int]) -> str:
-    """The abilities as Markdown: a line each, for every split its figure and, in brackets, chance and aim.
+    """The abilities as a Markdown table: for each split the value and, in brackets, chance and aim.
 
-    `scenes` are how many each split has: recall is easier among fewer.
+    `scenes` gives the number of scenes per split: recall is easier among fewer.
     """
     splits = list(scenes)
     lines = ["| ability | " + " | ".join(splits) + " |", "|---" * (1 + len(splits)) + "|"]
@@ -149,9 +149,9 @@ def cell(ability: Ability, split: str, values: dict[str, float]) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory, or a name on the Hub")
-    parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"), help="what `make scenes` left")
+    parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"), help="output folder of `make scenes`")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
-    parser.add_argument("--limit", type=int, help="so many scenes and queries of each split, evenly spaced")
+    parser.add_argument("--limit", type=int, help="maximum number of scenes and queries per split, evenly spaced")
     parser.add_argument("--output", help="default: the model directory")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         values |= found
         scenes[evaluator.name] = len(evaluator.rows)
 
-    # one table of all splits
+    # one table for all splits
     text = table(values, scenes)
     (results / "abilities.md").write_text(text, encoding="utf-8")
     print(text)

@@ -1,12 +1,12 @@
-"""What a step costs, and what the machine could do: rates, FLOP, MFU, memory and shares, beside open_clip's CLIP.
+"""The cost of a training step: throughput, FLOP, MFU, memory and phases, compared with open_clip's CLIP.
 
-    python examples/benchmark.py                               every case; fills docs/performance.json and .md
-    python examples/benchmark.py --cases oner_bf16 clip_bf16   some of them; the others keep their last figures
-    python examples/benchmark.py --batch_size 256              on an accelerator, which is used where there is one
+    python examples/benchmark.py                               all default cases; fills docs/performance.json and .md
+    python examples/benchmark.py --cases oner_bf16 clip_bf16   some cases; the others keep their last figures
+    python examples/benchmark.py --batch_size 256              on an accelerator, which is used if available
 
-Each case runs in a process of its own, so that its memory is its own, and measures the machine's GEMM peak before and
-after its steps. MFU divides by the highest peak of its dtype in the whole run: nothing profits from a slow moment.
-On a CPU, cases in fp32 take half the batch.
+Each case runs in its own process, so that its memory can be measured, and measures the machine's GEMM peak before and
+after its steps. MFU divides by the highest peak of the dtype in the whole run, so that a slow moment of the machine
+cannot raise it. On a CPU, cases in fp32 use half the batch.
 """
 
 import argparse
@@ -49,9 +49,9 @@ CONFIG = ROOT / "examples" / "configs" / "benchmark_base_224.yaml"
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OTHERS = ("loader", "checkpoint", "starts", "transport", "visible")
-# of CODIS (section 4.2.1): the batch and the codebook
+# batch and codebook size of CODIS (section 4.2.1)
 FEATURES, CODES = 512, 4000
-# asked for by name only
+# run only if named
 LONG = ("oner_bf16_as_is", "clip_fp32")
 
 
@@ -60,14 +60,14 @@ def device_of_run() -> torch.device:
 
 
 def default_cases(device: torch.device) -> list[str]:
-    """All but `LONG` ones, what takes longest last; on a CPU that does not multiply bf16 only those in fp32."""
+    """All cases except `LONG`, the slowest last; on a CPU without fast bf16, only those in fp32."""
     halves = device.type != "cpu" or has_fast_bf16()
     names = [name for name in STEPS if name not in LONG and (halves or "bf16" not in name)]
     return sorted([*names, *OTHERS], key=lambda name: "compiled" in name)
 
 
 def open_data(arguments: Arguments) -> tuple[RunLoader, Any]:
-    """The run's own loader, and the model's configuration."""
+    """The run's loader and the model's configuration."""
     rows = open_portions(arguments)
     processor, config = build_processor_and_config(arguments, rows)
     return RunLoader(arguments, rows, build_collators(arguments, processor, config)), config
@@ -86,7 +86,7 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
 
 
 class Phases:
-    """Seconds by name; the device is waited for at both ends of each."""
+    """Seconds by name of the phase; synchronises with the device at both ends of each."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
@@ -101,7 +101,7 @@ class Phases:
 
 
 def measure_step(name: str, arguments: Arguments, repeats: int) -> dict[str, Any]:
-    """One case: seconds of a step, its operations, the machine's peak around it, shares of its phases, memory."""
+    """One case: seconds of a step, its operations, the machine's GEMM peak, seconds of its phases, memory."""
     device, dtype = device_of_run(), DTYPES["bf16" if "bf16" in name else "fp32"]
     if device.type == "cpu" and "as_is" not in name:
         keep_freed_memory()
@@ -114,11 +114,11 @@ def measure_step(name: str, arguments: Arguments, repeats: int) -> dict[str, Any
     first, second = (on_device(batch, device) for batch in batches)
     step: Step = STEPS[name](arguments, config, device)
     peak = gemm_peak(dtype, device, seconds=0.3)
-    flops = counted_flops(lambda: step(first))  # and the optimiser's state is there
+    flops = counted_flops(lambda: step(first))  # this also creates the optimiser's state
     warm = []
     if step.compiled:
         step.compile()
-        # two sizes of batch, after which graphs are compiled for any
+        # after two batch shapes, the graphs are compiled for any shape
         warm += [timed(lambda batch=batch: step(batch), device) for batch in (first, second)]
     seconds = [timed(lambda i=i: step((first, second)[i % 2]), device) for i in range(repeats)]
     phases = Phases(device)
@@ -142,7 +142,7 @@ def measure_step(name: str, arguments: Arguments, repeats: int) -> dict[str, Any
 
 
 def measure_loader(arguments: Arguments, seconds: float = 6.0) -> dict[str, Any]:
-    """Pairs a second of the loader alone: in this process, and with a worker for each core."""
+    """Pairs per second of the loader alone: in this process, and with one worker per thread."""
     rates = {}
     for workers in (0, max(1, torch.get_num_threads())):
         arguments.data.num_workers = workers
@@ -158,9 +158,9 @@ def measure_loader(arguments: Arguments, seconds: float = 6.0) -> dict[str, Any]
 
 def measure_checkpoint(arguments: Arguments, repeats: int) -> dict[str, Any]:
     """
-    Seconds to save a run of this size: weights, teacher and both moments, with digests, flushed to the disk. Beside
-    the run, a step waits for the `stalls`, the first of which asks the system for memory, and the rest is `beside`;
-    `stalls_cpu` is what the stalls take of a core that nothing else keeps busy.
+    Seconds to save a checkpoint of this run (weights, teacher, both moments), with digests, flushed to disk. With a
+    background writer, a step waits for `stalls` seconds, the first time longer because memory is allocated, and the
+    rest takes `beside` seconds; `stalls_cpu` is the CPU time of the stalls, so it excludes waits for other processes.
     """
     _, config = open_data(arguments)
     step = STEPS["oner_fp32"](arguments, config, CPU)
@@ -189,7 +189,7 @@ def measure_checkpoint(arguments: Arguments, repeats: int) -> dict[str, Any]:
 
 
 def measure_starts(repeats: int = 3) -> dict[str, Any]:
-    """Seconds of a whole process, the best of some: the first fills the file cache."""
+    """Seconds of a whole process, the best of `repeats`: the first fills the file cache."""
     programs = {
         "from transformers import AutoModel, AutoProcessor, pipeline": "",
         "import oner": "",
@@ -205,7 +205,7 @@ def measure_starts(repeats: int = 3) -> dict[str, Any]:
 
 
 def measure_transport(repeats: int) -> dict[str, Any]:
-    """Seconds of one plan of transport of the paper's size, and how many matrices of its size live at once."""
+    """Seconds of one transport plan of the paper's size, and how many matrices of that size are alive at once."""
     device = device_of_run()
     cost = torch.rand(FEATURES, CODES, generator=torch.Generator().manual_seed(0)).to(device)
     timed(lambda: transport_plan(cost), device)
@@ -228,7 +228,7 @@ def run_case(name: str, arguments: Arguments, repeats: int) -> dict[str, Any]:
 
 
 def in_process(command: list[str], limit: float) -> dict[str, Any]:
-    """What a case printed last, or why there is nothing; its own messages pass through."""
+    """The JSON that a case printed last, or why there is none; stderr passes through."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -242,12 +242,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", default=str(CONFIG), help="The run whose step is measured.")
-    parser.add_argument("--cases", nargs="+", choices=[*STEPS, *OTHERS], help="Which; all by default.")
-    parser.add_argument("--repeats", type=int, default=2, help="Steps of a case after its first ones.")
-    parser.add_argument("--limit", type=float, default=240.0, help="Seconds after which a case is given up.")
-    parser.add_argument("--output", default=str(ROOT / "docs" / "performance.json"), help="Where the figures go.")
-    parser.add_argument("--tables", default=str(ROOT / "docs" / "performance.md"), help="Page with its tables.")
+    parser.add_argument("--config", default=str(CONFIG), help="Configuration of the run to measure.")
+    parser.add_argument("--cases", nargs="+", choices=[*STEPS, *OTHERS], help="Default: all but the long ones.")
+    parser.add_argument("--repeats", type=int, default=2, help="Timed steps per case, after warm-up.")
+    parser.add_argument("--limit", type=float, default=240.0, help="Seconds after which a case is stopped.")
+    parser.add_argument("--output", default=str(ROOT / "docs" / "performance.json"), help="JSON file of figures.")
+    parser.add_argument("--tables", default=str(ROOT / "docs" / "performance.md"), help="Page with the tables.")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_known_args(argv)
 

@@ -1,12 +1,12 @@
-"""How fast pictures and texts are embedded, beside transformers' CLIP of the same width, depth and patches.
+"""The speed of embedding images and texts, compared with transformers' CLIP of the same width, depth and patch size.
 
     python examples/benchmark_embedding.py                    docs/embedding.json and the table of docs/performance.md
-    python examples/benchmark_embedding.py --repeats 9        medians of more turns
+    python examples/benchmark_embedding.py --repeats 9        medians of more rounds
 
-Base size, pictures of 224 pixels, random weights, one thread, processor time, by turns. OneR reads pictures through
-its convolutional stem; `linear stem` is the single projection that CLIP has. Texts are once 12 tokens each, and once
-captions of the embedded emoji as each library reads them: OneR sorts by length and pads to the longest of a batch
-(`embed_texts`), CLIP's processor pads to the longest of a batch, and its pipelines and most of its users to 77.
+Base size, images of 224 pixels, random weights, one thread, CPU time, models measured in turn. OneR has a
+convolutional stem; `linear stem` is a single projection, as in CLIP. Texts have 12 tokens each, or are captions of the
+embedded emoji, batched as each library does it: OneR sorts by length and pads to the longest of a batch
+(`embed_texts`), CLIP's processor pads to the longest of a batch, its pipelines and most of its users pad to 77.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Calls = Mapping[str, Callable[[], object]]
 
 
 def by_turns(calls: Calls, repeats: int) -> dict[str, float]:
-    """The median processor seconds of each, after one call that chooses kernels."""
+    """Median CPU seconds of each call, measured in turn after one round of warm-up."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -59,7 +59,7 @@ def embeds_texts(model: Any, batches: Sequence[Mapping[str, torch.Tensor]]) -> C
 
 
 def captions_padded(tokenizer: Any, rows: int, size: int) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """Captions of the emoji in batches: sorted by length, as they come, and padded to `CLIP_LENGTH`."""
+    """Captions of the emoji in batches: sorted by length, unsorted, and padded to `CLIP_LENGTH`."""
     texts = [row["captions"][0] for row in open_rows(str(EMOJI), id_column="hexcode").take(range(rows))]
     orders = {"sorted": sorted(texts, key=len), "longest": texts, "77": texts}
     padding = {"sorted": True, "longest": True, "77": "max_length"}
@@ -75,7 +75,7 @@ def captions_padded(tokenizer: Any, rows: int, size: int) -> dict[str, list[dict
 
 
 def graphs(model: OneRModel, pixels: torch.Tensor, directory: Path) -> Calls:
-    """The graph of pictures in 32 bits and in 8, by onnxruntime on one thread."""
+    """The graph of the image embedding in fp32 and int8, run by onnxruntime on one thread."""
     module = Embedding(model, "get_image_features", ("pixel_values",)).eval()
     plain, small = directory / "image.onnx", directory / "image_int8.onnx"
     write_graph(export_program(module, {"pixel_values": pixels}, model.config.max_text_length), module.names, plain)
@@ -91,7 +91,7 @@ def graphs(model: OneRModel, pixels: torch.Tensor, directory: Path) -> Calls:
 
 
 def measure(repeats: int, size: str = "base", pictures: int = 8, captions: int = 256) -> dict[str, dict[str, float]]:
-    """By question, the seconds of each contestant."""
+    """Measurement -> model -> CPU seconds."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     fields = {"vocab_size": len(tokenizer), "max_text_length": CLIP_LENGTH}
@@ -130,7 +130,7 @@ def measure(repeats: int, size: str = "base", pictures: int = 8, captions: int =
 
 
 def markdown(figures: Mapping[str, Any]) -> str:
-    """A line a contestant; its rate over CLIP's, or over fp32's where onnxruntime runs."""
+    """A line per model, with its rate over CLIP's, or over fp32's for onnxruntime."""
     lines = ["| what | by | processor seconds | rate over CLIP's or fp32's |", "|---|---|---:|---:|"]
     for question, seconds in figures["seconds"].items():
         beside = seconds["CLIP"] if "CLIP" in seconds else seconds["fp32"]

@@ -1,14 +1,14 @@
-"""How costs grow: with the pairs of a batch, the tokens of a text, the pixels of a picture, the rows of a data set.
+"""How costs grow with the pairs of a batch, the tokens of a text, the pixels of an image and the rows of a data set.
 
-    python examples/benchmark_growth.py                       every curve, about 15 minutes of one core
+    python examples/benchmark_growth.py                       all curves, about 15 minutes on one core
     python examples/benchmark_growth.py --curves text rows    some of them; the others keep their last figures
 
-Each point is measured in a process of its own, on one thread: processor time, and the highest resident memory above
-what the process held before (Linux only). The figures go to docs/growth.json, from which the picture and the table of
+Each point is measured in its own process, on one thread: CPU time, and peak resident memory above the memory of the
+process before (Linux only). The figures are written to docs/growth.json, from which the plot and the table of
 docs/performance.md are made.
 
-The step is that of OneR nano (5.8 M parameters) at 64 pixels with 12 words a caption, forward and backward in fp32,
-LayerNorm heads and a linear stem (a batch in pieces is then the same batch); what is not named on a curve stays so.
+The step is forward and backward of OneR nano (5.8 M parameters) in fp32, at 64 pixels with 12 words per caption, with
+LayerNorm heads and a linear stem (so that chunks of a batch give the same result); a curve changes only what it names.
 """
 
 import argparse
@@ -36,12 +36,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES, PAGE = ROOT / "docs" / "growth.json", ROOT / "docs" / "performance.md"
 MARKS = "<!-- growth: by examples/benchmark_growth.py -->\n", "<!-- /growth -->"
-PIECE = 16  # pairs that pass the model together
-QUERIES, WIDTH = 256, 32  # of the curve of recall
+PIECE = 16  # pairs per forward pass
+QUERIES, WIDTH = 256, 32  # for the curve `recall`
 
 
 class Cost(NamedTuple):
-    """Processor seconds, and MiB above what the process held before."""
+    """CPU seconds, and MiB above the memory of the process before."""
 
     seconds: float
     mib: float
@@ -53,7 +53,7 @@ class Curve(NamedTuple):
         axis: What grows, in words.
         sizes: The points.
         measure: The cost of a point.
-        unit: What one of `size` is, for the time by each; empty where the time by each says nothing.
+        unit: What `size` counts, for the time per unit; empty if that time is meaningless.
     """
 
     axis: str
@@ -63,14 +63,14 @@ class Curve(NamedTuple):
 
 
 def resident(line: str) -> float:
-    """MiB of this process, as Linux counts them: `VmRSS` now, `VmHWM` at the most since it was reset."""
+    """Resident MiB of this process according to Linux: `VmRSS` is current, `VmHWM` the peak since its reset."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(next(one for one in status.splitlines() if one.startswith(line)).split()[1]) / 1024
 
 
 def cost(action: Callable[[], object], repeats: int = 1) -> Cost:
-    """The median time of several, and the highest memory of all."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, or the next allocations would look free
+    """The median time of the repeats, and their peak memory."""
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, or its reuse would look free
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
     before = resident("VmRSS")
     seconds = []
@@ -82,7 +82,7 @@ def cost(action: Callable[[], object], repeats: int = 1) -> Cost:
 
 
 def step(pairs: int = PIECE, words: int = 12, pixels: int = 64) -> Cost:
-    """Forward and backward of so many pairs, in pieces of `PIECE`."""
+    """Forward and backward of `pairs` pairs, in chunks of `PIECE`."""
     from accelerate import Accelerator
 
     from oner import OneRConfig, OneRForPreTraining
@@ -101,26 +101,26 @@ def step(pairs: int = PIECE, words: int = 12, pixels: int = 64) -> Cost:
         batch = OneRObjective.example_batches(config, [words] * count, Example(0.15, 0.4))["pairs"]
         loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": -(-count // PIECE)})
 
-    run(min(pairs, PIECE))  # kernels, gradients
+    run(min(pairs, PIECE))  # warm-up: kernels, gradients
     return cost(lambda: run(pairs), repeats=3 if pairs <= PIECE else 1)
 
 
 def encoded(form: str) -> bytes:
-    """A small grey picture."""
+    """A small grey image as a file."""
     held = BytesIO()
     Image.new("RGB", (16, 16), "grey").save(held, form)
     return held.getvalue()
 
 
 def order(rows: int) -> Cost:
-    """The order of an epoch in batches of 256, up to its first batch."""
+    """Computing the order of an epoch in batches of 256, up to the first batch."""
     from oner.processing.data.sampling import PairOrder
 
     return cost(lambda: PairOrder(rows, 256).keys(0, 1))
 
 
 def table(rows: int) -> Cost:
-    """Opening and checking a parquet file of so many small pictures and captions."""
+    """Opening and checking a parquet file with `rows` small images and captions."""
     from oner import open_rows
 
     cells = {"image": [encoded("PNG")] * rows, "text": [f"picture number {row}" for row in range(rows)]}
@@ -131,7 +131,7 @@ def table(rows: int) -> Cost:
 
 
 def shards(rows: int) -> Cost:
-    """Indexing tar shards of 10,000 samples each, of a small JPEG and a caption."""
+    """Indexing tar shards of 10,000 samples each; a sample is a small JPEG and a caption."""
     from oner import open_rows
 
     jpeg = encoded("JPEG")
@@ -147,7 +147,7 @@ def shards(rows: int) -> Cost:
 
 
 def recall(rows: int) -> Cost:
-    """Where the true one of so many rows stands, for 256 queries."""
+    """The rank of the right row among `rows` rows, for 256 queries."""
     from oner.training.evaluation.metrics import chunked_standing
 
     generator = np.random.default_rng(0)
@@ -175,7 +175,7 @@ def measured(name: str, size: int) -> Cost:
 
 def measure(names: Sequence[str]) -> Iterator[tuple[str, int, Cost]]:
     context = multiprocessing.get_context("spawn")
-    # the highest resident memory of a process never falls, so each point has a process of its own
+    # the peak resident memory of a process never falls, so each point has its own process
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as process:
         for name in names:
             for size in CURVES[name].sizes:
@@ -183,12 +183,12 @@ def measure(names: Sequence[str]) -> Iterator[tuple[str, int, Cost]]:
 
 
 def short(seconds: float) -> str:
-    """In ms, or in µs below one."""
+    """In ms, or in µs below one ms."""
     return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.2g} µs"
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """A line a point."""
+    """A line per point."""
     lines = ["| what grows | size | processor seconds | of each | memory, MiB |", "|---|---:|---:|---:|---:|"]
     for name, points in figures["curves"].items():
         curve = CURVES[name]
@@ -201,7 +201,7 @@ def markdown(figures: dict[str, Any]) -> str:
 
 
 def picture(figures: dict[str, Any], path: Path) -> None:
-    """Time over size, each curve on logarithmic axes beside a line of the first power."""
+    """Time over size on logarithmic axes, each curve with a line of proportional growth."""
     from oner.training.evaluation.sheets import new_figure
 
     drawn = new_figure(9.0, 3.2)
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{CURVES[name].axis}: {size:,}: {result.seconds:.3g} s, {result.mib:,.0f} MiB", flush=True)
         found.setdefault(name, {})[str(size)] = result
 
-    # figures first, and what is made of them
+    # figures first, then what is made from them
     curves = {name: found.get(name) or known["curves"].get(name) for name in CURVES}
     figures = {"machine": machine_facts(torch.device("cpu")), "curves": {n: c for n, c in curves.items() if c}}
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -1,13 +1,12 @@
-"""What a search costs at a million items: time of a query, memory, time to build, and what faiss finds of the exact.
+"""The cost of search among a million items: query time, memory, build time, and the recall of faiss.
 
-    python examples/benchmark_search.py                          exact and faiss's lists, on two kinds of vectors
+    python examples/benchmark_search.py                          exact and faiss's ivf, on two kinds of vectors
     python examples/benchmark_search.py --rows 100000 --backends exact ivf hnsw --threads 1
 
-Two sets of unit vectors: `random`, without any structure, the hardest that there is; and `clustered`, a mixture of
-Gaussians around 2,000 centres in 32 directions of the space, nearer to what a model's embeddings are like. Queries are
-drawn as the rows are and are none of them. Recall is the share of the exact ten nearest. Beside the time by the clock
-stands that of the processor, which other work on the machine changes less. The result is a line of JSON for each, and
-a table.
+Two sets of unit vectors: `random`, without any structure, the hardest case; and `clustered`, a mixture of Gaussians
+around 2,000 centres in 32 directions of the space, closer to a model's embeddings. Queries are drawn like the rows but
+are not among them. Recall is the share of the exact ten nearest that are found. CPU time is given beside wall-clock
+time, because other processes affect it less. Prints a line of JSON per result, and a table.
 """
 
 import argparse
@@ -29,12 +28,12 @@ from oner.processing.retrieval_index import RetrievalIndex
 KINDS = ("random", "clustered")
 BACKENDS = ("exact", "ivf", "hnsw")
 CENTRES, DIRECTIONS, SPREAD = 2000, 32, 0.7
-AT_ONCE = 50000  # rows that are drawn together
+AT_ONCE = 50000  # rows drawn at a time
 GIB = 2**30
 
 
 def vectors(kind: str, count: int, width: int, seed: int) -> Iterator[torch.Tensor]:
-    """(m, P) fp32 each, `count` together, of length one. The seed chooses the rows, not the mixture."""
+    """Yields unit vectors, (m, P) fp32, `count` in total. The seed determines the rows, not the mixture."""
     mixture = torch.Generator().manual_seed(0)
     centres = torch.randn(CENTRES, DIRECTIONS, generator=mixture)
     basis = torch.randn(DIRECTIONS, width, generator=mixture)
@@ -50,7 +49,7 @@ def vectors(kind: str, count: int, width: int, seed: int) -> Iterator[torch.Tens
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What it returns, its milliseconds by the clock, and those of all processors."""
+    """The result of `action`, and its milliseconds of wall-clock and of CPU time."""
     clock = time.perf_counter()
     processor = time.process_time()
     result = action()
@@ -58,7 +57,7 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def each_query(search: Callable[[torch.Tensor], Any], queries: torch.Tensor) -> tuple[list[Any], float, float]:
-    """Asked one by one: what was found, and the medians of the milliseconds by the clock and by the processor."""
+    """Runs the queries one by one: results, and median milliseconds of wall-clock and of CPU time."""
     search(queries[:1])
     asked = [timed(lambda query=query: search(query)) for query in queries.split(1)]
     results, clocks, processors = map(list, zip(*asked, strict=True))
@@ -66,19 +65,19 @@ def each_query(search: Callable[[torch.Tensor], Any], queries: torch.Tensor) -> 
 
 
 def peak() -> float:
-    """GiB that the process has held at the most."""
+    """Peak memory of the process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def measure(kind: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One result for each backend."""
+    """One result per backend."""
     index = RetrievalIndex(options.width)
     for rows in vectors(kind, options.rows, options.width, seed=1):
         index.add(rows, range(len(index), len(index) + len(rows)))
     (queries,) = vectors(kind, options.queries, options.width, seed=2)
     common = {"vectors": kind, "rows": options.rows, "width": options.width, "threads": torch.get_num_threads()}
 
-    # beside the product that torch makes of the same numbers in fp32
+    # compared with torch's product of the same vectors in fp32
     few = queries[: options.exact_queries]
     transposed = index.embeddings.float().T  # (P, n)
     _, product, _ = each_query(lambda query: query @ transposed, few)
@@ -106,7 +105,7 @@ def measure(kind: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """In Markdown."""
+    """The results as a Markdown table."""
     lines = [
         "| vectors | backend | ms a query (processor) | recall@10 | memory, GiB | build, s (processor) |",
         "|---|---|---|---|---|---|",
@@ -127,12 +126,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vectors", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["exact", "ivf"])
-    parser.add_argument("--queries", type=int, default=200, help="to tell recall by, and faiss's time")
-    parser.add_argument("--exact_queries", type=int, default=20, help="to tell exact search's time by")
-    parser.add_argument("--recall", type=float, default=0.98, help="of the exact ten, that faiss is tuned for")
+    parser.add_argument("--queries", type=int, default=200, help="queries for recall and for faiss's time")
+    parser.add_argument("--exact_queries", type=int, default=20, help="queries for exact search's time")
+    parser.add_argument("--recall", type=float, default=0.98, help="of the exact ten, to tune faiss for")
     parser.add_argument("--threads", type=int, help="of torch and faiss; all cores by default")
-    parser.add_argument("--scratch", help="where the index lies meanwhile")
-    parser.add_argument("--output", help="a file of JSON for the results")
+    parser.add_argument("--scratch", help="folder for the temporary index")
+    parser.add_argument("--output", help="JSON file for the results")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,7 +1,6 @@
-"""The steps that examples/benchmark.py measures: OneR's, open_clip's CLIP and transformers' own CLIP of its size.
+"""The training steps that examples/benchmark.py measures: OneR, and open_clip's and transformers' CLIP of its size.
 
-All take the same batch, hold fp32 weights under autocast, and end in the run's fused AdamW. B pairs, N patches,
-W word slots.
+All use the same batch, fp32 weights under autocast, and the run's fused AdamW. B pairs, N patches, W word slots.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ Timer = Callable[[str], AbstractContextManager]
 
 
 class Step:
-    """`step(batch)`: forward, backward, optimiser. `in_phases` does the same under a timer."""
+    """`step(batch)`: forward, backward, optimiser. `in_phases` does the same and times each phase."""
 
     def __init__(self, model: nn.Module, arguments: Arguments, device: torch.device, half: bool, compiled: bool):
         self.model = model.to(device).train()
@@ -51,7 +50,7 @@ class Step:
         self.after()
 
     def after(self) -> None:
-        """What follows the optimiser: a teacher, a clamp."""
+        """What follows the optimiser's step: a teacher update, a clamp."""
 
     def in_phases(self, batch: Batch, phase: Timer) -> None:
         with phase("forward"), self.autocast():
@@ -68,16 +67,16 @@ class Step:
             self.after()
 
     def tokens(self, batch: Batch) -> int | None:
-        """Tokens that pass the layers, where that is known."""
+        """Tokens processed by the layers, if known."""
         return None
 
     def formula(self, batch: Batch) -> float | None:
-        """Operations of the step by formula, where there is one."""
+        """Operations of the step by formula, if there is one."""
         return None
 
 
 class ObjectiveStep(Step):
-    """Any family's own objective, by the run's arguments."""
+    """The objective of any family, built from the run's arguments."""
 
     def __init__(self, arguments: Arguments, config: Any, device: torch.device, half: bool, compiled: bool = False):
         if arguments.model.attn_implementation is None and device.type == "cpu" and half:
@@ -87,7 +86,7 @@ class ObjectiveStep(Step):
         super().__init__(model, arguments, device, half, compiled)
         self.objective.to(device)
         self.arguments, self.config = arguments, config
-        self.kept: Batch = {}  # of the newest pass, for what follows the optimiser's step
+        self.kept: Batch = {}  # from the last forward pass, for `after`
 
     def compile(self) -> None:
         compile_regions([self.model, *(teacher.model for teacher in self.objective.teachers())])
@@ -132,7 +131,7 @@ class ObjectiveStep(Step):
 
 
 class OpenClipStep(Step):
-    """open_clip's `CLIP` and `ClipLoss`; compiled as open_clip does it, the whole model."""
+    """open_clip's `CLIP` and `ClipLoss`; compiled as a whole, as open_clip does it."""
 
     def __init__(self, arguments: Arguments, config: OneRConfig, device: torch.device, half: bool, compiled=False):
         super().__init__(ClipBaseline(config), arguments, device, half, compiled)
@@ -146,7 +145,7 @@ class OpenClipStep(Step):
 
 
 def transformers_clip(config: OneRConfig, positions: int) -> CLIPModel:
-    """Random weights; both towers have the configuration's width, depth and heads, texts as many positions."""
+    """Random weights; both towers have the configuration's width, depth and heads; texts have `positions`."""
     width = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -179,7 +178,7 @@ class TransformersClipStep(Step):
 
 
 def padded(batch: Batch, config: OneRConfig) -> Batch:
-    """The same pictures with every caption as long as the model allows: what padding to that length costs."""
+    """The same images with every caption at the model's maximum length, to measure the cost of padding to it."""
     pairs, patches = batch["bool_masked_pos"].shape
     head, slots = 1 + patches, config.max_text_length
     wide = batch["input_ids"].new_full((pairs, head + slots), config.pad_token_id)
@@ -194,7 +193,7 @@ def padded(batch: Batch, config: OneRConfig) -> Batch:
     }
 
 
-# name -> how its step is made; `as_is` leaves the allocator alone
+# name -> how its step is built; `as_is` keeps the allocator's default settings
 STEPS: dict[str, Callable[[Arguments, OneRConfig, torch.device], Step]] = {
     "oner_bf16": lambda *given: ObjectiveStep(*given, half=True),
     "oner_bf16_compiled": lambda *given: ObjectiveStep(*given, half=True, compiled=True),

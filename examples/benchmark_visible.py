@@ -1,7 +1,8 @@
-"""What dropping tokens saves: MoMo's steps that drop, beside the same steps that drop next to nothing.
+"""What dropping tokens saves: MoMo's steps, compared with the same steps that drop almost nothing.
 
-What time should do, tokens say: of the encoder alone the share that is visible; of a step also what decoders and heads
-read, which is all tokens and the dropped ones. Attention's own products, which fall with the square, are left out.
+The expected time follows from the number of tokens: for the encoder, the share that is visible; for a step, also what
+decoders (all tokens) and heads (the dropped ones) read. The products inside attention, which shrink quadratically, are
+not counted.
 
 B rows, N = 196 patches, D width of the encoder, E of a decoder.
 """
@@ -20,17 +21,17 @@ from oner.training.objectives.examples import Example
 from oner.training.objectives.momo import DECODES, MomoObjective, MomoObjectiveArguments
 
 Batch = dict[str, torch.Tensor]
-# (loss, rows, masked share of tokens, of patches), as the stages have it (sections 3.1 and 4.1)
+# (loss, rows, masked share of tokens, of patches) of the stages (sections 3.1 and 4.1)
 KINDS = {"images": ("mim", 16, 0.0, 0.75), "texts": ("mlm", 32, 0.15, 0.0), "pairs": ("cmm", 12, 0.75, 0.75)}
-LENGTHS = (24, 96, 60, 36, 80, 48, 72, 90)  # tokens of texts, in turn
+LENGTHS = (24, 96, 60, 36, 80, 48, 72, 90)  # lengths of texts in tokens, in turn
 
 
 class VisibleStep:
     """
-    The pass of one kind of rows, forward and backward; what an optimiser costs depends on no token.
+    Forward and backward for one kind of rows; without the optimiser, whose cost does not depend on tokens.
 
     Args:
-        fields: Over the paper's model at DeiT's tiny width: 12 layers of 192, decoders of 4 by 128.
+        fields: Changes to the paper's model at DeiT's tiny width: 12 layers of width 192, decoders of 4 by 128.
     """
 
     def __init__(self, kind: str, device: torch.device, half: bool, **fields: Any):
@@ -45,7 +46,7 @@ class VisibleStep:
         self.objective = MomoObjective(self.model, MomoObjectiveArguments(losses=[self.loss]))
 
     def batch(self, drops: bool, rows: int | None = None) -> Batch:
-        """One that drops its stage's shares, or a patch of each image and a token of all texts."""
+        """A batch that drops its stage's shares, or only one patch per image and one token in total."""
         _, usual, words, patches = KINDS[self.kind]
         most = self.config.max_text_length
         lengths = [min(LENGTHS[row % len(LENGTHS)], most) for row in range(rows or usual)]
@@ -61,7 +62,7 @@ class VisibleStep:
         self.model.zero_grad()
 
     def encoder(self, batch: Batch) -> None:
-        """From pixels and ids to the states of what is seen, and back."""
+        """Forward from pixels and ids to the states of visible tokens, and backward."""
         tower = self.model.momo
         rows = len(batch["ids"])
         parts = []
@@ -82,7 +83,7 @@ class VisibleStep:
         self.model.zero_grad()
 
     def tokens(self, batch: Batch) -> dict[str, int]:
-        """How many the encoder reads, a decoder reads, and heads of pixels and of words."""
+        """The number of tokens that the encoder, a decoder, and the heads for pixels and for words read."""
         rows, images, texts = len(batch["ids"]), "pixel_values" in batch, "text_index" in batch
         masked = {"pixels": len(batch["mim_index"]) if images else 0, "words": len(batch["mlm_index"]) if texts else 0}
         patches = batch["bool_masked_pos"].numel() if images else 0
@@ -90,7 +91,7 @@ class VisibleStep:
         return {"encoder": decoded - sum(masked.values()), "decoder": decoded, "patches": patches, **masked}
 
     def work(self, batch: Batch) -> float:
-        """Multiply-adds of a forward, but those of attention's own products."""
+        """Multiply-adds of a forward pass, except for the products inside attention."""
         c, tokens = self.config, self.tokens(batch)
         pixels = c.patch_size**2 * c.num_channels
         head = c.decoder_hidden_size * c.hidden_size + c.hidden_size * c.vocab_size
@@ -105,7 +106,7 @@ class VisibleStep:
 
 
 def seconds_of(function: Callable[[], None], device: torch.device) -> float:
-    """Of a call: on a CPU the time that the process got, whatever else runs there."""
+    """Seconds of a call; on a CPU, CPU time of the process, so that other processes do not count."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     wait_for(device)
     start = clock()
@@ -116,8 +117,8 @@ def seconds_of(function: Callable[[], None], device: torch.device) -> float:
 
 def measure_visible(device: torch.device, half: bool, repeats: int = 5) -> dict[str, dict[str, float]]:
     """
-    By kind of rows: `encoder_share` of its tokens that are seen and `step_share` of a step's multiply-adds, each with
-    what the time did (`encoder_time`, `step_time`), medians of turns that alternate.
+    By kind of rows: `encoder_share`, the share of tokens that are visible, `step_share`, the share of a step's
+    multiply-adds, and the measured shares of time (`encoder_time`, `step_time`), medians over alternating rounds.
     """
     found = {}
     for kind in KINDS:
@@ -128,7 +129,7 @@ def measure_visible(device: torch.device, half: bool, repeats: int = 5) -> dict[
             for what, call in (("encoder", run.encoder), ("step", run.step)):
                 for way, batch in batches.items():
                     took = seconds_of(lambda call=call, batch=batch: call(batch), device)
-                    if turn:  # the first chooses kernels
+                    if turn:  # the first round is warm-up
                         seconds.setdefault((what, way), []).append(took)
         read = {way: run.tokens(batch)["encoder"] for way, batch in batches.items()}
         median = {case: statistics.median(times) for case, times in seconds.items()}

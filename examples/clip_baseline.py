@@ -1,20 +1,19 @@
-"""CLIP as open_clip_torch builds it, at OneR's size and on OneR's batches: the two-tower row of the evidence.
+"""CLIP from open_clip_torch, at OneR's size and on OneR's batches: the two-tower row of the evidence.
 
     python examples/clip_baseline.py --config examples/configs/oner_emoji.yaml --output_dir runs/clip
     python examples/clip_baseline.py --conv_stem --sigmoid --config examples/configs/oner_emoji.yaml
 
-The arguments are those of examples/pretrain.py; what is about OneR's heads, losses and masks has no effect.
+The arguments are those of examples/pretrain.py; those for OneR's heads, losses and masks have no effect.
 
 The image tower is open_clip's ViT, the text tower its causal transformer; both have the width, depth, heads, patches
-and vocabulary of a `OneRConfig`, so the two towers together have about twice its parameters. What is CLIP's own stays
-CLIP's: patch projection, learnable positions, linear projections, learnable temperature from .07, `ClipLoss`, no
-teacher, no masks. With `--conv_stem` pictures pass the families' convolutions instead of the projection, with
-`--sigmoid` the loss is SigLIP's: each picture with each text is a pair or is not, with a learnable bias.
-`ClipBaseline` answers `get_image_features` and `get_text_features`, so evaluators take it as it is; probes take its
-`ClipTower`.
+and vocabulary of a `OneRConfig`, so the two towers together have about twice its parameters. The rest is as in CLIP:
+patch projection, learnable positions, linear projections, learnable temperature from .07, `ClipLoss`, no teacher, no
+masks. `--conv_stem` replaces the patch projection by the families' convolutional stem. `--sigmoid` uses SigLIP's loss,
+which classifies each image-text combination as a pair or not, with a learnable bias. `ClipBaseline` implements
+`get_image_features` and `get_text_features`, so evaluators accept it; probes use its `ClipTower`.
 
-Shapes: B pairs, N patches, T words of the longest text, D width, P embedding width. A text arrives in the processor's
-layout and is read as `[CLS] w1 ... wT [EOT] [PAD]*`.
+Shapes: B pairs, N patches, T words of the longest text, D width, P embedding width. Texts arrive in the processor's
+layout and are converted to `[CLS] w1 ... wT [EOT] [PAD]*`.
 """
 
 import argparse
@@ -47,8 +46,8 @@ from oner.training.run.parsing import parse_arguments
 from oner.training.run.summary import STOPPED
 
 WEIGHTS = "clip.safetensors"
-MAX_LOGIT_SCALE = math.log(100.0)  # CLIP clips its scale there, and so does open_clip's training loop
-# where SigLIP's scale and bias begin (Zhai et al., 2023, section 3.2): as if almost nothing were a pair
+MAX_LOGIT_SCALE = math.log(100.0)  # the maximum in CLIP and in open_clip's training loop
+# SigLIP's initial scale and bias (Zhai et al., 2023, section 3.2): almost nothing is predicted to be a pair
 SIGMOID = {"init_logit_scale": math.log(10.0), "init_logit_bias": -10.0}
 
 
@@ -61,22 +60,22 @@ def _open_clip() -> Any:
 
 
 class Baseline(nn.Module):
-    """A model that is no family's, sized by `config`."""
+    """A model outside the families, with the size of `config`."""
 
     def save(self, directory: str | Path) -> None:
-        """Weights, and the configuration that they were sized by."""
+        """Writes the weights and the configuration."""
         self.config.save_pretrained(directory)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, Path(directory) / WEIGHTS)
 
 
 class ClipBaseline(Baseline):
-    """open_clip's `CLIP` at the size of `config`, behind the interface of a retrieval model.
+    """open_clip's `CLIP` at the size of `config`, with the interface of a retrieval model.
 
     Args:
-        config: gives width, depth, heads, picture, patch, vocabulary, longest text and width of the embedding.
+        config: gives width, depth, heads, image size, patch size, vocabulary, longest text and embedding width.
         conv_stem: convolutions instead of the patch projection.
-        sigmoid: a bias, for SigLIP's loss.
+        sigmoid: adds a bias, for SigLIP's loss.
 
     Raises:
         ImportError: open_clip_torch is not installed.
@@ -85,7 +84,7 @@ class ClipBaseline(Baseline):
     def __init__(self, config: OneRConfig, conv_stem: bool = False, sigmoid: bool = False) -> None:
         super().__init__()
         self.config = config
-        # the end-of-text token gets the largest id of all, where CLIP's "argmax" pooling looks for it
+        # the end-of-text token has the largest id, so that CLIP's "argmax" pooling finds it
         self.end_of_text = config.vocab_size
         ratio = config.intermediate_size / config.hidden_size
         self.clip = _open_clip().model.CLIP(
@@ -109,13 +108,13 @@ class ClipBaseline(Baseline):
             nonscalar_logit_scale=True,
             **(SIGMOID if sigmoid else {}),
         )
-        if conv_stem:  # (B, 3, H, W) -> (B, D, H / patch, W / patch), as the projection in its place
+        if conv_stem:  # (B, 3, H, W) -> (B, D, H / patch, W / patch), as the projection that it replaces
             stem = ConvStem(config.patch_size, config.num_channels, config.hidden_size)
             self.clip.visual.conv1 = stem.layers
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "ClipBaseline":
-        """The model that `save` wrote."""
+        """Loads a model written by `save`."""
         weights = load_file(Path(directory) / WEIGHTS)
         kind = {"conv_stem": "clip.visual.conv1.weight" not in weights, "sigmoid": "clip.logit_bias" in weights}
         model = cls(OneRConfig.from_pretrained(directory), **kind)
@@ -123,7 +122,7 @@ class ClipBaseline(Baseline):
         return model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor, Batch]:
-        """Normalised pictures (B, P), normalised texts (B, P), and of their products the factor and any bias, (1,)."""
+        """Normalised images (B, P), normalised texts (B, P), and the scale and any bias of their products, (1,)."""
         images = nn.functional.normalize(self.clip.encode_image(pixel_values), dim=-1)
         texts = nn.functional.normalize(self.encode_text(self.clip_ids(input_ids, attention_mask)), dim=-1)
         learned = {"scale": self.clip.logit_scale.exp()}
@@ -133,11 +132,11 @@ class ClipBaseline(Baseline):
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """The logarithm of the factor on products."""
+        """The logarithm of the scale of the products."""
         return self.clip.logit_scale
 
     def clip_ids(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The processor's layout, (B, 1 + N + T) or (B, 1 + T), to CLIP's, (B, T + 2)."""
+        """Converts the processor's layout, (B, 1 + N + T) or (B, 1 + T), to CLIP's, (B, T + 2)."""
         placeholders = (input_ids == self.config.image_token_id).any(0)
         ids, mask = input_ids[:, ~placeholders], attention_mask[:, ~placeholders].bool()
         ids = ids.masked_fill(~mask, self.config.pad_token_id)
@@ -145,13 +144,13 @@ class ClipBaseline(Baseline):
         return ids.scatter(1, mask.sum(1, keepdim=True), self.end_of_text)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """open_clip's `encode_text` over the columns in use alone, (B, T + 2) -> (B, P). Raises as `text_states`."""
+        """open_clip's `encode_text` for texts of any length, (B, T + 2) -> (B, P). Raises as `text_states`."""
         return self.text_states(ids) @ self.clip.text_projection
 
     def text_states(self, ids: Tensor) -> Tensor:
-        """What is projected: [EOT] after the last norm, (B, T + 2) -> (B, D).
+        """The state of [EOT] after the last norm, which is then projected: (B, T + 2) -> (B, D).
 
-        Equal to padding up to `context_length`, as the attention is causal and what follows [EOT] is never read.
+        The result is the same as with padding to `context_length`: attention is causal, so [EOT] reads no padding.
 
         Raises:
             ValueError: a text longer than the context.
@@ -161,11 +160,11 @@ class ClipBaseline(Baseline):
             raise ValueError(f"a text of {length} tokens, [CLS] and [EOT] included, in {clip.context_length} places")
         states = clip.token_embedding(ids) + clip.positional_embedding[:length]
         states = clip.transformer(states, attn_mask=clip.attn_mask[:length, :length])
-        ends = states[torch.arange(len(ids), device=ids.device), ids.argmax(1)]  # the norm is by place: pool first
+        ends = states[torch.arange(len(ids), device=ids.device), ids.argmax(1)]  # the norm is per position: pool first
         return clip.ln_final(ends)
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """Pictures (B, 3, H, W) -> pooler_output (B, P)."""
+        """Images (B, 3, H, W) -> pooler_output (B, P)."""
         return BaseModelOutputWithPooling(pooler_output=self.clip.encode_image(pixel_values))
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutputWithPooling:
@@ -174,18 +173,18 @@ class ClipBaseline(Baseline):
 
 
 class ClipTower(nn.Module):
-    """A `ClipBaseline` below its projections, as probes read a tower: [CLS] or [EOT] after the norm, (B, 1, D)."""
+    """A `ClipBaseline` without its projections, for probes: [CLS] or [EOT] after the norm, (B, 1, D)."""
 
     def __init__(self, model: ClipBaseline) -> None:
         super().__init__()
         self.config = model.config
         self.model = copy.deepcopy(model)
-        self.model.clip.visual.proj = None  # open_clip's tower then ends before it
+        self.model.clip.visual.proj = None  # open_clip's tower then returns unprojected states
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
     ) -> VisionLanguageModelOutput:
-        """Pictures (B, 3, H, W), or texts in the processor's layout."""
+        """Images (B, 3, H, W), or texts in the processor's layout."""
         if pixel_values is not None:
             states = self.model.clip.encode_image(pixel_values)  # (B, D)
         else:
@@ -195,8 +194,8 @@ class ClipTower(nn.Module):
 
 class ClipObjective(SinglePortion):
     """
-    open_clip's `ClipLoss`, or `SigLipLoss` of a model with a bias, as the engine's objective: clean images and clean
-    texts, negatives of all processes.
+    open_clip's `ClipLoss`, or `SigLipLoss` for a model with a bias, as an objective of the engine: unmasked images and
+    texts, negatives from all processes.
     """
 
     def __init__(self, student: ClipBaseline, arguments: Any = None) -> None:
@@ -220,7 +219,7 @@ class ClipObjective(SinglePortion):
             kinds = _open_clip().loss
             kind = kinds.SigLipLoss if "bias" in common else kinds.ClipLoss
             self.loss = kind(rank=rank(), world_size=world_size())
-        with torch.autocast(rows["image"].device.type, enabled=False):  # as info_nce: the loss in fp32
+        with torch.autocast(rows["image"].device.type, enabled=False):  # the loss in fp32, as in info_nce
             learned = [value.float() for value in common.values()]  # scale, and bias
             loss = self.loss(rows["image"].float(), rows["text"].float(), *learned)
         return Comparison({"clip": loss})
@@ -230,7 +229,7 @@ class ClipObjective(SinglePortion):
 
     @torch.no_grad()
     def after_step(self, applied: Tensor | None = None, kept: Batch | None = None) -> None:
-        """Keeps the temperature at .01 or above, as CLIP does; one that did not move is there already."""
+        """Keeps the temperature at .01 or above, as CLIP does; after a skipped step, this changes nothing."""
         self.student.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
     def to(self, device: torch.device) -> "ClipObjective":
@@ -245,7 +244,7 @@ class ClipObjective(SinglePortion):
 
 
 def main(argv: Sequence[str] | None = None) -> bool:
-    """Trains the baseline as its own arguments say; whether it came to its end."""
+    """Trains the baseline; returns whether training was completed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--conv_stem", action="store_true")
     parser.add_argument("--sigmoid", action="store_true")
@@ -258,7 +257,7 @@ def fit(arguments: Arguments, build: Callable[[OneRConfig], nn.Module]) -> bool:
     Trains a baseline with OneR's loader, optimiser, schedule and engine, and writes `output_dir/model`.
 
     Returns:
-        Whether it came to its end, and was not stopped by a signal.
+        Whether training was completed, rather than stopped by a signal.
     """
     accelerator = make_accelerator(arguments.run)
     rows = open_portions(arguments)

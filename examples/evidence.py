@@ -1,20 +1,20 @@
-"""The families' ablations on small data (OneR's Table 6, SIMLA's 1, CODIS' 4, MoMo's 4 and 6), and all side by side.
+"""Ablations of each family on small data (OneR's Table 6, SIMLA's 1, CODIS' 4, MoMo's 4 and 6), and a comparison.
 
     python examples/evidence.py                                   six rows, one seed, two rows at a time on two cores
-    python examples/evidence.py --seeds 0 1 2 --jobs 1            three seeds, one after the other, as on a GPU
+    python examples/evidence.py --seeds 0 1 2 --jobs 1            three seeds, one row at a time, as on a GPU
     python examples/evidence.py --questions                       and ITC with other heads, pooling, temperature, batch
-    python examples/evidence.py --table simla                     the five rows of SIMLA's Table 1, re-ranked
-    python examples/evidence.py --table codis                     the five rows of CODIS' Table 4, re-ranked
-    python examples/evidence.py --table momo --fraction 0.5       MoMo's stages one after the other, half as long
+    python examples/evidence.py --table simla                     the five rows of SIMLA's Table 1, with re-ranking
+    python examples/evidence.py --table codis                     the five rows of CODIS' Table 4, with re-ranking
+    python examples/evidence.py --table momo --fraction 0.5       MoMo's stages in sequence, with half the steps
     python examples/evidence.py --rows itc itc:head_norm=batch,head_statistics=separate --epochs 5
-    python examples/evidence.py --table compare --seconds 180     all families and CLIP, of equal pairs and equal time
-    python examples/evidence.py --table compare --rates           each at the best of three learning rates
+    python examples/evidence.py --table compare --seconds 180     all families and CLIP, for equal pairs and equal time
+    python examples/evidence.py --table compare --rates           each row at the best of three learning rates
 
 A row is `name` or `name:key=value,...`; a key is an argument of examples/pretrain.py or a field of the model's
-configuration. Every row sees the same pairs in the same order for the same number of steps; with --seconds it is
-trained once more, for as many steps as those seconds hold at the speed of the first time. A finished row is a JSON
-file in --output and is not trained again; an interrupted one goes on from its last checkpoint. The tables go to
-docs/evidence*.md and docs/compare_families.md.
+configuration. All rows see the same pairs in the same order for the same number of steps. With --seconds, each row is
+also trained a second time, for as many steps as fit into that time at the speed of the first run. A finished row is
+stored as a JSON file in --output and not trained again; an interrupted run resumes from its last checkpoint. The
+tables are written to docs/evidence*.md and docs/compare_families.md.
 """
 
 import argparse
@@ -85,16 +85,16 @@ TABLES = {
         COMPARED, "compare_families", "The families side by side", compare_page, compare_main_table, compare_figure
     ),
 }
-# what rows are measured on, unless told: the embedded emoji, or scenes, each of which stands alone
+# default evaluation data: the embedded emoji, or scenes, where each row is its own concept
 EMBEDDED = "examples/data/emoji/test_style.parquet"
 SCENES = {"momo": "runs/scenes/seen.parquet", "codis": "runs/scenes/unseen_pairs.parquet"}
-WATCHED = ("codes_used", "plan_entropy")  # of a log, where a run has a codebook
-# candidates that matching puts in order; a scene's patches are four times an emoji's
+WATCHED = ("codes_used", "plan_entropy")  # log values of runs with a codebook
+# candidates that the matching head re-ranks; a scene has four times as many patches as an emoji
 RERANK_K, RERANK_K_SCENES = 128, 16
 
 
 def run_of(row: str, seed: int, a: argparse.Namespace) -> Run:
-    """One row of one seed, and of a later stage those before it. Raises `ValueError` for an unknown row."""
+    """The run of a row and seed, linked to the runs of earlier stages. Raises `ValueError` for an unknown row."""
     name, _, changes = row.partition(":")
     if name not in ROWS:
         raise ValueError(f"unknown row {name!r}; expected one of {', '.join(ROWS)}")
@@ -116,7 +116,7 @@ def run_of(row: str, seed: int, a: argparse.Namespace) -> Run:
 
 
 def plan(a: argparse.Namespace) -> list[Run]:
-    """The runs asked for, each after those that it begins with. Raises `ValueError` for an unknown row."""
+    """The requested runs, each after those it depends on. Raises `ValueError` for an unknown row."""
     runs: dict[Path, Run] = {}
     for row in dict.fromkeys([*a.rows, *(QUESTIONS if a.questions else [])]):
         for seed in a.seeds:
@@ -130,7 +130,7 @@ def plan(a: argparse.Namespace) -> list[Run]:
 
 
 def in_time(run: Run, seconds: float) -> Run:
-    """The same row for so many seconds of training, whatever number of pairs that is."""
+    """The same row with a budget of training seconds instead of a number of steps."""
     options = {name: value for name, value in run.options.items() if name not in ("epochs", "max_steps")}
     return replace(run, options=options, seconds=seconds, pace=run)
 
@@ -139,10 +139,10 @@ def choose_rates(
     a: argparse.Namespace, data: tuple[Sequence, Sequence]
 ) -> tuple[list[str], dict[str, dict[str, float]], list[BaseException]]:
     """
-    The rows of `a`, each at the rate of three that finds most held-out pictures with the first seed.
+    The rows of `a`, each at the one of three learning rates with the best held-out recall for the first seed.
 
     Returns:
-        Rows; by row what each multiple of its rate found; errors of trials that failed.
+        The rows; for each row, the recall at each multiple of its learning rate; errors of failed trials.
     """
     trials = trials_of(a)
     told = {**vars(a), "rows": [row for rates in trials.values() for row in rates.values()]}
@@ -150,7 +150,7 @@ def choose_rates(
     errors = work_all([run for run in runs if finished(run) is None], a.jobs, a.threads, data, a.limit)
     results = {run.row: content for run in runs if (content := finished(run)) is not None}
 
-    # trials that failed are not chosen
+    # failed trials cannot be chosen
     chosen = {row: row for row in a.rows}
     found: dict[str, dict[str, float]] = {}
     for row, rates in trials.items():
@@ -162,10 +162,10 @@ def choose_rates(
 
 
 def finished(run: Run) -> dict[str, Any] | None:
-    """The result of a run that was done before.
+    """The stored result of a finished run, or None.
 
     Raises:
-        ValueError: it was made with other settings.
+        ValueError: it was made with different settings.
     """
     if not run.result.is_file():
         return None
@@ -179,17 +179,17 @@ def finished(run: Run) -> dict[str, Any] | None:
 
 
 def train(run: Run, threads: int, children: list[subprocess.Popen]) -> float:
-    """Trains a row in a process of its own; what it prints goes to `train.log`. Returns the GiB it had at its most.
+    """Trains a row in a separate process, with its output in `train.log`. Returns the peak memory in GiB.
 
     Raises:
-        RuntimeError: it failed or was stopped, with the end of its log.
+        RuntimeError: it failed or was stopped; the message has the end of the log.
     """
     run.directory.mkdir(parents=True, exist_ok=True)
     log = run.directory / "train.log"
     with open(log, "ab") as stream:
         child = subprocess.Popen(run.command(threads), cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
         children.append(child)
-        # as `child.wait()`, which keeps to itself what the process used
+        # unlike `child.wait()`, this returns the resource usage
         _, status, used = os.wait4(child.pid, 0)
         code = child.returncode = os.waitstatus_to_exitcode(status)
     if code or not (run.directory / "model" / "config.json").is_file():
@@ -200,11 +200,11 @@ def train(run: Run, threads: int, children: list[subprocess.Popen]) -> float:
 
 def training_facts(run: Run) -> dict[str, Any]:
     """
-    Steps, pairs and seconds of the training from its log, in which a resumed run may repeat some steps. Other
-    processes only ever slow it down: `quiet_seconds` is what all steps would take at the speed of the fastest.
+    Steps, pairs and seconds of a training run from its log, in which a resumed run may repeat some steps.
+    `quiet_seconds` is the time of all steps at the highest logged speed, as other processes can only slow a run down.
     """
     lines = [json.loads(line) for line in (run.directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    # all kinds of rows of a step tell of the same speed
+    # any kind of rows gives the speed of the step
     sizes = run.batch_sizes()
     name, batch = next(iter(sizes.items()))
     speeds = {line["step"]: line[f"{name}_per_second"] for line in lines if f"{name}_per_second" in line}
@@ -219,7 +219,7 @@ def training_facts(run: Run) -> dict[str, Any]:
 
 
 def watched(run: Run) -> dict[str, float]:
-    """`log/...`: means over the run of what its log tells of a codebook; nothing where it has none."""
+    """`log/...`: means over the run of the logged codebook values; empty without a codebook."""
     lines = [json.loads(line) for line in (run.directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     series = {name: {line["step"]: line[name] for line in lines if name in line} for name in WATCHED}
     return {f"log/{name}": fmean(values.values()) for name, values in series.items() if values}
@@ -228,12 +228,12 @@ def watched(run: Run) -> dict[str, float]:
 def evaluate(
     model: Any, processor: Any, rows: Sequence, gallery: Sequence, multimodal: bool, rerank_k: int = RERANK_K
 ) -> dict[str, float]:
-    """All numbers of a row: `first/...` and `all/...` retrieval, `gap/...`, `joint/...` for picture + caption.
+    """All metrics of a row: `first/...` and `all/...` (retrieval), `gap/...`, `joint/...` (image + caption queries).
 
-    A model that matches pairs puts the best of `first/` in order too.
+    A model with a matching head also re-ranks the best candidates of `first/`.
 
-    `gap/` is taken on pictures and first captions: distance of the centroids, mean cosine of pairs and of others, and
-    how well a picture is told from a caption (.5: not at all).
+    `gap/` compares images with first captions: distance of the centroids, mean cosine of pairs and of other
+    combinations, and how well images can be separated from captions (.5: not at all).
     """
     values: dict[str, float] = {}
     for captions in ("first", "all"):
@@ -260,12 +260,12 @@ def evaluate(
 
 
 def candidates(run: Run) -> int:
-    """How many of them matching puts in order."""
+    """How many candidates the matching head re-ranks."""
     return RERANK_K_SCENES if run.name in TABLE_4 else RERANK_K
 
 
 def measure(run: Run, data: tuple[Sequence, Sequence], limit: int | None) -> tuple[dict[str, float], int]:
-    """All numbers of a trained row, and how many parameters it has."""
+    """All metrics of a trained row, and its number of parameters."""
     if run.name in BEFORE:
         directory = run.directory / "model"
         return stage_values(directory, run.config(), data[0], run.seed, limit, ROOT / "examples" / "data")
@@ -292,33 +292,33 @@ def work(run: Run, threads: int, data: tuple[Sequence, Sequence], limit: int | N
         "title": run.title,
         "before": None if run.before is None else run.before.title,
         "seed": run.seed,
-        "seconds": run.seconds,  # that it was given, if any
+        "seconds": run.seconds,  # its time budget, if any
         "learning_rate": run.learning_rate,
         "values": values,
         "parameters": parameters,
         **training_facts(run),
-        "wall_seconds": time.perf_counter() - start,  # of this process, when resumed
-        "memory_gib": memory,  # of the last process, when resumed
+        "wall_seconds": time.perf_counter() - start,  # of this process only, if resumed
+        "memory_gib": memory,  # of the last process only, if resumed
         "resumed": resumed,
         "command": command,
         "setup": run.setup(),
         "machine": machine_facts(device),
     }
     write_result(run, content)
-    for checkpoint in run.directory.glob("checkpoint-*"):  # the model stays
+    for checkpoint in run.directory.glob("checkpoint-*"):  # the model is kept
         shutil.rmtree(checkpoint)
     return content
 
 
 def write_result(run: Run, content: Mapping[str, Any]) -> None:
-    """Beside its place and renamed into it."""
+    """Writes the result atomically."""
     partial = run.result.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(run.result)
 
 
 def measure_again(runs: Sequence[Run], data: tuple[Sequence, Sequence], limit: int | None) -> None:
-    """The finished rows once more, for numbers that they were not asked for when they were trained."""
+    """Evaluates finished rows again, for metrics added after they were trained."""
     for run in runs:
         if (content := finished(run)) is not None:
             write_result(run, {**content, "values": measure(run, data, limit)[0]})
@@ -334,9 +334,9 @@ def steps_done(run: Run) -> int:
 def work_all(
     runs: Sequence[Run], jobs: int, threads: int, data: tuple[Sequence, Sequence], limit: int | None
 ) -> list[BaseException]:
-    """All runs, `jobs` at a time, under a progress bar; returns the errors of those that failed."""
+    """Trains and evaluates all runs, `jobs` at a time, with a progress bar; returns the errors of failed runs."""
     children: list[subprocess.Popen] = []
-    # torch counts threads for each thread that asks; numpy and scikit-learn for the process
+    # torch's number of threads is set per calling thread, that of numpy and scikit-learn per process
     pool, errors = ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(threads,)), []
     waiting = list(reversed(runs))  # the longest first
     running: dict[Future, Run] = {}
@@ -344,7 +344,7 @@ def work_all(
     try:
         with tqdm(total=len(runs), desc="rows", unit="row") as bar:
             while waiting or running:
-                # a stage waits for the one before it, a run of so many seconds for the one that tells its speed
+                # a stage waits for the previous one, a run with a time budget for the run that gives its speed
                 unfinished = {run.result for run in [*waiting, *running.values()]}
                 ready = [run for run in waiting if not unfinished & {one.result for one in run.earlier}]
                 running |= {pool.submit(work, run, threads, data, limit, children): run for run in ready}
@@ -363,7 +363,7 @@ def work_all(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in children:
-            child.terminate()  # the engine answers with a checkpoint
+            child.terminate()  # the engine then writes a checkpoint
         signal.signal(signal.SIGTERM, previous)
     return errors
 
@@ -384,30 +384,30 @@ def summary(content: Mapping[str, Any]) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=TABLES, default="oner", help="whose rows, and which documents are written")
-    parser.add_argument("--rows", nargs="+", help=f"of {', '.join(ROWS)}, or name:key=value,...")
-    parser.add_argument("--questions", action="store_true", help="also the rows that ask why naive contrast fails")
+    parser.add_argument("--table", choices=TABLES, default="oner", help="whose rows to train and which pages to write")
+    parser.add_argument("--rows", nargs="+", help=f"any of {', '.join(ROWS)}, or name:key=value,...")
+    parser.add_argument("--questions", action="store_true", help="also the rows that test why naive contrast fails")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, help="default: 0 1 2 on an accelerator, for momo, codis and compare, else 0"
+        "--seeds", nargs="+", type=int, help="default: 0 1 2 on an accelerator and for momo, codis and compare, else 0"
     )
-    parser.add_argument("--epochs", type=float, help="default: 20, for compare 6, for transfer 12; codis counts steps")
-    parser.add_argument("--seconds", type=float, help="and every row once more, trained for so long")
-    parser.add_argument("--rates", action="store_true", help="the best of three learning rates; for compare")
-    parser.add_argument("--fraction", type=float, default=1.0, help="of momo's steps as its files have them")
-    parser.add_argument("--steps", type=int, help="length in steps instead of epochs; default for codis: 120")
-    parser.add_argument("--head-norm", choices=("batch", "layer", "none"), help="of all rows but CLIP")
-    parser.add_argument("--head-statistics", choices=("shared", "separate"), help="of all rows but CLIP")
+    parser.add_argument("--epochs", type=float, help="default: 20, 6 for compare, 12 for transfer; codis uses --steps")
+    parser.add_argument("--seconds", type=float, help="also train each row again, for this many seconds")
+    parser.add_argument("--rates", action="store_true", help="use the best of three learning rates; only for compare")
+    parser.add_argument("--fraction", type=float, default=1.0, help="fraction of the steps in momo's files")
+    parser.add_argument("--steps", type=int, help="steps instead of epochs; default for codis: 120")
+    parser.add_argument("--head-norm", choices=("batch", "layer", "none"), help="for all rows except CLIP")
+    parser.add_argument("--head-statistics", choices=("shared", "separate"), help="for all rows except CLIP")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all rows")
-    parser.add_argument("--data", help="default: test_style of the embedded pairs; for momo and codis scenes")
+    parser.add_argument("--data", help="default: test_style of the embedded pairs; scenes for momo and codis")
     parser.add_argument("--gallery", default=str(ROOT / "examples/data/emoji/train.parquet"))
-    parser.add_argument("--id-column", help="default: hexcode; each scene stands alone")
-    parser.add_argument("--limit", type=int, help="evaluate on so many rows only, evenly spaced")
-    parser.add_argument("--measure-again", action="store_true", help="rows that are done, by their models; train none")
-    parser.add_argument("--output", default="runs/evidence", help="models, logs, one JSON for each finished row")
-    parser.add_argument("--docs", default=str(ROOT / "docs"), help="where evidence.md and evidence.json go")
+    parser.add_argument("--id-column", help="default: hexcode; for scenes, each row is its own concept")
+    parser.add_argument("--limit", type=int, help="evaluate on only this many rows, evenly spaced")
+    parser.add_argument("--measure-again", action="store_true", help="evaluate finished rows again, train nothing")
+    parser.add_argument("--output", default="runs/evidence", help="models, logs, one JSON per finished row")
+    parser.add_argument("--docs", default=str(ROOT / "docs"), help="folder of the pages and their JSON files")
     cores = os.cpu_count() or 1
     parser.add_argument("--jobs", type=int, help="rows at a time; default: 1 on an accelerator and for compare")
-    parser.add_argument("--threads", type=int, help="of a job; default: the cores divided by the jobs")
+    parser.add_argument("--threads", type=int, help="per job; default: cores divided by jobs")
     a = parser.parse_args(argv)
     if a.rates and a.table != "compare":
         parser.error("--rates is for --table compare, whose rows are measured on held-out pictures")
@@ -425,12 +425,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains what is missing, writes the documents, and returns the number of rows that failed."""
+    """Trains missing rows, writes the pages, and returns the number of rows that failed."""
     a = parse(argv)
-    plan(a)  # refuses what it does not know before anything is read
+    plan(a)  # unknown rows fail before any data is read
     data = (
         spaced(open_rows(a.data, id_column=a.id_column), a.limit),
-        # pictures of the same concepts, which scenes have not
+        # images of the same concepts, which scenes lack
         [] if a.table in SCENES else open_rows(a.gallery, id_column=a.id_column),
     )
     torch.set_num_threads(a.threads)

@@ -1,4 +1,4 @@
-"""All families side by side in examples/evidence.py: what is measured of each, and which learning rate each takes."""
+"""The family comparison of examples/evidence.py: the metrics of each row, and the choice of its learning rate."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,28 +36,28 @@ from oner.training.objectives.objective import Example, objective_classes
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.parsing import parse_arguments
 
-# script -> the model that it leaves, and that as probes read it
+# script -> the class of its model, and the wrapper that probes read
 BASELINES = {CLIP: (ClipBaseline, ClipTower), NEOMME: (NeoMmeBaseline, NeoMmeTower)}
-# an unseen style of known concepts, and concepts never seen in known styles
+# known concepts in an unseen style, and unseen concepts in known styles
 SPLITS = ("test_style", "test_concept")
-HELD_OUT = "train_extra"  # near twins of training pictures; they choose a learning rate, and no table has them
+HELD_OUT = "train_extra"  # near twins of training images, used only to choose a learning rate
 PROBES = {"pictures": "emoji_groups", "texts": "supersense"}
-FACTORS = (0.5, 1.0, 2.0)  # of a row's own learning rate
+FACTORS = (0.5, 1.0, 2.0)  # multiples of a row's own learning rate
 KS = (1, 5, 10)
-CANDIDATES = 32  # of a query, to be matched
-WORDS = 12  # of a caption on average, for operations; the longest of a batch is as long as the model allows
+CANDIDATES = 32  # to re-rank, per query
+WORDS = 12  # mean caption length when counting operations; the longest of a batch has the model's maximum
 
 
 class ComposedWays(MultimodalRetrievalEvaluator):
     """
-    Picture and caption ask for the concept's other pictures: by the picture, by the caption, by the normalised sum of
-    both embeddings, and by both in one pass where a model has that.
+    Image and caption retrieve other images of their concept: by the image, by the caption, by the normalised sum of
+    both embeddings, and by both in one pass if the model supports it.
 
     Yields name/composed_{way}_r@k and name/composed_chance@k.
     """
 
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
-        # the gallery (G, P), and the queries (Q, P) each way
+        # the gallery (G, P), and queries (Q, P) of each kind
         gallery = gallery_vectors(model, processor, self.gallery_rows, self.batch_size)
         asking = Column(self.query_rows, "image", self.asked)
         picture = embed_images(model, processor, asking, self.batch_size)
@@ -66,7 +66,7 @@ class ComposedWays(MultimodalRetrievalEvaluator):
         if hasattr(model, "get_multimodal_features"):
             ways["joint"] = embed_pairs(model, processor, asking, self.texts, self.batch_size)
 
-        # chance is the same for all
+        # chance is the same for all kinds
         matching = (self.query_ids, self.gallery_ids, self.ks, self.query_keys, self.gallery_keys, self.chunk_size)
         for way, vectors in ways.items():
             values = ask(vectors, gallery, *matching)
@@ -85,7 +85,7 @@ def load(run: Run, device: torch.device) -> tuple[nn.Module, Any]:
 
 
 def load_tower(run: Run, model: nn.Module, device: torch.device) -> nn.Module:
-    """What is below the projections of a trained model."""
+    """A trained model without its projections."""
     if ROWS[run.name].script in BASELINES:
         return BASELINES[ROWS[run.name].script][1](model).eval()
     return load_model(AutoModel, run.directory / "model", draws_heads=True).to(device).eval()
@@ -93,15 +93,15 @@ def load_tower(run: Run, model: nn.Module, device: torch.device) -> nn.Module:
 
 def compare_values(run: Run, limit: int | None, data: Path) -> tuple[dict[str, float], int]:
     """
-    All numbers of a trained row, and how many parameters it has.
+    All metrics of a trained row, and its number of parameters.
 
     Args:
-        limit: At most so many rows of each part.
+        limit: Maximum number of rows of each part.
         data: Folder with `emoji` and `glosses`.
 
     Returns:
-        By name: {split}/... of retrieval, composed queries and gaps; pictures/... and texts/... of the probes;
-        held_out/... of retrieval; flops_per_pair.
+        Metrics by name: {split}/... (retrieval, composed queries, gaps), pictures/... and texts/... (probes),
+        held_out/... (retrieval), flops_per_pair.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load(run, device)
@@ -110,7 +110,7 @@ def compare_values(run: Run, limit: int | None, data: Path) -> tuple[dict[str, f
     evaluator = RetrievalEvaluator(spaced(held_out, limit), 128, KS, "held_out", "first", progress=False)
     values = dict(evaluator.run(model, processor))
 
-    # pairs of both splits; pictures in a style never seen are asked for among those of training
+    # both splits; composed queries in the unseen style search training images of the same concepts
     for split in SPLITS:
         rows = spaced(open_rows(str(data / "emoji" / f"{split}.parquet"), id_column="hexcode"), limit)
         values |= pair_values(model, processor, rows, split)
@@ -119,7 +119,7 @@ def compare_values(run: Run, limit: int | None, data: Path) -> tuple[dict[str, f
         composed = ComposedWays(rows, gallery, 128, KS, split, progress=False)
         values |= dict(composed.run(model, processor))
 
-    # frozen features of pictures and of texts
+    # frozen features of images and of texts
     tower = load_tower(run, model, device)
     options = SuiteOptions(data=str(data), seeds=(run.seed,), limit=limit)
     for what, task in PROBES.items():
@@ -129,7 +129,7 @@ def compare_values(run: Run, limit: int | None, data: Path) -> tuple[dict[str, f
 
 
 def pair_values(model: Any, processor: Any, rows: Sequence[Row], split: str) -> dict[str, float]:
-    """Retrieval by dot products, re-ranked where the model matches, and the gap: {split}/..."""
+    """Retrieval by dot products, re-ranked if the model has a matching head, and the gap: {split}/..."""
     matches = hasattr(model, "match")
     told = {"name": split, "captions": "first", "progress": False}
     evaluator = (
@@ -143,7 +143,7 @@ def pair_values(model: Any, processor: Any, rows: Sequence[Row], split: str) -> 
         matched = evaluator.matched(model, processor, images, captions)
         values |= dict(evaluator.reranked(images, captions, matched, evaluator.rerank_score))
 
-    # each picture beside its own caption
+    # each image with its own caption
     texts = embed_texts(model, processor, [own[0] for own in evaluator.rows.captions], 512).cpu()  # (n, P)
     paired, unpaired = paired_cosines(images, texts, evaluator.rows.ids)
     across, within = distribution_gap(images, texts)
@@ -153,13 +153,13 @@ def pair_values(model: Any, processor: Any, rows: Sequence[Row], split: str) -> 
 
 
 def flops_per_pair(run: Run) -> float:
-    """Operations of a training step for each of its pairs: `oner estimate`'s, and of others counted alike."""
+    """Operations of a training step per pair, from `oner estimate`, or counted in the same way for baselines."""
     command = run.command(threads=1)
     arguments = parse_arguments(command[command.index("--config") :])
     if ROWS[run.name].script not in BASELINES:
         return estimate(arguments, DEVICES["h100"], words=WORDS).flops_per_pair
 
-    # the batch that `estimate` takes: one caption as long as can be
+    # the batch that `estimate` assumes: one caption has the maximum length
     config = configuration_of(arguments)
     batch_size = arguments.run.batch_size
     lengths = [config.max_text_length] + [min(WORDS, config.max_text_length)] * (batch_size - 1)
@@ -170,19 +170,19 @@ def flops_per_pair(run: Run) -> float:
 
 
 def held_out_recall(content: Mapping[str, Any]) -> float:
-    """What a learning rate is chosen by: R@10 of held-out pictures, the mean of both ways."""
+    """The criterion for learning rates: R@10 on held-out images, mean of both directions."""
     return fmean(content["values"][f"held_out/{way}_r@10"] for way in ("tr", "ir"))
 
 
 def trials_of(a: argparse.Namespace) -> dict[str, dict[float, str]]:
-    """Each row at each factor of its own learning rate, as rows."""
-    # a row that names a rate has no choice
+    """Row -> factor -> the row at that multiple of its own learning rate."""
+    # rows that set a rate keep it
     free = [row for row in a.rows if "base_learning_rate=" not in row]
     return {row: {factor: at_rate(row, factor, a) for factor in FACTORS} for row in free}
 
 
 def at_rate(row: str, factor: float, a: argparse.Namespace) -> str:
-    """The row at a multiple of its own learning rate; at that itself it is the row as it is."""
+    """The row at a multiple of its own learning rate; unchanged for a factor of 1."""
     if factor == 1.0:
         return row
     rate = factor * Run(row, 0, Path(a.output)).config()["base_learning_rate"]

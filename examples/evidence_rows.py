@@ -1,4 +1,4 @@
-"""Rows of examples/evidence.py: the configuration and the script of each, and the command that one seed of it is."""
+"""Rows of examples/evidence.py: configuration and script of each, and the command that trains one seed."""
 
 import json
 import os
@@ -20,7 +20,7 @@ CLIP, NEOMME = "examples/clip_baseline.py", "examples/neomme_baseline.py"
 
 
 class Row(NamedTuple):
-    """Title in the table, configuration, the script that trains by it, and what that is told besides."""
+    """Title in the table, configuration, training script, and further arguments of the script."""
 
     title: str
     config: str
@@ -28,7 +28,7 @@ class Row(NamedTuple):
     words: tuple[str, ...] = ()
 
 
-# OneR's Tables 6, 7 and 4, SIMLA's Table 1, CODIS' Table 4, MoMo's Tables 4 and 6, and all side by side
+# OneR's Tables 6, 7 and 4, SIMLA's Table 1, CODIS' Table 4, MoMo's Tables 4 and 6, and the comparison
 TITLES = {
     "clip": ("CLIP (open_clip, two towers)", "oner_emoji_itc_cmc.yaml", CLIP),
     "itc": ("ITC", "oner_emoji_itc.yaml"),
@@ -70,13 +70,13 @@ TITLES = {
 ROWS = {name: Row(*told) for name, told in TITLES.items()}
 OTHER_TABLES = ("transfer_", "simla_", "codis_", "momo_", "compare_")
 TABLE_6 = [name for name in ROWS if not name.startswith(("no_", *OTHER_TABLES))]
-# one sequence of picture and words is theirs alone, and their page tells of it
+# OneR's page also reports queries of image and text in one sequence, which only these rows can embed
 ONE_TOWER = [name for name in ROWS if name != "clip" and not name.startswith(OTHER_TABLES)]
 TRANSFER = [name for name in ROWS if name.startswith("transfer_")]
 TABLE_1 = [name for name in ROWS if name.startswith("simla_")]
 TABLE_4 = [name for name in ROWS if name.startswith("codis_")]
 COMPARED = [name for name in ROWS if name.startswith("compare_")]
-# what may decide whether naive contrast fails: statistics of the heads, pooled feature, temperature, batch size
+# possible reasons why naive contrast fails: statistics of the heads, pooled feature, temperature, batch size
 QUESTIONS = [
     "itc:head_norm=batch,head_statistics=shared,projector_layers=3,predictor_layers=2",
     "itc:head_norm=batch,head_statistics=separate,projector_layers=3,predictor_layers=2",
@@ -87,18 +87,18 @@ QUESTIONS = [
     "itc:batch_size=64",
 ]
 FAMILIES = (OneRConfig, SimlaConfig, CodisConfig, MomoConfig)
-# the run's vocab_size is an upper bound
+# vocab_size is an argument of the run, an upper bound
 MODEL_FIELDS = {entry.name for kind in FAMILIES for entry in fields(kind)} - {"vocab_size"}
 
 
 @dataclass(frozen=True)
 class Run:
     """
-    One row of the table with one seed: what to train, and where it goes.
+    One row of the table with one seed: what to train, and where to store it.
 
     Attributes:
-        before: The run whose model it begins with.
-        seconds, pace: How long it trains, and the run whose speed says how many steps that is.
+        before: The run whose model it starts from.
+        seconds, pace: Training time, and the run whose speed converts it to steps.
     """
 
     row: str
@@ -121,7 +121,7 @@ class Run:
 
     @property
     def place(self) -> str:
-        """Its name in --output."""
+        """The name of its files in --output."""
         return slug(self.row) + ("" if self.seconds is None else f"-{self.seconds:g}s")
 
     @property
@@ -134,15 +134,15 @@ class Run:
 
     @property
     def earlier(self) -> "list[Run]":
-        """The runs that have to be done before it."""
+        """The runs that must finish first."""
         return [run for run in (self.before, self.pace) if run is not None]
 
     def arguments(self) -> dict[str, Any]:
-        """Everything told on top of the row's configuration, as names of arguments."""
+        """The arguments set on top of the row's configuration, by name."""
         told = {**self.options, **self.changes, "seed": self.seed}
         model = {key: value for key, value in told.items() if key in MODEL_FIELDS}
         flat = {key: value for key, value in told.items() if key not in MODEL_FIELDS}
-        if model:  # a mapping on the command line replaces the file's, so that one is merged in
+        if model:  # a mapping on the command line replaces the file's, so merge the file's into it
             flat["model_config"] = {**self.config().get("model_config", {}), **model}
         if self.before is not None:
             flat["initial_model"] = str(self.before.directory / "model")
@@ -151,7 +151,7 @@ class Run:
         return flat
 
     def steps_in_time(self) -> int:
-        """As many as fit into its seconds. Raises `ValueError` where the run that tells the speed has no result."""
+        """The steps that fit into `seconds`. Raises `ValueError` if the run that gives the speed has no result."""
         if not self.pace.result.is_file():
             raise ValueError(
                 f"{self.row}, seed {self.seed}: its speed is not known, for {self.pace.result} is missing; where that "
@@ -161,7 +161,7 @@ class Run:
         return max(1, round(self.seconds * told["steps"] / told["quiet_seconds"]))
 
     def config(self) -> dict[str, Any]:
-        """What the row's file says."""
+        """The row's configuration file."""
         return read_config(CONFIGS / ROWS[self.name].config)
 
     @property
@@ -169,7 +169,7 @@ class Run:
         return {**self.config(), **self.options, **self.changes}["base_learning_rate"]
 
     def command(self, threads: int) -> list[str]:
-        """The command that trains this row, from the top of the repository."""
+        """The command that trains this row, from the root of the repository."""
         told = ROWS[self.name]
         words = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, told.script, *told.words]
         config = os.path.relpath(CONFIGS / told.config, ROOT)
@@ -180,21 +180,21 @@ class Run:
         return words
 
     def setup(self) -> dict[str, Any]:
-        """What a finished result must agree with to be taken over."""
+        """The settings that a stored result must match to be reused."""
         told = {key: value for key, value in self.arguments().items() if key != "num_workers"}
         if self.before is not None:
             told["initial_model"] = self.before.setup()
         return json.loads(json.dumps({"row": self.row, "config": self.config(), **told}))
 
     def batch_sizes(self) -> dict[str, int]:
-        """Rows of a step by their kind."""
+        """Rows per step, by kind."""
         told = {**self.config(), **self.arguments()}
         portions = told.get("portions") or {told.get("kind", "pairs"): {}}
         return {name: portion.get("batch_size", told.get("batch_size")) for name, portion in portions.items()}
 
 
 def parse_changes(text: Sequence[str]) -> dict[str, Any]:
-    """`key=value` words to a mapping; values are read as YAML. Raises `ValueError`."""
+    """Parses `key=value` words, with YAML values. Raises `ValueError` for any other word."""
     changes = {}
     for word in text:
         key, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""Rows of examples/evidence.py that are stages of MoMo: what each begins with, its length, what is measured of it."""
+"""The stages of MoMo in examples/evidence.py: the model that each starts from, its length, and its metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from oner.training.evaluation.retrieval import RetrievalEvaluator, ask
 from oner.training.evaluation.suite_tasks import SUITE, SuiteOptions
 from oner.training.publishing.model_loading import load_model
 
-# row -> the row whose model it begins with
+# row -> the row whose model it starts from
 BEFORE = {
     "momo_untrained": None,
     "momo_stage1": None,
@@ -30,7 +30,7 @@ KS = (1, 5, 10)
 
 
 def lengths(name: str, config: Mapping[str, Any], fraction: float) -> dict[str, int]:
-    """Steps of a row and of its warm-up, a fraction of its file's. The first step of all moves weights by 1e-5."""
+    """A fraction of the steps and warm-up steps in the configuration. The very first step moves weights by 1e-5."""
     if name == "momo_untrained":
         return {"max_steps": 1}
     return {part: max(1, round(fraction * config[part])) for part in ("max_steps", "warmup_steps")}
@@ -38,8 +38,8 @@ def lengths(name: str, config: Mapping[str, Any], fraction: float) -> dict[str, 
 
 def across_styles(tower: Any, processor: Any, pool: Pool, limit: int | None, emoji: Path) -> dict[str, float]:
     """
-    Whether features know a thing again in another drawing: emoji in a style never seen ask for theirs among the
-    training pictures of all asked concepts, by cosine. recall@k and chance@k.
+    Whether features recognise a concept in another drawing: emoji in an unseen style retrieve their concept among
+    the training images of all queried concepts, by cosine. Returns recall@k and chance@k.
     """
     queries, known = (
         spaced(open_rows(str(emoji / f"{part}.parquet"), id_column="hexcode"), most)
@@ -58,18 +58,18 @@ def stage_values(
     directory: Path, config: Mapping[str, Any], rows: Sequence, seed: int, limit: int | None, data: Path
 ) -> tuple[dict[str, float], int]:
     """
-    What an encoder is good for without more training, and how many parameters it has.
+    Evaluates an encoder without further training; also returns its number of parameters.
 
     Args:
-        directory: Its model directory.
-        config: The file that it was trained by; retrieval is measured where contrast is among its losses.
-        rows: Pairs, whose images and first captions ask each other.
-        seed: Of the rows that choose a probe's strength.
-        limit: At most so many rows of each part of a probe.
+        directory: The encoder's model directory.
+        config: Its training configuration; retrieval is measured if contrast is among the losses.
+        rows: Pairs whose images and first captions retrieve each other.
+        seed: For the rows that select the regularisation of a probe.
+        limit: Maximum number of rows of each part of a probe.
         data: Folder with `emoji` and `glosses`.
 
     Returns:
-        By name: POOL/PROBE/logistic_accuracy, knn_accuracy and chance; POOL/styles/recall@k and chance@k;
+        Metrics by name: POOL/PROBE/logistic_accuracy, knn_accuracy and chance; POOL/styles/recall@k and chance@k;
         scenes/tr_r@k, ir_r@k and their chance.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +87,7 @@ def stage_values(
         styles = across_styles(tower, processor, pool, limit, data / "emoji")
         values |= {f"{pool}/styles/{name}": value for name, value in styles.items()}
 
-    # projections that nothing trained would ask at random
+    # without contrast the projections are untrained, and retrieval is random
     if "itc" in config["losses"]:
         model = load_model(AutoModelForZeroShotImageClassification, directory).to(device).eval()
         evaluator = RetrievalEvaluator(rows, 128, KS, "scenes", "first", progress=False)

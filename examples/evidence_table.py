@@ -1,4 +1,4 @@
-"""docs/evidence.md and docs/evidence.json from finished rows of examples/evidence.py; what the other tables share."""
+"""Writes docs/evidence.md and .json from finished rows of examples/evidence.py; helpers for the other tables."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from oner.training.publishing.model_card import markdown_table
 from oner.training.publishing.public import plain
 
 BEGIN, END = "<!-- begin: written by examples/evidence.py -->", "<!-- end: written by examples/evidence.py -->"
-# The paper's Table 6, MS-COCO zero-shot after CC3M (per cent): TR@1, TR@5, IR@1, IR@5; its CLIP is SLIP's, a ViT-B
+# The paper's Table 6, MS-COCO zero-shot after CC3M (per cent): TR@1, TR@5, IR@1, IR@5; CLIP is SLIP's ViT-B
 PAPER = {
     "clip": (15.0, 34.8, 10.9, 26.7),
     "itc": (0.8, 2.5, 0.7, 2.2),
@@ -45,7 +45,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def spread(numbers: Sequence[float], form: Callable[[float], str]) -> str:
-    """One number as it is, several as mean ± standard deviation (of the sample)."""
+    """A single number as it is, several as mean ± sample standard deviation."""
     mean = form(statistics.fmean(numbers))
     return mean if len(numbers) == 1 else f"{mean} ± {form(statistics.stdev(numbers))}"
 
@@ -59,7 +59,7 @@ def two_places(value: float) -> str:
 
 
 def by_row(contents: Sequence[Content]) -> dict[str, list[Content]]:
-    """Row -> its results, one a seed, in the order of the rows."""
+    """Row -> its results, one per seed, in the order of the rows."""
     rows: dict[str, list[Content]] = {}
     for content in contents:
         rows.setdefault(content["row"], []).append(content)
@@ -67,14 +67,14 @@ def by_row(contents: Sequence[Content]) -> dict[str, list[Content]]:
 
 
 def cell(seeds: Sequence[Content], name: str, form: Callable[[float], str] = percent) -> str:
-    """A measured number of a row, over its seeds; what the row cannot do says so."""
+    """A metric of a row over its seeds, or "not possible" if the row lacks it."""
     if any(name not in content["values"] for content in seeds):
         return "not possible"
     return spread([content["values"][name] for content in seeds], form)
 
 
 def main_table(contents: Sequence[Content]) -> str:
-    """The form of the paper's Table 6, with the gap beside it and the paper's numbers at the end."""
+    """The columns of the paper's Table 6, then the gap and the paper's numbers."""
     header = ["Method", *(f"TR@{k}" for k in KS), *(f"IR@{k}" for k in KS)]
     header += ["gap", "cosine of pairs / others", "told apart", "paper TR@1 / IR@1"]
     chance = contents[0]["values"]
@@ -91,7 +91,7 @@ def main_table(contents: Sequence[Content]) -> str:
 
 
 def more_table(contents: Sequence[Content]) -> str:
-    """All captions, and the query of picture and caption in one sequence."""
+    """Retrieval with all captions, and with image and caption as one sequence."""
     kinds = ("both", "image", "text")
     header = ["Method", "TR@10", "IR@10", "picture + caption R@10", "picture alone", "caption alone"]
     joint = [
@@ -106,7 +106,7 @@ def more_table(contents: Sequence[Content]) -> str:
 
 
 def reranked_table(contents: Sequence[Content], first: str, paper: Mapping[str, Sequence[float]]) -> str:
-    """Re-ranked recall, rows headed by `first`; at the end the paper's TR@1 and IR@1, its first and third number."""
+    """Re-ranked recall, first column titled `first`; last the paper's TR@1 and IR@1, its first and third number."""
     header = [first, *(f"TR@{k}" for k in KS), *(f"IR@{k}" for k in KS), "paper TR@1 / IR@1"]
     chance = contents[0]["values"]
     lines = [["chance", *(percent(chance[f"first/{way}_chance@{k}"]) for way in ("tr", "ir") for k in KS), ""]]
@@ -117,7 +117,7 @@ def reranked_table(contents: Sequence[Content], first: str, paper: Mapping[str, 
 
 
 def stages_table(contents: Sequence[Content], first: str) -> str:
-    """The first stage alone, and how many right answers its candidates hold."""
+    """Recall of the first stage alone, and how often its candidates contain a right answer."""
     ways = ("tr", "ir")
     header = [first, *(f"{way.upper()}@{k}, dot products" for way in ways for k in (1, 10))]
     header += [f"{way.upper()}, right answer among the candidates" for way in ways]
@@ -146,13 +146,13 @@ def cost_table(contents: Sequence[Content]) -> str:
 
 
 def commands(contents: Sequence[Content]) -> str:
-    """What trained each row, from the top of the repository."""
+    """The training command of each row, from the root of the repository."""
     lines = [shlex.join(content["command"]) for content in contents]
     return "```bash\n" + "\n".join(lines) + "\n```"
 
 
 def machines(contents: Sequence[Content]) -> str:
-    """What the rows were trained on."""
+    """The machines on which the rows were trained."""
     different = {json.dumps(content["machine"], sort_keys=True): content["machine"] for content in contents}
     words = []
     for machine in different.values():
@@ -166,7 +166,7 @@ def steps_of(contents: Sequence[Content]) -> str:
 
 
 def how_made(contents: Sequence[Content], facts: Mapping[str, Any]) -> str:
-    """The end of a page whose rows read the same pairs: what is equal, the machine, the commands."""
+    """The end of a page whose rows use the same pairs: what they share, the machine, the commands."""
     return f"""\
 All rows of a seed use the same pairs in the same order, {steps_of(contents)} steps. {facts["jobs"]} row(s) at a time,
 {facts["threads"]} thread(s) each. Machine: {machines(contents)}. Standard deviations are over seeds; a single seed has
@@ -213,10 +213,10 @@ Standard deviations are over seeds; a single seed has none, so small differences
 @dataclass(frozen=True)
 class Table:
     """
-    A family's table: the `rows` it has by default, the stem of its two files, the title of a new one, its page.
+    A table of evidence: its default `rows`, the stem of its two files, and the title of a new page.
 
-    `page(contents, facts)` is the generated part; `main(contents)` the table that is printed; `figure(contents, path)`
-    draws docs/pictures/`stem`.png.
+    `page(contents, facts)` returns the generated part of the page, `main(contents)` the table to print;
+    `figure(contents, path)` draws docs/pictures/`stem`.png.
     """
 
     rows: Sequence[str]
@@ -228,13 +228,13 @@ class Table:
 
 
 def write_evidence(directory: Path, contents: Sequence[Content], facts: Mapping[str, Any], table: Table) -> str:
-    """Writes both files and returns the main table. What stands in the page outside the marks is kept.
+    """Writes both files and returns the main table. Text of the page outside the marks is kept.
 
     Raises:
-        ValueError: the page exists and has not both marks.
+        ValueError: the page exists without both marks.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # documents name no place of this machine
+    # pages contain no paths of this machine
     facts, contents = plain(facts), plain(list(contents))
     content = {"facts": facts, "rows": contents}
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""docs/evidence_codis.md: the paper's Table 4 on composed scenes, with what its codebook did beside it."""
+"""docs/evidence_codis.md: the paper's Table 4 on composed scenes, with statistics of the codebook."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,12 +27,12 @@ PAPER = {
 
 
 def main_table(contents: Sequence[Content]) -> str:
-    """In the form of the paper's Table 4."""
+    """Re-ranked recall, as in the paper's Table 4."""
     return reranked_table(contents, "Alignment", PAPER)
 
 
 def codes_table(contents: Sequence[Content]) -> str:
-    """What the log says of codes and plans, over the whole run; rows without a codebook are left out."""
+    """Logged code usage and plan entropy, means over the run; rows without a codebook are omitted."""
     lines = []
     for seeds in by_row(contents).values():
         if "log/codes_used" in seeds[0]["values"]:

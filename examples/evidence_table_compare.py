@@ -1,4 +1,4 @@
-"""docs/compare_families.md and its picture: the families, ALBEF and CLIP of the same pairs, side by side."""
+"""docs/compare_families.md and its figure: the families, ALBEF and CLIP trained on the same pairs."""
 
 import re
 import shlex
@@ -17,27 +17,27 @@ WAYS = ("tr", "ir")
 KS = (1, 10)
 COMPOSED = {"joint": "both in one pass", "picture": "picture alone", "text": "caption alone", "sum": "sum of the two"}
 COLOURS = ("#2f6fdb", "#e0452b", "#2ca25f", "#8e44ad", "#e69f00", "#111111", "#7f7f7f", "#17a2b8")
-FEWEST = 6  # runs of which a rank correlation is worth telling
+FEWEST = 6  # runs for which a rank correlation is worth reporting
 
 
 def title_of(seeds: Sequence[Content]) -> str:
-    """The row's, without its rate, which has a column."""
+    """The row's title without its learning rate, which has its own column."""
     return re.sub(r", base_learning_rate=[^,]+", "", seeds[0]["title"])
 
 
 def has(seeds: Sequence[Content], name: str, form: Callable[[float], str] = percent) -> str:
-    """As `cell`; what a row cannot do is a dash."""
+    """As `cell`, with a dash if the row lacks the metric."""
     return cell(seeds, name, form) if all(name in content["values"] for content in seeds) else "-"
 
 
 def chance(contents: Sequence[Content], name: str) -> str:
-    """Of the first row that knows it."""
+    """The chance level, from the first row that has it."""
     known = [content["values"][name] for content in contents if name in content["values"]]
     return percent(known[0]) if known else ""
 
 
 def by_length(contents: Sequence[Content]) -> tuple[list[Content], list[Content]]:
-    """Those of equal pairs, and those of equal seconds."""
+    """Runs with equal pairs, and runs with equal seconds."""
     return (
         [content for content in contents if content["seconds"] is None],
         [content for content in contents if content["seconds"] is not None],
@@ -45,12 +45,12 @@ def by_length(contents: Sequence[Content]) -> tuple[list[Content], list[Content]
 
 
 def recall(content: Content, split: str = "test_style") -> float:
-    """R@10 by dot products, the mean of both ways."""
+    """R@10 by dot products, mean of both directions."""
     return statistics.fmean(content["values"][f"{split}/{way}_r@10"] for way in WAYS)
 
 
 def retrieval_table(contents: Sequence[Content], split: str) -> str:
-    """By dot products, and re-ranked."""
+    """Recall by dot products, and re-ranked."""
     header = [SPLITS[split], *(f"{way.upper()}@{k}" for way in WAYS for k in KS)]
     header += [f"re-ranked {way.upper()}@{k}" for way in WAYS for k in KS]
     lines = [["chance", *(chance(contents, f"{split}/{way}_chance@{k}") for way in WAYS for k in KS), *[""] * 4]]
@@ -61,7 +61,7 @@ def retrieval_table(contents: Sequence[Content], split: str) -> str:
 
 
 def composed_table(contents: Sequence[Content]) -> str:
-    """Picture and caption as one query, R@10 on both splits."""
+    """R@10 of image + caption queries on both splits."""
     header = ["picture + caption, R@10", *(f"{name}: {way}" for name in SPLITS.values() for way in COMPOSED.values())]
     lines = [["chance", *(chance(contents, f"{split}/composed_chance@10") for split in SPLITS for _ in COMPOSED)]]
     for seeds in by_row(contents).values():
@@ -71,7 +71,7 @@ def composed_table(contents: Sequence[Content]) -> str:
 
 
 def space_table(contents: Sequence[Content]) -> str:
-    """What frozen features tell, and how far pictures and captions lie apart."""
+    """Probe accuracy of frozen features, and the gaps between images and captions."""
     header = ["features and gap", "pictures: logistic", "kNN", "texts: logistic", "kNN"]
     header += [f"{what}, {name}" for name in SPLITS.values() for what in ("centroid gap", "distribution gap (within)")]
     probes = [f"{what}/{how}_accuracy" for what in ("pictures", "texts") for how in ("logistic", "knn")]
@@ -110,18 +110,18 @@ def cost_table(contents: Sequence[Content]) -> str:
 
 
 def tables(contents: Sequence[Content]) -> str:
-    """All of one length of training."""
+    """All tables of one length of training."""
     parts = [*(retrieval_table(contents, split) for split in SPLITS), composed_table(contents)]
     return "\n\n".join([*parts, space_table(contents), cost_table(contents)])
 
 
 def main_table(contents: Sequence[Content]) -> str:
-    """What is printed: the unseen style of each length."""
+    """The printed tables: the unseen style for each length of training."""
     return "\n\n".join(retrieval_table(part, "test_style") for part in by_length(contents) if part)
 
 
 def foretold(contents: Sequence[Content]) -> str:
-    """Whether a gap goes with recall: Spearman's rank correlation over all rows, seeds and lengths, of each split."""
+    """Whether a gap predicts recall: Spearman's rank correlation over all rows, seeds and lengths, per split."""
     from scipy.stats import spearmanr
 
     if len(contents) < FEWEST:
@@ -138,7 +138,7 @@ def foretold(contents: Sequence[Content]) -> str:
 
 
 def rates_table(rates: Mapping[str, Mapping[str, float]], contents: Sequence[Content]) -> str:
-    """What each multiple of a row's own learning rate found of the held-out pictures."""
+    """Held-out recall of each row at each multiple of its own learning rate."""
     if not rates:
         return "Each row takes the learning rate of its own configuration; none was tuned here."
     titles = {content["row"].partition(":")[0]: content["title"] for content in contents}
@@ -230,7 +230,7 @@ the peak of the process.
 
 
 def figure(contents: Sequence[Content], path: Path) -> None:
-    """R@10 over seconds of training on both splits: full marks for equal pairs, open ones for equal seconds."""
+    """R@10 over seconds of training on both splits: filled markers for equal pairs, open ones for equal seconds."""
     drawn = new_figure(8.0, 3.6)
     titles = list(dict.fromkeys(title_of([content]) for content in contents))
     colours = {title: COLOURS[place % len(COLOURS)] for place, title in enumerate(titles)}

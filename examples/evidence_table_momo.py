@@ -1,4 +1,4 @@
-"""docs/evidence_momo.md: MoMo's stages on small data, in the form of the paper's Tables 4 and 6."""
+"""docs/evidence_momo.md: MoMo's stages on small data, as in the paper's Tables 4 and 6."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from evidence_table import Content, by_row, cell, commands, machines, percent, s
 from oner.training.publishing.model_card import markdown_table
 
 # Tables 4 and 6, per cent: ImageNet by linear probe, MNLI fine-tuned, zero-shot COCO (mean of R@1 and R@5 both ways).
-# CMGA is switched off in runs of 50,000 steps, beside whose 72.2, 75.6 and 55.4 with it these stand.
+# The row without CMGA has runs of 50,000 steps; with CMGA, such runs reach 72.2, 75.6 and 55.4.
 PAPER = {
     "momo_stage1": ("66.9", "59.0", "-"),
     "momo_stage2": ("52.9", "78.5", "-"),
@@ -21,7 +21,7 @@ PAPER = {
 
 
 def main_table(contents: Sequence[Content]) -> str:
-    """What Tables 4 and 6 have a row for: images, texts, and both."""
+    """The measures of Tables 4 and 6: images, texts, and both."""
     header = ["After", "images: [CLS]", "mean of patches", "texts: [CLS]", "mean of tokens", "scenes TR@10", "IR@10"]
     header += ["paper: ImageNet", "MNLI", "COCO"]
     probes = [f"{pool}/{name}" for name in ("emoji_groups", "supersense") for pool in ("cls", "mean")]
@@ -38,18 +38,18 @@ def main_table(contents: Sequence[Content]) -> str:
 
 
 def chance(contents: Sequence[Content], name: str) -> str:
-    """Of the first row that knows it."""
+    """The chance level, from the first row that has it."""
     known = [content["values"][name] for content in contents if name in content["values"]]
     return percent(known[0]) if known else ""
 
 
 def trained(seeds: Sequence[Content], name: str) -> str:
-    """A number that rows without contrast lack."""
+    """A metric, or a dash for rows without contrast, which lack it."""
     return cell(seeds, name) if all(name in content["values"] for content in seeds) else "-"
 
 
 def more_table(contents: Sequence[Content]) -> str:
-    """Nearest neighbours, and recall at other ranks."""
+    """Accuracy of kNN, recall across styles, and recall on scenes at lower ranks."""
     header = ["After", "images by kNN: [CLS]", "mean of patches", "texts by kNN: [CLS]", "mean of tokens"]
     header += ["other styles R@10: [CLS]", "mean of patches"]
     header += [f"scenes {way.upper()}@{k}" for way in ("tr", "ir") for k in KS[:-1]]
@@ -68,7 +68,7 @@ def more_table(contents: Sequence[Content]) -> str:
 
 
 def cost_table(contents: Sequence[Content]) -> str:
-    """Steps, rows read, loss and time of every stage, without those before it."""
+    """Steps, rows read, loss and time of each stage, without earlier stages."""
     header = ["Stage", "seeds", "begins with", "steps", "rows read", "last loss", "training, min", "in all, min"]
     lines = []
     for seeds in by_row(contents).values():

@@ -1,4 +1,4 @@
-"""docs/evidence_simla.md: the paper's Table 1 on the embedded pairs, with what re-ranking adds beside it."""
+"""docs/evidence_simla.md: the paper's Table 1 on the embedded pairs, and what re-ranking adds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ PAPER = {
 
 
 def main_table(contents: Sequence[Content]) -> str:
-    """In the form of the paper's Table 1."""
+    """Re-ranked recall, as in the paper's Table 1."""
     return reranked_table(contents, "Losses", PAPER)
 
 

@@ -1,4 +1,4 @@
-"""docs/evidence_transfer.md: OneR's Table 4 on half of the embedded pairs, with texts of the other half or without."""
+"""docs/evidence_transfer.md: OneR's Table 4 on half of the embedded pairs, with or without texts of the other half."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -16,7 +16,7 @@ PAPER = {
     "transfer_one_tower_texts": (11.31, 7.20),
 }
 WAYS = [f"first/{way}_r@{k}" for way in ("tr", "ir") for k in KS]
-# what texts bring to each architecture: title, row without, row with
+# the gain from texts for each architecture: title, row without, row with
 GAINS = (
     ("gain of two heads", "transfer_two_heads", "transfer_two_heads_texts"),
     ("gain of one tower", "transfer_one_tower", "transfer_one_tower_texts"),
@@ -24,7 +24,7 @@ GAINS = (
 
 
 def main_table(contents: Sequence[Content]) -> str:
-    """In the form of the paper's Table 4."""
+    """Recall, as in the paper's Table 4, and the gains from texts."""
     header = ["trained on", *(f"TR@{k}" for k in KS), *(f"IR@{k}" for k in KS), "paper TR@1 / IR@1"]
     chance = contents[0]["values"]
     lines = [["chance", *(percent(chance[name.replace("_r@", "_chance@")]) for name in WAYS), ""]]
@@ -33,7 +33,7 @@ def main_table(contents: Sequence[Content]) -> str:
         paper = "{:.2f} / {:.2f}".format(*PAPER[row]) if row in PAPER else ""
         lines.append([seeds[0]["title"], *(cell(seeds, name) for name in WAYS), paper])
 
-    # differences of the means, where both rows are there
+    # differences of the means, if both rows exist
     for title, without, with_texts in GAINS:
         if {without, with_texts} <= rows.keys():
             gains = [f"{100 * (mean(rows[with_texts], name) - mean(rows[without], name)):+.1f}" for name in WAYS]

@@ -1,9 +1,9 @@
-"""Fine-tune a pretrained model on a task, evaluate, and write a model directory that is a Hub repository.
+"""Fine-tune a pretrained model on a task, evaluate it, and write a model directory in the layout of a Hub repository.
 
 accelerate launch examples/finetune.py --task retrieval --config examples/configs/finetune_retrieval_coco.yaml \
     --initial_model runs/simla_base_256/model [--name value ...]
 
-Tasks are the entries of `oner.training.tasks.finetuning.TASKS`. `--task NAME --help` lists what a task may be told.
+Tasks are the entries of `oner.training.tasks.finetuning.TASKS`. `--task NAME --help` lists the options of a task.
 """
 
 import sys

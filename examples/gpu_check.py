@@ -1,11 +1,11 @@
-"""Everything that only an accelerator can tell, in one run of a few minutes and one JSON, most important first.
+"""All checks that need an accelerator, in one run of a few minutes and one JSON, most important first.
 
-    python examples/gpu_check.py --output gpu.json                         all parts, on the accelerator there is
-    python examples/gpu_check.py --device cpu --tiny --output tiny.json    the same code, small, anywhere
+    python examples/gpu_check.py --output gpu.json                         all parts, on the available accelerator
+    python examples/gpu_check.py --device cpu --tiny --output tiny.json    the same code with small models, anywhere
 
-Parts: `speed` (the base models' steps beside CLIP's, torchao's fp8, and the card's own peaks), `checks` (the tests
-marked `gpu`) and `training` (a small OneR on composed scenes). Each part is a process of its own with a
-limit; what it had found when it failed or was stopped is kept, and the next part runs.
+Parts: `speed` (training steps of the base models and of CLIP, torchao's fp8, and the card's peaks), `checks` (the
+tests marked `gpu`) and `training` (a small OneR on composed scenes). Each part runs in its own process with a time
+limit; if it fails or is stopped, its figures so far are kept, and the next part runs.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # where nothing is installed, as on a machine lent for an hour
-# what runs side by side, in this order: the speed of a step is measured alone
+sys.path.append(str(ROOT))  # for machines on which oner is not installed
+# parts that run in parallel, in this order: speed is measured alone
 ROUNDS = (("speed",), ("checks", "training"))
 PARTS = [part for parts in ROUNDS for part in parts]
 LIMITS = {"speed": 280.0, "checks": 150.0, "training": 200.0}
@@ -35,7 +35,7 @@ Figures = dict[str, Any]
 
 
 def run_checks(output: Path, tiny: bool) -> Iterator[tuple[str, Any]]:
-    """pytest over the tests marked `gpu`: each one's outcome as it comes, then what those said that failed."""
+    """pytest for the tests marked `gpu`: each outcome as it comes, then the output of failed tests."""
     report = output.with_suffix(".xml")
     command = [
         sys.executable,
@@ -70,7 +70,7 @@ def run_checks(output: Path, tiny: bool) -> Iterator[tuple[str, Any]]:
 
 
 def figures_of(part: str, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """(name, figures) of a part, as they come."""
+    """Yields (name, figures) of a part, as they come."""
     device, output = torch.device(options.device), Path(options.output)
     if part == "checks":
         return run_checks(output, options.tiny)
@@ -91,7 +91,7 @@ def figures_of(part: str, options: argparse.Namespace) -> Iterator[tuple[str, An
 
 
 def run_part(part: str, options: argparse.Namespace) -> None:
-    """One part in this process; its file is whole after each figure."""
+    """Runs one part in this process; its file is rewritten after each figure."""
     found: Figures = {}
     start = time.perf_counter()
     try:
@@ -99,21 +99,21 @@ def run_part(part: str, options: argparse.Namespace) -> None:
             found[name] = value
             write(Path(options.output), found)
             print(f"{part} {name}: {time.perf_counter() - start:.0f} s", flush=True)
-    except Exception as error:  # noqa: BLE001  it goes into the file, for the others to go on
+    except Exception as error:  # noqa: BLE001  recorded in the file, so that the other parts run
         found |= {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()[-4000:]}
     found["wall_seconds"] = time.perf_counter() - start
     write(Path(options.output), found)
 
 
 def write(path: Path, figures: Figures) -> None:
-    """The whole file or the one before."""
+    """Writes the file atomically."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
 def machine(device: torch.device) -> Figures:
-    """What these figures belong to."""
+    """The device and the versions that the figures belong to."""
     import accelerate
     import transformers
 
@@ -127,7 +127,7 @@ def machine(device: torch.device) -> Figures:
 
 
 class Parts:
-    """Processes of parts, each with its file, its limit, and an end to all that it started."""
+    """The processes of the parts, each with its own file and time limit; their child processes are killed too."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.options, self.folder = options, folder
@@ -142,11 +142,11 @@ class Parts:
         return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
     def prepare(self) -> subprocess.Popen:
-        """Scenes are drawn beside the first round, by the cores that it leaves idle."""
+        """Draws scenes during the first round, on the cores that it leaves idle."""
         return self.start("prepare")
 
     def finish(self, part: str, process: subprocess.Popen, limit: float) -> Figures:
-        """What the part left, and whether it was stopped."""
+        """Waits for a part and returns its figures, with an `error` if it failed or was stopped."""
         stopped = False
         try:
             process.wait(max(0.0, limit))
@@ -163,7 +163,7 @@ class Parts:
 
 
 def end(process: subprocess.Popen) -> None:
-    """The process and all that it started."""
+    """Kills the process and all that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -172,7 +172,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def run_all(options: argparse.Namespace, folder: Path) -> Figures:
-    """The rounds; the file of all figures is written after each part."""
+    """Runs all rounds; the file of all figures is written after each part."""
     figures: Figures = {"command": " ".join(["python", *sys.argv]), "machine": machine(torch.device(options.device))}
     parts, start = Parts(options, folder), time.perf_counter()
     limits = dict(zip(LIMITS, options.limits, strict=True)) if options.limits else LIMITS
@@ -196,23 +196,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output", default="gpu.json", help="Where the figures go.")
-    parser.add_argument("--model", default="gpu_model.tar", help="Where the trained model goes.")
+    parser.add_argument("--output", default="gpu.json", help="JSON file of all figures.")
+    parser.add_argument("--model", default="gpu_model.tar", help="Archive of the trained model.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="Models and numbers of steps of a test.")
+    parser.add_argument("--tiny", action="store_true", help="Small models and few steps, for a test.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--cases", nargs="+", help="Of the part speed, only these.")
-    parser.add_argument("--limits", nargs=len(LIMITS), type=float, metavar="SECONDS", help=f"Of {', '.join(LIMITS)}.")
-    parser.add_argument("--seconds", type=float, default=70.0, help="How long the small model trains.")
-    parser.add_argument("--scenes", default=str(ROOT / "examples" / "data"), help="Folder of scenes.py.")
-    parser.add_argument("--scenes_count", type=int, default=400_000, help="How many are drawn.")
+    parser.add_argument("--cases", nargs="+", help="Only these cases of the part speed.")
+    parser.add_argument("--limits", nargs=len(LIMITS), type=float, metavar="SECONDS", help=f"For {', '.join(LIMITS)}.")
+    parser.add_argument("--seconds", type=float, default=70.0, help="Training time of the small model.")
+    parser.add_argument("--scenes", default=str(ROOT / "examples" / "data"), help="Folder with scenes.py.")
+    parser.add_argument("--scenes_count", type=int, default=400_000, help="Number of scenes to draw.")
     parser.add_argument("--part", choices=[*PARTS, "prepare"], help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """All parts, or one of them in a process of its own."""
+    """Runs all parts or, in a child process, one of them."""
     options = parse(argv)
     for name in ("output", "model", "scenes"):
         setattr(options, name, str(Path(getattr(options, name)).resolve()))

@@ -1,8 +1,8 @@
-"""What the base models' steps cost on one accelerator: the part `speed` of examples/gpu_check.py.
+"""The cost of the base models' training steps on one accelerator: the part `speed` of examples/gpu_check.py.
 
-Every step is the run's own: objective with teacher, autocast over fp32 weights, fused AdamW, the teacher's update.
-Batches lie on the device; captions have the lengths of web captions, a mean of 12 tokens and one of 64 in each batch.
-MFU divides by the fastest bf16 product of 8192 x 8192 x 8192 of the same process.
+Every step is that of a real run: objective with teacher, autocast over fp32 weights, fused AdamW, teacher update.
+Batches are on the device; captions have the lengths of web captions, a mean of 12 tokens and one of 64 in each batch.
+MFU divides by the fastest bf16 product of 8192 x 8192 x 8192 in the same process.
 """
 
 import re
@@ -35,7 +35,7 @@ MEAN_TOKENS = 12
 # the paper's run: epochs, pairs of its four data sets
 PAPER_EPOCHS, PAPER_PAIRS = 40, 5_100_000
 Figures = dict[str, Any]
-# name -> pattern of the kernels that belong to it, the first that fits
+# kind -> pattern of its kernels; the first match counts
 KINDS = {
     "compiled": "^triton",
     "attention": "flash|fmha|attention|sdpa|cudnn.*mha",
@@ -50,13 +50,13 @@ KINDS = {
 
 
 def caption_lengths(pairs: int, longest: int, seed: int) -> list[int]:
-    """Tokens of captions as the web writes them: log-normal of mean 12, at most `longest`, which one of them has."""
+    """Tokens per caption, as in web captions: log-normal with mean 12, at most `longest`, which one caption has."""
     drawn = np.random.default_rng(seed).lognormal(np.log(MEAN_TOKENS) - 0.18, 0.6, pairs)
     return [longest, *np.clip(np.round(drawn), 3, longest).astype(int).tolist()[1:]]
 
 
 class Bench:
-    """The device, the sizes of the cases, and what every case shares."""
+    """The device, the number of repeats, the GEMM peak, and functions shared by all cases."""
 
     def __init__(self, device: torch.device, tiny: bool):
         self.device, self.tiny = device, tiny
@@ -73,7 +73,7 @@ class Bench:
         return parse_arguments(["--config", str(CONFIGS / config), *line])
 
     def batches(self, config: PreTrainedConfig, pairs: int, count: int = 2) -> list[Batch]:
-        """Two of equal pairs and unequal texts, on the host, pinned where there is an accelerator."""
+        """Batches with equal numbers of pairs and different texts, on the host, pinned if a GPU is used."""
         made = []
         for seed in range(count):
             lengths = caption_lengths(pairs, config.max_text_length, seed)
@@ -90,7 +90,7 @@ class Bench:
         return [{name: value.to(self.device) for name, value in batch.items()} for batch in batches]
 
     def time(self, step: Callable[[Batch], object], batches: list[Batch], pairs: int) -> Figures:
-        """Seconds of a step over `repeats`, which follow each other as in training, and the memory they take."""
+        """Seconds per step over `repeats` consecutive steps, as in training, and their memory."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = []
@@ -109,7 +109,7 @@ class Bench:
         return figures
 
     def rated(self, figures: Figures, flops: float) -> Figures:
-        """With operations, MFU, and hours of the paper's run at this rate."""
+        """Adds operations, MFU, and the hours of the paper's run at this rate."""
         rate = flops / figures["seconds"]
         hours = PAPER_EPOCHS * PAPER_PAIRS / figures["pairs_per_second"] / 3600
         shares = {"mfu_of_gemm": rate / self.peak, "mfu_of_data_sheet": rate / (DEVICES["h100"].half * 1e12)}
@@ -117,12 +117,12 @@ class Bench:
 
 
 def run_cases(cases: dict[str, Callable[[], Figures]], device: torch.device) -> Iterator[tuple[str, Figures]]:
-    """Each case by itself: what one raises stands in its place, and the next begins with an empty device."""
+    """Runs each case: an error takes the place of its figures, and the next case starts with an empty device."""
     for name, case in cases.items():
         start = time.perf_counter()
         try:
             figures = case()
-        except Exception as error:  # noqa: BLE001  whatever it is, the other cases still have their figures to give
+        except Exception as error:  # noqa: BLE001  the other cases must still run
             figures = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()[-3000:]}
         if device.type == "cuda":
             torch.compiler.reset()
@@ -135,7 +135,7 @@ def kind_of(kernel: str) -> str:
 
 
 def profiled(step: Callable[[], object], device: torch.device, rows: int = 20) -> Figures:
-    """Device time of one step by kernel, the dearest first, and by kind; how often the host waited."""
+    """Device time of one step by kernel, the most expensive first, and by kind; how often the host waited."""
     on_gpu = device.type == "cuda"
     wait_for(device)
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
@@ -161,7 +161,7 @@ def profiled(step: Callable[[], object], device: torch.device, rows: int = 20) -
 
 
 def formula(step: ObjectiveStep, batches: list[Batch]) -> float:
-    """Operations of a step of OneR, attention counted over sequences of mean length: its kernel knows no padding."""
+    """Operations of a step of OneR, with attention over sequences of mean length: its kernel skips padding."""
     counted = []
     for batch in batches:
         pairs, words = len(batch["ids"]), len(batch["text_index"])
@@ -171,7 +171,7 @@ def formula(step: ObjectiveStep, batches: list[Batch]) -> float:
 
 
 def oner_case(bench: Bench, pairs: int, compiled: bool, backend: str = "inductor") -> Figures:
-    """OneR's base step in one go."""
+    """OneR's base step without chunks."""
     arguments = bench.arguments("oner_base_224.yaml", pairs)
     config = configuration_of(arguments)
     batches = bench.on_device(bench.batches(config, pairs))
@@ -183,7 +183,7 @@ def oner_case(bench: Bench, pairs: int, compiled: bool, backend: str = "inductor
 
 
 def warm_up(step: ObjectiveStep, batches: list[Batch], compiled: bool, backend: str = "inductor") -> list[float]:
-    """Both batches twice, after which nothing is compiled or tuned any more. -> seconds of each."""
+    """Runs both batches twice, after which nothing is compiled or tuned any more; returns the seconds of each."""
     if compiled:
         compile_regions([step.model, *(teacher.model for teacher in step.objective.teachers())], backend)
     seconds = []
@@ -196,7 +196,7 @@ def warm_up(step: ObjectiveStep, batches: list[Batch], compiled: bool, backend: 
 
 
 def cached_case(bench: Bench, pairs: int, chunks: int, compiled: bool, backend: str = "inductor") -> Figures:
-    """A large batch by cached gradients. MFU counts the step's operations, not the forward that is made twice."""
+    """A large batch with the gradient cache. MFU counts the step's operations without the repeated forward."""
     arguments = bench.arguments("oner_base_224.yaml", pairs)
     config = configuration_of(arguments)
     accelerator = make_accelerator(arguments.run)
@@ -223,7 +223,7 @@ def cached_case(bench: Bench, pairs: int, chunks: int, compiled: bool, backend: 
 
 
 def other_case(bench: Bench, name: str, pairs: int, compiled: bool = False) -> Figures:
-    """A CLIP of equal width and depth over the same batches, its operations counted."""
+    """A CLIP of equal width and depth on the same batches; its operations are counted by torch."""
     arguments = bench.arguments("oner_base_224.yaml", pairs)
     config = configuration_of(arguments)
     batches = bench.on_device(bench.batches(config, pairs))
@@ -240,7 +240,7 @@ def other_case(bench: Bench, name: str, pairs: int, compiled: bool = False) -> F
 
 
 def simla_case(bench: Bench, pairs: int, compiled: bool, backend: str = "inductor") -> Figures:
-    """SIMLA's base step at 256 pixels, visual codes given."""
+    """SIMLA's base step at 256 pixels, with given visual codes."""
     extra = {"queue_size": 64} if bench.tiny else {}
     arguments = bench.arguments("simla_base_256.yaml", pairs, **extra)
     arguments.objective.image_tokenizer = None
@@ -255,7 +255,7 @@ def simla_case(bench: Bench, pairs: int, compiled: bool, backend: str = "inducto
 
 
 def estimate_case(bench: Bench, pairs: int, measured: Figures) -> Figures:
-    """What `oner estimate` says of OneR's eager step, and by how much it is wrong."""
+    """What `oner estimate` predicts for OneR's eager step, and the relative errors."""
     arguments = bench.arguments("oner_base_224.yaml", pairs)
     share = measured.get("mfu_of_data_sheet", 0.4)
     told = estimate(arguments, DEVICES["h100"], mfu=min(1.0, share or 0.4), words=MEAN_TOKENS, pairs=PAPER_PAIRS)
@@ -270,7 +270,7 @@ def estimate_case(bench: Bench, pairs: int, measured: Figures) -> Figures:
 
 
 def peaks(bench: Bench) -> Figures:
-    """FLOP/s of the fastest and of the mean square product in bf16, and GB/s of a copy, bytes read and written."""
+    """Peak and sustained FLOP/s of a square bf16 product, and bytes/s of a copy, counting reads and writes."""
     side = 256 if bench.tiny else 8192
     bench.peak = gemm_peak(torch.bfloat16, bench.device, ((side, side, side),), 0.1 if bench.tiny else 1.5)
     one, other = (torch.randn(side, side, device=bench.device).bfloat16() for _ in range(2))
@@ -293,7 +293,7 @@ def peaks(bench: Bench) -> Figures:
 
 
 def speed(device: torch.device, tiny: bool, only: list[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """The cases, most important first."""
+    """Runs the cases, most important first."""
     bench, told = Bench(device, tiny), {}
     n, large, few = (4, 8, 4) if tiny else (256, 2048, 64)
     backend = "aot_eager" if tiny else "inductor"
@@ -321,7 +321,7 @@ def speed(device: torch.device, tiny: bool, only: list[str] | None = None) -> It
 
 
 def to_fp8(models: list[torch.nn.Module], emulate: bool) -> int:
-    """torchao's fp8 products in every linear map of the layers, weights in fp32 as before. -> how many."""
+    """Gives every linear map of the layers torchao's fp8 products; weights stay in fp32. Returns how many."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
@@ -334,7 +334,7 @@ def to_fp8(models: list[torch.nn.Module], emulate: bool) -> int:
 
 
 def fp8_case(bench: Bench, pairs: int) -> Figures:
-    """OneR's compiled step with fp8 products, student and teacher; one batch over and over, for one set of graphs."""
+    """OneR's compiled step with fp8 products in student and teacher; repeats one batch, to compile only one shape."""
     arguments = bench.arguments("oner_base_224.yaml", pairs)
     config = configuration_of(arguments)
     batches = bench.on_device(bench.batches(config, pairs, count=1))

@@ -1,9 +1,9 @@
-"""A small OneR trained on composed scenes that lie in the accelerator's memory: the part `training` of gpu_check.py.
+"""Trains a small OneR on composed scenes held in the accelerator's memory: the part `training` of gpu_check.py.
 
-`prepare` needs no accelerator: it draws the scenes on all cores, trains the tokenizer, and leaves arrays in a folder.
-`training` takes them, trains for a given number of seconds by the engine of every run, measures, and writes a model.
+`prepare` needs no accelerator: it draws the scenes in parallel, trains the tokenizer, and writes arrays to a folder.
+`training` reads them, trains for a given number of seconds with the usual engine, evaluates, and writes a model.
 
-S scenes, B pairs, N patches, W token slots, C captions a scene.
+S scenes, B pairs, N patches, W token slots, C captions per scene.
 """
 
 import json
@@ -34,13 +34,13 @@ from oner.training.run.launch import make_accelerator
 from oner.training.run.parsing import parse_arguments
 
 SIDE, CAPTIONS, SEED = 64, 4, 1
-# as in the small runs of examples/configs, deeper; 5.9 million weights, 12 MB as fp16
+# as in the small runs of examples/configs, but deeper; 5.9 million weights, 12 MB as fp16
 MODEL = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8}
 MODEL |= {"projection_dim": 256, "projector_layers": 1, "predictor_layers": 0, "scale_word_embeddings": True}
 MODEL |= {"temperature": 0.07, "max_text_length": 32}
 RUN = {"losses": ["itc", "cmc"], "ema_momentum": 0.99, "weight_decay": 0.1, "mixed_precision": "bf16"}
 RUN |= {"batch_size": 1024, "base_learning_rate": 5e-4, "compile": True, "log_every": 50}
-CROP = 0.8  # least share of a picture's area
+CROP = 0.8  # minimum share of an image's area
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RETRIEVAL = ("seen", "unseen_pairs", "unseen_style", "unseen_concepts")
 SPLITS_OF_FOUR = ("seen", "unseen_style")
@@ -48,7 +48,7 @@ Figures = dict[str, Any]
 
 
 def import_scenes(folder: Path) -> Any:
-    """examples/data/scenes.py, whose neighbours it finds beside it."""
+    """Imports examples/data/scenes.py, with its folder on the path for the modules beside it."""
     sys.path.insert(0, str(folder))
     import scenes
 
@@ -78,7 +78,7 @@ def _evaluation_scene(job: tuple[str, int, int | None], folder: Path) -> tuple[n
 
 
 def prepare(output: Path, folder: Path, count: int, evaluated: int, workers: int) -> Iterator[tuple[str, float]]:
-    """Scenes for training and for evaluation, the tokenizer, and every caption's tokens; `done` is written last."""
+    """Writes scenes for training and evaluation, the tokenizer, and all captions' tokens; `done.json` comes last."""
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     path = output / "images.npy"
@@ -86,7 +86,7 @@ def prepare(output: Path, folder: Path, count: int, evaluated: int, workers: int
     step = max(1, min(2048, count // workers))
     bounds = [(first, min(first + step, count)) for first in range(0, count, step)]
     jobs = evaluation_jobs(evaluated)
-    import_scenes(folder).scene(SEED, "train", 0)  # what it caches is read once, before the fork
+    import_scenes(folder).scene(SEED, "train", 0)  # fills its caches once, before the fork
     with get_context("fork").Pool(workers) as pool:
         told = pool.map(partial(_evaluation_scene, folder=folder), [job for _, job in jobs], chunksize=16)
         texts = [scene for part in pool.map(partial(_render, folder=folder, path=path), bounds, 1) for scene in part]
@@ -113,7 +113,7 @@ def prepare(output: Path, folder: Path, count: int, evaluated: int, workers: int
 
 
 def evaluation_jobs(evaluated: int) -> list[tuple[str, tuple[str, int, int | None]]]:
-    """(set, (split, index, groups)): scenes to retrieve, scenes of four things, pairs and single things to compose."""
+    """(set, (split, index, groups)): scenes for retrieval, scenes of four groups, pairs and singles to compose."""
     jobs = [(f"retrieval {split}", (split, index, None)) for split in RETRIEVAL for index in range(evaluated)]
     jobs += [(f"four {split}", (split, index, 4)) for split in SPLITS_OF_FOUR for index in range(evaluated // 4)]
     targets = ("seen", "unseen_pairs", "unseen_style")
@@ -122,7 +122,7 @@ def evaluation_jobs(evaluated: int) -> list[tuple[str, tuple[str, int, int | Non
 
 
 class SceneBatches:
-    """`batches(start)` yields what the engine asks for: pictures cropped on the device, captions by (seed, step)."""
+    """`batches(start)` yields batches for the engine: images cropped on the device, captions drawn by (seed, step)."""
 
     def __init__(self, folder: Path, config: OneRConfig, device: torch.device, batch_size: int):
         self.images = torch.from_numpy(np.load(folder / "images.npy")).to(device)  # (S, H, W, 3) uint8
@@ -136,7 +136,7 @@ class SceneBatches:
         return len(self.images)
 
     def __call__(self, start: int) -> Iterator[dict[str, dict[str, Tensor]]]:
-        """Texts of the next steps are laid out by a thread meanwhile."""
+        """Yields batches; a thread prepares the texts of the next steps meanwhile."""
         with ThreadPoolExecutor(1) as thread:
             waiting = deque(thread.submit(self.texts, step) for step in range(start, min(start + 4, self.total_steps)))
             for step in range(start, self.total_steps):
@@ -147,14 +147,14 @@ class SceneBatches:
                 yield {"pairs": {**batch, "pixel_values": pixels}}
 
     def rows(self, step: int) -> np.ndarray:
-        """Each scene once an epoch. -> (B,)."""
+        """The scenes of a step, each at most once per epoch. -> (B,)."""
         epoch, place = divmod(step, len(self) // self.batch_size)
         if self.order is None or self.order[0] != epoch:
             self.order = epoch, np.random.default_rng((SEED, epoch)).permutation(len(self))
         return self.order[1][place * self.batch_size :][: self.batch_size]
 
     def texts(self, step: int) -> dict[str, Tensor]:
-        """All of a batch but its pictures, on the host."""
+        """A batch without its images, on the host."""
         rows, rng = self.rows(step), np.random.default_rng((SEED, step, 1))
         words = self.tokens[rows, rng.integers(CAPTIONS, size=len(rows))].astype(np.int64)  # (B, W)
         real = words != self.config.pad_token_id
@@ -175,7 +175,7 @@ class SceneBatches:
         return {name: value.pin_memory() for name, value in batch.items()} if self.device.type == "cuda" else batch
 
     def pictures(self, rows: Tensor, rng: np.random.Generator) -> Tensor:
-        """A crop of each, of `CROP` to all of its area, resized back. (B,) -> (B, 3, H, W)."""
+        """A random crop of each image, with `CROP` to all of its area, resized back. (B,) -> (B, 3, H, W)."""
         sides = np.sqrt(rng.uniform(CROP, 1, len(rows)))
         shifts = rng.uniform(-1, 1, (len(rows), 2)) * (1 - sides)[:, None]
         theta = np.zeros((len(rows), 2, 3), np.float32)
@@ -191,7 +191,7 @@ class SceneBatches:
 
 
 def build(folder: Path, tiny: bool, steps: int, output: Path) -> tuple[Arguments, OneRConfig, VisionLanguageProcessor]:
-    """The run's arguments, its model's configuration, and the processor of both."""
+    """The run's arguments, the model's configuration, and the processor."""
     from oner.processing.vl_tokenizer import tokenizer_from_vocab
 
     fields = {**RUN, **({"batch_size": 16, "compile": False} if tiny else {})}
@@ -219,7 +219,7 @@ def build(folder: Path, tiny: bool, steps: int, output: Path) -> tuple[Arguments
 def train(
     arguments: Arguments, config: OneRConfig, batches: SceneBatches, steps: int
 ) -> tuple[OneRForPreTraining, float]:
-    """A run of the engine from scratch. -> the model, and seconds."""
+    """Trains a model from scratch with the engine. -> the model, and seconds."""
     batches.total_steps = steps
     accelerator = make_accelerator(arguments.run)
     model = build_model(arguments, config)
@@ -233,7 +233,7 @@ def train(
 
 
 class Reader:
-    """Unit embeddings of arrays of pictures and of texts, in batches, on the model's device."""
+    """Normalised embeddings of arrays of images and of texts, in batches, on the model's device."""
 
     def __init__(self, model: OneRForPreTraining, processor: VisionLanguageProcessor):
         self.model, self.processor = model.eval(), processor
@@ -274,14 +274,14 @@ class Reader:
 
 
 def recall(queries: Tensor, gallery: Tensor) -> Figures:
-    """Percent of queries whose own row of the gallery is among the first 1 and 10."""
+    """Per cent of queries whose own row of the gallery is among the first 1 and 10."""
     scores = queries @ gallery.T
     rank = (scores > scores.diagonal()[:, None]).sum(1)
     return {f"R@{k}": 100 * float((rank < k).float().mean()) for k in (1, 10)}
 
 
 def pointing(reader: Reader, images: np.ndarray, facts: list[Figures]) -> Figures:
-    """Percent of things whose name's highest patch has its middle in a box of theirs, in scenes of four groups."""
+    """Per cent of groups whose name is most similar to a patch with its centre in one of their boxes."""
     patch = MODEL["patch_size"]
     side, hits, chance, asked = SIDE // patch, 0, 0.0, 0
     for image, fact in zip(images, facts, strict=True):
@@ -297,7 +297,7 @@ def pointing(reader: Reader, images: np.ndarray, facts: list[Figures]) -> Figure
 
 
 def composed(reader: Reader, targets: tuple[np.ndarray, list], singles: tuple[np.ndarray, list]) -> Figures:
-    """A picture of A with "a B" asks for a scene of A and B: by picture, by words, by their sum, by both in one."""
+    """An image of A with "a B" retrieves a scene of A and B: by image, by text, by their sum, by both in one pass."""
     pictures = {fact["names"][0]: image for image, fact in zip(*singles, strict=True) if len(fact["boxes"][0]) == 1}
     kept = [i for i, fact in enumerate(targets[1]) if fact["names"][0] in pictures and len(fact["names"]) == 2]
     images = np.stack([pictures[targets[1][i]["names"][0]] for i in kept])
@@ -310,7 +310,7 @@ def composed(reader: Reader, targets: tuple[np.ndarray, list], singles: tuple[np
 
 
 def evaluate(reader: Reader, folder: Path) -> Figures:
-    """Every measure on every split."""
+    """All metrics on all splits."""
     images = np.load(folder / "evaluation.npz")
     facts = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     figures: Figures = {}
@@ -328,7 +328,7 @@ def evaluate(reader: Reader, folder: Path) -> Figures:
 
 
 def save(model: OneRForPreTraining, processor: VisionLanguageProcessor, output: Path, archive: Path) -> int:
-    """The model and its processor as one archive, weights in fp16. -> bytes of the weights."""
+    """Writes the model and its processor to one archive, with fp16 weights. -> bytes of the weights."""
     model.half().save_pretrained(output)
     processor.save_pretrained(output)
     with tarfile.open(archive, "w") as tar:
@@ -346,13 +346,13 @@ def wait_for_scenes(folder: Path, limit: float) -> Figures:
 
 
 def training(device: torch.device, tiny: bool, folder: Path, seconds: float, archive: Path) -> Iterator[tuple]:
-    """Calibrates, trains, saves, measures; yields after each."""
+    """Calibrates, trains, evaluates and saves; yields after each."""
     yield "prepared", wait_for_scenes(folder, 240)
     output = folder / "runs"
     trial = 2 if tiny else 40
     arguments, config, processor = build(folder, tiny, trial, output / "trial")
     batches = SceneBatches(folder, config, device, arguments.run.batch_size)
-    train(arguments, config, batches, trial)  # kernels are chosen
+    train(arguments, config, batches, trial)  # warm-up
     _, took = train(build(folder, tiny, trial, output / "again")[0], config, batches, trial)
     steps = max(2, int(seconds / took * trial))
     yield "calibrated", {"steps_per_second": trial / took, "steps": steps}
@@ -363,7 +363,7 @@ def training(device: torch.device, tiny: bool, folder: Path, seconds: float, arc
     trained = {"seconds": took, "pairs": pairs, "pairs_per_second": pairs / took, "scenes": len(batches)}
     trained |= {"parameters": model.num_parameters(), "model": config.to_diff_dict(), "run": RUN}
     yield "trained", {**trained, "log": log[:: max(1, len(log) // 20)]}
-    # its layers are compiled for training; what is published and measured has the same weights
+    # its layers are compiled for training, so an uncompiled copy of the weights is published and evaluated
     published = OneRForPreTraining(config).to(device)
     published.load_state_dict(model.state_dict())
     reader = Reader(published, processor)

@@ -1,8 +1,8 @@
-"""`accelerate launch`, but the exit status is that of the program: accelerate itself makes 1 of every other than 0.
+"""`accelerate launch` with the exit status of the program: accelerate itself turns every status but 0 into 1.
 
     python examples/launch.py --num_processes 4 examples/pretrain.py --config examples/configs/oner_emoji.yaml
 
-So a script sees 75 when a signal stopped the run and the same command would go on with it.
+So a script sees status 75 if a signal stopped the run and the same command would resume it.
 """
 
 import sys
@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Starts what `accelerate launch` would, and returns its exit status, or 128 and more after a signal."""
+    """Starts what `accelerate launch` would, and returns its exit status, or 128 + the number of a signal."""
     options = launch_command_parser().parse_args(argv)
     try:
         launch_command(options)

@@ -1,12 +1,12 @@
-"""How much of its pictures does OneR need while it learns? A share of their patches, or small ones, before all.
+"""How much of each image does OneR need during training? A share of the patches, or smaller images, at first.
 
     python examples/less_work.py --data runs/scenes                        a small model, one seed
     python examples/less_work.py --data runs/scenes --seeds 0 1 2 --full_size --steps 1950
 
-Every way begins with the same weights and reads the same pairs in the same order; `--lengths` trains whole pictures
-for shares of the steps too, so that equal seconds can be compared. A way's seconds are its steps times those of a
-step, measured in turns: on a CPU the time that the process got, whatever else runs there. A finished run is a JSON
-file in --output and is not trained again.
+All ways start from the same weights and read the same pairs in the same order; `--lengths` also trains on whole images
+for a share of the steps, to compare at equal time. The seconds of a way are its steps times the seconds of a step,
+which are measured for all ways in turn; on a CPU they are CPU time of the process. A finished run is stored as a JSON
+file in --output and not trained again.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from oner.training.run.parsing import parse_arguments
 from oner.training.run.summary import STOPPED
 
 CONFIG = Path(__file__).resolve().parent / "configs" / "oner_scenes.yaml"
-# a model that one thread trains in minutes; the rate is for its width
+# a model that one thread trains in minutes; the learning rate suits its width
 SMALL = {
     "model_config": {
         "hidden_size": 64,
@@ -45,9 +45,9 @@ SMALL = {
     "base_learning_rate": 16.0e-3,
 }
 SIDE = 64  # of the scenes, in pixels
-UNTIL = 0.85  # share of the pairs that are read the cheap way; what follows reads all
-WARMUP, LAST_WARMUP = 0.08, 0.2  # shares of the steps of a run, and of one that goes on from another
-LAST_RATE = 0.5  # of the peak, where a second run goes on from what the first has learned
+UNTIL = 0.85  # share of the steps in the cheap first part; the rest reads whole images
+WARMUP, LAST_WARMUP = 0.08, 0.2  # shares of the steps, for a first run and for one that continues another
+LAST_RATE = 0.5  # share of the peak learning rate, for a run that continues another
 RECALLS = ("tr_r@10", "ir_r@10")
 HEADER = ["way", "s a step, first part", "seconds of the run", "TR@10 by seed", "IR@10 by seed", "mean"]
 
@@ -56,8 +56,8 @@ HEADER = ["way", "s a step, first part", "seconds of the run", "TR@10 by seed", 
 class Way:
     """
     Args:
-        options: Of the run, for its first part; an image_size makes the second part a run of its own.
-        until: Share of the steps that the first part has.
+        options: Options of the run for its first part; with an image_size, the second part is a separate run.
+        until: Share of the steps in the first part.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Way:
         return self.options.get("image_size")
 
     def runs(self, steps: int, peak: float) -> Iterator[dict[str, Any]]:
-        """Options of each run, the later ones to begin with the model before."""
+        """Options of each run; a later run starts from the model of the previous one."""
         first = round(self.until * steps)
         if self.image_size is None:
             yield {**self.options, "max_steps": steps, "warmup_steps": round(WARMUP * steps)}
@@ -101,7 +101,7 @@ WAYS = {
 
 
 class Runs:
-    """The runs of these arguments: what they are told, and what comes of them."""
+    """The runs of these arguments: their options and their results."""
 
     def __init__(self, a: argparse.Namespace):
         self.a = a
@@ -119,13 +119,13 @@ class Runs:
             self.train_tokenizer()
 
     def train_tokenizer(self) -> None:
-        """One for all runs, on the captions."""
+        """Trains one tokenizer for all runs, on the captions."""
         arguments = parse_arguments(self.arguments("vocabulary", 0, {"tokenizer": None}))
         processor, _ = build_processor_and_config(arguments, open_portions(arguments))
         processor.tokenizer.save_pretrained(self.output / "tokenizer")
 
     def arguments(self, name: str, seed: int, options: Mapping[str, Any]) -> list[str]:
-        """The command line of a run, whose file is written."""
+        """Writes the configuration of a run and returns its command line."""
         directory = self.output / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
         directory.mkdir(parents=True, exist_ok=True)
         fields = {**self.base.get("model_config", {}), **options.get("model_config", {})}
@@ -134,7 +134,7 @@ class Runs:
         return ["--config", str(directory / "run.yaml")]
 
     def recall(self, title: str, way: Way, steps: int, seed: int) -> dict[str, float]:
-        """Of a way's last model: trained, if its file is not there."""
+        """Recall of a way's last model, which is trained unless its result file exists."""
         result = self.output / f"{title.replace(' ', '_')}_{steps}_seed{seed}.json"
         if result.is_file():
             return json.loads(result.read_text())
@@ -144,26 +144,26 @@ class Runs:
             line = self.arguments(f"{title} {steps} part{number}", seed, {**options, **before})
             values = trained(line)
             if values is None:
-                raise SystemExit(STOPPED)  # by a signal: nothing is written of it
+                raise SystemExit(STOPPED)  # stopped by a signal: no result is written
             before = {"initial_model": str(Path(line[1]).parent / "model"), "tokenizer": None}
         found = {name.split("/")[1]: value for name, value in values.items()}
         result.write_text(json.dumps(found))
         return found
 
     def seconds(self, ways: Mapping[str, Way]) -> dict[str, float]:
-        """Of a step's first part, by way: medians of turns that alternate, the reading of pictures with them."""
+        """Seconds of a step in the first part, by way: medians over alternating rounds, data loading included."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         calls = {title: self.step(title, way, device) for title, way in ways.items()}
         took: dict[str, list[float]] = {title: [] for title in ways}
         for turn in range(self.a.repeats + 2):
             for title, call in calls.items():
                 spent = seconds_of(call, device)
-                if turn > 1:  # the first choose kernels
+                if turn > 1:  # the first two rounds are warm-up
                     took[title].append(spent)
         return {title: statistics.median(times) for title, times in took.items()}
 
     def step(self, title: str, way: Way, device: torch.device) -> Callable[[], None]:
-        """Reads the next batch of a way's first part and takes a step on it."""
+        """A function that reads the next batch of a way's first part and takes a step on it."""
         options = next(way.runs(self.a.steps, 1.0))
         arguments = parse_arguments(self.arguments(f"{title} timed", 0, options))
         rows = open_portions(arguments)
@@ -178,7 +178,7 @@ class Runs:
 
 
 def lines(runs: Runs) -> list[list[str]]:
-    """Of the table: seconds of a step and of all steps beside those of whole pictures, and recalls of all seeds."""
+    """Lines of the table: seconds of a step, time of the run relative to whole images, and recalls of all seeds."""
     a = runs.a
     ways = {title: WAYS[title] for title in a.ways}
     seconds = runs.seconds({"whole": WAYS["whole"], **ways})
@@ -199,16 +199,16 @@ def lines(runs: Runs) -> list[list[str]]:
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="runs/scenes", help="Folder of `make scenes`.")
+    parser.add_argument("--data", default="runs/scenes", help="Output folder of `make scenes`.")
     parser.add_argument("--output", default="runs/less_work")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument(
-        "--lengths", nargs="*", type=float, default=[0.55], help="Whole pictures too for shares of --steps."
+        "--lengths", nargs="*", type=float, default=[0.55], help="Also whole images for shares of --steps."
     )
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="None: seconds alone, and nothing trained.")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="If empty, only time is measured.")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=7, help="Turns of the steps that are timed.")
-    parser.add_argument("--full_size", action="store_true", help="The model and batch of oner_scenes.yaml.")
+    parser.add_argument("--repeats", type=int, default=7, help="Rounds of timed steps.")
+    parser.add_argument("--full_size", action="store_true", help="Use the model and batch of oner_scenes.yaml.")
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
-"""Retrieval over any pairs as two mteb tasks: its R@k (there `hit_rate_at_k`) are those of `oner evaluate`.
+"""Retrieval on any pairs as two mteb tasks, whose R@k (`hit_rate_at_k` in mteb) equal those of `oner evaluate`.
 
     python examples/mteb_task.py examples/checkpoints/oner-emoji examples/data/emoji/test_concept.parquet hexcode
 
-Needs mteb and sentence-transformers. The tasks take any model that mteb takes; here the export as
-sentence-transformers loads it, beside our own evaluation of the same directory. mteb rounds to five digits.
+Needs mteb and sentence-transformers. The tasks work with any model that mteb accepts; this script compares the export
+loaded by sentence-transformers with our own evaluation of the same directory. mteb rounds to five digits.
 """
 
 import sys
@@ -24,17 +24,17 @@ from oner.processing.image_processing_vl import open_image
 from oner.training.evaluation.retrieval import RetrievalEvaluator
 
 KS = (1, 5, 10)
-# our name of a direction -> mteb's: pictures ask captions, captions ask pictures
+# our name of a direction -> mteb's: images retrieve captions, captions retrieve images
 DIRECTIONS = {"tr": "i2t", "ir": "t2i"}
 
 
 def make_task(evaluator: RetrievalEvaluator, direction: str) -> AbsTaskRetrieval:
-    """One direction of an evaluation's pictures (n) and captions (m), `tr` or `ir`, as a task of mteb."""
+    """One direction, `tr` or `ir`, of an evaluation's images (n) and captions (m), as a task of mteb."""
     pictures = [open_image(row["image"]) for row in evaluator.rows]
     image_features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image()})
     images = datasets.Dataset.from_dict({"id": names("i", pictures), "image": pictures}, features=image_features)
     texts = datasets.Dataset.from_dict({"id": names("t", evaluator.texts), "text": evaluator.texts})
-    right = evaluator.image_ids[:, None] == evaluator.text_ids[None]  # (n, m), of one concept
+    right = evaluator.image_ids[:, None] == evaluator.text_ids[None]  # (n, m), same concept
     if direction == "ir":
         queries, corpus, right = texts, images, right.T
     else:
@@ -71,7 +71,7 @@ def names(kind: str, items: Sequence[Any]) -> list[str]:
 
 
 def compare(model: str | Path, rows: Sequence[Any], name: str) -> Iterator[tuple[str, float, float]]:
-    """(number, ours, mteb's) of a model directory over rows of pairs."""
+    """Yields (metric, our value, mteb's value) of a model directory on rows of pairs."""
     evaluator = RetrievalEvaluator(rows, name=name, ks=KS, progress=False)
     own = AutoModelForZeroShotImageClassification.from_pretrained(model).eval()
     ours = dict(evaluator.run(own, AutoProcessor.from_pretrained(model)))
@@ -79,7 +79,7 @@ def compare(model: str | Path, rows: Sequence[Any], name: str) -> Iterator[tuple
     encoder.mteb_model_meta.modalities = [
         "text",
         "image",
-    ]  # mteb asks the Hub for them, and takes a directory for text
+    ]  # mteb asks the Hub for them, and treats a directory as a text model
     for direction in DIRECTIONS:
         result = mteb.evaluate(encoder, make_task(evaluator, direction), cache=None, show_progress_bar=False)
         (scores,) = result.task_results[0].scores["test"]

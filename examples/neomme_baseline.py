@@ -1,11 +1,11 @@
-"""NeoMME of transformers, one tower for patches and words alike, under CLIP's loss: a row of the comparison.
+"""transformers' NeoMME, one tower for both patches and words, with CLIP's loss: a row of the family comparison.
 
     python examples/neomme_baseline.py --config examples/configs/compare_oner.yaml --output_dir runs/neomme
 
-The arguments are those of examples/pretrain.py, of which clip_baseline.py says what counts. Its own stay its stem, an
-MLP over a patch, its rotary positions, and the mean over a sequence as embedding. All layers attend to everything.
+The arguments are those of examples/pretrain.py; clip_baseline.py says which have no effect. NeoMME keeps its own stem
+(an MLP per patch), its rotary positions, and mean pooling for the embedding. All layers use full attention.
 
-Shapes: B pairs, N patches of a square grid, T words of the longest text, L places of a sequence, D width.
+Shapes: B pairs, N patches of a square grid, T words of the longest text, L positions of a sequence, D width.
 """
 
 import math
@@ -29,8 +29,8 @@ from oner.training.run.summary import STOPPED
 
 
 class NeoMmeBaseline(Baseline):
-    """A `NeoMMEModel` of the width, depth, heads, patches and vocabulary of `config`, behind a retrieval model's
-    interface; embeddings are its mean-pooled states."""
+    """A `NeoMMEModel` with the width, depth, heads, patches and vocabulary of `config`, and the interface of a
+    retrieval model; embeddings are mean-pooled states."""
 
     def __init__(self, config: OneRConfig) -> None:
         super().__init__()
@@ -50,27 +50,27 @@ class NeoMmeBaseline(Baseline):
                 patch_size=config.patch_size,
                 pad_token_id=config.pad_token_id,
                 image_token_id=config.image_token_id,
-                document_token_id=None,  # no marker of documents
+                document_token_id=None,  # no document marker
             )
         )
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "NeoMmeBaseline":
-        """The model that `save` wrote."""
+        """Loads a model written by `save`."""
         model = cls(OneRConfig.from_pretrained(directory))
         model.load_state_dict(load_file(Path(directory) / WEIGHTS))
         return model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor, Batch]:
-        """Normalised pictures (B, D), normalised texts (B, D), and the factor on their products, (1,)."""
+        """Normalised images (B, D), normalised texts (B, D), and the scale of their products, (1,)."""
         words = ~(input_ids == self.config.image_token_id).any(0)  # (1 + N + T,)
         images = self.get_image_features(pixel_values).pooler_output
         texts = self.get_text_features(input_ids[:, words], attention_mask[:, words]).pooler_output
         return *(nn.functional.normalize(one, dim=-1) for one in (images, texts)), {"scale": self.logit_scale.exp()}
 
     def mean_state(self, ids: Tensor, mask: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        """Of [CLS], patches if there are pixels, words: (B, L) -> (B, D)."""
+        """Mean state of [CLS], patches (if pixels are given) and words: (B, L) -> (B, D)."""
         patches = None if pixel_values is None else patchify(pixel_values, self.config.patch_size).flatten(0, 1)
         read = {"input_ids": ids, "attention_mask": mask, "pixel_values": patches}  # patches (B * N, 3 * p * p)
         states = self.tower(**read, position_ids=self.positions(ids)).last_hidden_state  # (B, L, D)
@@ -78,7 +78,7 @@ class NeoMmeBaseline(Baseline):
         return (states * shares).sum(1) / shares.sum(1)
 
     def positions(self, ids: Tensor) -> Tensor:
-        """Row and column of patches, behind [CLS]; a word's is its place behind the grid, on both axes. (2, B, L)."""
+        """Row and column of patches, after [CLS]; for words, the position after the grid on both axes. (2, B, L)."""
         place = torch.arange(ids.shape[1], device=ids.device)  # (L,)
         side = self.config.image_size // self.config.patch_size if (ids == self.config.image_token_id).any() else 0
         patch, behind = place - 1, place - side**2 + side
@@ -87,7 +87,7 @@ class NeoMmeBaseline(Baseline):
         return torch.stack(axes)[:, None].expand(-1, len(ids), -1)
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """Pictures (B, 3, H, W) -> pooler_output (B, D)."""
+        """Images (B, 3, H, W) -> pooler_output (B, D)."""
         count = (self.config.image_size // self.config.patch_size) ** 2
         ids = torch.full((len(pixel_values), 1 + count), self.config.image_token_id, device=pixel_values.device)
         ids[:, 0] = self.config.cls_token_id
@@ -105,7 +105,7 @@ class NeoMmeBaseline(Baseline):
 
 
 class NeoMmeTower(nn.Module):
-    """A `NeoMmeBaseline` as probes read a tower: the mean state of a picture or text, (B, 1, D)."""
+    """A `NeoMmeBaseline` for probes: the mean state of an image or text, (B, 1, D)."""
 
     def __init__(self, model: NeoMmeBaseline) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class NeoMmeTower(nn.Module):
 
 
 def main(argv: Sequence[str] | None = None) -> bool:
-    """Trains it as CLIP's baseline is trained; whether it came to its end."""
+    """Trains NeoMME like the CLIP baseline; returns whether training was completed."""
     return fit(parse_arguments(argv), NeoMmeBaseline)
 
 

@@ -1,12 +1,12 @@
-"""A page with written words and generated tables, which stand between marks."""
+"""Pages of handwritten text with generated tables between marks."""
 
 
 def between_marks(text: str, begin: str, end: str, content: str) -> str:
     """
-    `text` with `content` in place of what stood between two marks.
+    `text` with the part between two marks replaced by `content`.
 
     Raises:
-        ValueError: a mark is missing, stands there twice, or the second comes first.
+        ValueError: a mark is missing or occurs twice, or the marks are in the wrong order.
     """
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"the page lacks the marks {begin!r} and {end!r}: expected the marks once, in this order")

@@ -1,4 +1,4 @@
-"""docs/performance.json to the tables of docs/performance.md: whatever stands between a pair of marks is replaced."""
+"""Fills the tables of docs/performance.md, between pairs of marks, from docs/performance.json."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ def peaks(figures: Figures) -> dict[str, float]:
 
 
 def steps(figures: Figures) -> dict[str, dict[str, Any]]:
-    """The cases that are a step and came to an end."""
+    """The finished cases that measure a step."""
     return {name: case for name, case in figures["cases"].items() if "peak_flops" in case}
 
 
 def mfu(figures: Figures, name: str) -> float | None:
-    """Share of the peak that a case reached, its operations as torch counts them; None where it was not measured."""
+    """Share of the peak that a case reached, with operations counted by torch; None if it was not measured."""
     case = steps(figures).get(name)
     return None if case is None else case["flops"] / case["seconds"] / peaks(figures)[case["dtype"]]
 
@@ -88,7 +88,7 @@ def ratio(figures: Figures, one: str, other: str) -> float | None:
 
 
 def packing(figures: Figures) -> float | None:
-    """Time of the packed step over the padded one's, over the share of tokens that are real."""
+    """Time of the packed step over that of the padded step, divided by the share of real tokens."""
     packed, whole = steps(figures).get("oner_bf16"), steps(figures).get("oner_bf16_padded")
     if packed is None or whole is None:
         return None
@@ -96,13 +96,13 @@ def packing(figures: Figures) -> float | None:
 
 
 def kinds(figures: Figures) -> dict[str, dict[str, float]]:
-    """What was measured of dropping, by kind of rows."""
+    """The measurements of dropped tokens, by kind of rows."""
     case = figures["cases"].get("visible", {})
     return {} if "error" in case else case
 
 
 def dropping(figures: Figures, part: str) -> float | None:
-    """The worst of images, texts and pairs: time of what drops tokens over the share of work that is left."""
+    """Share of time over share of work when tokens are dropped, the worst of images, texts and pairs."""
     return best([case[f"{part}_time"] / case[f"{part}_share"] for case in kinds(figures).values()])
 
 
@@ -118,7 +118,7 @@ def paper_hours(figures: Figures) -> float | None:
 
 
 def goal_rows(figures: Figures) -> list[tuple[str, str, float | None, str]]:
-    """(what, goal, figure, how it is written)."""
+    """(what, goal, figure, format of the figure)."""
     cases, gpu = figures["cases"], "accelerator" in figures["machine"]
     halves = best([mfu(figures, "oner_bf16"), mfu(figures, "oner_bf16_compiled")])
     fastest = best([c["pairs"] / c["seconds"] for n, c in steps(figures).items() if n.startswith("oner_")])
@@ -126,7 +126,7 @@ def goal_rows(figures: Figures) -> list[tuple[str, str, float | None, str]]:
     phases = steps(figures).get("oner_bf16", steps(figures).get("oner_fp32", {})).get("phases", {})
     teacher = phases["teacher update"] / sum(phases.values()) if phases else None
     saving = cases.get("checkpoint", {}).get("seconds")
-    # checkpoints are saved once an epoch by default; an epoch of the paper's has 5.1 M pairs
+    # checkpoints are saved once per epoch by default; the paper's epoch has 5.1 M pairs
     stall = None if saving is None or fastest is None else saving / (saving + 5.1e6 / fastest)
     best_mine = "oner_bf16" if mfu(figures, "oner_bf16") == halves else "oner_bf16_compiled"
     return [
@@ -147,7 +147,7 @@ def goal_rows(figures: Figures) -> list[tuple[str, str, float | None, str]]:
 
 
 def waiting(figures: Figures) -> float | None:
-    """Seconds of a step's wait for a copy of the state, the least after the first, which asks for its memory."""
+    """Seconds that a step waits for a copy of the state: the minimum, without the first, which allocates memory."""
     stalls = figures["cases"].get("checkpoint", {}).get("stalls")
     return None if stalls is None else min(stalls[1:])
 
@@ -205,7 +205,7 @@ TABLES = {
 
 def write_tables(figures: Figures, page: Path) -> None:
     """
-    Fills every `<!-- table: NAME -->` ... `<!-- end -->` of the page, which stays as it is elsewhere.
+    Fills every `<!-- table: NAME -->` ... `<!-- end -->` of the page and leaves the rest unchanged.
 
     Raises:
         ValueError: the page lacks the marks of a table.

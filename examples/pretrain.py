@@ -1,4 +1,4 @@
-"""Pretrain a family on pairs of pictures and text, evaluate, and write a model directory that is a Hub repository.
+"""Pretrain a family on image-text pairs, evaluate it, and write a model directory in the layout of a Hub repository.
 
 accelerate launch examples/pretrain.py --config examples/configs/oner_emoji.yaml [--name value ...]
 """

@@ -1,11 +1,11 @@
-"""Search pictures by words, by a picture, or by both as one query, and draw the answers as a contact sheet.
+"""Search images by text, by an image, or by both as one query, and draw the results as a contact sheet.
 
     python examples/search.py "red fruit" --index photos/
     python examples/search.py --image photo.png --index photos/
     python examples/search.py "made of glass" --image photo.png --index examples/data/emoji/test_style.parquet
 
-The index of a folder or table is kept in a hidden directory beside it and used again until a file's name, size or
-time changes, or the model does.
+The index of a folder or table is stored in a hidden directory beside it, and reused until the model or the name, size
+or modification time of a file changes.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Tables of README.md, docs/suite.md and docs/abilities.md, from the results beside the shipped checkpoints.
+"""Tables of README.md, docs/suite.md and docs/abilities.md, from the results stored with the shipped checkpoints.
 
     python examples/shipped_tables.py
 
-writes each between its marks: no figure of them is typed. A checkpoint's results are what evaluate.py, abilities.py
-and `oner suite` left of it.
+writes each table between its marks, so that no figure is typed by hand. The results of a checkpoint are the output of
+evaluate.py, abilities.py and `oner suite`.
 """
 
 import json
@@ -22,7 +22,7 @@ CHECKPOINTS = ROOT / "examples" / "checkpoints"
 
 
 class Shipped(NamedTuple):
-    """A checkpoint and its results; `[name]` in `told` stands for the result of that name in per cent."""
+    """A checkpoint and its results; `[name]` in `told` is replaced by the result of that name in per cent."""
 
     name: str
     told: str
@@ -87,7 +87,7 @@ FAMILIES = (
         ),
     ),
 )
-# of README's second table: what a probe of frozen features is asked
+# columns of README's second table: probe of frozen features -> title
 PROBES = {
     "digits": "digits",
     "emoji_groups": "emoji groups",
@@ -97,31 +97,31 @@ PROBES = {
 
 
 def results_of(name: str) -> dict[str, float]:
-    """Every number in a checkpoint's results but the suite's."""
+    """All numbers in a checkpoint's results except the suite's."""
     values: dict[str, float] = {}
     for path in sorted((CHECKPOINTS / name / "results").glob("*.json")):
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not path.name.startswith("suite."):
-            # a run's own numbers last: they are of all rows
+            # a run's own metrics take precedence: they cover all rows
             values = {**content.get("values", {}), **values, **content.get("metrics", {})}
     return values
 
 
 def suite_of(name: str) -> dict[str, dict[str, float]]:
-    """Task of the suite -> its numbers; those that were measured."""
+    """Task of the suite -> its numbers, for measured tasks."""
     paths = sorted((CHECKPOINTS / name / "results").glob("suite.*.json"))
     return {path.name.split(".")[1]: json.loads(path.read_text(encoding="utf-8"))["values"] for path in paths}
 
 
 def filled(shipped: Shipped) -> str:
-    """Its words with the numbers in place. Raises `KeyError` for one that was not measured."""
+    """Its description with the numbers filled in. Raises `KeyError` for one that was not measured."""
     values = results_of(shipped.name)
-    # a link has a round bracket behind it
+    # square brackets before a round one are a link
     return re.sub(r"\[([^\]]+)\](?!\()", lambda name: f"{100 * values[name[1]]:.0f}", shipped.told)
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose cells are Markdown themselves, as `markdown_table`'s are not."""
+    """A table whose cells may contain Markdown, unlike those of `markdown_table`."""
     rows = ["| " + " | ".join(line) + " |" for line in [header, *lines]]
     return "\n".join([rows[0], "|---" * len(header) + "|", *rows[1:]])
 
@@ -136,7 +136,7 @@ def families_table() -> str:
 
 
 def probes_table() -> str:
-    """Logistic regression of frozen features, mean and deviation over seeds."""
+    """Logistic regression on frozen features, mean and standard deviation over seeds."""
     found = {shipped.name: suite_of(shipped.name) for family in FAMILIES for shipped in family.shipped}
     measured = {name: tasks for name, tasks in found.items() if tasks}
     chance = next(iter(measured.values()))
@@ -148,13 +148,13 @@ def probes_table() -> str:
 
 
 def whole_suite() -> str:
-    """The suite's own table of every checkpoint that was measured."""
+    """The suite's own table, for all measured checkpoints."""
     names = [shipped.name for family in FAMILIES for shipped in family.shipped]
     return suite_table({name: tasks for name in names if (tasks := suite_of(name))})
 
 
 def abilities_table() -> str:
-    """A line for each ability on unseen pairs and on the unseen style: chance, the aim, each checkpoint."""
+    """A line per ability on unseen pairs and on the unseen style: chance, the aim, each checkpoint."""
     names = [shipped.name for family in FAMILIES for shipped in family.shipped if shipped.name.endswith("-scenes")]
     found = {name: results_of(name) for name in names}
     lines = []
@@ -163,7 +163,7 @@ def abilities_table() -> str:
         for ability in ABILITIES:
             values = [values.get(f"{split}/{ability.value}") for values in found.values()]
             if any(value is not None for value in values):
-                # chance is a number of the data, the same for all who were asked
+                # chance depends only on the data, so any checkpoint's value will do
                 chances = [ability.chance_on(split, one) for one in found.values()]
                 chance = next((one for one in chances if one is not None), None)
                 told = [chance, ability.aim_on(split), *values]
@@ -179,7 +179,7 @@ TABLES = {
 
 
 def with_table(text: str, name: str, content: str) -> str:
-    """`text` with `content` as the table of that name. Raises `ValueError` where its marks are missing."""
+    """`text` with `content` as the table of that name. Raises `ValueError` if its marks are missing."""
     begin, end = f"<!-- {name}: by examples/shipped_tables.py -->\n", f"<!-- /{name} -->"
     return between_marks(text, begin, end, f"{content}\n")
 

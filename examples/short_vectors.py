@@ -1,18 +1,18 @@
-"""What shorter and coarser vectors still find: first coordinates, int8 and bits beside whole vectors in fp32.
+"""Retrieval with truncated and quantised embeddings (int8, bits), compared with whole vectors in fp32.
 
     python examples/short_vectors.py examples/checkpoints/oner-scenes runs/scenes/unseen_pairs.parquet
     python examples/short_vectors.py MODEL PAIRS --id_column hexcode --dims 64 128
 
-Captions, the first of each row, ask for pictures, and pictures for captions. Cutting, quantisation and search are
-sentence-transformers', by faiss where it is told to. Needs sentence-transformers and faiss-cpu. The ways to store a
-vector:
+The first captions of the rows retrieve images, and images retrieve captions. Truncation, quantisation and search (with
+faiss, except for int8) are those of sentence-transformers. Needs sentence-transformers and faiss-cpu. The ways to
+store a vector:
 
     fp32                as it is
-    int8                256 steps between the greatest number of the gallery and its negative; queries stay as they are
-    int8 by coordinate  256 steps in the range of each coordinate, of queries too, as sentence-transformers does by
-                        itself; four times the items asked for, put in order by the whole query
+    int8                256 steps between plus and minus the gallery's largest absolute value; queries stay fp32
+    int8 by coordinate  256 steps in the range of each coordinate, for queries too, as sentence-transformers does by
+                        default; finds four times as many items and rescores them with the whole query
     bits                signs, by Hamming distance
-    bits, rescored      the same, four times the items asked for, put in order by the whole query
+    bits, rescored      the same; finds four times as many items and rescores them with the whole query
 
 Q queries, G items of the gallery, P embedding width.
 """
@@ -38,21 +38,21 @@ Answers = list[list[dict[str, Any]]]
 
 
 def by_bytes(queries: np.ndarray, gallery: np.ndarray) -> Answers:
-    """(Q, P), (G, P) -> the best of each query. One step for all coordinates, so that products stay in order."""
+    """(Q, P), (G, P) -> the best of each query. All coordinates share a step size, so products keep their order."""
     ranges = np.abs(gallery).max() * np.array([[-1.0], [1.0]]) * np.ones(gallery.shape[1])  # (2, P)
     codes = quantize_embeddings(gallery, "int8", ranges=ranges)  # (G, P) int8
     return semantic_search(queries, codes.astype(np.float32), top_k=TOP, score_function=dot_score)
 
 
 def by_faiss(queries: np.ndarray, gallery: np.ndarray, precision: str, rescore: bool) -> Answers:
-    """The same by faiss, of vectors quantised to a precision as sentence-transformers does by itself."""
+    """The same with faiss, after sentence-transformers' default quantisation to a precision."""
     options = {"top_k": TOP, "rescore": rescore, "rescore_multiplier": OVERSAMPLING}
     stored = quantize_embeddings(gallery, precision)
     calibration = {"corpus_precision": precision, "calibration_embeddings": gallery}
     return semantic_search_faiss(queries, stored, **calibration, **options)[0]
 
 
-# name -> bits a number, and the search
+# name -> bits per coordinate, and the search
 WAYS: dict[str, tuple[int, Callable[[np.ndarray, np.ndarray], Answers]]] = {
     "fp32": (32, partial(by_faiss, precision="float32", rescore=False)),
     "int8": (8, by_bytes),
@@ -72,7 +72,7 @@ class Side:
     gallery_ids: np.ndarray
 
     def found(self, dim: int, way: str) -> np.ndarray:
-        """The items that each query finds, best first, (Q, TOP)."""
+        """The items found by each query, best first, (Q, TOP)."""
         queries, gallery = (unit(truncate_embeddings(side, dim)) for side in (self.queries, self.gallery))
         answers = WAYS[way][1](queries, gallery)
         return np.array([[answer["corpus_id"] for answer in own] for own in answers])
@@ -87,7 +87,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def table(sides: dict[str, Side], dims: Sequence[int]) -> Iterator[list[str]]:
-    """A row for each way to store a vector: what it is, bytes, and by direction R@1, R@10, and how many of the ten."""
+    """A row per way to store a vector: name, bytes, and per direction R@1, R@10, share of the whole vectors' ten."""
     yield ["vectors", "bytes", *(f"{name}: {what}" for name in sides for what in ("R@1", "R@10", "same ten"))]
     width = max(dims)
     whole = {name: side.found(width, "fp32") for name, side in sides.items()}  # (Q, TOP) each
@@ -102,7 +102,7 @@ def table(sides: dict[str, Side], dims: Sequence[int]) -> Iterator[list[str]]:
 
 
 def sides_of(model: str | Path, evaluator: RetrievalEvaluator) -> dict[str, Side]:
-    """Both directions of an evaluation's pictures and captions, embedded by a model directory."""
+    """Both directions of an evaluation's images and captions, embedded by the model in a directory."""
     loaded = AutoModelForZeroShotImageClassification.from_pretrained(model).eval()
     pictures, captions = evaluator.embed(loaded, AutoProcessor.from_pretrained(model))  # (n, P), (m, P)
     vectors = (captions.cpu().numpy(), pictures.cpu().numpy())
@@ -112,13 +112,13 @@ def sides_of(model: str | Path, evaluator: RetrievalEvaluator) -> dict[str, Side
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model's directory")
+    parser.add_argument("model", help="a model directory")
     parser.add_argument("pairs", help="a table of pairs")
-    parser.add_argument("--id_column", default="__row__", help="of the concept, where several rows show one")
-    parser.add_argument("--dims", type=int, nargs="+", default=[], help="widths to cut to; half and quarter if none")
+    parser.add_argument("--id_column", default="__row__", help="of the concept, if several rows share one")
+    parser.add_argument("--dims", type=int, nargs="+", default=[], help="truncated widths (default: half, quarter)")
     options = parser.parse_args()
 
-    # both directions, at the model's own width and below
+    # both directions, at full width and truncated
     rows = open_rows(options.pairs, id_column=options.id_column)
     sides = sides_of(options.model, RetrievalEvaluator(rows, captions="first", progress=False))
     width = sides["captions ask"].gallery.shape[1]

@@ -1,12 +1,12 @@
-"""A SIMLA or CODIS that sees what a OneR has learned to see: its vision tower is the OneR's trunk, the rest is drawn.
+"""Initialises a SIMLA or CODIS from a OneR: vision tower and word embeddings are the OneR's, the rest is random.
 
     python examples/towers_from_oner.py examples/checkpoints/oner-scenes runs/simla_scenes_start
     python examples/towers_from_oner.py examples/checkpoints/oner-scenes runs/codis_scenes_start --family codis
 
-Two small towers that begin from nothing stay for hundreds of steps with backgrounds and sizes; beside a tower that
-knows pictures, words find their place within a hundred (docs/training_small.md). The directory is the `initial_model`
-of examples/configs/simla_scenes.yaml or codis_scenes.yaml. Both papers begin with DeiT likewise, which has learned
-from pictures alone.
+Trained from scratch, two small towers learn only backgrounds and sizes for hundreds of steps; with a vision tower that
+is already trained, words are learned within a hundred (docs/training_small.md). The directory is the `initial_model`
+of examples/configs/simla_scenes.yaml or codis_scenes.yaml. Both papers likewise start from DeiT, which was trained on
+images alone.
 
 D width, N patches.
 """
@@ -21,13 +21,13 @@ from transformers import AutoProcessor, set_seed
 from oner import CodisConfig, CodisForPreTraining, OneRForPreTraining, SimlaConfig, SimlaForPreTraining
 from oner.training.publishing.model_loading import load_model
 
-INITIALIZER_RANGE = 0.06  # .02 is for 768 wide layers; at 256 the [CLS] of a text would hear little of its words
-# configuration, model, and what the family alone is asked: image tokens (none are here), codes by batches of 128
+INITIALIZER_RANGE = 0.06  # .02 is for width 768; at 256 the [CLS] of a text would depend little on its words
+# configuration, model, and the family's own fields: image tokens (none here), a number of codes for batches of 128
 FAMILIES = {
     "simla": (SimlaConfig, SimlaForPreTraining, {"num_visual_codes": 1}),
     "codis": (CodisConfig, CodisForPreTraining, {"num_fusion_layers": 2, "num_codes": 128}),
 }
-# fields that both configurations have
+# fields shared by both configurations
 TRUNK = ("hidden_size", "num_attention_heads", "intermediate_size", "image_size", "patch_size", "num_channels", "stem")
 WORDS = ("vocab_size", "max_text_length", "pad_token_id", "image_token_id", "cls_token_id", "mask_token_id")
 
@@ -36,13 +36,13 @@ def build(
     trunk: OneRForPreTraining, layers: int, text_layers: int, family: str = "simla"
 ) -> SimlaForPreTraining | CodisForPreTraining:
     """
-    A model of the trunk's width and words, whose vision tower is the trunk's first `layers`.
+    A model with the trunk's width and vocabulary, whose vision tower is the trunk's first `layers`.
 
-    With all of them its image states are the trunk's; with fewer the final norm is of deeper states, and training has
-    to mend it. The text tower takes the trunk's words, at its own scale.
+    With all layers, its image states equal the trunk's; with fewer, the final norm was trained on deeper states and
+    must adapt. The text tower takes the trunk's word embeddings, rescaled.
 
     Raises:
-        ValueError: fewer layers in the trunk than asked for.
+        ValueError: `layers` is less than 1 or more than the trunk has.
     """
     config = trunk.config
     if not 1 <= layers <= config.num_hidden_layers:
@@ -67,32 +67,32 @@ def build(
 
 
 def _fill(model: SimlaForPreTraining | CodisForPreTraining, trunk: OneRForPreTraining) -> None:
-    # [CLS] is a word of the trunk's, and stands at no place
+    # in the trunk, [CLS] is a word, without a position embedding
     embeddings = trunk.oner.embeddings
     vision = model.base_model.vision
     vision.embeddings.cls_token.copy_(embeddings.embed_cls(1))  # (1, 1, D)
     vision.embeddings.position_embeddings.zero_()
     vision.embeddings.position_embeddings[0, 1:] = embeddings.image_positions  # (N, D)
 
-    # patches, layers, and the norm above them
+    # stem, layers, and the final norm
     vision.embeddings.stem.load_state_dict(embeddings.stem.state_dict())
     for layer, source in zip(vision.layers, trunk.oner.layers, strict=False):
         layer.load_state_dict(source.state_dict())
     vision.norm.load_state_dict(trunk.oner.norm.state_dict())
 
-    # words that stood for the same things lie beside each other
+    # words keep the similarities that the trunk has learned
     words = embeddings.word_embeddings.weight  # (V, D)
     model.base_model.text.embeddings.word_embeddings.weight.copy_(words / words.std() * INITIALIZER_RANGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("oner", help="a OneR's model directory or its name on the Hub")
+    parser.add_argument("oner", help="model directory of a OneR, or its name on the Hub")
     parser.add_argument("output", type=Path, help="folder of the new model")
     parser.add_argument("--family", choices=FAMILIES, default="simla", help="(default %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the vision tower (default %(default)s)")
     parser.add_argument("--text_layers", type=int, default=2, help="of the text tower (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     a = parser.parse_args(arguments)
     set_seed(a.seed)
     trunk = load_model(OneRForPreTraining, a.oner).float()

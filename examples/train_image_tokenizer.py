@@ -1,9 +1,9 @@
-"""Train a discrete image tokenizer on your pictures: the codes that SIMLA's masked image modelling predicts.
+"""Train a discrete image tokenizer on your images: SIMLA's masked image modelling predicts its codes.
 
 accelerate launch examples/train_image_tokenizer.py --config examples/configs/image_tokenizer_emoji.yaml [--name value]
 
-`--train_data` takes what `examples/pretrain.py` takes, with captions or without, and folders of bare pictures. The
-directory `model` in `output_dir` is a Hub repository; its README.md shows pictures beside their reconstructions.
+`--train_data` takes what `examples/pretrain.py` takes, with captions or without, and folders of images. The directory
+`model` in `output_dir` has the layout of a Hub repository; its README.md shows images and their reconstructions.
 """
 
 import json
@@ -40,7 +40,7 @@ SHOWN = 24
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
-    """Runs to the end and returns the last evaluation, or nothing where a signal stopped it before."""
+    """Trains, and returns the last evaluation, or None if a signal stopped the run."""
     arguments = parse_arguments(argv, DiscreteVAEObjectiveArguments, kind="images", family="discrete_vae")
     accelerator = make_accelerator(arguments.run)
     if accelerator.device.type == "cpu":
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
 
 
 def train(arguments: Arguments, accelerator: Accelerator) -> dict[str, float] | None:
-    """`main` with everything told and started."""
+    """`main` after arguments are parsed and the accelerator is made."""
     publication = prepare_publication(arguments)
     data, run = arguments.data, arguments.run
     rows = open_portions(arguments)
@@ -105,7 +105,7 @@ def export(
     metrics: dict[str, float],
     evaluators: list[ReconstructionEvaluator],
 ) -> Path:
-    """The model directory, with its card and a sheet of each evaluation set."""
+    """Writes the model directory, with its card and a sheet of images per evaluation set."""
     sheets = {
         f"{one.name}: pictures above what their codes draw": reconstruction_sheet(model, spaced(one.rows, SHOWN))
         for one in evaluators

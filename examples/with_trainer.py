@@ -1,9 +1,9 @@
-"""A family's objective inside transformers' Trainer, for those whose runs are Trainer's already.
+"""A family's objective in transformers' Trainer, for users who already train with it.
 
     python examples/with_trainer.py --config examples/configs/oner_emoji.yaml --max_steps 200 --output_dir runs/trainer
 
-The engine of `oner train` does more: it takes several portions in turn, skips steps that are not finite, and keeps the
-teacher and the queues in its checkpoints, so that it resumes to the bit. Here they end with the process.
+The engine of `oner train` does more: it takes several portions, skips steps that are not finite, and stores the
+teacher and the queues in its checkpoints, so that it resumes bit-exactly. Here they are lost when the process ends.
 """
 
 import sys
@@ -24,7 +24,7 @@ from oner.training.run.parsing import parse_arguments
 
 
 class ObjectiveTrainer(Trainer):
-    """Of an objective over this very model, and a DataLoader of the batches that it reads."""
+    """A Trainer with an objective built on its model, and a DataLoader of the batches for the objective."""
 
     def __init__(self, objective: SinglePortion, batches: DataLoader, **options: Any):
         super().__init__(**options, callbacks=[AfterStep(self)])
@@ -41,7 +41,7 @@ class ObjectiveTrainer(Trainer):
 
 
 class AfterStep(TrainerCallback):
-    """The teacher and the queues move when the optimiser has."""
+    """Updates the teacher and the queues after each step of the optimiser."""
 
     def __init__(self, trainer: ObjectiveTrainer):
         self.trainer = trainer
@@ -51,7 +51,7 @@ class AfterStep(TrainerCallback):
 
 
 def main(argv: Sequence[str] | None = None) -> ObjectiveTrainer:
-    """Takes the arguments of `oner train`; of the run it needs `max_steps`, and follows its rate and seed."""
+    """Takes the arguments of `oner train`; requires `max_steps`, and uses the run's learning rate and seed."""
     arguments = parse_arguments(argv)
     run = arguments.run
     rows = open_portions(arguments)

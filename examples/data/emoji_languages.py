@@ -3,10 +3,10 @@
     python examples/data/emoji_languages.py runs/emoji_languages
     python examples/data/emoji_languages.py runs/emoji_languages --package FILE.tgz --languages en de ja
 
-Names and keywords are Unicode CLDR's, as the npm package `emojibase-data` distributes them. Each file of
-`examples/data/emoji` comes back with `captions_de` and so on, two a language (the name; the name and two keywords),
-and `captions_all`, those of all languages one after another: a run draws one of them each time, and
-`evaluate.py --tasks languages` compares them.
+Names and keywords are those of Unicode CLDR, from the npm package `emojibase-data`. Each file of `examples/data/emoji`
+is copied with columns `captions_de` and so on, two captions per language (the name; the name and two keywords), and
+`captions_all`, those of all languages in turn: a run draws one of them each time, and `evaluate.py --tasks languages`
+compares them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from scenes_sprites import EMOJI, LEFT_OUT
 
 LANGUAGES = ("en", "de", "fr", "es", "ja", "zh", "ko", "hi", "th", "ru")
 FILES = ("train", "test_style", "test_concept")
-TOGETHER = {"ja": "、", "zh": "、"}  # between a name and its keywords, a comma elsewhere
+TOGETHER = {"ja": "、", "zh": "、"}  # between a name and its keywords; a comma in other languages
 
 
 def read_names(package: Path, languages: Sequence[str]) -> dict[str, dict[str, list[str]]]:
@@ -32,7 +32,7 @@ def read_names(package: Path, languages: Sequence[str]) -> dict[str, dict[str, l
     language -> hexcode -> the name and its keywords.
 
     Raises:
-        ValueError: a language that the package lacks.
+        ValueError: the package lacks a language.
     """
     found = {}
     with tarfile.open(package) as archive:
@@ -47,7 +47,7 @@ def read_names(package: Path, languages: Sequence[str]) -> dict[str, dict[str, l
 
 
 def terms(entry: dict[str, Any]) -> list[str]:
-    """The name of an emoji, without what some languages say beside it, and keywords that do not repeat it."""
+    """The name of an emoji, up to its first comma, and the keywords that do not repeat it."""
     name = entry["label"].split(", ")[0]
     return list(dict.fromkeys([name, *(tag for tag in entry.get("tags", ()) if tag.lower() != name.lower())]))
 
@@ -58,7 +58,7 @@ def captions_of(found: list[str], language: str) -> list[str]:
 
 
 def with_languages(table: pa.Table, names: dict[str, dict[str, list[str]]]) -> pa.Table:
-    """The table with its captions in all of them. Rows of the set that is reserved, and without a name, go."""
+    """The table with captions in all languages, without rows of reserved sets and rows that lack a name."""
     vendors, hexcodes = table["vendor"].to_pylist(), table["hexcode"].to_pylist()
     kept = [
         row
@@ -69,7 +69,7 @@ def with_languages(table: pa.Table, names: dict[str, dict[str, list[str]]]) -> p
     captions = {
         language: [captions_of(known[hexcodes[row]], language) for row in kept] for language, known in names.items()
     }
-    # Every language has the same number of captions, so that their places tell the language.
+    # Every language has the same number of captions, so their positions identify the language.
     together = [[text for texts in row for text in texts] for row in zip(*captions.values(), strict=True)]
     strings = pa.list_(pa.string())
     for language, texts in captions.items():
@@ -80,7 +80,7 @@ def with_languages(table: pa.Table, names: dict[str, dict[str, list[str]]]) -> p
 def main(given: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="folder of the files")
+    parser.add_argument("output", type=Path, help="output folder")
     parser.add_argument("--package", type=Path, help=f"a .tgz of emojibase-data (default: npm fetches {PACKAGE})")
     parser.add_argument("--languages", nargs="+", default=list(LANGUAGES), help="default: %(default)s")
     args = parser.parse_args(given)

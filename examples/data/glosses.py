@@ -1,8 +1,8 @@
-"""Two tasks on texts alone out of WordNet's glosses, in GLUE's formats: what kind of thing, and is one above another.
+"""Two text tasks from WordNet's glosses, in GLUE's formats: supersense classification and hypernym entailment.
 
     python examples/data/glosses.py GLOSSES examples/data/glosses
 
-GLOSSES holds train.parquet and test.parquet with `synset`, `text`, `supersense` and `hypernym`. The same files and
+GLOSSES contains train.parquet and test.parquet with `synset`, `text`, `supersense` and `hypernym`. The same files and
 seed give the same rows.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 ROWS = {"supersense": {"train": 10_000, "dev": 2_000}, "hypernym": {"train": 4_000, "dev": 1_000}}
-# a file of GLOSSES -> the split that is made of it
+# a file of GLOSSES -> the split made from it
 SPLITS = {"train": "train", "test": "dev"}
 LICENCE = "LICENSE-wordnet.txt"
 SEED = 0
@@ -25,7 +25,7 @@ Gloss = Mapping[str, str]
 
 
 def read_glosses(folder: Path) -> dict[str, list[Gloss]]:
-    """Split -> glosses, in the order of their files, those with a tab or a line break left out."""
+    """Split -> glosses in file order, without those that are empty or contain a tab or a line break."""
     columns = ["synset", "text", "supersense", "hypernym"]
     return {
         split: [row for row in pq.read_table(folder / f"{name}.parquet", columns=columns).to_pylist() if whole(row)]
@@ -34,12 +34,12 @@ def read_glosses(folder: Path) -> dict[str, list[Gloss]]:
 
 
 def whole(row: Gloss) -> bool:
-    """Whether a text is one cell of a TSV file."""
+    """Whether a text can be one cell of a TSV file."""
     return row["text"].strip() != "" and not {"\t", "\n", "\r"} & set(row["text"])
 
 
 def ancestors(synset: str, parents: Mapping[str, str]) -> set[str]:
-    """All hypernyms of a synset that are known, itself among them."""
+    """A synset and all of its known hypernyms."""
     found: set[str] = set()
     while synset and synset not in found:
         found.add(synset)
@@ -51,23 +51,23 @@ def entailments(
     glosses: Sequence[Gloss], known: Mapping[str, Gloss], count: int, generator: np.random.Generator
 ) -> list[tuple[str, str, str]]:
     """
-    `count` triples of a gloss, another and a label: entailment, where the second is of the first's hypernym, and
-    not_entailment, where it is the hypernym of another of the same supersense. Half and half, and every second gloss
-    stands as often under either label, so that it tells nothing by itself.
+    Up to `count` triples (gloss, second gloss, label). The second gloss is that of the first's hypernym (entailment),
+    or of another gloss's hypernym with the same supersense (not_entailment). Labels are balanced, also for each second
+    gloss, so that it reveals nothing by itself.
     """
-    # glosses with a hypernym, by supersense: within it hypernyms change places
+    # glosses with a hypernym, by supersense, within which hypernyms are exchanged
     parents = {synset: gloss["hypernym"] for synset, gloss in known.items()}
     children = [gloss for gloss in glosses if gloss["hypernym"] in known]
     groups: dict[str, list[Gloss]] = defaultdict(list)
     for place in generator.permutation(len(children)):
         groups[children[place]["supersense"]].append(children[place])
 
-    # neighbours of a group, which stands in a drawn order
+    # neighbours within each group, which is in random order
     pairs = [pair for group in groups.values() for pair in zip(group[::2], group[1::2], strict=False)]
     triples: list[tuple[str, str, str]] = []
     for place in generator.permutation(len(pairs)):
         first, second = pairs[place]
-        # two of one line would entail each other's hypernyms
+        # neither may descend from the other's hypernym, which it would entail
         if second["hypernym"] in ancestors(first["synset"], parents):
             continue
         if first["hypernym"] in ancestors(second["synset"], parents):
@@ -85,7 +85,7 @@ def entailments(
 
 
 def write_tsv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table without quotes, as GLUE's are."""
+    """Writes a table without quotes, as in GLUE."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join("\t".join(row) + "\n" for row in [header, *rows]), encoding="utf-8")
 
@@ -100,16 +100,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = {gloss["synset"]: gloss for rows in glosses.values() for gloss in rows}
     generator = np.random.default_rng(SEED)
     for split, rows in glosses.items():
-        # what kind of thing: the lexicographer's file of a gloss
+        # supersense: the lexicographer's file of a gloss
         places = np.sort(generator.choice(len(rows), min(len(rows), ROWS["supersense"][split]), replace=False))
         kinds = [(rows[place]["text"], rows[place]["supersense"]) for place in places]
         write_tsv(a.output / "supersense" / f"{split}.tsv", ("sentence", "label"), kinds)
 
-        # whether one entails the other, in RTE's columns
+        # entailment, in RTE's columns
         triples = entailments(rows, known, ROWS["hypernym"][split], generator)
         numbered = [(str(number), *triple) for number, triple in enumerate(triples)]
         write_tsv(a.output / "hypernym" / f"{split}.tsv", ("index", "sentence1", "sentence2", "label"), numbered)
-    # the notice stays with every copy
+    # every copy must contain the licence
     shutil.copyfile(a.glosses / LICENCE, a.output / LICENCE)
 
 

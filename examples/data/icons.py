@@ -1,11 +1,11 @@
-"""300,000 named icons of 200 sets, drawn from the npm package @iconify/json as pairs to train on and to judge by.
+"""300,000 named icons of 200 sets from the npm package @iconify/json, drawn as pairs for training and evaluation.
 
     python examples/data/icons.py runs/icons                       everything, fetched by npm
-    python examples/data/icons.py runs/icons --package FILE.tgz    from a package that is already here
+    python examples/data/icons.py runs/icons --package FILE.tgz    from a package that was downloaded before
     python examples/data/icons.py runs/icons --sets lucide tabler carbon
 
-Each set is drawn into a file of its own, which appears when it is whole: run again after a stop, it goes on. Then the
-sets are joined into train/, unseen_names.parquet, unseen_sets.parquet, composed queries and ATTRIBUTION.md.
+Each set is drawn into its own file, which is written atomically: after an interruption, the same command continues.
+Then the sets are joined into train/, unseen_names.parquet, unseen_sets.parquet, composed queries and ATTRIBUTION.md.
 """
 
 import argparse
@@ -58,11 +58,11 @@ def read_sets(package: Path, names: set[str]) -> Iterator[tuple[str, dict[str, A
 
 
 def chosen_icons(content: Mapping[str, Any], dropped: Counter) -> list[dict[str, Any]]:
-    """What is drawn of a set: icon, what its name says, its synonyms. Of several pixel sizes, the one next to 24."""
+    """The icons of a set to draw: icon, parsed name, synonyms. Of several pixel sizes, the one closest to 24."""
     shown = {name: icon for name, icon in content["icons"].items() if not icon.get("hidden")}
     dropped["deprecated icon"] += len(content["icons"]) - len(shown)
     naming = Naming(list(shown), content.get("prefixes", {}), content.get("suffixes", {}))
-    # Of each drawing one size.
+    # One size per drawing.
     best: dict[str, tuple[int, str]] = {}
     said = {name: naming.read(name) for name in shown}
     for name, read in said.items():
@@ -72,7 +72,7 @@ def chosen_icons(content: Mapping[str, Any], dropped: Counter) -> list[dict[str,
     dropped["no word in the name"] += sum(read is None for read in said.values())
     dropped["another pixel size"] += sum(read is not None for read in said.values()) - len(kept)
 
-    # Other names of the same picture; turned ones are pictures of their own, which nothing is known to be right of.
+    # Other names of the same image. Aliases that transform it are other images, whose names may be wrong.
     synonyms: dict[str, set[str]] = {}
     for alias, what in content.get("aliases", {}).items():
         read = naming.read(alias)
@@ -121,14 +121,14 @@ def set_rows(
 
 
 def draw_sets(package: Path, output: Path, sets: Mapping[str, Any], size: int, workers: int) -> None:
-    """A file of rows for each set, and beside it how many icons were left out and why; both appear when whole."""
+    """Writes a file of rows per set, and beside it how many icons were left out and why; both atomically."""
     lacking = {name for name in sets if not (output / f"{name}.parquet").is_file()}
     with workers_of(workers) as pool:
         bar = tqdm(read_sets(package, lacking), "sets drawn", len(lacking), unit=" sets")
         for name, content in bar:
             dropped: Counter = Counter()
             rows = list(set_rows(name, content, sets[name], size, pool, dropped))
-            # The reasons first: where the rows are, they are too.
+            # The reasons first, so that they exist whenever the rows do.
             counts = {reason: count for reason, count in sorted(dropped.items()) if count}
             write_text(output / f"{name}.json", json.dumps(counts))
             write_table(output / f"{name}.parquet", pa.Table.from_pylist(rows, SCHEMA))
@@ -136,7 +136,7 @@ def draw_sets(package: Path, output: Path, sets: Mapping[str, Any], size: int, w
 
 @contextmanager
 def workers_of(number: int) -> Iterator[Any]:
-    """Something with `imap`: processes, or this one."""
+    """An object with `imap`: a pool of processes, or this process."""
     if number > 1:
         with multiprocessing.get_context("fork").Pool(number) as processes:
             yield processes
@@ -145,7 +145,7 @@ def workers_of(number: int) -> Iterator[Any]:
 
 
 def check_folder(folder: Path, made_of: dict[str, Any]) -> None:
-    """Refuses to go on with sets that were drawn otherwise."""
+    """Raises `ValueError` if the folder's sets were drawn with other settings."""
     path = folder / "made_of.json"
     if path.is_file() and (found := json.loads(path.read_text())) != made_of:
         raise ValueError(f"{folder} holds sets of {found}, expected {made_of}; remove it or name another folder")
@@ -155,11 +155,11 @@ def check_folder(folder: Path, made_of: dict[str, Any]) -> None:
 def arguments() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="folder of the files")
+    parser.add_argument("output", type=Path, help="output folder")
     parser.add_argument("--package", type=Path, help=f"a .tgz of @iconify/json (default: npm fetches {PACKAGE})")
-    parser.add_argument("--sets", nargs="+", help="by their prefixes; default: all that are permitted")
-    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side (default %(default)s)")
-    parser.add_argument("--queries", type=int, default=QUERIES, metavar="N", help="composed ones a split, at most")
+    parser.add_argument("--sets", nargs="+", help="prefixes of sets; default: all permitted ones")
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels per side (default %(default)s)")
+    parser.add_argument("--queries", type=int, default=QUERIES, metavar="N", help="composed ones per split, at most")
     parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
     return parser
 
@@ -175,7 +175,7 @@ def main(given: list[str] | None = None) -> None:
             raise ValueError(f"set {name!r} is not drawn: {why.get(name, 'the package holds no such set')}")
     sets = {name: collections[name] for name in args.sets or why if why[name] is None}
 
-    # Each set, then all of them.
+    # Draw each set, then join them.
     import resvg_py
 
     drawn = args.output / "sets"

@@ -1,7 +1,7 @@
-"""Which icons are taken, and what their names say: `bell-off-outline-24` is "bell off", drawn in outline.
+"""Selects icons and parses their names: `bell-off-outline-24` is "bell off", drawn in outline.
 
-A concept is the words of a name, sorted, without style, pixel size and numbers that only tell alternates apart: icons
-of one concept are positives of each other, in one set and across sets.
+A concept is the sorted words of a name, without style, pixel size and numbers that only distinguish alternates: icons
+of one concept are positives of each other, within a set and across sets.
 """
 
 import re
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
-# Kept for other measurements: never opened, neither here nor by a person.
+# Reserved for other measurements: never opened, neither here nor by a person.
 RESERVED = ("hugeicons", "healthicons", "keyline-icons")
 RESERVED_PREFIX = "streamline"
-RESERVED_AUTHOR = "Streamline"  # two smaller sets, `covid` and `guidance`, are by the same hands
+RESERVED_AUTHOR = "Streamline"  # two smaller sets, `covid` and `guidance`, are by the same author
 PERMISSIVE = (
     "MIT", "Apache-2.0", "ISC", "BSD-3-Clause", "Unlicense", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "OFL-1.1",
 )  # fmt: skip
@@ -27,14 +27,14 @@ SETS_LEFT_OUT = {name: "country codes for names" for name in ("flag", "circle-fl
     name: CATEGORIES_LEFT_OUT["Logos"] for name in ("fa6-brands", "fa-brands")
 }
 ANIMATED = "Contains Animations"
-# Whole sets that training never shows: every set of square pixels, one in flat colours, three of crayons, three more.
+# Whole sets that training never shows: all sets of pixel art, one in flat colours, three in crayon, three more.
 UNSEEN_SETS = (
     "dinkie-icons", "memory", "picon", "pixel", "pixelarticons", "flat-color-icons",
     "pepicons-pencil", "pepicons-pop", "pepicons-print", "carbon", "clarity", "iconoir",
 )  # fmt: skip
-ONE_NAME_IN = 40  # of all concepts, how many are held out in every set
+ONE_NAME_IN = 40  # one concept in this many is held out, in every set
 
-# Ways of drawing, by the words that name them.
+# Word -> drawing style.
 STYLES = {
     "outline": "outline", "outlined": "outline", "line": "outline", "linear": "outline", "stroke": "outline",
     "o": "outline", "filled": "filled", "fill": "filled", "solid": "filled", "f": "filled", "duotone": "duotone",
@@ -42,12 +42,12 @@ STYLES = {
     "rounded": "rounded", "round": "rounded", "broken": "broken",
 }  # fmt: skip
 IN_LABELS = STYLES | {"tone": "duotone"}  # "Two-Tone"
-ALWAYS_STYLE = ("outline", "outlined", "filled", "solid", "duotone", "twotone")  # the others also mean things
-COMMON = 0.1  # of a set's names, how many end in a style that the set has, declared or not
+ALWAYS_STYLE = ("outline", "outlined", "filled", "solid", "duotone", "twotone")  # the others may also name things
+COMMON = 0.1  # a word is a style of a set, declared or not, if more than this share of its names end in it
 PIXELS = ("10", "12", "14", "15", "16", "20", "24", "28", "32", "48", "96")
 NUMERALS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ALTERNATES = ("alt", "variant", "new", "simple", "small", "minimalistic", "v2", *NUMERALS)
-# Words after which a number is meant.
+# Words after which a number has a meaning.
 COUNTED = frozenset(
     "number numeric counter dice filter looks level rating signal clock time hours h heading step play forward replay "
     "rewind column columns row rows grid cellular square circle hexagon box numbers digit timer".split()
@@ -56,12 +56,12 @@ COUNTED = frozenset(
 
 @dataclass(frozen=True)
 class Name:
-    """What a name says.
+    """A parsed name.
 
     Attributes:
-        style: "outline", "filled", "bold duotone" and so on; "" if the name and its set say none.
-        drawing: the name without its pixel size: several sizes of it are one drawing.
-        pixels: that size, 0 if none is told.
+        style: "outline", "filled", "bold duotone" and so on; "" if neither the name nor its set gives one.
+        drawing: the name without its pixel size: several sizes are one drawing.
+        pixels: the pixel size, 0 if not given.
     """
 
     words: tuple[str, ...]
@@ -84,7 +84,7 @@ def concept_of(words: Iterable[str]) -> str:
 
 
 def is_held_out(concept: str) -> bool:
-    """Whether no icon of this concept is shown in training, and no caption names it. Depends on no seed."""
+    """Whether training shows no icon of this concept and no caption that names it. Independent of any seed."""
     return crc32(concept.encode()) % ONE_NAME_IN == 0
 
 
@@ -95,7 +95,7 @@ def is_reserved(name: str, facts: Mapping[str, Any]) -> bool:
 
 
 def why_left_out(name: str, facts: Mapping[str, Any]) -> str | None:
-    """Why no icon of a set is taken, of its entry in collections.json; None if some are."""
+    """Why a set is left out, according to its entry in collections.json; None if it is used."""
     licence = facts["license"].get("spdx", facts["license"]["title"])
     category = facts.get("category")
     if is_reserved(name, facts):
@@ -116,8 +116,8 @@ class Naming:
     """How one set names its icons.
 
     Args:
-        names: of all its icons.
-        prefixes, suffixes: the styles that the set declares, each with a label; "" is what a name without one means.
+        names: the names of all its icons.
+        prefixes, suffixes: the styles that the set declares, each with a label; "" stands for names without one.
     """
 
     names: Iterable[str]
@@ -137,13 +137,13 @@ class Naming:
         self._stems = set(stems)
 
     def read(self, name: str) -> Name | None:
-        """What a name says; None if there is no word in it."""
+        """Parses a name; None if it contains no word."""
         stem, said, pixels = self._declared(name)
         tokens = stem.split("-")
         styles = said.split()
         drawing = name.removesuffix(f"-{pixels}") if pixels else name
         drawing = re.sub(rf"-{pixels}-", "-", drawing) if pixels else drawing
-        # Styles that the set does not declare: its own, and others where the name without them is there too.
+        # Undeclared styles: those of the set, and others if the set also has the name without them.
         while len(tokens) > 1 and tokens[-1] in STYLES:
             if tokens[-1] not in self._styles and "-".join(tokens[:-1]) not in self._stems:
                 break
@@ -154,7 +154,7 @@ class Naming:
         return Name(words, " ".join(sorted(set(styles))), drawing, int(pixels or 0))
 
     def _declared(self, name: str) -> tuple[str, str, str]:
-        """A name without what its set declares, that style, and the pixel size."""
+        """A name without its declared prefix or suffix, the declared style, and the pixel size."""
         label = self.suffixes.get("", "") or self.prefixes.get("", "")
         start = next((one for one in self._starts if name.startswith(f"{one}-")), None)
         if start is not None:
@@ -162,14 +162,14 @@ class Naming:
         end = next((one for one in self._ends if name.endswith(f"-{one}")), None)
         if end is not None:
             name, label = name[: -len(end) - 1], self.suffixes[end]
-        # The size stands in the suffix ("24-filled"), or at the end of most names of the set.
+        # The size is part of the suffix ("24-filled"), or at the end of most names of the set.
         pixels = next((part for part in (end or "").split("-") if part in PIXELS), "")
         if not pixels and self._sized and name.rpartition("-")[2] in PIXELS:
             name, _, pixels = name.rpartition("-")
         return name, style_of(label), pixels
 
     def _without_alternate(self, tokens: list[str]) -> list[str]:
-        """Without a number or word that only tells one drawing from another of the same thing."""
+        """The tokens without numbers or words that only distinguish drawings of the same thing."""
         tokens = list(tokens)
         # "boulder2" beside "boulder"
         glued = re.fullmatch(r"([a-z]{3,})(\d{1,2})", tokens[-1])

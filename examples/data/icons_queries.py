@@ -1,11 +1,11 @@
-"""Composed retrieval that nobody labelled: icon `bell` and "off" ask for `bell-off`, `user` and "plus" `user-plus`.
+"""Composed retrieval without labels: icon `bell` and "off" retrieve `bell-off`, `user` and "plus" `user-plus`.
 
-The names of icons say it: a name with a word more than another's is that icon with something done to it. `within`: the
-target is drawn by the reference's set, in its style if there is one; `across`: by another set.
+Queries follow from the names of icons: a name with one word more than another is that icon with a modification.
+`within`: the target is from the reference's set, in its style if possible; `across`: from another set.
 
-Choices of a query, as in `scenes_queries.py`: the target, the reference's thing in another drawing (what the picture
-alone finds), three other things with the same word ("mic off": what the words alone find), then other changes of the
-thing ("bell plus"), and what is left by chance. None of them shares the target's concept.
+Choices of a query, as in `scenes_queries.py`: the target, the reference's concept in another drawing (what the image
+alone finds), three other concepts with the same word ("mic off": what the text alone finds), then other modifications
+of the concept ("bell plus"), and random icons. None of the others shares the target's concept.
 """
 
 import random
@@ -17,10 +17,10 @@ import pyarrow as pa
 from icons_names import concept_of
 
 KINDS = ("within", "across")
-OTHERS = 9  # pictures that are not the target, of each query
+OTHERS = 9  # choices per query that are not the target
 WORDS_ALONE = 3
 CHANGES = 3
-# Words that ask for the same: none of them is another change.
+# Synonyms: none of them is another change.
 SAME = [
     set(words.split())
     for words in (
@@ -30,7 +30,7 @@ SAME = [
         "share export", "up upload", "down download", "forward next", "back previous", "open unlock",
     )
 ]  # fmt: skip
-# Words that do to a picture what a designer would ask for.
+# Words that name modifications which a designer would ask for.
 MODIFIERS = frozenset(
     "off on plus add minus remove delete check done x close cancel slash disabled search lock locked unlock alert "
     "warning error star heart favorite settings setting cog gear edit pen pencil clock time question help exclamation "
@@ -40,22 +40,22 @@ MODIFIERS = frozenset(
     "file mute forward back next previous in out top bottom".split()
 )
 
-# Of these, what means another thing before a name: "top up", "chart point".
+# Of these, words that mean something else before a name: "top up", "chart point".
 NEVER_FIRST = frozenset("up down in out top bottom chart text list grid open next back".split())
 
 
 def composed_queries(
     table: pa.Table, targets: Sequence[int], pool: Sequence[int], split: str, count: int
 ) -> dict[str, pa.Table]:
-    """`queries` and `gallery` of a split; {} if its names make none.
+    """`queries` and `gallery` of a split; {} if its names allow no query.
 
     Args:
-        targets: rows of `table` that may be asked for; all of them that are no reference make the gallery.
-        pool: rows that references and choices are taken from.
+        targets: rows of `table` that may be targets; the gallery contains all of them that are not references.
+        pool: rows from which references and choices are taken.
     """
     icons = Icons(table, pool)
     found = {kind: spread(triples(icons, targets, kind), f"{split} {kind}", count // 2) for kind in KINDS}
-    # What is asked for stays in the gallery, so it is no reference; no reference stands in it.
+    # Targets stay in the gallery, so they cannot be references; the gallery contains no reference.
     wanted = {target for some in found.values() for _, _, target in some}
     asked = [(kind, *triple) for kind in KINDS for triple in found[kind] if triple[0] not in wanted]
     if not asked:
@@ -64,18 +64,18 @@ def composed_queries(
     rng = random.Random(crc32(split.encode()))
     chosen = [choices(icons, rng, *triple, references) for _, *triple in asked]
 
-    # The gallery: the split, and what was chosen beside it.
+    # The gallery: the split, and choices from outside it.
     rows = [row for row in map(int, targets) if row not in references]
     rows += sorted({row for some in chosen for _, row in some} - set(rows))
     place = {row: number for number, row in enumerate(rows)}
     kept = [(query, [(name, place[row]) for name, row in some]) for query, some in zip(asked, chosen, strict=True)]
     gallery = table.take(rows)
-    gallery = gallery.append_column("concepts", gallery["concept"])  # the scenes' name for it
+    gallery = gallery.append_column("concepts", gallery["concept"])  # its name in the scenes' files
     return {"queries": query_table(table, kept, split), "gallery": gallery}
 
 
 class Icons:
-    """Rows of a pool by what they are: their number, set, style, words and concept."""
+    """Set, style, words and concept of each row, and the pool's rows by concept and by modification."""
 
     def __init__(self, table: pa.Table, pool: Sequence[int]) -> None:
         columns = table.select(["set", "style", "text", "concept"]).to_pydict()
@@ -83,8 +83,8 @@ class Icons:
         self.words = [text.split() for text in columns["text"]]
         self.pool = sorted(map(int, pool))
         self.rows = defaultdict(list)  # by concept
-        self.modified = defaultdict(list)  # by the word that modifies
-        self.changes = defaultdict(list)  # (row, word) by the concept that is modified
+        self.modified = defaultdict(list)  # by modifying word
+        self.changes = defaultdict(list)  # (row, word) by modified concept
         for row in self.pool:
             self.rows[self.concept[row]].append(row)
         for row in self.pool:
@@ -93,7 +93,7 @@ class Icons:
                 self.changes[base].append((row, word))
 
     def readings(self, row: int) -> list[tuple[str, str]]:
-        """(concept, word) for each way to read a name as a thing that is there and a word at its end or beginning."""
+        """(concept, word) for each way to read a name as a known concept with a modifying word at its end or start."""
         words = self.words[row]
         ways = [(words[:-1], words[-1])] if len(words) > 1 else []
         ways += [(words[1:], words[0])] if ways and words[0] not in NEVER_FIRST else []
@@ -101,7 +101,7 @@ class Icons:
 
 
 def triples(icons: Icons, targets: Sequence[int], kind: str) -> list[tuple[int, str, int]]:
-    """(reference, word, target): one reference a target and kind, drawn by the target's set or by another."""
+    """(reference, word, target): one reference per target, from the target's set or from another."""
     found = []
     for target in map(int, targets):
         for base, word in icons.readings(target)[:1]:
@@ -115,7 +115,7 @@ def triples(icons: Icons, targets: Sequence[int], kind: str) -> list[tuple[int, 
 
 
 def spread(found: list[tuple[int, str, int]], salt: str, count: int) -> list[tuple[int, str, int]]:
-    """At most `count` of them, words in turn, so that common ones do not crowd out the others; a concept once."""
+    """At most `count` triples, taking words in turn, so that common ones do not crowd out the others."""
     by_word = defaultdict(list)
     for triple in sorted(found, key=lambda one: crc32(f"{salt} {one}".encode())):
         by_word[triple[1]].append(triple)
@@ -130,19 +130,19 @@ def spread(found: list[tuple[int, str, int]], salt: str, count: int) -> list[tup
 def choices(
     icons: Icons, rng: random.Random, reference: int, word: str, target: int, hidden: set[int]
 ) -> list[tuple[str, int]]:
-    """(what it is, row) of each picture to choose from, the target first; none of them hidden."""
+    """(role, row) of each choice, the target first; the others are never in `hidden`."""
     chosen = [("target", target)]
     concepts = {icons.concept[target]}
 
     def take(name: str, rows: Iterable[int], limit: int) -> None:
-        # Another concept each time; in the target's set where it has them, so that its hand gives nothing away.
+        # Each has a new concept, and is from the target's set if possible, so that drawing style gives nothing away.
         for row in sorted(rows, key=lambda row: (icons.set[row] != icons.set[target], rng.random())):
             if limit and row not in hidden and icons.concept[row] not in concepts:
                 concepts.add(icons.concept[row])
                 chosen.append((name, row))
                 limit -= 1
 
-    # No synonym of the word makes another change of the thing.
+    # A synonym of the word is not another change.
     base = icons.concept[reference]
     same = {word}.union(*(words for words in SAME if word in words))
     take("reference", icons.rows[base], 1)
@@ -154,7 +154,7 @@ def choices(
 
 
 def query_table(table: pa.Table, kept: Sequence[tuple[tuple, list[tuple[str, int]]]], split: str) -> pa.Table:
-    """The queries, with the columns of the scenes' ones: what a picture shows is its name."""
+    """The queries, with the columns of the scenes' queries; an icon's name is its caption."""
     asked = table.take([reference for (_, reference, _, _), _ in kept])
     targets = table.take([target for (_, _, _, target), _ in kept])
     columns = {

@@ -1,7 +1,7 @@
-"""Sets of icons joined: what to train on, what to judge by, and who made it.
+"""Joins the sets of icons into files for training and evaluation, with attribution.
 
 train/00000.parquet ...   icons of sets and concepts that are not held out
-unseen_names.parquet      concepts held out in every set, drawn by the sets of training
+unseen_names.parquet      concepts that are held out in every set, from the sets of training
 unseen_sets.parquet       sets that training never shows, without drawings that look like one of training
 """
 
@@ -27,7 +27,7 @@ SPLITS = ("train", "unseen_names", "unseen_sets")
 def write_splits(
     output: Path, drawn: Path, sets: Mapping[str, Any], left_out: Mapping[str, Any], queries: int
 ) -> None:
-    """All files but those of `drawn`, which holds a table and the counts of what it lacks for each set."""
+    """Writes all files, from those in `drawn`: for each set a table, and the counts of icons left out of it."""
     table = pa.concat_tables([pq.read_table(drawn / f"{name}.parquet") for name in sorted(sets)]).combine_chunks()
     dropped = sum((Counter(json.loads((drawn / f"{name}.json").read_text())) for name in sets), Counter())
     splits = split(table, dropped)
@@ -49,17 +49,17 @@ def write_splits(
 
 
 def split(table: pa.Table, dropped: Counter) -> dict[str, np.ndarray]:
-    """Row numbers of each split. Pictures that are there already under the same concept go, to the byte."""
+    """Row numbers of each split, without images that are byte-identical to another of the same concept."""
     png = table["image"].combine_chunks().field("bytes").to_pylist()
     concepts = table["concept"].to_pylist()
     unseen = np.array([name in UNSEEN_SETS for name in table["set"].to_pylist()], bool)
     held_out = np.array([is_held_out(concept) for concept in concepts], bool)
 
-    # Trademarks are left out by set; these are those of other sets.
+    # Sets of trademarks are left out; these are the trademarks of other sets.
     brand = np.array([not BRANDS.isdisjoint(concept.split("-")) for concept in concepts], bool)
     dropped["a trademark, by its name"] += int(brand.sum())
 
-    # The first of each picture and concept; in training first.
+    # The first of each image and concept, preferably from training sets.
     known, first = set(), np.zeros(len(png), bool)
     for row in np.argsort(unseen, kind="stable"):
         first[row] = (png[row], concepts[row]) not in known
@@ -67,7 +67,7 @@ def split(table: pa.Table, dropped: Counter) -> dict[str, np.ndarray]:
     dropped["the same picture under the same name"] += int((~first & ~brand).sum())
     first &= ~brand
 
-    # Held-out sets keep what no picture of training looks like.
+    # Held-out sets keep only images that look like no training image.
     copies = np.stack([small_copy(one) for one in png]) if png else np.zeros((0, 1), np.float32)
     train = np.flatnonzero(first & ~unseen & ~held_out)
     new = np.flatnonzero(first & unseen)
@@ -77,14 +77,14 @@ def split(table: pa.Table, dropped: Counter) -> dict[str, np.ndarray]:
 
 
 def with_captions(table: pa.Table, train: np.ndarray) -> pa.Table:
-    """With `captions` (the name, the name with its style, other names) and `seen_name`: is it a concept of training?
+    """Adds `captions` (the name, the name with its style, other names) and `seen_name`: is it a concept of training?
 
-    No caption names a concept that is held out.
+    No other name is that of a concept that is held out.
     """
     columns = table.select(["text", "style", "synonyms", "concept"]).to_pydict()
     captions = []
     for text, style, synonyms in zip(columns["text"], columns["style"], columns["synonyms"], strict=True):
-        # Names of held-out concepts go, and those that only add to this one, such as the set's own name.
+        # Drops names of held-out concepts, and those that only add words to this one, such as the set's own name.
         others = [one for one in synonyms if not is_held_out(concept_of(one.split()))]
         others = [one for one in others if not set(text.split()) <= set(one.split())]
         captions.append([text, *([f"{text} {style}"] if style else []), *others])
@@ -102,7 +102,7 @@ def _write_facts(
     left_out: Mapping[str, Any],
     dropped: Counter,
 ) -> None:
-    """ATTRIBUTION.md, which a model's card cites, and counts.json."""
+    """Writes ATTRIBUTION.md, which a model's card cites, and counts.json."""
     of_set = np.array(table["set"].to_pylist(), object)
     licences = np.array(table["license"].to_pylist(), object)
     by_set = {split: Counter(of_set[rows]) for split, rows in splits.items()}

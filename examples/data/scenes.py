@@ -1,9 +1,9 @@
-"""Scenes composed of the embedded emoji, everything about them known. Made on the fly, or written as parquet.
+"""Scenes composed of the embedded emoji, with complete annotations. Made on the fly, or written as parquet.
 
     python examples/data/scenes.py runs/scenes --pairs 40000                      train.parquet
     python examples/data/scenes.py runs/scenes --pairs 1000 --split unseen_pairs unseen_style
-    python examples/data/scenes.py runs/scenes --pairs 1000 --split seen --queries 500    composed queries too
-    python examples/data/scenes.py runs/scenes_single --pairs 40000 --groups 1    one kind of thing a picture
+    python examples/data/scenes.py runs/scenes --pairs 1000 --split seen --queries 500    with composed queries
+    python examples/data/scenes.py runs/scenes_single --pairs 40000 --groups 1    one kind of thing per image
     python examples/data/scenes.py runs/scenes --pairs 0 --twins 40000            train_twins.parquet
 
 In a program: `scene(seed, split, index)` is a pure function; it draws the same scene at any size and on any machine.
@@ -35,9 +35,9 @@ CAPTIONS = 4
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing of a scene: `box` (x, y, width, height) in pixels holds it exactly, though others may hide a part.
+    """One thing of a scene: `box` (x, y, width, height) in pixels fits it exactly, though others may hide part of it.
 
-    `group` is the place of its group in the scene: things of one group share concept, size and drawing.
+    `group` is the index of its group in the scene: things of one group share concept, size and drawing.
     """
 
     hexcode: str
@@ -50,12 +50,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is known of it.
+    """An image and its annotations.
 
     Attributes:
-        relations: (group, "left" | "right" | "above" | "below", group), where it is beyond dispute.
+        relations: (group, "left" | "right" | "above" | "below", group), where unambiguous.
         hard: false captions, each with one thing changed, at most one of each kind.
-        layout: where all of this comes from, lengths as shares of the picture's side.
+        layout: what all of this is made from, with lengths as shares of the image's side.
     """
 
     id: str
@@ -89,16 +89,16 @@ def scene(
     Scene `index` of a split: "train", "seen", "unseen_pairs", "unseen_style" or "unseen_concepts".
 
     Args:
-        seed: of everything; scenes of two seeds, splits or indices have nothing to do with each other.
-        size: pixels a side; the layout is the same at every size.
+        seed: of everything; scenes of different seeds, splits or indices are independent.
+        size: pixels per side; the layout is the same at every size.
         captions: how many true captions; a scene of one thing may have fewer.
-        groups: how many groups of things, 1 to 4; drawn if None.
-        hard: whether hard captions are made too; what else the scene holds does not depend on it.
+        groups: how many groups of things, 1 to 4; random if None.
+        hard: whether hard captions are made too; the rest of the scene does not depend on it.
 
     Raises:
         ValueError: no such split.
     """
-    # Each part has a generator of its own: what one draws does not depend on the others.
+    # Each part has its own random generator, so that it does not depend on the others.
     layout = draw_layout(seed, split, index, groups)
     written = draw_captions(generator("captions", seed, split, index), layout, captions)
     rng = generator("hard captions", seed, split, index)
@@ -109,14 +109,14 @@ def scene(
 def pictured(
     name: str, layout: Layout, size: int, captions: Sequence[Caption], hard: Sequence[HardCaption] = ()
 ) -> Scene:
-    """A layout with what is said of it, drawn."""
+    """The scene of a layout and its captions."""
     return Scene(
         name, render(layout, size), tuple(captions), tuple(hard), things(layout, size), relations(layout), layout
     )
 
 
 def things(layout: Layout, size: int) -> tuple[Thing, ...]:
-    """Every thing of a layout, in the order in which they are painted."""
+    """All things of a layout, in the order in which they are painted."""
     return tuple(
         Thing(
             group.hexcode,
@@ -134,19 +134,21 @@ def things(layout: Layout, size: int) -> tuple[Thing, ...]:
 def arguments() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="folder of the parquet files")
-    parser.add_argument("--pairs", type=int, default=1000, help="scenes a split (default %(default)s), 0 for none")
+    parser.add_argument("output", type=Path, help="output folder")
+    parser.add_argument("--pairs", type=int, default=1000, help="scenes per split, or 0 (default %(default)s)")
     parser.add_argument("--split", nargs="+", choices=list(SPLITS), default=["train"], help="default train")
-    parser.add_argument("--groups", type=int, choices=(1, 2, 3, 4), help="groups of things a scene; drawn if none")
+    parser.add_argument("--groups", type=int, choices=(1, 2, 3, 4), help="groups of things per scene; default: random")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side (default %(default)s)")
-    parser.add_argument("--queries", type=int, default=0, metavar="N", help="composed queries a split, with galleries")
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels per side (default %(default)s)")
     parser.add_argument(
-        "--triples", type=int, default=0, metavar="N", help="composed queries with targets, to train on"
+        "--queries", type=int, default=0, metavar="N", help="composed queries per split, with galleries"
     )
-    parser.add_argument("--twins", type=int, default=0, metavar="N", help="N scenes and a twin of each, a split")
-    parser.add_argument("--tasks", type=int, default=0, metavar="N", help="scenes to fine-tune on, in OUTPUT/tasks")
-    parser.add_argument("--languages", nargs="+", choices=[*LANGUAGES, "all"], default=[], help="beside English")
+    parser.add_argument(
+        "--triples", type=int, default=0, metavar="N", help="composed queries for training, with targets"
+    )
+    parser.add_argument("--twins", type=int, default=0, metavar="N", help="N scenes and a twin of each, per split")
+    parser.add_argument("--tasks", type=int, default=0, metavar="N", help="scenes for fine-tuning, in OUTPUT/tasks")
+    parser.add_argument("--languages", nargs="+", choices=[*LANGUAGES, "all"], default=[], help="besides English")
     parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
     return parser
 
@@ -156,7 +158,7 @@ def main(given: list[str] | None = None) -> None:
     args = arguments().parse_args(given)
     args.output.mkdir(parents=True, exist_ok=True)
     for split in args.split:
-        pool(split)  # sprites are cut out once, before the processes part
+        pool(split)  # sprites are cut out once, before the processes fork
         given = {"seed": args.seed, "split": split, "size": args.size}
         languages = list(LANGUAGES) if args.languages == ["all"] else args.languages
         # Pairs, then composed queries with their galleries.
@@ -173,7 +175,7 @@ def main(given: list[str] | None = None) -> None:
         if args.twins:
             couples = in_order(partial(twin_rows, **given, languages=languages), args.twins, args.workers)
             write_rows(args.output / f"{split}_twins.parquet", chain.from_iterable(couples), 2 * args.twins)
-    # Tasks: a quarter as many scenes to judge by, a thousand at most.
+    # Tasks: a quarter as many scenes for evaluation, a thousand at most.
     if args.tasks:
         for split in ("train", "unseen_style"):
             pool(split)

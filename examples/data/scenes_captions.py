@@ -30,7 +30,7 @@ PLACE_WORDS = {
         place: f"at the {place}" for place in ("top", "bottom", "top left", "top right", "bottom left", "bottom right")
     },
 }
-SINGLE = ((None, "one", "a single"), (0.8, 0.1, 0.1))  # what stands before one thing, None "a", and how often
+SINGLE = ((None, "one", "a single"), (0.8, 0.1, 0.1))  # determiner of one thing (None: "a"), and how often
 ATTEMPTS = 40
 
 
@@ -81,7 +81,7 @@ def listed(items: list[str]) -> str:
 
 
 def draw_captions(rng: random.Random, layout: Layout, number: int) -> list[Caption]:
-    """`number` true captions of 8 to 16 words, different where the scene gives so many."""
+    """Up to `number` different true captions of 8 to 16 words."""
     captions: list[Caption] = []
     for _ in range(ATTEMPTS):
         if len(captions) == number:
@@ -123,13 +123,13 @@ def draw_statement(rng: random.Random, layout: Layout) -> Statement:
     told = order[: rng.choice((2, 2, 3) if len(order) < 4 else (2, 3, 4))]
     placed = rng.choice((0.0, 0.9, 0.9)) if len(told) < 4 else 0.0
     phrases = [teller.phrase(number, placed) for number in told]
-    # "a cow and a hammer at the top" would seem to place the cow too: what has no place comes last.
+    # "a cow and a hammer at the top" would seem to place the cow too: phrases without a place come last.
     phrases.sort(key=lambda phrase: phrase.place is None)
     return Statement(style, tuple(phrases), colour=colour, pattern=pattern)
 
 
 class Teller:
-    """Draws the phrases of one caption, which agree in whether they tell sizes and in how they say "a"."""
+    """Draws the phrases of one caption, which share whether sizes may be given and the determiner of single things."""
 
     def __init__(self, rng: random.Random, layout: Layout):
         self.rng = rng
@@ -138,7 +138,7 @@ class Teller:
         self.word = rng.choices(*SINGLE)[0]
 
     def phrase(self, number: int, place_told: float = 0.0) -> Phrase:
-        """Group `number`, with its place at that probability."""
+        """Group `number`, with its place at probability `place_told`."""
         group = self.layout.groups[number]
         places = places_of(group) if self.rng.random() < place_told else ()
         place = self.rng.choice(places) if places else None
@@ -152,7 +152,7 @@ def _related_groups(
     """(subjects, relation, objects, others): one or two groups in relation to one or two, and perhaps one more."""
     first, relation, second = rng.choice(known)
     subjects, objects = [first], [second]
-    # A second subject must stand so to the object, a second object so to every subject.
+    # A second subject must be in the same relation to the object, a second object to every subject.
     rest = [number for number in order if number not in (first, second)]
     more = [number for number in rest if (number, relation, second) in known]
     if more and rng.random() < 0.4:

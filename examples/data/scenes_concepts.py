@@ -1,7 +1,7 @@
 """The concepts of the scenes, their English names, and the pairs of them that training never shows together.
 
 `scenes_concepts.csv` holds `hexcode, name, plural, alike`. Two concepts with the same word in `alike` (rooster and
-chicken, house and hut) might be taken for each other: neither is ever swapped for the other, nor drawn beside it.
+chicken, house and hut) are easily confused: they are never swapped for each other, nor drawn in one scene.
 """
 
 import csv
@@ -12,9 +12,9 @@ from pathlib import Path
 from zlib import crc32
 
 TABLE = Path(__file__).resolve().parent / "scenes_concepts.csv"
-ONE_PAIR_IN = 10  # of all pairs of concepts, how many are held out
+ONE_PAIR_IN = 10  # one pair of concepts in this many is held out
 NUMBERS = ("no", "one", "two", "three", "four")
-# Words whose first sound is not what their first letter says.
+# Words whose first sound differs from their first letter.
 CONSONANTS = ("unicorn",)
 VOWELS = ("hourglass",)
 
@@ -49,14 +49,14 @@ def concept_table() -> dict[str, Concept]:
 
 
 def confusable(first: str, second: str) -> bool:
-    """Whether two concepts (hexcodes) might be taken for each other."""
+    """Whether two concepts (hexcodes) are equal or easily confused."""
     table = concept_table()
     return first == second or bool(table[first].alike) and table[first].alike == table[second].alike
 
 
 @cache
 def is_held_out(first: str, second: str) -> bool:
-    """Whether training never shows these two (hexcodes) together. Does not depend on the order, nor on any seed."""
+    """Whether training never shows these two (hexcodes) together. Independent of their order and of any seed."""
     return crc32("|".join(sorted((first, second))).encode()) % ONE_PAIR_IN == 0
 
 

@@ -1,4 +1,4 @@
-"""Drawing a layout: a background, and the sprites on it. Fast: each sprite is resized once a size and process."""
+"""Draws a layout: a background, and the sprites on it. For speed, a process resizes each sprite once per size."""
 
 from functools import lru_cache
 
@@ -8,12 +8,12 @@ from scenes_layout import Background, Box, Layout
 from scenes_sprites import Sprite
 
 STRIPES = 8  # per side; dots likewise
-MARK = -26  # how much darker stripes and dots are than their ground
+MARK = -26  # how much darker stripes and dots are than the background
 FADE = 34.0  # how much lighter a fading background becomes towards one end
 
 
 def render(layout: Layout, size: int) -> Image.Image:
-    """The picture of a layout, RGB, `size` pixels a side."""
+    """The image of a layout, RGB, `size` pixels per side."""
     canvas = Image.fromarray(paint_background(layout.background, size))
     for group in layout.groups:
         for box in group.boxes:
@@ -26,7 +26,7 @@ def render(layout: Layout, size: int) -> Image.Image:
 
 
 def pixel_box(box: Box, size: int) -> tuple[int, int, int, int]:
-    """(x, y, width, height) in whole pixels, inside the picture."""
+    """(x, y, width, height) in whole pixels, inside the image."""
     width, height = max(1, round(box[2] * size)), max(1, round(box[3] * size))
     left, top = round(box[0] * size), round(box[1] * size)
     return min(max(left, 0), size - width), min(max(top, 0), size - height), width, height
@@ -47,7 +47,7 @@ def paint_background(background: Background, size: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def pattern(name: str, turn: int, size: int) -> np.ndarray:
-    """What a pattern adds to its shade, (size, size, 1), down the picture or, turned, across it."""
+    """What a pattern adds to the shade, (size, size, 1): it varies down the image or, if `turn`, across it."""
     along = np.arange(size, dtype=np.float32) / size
     if name == "fading":
         change = np.repeat(along[:, None] * FADE, size, 1)

@@ -1,10 +1,10 @@
-"""Hard captions: true captions with one thing changed, false of the picture beyond dispute.
+"""Hard captions: true captions with one thing changed, so that they are clearly false for the image.
 
-Words alone must not tell which caption is true. So a change is proposed as often as its reverse, and accepted with
-Metropolis' probability min(1, p(new) / p(old)), p being how often scenes show it: true and false captions then say
-each number, size, place and colour equally often. What is rejected is not drawn again: the scene has no hard caption
-of that kind. "a dog" might be said of two dogs, so one thing is exchanged for several only where "one" or "a single"
-is said.
+Text alone must not reveal which caption is true. So a change is proposed as often as its reverse, and accepted with
+the Metropolis probability min(1, p(new) / p(old)), where p is the frequency in scenes: true and false captions then
+mention each number, size, place and colour equally often. A rejected change is not drawn again: the scene has no hard
+caption of that kind. "a dog" may also describe two dogs, so the number of a single thing is changed only if the
+caption says "one" or "a single".
 """
 
 import random
@@ -50,7 +50,7 @@ class HardCaption:
 
 
 def draw_hard_captions(rng: random.Random, layout: Layout, captions: list[Caption], split: str) -> list[HardCaption]:
-    """At most one false caption of every kind; which caption it is made from is drawn among those that allow it."""
+    """At most one false caption of each kind, made from a random caption that allows the change."""
     hard: list[HardCaption] = []
     for kind in KINDS:
         fitting = [of for of, caption in enumerate(captions) if can_change(kind, caption.statement)]
@@ -64,7 +64,7 @@ def draw_hard_captions(rng: random.Random, layout: Layout, captions: list[Captio
 
 
 def can_change(kind: str, statement: Statement) -> bool:
-    """Whether the statement tells what a change of this kind is about."""
+    """Whether the statement mentions what a change of this kind affects."""
     if kind in ("relation", "order"):
         return statement.relation is not None
     if kind == "background":
@@ -73,13 +73,13 @@ def can_change(kind: str, statement: Statement) -> bool:
 
 
 def change(rng: random.Random, kind: str, statement: Statement, layout: Layout, split: str) -> Statement | None:
-    """The statement with one thing changed, false of the layout; None if the change that was drawn is not accepted."""
+    """The statement with one thing changed, false for the layout; None if the change is not accepted."""
     changed = CHANGES[kind](rng, statement, layout, split)
     return changed if changed is not None and truth(changed, layout) is False else None
 
 
 def draw_absent(rng: random.Random, layout: Layout, split: str) -> str:
-    """A concept that is not in the scene, nor like one that is."""
+    """A concept that is not in the scene, and not easily confused with one that is."""
     while True:
         hexcode = rng.choice(pool(split))
         if not any(confusable(hexcode, one) for one in layout.concepts):
@@ -87,7 +87,7 @@ def draw_absent(rng: random.Random, layout: Layout, split: str) -> str:
 
 
 def _changeable(kind: str, statement: Statement) -> list[Phrase]:
-    """The phrases that tell it."""
+    """The phrases that mention what a change of this kind affects."""
     if kind == "count":
         return [phrase for phrase in statement.phrases if phrase.count > 1 or phrase.word]
     if kind == "place":
@@ -132,14 +132,14 @@ def _size(rng: random.Random, statement: Statement, layout: Layout, split: str) 
 
 
 def _count(rng: random.Random, statement: Statement, layout: Layout, split: str) -> Statement | None:
-    """Another number, "one" and "a single" counting as two, each as frequent as captions say it."""
+    """Another number; "one" and "a single" count as two states, each as frequent as in captions."""
     old = rng.choice(_changeable("count", statement))
     shown = FREQUENCY[len(layout.groups)]
 
     def often(count: int) -> float:
         return sum(shown.get((count, size), 0.0) for size in (("big", "small") if old.size is None else (old.size,)))
 
-    # Other phrases about one thing settle how this one would say it: all of a caption say it alike.
+    # Other phrases about single things fix the determiner, which is the same throughout a caption.
     alike = [phrase.word for phrase in statement.phrases if phrase is not old and phrase.count == 1]
     states = {(count, None): often(count) for count in (2, 3, 4)}
     for word, share in zip(*SINGLE, strict=True):

@@ -1,12 +1,12 @@
-"""Captions of scenes in nine languages beside English: each says what its English caption says.
+"""Captions of scenes in nine languages besides English, each with the content of its English caption.
 
-Names of things are Unicode CLDR's, as the npm package `emojibase-data` distributes them (MIT; the data are under the
-Unicode licence). `scenes_names.csv` holds those that the scenes need; this command makes it anew, with npm at hand:
+Names of things are those of Unicode CLDR, from the npm package `emojibase-data` (MIT; the data are under the Unicode
+licence). `scenes_names.csv` contains those that the scenes need; this command, which needs npm, rebuilds it:
 
     python examples/data/scenes_languages.py
 
-Names are taken as they stand, so the templates ask for no gender, case or plural of theirs: what is left and what is
-right are named in turn, sizes are told by nouns that do not agree, and several things by a number and a sign.
+Names are used as they are, so the templates need no gender, case or plural: left and right things are named in turn,
+sizes are expressed without agreement, and several things by a number and a sign.
 """
 
 import csv
@@ -29,15 +29,15 @@ COLOURS = ("white", "gray", "yellow", "orange", "pink", "green", "blue", "purple
 
 @dataclass(frozen=True)
 class Language:
-    """Templates; `{}` stands for what they are about.
+    """Templates; `{}` is filled with a thing, a colour or a text.
 
     Attributes:
-        sides: where something stands: left, right, above, below.
+        sides: position of something: left, right, above, below.
         sizes: of a thing, small and big.
         several: of a number and a thing.
         places: in the order of `PLACES`.
-        ground: the background, of a colour of `colours` (in the order of `COLOURS`); patterns are not told.
-        picture: how a caption may begin.
+        ground: the background, with a colour of `colours` (in the order of `COLOURS`); patterns are not mentioned.
+        picture: of a caption in the style "picture".
         both: between the last two of several things; comma: between others and between parts.
     """
 
@@ -162,7 +162,7 @@ def translate(statement: Statement, language: str) -> str:
     """
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of en, {', '.join(LANGUAGES)}, got {language!r}")
-    # Things in turn: what has a place, what has none; or one side, then the other.
+    # Things with a place, then those without; or one side, then the other.
     grammar = LANGUAGES[language]
     parts = []
     if statement.relation is None:
@@ -214,7 +214,7 @@ def names(language: str) -> dict[str, str]:
 
 
 def fetch_names() -> dict[str, dict[str, str]]:
-    """language -> hexcode -> name, of the package, which npm fetches into a folder that is removed afterwards."""
+    """language -> hexcode -> name, from the package, which npm fetches into a temporary folder."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -226,7 +226,7 @@ def fetch_names() -> dict[str, dict[str, str]]:
 
 
 def plain(hexcode: str) -> str:
-    """Without the selector of coloured drawings, which our files leave out."""
+    """The hexcode without the variation selector for coloured drawings, which our files omit."""
     return hexcode.replace("-FE0F", "")
 
 

@@ -1,7 +1,7 @@
-"""Layouts: what is in a scene and where, before anything is drawn. A pure function of (seed, split, index).
+"""Layouts: the contents of a scene and their places, before drawing. A pure function of (seed, split, index).
 
 A scene holds one to four groups; a group is one to four things of one concept, big or small, in one drawing style.
-Lengths are shares of the picture's side, boxes are (x, y, width, height).
+Lengths are shares of the image's side, boxes are (x, y, width, height).
 """
 
 import math
@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from scenes_concepts import confusable, held_out_pairs, is_held_out
 from scenes_sprites import Sprite, load_sprites
 
-# split -> the sprites it draws with; "seen" has other scenes of what training has, "unseen_pairs" a held-out pair each
+# split -> its sprites; "seen" has other scenes with the contents of training, "unseen_pairs" a held-out pair in each
 SPLITS = {
     "train": "train",
     "seen": "train",
@@ -36,7 +36,7 @@ COLOURS = {
     "purple": (206, 180, 246),
 }
 PATTERNS = (("plain", "fading", "striped", "dotted"), (0.5, 0.2, 0.15, 0.15))
-CONTRAST = 60.0  # Euclidean distance in RGB between a thing's rim and the background
+CONTRAST = 60.0  # minimum Euclidean distance in RGB between a thing's rim and the background
 TRIES = 40
 
 Box = tuple[float, float, float, float]
@@ -44,7 +44,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Background:
-    """A colour of `COLOURS`, a pattern of `PATTERNS`, the shade that is painted, and which way the pattern runs."""
+    """A colour of `COLOURS`, a pattern of `PATTERNS`, the painted shade, and the direction of the pattern."""
 
     colour: str
     pattern: str
@@ -54,7 +54,7 @@ class Background:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Things of one concept: all of one drawing, one size, one facing."""
+    """Things of one concept, with the same drawing, size and orientation."""
 
     sprite: Sprite
     size: str
@@ -90,7 +90,7 @@ class Layout:
 
 
 def generator(purpose: str, seed: int, split: str, index: int) -> random.Random:
-    """A generator of its own for each purpose: captions do not change when the drawing of places does."""
+    """A separate random generator for each purpose, so that captions do not depend on how places are drawn."""
     return random.Random(f"{purpose} {seed} {split} {index}")
 
 
@@ -111,13 +111,13 @@ def draw_layout(seed: int, split: str, index: int, groups: int | None = None) ->
     """What scene `index` of a split shows.
 
     Args:
-        groups: how many groups; drawn if None.
+        groups: how many groups; random if None.
     """
     rng = generator("layout", seed, split, index)
     number = groups or rng.choices(*GROUPS)[0]
     concepts = draw_concepts(rng, split, number)
     sprites = [rng.choice(load_sprites(SPLITS[split])[hexcode]) for hexcode in concepts]
-    # Four groups can be drawn too big to fit: after three such draws each is one small thing.
+    # Groups may be too big to fit: after three failed attempts, each is one small thing.
     attempt = 0
     while (placed := _place(rng, sprites, calm=attempt >= 3)) is None:
         attempt += 1
@@ -125,7 +125,7 @@ def draw_layout(seed: int, split: str, index: int, groups: int | None = None) ->
 
 
 def draw_concepts(rng: random.Random, split: str, number: int) -> tuple[str, ...]:
-    """Different concepts that may stand together in this split; "unseen_pairs" has a held-out pair first."""
+    """Different concepts that may occur together in this split; "unseen_pairs" has a held-out pair first."""
     # The first concept, or the held-out pair.
     if split == "unseen_pairs":
         number = max(number, 2)
@@ -134,7 +134,7 @@ def draw_concepts(rng: random.Random, split: str, number: int) -> tuple[str, ...
         rng.shuffle(chosen)
     else:
         chosen = [rng.choice(pool(split))]
-    # The rest, by trial: nine of ten pairs may meet.
+    # The rest, by rejection: nine of ten pairs are allowed.
     while len(chosen) < number:
         other = rng.choice(pool(split))
         if all(may_meet(split, other, one) for one in chosen):
@@ -143,15 +143,15 @@ def draw_concepts(rng: random.Random, split: str, number: int) -> tuple[str, ...
 
 
 def may_meet(split: str, first: str, second: str) -> bool:
-    """Whether two concepts may stand in one scene: not alike, and in training's splits not a held-out pair."""
+    """Whether two concepts may occur in one scene: not easily confused, and no held-out pair if the split has none."""
     if confusable(first, second):
         return False
     return split in ("unseen_pairs", "unseen_concepts") or not is_held_out(first, second)
 
 
 def draw_background(rng: random.Random, sprites: list[Sprite]) -> Background:
-    """A colour that every thing's rim stands out from; the one nearest to that if there is none."""
-    # Colours in random order, each a little off its shade.
+    """A colour that contrasts with the rim of every thing; the one with the most contrast if there is none."""
+    # Colours in random order, each with a slightly different shade.
     names = list(COLOURS)
     rng.shuffle(names)
     shades = {name: tuple(min(255, c + rng.randint(-9, 9)) for c in COLOURS[name]) for name in names}
@@ -164,13 +164,13 @@ def draw_background(rng: random.Random, sprites: list[Sprite]) -> Background:
 
 
 def _place(rng: random.Random, sprites: list[Sprite], calm: bool) -> tuple[Group, ...] | None:
-    """The groups, each with its things; None if the last ones found no room. `calm`: one small thing each."""
+    """The groups, each with its things; None if one does not fit. `calm`: one small thing each."""
     overlap = 0.0 if rng.random() < 0.6 else rng.uniform(0.05, 0.3)
     groups: list[Group] = []
     hulls: list[Box] = []
     total = 0
     for place, sprite in enumerate(sprites):
-        # How many and how big: what is counted beyond two is small, and so is a pair in company.
+        # Number and size: three and more things are small, and so are two if there are more than two groups.
         room = MOST_THINGS - total - (len(sprites) - place - 1)
         count = 1 if calm else min(room, rng.choices((1, 2, 3, 4), COUNTS[len(sprites)])[0])
         total += count
@@ -187,8 +187,8 @@ def _place(rng: random.Random, sprites: list[Sprite], calm: bool) -> tuple[Group
 def find_place(
     rng: random.Random, sprite: Sprite, size: str, count: int, hulls: Sequence[Box], overlap: float
 ) -> Group | None:
-    """A group that shares at most `overlap` with any of the hulls, facing either way; None if no room was found."""
-    # Its things around the origin, then anywhere that hides no other group too much.
+    """A group that shares at most `overlap` with any of the hulls, facing either way; None if it does not fit."""
+    # Its things at the origin, then random places until it overlaps no other group too much.
     offsets = _cluster(rng, sprite, size, count)
     width = max(box[0] + box[2] for box in offsets)
     height = max(box[1] + box[3] for box in offsets)
@@ -201,8 +201,8 @@ def find_place(
 
 
 def _cluster(rng: random.Random, sprite: Sprite, size: str, count: int) -> list[Box]:
-    """Boxes of a group's things, its left upper corner at the origin: in a row, a column or a square, unevenly."""
-    # Two big things side by side must fit into the picture.
+    """Boxes of a group's things, with its upper left corner at the origin: a slightly uneven row, column or square."""
+    # Two big things side by side must fit into the image.
     side = rng.choice(SIZES[size][:2] if size == "big" and count > 1 else SIZES[size])
     width, height = (side, side / sprite.aspect) if sprite.aspect >= 1 else (side * sprite.aspect, side)
     gap = rng.uniform(0.03, 0.04 if size == "big" else 0.06)
@@ -219,7 +219,7 @@ def _cluster(rng: random.Random, sprite: Sprite, size: str, count: int) -> list[
 
 
 def shared(first: Box, second: Box) -> float:
-    """The area that two boxes share, over that of the smaller one."""
+    """The area that two boxes share, divided by that of the smaller one."""
     width = min(first[0] + first[2], second[0] + second[2]) - max(first[0], second[0])
     height = min(first[1] + first[3], second[1] + second[3]) - max(first[1], second[1])
     if width <= 0 or height <= 0:

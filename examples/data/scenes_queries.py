@@ -1,18 +1,18 @@
-"""Composed retrieval: a reference picture and modifying words ask for a picture that is among hard others.
+"""Composed retrieval: a reference image and a modifying text retrieve a target image among hard distractors.
 
-    kind        words, for instance            the target is the reference, but
-    add         "with a small dog"             with a group more
-    remove      "without the apple"            with a group less
-    swap        "with a dog instead of the cat"  with another concept in a group's place
-    move        "with the dog on the other side" with a group mirrored to where it was not, left to right
-    mirror      "mirrored"                     seen in a mirror
-    size        "with a big dog"               with a group at the other size
+    kind        text, for instance             the target is the reference, but
+    add         "with a small dog"             with one more group
+    remove      "without the apple"            with one group less
+    swap        "with a dog instead of the cat"  with another concept in place of a group
+    move        "with the dog on the other side" with a group mirrored to the other side, left or right
+    mirror      "mirrored"                     mirrored
+    size        "with a big dog"               with a group in the other size
     count       "with three dogs"              with another number of things in a group
     background  "on a blue background"         on another colour
 
-All pictures of a query but the reference are redrawn: in other drawings of the same concepts where there are some, in
-another shade, so that no pixel of the reference finds them. Among the others are always the reference redrawn as it is
-(what the picture alone would find) and the change made to another scene (what the words alone would find).
+All images of a query except the reference are redrawn, with other drawings of the same concepts if there are any and
+in another shade, so that pixels of the reference do not help. The distractors always include the redrawn reference
+(which the image alone would find) and the change made to another scene (which the text alone would find).
 """
 
 import math
@@ -39,18 +39,18 @@ from scenes_sprites import Sprite, load_sprites
 from scenes_statements import Phrase, stands_at
 
 QUERY_KINDS = ("add", "remove", "swap", "move", "mirror", "size", "count", "background")
-OTHERS = 9  # pictures that are not the target, of each query
-WORDS_ALONE = 3  # of these, how many do what the words ask in other scenes
-CROWDED = 0.25  # the most that two groups share
-NUDGE = 0.02  # how far a redrawn group moves
+OTHERS = 9  # distractors per query
+WORDS_ALONE = 3  # of these, how many are other scenes that match the text
+CROWDED = 0.25  # maximum overlap of two groups
+NUDGE = 0.02  # maximum shift of a redrawn group
 
 
 @dataclass(frozen=True)
 class Query:
-    """A reference and words, and the pictures to choose from: the target stands first, the reference as it is second.
+    """A reference, a text, and the images to choose from: first the target, second the unchanged reference.
 
     Attributes:
-        names: what each picture of `gallery` is: "target", "reference", "words alone" or a kind, of another change.
+        names: role of each image of `gallery`: "target", "reference", "words alone" or the kind of another change.
     """
 
     id: str
@@ -63,10 +63,10 @@ class Query:
 
 def query(seed: int, split: str, index: int, kind: str | None = None) -> Query:
     """
-    Composed query `index` of a split: a pure function, as `scene`.
+    Composed query `index` of a split: a pure function, like `scene`.
 
     Args:
-        kind: one of `QUERY_KINDS`; drawn if None.
+        kind: one of `QUERY_KINDS`; random if None.
 
     Raises:
         ValueError: no such kind or split.
@@ -83,7 +83,7 @@ def query(seed: int, split: str, index: int, kind: str | None = None) -> Query:
         change = _taken_away(rng, drawn) if kind == "add" else modify(rng, kind, drawn, split)
         if change is not None:
             break
-    # The gallery: its pictures share no pixels with the reference.
+    # The gallery: its images are redrawn, unlike the reference.
     reference = change.before
     gallery, names = _choices(rng, change, split, index)
     return Query(f"query-{split}-{seed}-{index}", kind, change.words, reference, gallery, names)
@@ -91,7 +91,7 @@ def query(seed: int, split: str, index: int, kind: str | None = None) -> Query:
 
 @dataclass(frozen=True)
 class Change:
-    """`before` becomes `after` by `words`; `touched` is the group that they speak of, as it is afterwards, if any."""
+    """`words` turn `before` into `after`; `touched` is the group that they mention, as in `after`, if any."""
 
     before: Layout
     after: Layout
@@ -100,7 +100,7 @@ class Change:
 
 
 def _taken_away(rng: random.Random, layout: Layout) -> Change:
-    """The change that adds a group: a whole scene is its target, the scene without that group its reference."""
+    """The change that adds a group: the scene is the target, the scene without that group the reference."""
     number = rng.randrange(len(layout.groups))
     group = layout.groups[number]
     size = group.size if rng.random() < 0.5 else None
@@ -108,7 +108,7 @@ def _taken_away(rng: random.Random, layout: Layout) -> Change:
 
 
 def modify(rng: random.Random, kind: str, layout: Layout, split: str) -> Change | None:
-    """A change of the layout; None if it does not allow one of this kind."""
+    """A change of the layout; None if it allows none of this kind."""
     number = rng.randrange(len(layout.groups))
     group = layout.groups[number]
     rest = [one for one in layout.groups if one is not group]
@@ -120,7 +120,7 @@ def modify(rng: random.Random, kind: str, layout: Layout, split: str) -> Change 
         return _mirrored(rng, layout)
     if kind == "background":
         return _recoloured(rng, layout)
-    # The others put another group in the place of one.
+    # The other kinds replace a group by another.
     if kind == "swap":
         hexcode = draw_absent(rng, layout, split)
         if not all(may_meet(split, hexcode, one.hexcode) for one in rest):
@@ -150,7 +150,7 @@ def modify(rng: random.Random, kind: str, layout: Layout, split: str) -> Change 
 
 
 def _added(rng: random.Random, layout: Layout, split: str) -> Change | None:
-    """One group more, where there is room."""
+    """Adds a group, if there is room."""
     hexcode = draw_absent(rng, layout, split)
     if len(layout.groups) == 4 or not all(may_meet(split, hexcode, one) for one in layout.concepts):
         return None
@@ -162,7 +162,7 @@ def _added(rng: random.Random, layout: Layout, split: str) -> Change | None:
 
 
 def _mirrored(rng: random.Random, layout: Layout) -> Change | None:
-    """As in a mirror, where that can be seen: something stands left or right."""
+    """Mirrors the layout, if that can be seen: a group is on the left or right."""
     if not any(stands_at(group, side) for group in layout.groups for side in ("left", "right")):
         return None
     turned = replace(layout, groups=tuple(map(_turned, layout.groups)))
@@ -170,7 +170,7 @@ def _mirrored(rng: random.Random, layout: Layout) -> Change | None:
 
 
 def _recoloured(rng: random.Random, layout: Layout) -> Change | None:
-    """On another colour that every thing stands out from."""
+    """Changes the background to another colour that contrasts with every thing."""
     old = layout.background
     rims = [group.sprite.rim for group in layout.groups]
     fitting = [
@@ -187,7 +187,7 @@ def _recoloured(rng: random.Random, layout: Layout) -> Change | None:
 
 
 def _choices(rng: random.Random, change: Change, split: str, index: int) -> tuple[tuple[Layout, ...], tuple[str, ...]]:
-    """The target, the reference, and what the words alone, other changes and one change too many would find."""
+    """The target, the reference, and distractors: other scenes that match the text, other changes, further changes."""
     chosen = [("target", change.after), ("reference", change.before)]
     known = {facts(layout) for _, layout in chosen}
 
@@ -196,11 +196,11 @@ def _choices(rng: random.Random, change: Change, split: str, index: int) -> tupl
             known.add(facts(layout))
             chosen.append((name, layout))
 
-    # What the words ask for, in other scenes.
+    # Other scenes that match the text.
     while len(chosen) < 2 + WORDS_ALONE:
         other = draw_layout(rng.getrandbits(32), split, index, max(2, len(change.after.groups)))
         consider("words alone", _in_another_scene(other, change, split))
-    # Other changes, of the reference and of the target; none of the target touches what the words leave open.
+    # Other changes, of the reference and of the target; those of the target keep the group that the text mentions.
     attempt = 0
     while len(chosen) < 1 + OTHERS:
         attempt += 1
@@ -216,8 +216,8 @@ def _choices(rng: random.Random, change: Change, split: str, index: int) -> tupl
 
 
 def _in_another_scene(other: Layout, change: Change, split: str) -> Layout | None:
-    """Another scene as the words would have it: with the group that they speak of, or on the colour."""
-    # Same ground as the target, so that it does not tell them apart.
+    """Another scene that matches the text: with the group that it mentions, or on the colour."""
+    # Same background as the target, so that it does not distinguish them.
     other = replace(other, background=change.after.background)
     if change.touched is None:
         gone = set(change.before.concepts) - set(change.after.concepts)
@@ -231,7 +231,7 @@ def _in_another_scene(other: Layout, change: Change, split: str) -> Layout | Non
 
 
 def redraw(rng: random.Random, layout: Layout, split: str) -> Layout:
-    """The same scene in other drawings where there are some, a little moved, in another shade of the colour."""
+    """The same scene with other drawings if there are any, slightly moved, in another shade of the colour."""
     groups = []
     for group in layout.groups:
         # Another drawing, if the concept has more than one.
@@ -243,7 +243,7 @@ def redraw(rng: random.Random, layout: Layout, split: str) -> Layout:
 
 
 def facts(layout: Layout) -> tuple:
-    """What a person would say differs between two scenes: things, numbers, sizes, sides, background."""
+    """The facts by which a person would distinguish scenes: things, numbers, sizes, sides, background."""
     sides = (
         (group.hexcode, group.count, group.size, stands_at(group, "left"), stands_at(group, "right"))
         for group in layout.groups
@@ -252,7 +252,7 @@ def facts(layout: Layout) -> tuple:
 
 
 def refitted(group: Group, sprite: Sprite, side: float | None = None) -> Group:
-    """The group in another drawing, and with another longer side if one is given; things keep their middles."""
+    """The group in another drawing, with another longer side if one is given; things keep their centres."""
     boxes = []
     for x, y, width, height in group.boxes:
         longest = side or max(width, height)
@@ -262,7 +262,7 @@ def refitted(group: Group, sprite: Sprite, side: float | None = None) -> Group:
 
 
 def moved(group: Group, right: float, down: float) -> Group:
-    """The group shifted, as far as the picture goes."""
+    """The group shifted, but kept inside the image."""
     x, y, width, height = group.hull
     # Not beyond the edges.
     right = min(max(right, -x), 1 - x - width)
@@ -277,7 +277,7 @@ def the(group: Group) -> str:
 
 
 def _turned(group: Group) -> Group:
-    """The group as in a mirror, to the other side of the picture."""
+    """The group mirrored, to the other side of the image."""
     boxes = tuple((1 - x - width, y, width, height) for x, y, width, height in group.boxes)
     return replace(group, flipped=not group.flipped, boxes=boxes)
 

@@ -1,7 +1,7 @@
-"""Questions about a scene with their answers, sentences that follow from it or not, and expressions for its things.
+"""Questions about a scene with their answers, hypotheses with labels, and referring expressions for its things.
 
-Each is drawn so that the words alone give little away: yes and no are equally frequent for each form of question, and
-whatever is said of a thing that is there is said as often of one that is not.
+They are drawn so that text alone reveals little: yes and no are equally frequent for each form of question, and what
+is said of things in the scene is said equally often of absent ones.
 """
 
 import random
@@ -13,7 +13,7 @@ from scenes_hard import KINDS, can_change, change, draw_absent
 from scenes_layout import COLOURS, Group, Layout
 from scenes_statements import OPPOSITE, Phrase, related, relations, stands_at
 
-# form of question -> VQA v2's answer type; a scene that does not allow a form is asked another
+# form of question -> VQA v2's answer type; if a scene does not allow a form, another is used
 QUESTIONS = {
     "is there": "yes/no",
     "is it beside": "yes/no",
@@ -23,7 +23,7 @@ QUESTIONS = {
     "which side": "other",
     "what color": "other",
 }
-# What no picture shows: of one thing, of several.
+# Statements that no image can show: about one thing, about several.
 UNKNOWN = (
     ("is three years old", "are three years old"),
     ("was bought yesterday", "were bought yesterday"),
@@ -48,7 +48,7 @@ class Question:
 
 def draw_questions(rng: random.Random, layout: Layout, split: str, number: int) -> list[Question]:
     """`number` different questions, or as many as the scene allows, of as many forms as possible."""
-    # Forms in turn, in random order; a question that was asked already is left out.
+    # Forms in turn, in random order, without duplicate questions.
     asked: list[Question] = []
     forms = list(QUESTIONS)
     rng.shuffle(forms)
@@ -72,7 +72,7 @@ def _ask(rng: random.Random, form: str, layout: Layout, split: str) -> Question 
     if form == "is it beside":
         return _ask_beside(rng, layout)
     if form == "how many":
-        # none as often as each other number
+        # zero as often as each other number
         asked, count = (absent, 0) if rng.random() < 0.2 else (thing, group.count)
         return Question(f"how many {asked.plural} are there?", str(count), form)
     if form == "what is beside":
@@ -86,7 +86,7 @@ def _ask(rng: random.Random, form: str, layout: Layout, split: str) -> Question 
 
 
 def _ask_beside(rng: random.Random, layout: Layout) -> Question | None:
-    """Yes and no by a coin: the relation that holds, or its opposite."""
+    """Yes or no with equal probability: asks about the true relation or its opposite."""
     if not relations(layout):
         return None
     first, relation, second = rng.choice(relations(layout))
@@ -97,7 +97,7 @@ def _ask_beside(rng: random.Random, layout: Layout) -> Question | None:
 
 
 def _ask_what(rng: random.Random, layout: Layout) -> Question | None:
-    """What stands beside a group, where that is one thing beyond dispute."""
+    """Asks what is beside a group, if that is one thing without doubt."""
     if not relations(layout):
         return None
     first, relation, second = rng.choice(relations(layout))
@@ -111,12 +111,12 @@ def _ask_what(rng: random.Random, layout: Layout) -> Question | None:
 
 def draw_entailment(rng: random.Random, layout: Layout, split: str) -> tuple[str, str]:
     """
-    A hypothesis and its label. Four cases, equally frequent: what is seen, true (entailment) or false
-    (contradiction), and what no picture shows of a thing that is there (neutral) or is not as described
-    (contradiction). From the words alone one can tell two cases from two, and no more: half of the labels.
+    A hypothesis and its label. Four equally frequent cases: something visible, true (entailment) or false
+    (contradiction), and something that no image shows, about a thing in the scene (neutral) or an absent one
+    (contradiction). Text alone separates only the first two cases from the last two, which gives half of the labels.
     """
     true, visible = rng.random() < 0.5, rng.random() < 0.5
-    # What no picture shows, of a thing that is there or is not.
+    # What no image shows, about a thing in the scene or an absent one.
     if not visible:
         group = rng.choice(layout.groups)
         phrase = Phrase(group.hexcode, group.count, group.size if rng.random() < 0.5 else None)
@@ -125,7 +125,7 @@ def draw_entailment(rng: random.Random, layout: Layout, split: str) -> tuple[str
         told = named(concept_table()[phrase.hexcode], phrase.count, phrase.size)
         return f"{told} {rng.choice(UNKNOWN)[phrase.count > 1]}", "neutral" if true else "contradiction"
 
-    # What is seen: a caption that can be made false, or what it is made; so both have the same words.
+    # What is visible: a caption that can be made false, or its false version, so that both use the same words.
     while True:
         statement = draw_captions(rng, layout, 1)[0].statement
         kind = rng.choice(KINDS)
@@ -135,14 +135,14 @@ def draw_entailment(rng: random.Random, layout: Layout, split: str) -> tuple[str
 
 
 def draw_expression(rng: random.Random, layout: Layout) -> tuple[int, str] | None:
-    """(group, expression): what a thing is called that is alone in its group; None if there is none.
+    """(group, expression) for a thing that is alone in its group; None if there is none.
 
-    No place in the picture is told, as in RefCOCO+: a name, a size, or what it stands beside.
+    As in RefCOCO+, it gives no position in the image, only the name, the size, or what the thing is beside.
     """
     alone = [number for number, group in enumerate(layout.groups) if group.count == 1]
     if not alone:
         return None
-    # Name and size, then what it stands beside.
+    # Name and size, then what it is beside.
     number = rng.choice(alone)
     group = layout.groups[number]
     text = named(concept_table()[group.hexcode], 1, group.size if rng.random() < 0.5 else None)
@@ -155,7 +155,7 @@ def draw_expression(rng: random.Random, layout: Layout) -> tuple[int, str] | Non
 
 
 def answer_list() -> list[str]:
-    """Everything that a question may be answered with."""
+    """All possible answers to the questions."""
     names = sorted(concept.name for concept in concept_table().values())
     return ["yes", "no", *map(str, range(5)), "left", "right", "big", "small", *COLOURS, *names]
 

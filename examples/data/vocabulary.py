@@ -1,9 +1,9 @@
-"""One vocabulary for a run of several stages, trained on the texts of all of them: the first may read images alone.
+"""One vocabulary for all stages of a run, trained on the texts of all: the first stage may read only images.
 
     python examples/data/vocabulary.py runs/momo_small/vocabulary --size 8000 \
         --pairs examples/data/emoji/train.parquet runs/scenes/train.parquet --texts examples/data/glosses/train.parquet
 
-What it writes is a saved tokenizer, as `tokenizer` of a run takes it.
+It writes a saved tokenizer, for the argument `tokenizer` of a run.
 """
 
 import argparse
@@ -22,13 +22,13 @@ def texts_of(pairs: Sequence[str], texts: Sequence[str]) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("destination", type=Path, help="directory of the tokenizer")
-    parser.add_argument("--size", type=int, default=8000, help="most tokens, specials included")
+    parser.add_argument("destination", type=Path, help="output directory")
+    parser.add_argument("--size", type=int, default=8000, help="maximum number of tokens, special tokens included")
     parser.add_argument("--pairs", nargs="+", default=[], help="sources of pairs")
     parser.add_argument("--texts", nargs="+", default=[], help="sources of texts")
     options = parser.parse_args(argv)
 
-    # saved whole, so that its own reading of case and marks goes along
+    # saved as a whole, with its treatment of case and accents
     tokenizer = train_tokenizer(texts_of(options.pairs, options.texts), vocab_size=options.size)
     tokenizer.save_pretrained(options.destination)
     print(f"{len(tokenizer)} tokens: {options.destination}")
