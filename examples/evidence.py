@@ -411,6 +411,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     a = parser.parse_args(argv)
     if a.rates and a.table != "compare":
         parser.error("--rates is for --table compare, whose rows are measured on held-out pictures")
+    if (a.head_norm or a.head_statistics) and a.table not in ("oner", "transfer"):
+        parser.error("--head-norm and --head-statistics are for --table oner and transfer: other families lack them")
     if a.table == "codis" and a.epochs is None:
         a.steps = a.steps or 120
     a.epochs = a.epochs or {"compare": 6, "transfer": 12}.get(a.table, 20)

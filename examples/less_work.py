@@ -115,8 +115,17 @@ class Runs:
             "save_every_epochs": 0,
             "tokenizer": str(self.output / "tokenizer"),
         }
+        self.check_setup()
         if not (self.output / "tokenizer" / "tokenizer_config.json").is_file():
             self.train_tokenizer()
+
+    def check_setup(self) -> None:
+        """Refuses an output directory whose results belong to another model or other data."""
+        setup = self.output / "setup.json"
+        if setup.is_file() and json.loads(setup.read_text()) != self.base:
+            raise SystemExit(f"{self.output} has results of other data or another size: name another --output")
+        self.output.mkdir(parents=True, exist_ok=True)
+        setup.write_text(json.dumps(self.base, indent=1) + "\n")
 
     def train_tokenizer(self) -> None:
         """Trains one tokenizer for all runs, on the captions."""

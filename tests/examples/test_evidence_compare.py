@@ -129,6 +129,8 @@ def test_the_rate_is_the_best_of_three_on_held_out_pictures(tmp_path: Path, monk
     assert failed == ["compare_codis:base_learning_rate=0.0032"] and set(recalls["compare_codis"]) == {"0.5", "1"}
     with pytest.raises(SystemExit):
         evidence.parse(["--table", "simla", "--rates"])
+    with pytest.raises(SystemExit):
+        evidence.parse(["--table", "simla", "--head-norm", "batch"])
 
 
 def eight_pairs() -> dict[str, torch.Tensor]:

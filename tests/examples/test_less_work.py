@@ -45,3 +45,7 @@ def test_small_pictures_before_whole_ones_and_fewer_pairs_beside_them(pairs, tmp
     monkeypatch.setattr(less_work, "trained", None)
     runs = less_work.Runs(less_work.options(given))
     assert 0 <= runs.recall("half of the side", less_work.WAYS["half of the side"], 4, 0)["tr_r@10"] <= 1
+
+    # results of another model are not taken over
+    with pytest.raises(SystemExit, match="results of other data or another size"):
+        less_work.Runs(less_work.options([*given, "--full_size"]))
