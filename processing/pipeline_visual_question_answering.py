@@ -6,7 +6,7 @@
 
 Without candidates, the model generates one answer; its score is the geometric mean of its tokens' probabilities. With
 candidates, the model ranks them; the scores are a softmax over the log-likelihoods of the ranked candidates, in which
-the first token counts twice (ALBEF's and SIMLA's code).
+the first token counts twice unless `count_first_token_twice` is False (ALBEF's and SIMLA's code counts it twice).
 
 A model that classifies over a fixed list of answers returns the most likely of them, or of the candidates among them;
 each score is the probability of that answer alone, so scores need not sum to 1.
@@ -31,6 +31,7 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         candidates: answers to choose from, for all questions; None generates an answer, or uses the model's own list.
         top_k: maximum number of answers to a question (5), unless one is generated.
         max_new_tokens, num_beams: for generated answers.
+        count_first_token_twice: for ranked candidates (True); False ranks by the likelihood of the whole answer.
     """
 
     # not "visual-question-answering": transformers 5 removed that task, and its `pipeline` refuses the name even if
@@ -49,6 +50,7 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         top_k: int | None = None,
         max_new_tokens: int | None = None,
         num_beams: int | None = None,
+        count_first_token_twice: bool | None = None,
         allow_urls: bool | None = None,
         num_workers: int | None = None,
         **unknown: Any,
@@ -58,6 +60,7 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
             "top_k": checked_top_k(top_k),
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
+            "count_first_token_twice": count_first_token_twice,
             "allow_urls": allow_urls,
             "num_workers": num_workers,
         }
@@ -66,7 +69,7 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         # the options of preprocess, forward and postprocess
         stages = (
             ("allow_urls", "num_workers", "candidates"),
-            ("max_new_tokens", "num_beams"),
+            ("max_new_tokens", "num_beams", "count_first_token_twice"),
             ("candidates", "top_k"),
         )
         return tuple({name: options[name] for name in names if name in options} for names in stages)
@@ -108,7 +111,9 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
         end = getattr(config, "sep_token_id", None)
         return config.cls_token_id if end is None else end
 
-    def _forward(self, model_inputs: dict[str, Any], **writing: Any) -> dict[str, torch.Tensor]:
+    def _forward(
+        self, model_inputs: dict[str, Any], count_first_token_twice: bool = True, **writing: Any
+    ) -> dict[str, torch.Tensor]:
         # scores of the candidates' classes
         if "places" in model_inputs:
             places = model_inputs.pop("places")  # (K,)
@@ -118,7 +123,8 @@ class VisualQuestionAnsweringPipeline(PairPipeline):
 
         # log-likelihoods of the ranked answers -> scores that sum to 1
         if "candidate_ids" in model_inputs:
-            ranking = self.model.rank_answers(**model_inputs, k=RANKED)
+            how = {"k": RANKED, "count_first_token_twice": count_first_token_twice}
+            ranking = self.model.rank_answers(**model_inputs, **how)
             return {"indices": ranking.indices, "scores": ranking.scores.softmax(-1)}
 
         # or one generated answer

@@ -224,8 +224,10 @@ class TestEntailment:
 class TestQuestions:
     CANDIDATES = ["red", "a green tree", "moon", "yes", "no", "apple", "two"]
 
-    def test_candidates_are_ranked_by_their_likelihood(self, answer, processor, pictures):
-        found = answer(pictures, question=TEXTS, candidates=self.CANDIDATES, top_k=7)
+    @pytest.mark.parametrize("twice", [None, True, False])
+    def test_candidates_are_ranked_by_their_likelihood(self, answer, processor, pictures, twice):
+        told = {} if twice is None else {"count_first_token_twice": twice}
+        found = answer(pictures, question=TEXTS, candidates=self.CANDIDATES, top_k=7, **told)
         model, end = answer.model, processor.tokenizer.cls_token_id  # no [SEP] in our vocabulary: [CLS] ends an answer
         for picture, question, answers in zip(pictures, TEXTS, found, strict=True):
             batch, likelihoods = processor(images=[picture], text=[question]), []
@@ -234,7 +236,8 @@ class TestQuestions:
                 with torch.no_grad():
                     logits = model(**batch, answer_ids=torch.tensor([[*words, end]])).logits[0].log_softmax(-1)
                 steps = [float(logits[at, token]) for at, token in enumerate([*words[1:], end])]
-                likelihoods.append(sum(steps) + steps[0])  # the first token counts twice (ALBEF's code)
+                # the first token counts twice (ALBEF's code)
+                likelihoods.append(sum(steps) if twice is False else sum(steps) + steps[0])
             order = torch.tensor(likelihoods).softmax(0).sort(descending=True)
             assert [one["answer"] for one in answers] == [self.CANDIDATES[i] for i in order.indices]
             assert [one["score"] for one in answers] == pytest.approx(order.values.tolist(), abs=1e-5)
