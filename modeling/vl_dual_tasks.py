@@ -114,14 +114,13 @@ class TwoImageReading(DualEncoderTask):
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """Lets transformers initialise and report shared weights that a checkpoint has under neither name."""
-        missing = loading_info.missing_keys
-        absent = {first for second, first in self.all_tied_weights_keys.items() if {first, second} <= missing}
-        super().mark_tied_weights_as_initialized(loading_info)
+        tied, missing = self.all_tied_weights_keys, loading_info.missing_keys
 
-        # one parameter of two names: super() marked the first along with the second
-        for name in absent:
-            self.get_parameter(name)._is_hf_initialized = False
-        loading_info.missing_keys |= absent
+        # both names are one parameter, which super() would mark as loaded by its second name
+        found = {second: first for second, first in tied.items() if not {first, second} <= missing}
+        self.all_tied_weights_keys = found
+        super().mark_tied_weights_as_initialized(loading_info)
+        self.all_tied_weights_keys = tied
 
     def initialise_from(self, pretrained: PreTrainedModel) -> None:
         super().initialise_from(pretrained)
