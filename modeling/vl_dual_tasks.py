@@ -4,6 +4,7 @@ B pairs, N patches, S = 1 + N, T positions of a text with its [CLS], C images, D
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,6 +107,20 @@ class TwoImageReading(DualEncoderTask):
             for part in ("key", "value")
             for kind in ("weight", "bias")
         }
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # shared also if the configuration does not tie the embeddings
+        return {**super().get_expanded_tied_weights_keys(all_submodels), **self._tied_weights_keys}
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """Lets transformers initialise and report shared weights that a checkpoint has under neither name."""
+        tied, missing = self.all_tied_weights_keys, loading_info.missing_keys
+
+        # both names are one parameter, which super() would mark as loaded by its second name
+        found = {second: first for second, first in tied.items() if not {first, second} <= missing}
+        self.all_tied_weights_keys = found
+        super().mark_tied_weights_as_initialized(loading_info)
+        self.all_tied_weights_keys = tied
 
     def initialise_from(self, pretrained: PreTrainedModel) -> None:
         super().initialise_from(pretrained)

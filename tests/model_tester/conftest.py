@@ -22,31 +22,74 @@ DEFAULTS = (
 )
 PAIRS = "gives a text two pictures and another one none; OneR reads one picture per text, or none at all"
 STACKS = "counts num_hidden_layers states; a pair passes two stacks of layers, test_families_models.py counts a text's"
-NO_PLACES = "SimlaForPreTraining returns embeddings and logits of several passes, no states of one sequence"
+NO_PLACES = "a ForPreTraining of two encoders returns embeddings and logits of several passes, no states"
+LOGITS = "a text alternates between the states of two images; ForVisualReasoning returns its logits alone"
+NO_STACK = "reads hidden_states and attentions; ForVisualQuestionAnswering returns answers' logits and question_states"
 NO_PASS = "MomoForPreTraining returns predictions of several packed passes, no states of one sequence"
 PACKED = "gives a single row the masked places of the whole batch, which are counted over all of its tokens"
 ONE_DECODER = "expects a gradient for every parameter; a pair passes one decoder of two, and pixels are not asked for"
 TEMPERATURE = "calls numpy() on the first output; here that is a parameter, the temperature"
 UNREAD = (
-    "expects a gradient for every parameter; contrast reads neither matching head nor cross-attention, and only "
-    "pre-training the mask token: test_checkpointing_keeps_gradients checks the rest"
+    "expects a gradient for every parameter; contrast reads neither matching head nor cross-attention: "
+    "test_checkpointing_keeps_gradients checks the rest"
+)
+MASK_TOKEN = (
+    "expects a gradient for every parameter; only pre-training reads the mask token: "
+    "test_checkpointing_keeps_gradients checks the rest"
 )
 PAD_LEFT = r"test_eager_matches_sdpa_inference_\d+_\w+_pad_left(?!_no_attn_mask)"
+TEXT_TOWER = {
+    "test_get_text_features_output_0": SINGLE_TOWER,
+    "test_get_text_features_output_2": SINGLE_TOWER,
+}
+STATES = (
+    "test_attention_outputs", "test_hidden_states_output", "test_retain_grad_hidden_states_attentions",
+    "test_eager_matches_sdpa_inference",
+)  # fmt: skip
+# of SIMLA and CODIS: test class without the family's name → pattern of a test's name → why it does not apply
+DUAL = {
+    "ModelTest": {
+        **TEXT_TOWER,
+        PAD_LEFT: LEFT,
+        "test_attention_outputs": STACKS,
+        "test_hidden_states_output": STACKS,
+    },
+    "ForImageTextRetrievalTest": {
+        **TEXT_TOWER,
+        PAD_LEFT: LEFT,
+        "test_training_gradient_checkpointing": UNREAD,
+    },
+    "ForVisualEntailmentTest": {
+        PAD_LEFT: LEFT,
+        "test_attention_outputs": STACKS,
+        "test_hidden_states_output": STACKS,
+    },
+    "ForVisualReasoningTest": dict.fromkeys(STATES, LOGITS),
+    "ForVisualQuestionAnsweringTest": dict.fromkeys(STATES, NO_STACK),
+    "ForPreTrainingTest": {
+        **TEXT_TOWER,
+        "test_training": NO_LOSS,
+        "test_determinism": TEMPERATURE,
+        **dict.fromkeys(STATES, NO_PLACES),
+    },
+}
+# of SIMLA alone, whose images may be masked
+SIMLA = dict.fromkeys(
+    ("ForVisualEntailmentTest", "ForVisualReasoningTest", "ForVisualQuestionAnsweringTest"),
+    {"test_training_gradient_checkpointing": MASK_TOKEN},
+)
 # test class → pattern of a test's name → why it does not apply
 NOT_APPLICABLE = {
     "OneRModelTest": {
-        "test_get_text_features_output_0": SINGLE_TOWER,
-        "test_get_text_features_output_2": SINGLE_TOWER,
+        **TEXT_TOWER,
         PAD_LEFT: LEFT,
     },
     "OneRForImageTextRetrievalTest": {
-        "test_get_text_features_output_0": SINGLE_TOWER,
-        "test_get_text_features_output_2": SINGLE_TOWER,
+        **TEXT_TOWER,
         "test_training_gradient_checkpointing": TWO_RUNS,
     },
     "OneRForPreTrainingTest": {
-        "test_get_text_features_output_0": SINGLE_TOWER,
-        "test_get_text_features_output_2": SINGLE_TOWER,
+        **TEXT_TOWER,
         "test_training": NO_LOSS,
         "test_attention_outputs": NO_STATES,
         "test_hidden_states_output": NO_STATES,
@@ -54,35 +97,8 @@ NOT_APPLICABLE = {
         "test_determinism": NO_STATES,
         "test_eager_matches_sdpa_inference": NO_STATES,
     },
-    "SimlaModelTest": {
-        "test_get_text_features_output_0": SINGLE_TOWER,
-        "test_get_text_features_output_2": SINGLE_TOWER,
-        PAD_LEFT: LEFT,
-        "test_attention_outputs": STACKS,
-        "test_hidden_states_output": STACKS,
-    },
-    "SimlaForImageTextRetrievalTest": {
-        "test_get_text_features_output_0": SINGLE_TOWER,
-        "test_get_text_features_output_2": SINGLE_TOWER,
-        PAD_LEFT: LEFT,
-        "test_training_gradient_checkpointing": UNREAD,
-    },
-    "SimlaForVisualEntailmentTest": {
-        PAD_LEFT: LEFT,
-        "test_training_gradient_checkpointing": UNREAD,
-        "test_attention_outputs": STACKS,
-        "test_hidden_states_output": STACKS,
-    },
-    "SimlaForPreTrainingTest": {
-        "test_get_text_features_output_0": SINGLE_TOWER,
-        "test_get_text_features_output_2": SINGLE_TOWER,
-        "test_training": NO_LOSS,
-        "test_attention_outputs": NO_PLACES,
-        "test_determinism": TEMPERATURE,
-        "test_hidden_states_output": NO_PLACES,
-        "test_retain_grad_hidden_states_attentions": NO_PLACES,
-        "test_eager_matches_sdpa_inference": NO_PLACES,
-    },
+    **{f"Codis{test}": patterns for test, patterns in DUAL.items()},
+    **{f"Simla{test}": patterns | SIMLA.get(test, {}) for test, patterns in DUAL.items()},
     "MomoModelTest": {
         PAD_LEFT: LEFT,
     },
@@ -91,8 +107,7 @@ NOT_APPLICABLE = {
         "test_training_gradient_checkpointing": ONE_DECODER,
     },
     "MomoForImageTextRetrievalTest": {
-        "test_get_text_features_output_0": SINGLE_TOWER,
-        "test_get_text_features_output_2": SINGLE_TOWER,
+        **TEXT_TOWER,
         "test_training_gradient_checkpointing": TWO_RUNS,
         PAD_LEFT: LEFT,
     },
@@ -100,8 +115,7 @@ NOT_APPLICABLE = {
         PAD_LEFT: LEFT,
     },
     "MomoForPreTrainingTest": {
-        "test_get_text_features_output_0": SINGLE_TOWER,
-        "test_get_text_features_output_2": SINGLE_TOWER,
+        **TEXT_TOWER,
         "test_training": NO_LOSS,
         "test_attention_outputs": NO_PASS,
         "test_hidden_states_output": NO_PASS,
@@ -129,7 +143,7 @@ def pytest_configure() -> None:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     # In-tree models are listed by name; several tests find a head's base model through this list.
-    MODEL_MAPPING_NAMES.update(momo="MomoModel", oner="OneRModel", simla="SimlaModel")
+    MODEL_MAPPING_NAMES.update(codis="CodisModel", momo="MomoModel", oner="OneRModel", simla="SimlaModel")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,16 +1,19 @@
 """What transformers' ModelTesterMixin needs to know of a family: a tiny configuration, and inputs of its classes."""
 
 import copy
+import inspect
 import unittest
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from families import CLASSIFICATION, MASKED_LM, PRETRAINING, RETRIEVAL, Family
+from families import CLASSIFICATION, MASKED_LM, MODELS, PRETRAINING, RETRIEVAL, Family
 from hf_tests.test_configuration_common import ConfigTester
 from hf_tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from transformers import PreTrainedConfig
 from transformers.testing_utils import torch_device
+
+import oner
 
 CLS, IMAGE, MASK, FIRST_WORD = 3, 1, 4, 5
 ANSWERS = "AutoModelForVisualQuestionAnswering"
@@ -66,17 +69,23 @@ class FamilyModelTester:
 
 
 class FamilyTest(ModelTesterMixin):
-    """Each test class names the `family`, the `autos`, auto classes of what is tested, and `fields` of its own."""
+    """
+    Each test class names the `family`, what is tested, and `fields` of its own. `autos` are auto classes; `tasks` name
+    the classes that no auto class returns, without the family's prefix.
+    """
 
     family: Family
-    autos: tuple[str, ...]
+    autos: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     fields: Mapping[str, Any] = {}
     additional_model_inputs = ["pixel_values"]
     test_torch_exportable = False  # its tests are not in the archive
 
     @property
     def all_model_classes(self) -> tuple[type, ...]:
-        return tuple(self.family.classes[auto] for auto in self.autos)
+        prefix = self.family.classes[MODELS].__name__.removesuffix("Model")
+        tasks = (getattr(oner, prefix + task) for task in self.tasks)
+        return (*(self.family.classes[auto] for auto in self.autos), *tasks)
 
     def setUp(self) -> None:
         self.model_tester = FamilyModelTester(self, self.family, self.fields)
@@ -85,18 +94,23 @@ class FamilyTest(ModelTesterMixin):
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = copy.deepcopy(inputs_dict)
-        auto = next(name for name, cls in self.family.classes.items() if cls is model_class)
+        auto = next((name for name, cls in self.family.classes.items() if cls is model_class), None)
         if return_labels and auto == MASKED_LM:
             inputs["labels"] = inputs["input_ids"].clone()
         if return_labels and auto in (CLASSIFICATION, SEQUENCES):
             inputs["labels"] = torch.zeros(self.model_tester.batch_size, dtype=torch.long, device=torch_device)
         if return_labels and auto == RETRIEVAL:
             inputs["return_loss"] = True
-        if return_labels and auto in (MASKED_LM, CLASSIFICATION):
+        read = inspect.signature(self.family.classes[MODELS].forward).parameters
+        if return_labels and auto in (MASKED_LM, CLASSIFICATION) and "bool_masked_pos" in read:
             # so that the mask token has a gradient, as every parameter must
-            masked = torch.tensor([True, False] * (self.model_tester.n_patches // 2), device=torch_device)
-            inputs["bool_masked_pos"] = masked.expand(self.model_tester.batch_size, -1)
+            inputs["bool_masked_pos"] = self.masked_patches(self.model_tester.batch_size)
         return inputs
+
+    def masked_patches(self, rows: int) -> torch.Tensor:
+        """Every other patch, (rows, N)."""
+        masked = torch.tensor([True, False] * (self.model_tester.n_patches // 2), device=torch_device)
+        return masked.expand(rows, -1)
 
     def check_features(self, model_class: type) -> None:
         """Stands in for test_get_text_features_output, which looks for a text tower in the configuration."""
@@ -114,9 +128,16 @@ class FamilyTest(ModelTesterMixin):
             self.assertEqual(features.pooler_output.shape, (self.model_tester.batch_size, config.projection_dim))
         self.assertFalse(torch.allclose(text.pooler_output, both.pooler_output))
 
-    def check_checkpointing(self, model_class: type, **call: Any) -> None:
+    def check_checkpointing(self) -> None:
         """Stands in for test_training_gradient_checkpointing*, whose mock follows one run of a layer only."""
+        for model_class in self.all_model_classes:
+            with self.subTest(model_class.__name__):
+                self.check_gradients(model_class)
+
+    def check_gradients(self, model_class: type) -> None:
+        """Gradients with and without checkpointing must agree."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        inputs = self._prepare_for_class(inputs, model_class, return_labels=True)
         for field in ("hidden_dropout", "text_attention_dropout"):  # for families that have any
             setattr(config, field, 0.0)
         model = model_class(config).to(torch_device).train()
@@ -125,7 +146,7 @@ class FamilyTest(ModelTesterMixin):
             if checkpointing:
                 model.activation_checkpointing_enable()
             model.zero_grad()
-            model(**inputs, **call).loss.backward()
+            model(**inputs).loss.backward()
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         self.assertEqual(gradients[0].keys(), gradients[1].keys())
         self.assertGreater(len(gradients[0]), 20)

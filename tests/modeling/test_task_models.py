@@ -7,6 +7,7 @@ import pytest
 import tiny_oner
 import torch
 from naive_fusion import naive_embed, naive_layer
+from safetensors.torch import load_file, save_file
 from tiny_oner import joint_batch, randomised
 from tiny_simla import CLS, SEP, VOCAB, tiny_config
 from tiny_tasks import ANSWERS, MASK, TASKS, bold, inputs
@@ -347,6 +348,19 @@ def test_two_pictures_share_keys_whatever_is_tied(tmp_path):
     for one in (model, SimlaForVisualReasoning.from_pretrained(tmp_path)):
         first, second = one.simla.text.layers[1].cross_attention, one.second_layers[0].cross_attention
         assert first.key.weight is second.key.weight and first.value.bias is second.value.bias
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_shared_keys_that_a_checkpoint_lacks_are_told_and_initialised(tied, tmp_path):
+    SimlaForVisualReasoning(tiny_config(tie_word_embeddings=tied)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "cross_attention.key" not in name}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    model, told = SimlaForVisualReasoning.from_pretrained(tmp_path, output_loading_info=True)
+    assert weights.keys() - kept.keys() <= told["missing_keys"]
+    first, second = model.simla.text.layers[1].cross_attention.key, model.second_layers[0].cross_attention.key
+    assert first.weight is second.weight and not first.weight.is_meta
+    assert 0.01 < first.weight.std() < 0.03 and not first.bias.any()
 
 
 @pytest.mark.parametrize("kind", TASKS)

@@ -21,8 +21,8 @@ from oner.training.publishing import space_layout
 from oner.training.publishing.hub import export_model
 from oner_command_line import main as command_line
 
-# one with a map of cosines, one with `ground`
-SHOWN = ("oner", pytest.param("simla", marks=pytest.mark.slow))
+# OneR has a map of cosines, SIMLA and CODIS one of their gradients, MoMo none
+SHOWN = ("oner", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "oner"))
 # a machine of the Hub: transformers, the Space, and a gradio that takes everything
 ASK = """
 import json, runpy, sys
@@ -40,7 +40,7 @@ print("FOUND", json.dumps({
     "names": [[one.name for one in three] for three in found],
     "scores": [[one.score for one in three] for three in found],
     "places": [one.place for one in found[0]],
-    "map": located.map.size,
+    "map": located.map and located.map.size,
     "shown": [page.preview(one.item).size for one in found[0]],
 }))
 """
@@ -52,6 +52,10 @@ def search(request, emoji_folder, tmp_path_factory) -> SimpleNamespace:
     made = search_of(FAMILIES[request.param], emoji_folder, folder)
     made.model = export_model(made.pipe.model, made.processor, folder / "model")
     return made
+
+
+def makes_maps(search: SimpleNamespace) -> bool:
+    return hasattr(search.pipe.model, "ground")
 
 
 @pytest.fixture
@@ -71,7 +75,8 @@ def test_the_page_shows_answers_and_where_the_words_are(search, gradio):
         assert max(picture.size) <= 320 and caption == f"{one.score:+.3f}  {one.name}"
 
     chosen, where, facts = locate(answer, SimpleNamespace(index=1))
-    assert chosen.size == where.size and facts.startswith("**2.**") and f"{answer.found[1].score:+.4f}" in facts
+    assert facts.startswith("**2.**") and f"{answer.found[1].score:+.4f}" in facts
+    assert where.size == chosen.size if makes_maps(search) else (where is None and "makes no maps" in facts)
     assert locate(None, SimpleNamespace(index=0)) == (None, None, "")
     assert ask("named", "  ", None, 5)[:2] == (SimpleNamespace(value=[], select=gradio.select, selected_index=None),
                                                "Enter words, a picture, or both.")  # fmt: skip
@@ -111,7 +116,9 @@ def test_serve_opens_folders_and_indexes_and_tells_the_address(search, gradio, t
     choices = gradio.Dropdown.call_args.args[0]
     assert choices == [("photos (3)", "photos"), ("index-named (24)", "index-named")]
     answer = handlers_of(gradio)[0]("photos", "", str(search.pictures[1]), 3)[2]
-    assert answer.found[0].place == str(photos / "1.png")
+    # vectors of an untrained model lie close together, and those of an index are rounded
+    (own,) = [one for one in answer.found if one.place == str(photos / "1.png")]
+    assert own.score == pytest.approx(answer.found[0].score, abs=1e-3)
 
 
 def test_indexes_of_one_name_are_told_apart():
@@ -136,7 +143,8 @@ def test_a_space_answers_without_oner(search, space, tmp_path):
     got = json.loads(line.removeprefix("FOUND "))
 
     # as the indexes that were written say, asked here
-    assert got["sizes"] == {"index-named": 20, "index-words": 20} and got["map"] == [512, 512]
+    assert got["sizes"] == {"index-named": 20, "index-words": 20}
+    assert got["map"] == ([512, 512] if makes_maps(search) else None)
     for number, name in enumerate(("index-named", "index-words")):
         index = RetrievalIndex.load(space / "indexes" / name)
         for place, query in enumerate(("a face", {"text": "a face", "image": search.pictures[0]})):

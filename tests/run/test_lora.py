@@ -8,10 +8,12 @@ import torch
 from families import FAMILIES
 from safetensors.torch import load_file
 from tiny_finetuning import karpathy, write_pretrained
+from tiny_oner import CLS
 from tiny_pretraining import assert_same_checkpoint, forget_accelerator, load_example, read_log, tiny_arguments
 from transformers import AutoModel
 
-from oner import OneRForPreTraining
+from oner import CodisForVisualReasoning, OneRForPreTraining
+from oner.training.run.adapters import add_lora, without_adapters
 from oner.training.run.checkpoint import list_checkpoints, load_checkpoint
 from oner.training.run.parsing import parse_arguments
 
@@ -29,7 +31,7 @@ def command(family: str, pairs: Path, directory: Path, **options) -> list[str]:
     return tiny_arguments(pairs, directory, family, **fields)
 
 
-@pytest.fixture(scope="module", params=["oner", "simla"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def run(request, example, pairs, tmp_path_factory) -> tuple[str, Path]:
     """A family and the directory of its run."""
     forget_accelerator()
@@ -94,6 +96,18 @@ def test_a_task_is_learned_so(tmp_path):
     assert torch.equal(before[tokens], after[tokens])
     qkv = f"oner.layers.0{PLACE}.weight"
     assert 0 < torch.linalg.matrix_rank(after[qkv] - before[qkv], atol=1e-6) <= 2
+
+
+def test_layers_that_two_images_share_share_their_adapter():
+    model = CodisForVisualReasoning(FAMILIES["codis"].tiny.tiny_config()).eval()
+    add_lora(model, 2)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value)
+    texts, pictures = torch.tensor([[CLS, 7, 8], [CLS, 9, 10]]), torch.randn(2, 2, 3, 16, 16)
+    with torch.no_grad():
+        learned, merged = (one(texts, None, pictures).logits for one in (model, without_adapters(model)))
+    torch.testing.assert_close(learned, merged, rtol=1e-4, atol=1e-5)
 
 
 def test_alone_it_is_of_rank_16(tmp_path):
