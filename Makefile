@@ -39,7 +39,7 @@ help:
 	@echo 'make wheel-test         the wheel in a new environment, far from the checkout: commands, mistakes, 600 pictures (slow)'
 	@echo 'make resume-matrix      120 ways to stop and resume, to the bit (slow)'
 	@echo 'make lint | format      ruff, checking or mending'
-	@echo 'make compare            all families and CLIP of the same pairs, and of equal time, three seeds (about 5 hours of one core)'
+	@echo 'make compare            all families and CLIP of the same pairs, and of equal time, three seeds (about 4 hours of one core)'
 	@echo 'make evidence           the ablation table, with the CLIP baseline (slow)'
 	@echo 'make evidence-transfer  OneR'\''s Table 4: half of the embedded pairs, with texts of the other half or without (slow)'
 	@echo 'make evidence-simla     SIMLA'\''s Table 1 on the embedded pairs, five rows, re-ranked (slow)'
