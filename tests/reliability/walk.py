@@ -60,9 +60,11 @@ WATCHING = {
     "exchanging_gradients",
 }
 ASIDE = BUILDING | WATCHING
-# what only checks (places, rows, captions, what a model is given), and what only joins processes or keeps them apart
+# what only checks or bounds (places, rows, captions, memory, what a model is given), and what only joins processes or
+# keeps them apart
 ASIDE_FILES = {
     "modeling/vl_inputs.py",
+    "processing/data/parquet_batches.py",
     "processing/data/places.py",
     "processing/data/quarantine.py",
     "processing/data/row_checks.py",
