@@ -2,7 +2,17 @@
 
 import torch
 from families import MODELS
-from family_tester import ANSWERS, CLS, MASKED_LM, PRETRAINING, RETRIEVAL, SEQUENCES, FamilyTest
+from family_tester import (
+    ANSWERS,
+    CLS,
+    MASKED_LM,
+    PRETRAINING,
+    RETRIEVAL,
+    SEQUENCES,
+    Checkpoints,
+    EmbedsTexts,
+    FamilyTest,
+)
 from transformers.testing_utils import torch_device
 
 
@@ -12,7 +22,7 @@ class DualTest(FamilyTest):
     fields = {"num_text_layers": 2}
 
 
-class DualModelTest(DualTest):
+class DualModelTest(EmbedsTexts, DualTest):
     """Both encoders, and the head on tokens of a text that reads an image."""
 
     autos = (MODELS, MASKED_LM)
@@ -20,11 +30,8 @@ class DualModelTest(DualTest):
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
 
-    def test_features_have_the_towers_shape(self) -> None:
-        self.check_features(self.family.classes[MODELS])
 
-
-class DualForImageTextRetrievalTest(DualTest):
+class DualForImageTextRetrievalTest(EmbedsTexts, Checkpoints, DualTest):
     """Reads images with one encoder and texts with the other; the matching head is called by its own method."""
 
     autos = (RETRIEVAL,)
@@ -33,29 +40,17 @@ class DualForImageTextRetrievalTest(DualTest):
         super().setUp()
         self.model_tester.seq_length = 1 + self.model_tester.n_words  # its states are of the texts alone
 
-    def test_features_have_the_towers_shape(self) -> None:
-        self.check_features(self.family.classes[RETRIEVAL])
 
-    def test_checkpointing_keeps_gradients(self) -> None:
-        self.check_checkpointing()
-
-
-class DualForVisualEntailmentTest(DualTest):
+class DualForVisualEntailmentTest(Checkpoints, DualTest):
     """A classifier of pairs."""
 
     autos = (SEQUENCES,)
 
-    def test_checkpointing_keeps_gradients(self) -> None:
-        self.check_checkpointing()
 
-
-class DualForVisualReasoningTest(DualTest):
+class DualForVisualReasoningTest(Checkpoints, DualTest):
     """A classifier of texts about two images, whose second layers share keys and values with the first."""
 
     tasks = ("ForVisualReasoning",)
-
-    def test_checkpointing_keeps_gradients(self) -> None:
-        self.check_checkpointing()
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
@@ -66,13 +61,10 @@ class DualForVisualReasoningTest(DualTest):
         return inputs
 
 
-class DualForVisualQuestionAnsweringTest(DualTest):
+class DualForVisualQuestionAnsweringTest(Checkpoints, DualTest):
     """A decoder that generates answers from the states of a question and its image."""
 
     autos = (ANSWERS,)
-
-    def test_checkpointing_keeps_gradients(self) -> None:
-        self.check_checkpointing()
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)

@@ -112,9 +112,14 @@ class FamilyTest(ModelTesterMixin):
         masked = torch.tensor([True, False] * (self.model_tester.n_patches // 2), device=torch_device)
         return masked.expand(rows, -1)
 
-    def check_features(self, model_class: type) -> None:
+
+class EmbedsTexts:
+    """For test classes of a family's base model, or of its class for retrieval: both embed texts, and pairs."""
+
+    def test_features_have_the_towers_shape(self) -> None:
         """Stands in for test_get_text_features_output, which looks for a text tower in the configuration."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model_class = self.family.classes[RETRIEVAL if RETRIEVAL in self.autos else MODELS]
         model = model_class(config).to(torch_device).eval()
         pixels = inputs.pop("pixel_values")
         with torch.no_grad():
@@ -128,7 +133,11 @@ class FamilyTest(ModelTesterMixin):
             self.assertEqual(features.pooler_output.shape, (self.model_tester.batch_size, config.projection_dim))
         self.assertFalse(torch.allclose(text.pooler_output, both.pooler_output))
 
-    def check_checkpointing(self) -> None:
+
+class Checkpoints:
+    """For test classes whose models return a loss."""
+
+    def test_checkpointing_keeps_gradients(self) -> None:
         """Stands in for test_training_gradient_checkpointing*, whose mock follows one run of a layer only."""
         for model_class in self.all_model_classes:
             with self.subTest(model_class.__name__):
@@ -154,4 +163,14 @@ class FamilyTest(ModelTesterMixin):
             torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-__all__ = ["ANSWERS", "CLASSIFICATION", "MASKED_LM", "PRETRAINING", "RETRIEVAL", "SEQUENCES", "FamilyTest"]
+__all__ = [
+    "ANSWERS",
+    "CLASSIFICATION",
+    "Checkpoints",
+    "EmbedsTexts",
+    "FamilyTest",
+    "MASKED_LM",
+    "PRETRAINING",
+    "RETRIEVAL",
+    "SEQUENCES",
+]

@@ -3,7 +3,7 @@
 import unittest
 
 import torch
-from families import FAMILIES, MODELS
+from families import FAMILIES
 from family_tester import (
     ANSWERS,
     CLASSIFICATION,
@@ -12,6 +12,8 @@ from family_tester import (
     PRETRAINING,
     RETRIEVAL,
     SEQUENCES,
+    Checkpoints,
+    EmbedsTexts,
     FamilyTest,
 )
 from transformers.testing_utils import torch_device
@@ -29,19 +31,13 @@ class MomoTest(FamilyTest):
         return inputs
 
 
-class MomoModelTest(MomoTest, unittest.TestCase):
+class MomoModelTest(EmbedsTexts, Checkpoints, MomoTest, unittest.TestCase):
     """The encoder, and the heads that read a sequence once."""
 
     autos = (SEQUENCES, ANSWERS)
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
-
-    def test_features_have_the_towers_shape(self) -> None:
-        self.check_features(self.family.classes[MODELS])
-
-    def test_checkpointing_keeps_gradients(self) -> None:
-        self.check_checkpointing()
 
 
 class MomoForMaskedLMTest(MomoTest, unittest.TestCase):
@@ -51,17 +47,11 @@ class MomoForMaskedLMTest(MomoTest, unittest.TestCase):
     fields = {"decoders": ["pair"]}
 
 
-class MomoForImageTextRetrievalTest(MomoTest, unittest.TestCase):
+class MomoForImageTextRetrievalTest(EmbedsTexts, Checkpoints, MomoTest, unittest.TestCase):
     """Reads pictures and texts one after the other, so every layer runs twice in a step."""
 
     autos = (RETRIEVAL,)
     fields = {"temperature": 0.5}  # logits are compared, and half precision rounds them by as much as they are sharp
-
-    def test_features_have_the_towers_shape(self) -> None:
-        self.check_features(self.family.classes[RETRIEVAL])
-
-    def test_checkpointing_keeps_gradients(self) -> None:
-        self.check_checkpointing()
 
 
 class MomoForImageClassificationTest(MomoTest, unittest.TestCase):

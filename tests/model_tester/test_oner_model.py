@@ -3,10 +3,10 @@
 import unittest
 
 from families import FAMILIES, MODELS
-from family_tester import CLASSIFICATION, MASKED_LM, PRETRAINING, RETRIEVAL, FamilyTest
+from family_tester import CLASSIFICATION, MASKED_LM, PRETRAINING, RETRIEVAL, Checkpoints, EmbedsTexts, FamilyTest
 
 
-class OneRModelTest(FamilyTest, unittest.TestCase):
+class OneRModelTest(EmbedsTexts, FamilyTest, unittest.TestCase):
     """The tower and the heads that read a sequence once."""
 
     family, autos = FAMILIES["oner"], (MODELS, MASKED_LM, CLASSIFICATION)
@@ -14,20 +14,11 @@ class OneRModelTest(FamilyTest, unittest.TestCase):
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
 
-    def test_features_have_the_towers_shape(self) -> None:
-        self.check_features(self.family.classes[MODELS])
 
-
-class OneRForImageTextRetrievalTest(FamilyTest, unittest.TestCase):
+class OneRForImageTextRetrievalTest(EmbedsTexts, Checkpoints, FamilyTest, unittest.TestCase):
     """Reads pictures and texts one after the other, so every layer runs twice in a step."""
 
     family, autos = FAMILIES["oner"], (RETRIEVAL,)
-
-    def test_features_have_the_towers_shape(self) -> None:
-        self.check_features(self.family.classes[RETRIEVAL])
-
-    def test_checkpointing_keeps_gradients(self) -> None:
-        self.check_checkpointing()
 
 
 class OneRForPreTrainingTest(FamilyTest, unittest.TestCase):
