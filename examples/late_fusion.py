@@ -12,19 +12,19 @@ triples gives.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from evidence_table import percent, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from oner.training.evaluation.composed_queries import ComposedQueriesEvaluator, open_queries
-from oner.training.evaluation.embedding import Column, Gallery, embed_images, embed_texts
+from oner.training.evaluation.embedding import Column, embed_images, embed_texts, gallery_vectors
 from oner.training.objectives.losses import info_nce
 from oner.training.publishing.model_card import markdown_table
 from oner.training.publishing.model_loading import load_model
@@ -32,6 +32,7 @@ from oner.training.publishing.model_loading import load_model
 SPLITS = ("unseen_pairs", "unseen_style", "unseen_concepts")
 # how ComposedQueriesEvaluator calls a way, and the table
 UNTRAINED = {"picture": "image alone", "words": "text alone", "sum": "sum of both", "both": "joint pass"}
+Figures = dict[str, float]
 STEPS, BATCH, RATE, WEIGHT_DECAY = 1500, 256, 1e-3, 0.05
 
 
@@ -48,29 +49,6 @@ class Perceptron(nn.Module):
         parts = [image, text, image * text] if self.product else [image, text]
         fused = self.out(F.gelu(self.hidden(torch.cat(parts, dim=-1))))  # (B, P)
         return F.normalize(image + text + fused, dim=-1)
-
-
-class LateFusion(nn.Module):
-    """A model whose embedding of image and text is a perceptron over its two embeddings."""
-
-    def __init__(self, model: nn.Module, perceptron: Perceptron) -> None:
-        super().__init__()
-        self.model = model
-        self.perceptron = perceptron
-        self.get_image_features = model.get_image_features
-        self.get_text_features = model.get_text_features
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def get_multimodal_features(
-        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor
-    ) -> BaseModelOutputWithPooling:
-        image = self.get_image_features(pixel_values=pixel_values).pooler_output  # (B, P)
-        text = self.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output  # (B, P)
-        fused = self.perceptron(F.normalize(image, dim=-1), F.normalize(text, dim=-1))
-        return BaseModelOutputWithPooling(pooler_output=fused)
 
 
 def embedded_triples(model: Any, processor: Any, path: Path, limit: int | None) -> dict[str, Tensor]:
@@ -102,56 +80,58 @@ def trained(triples: dict[str, Tensor], product: bool, seed: int, temperature: f
     return perceptron.eval()
 
 
-def measured(evaluator: ComposedQueriesEvaluator, model: Any, processor: Any) -> dict[str, dict[str, float]]:
+def measured(evaluator: ComposedQueriesEvaluator, ways: Mapping[str, Tensor], pictures: Tensor) -> dict[str, Figures]:
     """Way -> R@10 in the gallery, and how often the target is first of its ten choices."""
-    values = dict(evaluator.run(model, processor))
+    values = dict(evaluator.compare(ways, pictures))
     return {
         way: {what: values[f"{evaluator.name}/composed_{way}_{what}"] for what in ("r@10", "choice")}
         for way in UNTRAINED
     }
 
 
-def compare(a: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:
+def compare(a: argparse.Namespace) -> dict[str, dict[str, list[Figures]]]:
     """Way -> split -> the figures of each seed; what is not trained has one."""
     processor = AutoProcessor.from_pretrained(a.model)
     model = load_model(AutoModel, a.model).eval().requires_grad_(False)
-    evaluators = {
-        split: ComposedQueriesEvaluator(
-            open_queries(a.scenes / f"{split}_queries.parquet", a.limit),
-            Gallery(pq.read_table(a.scenes / f"{split}_gallery.parquet").to_pylist()),
-            name=split,
-            progress=False,
-        )
-        for split in a.splits
-    }
-    untrained = {split: measured(one, model, processor) for split, one in evaluators.items()}
-    found = {title: {split: [ways[way]] for split, ways in untrained.items()} for way, title in UNTRAINED.items()}
-
     triples = embedded_triples(model, processor, a.scenes / "train_triples.parquet", a.triples)
-    for title, product in (("perceptron", False), ("perceptron with product", True)):
-        found[title] = {split: [] for split in evaluators}
-        for seed in a.seeds:
-            perceptron = trained(triples, product, seed, model.config.temperature, a.steps)
-            fused = LateFusion(model, perceptron)
-            for split, one in evaluators.items():
-                found[title][split].append(measured(one, fused, processor)["both"])
+    perceptrons = {
+        title: [trained(triples, product, seed, model.config.temperature, a.steps) for seed in a.seeds]
+        for title, product in (("perceptron", False), ("perceptron with product", True))
+    }
+    found: dict[str, dict[str, list[Figures]]] = {title: {} for title in (*UNTRAINED.values(), *perceptrons)}
+    for split in a.splits:
+        queries = open_queries(a.scenes / f"{split}_queries.parquet", a.limit)
+        gallery = pq.read_table(a.scenes / f"{split}_gallery.parquet").to_pylist()
+        evaluator = ComposedQueriesEvaluator(queries, gallery, name=split, progress=False)
+        pictures = gallery_vectors(model, processor, gallery)  # (G, P)
+        ways = evaluator.ways(model, processor)  # (Q, P) each
+        for way, figures in measured(evaluator, ways, pictures).items():
+            found[UNTRAINED[way]][split] = [figures]
+
+        # the same embeddings, fused
+        for title, seeds in perceptrons.items():
+            with torch.no_grad():
+                fused = [perceptron(ways["picture"], ways["words"]) for perceptron in seeds]  # (Q, P) each
+            of_seeds = [measured(evaluator, {**ways, "both": both}, pictures) for both in fused]
+            found[title][split] = [figures["both"] for figures in of_seeds]
     return found
 
 
-def table(found: dict[str, dict[str, list[dict[str, float]]]]) -> str:
+def table(found: dict[str, dict[str, list[Figures]]]) -> str:
     """Means over seeds in per cent, with the sample's standard deviation where there are several."""
     splits = list(next(iter(found.values())))
     header = ["query", *(f"{split}: {what}" for split in splits for what in ("R@10", "first of ten"))]
     lines = []
     for title, by_split in found.items():
-        cells = [shown([seed[what] for seed in by_split[split]]) for split in splits for what in ("r@10", "choice")]
-        lines.append([title, *cells])
+        lines.append(
+            [title]
+            + [
+                spread([seed[what] for seed in by_split[split]], percent)
+                for split in splits
+                for what in ("r@10", "choice")
+            ]
+        )
     return markdown_table(header, lines)
-
-
-def shown(values: Sequence[float]) -> str:
-    of_seeds = 100 * torch.tensor(values)
-    return f"{of_seeds.mean():.1f}" + (f" ± {of_seeds.std():.1f}" if len(values) > 1 else "")
 
 
 def main(given: Sequence[str] | None = None) -> None:

@@ -2,23 +2,26 @@
 
 import io
 import json
-from pathlib import Path
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from tiny_pretraining import load_example
+from tiny_pretraining import ROOT
 from torch.nn import functional as F
 
+sys.path.insert(0, str(ROOT / "examples"))
 WIDTH = 16
-MODEL = Path(__file__).resolve().parents[2] / "examples" / "checkpoints" / "oner-emoji"
+MODEL = ROOT / "examples" / "checkpoints" / "oner-emoji"
 
 
 @pytest.fixture(scope="module")
 def script():
-    return load_example("late_fusion")
+    import late_fusion
+
+    return late_fusion
 
 
 def unit(generator: torch.Generator, count: int) -> torch.Tensor:

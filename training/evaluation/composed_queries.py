@@ -8,7 +8,7 @@ Shapes: Q queries, G gallery pictures, C choices of a query, P width of the proj
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -105,6 +105,10 @@ class ComposedQueriesEvaluator:
     def run(self, model: Any, processor: Any) -> Iterator[tuple[str, float]]:
         """Embeds both sides and yields (name, value)."""
         pictures = gallery_vectors(model, processor, self.gallery, self.batch_size)  # (G, P)
+        yield from self.compare(self.ways(model, processor), pictures)
+
+    def compare(self, ways: Mapping[str, Tensor], pictures: Tensor) -> Iterator[tuple[str, float]]:
+        """Yields (name, value) for embeddings of the queries (Q, P) each way, and of the gallery's pictures (G, P)."""
         (gallery_ids,) = numbered(row_ids(self.gallery))  # (G,)
         target_ids = gallery_ids[torch.tensor([query["target"] for query in self.queries])]  # (Q,)
         hidden = [query.get("hidden") for query in self.queries]
@@ -114,7 +118,7 @@ class ComposedQueriesEvaluator:
         # the whole gallery, then the choices, all queries and each kind
         recalls = {}
         kinds = sorted({query["kind"] for query in self.queries})
-        for way, vectors in self._ways(model, processor).items():
+        for way, vectors in ways.items():
             first = self._first_choices(vectors, pictures)
             for kind in (None, *kinds):
                 chosen = [n for n, query in enumerate(self.queries) if kind in (None, query["kind"])]
@@ -135,7 +139,7 @@ class ComposedQueriesEvaluator:
             if "both" in recalls and other > 0:
                 yield f"{self.name}/composed_both_over_{what}", recalls["both"] / other
 
-    def _ways(self, model: Any, processor: Any) -> dict[str, Tensor]:
+    def ways(self, model: Any, processor: Any) -> dict[str, Tensor]:
         """Embeddings (Q, P) of each kind of query."""
         images, texts = Column(self.queries, "image"), [query["text"] for query in self.queries]
         picture = embed_images(model, processor, images, self.batch_size, self.progress)
