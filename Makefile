@@ -22,6 +22,8 @@ PYTEST_OPTIONS ?=
 PIP_OPTIONS ?= --constraint constraints/tested.txt
 # Beside other work, threads that wait by spinning take the time of those that compute.
 export OMP_WAIT_POLICY ?= passive
+# glibc asks for huge pages: a training step on a CPU becomes 4 to 10 % faster (docs/performance.md).
+demo momo compare benchmark evidence evidence-%: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help demo scenes icons momo test test-lowest test-newest test-slow test-transformers lint format compare evidence evidence-transfer evidence-simla evidence-codis evidence-momo fuzz scale benchmark kill-test wheel-test resume-matrix walk docs dist clean
 

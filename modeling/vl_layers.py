@@ -196,7 +196,9 @@ def eager_attention_forward(
     # scale the smaller factor; softmax sums in fp32 for any input dtype, so its result needs no cast
     scores = (query * scaling) @ key.transpose(2, 3)  # (B, H, L, L)
     if attention_mask is not None:
-        scores = scores + attention_mask
+        # a mask is made in the dtype of the states; under autocast, in fp32, it would make the softmax fp32 too
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores + attention_mask.clamp(min=lowest).to(scores.dtype)
     weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -14,7 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from oner import OneRModel
 from oner.modeling.vl_embeddings import ConvStem, LinearStem
 from oner.modeling.vl_heads import ContrastiveHead
-from oner.modeling.vl_layers import SelfAttention, Stream, sequences_of, split_streams
+from oner.modeling.vl_layers import SelfAttention, Stream, eager_attention_forward, sequences_of, split_streams
 
 
 def tower(**overrides) -> OneRModel:
@@ -170,6 +170,20 @@ def two_streams() -> tuple[torch.Tensor, Stream, Stream]:
 def padded_streams(packed: torch.Tensor, text: Stream, picture: Stream) -> tuple[torch.Tensor, torch.Tensor]:
     parts = split_streams(packed, [text, picture])
     return text.pad(*parts["text"]), picture.pad(*parts["image"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mask_in_fp32_leaves_attention_in_half_precision(dtype):
+    # under autocast, products are in half precision and the mask in fp32, whose lowest value overflows there
+    query, key, value = torch.randn(3, 1, 1, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = torch.zeros(1, 1, 3, 3)
+    mask[..., 2] = mask[..., 2, :] = torch.finfo(torch.float32).min
+    output, weights = eager_attention_forward(nn.Identity(), query, key, value, mask, scaling=0.5)
+    assert output.dtype == weights.dtype == dtype
+    assert weights[0, 0, :2, 2].tolist() == [0, 0]
+    scores = (query.float() * 0.5 @ key.float().mT)[0, 0, :2, :2]
+    torch.testing.assert_close(weights[0, 0, :2, :2].float(), scores.softmax(-1), atol=0.01, rtol=0)
+    torch.testing.assert_close(weights[0, 0, 2].float(), torch.full((3,), 1 / 3), atol=0.002, rtol=0)
 
 
 def test_streams_split_pad_and_unpad():
