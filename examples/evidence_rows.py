@@ -32,6 +32,7 @@ class Row(NamedTuple):
 TITLES = {
     "clip": ("CLIP (open_clip, two towers)", "oner_emoji_itc_cmc.yaml", CLIP),
     "itc": ("ITC", "oner_emoji_itc.yaml"),
+    "itc_double": ("ITC, weighted double", "oner_emoji_itc_double.yaml"),
     "itc_two_heads": ("ITC (two heads)", "oner_emoji_itc_two_heads.yaml"),
     "itc_xmc": ("ITC + XMC", "oner_emoji_itc_xmc.yaml"),
     "itc_xmc_cic": ("ITC + XMC + CIC", "oner_emoji_itc_xmc_cic.yaml"),
