@@ -67,6 +67,14 @@ def made_up(row: str, title: str, seed: int, score: float, multimodal: bool = Tr
     return {**named, **sizes, "values": values}
 
 
+def test_itc_weighted_double_has_the_weight_of_itc_and_cmc(root: Path) -> None:
+    def contrast(row: str) -> float:
+        told = parse_arguments(["--config", str(root / "examples" / "configs" / f"oner_emoji_{row}.yaml")]).objective
+        return sum((told.loss_weights or {}).get(name, 1) for name in told.losses if name in ("itc", "cmc"))
+
+    assert contrast("itc_double") == contrast("itc_cmc") == 2 * contrast("itc")
+
+
 @pytest.mark.parametrize("table", ["emoji", "table6"])
 @pytest.mark.parametrize("row", PAPER_ROWS)
 def test_every_row_of_the_papers_tables_is_a_configuration(root: Path, row: str, table: str) -> None:
