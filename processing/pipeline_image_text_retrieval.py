@@ -276,7 +276,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         together = (weights[:, None] * rows).sum(0, keepdim=True)  # (1, P)
         if together.norm() < 1e-6:
             raise ValueError("the weighted queries cancel each other: there is no direction left to search in")
-        return self._ready_index().answers(together, self._top_k(top_k), where)[0]
+        return self._ready_index().answers(together, *self._wanted(top_k, where))[0]
 
     def neighbours(self, item: Any, *, top_k: int | None = None, where: Where = None) -> list[Answer]:
         """Nearest neighbours of an indexed item, without itself; `item` may be its index, if no item equals that int.
@@ -284,10 +284,11 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
         Raises:
             ValueError: there is no such item.
         """
-        return self._ready_index().neighbours(item, self._top_k(top_k), where)
+        return self._ready_index().neighbours(item, *self._wanted(top_k, where))
 
-    def _top_k(self, top_k: int | None) -> int:
-        return checked_top_k(self._postprocess_params.get("top_k", TOP_K) if top_k is None else top_k)
+    def _wanted(self, top_k: int | None, where: Where) -> tuple[int, Where]:
+        own = {"top_k": TOP_K, "where": None, **self._postprocess_params}
+        return checked_top_k(own["top_k"] if top_k is None else top_k), own["where"] if where is None else where
 
     def embed(
         self,
@@ -409,7 +410,7 @@ class ImageTextRetrievalPipeline(VisionLanguagePipeline):
                 bar.update(len(batch))
 
             # the index answers queries only once it is complete
-            new.counts = known.counts(len(new))
+            new.counts = known.counts(new.keys)
             if share is not None:
                 return new
             report_skipped(new, seen)

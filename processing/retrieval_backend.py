@@ -145,7 +145,7 @@ def open_backend(name: str, directory: str | Path) -> SearchBackend:
     Raises:
         ValueError: the name is unknown.
         ImportError: its library is not installed.
-        IndexFileError: it was not built there, or its embeddings have been replaced since.
+        IndexFileError: it was not built there, or its embeddings or items have been replaced since.
     """
     return _module(name).Backend.open(Path(directory))
 
@@ -224,12 +224,12 @@ def read_note(directory: Path, name: str) -> dict[str, Any]:
 
 
 def current_note(directory: Path, name: str) -> dict[str, Any]:
-    """`read_note` for a backend that was built from the current embeddings; else raises IndexFileError."""
+    """`read_note` for a backend that was built from the current embeddings and items; else raises IndexFileError."""
     note = read_note(directory, name)
-    if not (directory / str(note["index"].get("embeddings_file"))).is_file():
+    if note["index"] != index_state(read_header(directory)):
         raise IndexFileError(
             directory / f"{name}.json",
-            f"was built from embeddings that have been replaced; build it again: --backend {name}",
+            f"was built from embeddings or items that have been replaced; build it again: --backend {name}",
             key="index",
         )
     return note

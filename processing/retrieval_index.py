@@ -64,8 +64,9 @@ def space_fingerprint(model: torch.nn.Module, samples: int = 64) -> str:
     """Identifies the embedding space of a model by a digest of its weights, independent of their location.
 
     The digest covers the name, the shape and `samples` evenly spaced values of every floating-point entry of the
-    state dict, as fp16, so that an fp32 checkpoint and the same one loaded in half precision agree. It changes if a
-    model is retrained, even when saved over the old one, but not if its directory is moved.
+    state dict, as fp16, so that an fp32 checkpoint and the same one loaded in fp16 agree (in bf16 it does not: that
+    rounds to fewer digits). It changes if a model is retrained, even when saved over the old one, but not if its
+    directory is moved.
     """
     digest = hashlib.sha256()
     weights = ((name, tensor) for name, value in sorted(model.state_dict().items()) for tensor in floats_of(value))

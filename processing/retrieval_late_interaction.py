@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
+from .retrieval_sources import is_picture_file
+
 RERANK_WEIGHT = 0.25
 
 OpenItem = Callable[[Any], Any]
@@ -45,6 +47,9 @@ def check_reranking(config: Any, rerank_k: int, weight: float) -> None:
 def query_of_item(item: Any) -> Any:
     """The query for an item: the image at a path, or at a mapping's "image" or "path"; any other str is a text.
 
+    A name with an image suffix is never a text, so that an image that was moved is an error, not a comparison with
+    its file name.
+
     Raises:
         ValueError: the item names neither an image nor a text.
     """
@@ -53,7 +58,7 @@ def query_of_item(item: Any) -> Any:
         if picture is not None:
             return {"image": picture}
     if isinstance(item, str):
-        return {"image": item} if os.path.isfile(item) else {"text": item}
+        return {"image": item} if is_picture_file(item) or os.path.isfile(item) else {"text": item}
     raise ValueError(f"re-ranking cannot open the item {item!r:.120}; say how by open_item=")
 
 

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,6 @@ class UnfinishedIndex:
     Attributes:
         rows: embeddings (P,) fp32 of the parts, by key.
         embedded: number of rows embedded since it was opened.
-        taken: indices of the saved rows that were reused.
     """
 
     def __init__(self, directory: Path | None, space: str, dtype: str = "float16"):
@@ -63,26 +63,26 @@ class UnfinishedIndex:
         self.space = space
         self.dtype = DTYPES[dtype]
         self.embedded = 0
-        self.taken: set[int] = set()
         self.rows: dict[str, torch.Tensor] = {}
         self._fresh: dict[str, torch.Tensor] = {}
         self._written = time.monotonic()
         for file in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
             self.rows.update(read_part(file))
-        self._saved, self._places = saved_rows(directory, dtype)  # unit rows (n, P), their indices by key
+        self._saved, self._keys = saved_rows(directory, dtype)  # unit rows (n, P), n keys
+        self._places = {key: place for place, key in enumerate(self._keys) if key is not None}
 
     def find(self, key: str | None) -> torch.Tensor | None:
         """The unit row (P,) of a key, in the index's dtype and bit for bit as it would be saved; None if unknown."""
         if key in self._places:
-            self.taken.add(self._places[key])
             return self._saved[self._places[key]]
         return unit_rows(self.rows[key][None])[0].to(self.dtype) if key in self.rows else None
 
-    def counts(self, total: int) -> dict[str, int]:
-        """Counts of the new index's `total` rows: "embedded", "kept" from before, and earlier rows that are "gone"
-        from it."""
-        gone = len(self._saved) - len(self.taken)
-        return {"embedded": self.embedded, "kept": total - self.embedded, "gone": gone}
+    def counts(self, keys: Sequence[str | None]) -> dict[str, int]:
+        """Counts of rows of the new index, from its keys: "embedded", "kept" from before, and earlier rows that are
+        "gone" from it. Several rows may have one key, as the captions of one image do."""
+        # a row without a key cannot be recognised, so an earlier one counts as gone
+        gone = Counter(self._keys) - Counter(key for key in keys if key is not None)
+        return {"embedded": self.embedded, "kept": len(keys) - self.embedded, "gone": gone.total()}
 
     def key(self, query: Query) -> str | None:
         """Key of a row {"text", "image"}; None if nothing is stored, or if the content cannot be read."""
@@ -164,20 +164,20 @@ def read_part(file: Path) -> dict[str, torch.Tensor]:
     return dict(zip(keys, rows, strict=True)) if whole else {}
 
 
-def saved_rows(directory: Path | None, dtype: str) -> tuple[torch.Tensor, dict[str, int]]:
-    """Unit rows (n, P) of the index saved in `directory`, and their indices by key; empty if it is damaged or has
-    another dtype. Raises IndexFileError if `retrieval_index.json` has another format."""
+def saved_rows(directory: Path | None, dtype: str) -> tuple[torch.Tensor, list[str | None]]:
+    """Unit rows (n, P) of the index saved in `directory`, and their keys; empty if it is damaged or has another dtype.
+    Raises IndexFileError if `retrieval_index.json` has another format."""
     nothing = torch.empty(0, 0)
     if directory is None or not (directory / INDEX_FILE).is_file():
-        return nothing, {}
+        return nothing, []
     read_header(directory)
     try:
         header, rows, keys = read_index(directory)
     except IndexFileError:
-        return nothing, {}
+        return nothing, []
     if header["dtype"] != dtype:
-        return nothing, {}
-    return rows, {key: place for place, key in enumerate(keys) if key is not None}
+        return nothing, []
+    return rows, list(keys)
 
 
 def content_of(value: Any, name: str) -> Iterator[bytes]:

@@ -118,6 +118,14 @@ def test_only_what_is_the_same_is_taken_over(search, photos, embedded, tmp_path,
             assert known.find(known.key({"image": str(photos / "00.png")})) is None
 
 
+def test_captions_of_one_picture_are_counted_one_by_one(search, photos, tmp_path):
+    rows = [{"image": str(photos / f"0{number // 3}.png"), "item": {"number": number}} for number in range(6)]
+    options = {"show_progress": False, "directory": tmp_path / "index"}
+    assert search.index(rows, **options).counts["gone"] == 0
+    assert search.index(rows, **options).counts == {"embedded": 0, "kept": 6, "gone": 0}
+    assert search.index(rows[:4], **options).counts == {"embedded": 0, "kept": 4, "gone": 2}
+
+
 @pytest.mark.filterwarnings("ignore:1 of 1. entries")
 def test_an_index_made_again_embeds_what_is_new_and_drops_what_is_gone(search, photos, embedded, tmp_path):
     options = {"batch_size": 4, "show_progress": False, "directory": tmp_path / "index"}

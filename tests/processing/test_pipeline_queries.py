@@ -13,6 +13,7 @@ from oner.processing.data.sources import open_rows
 from oner.processing.image_processing_vl import open_image
 from oner.processing.retrieval_backend import build_backend
 from oner.processing.retrieval_late_interaction import late_interaction, query_of_item
+from oner.training.commands.search import opened
 
 ROOT = Path(__file__).parents[2]
 COUNT = 12
@@ -70,7 +71,7 @@ def test_sums_that_mean_nothing_are_refused(search: Pipeline, asked: list, words
         search.combine(asked)
 
 
-def test_conditions_hold_for_every_way_to_ask(search: Pipeline) -> None:
+def test_conditions_hold_for_every_way_to_ask(search: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = search("a red apple", top_k=COUNT)
     wanted = [one for one in everything if one["item"]["licence"] == "MIT" and one["item"]["number"] >= 4]
     where = ["licence=MIT", "number>=4"]
@@ -78,6 +79,12 @@ def test_conditions_hold_for_every_way_to_ask(search: Pipeline) -> None:
     assert numbers(search(["a red apple", "a tree"], top_k=2, where=where)[0]) == numbers(wanted[:2])
     assert numbers(search.combine([("a red apple", 2)], top_k=3, where=where)) == numbers(wanted[:3])
     assert all(one["item"]["licence"] == "BSD" for one in search.neighbours(2, top_k=9, where={"licence": "BSD"}))
+
+    # conditions of the pipeline hold where a call names none
+    monkeypatch.setitem(search._postprocess_params, "where", where)
+    for found in (search.combine([("a red apple", 2)]), search.neighbours(4)):
+        assert found and all(one["item"]["licence"] == "MIT" and one["item"]["number"] >= 4 for one in found)
+    assert len(search.combine([("a red apple", 2)], top_k=COUNT, where="licence=MIT")) == COUNT // 2
     with pytest.raises(ValueError, match="expected a condition such as"):
         search("a red apple", where="MIT")
 
@@ -132,6 +139,16 @@ def test_re_ranking_that_cannot_be_is_refused(search: Pipeline, monkeypatch: pyt
         search("sun", rerank_k=0)
     with pytest.raises(ValueError, match="cannot open the item"):
         query_of_item({"table": "a.parquet", "row": 3})
+
+    # the name of a picture that was moved is not a text
+    assert query_of_item("a red apple") == {"text": "a red apple"}
+    gone = str(ROOT / "gone" / "red apple.png")
+    with pytest.raises(ValueError, match="red apple.png"):
+        search.states([query_of_item(gone)])
+    for item in (gone, {"image": gone}):
+        with pytest.raises(ValueError, match="cannot read the picture of .*red apple.png"):
+            opened(item)
+    assert opened("a red apple") == {"text": "a red apple"}
     monkeypatch.setattr(type(search.model.config), "pair_layout", "separate")
     with pytest.raises(ValueError, match="needs one tower .* got a oner model"):
         search("sun", rerank_k=3)

@@ -311,6 +311,22 @@ def test_a_database_is_replaced_when_the_new_one_is_whole(tmp_path: Path, name: 
         assert first.table.name != second.table.name
 
 
+def test_a_database_of_earlier_items_is_refused_until_it_is_built_again(tmp_path: Path) -> None:
+    pytest.importorskip("lancedb")
+    index = RetrievalIndex(WIDTH)
+    index.add(torch.eye(2, WIDTH), [{"licence": "MIT"}, {"licence": "BSD"}])
+    index.save(tmp_path)
+    build_backend("lancedb", tmp_path)
+
+    # the same embeddings, and so the same file of them, with other items
+    index.items[1]["licence"] = "MIT"
+    index.save(tmp_path)
+    with pytest.raises(IndexFileError, match="embeddings or items that have been replaced"):
+        open_backend("lancedb", tmp_path)
+    assert build_stale(tmp_path) == ["lancedb"]
+    assert len(open_backend("lancedb", tmp_path).answers(queries()[:1], where="licence=MIT")[0]) == 2
+
+
 @pytest.mark.parametrize(
     ("items", "where", "right"),
     [

@@ -24,6 +24,7 @@ from oner.processing.pipeline_image_text_retrieval import ImageTextRetrievalPipe
 from oner.processing.retrieval_backend import SearchBackend, build_backend, build_stale, built_backends
 from oner.processing.retrieval_filter import columns_of, number_of
 from oner.processing.retrieval_index import INDEX_FILE, RetrievalIndexError
+from oner.processing.retrieval_sources import is_picture_file
 from oner.training.doctor.reading import LOG, read_run
 from oner.training.evaluation.contact_sheet import caption_of, draw_sheet, picture_of, save_sheet
 from oner.training.publishing.model_loading import load_model
@@ -143,9 +144,21 @@ def shown(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def opened(item: Any) -> dict[str, Any]:
-    """The picture of an item, also from a table; its caption if there is no picture."""
+    """The picture of an item, also from a table; a text as it is.
+
+    Raises:
+        ValueError: the picture that the item names cannot be read.
+    """
     picture = picture_of(item)
-    return {"text": caption_of(item)} if picture is None else {"image": picture}
+    if picture is not None:
+        return {"image": picture}
+    if isinstance(item, dict):
+        names_one = not item.keys().isdisjoint(("table", "image"))
+    else:
+        names_one = is_picture_file(str(item))
+    if names_one:
+        raise ValueError(f"re-ranking cannot read the picture of {item!r:.200}; was it moved or removed?")
+    return {"text": caption_of(item)}
 
 
 def use_backend(pipe: ImageTextRetrievalPipeline, name: str, directory: Path) -> None:
