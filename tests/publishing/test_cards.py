@@ -16,6 +16,7 @@ from oner import VisionLanguageImageProcessor, VisionLanguageProcessor, train_to
 from oner.training.evaluation.results import read_results, write_results
 from oner.training.publishing.hub import export_model, push_to_hub
 from oner.training.publishing.model_card import add_evaluation, fence_for, inline, model_card, slug
+from oner.training.publishing.shipped import shipped_checkpoint
 
 INJECTED = {
     "data": ["a\n---\nlicense: evil\n---\n", "<img src=x onerror=alert(1)>", "{{ 7*7 }}", "<!-- /evaluation -->"],
@@ -114,6 +115,19 @@ def test_a_card_is_named_after_its_directory_and_when_pushed_after_its_repositor
     assert sent[0].data.model_name == "veg" and sent[0].data.eval_results[0].metric_value == 0.5
     with pytest.raises(ValueError, match="expected `name` or `owner/name`"):
         push_to_hub(directory, "org/a b")
+
+    # an upload that fails changes nothing, and neither does one that would not load
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    monkeypatch.setattr(Hub, "create_repo", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        push_to_hub(directory, "org/other")
+    code = directory / f"{type(model.config).__module__.rsplit('.', 1)[-1]}.py"
+    code.unlink()
+    with pytest.raises(FileNotFoundError, match=f"no exported model: {code.name} missing"):
+        push_to_hub(directory, "org/other")
+    assert all(path.read_bytes() == content for path, content in before.items() if path != code)
+    with pytest.raises(FileNotFoundError, match="auto_map in config.json missing"):
+        push_to_hub(shipped_checkpoint("oner-emoji"), "org/other")
 
 
 def evaluate(directory: Path, split: str, value: float) -> None:

@@ -19,6 +19,8 @@ from oner.processing.retrieval_page import SearchPage
 from oner.training.commands.serve import named
 from oner.training.publishing import space_layout
 from oner.training.publishing.hub import export_model
+from oner.training.publishing.origins import attributions_of, read_origins
+from oner.training.publishing.space import copy_model
 from oner_command_line import main as command_line
 
 # OneR has a map of cosines, SIMLA and CODIS one of their gradients, MoMo none
@@ -172,6 +174,17 @@ def test_a_space_is_whole_and_names_no_place_of_this_machine(search, space):
     written = [path for path in space.rglob("*") if path.suffix in (".py", ".json", ".md", ".txt")]
     assert len(written) > 20 and not [path for path in written if place in path.read_text(encoding="utf-8")]
     assert len(list((space / "indexes" / "index-named" / "pictures").iterdir())) == 20
+
+
+def test_a_space_names_the_makers_of_what_its_model_was_trained_on(search, tmp_path):
+    credits = tmp_path / "credits.md"
+    credits.write_text("Drawn by A. Maker", encoding="utf-8")
+    origins = read_origins(data=[{"name": "photos", "attribution": "credits.md"}], attributions=[credits])
+    model = export_model(search.pipe.model, search.processor, tmp_path / "model", origins=origins)
+    copy_model(model, tmp_path / "space" / "model", search.pipe)
+    assert (
+        attributions_of(tmp_path / "space" / "model") == attributions_of(model) == {"credits.md": b"Drawn by A. Maker"}
+    )
 
 
 def test_a_space_by_name_leaves_the_model_where_it_is(search, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from oner.training.private_names import registered_models
 
 from .model_card import keep_evaluation, model_card, rename_card, slug
 from .model_loading import write_digests
-from .origins import Origins, check_repo_id, files_of, repository_name, write_provenance
+from .origins import PROVENANCE, Origins, check_repo_id, files_of, repository_name, write_provenance
 from .placing import carry_over, check_replaceable, put_in_place, scratch_beside, set_modes
 from .public import plain
 from .sentence_files import write_sentence_files
@@ -49,6 +49,8 @@ GENERAL = ("AutoModel", "AutoModelForPreTraining")
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # JSON files of vocabularies, whose tokens may look like paths or secrets
 VOCABULARIES = ("tokenizer.json", "vocab.json")
+# files that `rename_card` changes
+RENAMED = ("README.md", PROVENANCE)
 # how a new repository is created
 MODEL = {"repo_type": "model"}
 SPACE = {"repo_type": "space", "space_sdk": "gradio"}
@@ -392,7 +394,8 @@ def push_to_hub(
 ) -> str:
     """Uploads an exported directory to the Hub repository `repo_id`, created if needed; returns the commit's URL.
 
-    The card is renamed to the repository. Raises FileNotFoundError if the directory is not a complete export.
+    The card is renamed to the repository, and stays as it was if the upload fails. Raises FileNotFoundError if the
+    directory is not a complete export. (The checkpoints that come with oner are not: they lack the model's code.)
     """
     check_repo_id(repo_id)
     # refuse to upload a model that would not load
@@ -402,13 +405,29 @@ def push_to_hub(
     ]
     if not list(directory.glob("*.safetensors")):
         missing.append("*.safetensors")
+    if "config.json" not in missing:
+        missing += missing_code(directory)
     if missing:
         raise FileNotFoundError(f"{directory} is no exported model: {', '.join(missing)} missing; see export_model")
 
+    earlier = {name: (directory / name).read_bytes() for name in RENAMED if (directory / name).is_file()}
     rename_card(directory, repo_id)
-    return upload(
-        directory, repo_id, private, token=token, revision=revision, commit_message=commit_message, create_pr=create_pr
-    )
+    commit = {"revision": revision, "commit_message": commit_message, "create_pr": create_pr}
+    try:
+        return upload(directory, repo_id, private, token=token, **commit)
+    except BaseException:
+        for name, content in earlier.items():
+            (directory / name).write_bytes(content)
+        raise
+
+
+def missing_code(directory: Path) -> list[str]:
+    """Names of the files with the model's code that `config.json` refers to, or should, and that do not exist."""
+    classes = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("auto_map")
+    if not classes:
+        return ["auto_map in config.json"]
+    files = {f"{name.split('.')[0]}.py" for name in classes.values() if "--" not in name}
+    return sorted(name for name in files if not (directory / name).is_file())
 
 
 def upload(

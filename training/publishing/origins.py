@@ -89,6 +89,11 @@ def read_origins(
     return Origins(tuple(models), tuple(plain(entries)), makers)
 
 
+def attributions_of(directory: str | Path) -> dict[str, bytes]:
+    """The attribution files of a model directory: name -> content."""
+    return _of_model(str(directory))[2]
+
+
 def _of_model(source: str) -> tuple[str, list[dict[str, Any]], dict[str, bytes]]:
     """The model's name, its data, and its attribution files."""
     if Path(source).is_file():

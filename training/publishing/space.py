@@ -26,6 +26,7 @@ from oner.processing.retrieval_page import LARGE, SearchPage, caption_of
 
 from . import space_layout
 from .hub import copy_code, gate_configurations, write_code
+from .origins import PROVENANCE, attributions_of
 from .placing import put_in_place, scratch_beside, set_modes
 from .public import public_text
 
@@ -43,8 +44,8 @@ NEEDED = (
     "tqdm",
     "transformers",
 )
-# files copied from a model directory, with licences and attribution
-MODEL_FILES = ("*.safetensors", "*.json", "README.md", "ATTRIBUTION.md", "LICENSE*")
+# files copied from a model directory, beside those that name the makers of its data
+MODEL_FILES = ("*.safetensors", "*.json", "README.md", "LICENSE*", PROVENANCE)
 QUALITY = 90  # of JPEG files
 APP = '''"""A page to search pictures. Written by `oner serve --write-space`; `python app.py` serves it."""
 
@@ -138,12 +139,14 @@ def write_space(space: Space, directory: str | Path, pipe: Any) -> dict[str, int
 
 def copy_model(source: Path, target: Path, pipe: Any) -> None:
     """Copies the files of a model, and adds its code, which shipped checkpoints lack."""
-    target.mkdir()
+    (target / PROVENANCE).parent.mkdir(parents=True)
     for pattern in MODEL_FILES:
         for file in source.glob(pattern):
             # without digests, since write_code below changes the configurations
             if file.name != "digests.json":
-                shutil.copyfile(file, target / file.name)
+                shutil.copyfile(file, target / file.relative_to(source))
+    for name, content in attributions_of(source).items():
+        (target / name).write_bytes(content)
     write_code(pipe.model, target, pipe.processor)
     gate_configurations(target)
 
