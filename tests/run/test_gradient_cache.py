@@ -24,11 +24,12 @@ from tiny_pretraining import forget_accelerator, load_example, read_log, tiny_ar
 from torch import nn
 
 from oner.processing.data.chunks import split_pairs
-from oner.training.objectives.losses import info_nce
+from oner.training.objectives import momentum, momo
+from oner.training.objectives.losses import draw_negatives, info_nce
 from oner.training.objectives.objective import Comparison, Objective, Representations, SinglePortion, Targets
 from oner.training.run import gradient_cache
 from oner.training.run.checkpoint import list_checkpoints, load_checkpoint
-from oner.training.run.gradient_cache import RngState, RunningStatistics, loss_and_gradients
+from oner.training.run.gradient_cache import RunningStatistics, draw_seed, loss_and_gradients, seeded
 from oner.training.run.parsing import parse_arguments
 
 
@@ -97,11 +98,12 @@ def test_in_half_precision_pieces_make_the_step_of_one_go():
 
 
 def one_graph(objective: Objective, student: nn.Module, batch: dict, pieces: int) -> torch.Tensor:
-    """The pieces in the order of the first pass, all with gradient, in one graph: nothing cached, nothing replayed."""
+    """The pieces in the order of the first pass, all with gradient, in one graph: nothing cached, nothing repeated."""
     counts, seen, targets = objective.count(batch), [], []
     for piece in split_pairs(batch, pieces):
         targets.append(objective.targets(student, piece, 0.0))
-        seen.append(objective.represent(student, piece, targets[-1], 0.0, counts))
+        with seeded(draw_seed(), torch.device("cpu")):
+            seen.append(objective.represent(student, piece, targets[-1], 0.0, counts))
     rows = {name: torch.cat([one.rows[name] for one in seen]) for name in seen[0].rows}
     against = {name: torch.cat([one.rows[name] for one in targets]) for name in targets[0].rows}
     compared = objective.compare(rows, seen[-1].common, against, 0.0)
@@ -109,13 +111,13 @@ def one_graph(objective: Objective, student: nn.Module, batch: dict, pieces: int
 
 
 @pytest.mark.parametrize("contrast_masked", [True, False])
-def test_dropout_is_replayed_and_the_generator_stands_where_one_pass_leaves_it(
+def test_dropout_is_repeated_and_the_generator_stands_where_one_pass_leaves_it(
     accelerator, monkeypatch, contrast_masked
 ):
     """Picture and text together are only modelled here, yet draw dropout between the two that are contrasted."""
     arguments = {"losses": ["itc", "mlm", "mim"], "contrast_masked": contrast_masked}
     batch, results = uneven_batch(7, 1, repeat_ids=False), {}
-    for way in ("one graph", "replayed", "drawn anew"):
+    for way in ("one graph", "repeated", "drawn anew"):
         student, objective = build_pair(arguments, attention_dropout=0.4)
         torch.manual_seed(5)
         if way == "one graph":
@@ -123,24 +125,46 @@ def test_dropout_is_replayed_and_the_generator_stands_where_one_pass_leaves_it(
             loss.backward()
         else:
             if way == "drawn anew":
-                monkeypatch.setattr(RngState, "replayed", lambda self: nullcontext())
+                monkeypatch.setattr(gradient_cache, "seeded", lambda seed, device: nullcontext())
             loss, *_ = loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.0, {"pairs": 3})
         results[way] = (loss.detach(), gradients(student)), torch.get_rng_state()
-    assert_same_step(results["replayed"][0], results["one graph"][0])
-    assert torch.equal(results["replayed"][1], results["one graph"][1])
+    assert_same_step(results["repeated"][0], results["one graph"][0])
+    assert torch.equal(results["repeated"][1], results["one graph"][1])
     with pytest.raises(AssertionError):
         assert_same_step(results["drawn anew"][0], results["one graph"][0], tolerance=1e-2)
 
 
-def test_rng_state_replays_what_was_drawn():
-    torch.rand(3)
-    rng_state = RngState(torch.device("cpu"))
-    first, after = torch.rand(5), torch.get_rng_state()
-    torch.rand(2)
-    here = torch.get_rng_state()
-    with rng_state.replayed():
-        assert torch.equal(torch.rand(5), first) and torch.equal(torch.get_rng_state(), after)
-    assert torch.equal(torch.get_rng_state(), here)
+def test_a_seed_repeats_what_was_drawn_and_leaves_the_generator_where_it_was():
+    seed, here = draw_seed(), torch.get_rng_state()
+    drawn = []
+    for _ in range(2):
+        with seeded(seed, torch.device("cpu")):
+            drawn.append(torch.rand(5))
+    assert torch.equal(*drawn) and torch.equal(torch.get_rng_state(), here) and draw_seed() != seed
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("name", ["simla", "codis", "momo"])
+def test_no_two_pieces_or_steps_draw_their_negatives_with_the_same_numbers(accelerator, monkeypatch, name, dropout):
+    family, drawn = FAMILIES[name], []
+
+    def spy(weights, *args, **options):
+        with torch.random.fork_rng([]):
+            drawn.append(tuple(torch.rand(4).tolist()))
+        return draw_negatives(weights, *args, **options)
+
+    for module in (momentum, momo):
+        monkeypatch.setattr(module, "draw_negatives", spy)
+    student = family.build(PRETRAINING, **family.tiny.APART).train()
+    for layer in student.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = dropout
+    objective = family.objective(student, losses=["ica" if name == "codis" else "itc", "itm"])
+    batch = family.tiny.make_batch([5, 3, 2, 4, 1, 6])
+    batch = {key: value for key, value in batch.items() if not key.startswith("negative_")}
+    for _ in range(2):
+        loss_and_gradients(accelerator, objective, student, {"pairs": batch}, 0.5, {"pairs": 3})
+    assert len(set(drawn)) == len(drawn) == 12
 
 
 # BatchNorm
@@ -280,7 +304,10 @@ def test_a_family_with_a_queue_a_temperature_and_dropout(accelerator, pieces):
         student, objective = TwoTowers().double(), QueueObjective(queue)
         if way == "one graph":
             counts = objective.count(batch)
-            seen = [objective.represent(student, one, None, 0.5, counts) for one in objective.split(batch, pieces)]
+            seen = []
+            for one in objective.split(batch, pieces):
+                with seeded(draw_seed(), torch.device("cpu")):
+                    seen.append(objective.represent(student, one, None, 0.5, counts))
             left, right = (torch.cat([one.rows[side] for one in seen]) for side in ("left", "right"))
             cosines = (
                 nn.functional.normalize(left, dim=1) @ nn.functional.normalize(torch.cat([right, queue]), dim=1).T

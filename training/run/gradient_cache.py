@@ -9,13 +9,12 @@ of the loss with respect to representations.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.utils import logging
 
 from oner.training.objectives.losses import in_full
@@ -132,7 +131,7 @@ class PortionStep:
 
     @torch.no_grad()
     def represent(self, chunks: list[Batch], statistics: "RunningStatistics") -> list["ChunkPass"]:
-        """Targets, rows and common representations of each chunk, and the generator states before its forward."""
+        """Targets, rows and common representations of each chunk, and the seed of its forward."""
         passes = []
         statistics.begin()
         for chunk in chunks:
@@ -140,11 +139,14 @@ class PortionStep:
             with self.accelerator.autocast():
                 targets = self.portion.targets(self.student, chunk, self.progress)
                 statistics.add()
-                rng_state = RngState(self.accelerator.device)
-                online = self.portion.represent(self.student, chunk, targets, self.progress)
+                # not the generator's state: the second pass draws more than the first, such as hard negatives, and
+                # the next chunk's numbers would follow where those began
+                seed = draw_seed()
+                with seeded(seed, self.accelerator.device):
+                    online = self.portion.represent(self.student, chunk, targets, self.progress)
                 statistics.back()  # only the second pass counts
             rows = {name: in_full(value) for name, value in online.rows.items()}  # (b, P) each
-            passes.append(ChunkPass(targets, rows, online.common, rng_state))
+            passes.append(ChunkPass(targets, rows, online.common, seed))
         statistics.settle()
         return passes
 
@@ -177,9 +179,8 @@ class PortionStep:
         self, chunk: Batch, before: "ChunkPass", slopes: dict[str, torch.Tensor], counts: Batch, last: bool
     ) -> Batch:
         """Computes the gradient of one chunk and returns its own loss parts; the last one exchanges gradients."""
-        # if the first pass gave no rows, it used no random numbers
-        rng_state = before.rng_state.replayed() if before.rows else nullcontext()
-        with exchanging_gradients(self.accelerator, self.student, last), rng_state:
+        noise = seeded(before.seed, self.accelerator.device)
+        with exchanging_gradients(self.accelerator, self.student, last), noise:
             # the same forward as before, now with a graph
             chunk = _moved(chunk, self.accelerator.device)
             with self.accelerator.autocast():
@@ -203,7 +204,7 @@ class ChunkPass:
     targets: Targets
     rows: Batch
     common: Batch
-    rng_state: "RngState"
+    seed: int
 
 
 @dataclass
@@ -222,21 +223,17 @@ class Slopes:
         return {**{name: slopes[number] for name, slopes in self.rows.items()}, **shares}
 
 
-class RngState:
-    """The current state of torch's generators, of the CPU and of a device."""
+def draw_seed() -> int:
+    return int(torch.randint(2**62, ()))
 
-    def __init__(self, device: torch.device):
-        self.device_type = device.type if device.type != "cpu" else "cuda"
-        self.cpu = torch.get_rng_state()
-        self.devices, self.states = get_device_states(torch.empty(0, device=device))
 
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Repeats the random numbers from the saved state; afterwards the generators have their previous state."""
-        with torch.random.fork_rng(self.devices, device_type=self.device_type):
-            torch.set_rng_state(self.cpu)
-            set_device_states(self.devices, self.states, device_type=self.device_type)
-            yield
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Takes random numbers from `seed`, on the CPU and `device`; afterwards the generators have their former state."""
+    devices = [] if device.type == "cpu" else [torch.empty(0, device=device).get_device()]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 class RunningStatistics:
