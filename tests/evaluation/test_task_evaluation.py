@@ -152,8 +152,8 @@ def test_only_rows_with_answers_are_scored(tmp_path, processor):
     rows[1]["answers"] = []
     values = dict(AnswerEvaluator(rows, CANDIDATES).run(Ranker(lambda number: number), processor))
     assert rows[0]["answers"] == said(0) and values["eval/questions"] == 4
-    # questions 0 and 2 of ten people are right; question 3 has one answer, and nobody is left to agree
-    assert values["eval/accuracy"] == pytest.approx((1 + 1 + answer_accuracy("white", ["white"])) / 3)
+    # questions 0 and 2 of ten people are right, and so is question 3 of one
+    assert values["eval/accuracy"] == answer_accuracy("white", ["white"]) == 1
 
 
 class Classifier(torch.nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from oner.modeling.vl_task_heads import answer_end
-from oner.processing.data.task_collation import encode_answers
+from oner.processing.data.task_collation import encode_answers, vote_accuracy
 
 from .classification import task_inputs
 from .embedding import batches
@@ -75,6 +75,7 @@ def answer_accuracy(answer: str, answers: Sequence[str]) -> float:
     VQA's accuracy in [0, 1]: min(people who gave this answer / 3, 1), averaged over leaving out one person at a time.
 
     `answers` has one answer per person. All are normalised unless they are identical, as in the official evaluation.
+    A single answer, which the official formula never counts because nobody else gave it, is right, as in training.
     Raises `ValueError` without answers.
     """
     if not answers:
@@ -85,9 +86,7 @@ def answer_accuracy(answer: str, answers: Sequence[str]) -> float:
         answer = normalise_answer(answer)
         answers = [normalise_answer(one) for one in answers]
 
-    # leaving out a person removes their vote: `one` is 1 if they agree
-    agree = [one.lower() == answer.lower() for one in answers]
-    return sum(min((sum(agree) - one) / 3, 1.0) for one in agree) / len(agree)
+    return vote_accuracy(sum(one.lower() == answer.lower() for one in answers), len(answers))
 
 
 def _one_line(text: str) -> str:
