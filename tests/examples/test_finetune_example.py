@@ -298,6 +298,11 @@ def test_what_is_missing_is_said(finetune, pretrained, tmp_path):
         finetune.main(whole[2:])
     with pytest.raises(ValueError, match="fine-tuning starts from a pretrained model directory"):
         finetune.main(line("retrieval", pretrained, tmp_path / "run", {**told, "initial_model": None}))
+    options = {"streaming": True, "data_weights": [1.0], "eval_captions": "first"}
+    with pytest.raises(ValueError, match=f"for retrieval does not read {', '.join(options)}; leave them out"):
+        finetune.main(line("retrieval", pretrained, tmp_path / "run", {**told, **options}))
+    with pytest.raises(ValueError, match="for vqa does not read data_revision"):
+        finetune.main(line("vqa", pretrained, tmp_path / "run", {**DATA["vqa"](tmp_path), "data_revision": "abc"}))
     with pytest.raises(ValueError, match=f"unknown task 'cooking'; expected one of {', '.join(TASKS)}"):
         find_task("cooking")
 

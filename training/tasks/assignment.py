@@ -93,4 +93,5 @@ ASSIGNMENT = Task(
     evaluator=AssignmentEvaluator,
     objective=AssignmentObjective,
     load=load_assignment,
+    from_hub=True,
 )

@@ -91,6 +91,7 @@ class Task:
             than random initialisation, such as a decoder copied from the encoder. It must not change heads that
             `source` has.
         labels: (task arguments) -> the model's classes, if the arguments determine them; a single one for a score.
+        from_hub: Whether its training rows may be a data set on the Hub, with `data_config` and `data_revision`.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Task:
     objective: Callable[[PreTrainedModel, Any], Objective] | None = None
     load: Callable[..., PreTrainedModel] | None = None
     labels: Callable[[Any], Sequence[str]] | None = None
+    from_hub: bool = False
 
 
 def find_task(name: str) -> Task:
@@ -133,12 +135,21 @@ def open_task_rows(task: Task, arguments: Arguments) -> PairRows:
     The training rows; bad rows are handed to the quarantine.
 
     Raises:
-        ValueError: there is no `initial_model`; `captions_apart` is set for a task without captions.
+        ValueError: there is no `initial_model`; an option is set that this task does not read.
         PairDataError: the data cannot be read as rows of the task.
         BadRowsError: there are more bad rows than `max_bad_rows` allows.
     """
     if arguments.model.initial_model is None:
         raise ValueError("fine-tuning starts from a pretrained model directory; expected initial_model, got none")
+
+    # options of pretraining that would change nothing here
+    data = arguments.data
+    unread = {"streaming": data.streaming, "data_weights": data.data_weights}
+    unread["eval_captions"] = arguments.run.eval_captions != "all"
+    if not task.from_hub:
+        unread |= {"data_config": data.data_config, "data_revision": data.data_revision}
+    if names := [name for name, value in unread.items() if value]:
+        raise ValueError(f"fine-tuning for {task.name} does not read {', '.join(names)}; leave them out")
 
     # rows keep their numbers; the quarantine skips bad ones
     rows = task.open_rows(arguments.data.train_data, arguments.objective, arguments.data, True)

@@ -67,11 +67,12 @@ def open_captions(
     """
     # bad rows are skipped in training, but raise in evaluation
     reading = {"split": data.split if training else options.eval_split, "bad_rows": "skip" if training else "raise"}
+    on_hub = {"config": data.data_config, "revision": data.data_revision} if training else {}
     columns = (data.image_column, data.text_column, data.id_column)
     opened = [
         open_karpathy(source, options.image_folder, captions_apart=training, **reading)
         if Path(source).suffix == ".json"
-        else open_rows(source, "pairs", *columns, **reading)
+        else open_rows(source, "pairs", *columns, **reading, **on_hub)
         for source in sources
     ]
     rows = opened[0] if len(opened) == 1 else PairMixture(opened)
@@ -106,4 +107,5 @@ RETRIEVAL = Task(
     open_rows=open_captions,
     collator=partial(pair_collator, masking=UNMASKED),
     evaluator=evaluator,
+    from_hub=True,
 )
