@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoProcessor
 
 from oner.processing.data.sources import open_rows
 from oner.training.run.building import build_processor_and_config
@@ -46,6 +47,20 @@ def test_a_vocabulary_that_knows_all_words_or_is_trained_on_them_says_nothing(pa
         warnings.simplefilter("error")
         built(source, "--initial_model", str(CHECKPOINT))
         built(source, "--vocab_size", "100")
+
+
+def test_a_run_keeps_the_crop_of_the_model_that_it_starts_from(pairs):
+    source = pairs("a red apple")
+    first = built(source, "--initial_model", str(CHECKPOINT))[0].image_processor
+    shipped = AutoProcessor.from_pretrained(CHECKPOINT).image_processor
+    assert first.do_center_crop and (first.size, first.crop_size) == (shipped.size, shipped.crop_size)
+    other = built(source, "--initial_model", str(CHECKPOINT), "--eval_crop", "1")[0].image_processor
+    assert not other.do_center_crop and other.size == shipped.crop_size
+
+
+def test_a_second_vocabulary_is_refused(pairs):
+    with pytest.raises(ValueError, match="tokenizer, lower_case cannot be combined with initial_model"):
+        built(pairs("a"), "--initial_model", str(CHECKPOINT), "--tokenizer", "vocab.txt", "--lower_case", "false")
 
 
 def test_captions_that_are_wrong_of_a_mirrored_picture_are_counted(pairs, caplog, monkeypatch):

@@ -7,13 +7,14 @@ from typing import Any
 from oner.processing.data.bounds import check_bounds
 from oner.processing.data.same_pictures import ROW
 
-from .arguments import Arguments, DataArguments, RunArguments
+from .arguments import Arguments, DataArguments, ModelArguments, RunArguments
 
 
 def check(arguments: Arguments) -> None:
     """Raises `ValueError` for values out of range (`BOUNDS`), empty strings, and conflicting values."""
     for part in (arguments.model, arguments.run, arguments.objective):
         _check_values(part)
+    _check_model(arguments.model)
     for portion in arguments.portions().values():
         _check_values(portion.data)
         # a portion's seed is derived, and exceeds the range for a given one
@@ -31,6 +32,16 @@ def _check_values(part: Any) -> None:
         texts = value if isinstance(value, list) else [value]
         if any(isinstance(text, str) and not text.strip() for text in texts):
             raise ValueError(f"{one.name} is {value!r}; expected a non-empty string, or leave it out")
+
+
+def _check_model(model: ModelArguments) -> None:
+    # a vocabulary comes from one place
+    options = ("tokenizer", "lower_case", "strip_accents", "limit_alphabet")
+    given = [name for name in options if getattr(model, name) is not None]
+    if model.initial_model is not None and given:
+        raise ValueError(
+            f"{', '.join(given)} cannot be combined with initial_model, whose tokenizer is kept; drop one"
+        )
 
 
 def _check_data(data: DataArguments) -> None:

@@ -195,11 +195,12 @@ class SourceArguments:
     )
 
     # processing of images
-    eval_crop: float = field(
-        default=1.0,
+    eval_crop: float | None = field(
+        default=None,
         metadata=_help(
             "timm's crop_pct, saved in the processor. Below 1, images are resized to image_size / eval_crop and "
-            "centre-cropped, so that objects are as large as in training crops; 1 squeezes the whole image."
+            "centre-cropped, so that objects are as large as in training crops; 1 squeezes the whole image. If none, "
+            "1, or as in the processor of initial_model."
         ),
     )
     image_normalization: Literal["imagenet", "clip"] | None = field(

@@ -42,9 +42,9 @@ def build_processor_and_config(
     """
     model = arguments.model
     overrides = dict(model.model_config or {})
-    colours = NORMALIZATIONS[
-        arguments.data.image_normalization or "imagenet"
-    ]  # mean and standard deviation, (3,) each
+    data = arguments.data
+    colours = NORMALIZATIONS[data.image_normalization or "imagenet"]  # mean and standard deviation, (3,) each
+    crop = 1.0 if data.eval_crop is None else data.eval_crop
 
     # a resumed run keeps its tokenizer, even if the captions have changed
     length = overrides.get("max_text_length", 64)
@@ -57,8 +57,11 @@ def build_processor_and_config(
         tokenizer = processor.tokenizer
         if kept is not None and digest_of_tokenizer(kept) != digest_of_tokenizer(tokenizer):
             tokenizer = kept
-        if arguments.data.image_normalization is None:
-            colours = processor.image_processor.image_mean, processor.image_processor.image_std
+        images = processor.image_processor
+        if data.image_normalization is None:
+            colours = images.image_mean, images.image_std
+        if data.eval_crop is None and images.do_center_crop:
+            crop = images.crop_size["height"] / images.size["height"]
         config = AutoConfig.from_pretrained(model.initial_model, **overrides)
     else:
         tokenizer = kept or _tokenizer(arguments, rows, length)
@@ -78,7 +81,7 @@ def build_processor_and_config(
     _warn_of_sides(arguments, rows)
 
     # the processor, with the image size of the configuration
-    image_processor = _image_processor(config.image_size, config.patch_size, arguments.data.eval_crop, *colours)
+    image_processor = _image_processor(config.image_size, config.patch_size, crop, *colours)
     joint = config.pair_layout == "joint"
     options = {"max_text_length": config.max_text_length, "joint_layout": joint}
     return VisionLanguageProcessor(image_processor, tokenizer, **options), config
