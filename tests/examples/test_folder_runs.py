@@ -101,6 +101,31 @@ def test_a_table_says_what_its_pictures_show(tmp_path, capsys):
         read_folder(tmp_path)
 
 
+def test_columns_of_a_folders_table_are_named_on_the_line(tmp_path, monkeypatch):
+    """A table whose columns have other names than the usual, or whose usual ones say something else."""
+    for shade in range(24):
+        colour(tmp_path / "photos", f"{shade}.png", shade)
+    monkeypatch.chdir(tmp_path)
+    line = ["--text_column", "title", "--id-column", "kind", "--image_column=picture"]
+    for header, cells in (
+        ("picture,title,kind", "{0}.png,title {0},{1}"),
+        ("file_name,text,picture,title,kind", "no.png,text {0},{0}.png,title {0},{1}"),
+    ):
+        rows = [cells.format(shade, "odd" if shade % 2 else "even") for shade in range(24)]
+        (tmp_path / "photos" / "words.csv").write_text("\n".join([header, *rows]))
+        written = parse_arguments(folders.folder_line("photos", [*line, "--epochs", "5"])).data
+        assert (written.image_column, written.text_column, written.id_column) == ("image", "captions", "id")
+        found = pq.read_table(written.train_data[0]).to_pylist()
+        ids = {Path(row["image"]).stem: row["id"] for row in found}
+        assert {len(row["captions"]) for row in found} == {1} and len(found) == 22
+        assert all(row["captions"] == [f"title {Path(row['image']).stem}"] for row in found)
+        assert len(set(ids.values())) == 2 and ids["3"] == ids["5"] != ids["4"]
+
+    (tmp_path / "photos" / "words.csv").unlink()
+    with pytest.raises(FolderError, match="no table in it; expected one for --text_column title, --id_column kind"):
+        read_folder(tmp_path / "photos", image_column=None, text_column="title", id_column="kind")
+
+
 def test_a_folder_that_says_nothing_is_refused(tmp_path):
     with pytest.raises(FolderError, match="there is no picture in it"):
         read_folder(tmp_path)

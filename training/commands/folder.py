@@ -1,7 +1,8 @@
 """Prepares a run on a folder of pictures: reads captions, holds out a tenth, chooses batch size and epochs.
 
-Captions come from a table in the folder (`metadata.csv`, or the only .csv, .tsv, .jsonl or .parquet), else from the
-lines of NAME.txt beside NAME.png, else from the picture's file name, else from the name of its folder.
+Captions come from a table in the folder (`metadata.csv`, or the only .csv, .tsv, .jsonl or .parquet), whose columns
+the line may name, else from the lines of NAME.txt beside NAME.png, else from the picture's file name, else from the
+name of its folder.
 """
 
 import argparse
@@ -40,6 +41,7 @@ NAMELESS = set(
     "dsc dscn dscf img image images pano photo photos pic picture pxl scan screenshot untitled vid wa".split()
 )
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+COLUMNS = ("image_column", "text_column", "id_column")  # of the folder's table, which the written pairs do not keep
 SCHEMA = {"captions": pa.list_(pa.string()), "id": pa.int64()}
 
 
@@ -54,11 +56,13 @@ class Pair:
         image: A path, or the bytes of a file.
         captions: One or more.
         picture: A key that is equal for equal pictures.
+        concept: The row's id in the table; None unless the line names a column of ids.
     """
 
     image: str | bytes
     captions: list[str]
     picture: Hashable
+    concept: Hashable | None = None
 
 
 def folder_line(folder: str, line: Sequence[str]) -> list[str]:
@@ -72,7 +76,7 @@ def folder_line(folder: str, line: Sequence[str]) -> list[str]:
     place = Path(folder).resolve()
     told, rest = told_first(place, line)
     output = told.output_dir
-    pairs = read_folder(place)
+    pairs = read_folder(place, **{name: getattr(told, name) for name in COLUMNS})
     train, held_out = hold_out(pairs, told.seed)
     for sentence in describe(place, pairs, len(held_out)):
         print(sentence)
@@ -144,6 +148,8 @@ def told_first(folder: Path, line: Sequence[str]) -> tuple[argparse.Namespace, l
     first.add_argument("--seed", type=int, default=0)
     first.add_argument("--family")
     first.add_argument("--size")
+    for name in COLUMNS:
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     told, rest = first.parse_known_args(line)
     if told.output_dir.is_file():
         raise FolderError(f"--output_dir {told.output_dir} is a file; expected a directory, new or of this run")
@@ -161,15 +167,20 @@ def pictures_of(run: str | Path) -> Path | None:
     return folder
 
 
-def read_folder(folder: Path) -> list[Pair]:
-    """The folder's pairs, in the order of file names or of its table."""
+def read_folder(folder: Path, **columns: str | None) -> list[Pair]:
+    """The folder's pairs, in the order of file names or of its table, whose `COLUMNS` may be named."""
+    named = {name: column for name, column in columns.items() if column is not None}
     if (table := find_table(folder)) is not None:
-        rows = open_rows(table, "pairs", bad_rows="skip")
+        rows = open_rows(table, "pairs", bad_rows="skip", **named)
         bad = {number: reason for number in range(len(rows)) if (reason := rows.reason(number)) is not None}
         tell_left_out(
             [f"row {number}: {reason}" for number, reason in bad.items()], len(rows), f"rows of {table.name}"
         )
-        pairs = [_of_row(rows[number]) for number in range(len(rows)) if number not in bad]
+        with_ids = "id_column" in named
+        pairs = [_of_row(rows[number], with_ids) for number in range(len(rows)) if number not in bad]
+    elif named:
+        told = ", ".join(f"--{name} {column}" for name, column in named.items())
+        raise FolderError(f"{folder}: there is no table in it; expected one for {told}")
     else:
         pictures = list_pictures(folder)
         if not pictures:
@@ -220,11 +231,11 @@ def find_table(folder: Path) -> Path | None:
     return tables[0] if tables else None
 
 
-def _of_row(row: Mapping[str, Any]) -> Pair:
+def _of_row(row: Mapping[str, Any], with_ids: bool) -> Pair:
     image = row["image"]
     if isinstance(image, Mapping):
         image = image.get("bytes") or image["path"]
-    return Pair(image, list(row["captions"]), _digest(image))
+    return Pair(image, list(row["captions"]), _digest(image), row["id"] if with_ids else None)
 
 
 def _digest(image: str | bytes) -> Hashable:
@@ -272,7 +283,8 @@ def _is_code(token: str) -> bool:
 
 
 def concepts(pairs: Sequence[Pair]) -> list[int]:
-    """An id for each pair, equal if pairs share a caption or a picture, directly or through other pairs."""
+    """An id for each pair: equal if their table says so, else if they share a caption or a picture, directly or
+    through other pairs."""
     parent: dict[Hashable, Hashable] = {}
 
     def root(key: Hashable) -> Hashable:
@@ -282,7 +294,8 @@ def concepts(pairs: Sequence[Pair]) -> list[int]:
         return key
 
     for number, pair in enumerate(pairs):
-        for key in (("picture", pair.picture), *(("caption", " ".join(one.lower().split())) for one in pair.captions)):
+        shared = [("picture", pair.picture), *(("caption", " ".join(one.lower().split())) for one in pair.captions)]
+        for key in shared if pair.concept is None else [("concept", pair.concept)]:
             parent[root(key)] = root(number)
     numbers: dict[Hashable, int] = {}
     return [numbers.setdefault(root(number), len(numbers)) for number in range(len(pairs))]
