@@ -3,12 +3,15 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -245,6 +248,52 @@ def test_pictures_that_a_table_names_belong_to_it(tmp_path: Path) -> None:
     (tmp_path / "named.jsonl").write_text("\n".join(json.dumps({"image": f"{one}.png", "text": one}) for one in "abc"))
     assert TableItems(str(tmp_path / "both.parquet")).files() == [str(tmp_path / "a.png")]
     assert TableItems(str(tmp_path / "named.jsonl")).files() == [str(tmp_path / f"{one}.png") for one in "abc"]
+
+
+@pytest.fixture
+def make_run(model_directory: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A run that has ended, on the data of its arguments."""
+
+    def make(**told: str) -> Path:
+        line = ["--family", "oner", *(word for name, value in told.items() for word in (f"--{name}", value))]
+        run = tmp_path / "run"
+        shutil.copytree(model_directory, run / "model", dirs_exist_ok=True)
+        (run / "model" / "results").mkdir(exist_ok=True)
+        (run / "model" / "results" / "training_config.json").write_text(json.dumps(parse_arguments(line).to_dict()))
+        (run / "log.jsonl").write_text("")
+        return run
+
+    return make
+
+
+def test_a_run_is_searched_in_the_rows_and_columns_that_it_learned_from(
+    make_run: Callable[..., Path], pictures: list[Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Columns of other names than the usual, beside usual ones that hold something else; of two splits, one."""
+    rows = {"photo": pictures, "image": ["gone.png"] * 6, "title": [f"title {number}" for number in range(6)],
+            "text": ["a text"] * 6, "kind": list("abcdef")}  # fmt: skip
+    parts = {"all": slice(None), "few": slice(3, 5)}
+    splits = {name: datasets.Dataset.from_dict({key: one[part] for key, one in rows.items()})
+              for name, part in parts.items()}  # fmt: skip
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    splits["few"].to_parquet(tmp_path / "few.parquet")
+    columns = {"image_column": "photo", "text_column": "title", "id_column": "kind"}
+    pictures[4].save(tmp_path / "asked.png")
+    asked = ("--image", tmp_path / "asked.png")
+
+    for told in ({"train_data": "saved", "split": "few"}, {"train_data": "few.parquet"}):
+        source = str(tmp_path / told.pop("train_data"))
+        run = make_run(train_data=source, **told, **columns)
+        found = answers_of(capsys, run, *asked)
+        assert [one["item"]["text"] for one in found] == ["title 4", "title 3"]
+        assert found[0]["item"].get("kind") == ("e" if "parquet" in source else None)
+        shown = contact_sheet.picture_of(found[0]["item"])
+        assert ImageChops.difference(shown, pictures[4].convert(shown.mode)).getbbox() is None
+
+    # another split of the same source is no index to use again
+    for split, count in (("few", 2), ("all", 6), ("all", 6)):
+        run = make_run(train_data=str(tmp_path / "saved"), split=split, **columns)
+        assert len(answers_of(capsys, run, *asked)) == count
 
 
 @pytest.mark.parametrize(

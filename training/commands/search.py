@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from itertools import chain
 from pathlib import Path
@@ -26,12 +26,12 @@ from oner.processing.retrieval_filter import columns_of, number_of
 from oner.processing.retrieval_index import INDEX_FILE, RetrievalIndexError
 from oner.processing.retrieval_sources import is_picture_file
 from oner.training.doctor.reading import LOG, read_run
-from oner.training.evaluation.contact_sheet import caption_of, draw_sheet, picture_of, save_sheet
+from oner.training.evaluation.contact_sheet import READING, caption_of, draw_sheet, picture_of, save_sheet
 from oner.training.publishing.model_loading import load_model
 from oner.training.publishing.shipped import find_model, shipped_checkpoint
 
 from .folder import pictures_of
-from .table_items import TABLES, TableItems
+from .table_items import TABLES, TableItems, reading_of
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -52,8 +52,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     cache = Path(options.index_cache) if options.index_cache else place / "index" if of_run else None
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         if of_run and source is None:
-            sources = [str(one) for one in read_run(place).arguments.epoch_of().data.train_data]
-            directory = index_sources(pipe, sources, cache)
+            data = read_run(place).arguments.epoch_of().data
+            directory = index_sources(pipe, [str(one) for one in data.train_data], cache, reading_of(data))
         else:
             directory = open_index(pipe, source or place, cache)
         use_backend(pipe, options.backend, directory)
@@ -93,7 +93,8 @@ def ask(pipe: ImageTextRetrievalPipeline, query: dict[str, str], options: argpar
 
 def columns(pipe: ImageTextRetrievalPipeline) -> list[str]:
     """What conditions can be on."""
-    return sorted({name for item in getattr(pipe.retrieval_index, "items", ()) for name in columns_of(item)})
+    found = {name for item in getattr(pipe.retrieval_index, "items", ()) for name in columns_of(item)}
+    return sorted(found - {READING})
 
 
 def named_item(index: SearchBackend, said: str) -> Any:
@@ -200,11 +201,14 @@ def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | Non
     return cache
 
 
-def index_sources(pipe: ImageTextRetrievalPipeline, sources: Sequence[str], cache: Path) -> Path:
-    """As `open_index`, of the sources that a run was trained on."""
-    tables = [TableItems(source) for source in sources]
+def index_sources(
+    pipe: ImageTextRetrievalPipeline, sources: Sequence[str], cache: Path, reading: Mapping[str, str]
+) -> Path:
+    """As `open_index`, of the sources that a run was trained on, opened as the run did."""
+    tables = [TableItems(source, reading) for source in sources]
     files = [file for source, table in zip(sources, tables, strict=True) for file in _files_of(source) + table.files()]
-    _keep(pipe, list(sources), files, chain.from_iterable(tables), cache)
+    names = [*sources, *([dict(reading)] if reading else [])]
+    _keep(pipe, names, files, chain.from_iterable(tables), cache)
     return cache
 
 
@@ -225,7 +229,7 @@ def _state(name: str) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _keep(pipe: ImageTextRetrievalPipeline, names: list[str], files: Sequence[str], rows: Any, cache: Path) -> None:
+def _keep(pipe: ImageTextRetrievalPipeline, names: list[Any], files: Sequence[str], rows: Any, cache: Path) -> None:
     listing_file = cache / "indexed_files.json"
     listing = [names, *([name, *_state(name)] for name in files)]
     if listing_file.is_file():

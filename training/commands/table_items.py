@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
@@ -17,29 +17,45 @@ from oner.processing.data.rows import PairTable
 from oner.processing.data.sources import USUAL, open_rows
 from oner.processing.data.text_tables import READERS
 from oner.processing.retrieval_filter import number_of
+from oner.training.evaluation.contact_sheet import READING
+from oner.training.run.arguments import DataArguments
 
 CSV = (".csv", ".tsv")
 TABLES = (".parquet", *CSV, ".jsonl")
 AT_ONCE = 256  # rows that are read together
-OWN = {"table", "row", "path"}  # of every item; a column of such a name keeps its values to itself
+OWN = {"table", "row", "path", READING}  # of every item; a column of such a name keeps its values to itself
 ROLES = {*USUAL["image"], *USUAL["text"]}
+# how `open_rows` and the arguments of a run call which rows and columns of a source are read
+TOLD = {
+    "image_column": "image_column",
+    "text_column": "text_column",
+    "id_column": "id_column",
+    "split": "split",
+    "config": "data_config",
+    "revision": "data_revision",
+}
 DECIMAL = re.compile(r"-?(?:0|[1-9]\d*)\.(\d+)")
 
 
 class TableItems:
     """
     Rows {"image", "item"}, read lazily. An item has "table", "row" and "text" (the first caption), the picture's
-    "path" if it is a separate file, and the row's other columns of numbers, texts and booleans.
+    "path" if it is a separate file, and the row's other columns of numbers, texts and booleans; READING is what a
+    sheet needs to open the same row.
+
+    Args:
+        reading: Options of `open_rows`, as `reading_of` finds them; without any, the usual columns.
 
     Attributes:
         bad: {row number: reason} of skipped rows.
     """
 
-    def __init__(self, table: str):
+    def __init__(self, table: str, reading: Mapping[str, str] | None = None):
         self.table = table
-        self.rows = open_rows(table, bad_rows="skip")
+        self.reading = dict(reading or {})
+        self.rows = open_rows(table, bad_rows="skip", **self.reading)
         self.bad = dict(self.rows.bad)
-        self.columns = columns_of_table(table)
+        self.columns = columns_of_table(table, {self.reading.get(name) for name in ("image_column", "text_column")})
 
     def __len__(self) -> int:
         return len(self.rows) - len(self.bad)
@@ -64,8 +80,16 @@ class TableItems:
         item = {"table": self.table, "row": number, "text": row["captions"][0]}
         if isinstance(row["image"], str):
             item["path"] = row["image"]
+        if shown := {name: value for name, value in self.reading.items() if name != "id_column"}:
+            item[READING] = shown
         more = {name: values[number] for name, values in self.columns.items() if number < len(values)}
         return {**{name: value for name, value in more.items() if value is not None}, **item}
+
+
+def reading_of(data: DataArguments) -> dict[str, str]:
+    """Columns, split, configuration and revision of a run's sources, without those that it does not name."""
+    told = {name: getattr(data, argument) for name, argument in TOLD.items()}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def paths_of(cells: pa.Array) -> list[str | None]:
@@ -75,16 +99,18 @@ def paths_of(cells: pa.Array) -> list[str | None]:
     return cells.to_pylist() if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type) else []
 
 
-def columns_of_table(table: str) -> dict[str, list[Any]]:
-    """The values of each column of a table file, except pictures and captions; None for a missing value."""
+def columns_of_table(table: str, named: Collection[str | None] = ()) -> dict[str, list[Any]]:
+    """The values of each column of a table file, except pictures and captions, usual or `named`; None for a missing
+    value."""
     files = expand(table)
     files = [Path(file) for file in (files if isinstance(files, list) else [files])]
     if not all(file.is_file() and file.suffix.lower() in TABLES for file in files):
         return {}
     columns: dict[str, list[Any]] = {}
+    left_out = {*ROLES, *OWN, *named}
     before = 0
     for file in files:
-        rows = _parquet(file) if file.suffix.lower() == ".parquet" else _texts(file)
+        rows = _parquet(file, left_out) if file.suffix.lower() == ".parquet" else _texts(file, left_out)
         for place, cells in enumerate(rows, before):
             for name, value in cells.items():
                 values = columns.setdefault(name, [])
@@ -94,10 +120,10 @@ def columns_of_table(table: str) -> dict[str, list[Any]]:
     return columns if files[0].suffix.lower() not in CSV else {name: read(cells) for name, cells in columns.items()}
 
 
-def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+def _parquet(file: Path, left_out: Collection[str | None]) -> Iterator[dict[str, Any]]:
     reader = pq.ParquetFile(file)
     nested = {field.name for field in reader.schema_arrow if field.type.num_fields}
-    names = [name for name in reader.schema_arrow.names if name not in nested | ROLES | OWN]
+    names = [name for name in reader.schema_arrow.names if name not in nested and name not in left_out]
     if not names:
         yield from ({} for _ in range(reader.metadata.num_rows))
         return
@@ -105,10 +131,10 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
         yield from ({name: plain(value) for name, value in row.items()} for row in batch.to_pylist())
 
 
-def _texts(file: Path) -> Iterator[dict[str, Any]]:
+def _texts(file: Path, left_out: Collection[str | None]) -> Iterator[dict[str, Any]]:
     for cells in READERS["csv" if file.suffix.lower() in CSV else "json"](file):
         cells = {} if isinstance(cells, str) else cells
-        yield {name: plain(value) for name, value in cells.items() if name not in ROLES | OWN}
+        yield {name: plain(value) for name, value in cells.items() if name not in left_out}
 
 
 def read(cells: list[str | None]) -> list[Any]:

@@ -22,6 +22,7 @@ from .fonts import font
 COLUMNS, CELL, GAP, PICTURE = 4, 224, 16, 168
 PAPER, CARD, INK, GREY, EDGE, ACCENT = "#f4f2ee", "#ffffff", "#22252a", "#7a7f87", "#dedbd4", "#c2410c"
 
+READING = "open_rows"  # of an item from a table whose columns or split are named: what it is opened with
 # a sheet asks for pictures and not for ids, so that rows of one picture are no news
 open_table = lru_cache(partial(open_rows, bad_rows="skip", id_column=ROW))
 
@@ -35,8 +36,10 @@ def save_sheet(sheet: Image.Image, file: str | Path) -> None:
 
 def picture_of(item: Any) -> Image.Image | None:
     try:
-        if isinstance(item, dict):
-            item = open_table(item["table"])[item["row"]]["image"] if "table" in item else item.get("image")
+        if isinstance(item, dict) and "table" in item:
+            item = open_table(item["table"], **item.get(READING, {}))[item["row"]]["image"]
+        elif isinstance(item, dict):
+            item = item.get("image")
         return open_image(item)
     except (ValueError, IndexError):
         return None  # a text, or a picture that no longer exists
