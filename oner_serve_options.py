@@ -19,7 +19,9 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     Needs gradio: pip install 'oner[serve]'. Only this machine can open the page, unless you set --host.
     """
     parser.add_argument("model", help="a model directory, a run, or a name on the Hub")
-    parser.add_argument("indexes", nargs="*", metavar="INDEX", help="what to search; default: the index of the run")
+    parser.add_argument(
+        "indexes", nargs="*", metavar="INDEX", help="what to search; default: what the run learned from"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: open to the network (default 127.0.0.1)")
     parser.add_argument("--port", type=int, help="default: the first free port from 7860 on")
     add_page(parser)

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from families import FAMILIES
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_search import Refused, fake_gradio, handlers_of, search_of
 
 from oner.processing.retrieval_index import RetrievalIndex
@@ -21,6 +23,7 @@ from oner.training.publishing import space_layout
 from oner.training.publishing.hub import export_model
 from oner.training.publishing.origins import attributions_of, read_origins
 from oner.training.publishing.space import copy_model
+from oner.training.run.parsing import parse_arguments
 from oner_command_line import main as command_line
 
 # OneR has a map of cosines, SIMLA and CODIS one of their gradients, MoMo none
@@ -121,6 +124,38 @@ def test_serve_opens_folders_and_indexes_and_tells_the_address(search, gradio, t
     # vectors of an untrained model lie close together, and those of an index are rounded
     (own,) = [one for one in answer.found if one.place == str(photos / "1.png")]
     assert own.score == pytest.approx(answer.found[0].score, abs=1e-3)
+
+
+def test_a_run_is_served_with_the_pictures_and_the_model_that_it_has_now(search, gradio, tmp_path):
+    """After `oner search RUN` a picture is added, and then the run learns on: neither leaves the page as it was."""
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    photos.mkdir()
+    for path in search.pictures[:3]:
+        shutil.copy(path, photos)
+    shutil.copytree(search.model, run / "model")
+    (run / "folder.json").write_text(json.dumps({"folder": str(photos)}))
+    assert command_line(["search", str(run), "a face", "--out", str(tmp_path / "answers.png")]) == 0
+
+    shutil.copy(search.pictures[3], photos)
+    assert command_line(["serve", str(run)]) == 0
+    assert gradio.Dropdown.call_args.args[0] == [("run (4)", "run")]
+    trained = run / "model" / "model.safetensors"
+    save_file({name: 1.5 * one for name, one in load_file(trained).items()}, trained, {"format": "pt"})
+    (run / "model" / "digests.json").unlink()
+    assert command_line(["serve", str(run), "--write-space", str(tmp_path / "space")]) == 0
+    assert len(RetrievalIndex.load(tmp_path / "space" / "indexes" / "run")) == 4
+
+
+def test_a_run_on_a_table_is_served_without_a_search_before(search, gradio, tmp_path):
+    run, table = tmp_path / "run", tmp_path / "pairs.csv"
+    table.write_text("photo,title\n" + "".join(f"{path},a face\n" for path in search.pictures[:3]))
+    shutil.copytree(search.model, run / "model")
+    (run / "model" / "results").mkdir(exist_ok=True)
+    line = ["--family", "oner", "--train_data", str(table), "--image_column", "photo", "--text_column", "title"]
+    (run / "model" / "results" / "training_config.json").write_text(json.dumps(parse_arguments(line).to_dict()))
+    (run / "log.jsonl").write_text("")
+    assert command_line(["serve", str(run)]) == 0
+    assert gradio.Dropdown.call_args.args[0] == [("run (3)", "run")]
 
 
 def test_indexes_of_one_name_are_told_apart():

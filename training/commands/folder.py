@@ -163,7 +163,10 @@ def pictures_of(run: str | Path) -> Path | None:
         return None
     folder = Path(json.loads(note.read_text(encoding="utf-8"))["folder"])
     if not folder.is_dir():
-        raise FolderError(f"{run} was trained on {folder}, which is gone; give its new place with --index")
+        raise FolderError(
+            f"{run} was trained on {folder}, which is gone; give its new place: `oner search --index PLACE`, "
+            f"`oner serve RUN PLACE`"
+        )
     return folder
 
 

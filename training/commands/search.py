@@ -49,13 +49,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     # the index, reused if nothing has changed; with --json its messages go to stderr
     source = pictures_of(place) if of_run else None
-    cache = Path(options.index_cache) if options.index_cache else place / "index" if of_run else None
+    cache = Path(options.index_cache) if options.index_cache else None
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
-        if of_run and source is None:
-            data = read_run(place).arguments.epoch_of().data
-            directory = index_sources(pipe, [str(one) for one in data.train_data], cache, reading_of(data))
-        else:
-            directory = open_index(pipe, source or place, cache)
+        directory = (index_of_run if of_run else open_index)(pipe, place, cache)
         use_backend(pipe, options.backend, directory)
 
     # print the answers as JSON, or as a list with a sheet
@@ -201,10 +197,20 @@ def open_index(pipe: ImageTextRetrievalPipeline, source: Path, cache: Path | Non
     return cache
 
 
+def index_of_run(pipe: ImageTextRetrievalPipeline, run: Path, cache: Path | None = None) -> Path:
+    """As `open_index`, of the folder or the sources that a run was trained on; kept in the run by default."""
+    cache = cache or run / "index"
+    folder = pictures_of(run)
+    if folder is not None:
+        return open_index(pipe, folder, cache)
+    data = read_run(run).arguments.epoch_of().data
+    return index_sources(pipe, [str(one) for one in data.train_data], cache, reading_of(data))
+
+
 def index_sources(
     pipe: ImageTextRetrievalPipeline, sources: Sequence[str], cache: Path, reading: Mapping[str, str]
 ) -> Path:
-    """As `open_index`, of the sources that a run was trained on, opened as the run did."""
+    """As `open_index`, of sources that are opened as `reading` says."""
     tables = [TableItems(source, reading) for source in sources]
     files = [file for source, table in zip(sources, tables, strict=True) for file in _files_of(source) + table.files()]
     names = [*sources, *([dict(reading)] if reading else [])]

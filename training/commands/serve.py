@@ -13,8 +13,7 @@ from oner.training.publishing.shipped import find_model
 from oner.training.publishing.space import Space, write_space
 from oner.training.publishing.space_layout import build_page, import_gradio, look
 
-from .folder import pictures_of
-from .search import load_pipeline, open_index
+from .search import index_of_run, load_pipeline, open_index
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -39,11 +38,16 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def open_search(options: argparse.Namespace) -> tuple[str, ImageTextRetrievalPipeline, dict[str, Path]]:
-    """The directory of `options.model`, its pipeline, and the indexes by name: `options.indexes`, or the run's."""
+    """
+    The directory of `options.model`, its pipeline, and the indexes by name: `options.indexes`, or the run's, which is
+    brought up to date with its pictures and its model as `oner search RUN` does.
+    """
     place = Path(options.model)
     model = find_model(place)
     pipe = load_pipeline(model)
-    sources = [Path(one).resolve() for one in options.indexes] or [index_of_run(place)]
+    if not options.indexes:
+        return model, pipe, named({place.resolve(): index_of_run(pipe, place.resolve())})
+    sources = [Path(one).resolve() for one in options.indexes]
     return model, pipe, named({source: index_directory(pipe, source) for source in sources})
 
 
@@ -53,15 +57,6 @@ def write_page(options: argparse.Namespace, directory: str | Path) -> None:
     space = Space(model, indexes, picture_of, options.title, options.limit)
     for name, count in write_space(space, directory, pipe).items():
         print(f"{name}: {count} items" + ", evenly spaced; --limit takes more" * (count == options.limit))
-
-
-def index_of_run(place: Path) -> Path:
-    """The index that `oner search RUN` kept, else the folder that the run was trained on. Raises `ValueError`."""
-    kept = place / "index"
-    source = kept if (kept / INDEX_FILE).is_file() else pictures_of(place)
-    if source is None:
-        raise ValueError(f"{place}: there is nothing to search; give a folder, a table, or a saved index after it")
-    return source.resolve()
 
 
 def index_directory(pipe: ImageTextRetrievalPipeline, source: Path) -> Path:
