@@ -12,8 +12,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from dis import opmap
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 
 import oner_run_options as run_options
 from oner_evaluate_options import check_evaluation, compare_arguments, evaluate_arguments, suite_arguments
@@ -357,15 +359,23 @@ def shown_plainly(name: str) -> Callable[..., str]:
 def is_refusal(error: Exception) -> bool:
     """
     Whether the message of an error is enough: the system refused a file, or our own code refused an input. An error
-    from another library may be a bug of ours, for which the traceback is needed.
+    from another library may be a bug of ours, for which the traceback is needed, and so is a `TypeError` that no line
+    of ours raises: Python's own, of a wrong call.
     """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     # with python -m this module has another name
     return isinstance(error, OSError | Mistake) or (
-        trace is not None and trace.tb_frame.f_globals["__name__"].startswith("oner")
+        trace is not None
+        and trace.tb_frame.f_globals["__name__"].startswith("oner")
+        and (not isinstance(error, TypeError) or raises(trace))
     )
+
+
+def raises(trace: TracebackType) -> bool:
+    """Whether the error came from a `raise` of this frame, not from what Python or an extension did there."""
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -402,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = command.read(given.command, given.rest)
         # torch and transformers are imported here and no earlier
         return import_module(command.module).run(options, rest)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (TypeError, ValueError, OSError, RuntimeError, ImportError) as error:
         if not is_refusal(error):
             raise
         if given.traceback:

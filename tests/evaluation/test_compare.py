@@ -188,3 +188,18 @@ def test_two_sources_of_one_name_are_refused(models, emoji_folder, tmp_path, cap
     line = ["compare", str(models["oner"]), "--data", str(emoji_folder / "test_concept.parquet"), str(other)]
     assert command_line([*line, "--limit", "5"]) == 2
     assert "share the name 'test_concept'" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_do_it_is_refused_in_one_line(models, emoji_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "red.png")
+    data = ["--data", str(emoji_folder / "test_concept.parquet"), "--limit", "4", "--output", "compared"]
+    for line, reason in (
+        (["search", "photos", "red", "--model", str(models["clip"])], "get_multimodal_features, got CLIPModel\n"),
+        (["compare", str(models["siglip"]), *data, "--sheets", "maps"], "siglip is a SiglipModel\n"),
+    ):
+        assert command_line(line) == 2
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1].startswith(f"oner {line[0]}: ") and said.endswith(reason)
+        assert "Traceback" not in said

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from PIL import Image
 from tiny_folder import write_named
@@ -287,6 +288,30 @@ def test_outside_a_checkout_it_is_said_what_only_a_checkout_holds(tmp_path, monk
     assert command_line(["train", "--config", "oner_emoji", "--train_data", "nowhere", "--eval_data"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("oner train: nowhere: ") and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: draw_log(),
+        lambda: words_of(None),
+        lambda: Pair(1, [], 2, 3, 4),
+        lambda: torch.nn.Linear(2, 2)("words"),
+        lambda: torch.zeros("words"),
+    ],
+)
+def test_a_wrong_call_keeps_its_traceback(tmp_path, monkeypatch, wrong):
+    """A `TypeError` in our code is a refusal only where our code raises it."""
+
+    def run(*_):
+        return wrong()
+
+    # as if the call stood in a module of ours
+    for function in (run, wrong):
+        monkeypatch.setitem(function.__globals__, "__name__", "oner.training.doctor.command")
+    monkeypatch.setattr("oner.training.doctor.command.run", run)
+    with pytest.raises(TypeError):
+        command_line(["doctor", str(tmp_path)])
 
 
 def test_a_fault_of_another_library_keeps_its_traceback(tmp_path, monkeypatch):
