@@ -180,6 +180,26 @@ def test_an_index_counts_what_it_passed_over_and_is_asked_in_every_way(
     assert {one["index"] for one in answers_of(capsys, place[0], "thing", *model, "--rerank", "3")} == set(range(6))
 
 
+def test_an_item_is_named_through_a_link(
+    model_directory: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder and a table behind a link, asked for by the link, by the place itself, and from within it."""
+    (photos / "0-link.png").symlink_to(photos / "picture-3.png")
+    (tmp_path / "link").symlink_to(photos)
+    (tmp_path / "tables").mkdir()
+    names = ["0-link.png", *(f"picture-{number}.png" for number in range(6))]
+    rows = [f"{photos / name},{name}" for name in names]
+    (tmp_path / "tables" / "rows.csv").write_text("\n".join(["file_name,text", *rows]))
+    monkeypatch.chdir(tmp_path / "link")
+    for place in (tmp_path / "link", tmp_path / "tables" / "rows.csv"):
+        link = tmp_path / "link"
+        for said in (link / "picture-3.png", photos / "picture-3.png", "picture-3.png", "../photos/0-link.png"):
+            found = answers_of(
+                capsys, place, "--like", said, "--model", model_directory, "--index-cache", tmp_path / "cache"
+            )
+            assert len(found) == 6 and {one["index"] for one in found} == {*range(7)} - {names.index(Path(said).name)}
+
+
 def test_other_backends_are_built_when_they_are_asked_for(
     model_directory: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

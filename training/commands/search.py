@@ -97,12 +97,14 @@ def named_item(index: SearchBackend, said: str) -> Any:
     """The number of an item, given its number, its path, or the item itself; `said` unchanged if there is none."""
     if said.isdecimal():
         return int(said)
-    path = os.path.abspath(said)
-    for item in (path, said):
+    # a place is indexed with its links followed, but not those that lie in it
+    folder, name = os.path.split(said)
+    paths = (os.path.abspath(said), os.path.join(os.path.realpath(folder), name))
+    for item in (*paths, said):
         if (number := index.index_of(item)) is not None:
             return number
     rows = enumerate(getattr(index, "items", ()))
-    return next((row for row, item in rows if isinstance(item, dict) and item.get("path") == path), said)
+    return next((row for row, item in rows if isinstance(item, dict) and item.get("path") in paths), said)
 
 
 def asked_pictures(options: argparse.Namespace) -> list[str]:
