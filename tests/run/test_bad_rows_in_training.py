@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from tiny_pretraining import (
 
 from oner.processing.data.quarantine import BadRowsError, read_quarantine
 from oner.processing.data.sources import PairDataError
+from oner.training.commands.train import train
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import list_checkpoints, load_checkpoint
 from oner.training.run.collators import build_collators
 from oner.training.run.engine import Engine
+from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader, open_portions
 from oner.training.run.parsing import parse_arguments
 
@@ -113,6 +116,22 @@ def test_resuming_is_never_stopping(example, spoilt, undisturbed, tmp_path, monk
     assert_same_checkpoint(list_checkpoints(undisturbed)[-1], list_checkpoints(tmp_path)[-1])
     assert read_log(tmp_path) == read_log(undisturbed)
     assert (tmp_path / "quarantine.jsonl").read_bytes() == (undisturbed / "quarantine.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_that_is_only_timed_leaves_the_list_as_it_is(spoilt, undisturbed, tmp_path, workers, capsys):
+    """As `oner train FOLDER` does when it is called again."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for path in list_checkpoints(run)[5:]:
+        shutil.rmtree(path)
+    told = tiny_arguments(spoilt, run, resume="auto", **MANY)
+    told[told.index("--num_workers") + 1] = str(workers)
+    arguments = parse_arguments(told)
+    train(arguments, make_accelerator(arguments.run), timed=True)
+    assert "this will take about" in capsys.readouterr().out
+    assert (run / "quarantine.jsonl").read_bytes() == (undisturbed / "quarantine.jsonl").read_bytes()
+    assert_same_checkpoint(list_checkpoints(undisturbed)[-1], list_checkpoints(run)[-1])
 
 
 def test_too_many_bad_rows_at_opening_stop_the_run_before_it_starts(example, spoilt, tmp_path):

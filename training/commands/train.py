@@ -20,7 +20,6 @@ from oner.training.run.arguments import Arguments
 from oner.training.run.beginning import begin_objective
 from oner.training.run.building import build_model, build_processor_and_config
 from oner.training.run.collators import CAPTION_RULES, build_collators
-from oner.training.run.data_workers import Waiting
 from oner.training.run.engine import Engine
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.inputs import Inputs
@@ -109,7 +108,7 @@ def seconds_of_step(
         teacher.follow(student)
     trial.to(accelerator.device)
     started = time.perf_counter()
-    batches = next(one for one in loader(0) if not isinstance(one, Waiting))
+    batches = loader.trial()
     for name, portion in trial.portions.items():
         batch = {key: value.to(accelerator.device) for key, value in batches[name].items()}
         with accelerator.autocast():

@@ -147,6 +147,13 @@ class RunLoader:
                 step[name] = batch
             yield step
 
+    def trial(self) -> dict[str, Batch]:
+        """
+        This process's batches of the first step, to try a step with. Their bad rows are neither counted nor listed, so
+        `quarantine.jsonl` of a run that is about to resume stays as it is.
+        """
+        return {name: portion.trial(self.total_steps) for name, portion in self.portions.items()}
+
 
 class PortionLoader:
     """
@@ -202,8 +209,7 @@ class PortionLoader:
         # each batch, without its list of replaced rows
         step = start_step
         told = False
-        loader = self._loader(start_step, total_steps)
-        for batch in patiently(loader, self.rows.name) if loader.num_workers else loader:
+        for batch in self._read(start_step, total_steps):
             if isinstance(batch, Waiting):
                 yield batch
                 continue
@@ -218,6 +224,17 @@ class PortionLoader:
                 self.quarantine.check(self.name, failures, (step + 1) * run.batch_size + stand_ins)
             yield batch
             step += 1
+
+    def trial(self, total_steps: int) -> Batch:
+        """The first batch; the quarantine hears nothing of its bad rows."""
+        batch = next(one for one in self._read(0, total_steps) if not isinstance(one, Waiting))
+        batch.pop("quarantine", None)
+        return batch
+
+    def _read(self, start_step: int, total_steps: int) -> Iterator[Batch | Waiting]:
+        """The batches from a step to the end, with their lists of replaced rows."""
+        loader = self._loader(start_step, total_steps)
+        return patiently(loader, self.rows.name) if loader.num_workers else iter(loader)
 
     def _line(self, row: int, **what: Any) -> dict[str, Any]:
         place = (self.rows.name, row) if isinstance(self.rows, PairStream) else self.rows.where(row)
