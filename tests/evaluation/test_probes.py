@@ -195,6 +195,30 @@ def test_a_folder_and_a_table_of_labelled_images(tmp_path):
         open_labelled_images(str(tmp_path / "rows.csv"), "age")
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("labels", [["cat", "None", "NA", "null", "none", "nan"], ["01", "1", "007"], ["1", "1.0"]])
+def test_labels_of_a_csv_are_the_texts_that_are_written(tmp_path, labels, ending):
+    """None is taken for a missing one, and no two for one number."""
+    for number in range(len(labels)):
+        paint(tmp_path / f"{number}.png", (255, 0, 0))
+    between = {"csv": ",", "tsv": "\t"}[ending]
+    lines = [f"file_name{between}label", *(f"{number}.png{between}{label}" for number, label in enumerate(labels))]
+    table = tmp_path / f"rows.{ending}"
+    table.write_text("\n".join(lines) + "\n")
+    rows = open_labelled_images(str(table))
+    assert rows.labels == labels and rows[1]["image"].endswith("1.png")
+
+
+def test_a_csv_of_labels_that_cannot_be_read_names_the_row(tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b"file_name,label\n0.png,cat\n1.png,caf\xe9\n")
+    with pytest.raises(PairDataError, match=r"1 of 2 rows cannot be used .*\n  row 1: is not UTF-8 \(line 3\)"):
+        open_labelled_images(str(table))
+    table.write_text("file_name,label\n")
+    with pytest.raises(PairDataError, match="no row has a label in the column 'label'"):
+        open_labelled_images(str(table))
+
+
 def test_the_fifteen_sets_are_those_of_table_3():
     assert len(SETS) == 15
     assert np.mean([one.reported for one in SETS.values()]) == pytest.approx(83.63, abs=0.01)

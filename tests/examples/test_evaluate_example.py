@@ -206,7 +206,7 @@ def test_class_numbers_of_a_table_are_checked(tmp_path):
     assert [(row["id"], row["captions"]) for row in open_labelled(str(table), ["x", "y", "z"])] == [
         (2, ["z"]), (0, ["x"]),
     ]  # fmt: skip
-    with pytest.raises(PairDataError, match=r"a whole number in 0\.\.1, got 2 in row 0"):
+    with pytest.raises(PairDataError, match=r"a whole number in 0\.\.1, got '2' in row 0"):
         open_labelled(str(table), ["x", "y"])
     with pytest.raises(PairDataError, match="no column 'kind' for the class numbers; columns found: file_name, label"):
         open_labelled(str(table), ["x", "y"], label_column="kind")

@@ -12,13 +12,16 @@ from typing import Any
 
 import datasets
 
+from oner.processing.data.row_checks import SHOWN, report
 from oner.processing.data.sources import PairDataError, PairRows, open_rows
+from oner.processing.data.text_tables import csv_names, csv_rows
 
 from .prompts import ClassName
 
 LABEL_COLUMNS = ("label", "labels")
 IMAGE_COLUMNS = ("image", "img", "file_name", "image_path")
-TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}
+TABLES = {".parquet": "parquet", ".jsonl": "json"}
+CSV = (".csv", ".tsv")
 NAME_COLUMN = "oner_class_name"
 
 
@@ -94,20 +97,22 @@ def class_numbers(values: Sequence[Any], count: int, where: str) -> list[int]:
 
 def load_source(source: str) -> tuple[datasets.Dataset, str | None]:
     """
-    Rows of a source and the folder of its picture paths; None if the rows contain the pictures.
+    Rows of a source and the folder of its picture paths; None if the rows contain the pictures. Cells of a `.csv` or
+    `.tsv` are texts as written, so the labels "NA", "1" and "01" are three classes.
 
     Raises:
-        PairDataError: `datasets` cannot open it, or it has several splits.
+        PairDataError: it cannot be opened, or has several splits.
     """
     # the kind of source: a table, a saved data set, folders of pictures, else a name on the Hub
     path = Path(source)
+    if path.suffix in CSV and path.is_file():
+        return read_csv(path), str(path.parent)
     folder = None
     try:
         if path.suffix in TABLES and path.is_file():
             kind = TABLES[path.suffix]
             folder = str(path.parent)
-            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            data = datasets.load_dataset(kind, data_files=[str(path)], split="train", **options)
+            data = datasets.load_dataset(kind, data_files=[str(path)], split="train")
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(str(path))
         elif path.is_dir() and not any(path.glob("metadata.*")) and any(entry.is_dir() for entry in path.iterdir()):
@@ -124,6 +129,20 @@ def load_source(source: str) -> tuple[datasets.Dataset, str | None]:
             raise PairDataError(f"{source} has the splits {sorted(data)}: name the files or the folder of one")
         (data,) = data.values()
     return data, folder
+
+
+def read_csv(path: Path) -> datasets.Dataset:
+    """
+    The cells of a csv as texts. Not by `datasets`: its reader takes "NA" and "none" for missing, and "01" for 1.
+
+    Raises:
+        PairDataError: as `csv_rows`, or a row is not UTF-8.
+    """
+    rows = list(csv_rows(path))
+    if wrong := [(place, row) for place, row in enumerate(rows) if isinstance(row, str)]:
+        raise PairDataError(report(str(path), wrong[:SHOWN], len(wrong), len(rows)))
+    columns = {name: [row[name] for row in rows] for name in csv_names(path)}
+    return datasets.Dataset.from_dict(columns, datasets.Features(dict.fromkeys(columns, datasets.Value("string"))))
 
 
 def find_column(data: datasets.Dataset, name: str | None, usual: Sequence[str], what: str, source: str) -> str:
