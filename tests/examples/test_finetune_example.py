@@ -25,6 +25,7 @@ from oner.processing.data.rows import PairRows
 from oner.training.doctor.command import examine
 from oner.training.doctor.reading import read_run
 from oner.training.evaluation.results import read_results
+from oner.training.objectives.objective import objective_classes
 from oner.training.publishing.model_loading import load_model
 from oner.training.run.parsing import read_config
 from oner.training.tasks.finetuning import TASKS, build_evaluator, find_task
@@ -191,12 +192,27 @@ def test_a_configuration_takes_two_steps(path, finetune, pretrained, momo, oner,
 
 
 def test_a_family_without_a_matching_head_is_fine_tuned_by_its_own_losses(finetune, oner, tmp_path):
-    told = {**DATA["retrieval"](tmp_path), "family": "oner", "losses": ["itc", "cmc"], "rerank_k": 0, "max_steps": 2}
+    told = {**DATA["retrieval"](tmp_path), "losses": ["itc", "cmc"], "rerank_k": 0, "max_steps": 2}
     del told["queue_size"]
     metrics = finetune.main(line("retrieval", oner, tmp_path / "run", told))
     assert "dataset_coco/tr_r@1" in metrics and not any("rerank" in name for name in metrics)
     logged = [entry for entry in read_log(tmp_path / "run") if "loss" in entry]
     assert {"itc", "cmc"} <= logged[-1].keys() and "itm" not in logged[-1]
+
+
+def test_the_family_is_that_of_the_initial_model_unless_one_is_named(finetune, oner, momo, pretrained, tmp_path):
+    file = tmp_path / "run.yaml"
+    for family, model in (("oner", oner), ("momo", momo), ("simla", pretrained)):
+        told = ["--task", "retrieval", "--train_data", "coco.json"]
+        _, arguments = finetune.parse([*told, "--initial_model", str(model)])
+        assert (arguments.model.family, arguments.model.initial_model) == (family, str(model))
+        assert isinstance(arguments.objective, objective_classes(family)[1])
+        file.write_text(f"task: retrieval\ninitial_model: {model}\n")
+        assert finetune.parse(["--config", str(file), *told[2:]])[1].model.family == family
+    # one that is named is taken as it is, of a run that is not there yet too
+    file.write_text("family: oner\ninitial_model: runs/later/model\n")
+    assert finetune.parse(["--config", str(file), *told])[1].model.family == "oner"
+    assert finetune.parse(told)[1].model.family == "simla"
 
 
 @pytest.fixture(scope="module")

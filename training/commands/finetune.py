@@ -20,7 +20,7 @@ from oner.training.run.inputs import Inputs
 from oner.training.run.launch import make_accelerator
 from oner.training.run.loading import RunLoader
 from oner.training.run.output_lock import alone_in
-from oner.training.run.parsing import parse_arguments, read_config
+from oner.training.run.parsing import family_of, parse_arguments, read_config
 from oner.training.run.summary import STOPPED, describe, export, prepare_publication
 from oner.training.tasks.finetuning import (
     TASKS,
@@ -34,6 +34,9 @@ from oner.training.tasks.finetuning import (
 )
 
 from .ending import tell
+
+# where neither the line nor the file names a family or a model
+DEFAULT_FAMILY = "simla"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
@@ -89,17 +92,21 @@ def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[st
 def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
     """The task, from `--task` or the configuration file, and all other arguments."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("task", "config", "family"):
+    for name in ("task", "config", "family", "initial_model"):
         first.add_argument(f"--{name}")
     known, rest = first.parse_known_args(argv)
     told = {} if known.config is None else read_config(known.config)
-    name, family = known.task or told.get("task"), known.family or told.get("family", "simla")
+    name = known.task or told.get("task")
     if name is None:
         raise ValueError(f"no task given; expected --task, or `task` in the file: {', '.join(TASKS)}")
     task = find_task(name)
-    config = [] if known.config is None else ["--config", known.config]
-    line = [*config, "--task", name, "--family", family, *rest]
-    return task, parse_arguments(line, objective=task_arguments(task, family))
+
+    # without a model there is no run, but its other arguments can be parsed
+    model = known.initial_model or told.get("initial_model")
+    family = known.family or told.get("family") or (DEFAULT_FAMILY if model is None else family_of(model))
+    chosen = {"config": known.config, "task": name, "family": family, "initial_model": known.initial_model}
+    line = [word for option, value in chosen.items() if value is not None for word in (f"--{option}", value)]
+    return task, parse_arguments([*line, *rest], objective=task_arguments(task, family))
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:

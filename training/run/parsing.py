@@ -95,7 +95,7 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     values = read_config(known.config) if known.config else {}
     family = known.family or values.get("family") or defaults.get("family")
     if objective is None:
-        family = family or _family_of(known.initial_model or values.get("initial_model"))
+        family = family or family_of(known.initial_model or values.get("initial_model"))
         objective = objective_classes(family)[1]
     kinds = [ModelArguments, *DATA, RunArguments, objective]
     parser = ListParser(kinds, allow_abbrev=False)
@@ -130,7 +130,8 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     return arguments
 
 
-def _family_of(initial_model: str | None) -> str:
+def family_of(initial_model: str | None) -> str:
+    """The family of a model: a directory, a shipped one, or one on the Hub. Raises `ValueError` if none is named."""
     if initial_model is None:
         raise ValueError(f"which family? expected --family, or `family` in the file, out of {', '.join(OBJECTIVES)}")
     check_place(find_model(initial_model))
