@@ -180,18 +180,24 @@ class Watch:
         max_bad_rows: maximum share, from 0 (none) to 1 (any).
         opened: (source, row, reason) of the rows found bad at opening.
         total: rows of the portion; None for a stream, which is not checked at opening.
+        unit: what the steps read, as the message calls it: rows, or pairs where a row is one for each caption.
 
     Attributes:
         before, new: (failed rows, those of them that were stand-ins) before the start and since.
     """
 
     def __init__(
-        self, max_bad_rows: float, opened: Iterable[tuple[str, int, str]] = (), total: int | None = None
+        self,
+        max_bad_rows: float,
+        opened: Iterable[tuple[str, int, str]] = (),
+        total: int | None = None,
+        unit: str = "rows",
     ) -> None:
         if not 0 <= max_bad_rows <= 1:
             raise ValueError(f"max_bad_rows is {max_bad_rows}; expected a share in [0, 1]")
         self.max_bad_rows = max_bad_rows
         self.total = total
+        self.unit = unit
         self.opened = [line_of(*row) for row in opened]
         self.opened_share = len(self.opened) / total if total else 0.0
         self.before = (0, 0)
@@ -259,16 +265,17 @@ class Quarantine:
             file.write("".join(map(dumped, lines)).encode())
 
     def check(self, portion: str, bad: int, seen: int) -> None:
-        """Raises `BadRowsError` if `bad` of the `seen` rows, over all processes, exceed what the run allows."""
+        """Raises `BadRowsError` if `bad` of the `seen` rows (or pairs), over all processes, exceed the limit."""
         watch = self.watches[portion]
 
         # the share that bad rows at opening have left, plus three standard deviations
         left = max(watch.max_bad_rows - watch.opened_share, 0.0)
         if bad > left * seen + 3 * sqrt(left * seen):
-            at_opening = f", beside {len(watch.opened)} of {watch.total} at opening" if watch.opened else ""
+            at_opening = f", beside {len(watch.opened)} of {watch.total} rows at opening" if watch.opened else ""
             raise BadRowsError(
-                f"{bad} of {seen} rows could not be used{at_opening}; more than max_bad_rows={watch.max_bad_rows} "
-                f"allows. {self.path} lists them all, the last that this process met:\n{listed(watch.last)}"
+                f"{bad} of {seen} {watch.unit} could not be used{at_opening}; more than "
+                f"max_bad_rows={watch.max_bad_rows} allows. {self.path} lists them all, the last that this process "
+                f"met:\n{listed(watch.last)}"
             )
 
     def _write(self, earlier: list[dict[str, Any]]) -> None:

@@ -15,10 +15,11 @@ from tiny_pretraining import tiny_arguments
 from oner import open_rows
 from oner.processing.data.captions_apart import CaptionsApart
 from oner.processing.data.mixture import PairMixture, open_mixture
+from oner.processing.data.quarantine import BadRowsError
 from oner.processing.data.row_checks import PairDataError
 from oner.training.run.building import build_processor_and_config
 from oner.training.run.collators import build_collators
-from oner.training.run.loading import RunLoader, open_portions
+from oner.training.run.loading import RunLoader, open_portions, quarantine_of
 from oner.training.run.parsing import parse_arguments
 
 # captions of each image
@@ -147,6 +148,29 @@ def test_an_image_may_repeat_if_that_is_said(table, tmp_path):
     # ids are coarser than images
     keys, _, _, rows = batches(table, tmp_path / "ids", id_column="kind", one_row_per_id=True, batch_size=2)
     assert all(len({rows["pairs"].ids()[row] for row, _ in batch}) == 2 for batch in keys)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("apart", [False, True])
+def test_bad_rows_are_a_share_of_the_rows_however_many_captions_the_others_have(table, tmp_path, apart):
+    lines = [json.loads(line) for line in (table / "metadata.jsonl").read_text().splitlines()]
+    lines[4]["captions"] = [""]
+    (table / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def opened(allowed):
+        options = {"captions_apart": apart, "id_column": None, "one_row_per_id": False, "max_bad_rows": allowed}
+        return parse_arguments(tiny_arguments(table, tmp_path, text_column="captions", **options))
+
+    # one of 8 rows at opening, though it is one of 16 pairs
+    with pytest.raises(BadRowsError, match="1 of 8 rows cannot be used, more than max_bad_rows=0.1 allows"):
+        open_portions(opened(0.1))
+    arguments = opened(0.125)
+    rows = open_portions(arguments)
+
+    # what the steps read are pairs
+    message = f"4 of 8 {'pairs' if apart else 'rows'} could not be used, beside 1 of 8 rows at opening; more than"
+    with pytest.raises(BadRowsError, match=message):
+        quarantine_of(arguments, rows).check("pairs", bad=4, seen=8)
 
 
 def test_what_has_no_captions_by_number_is_refused(table, tmp_path):

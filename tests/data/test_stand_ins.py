@@ -368,7 +368,7 @@ def test_what_was_found_at_opening_counts(tmp_path):
     quarantine = quarantine_in(tmp_path, 0.01, opened, 1000)
     quarantine.check_opening()
     quarantine.check("pairs", 6, 1000)  # 0.2 % are left: 2 of 1000, and 4.2 for chance
-    with pytest.raises(BadRowsError, match="7 of 1000 rows could not be used, beside 8 of 1000 at opening"):
+    with pytest.raises(BadRowsError, match="7 of 1000 rows could not be used, beside 8 of 1000 rows at opening"):
         quarantine.check("pairs", 7, 1000)
     with pytest.raises(BadRowsError, match=r"8 of 700 rows cannot be used, more than max_bad_rows=0.01 allows"):
         quarantine_in(tmp_path / "b", 0.01, opened, 700).check_opening()

@@ -81,6 +81,9 @@ def _watch(rows: Rows, max_bad_rows: float) -> Watch:
 
     # bad rows are listed with their file and position
     opened = [(*rows.where(row), reason) for row, reason in sorted(rows.bad.items())]
+    if isinstance(rows, CaptionsApart):
+        # a bad row is one pair beside all those of a good one, so its share is of the rows, not of the pairs
+        return Watch(max_bad_rows, opened, len(rows.rows), unit="pairs")
     return Watch(max_bad_rows, opened, len(rows))
 
 
