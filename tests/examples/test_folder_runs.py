@@ -251,8 +251,13 @@ def test_a_configuration_that_ships_is_found_by_its_name(tmp_path, monkeypatch):
     assert told["batch_size"] == 16 and told["size"] == "nano" == read_config("oner_emoji")["size"]
 
     # the makers and the licence of its pairs are not those of others
-    arguments = parse_arguments(["--config", "mine.yaml", "--train_data", "photos"])
-    assert arguments.data.attribution is None and arguments.data.data_licence is None
+    portions = json.dumps({"pairs": {"kind": "pairs", "train_data": ["photos"]}})
+    for other in (["--train_data", "photos"], ["--train-data=photos"], ["--portions", portions]):
+        arguments = parse_arguments(["--config", "mine.yaml", *other])
+        assert arguments.data.attribution is None and arguments.data.data_licence is None
+        assert all(one.data.attribution is None for one in arguments.portions().values())
+        mine = [*other, "--attribution", "MAKERS.md"]
+        assert parse_arguments(["--config", "mine.yaml", *mine]).data.attribution == "MAKERS.md"
     assert parse_arguments(["--config", "mine.yaml"]).data.attribution == told["attribution"]
 
 
@@ -277,6 +282,11 @@ def test_what_every_portion_has_of_its_own_is_not_asked_for_outside_a_checkout(t
     oner_run_options.check_line(["--config", str(own)])
     own.write_text(f"base: momo_small_stage2.yaml\nportions: {{texts: {texts}, images: {{kind: images}}}}\n")
     with pytest.raises(oner_run_options.Mistake, match=r"examples/data/emoji/train.parquet \(train_data\)"):
+        oner_run_options.check_line(["--config", str(own)])
+    # nor the makers of the file's pairs, where the line names others
+    own.write_text("train_data: [notes.txt]\nattribution: examples/data/emoji/ATTRIBUTION.md\n")
+    oner_run_options.check_line(["--config", str(own), "--portions", f"{{'texts': {texts}}}"])
+    with pytest.raises(oner_run_options.Mistake, match=r"ATTRIBUTION.md \(attribution\)"):
         oner_run_options.check_line(["--config", str(own)])
 
 

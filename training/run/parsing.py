@@ -102,7 +102,8 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     hints = hints_of(*kinds)
 
     # with other data than its own, the file's licence and attribution do not apply
-    if any(word.split("=")[0] in ("--train_data", "--train-data") for word in rest):
+    named = {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+    if named.intersection(DATA_NAMES):
         values = {name: value for name, value in values.items() if name not in OF_THE_PAIRS}
 
     # the file's values become defaults, below the command line's
