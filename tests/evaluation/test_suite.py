@@ -58,6 +58,10 @@ def test_one_command_measures_models_of_two_families(models, data, tmp_path, cap
         of_seeds = [content["protocol"]["by_seed"][seed]["logistic_accuracy"] for seed in ("0", "1")]
         assert content["values"]["logistic_accuracy"] == pytest.approx(np.mean(of_seeds))
         assert content["values"]["logistic_accuracy_sd"] == pytest.approx(np.std(of_seeds, ddof=1))
+        # the strength is chosen on rows that each seed holds out; neighbours and chance know no seed
+        strengths = [content["protocol"]["by_seed"][seed]["logistic_strength"] for seed in ("0", "1")]
+        assert content["values"]["logistic_strength_sd"] == pytest.approx(np.std(strengths, ddof=1))
+        assert not {"knn_accuracy_sd", "chance_sd"} & content["values"].keys()
         assert (content["values"]["train_rows"], content["values"]["test_rows"]) == (24, 24)
         four = [results["suite.emoji_retrieval"]["values"][one] for one in ("tr_r@1", "tr_r@5", "ir_r@1", "ir_r@5")]
         assert results["suite.emoji_retrieval"]["values"]["r_mean"] == pytest.approx(np.mean(four))
@@ -94,6 +98,10 @@ def test_a_limit_draws_the_same_rows_each_time():
         (["--pool", "max"], "--pool is 'max'; expected one of cls, mean"),
         (["--tassk", "digits"], "unknown arguments ['--tassk', 'digits']; did you mean --tasks?"),
         (["--texts", "x", "stsb", "a.tsv", "b.tsv"], "a.tsv: cannot be read"),
+        *(
+            (["--tasks", *tasks, "--images", own, "a", "b", "label"], f"several sets would share the name {own}, and")
+            for tasks, own in ((["digits"], "digits"), (["quick"], "digits"), (["quick", "table3"], "food101"))
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_read(told, message, tmp_path, monkeypatch, capsys):

@@ -64,8 +64,8 @@ def check_choices(a: argparse.Namespace) -> None:
         raise ValueError(f"--pool is {a.pool!r}; expected one of {', '.join(get_args(Pool))}")
     if len({model_name(source) for source in a.models}) < len(a.models):
         raise ValueError(f"two models would share a name in the table: {', '.join(map(model_name, a.models))}")
-    own = [name for name, *_ in (*(a.images or ()), *(a.texts or ()), *(a.pairs or ()))]
-    if twice := sorted({name for name in own if own.count(name) > 1 or name in (a.tasks or ())}):
+    own = own_names(a)
+    if twice := sorted({name for name in own if own.count(name) > 1 or name in task_names(a)}):
         raise ValueError(f"several sets would share the name {', '.join(twice)}, and the results of one would be lost")
 
 
@@ -74,11 +74,20 @@ def options_of(a: argparse.Namespace) -> SuiteOptions:
     return SuiteOptions(a.data, a.root, a.download, tuple(a.seeds), a.limit, a.pool, recipe, a.batch_size)
 
 
+def own_names(a: argparse.Namespace) -> list[str]:
+    """What the user's own data are called."""
+    return [name for name, *_ in (*(a.images or ()), *(a.texts or ()), *(a.pairs or ()))]
+
+
+def task_names(a: argparse.Namespace) -> list[str]:
+    """The tasks asked for, with those of each group in its place, each once."""
+    asked = a.tasks or ([] if own_names(a) else ["quick"])
+    return list(dict.fromkeys(one for group in asked for one in GROUPS.get(group, (group,))))
+
+
 def build(a: argparse.Namespace, options: SuiteOptions) -> Iterator[tuple[str, Any]]:
     """The evaluators asked for, by name: those of the table and of its groups, then those of the user's own data."""
-    own = [*(a.images or ()), *(a.texts or ()), *(a.pairs or ())]
-    asked = a.tasks or ([] if own else ["quick"])
-    for name in dict.fromkeys(one for group in asked for one in GROUPS.get(group, (group,))):
+    for name in task_names(a):
         if name not in SUITE:
             raise ValueError(f"unknown task {name!r}; expected one of {', '.join([*GROUPS, *SUITE])}")
         yield name, SUITE[name](name, options)

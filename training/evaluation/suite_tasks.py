@@ -29,7 +29,7 @@ DRAW_SEED = 0  # for the rows chosen by a limit
 KS = (1, 5)
 QUICK = ("emoji_groups", "digits", "supersense", "hypernym", "emoji_retrieval")
 # values of a probe that do not depend on the seed
-FIXED = ("chance", "knn_accuracy", "logistic_strength")
+FIXED = ("chance", "knn_accuracy")
 Rows = Sequence[Mapping[str, Any]]
 
 
