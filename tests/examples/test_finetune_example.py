@@ -204,9 +204,10 @@ def test_the_family_is_that_of_the_initial_model_unless_one_is_named(finetune, o
     file = tmp_path / "run.yaml"
     for family, model in (("oner", oner), ("momo", momo), ("simla", pretrained)):
         told = ["--task", "retrieval", "--train_data", "coco.json"]
-        _, arguments = finetune.parse([*told, "--initial_model", str(model)])
-        assert (arguments.model.family, arguments.model.initial_model) == (family, str(model))
-        assert isinstance(arguments.objective, objective_classes(family)[1])
+        for name in ("--initial_model", "--initial-model"):
+            _, arguments = finetune.parse([*told, name, str(model)])
+            assert (arguments.model.family, arguments.model.initial_model) == (family, str(model))
+            assert isinstance(arguments.objective, objective_classes(family)[1])
         file.write_text(f"task: retrieval\ninitial_model: {model}\n")
         assert finetune.parse(["--config", str(file), *told[2:]])[1].model.family == family
     # one that is named is taken as it is, of a run that is not there yet too

@@ -277,9 +277,12 @@ def test_a_family_is_named_or_read_from_where_a_run_starts(tmp_path):
     with pytest.raises(ValueError, match="which family.* out of .*oner, simla"):
         parse_arguments(line)
     SimlaConfig.from_size("nano").save_pretrained(tmp_path)
-    arguments = parse_arguments([*line, "--initial_model", str(tmp_path)])
-    assert arguments.model.family == "simla" and arguments.model.initial_model == str(tmp_path)
-    assert isinstance(arguments.objective, SimlaObjectiveArguments)
+    # with a dash too, as every other option
+    place = str(tmp_path)
+    for told in (["--initial_model", place], ["--initial-model", place], [f"--initial-model={place}"]):
+        arguments = parse_arguments([*line, *told])
+        assert arguments.model.family == "simla" and arguments.model.initial_model == str(tmp_path)
+        assert isinstance(arguments.objective, SimlaObjectiveArguments)
 
 
 def test_portions_have_data_batches_and_seeds_of_their_own(parse):

@@ -92,8 +92,9 @@ def train(task: Task, arguments: Arguments, accelerator: Accelerator) -> dict[st
 def parse(argv: Sequence[str] | None = None) -> tuple[Task, Arguments]:
     """The task, from `--task` or the configuration file, and all other arguments."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("task", "config", "family", "initial_model"):
+    for name in ("task", "config", "family"):
         first.add_argument(f"--{name}")
+    first.add_argument("--initial_model", "--initial-model")
     known, rest = first.parse_known_args(argv)
     told = {} if known.config is None else read_config(known.config)
     name = known.task or told.get("task")

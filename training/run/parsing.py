@@ -88,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None = None, objective: type | None = 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--family")
-    first.add_argument("--initial_model")
+    first.add_argument("--initial_model", "--initial-model")
     known, rest = first.parse_known_args(argv)
 
     # the family determines the dataclass of the objective
