@@ -1,5 +1,7 @@
 """CODIS against oracles in fp64: Algorithm 2 as a naive loop and an exact solver, equations 1 to 5 in numpy."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import tiny_codis
@@ -7,6 +9,7 @@ import torch
 from families import FAMILIES, PRETRAINING
 
 from oner import CodisConfig, CodisForPreTraining
+from oner.training.objectives.codis import CodisObjectiveArguments
 from oner.training.objectives.feature_queue import NO_ID
 from oner.training.objectives.transport import codes_used, plan_entropy, transport_plan
 from oner.training.private_names import most_alive
@@ -146,6 +149,51 @@ def test_alignment_is_equation_5(taken, targets, reduction, scale):
             soft = ALPHA * soft + (1 - ALPHA) * np.eye(*soft.shape)
         total += crossed(soft, made[query] @ keys.T / made["gamma"])
     assert parts["ica"].item() == pytest.approx(scale * total, rel=1e-10)
+
+
+def test_what_soft_targets_of_alignment_do_not_read_is_said():
+    """They are the teacher's distribution alone, so nothing is right by its id; tasks set match_ids by default."""
+    (option,) = (one for one in fields(CodisObjectiveArguments) if one.name == "alignment_targets")
+    losses = {}
+    for name, value in (("match_ids", False), ("match_ids", True), ("distillation", 0.9)):
+        torch.manual_seed(0)
+        student = FAMILY.build(PRETRAINING).eval()
+        objective = FAMILY.objective(student, losses=["ica"], alignment_targets="soft", **{name: value})
+        objective.teacher.model.eval()
+        batch = {**tiny_codis.make_batch([5, 3, 2, 4]), "ids": torch.tensor([1, 1, 2, 3])}
+        losses[name, value] = objective.take(student, batch, PROGRESS).loss.item()
+        assert name in option.metadata["help"]
+    assert len(set(losses.values())) == 1
+
+
+def test_what_soft_targets_of_alignment_do_not_read_is_said():
+    """They are the teacher's distribution alone, so nothing is right by its id; tasks set match_ids by default."""
+    (option,) = (one for one in fields(CodisObjectiveArguments) if one.name == "alignment_targets")
+    losses = {}
+    for name, value in (("match_ids", False), ("match_ids", True), ("distillation", 0.9)):
+        torch.manual_seed(0)
+        student = FAMILY.build(PRETRAINING).eval()
+        objective = FAMILY.objective(student, losses=["ica"], alignment_targets="soft", **{name: value})
+        objective.teacher.model.eval()
+        batch = {**tiny_codis.make_batch([5, 3, 2, 4]), "ids": torch.tensor([1, 1, 2, 3])}
+        losses[name, value] = objective.take(student, batch, PROGRESS).loss.item()
+        assert name in option.metadata["help"]
+    assert len(set(losses.values())) == 1
+
+
+def test_what_soft_targets_of_alignment_do_not_read_is_said():
+    """They are the teacher's distribution alone, so nothing is right by its id; tasks set match_ids by default."""
+    (option,) = (one for one in fields(CodisObjectiveArguments) if one.name == "alignment_targets")
+    losses = {}
+    for name, value in (("match_ids", False), ("match_ids", True), ("distillation", 0.9)):
+        torch.manual_seed(0)
+        student = FAMILY.build(PRETRAINING).eval()
+        objective = FAMILY.objective(student, losses=["ica"], alignment_targets="soft", **{name: value})
+        objective.teacher.model.eval()
+        batch = {**tiny_codis.make_batch([5, 3, 2, 4]), "ids": torch.tensor([1, 1, 2, 3])}
+        losses[name, value] = objective.take(student, batch, PROGRESS).loss.item()
+        assert name in option.metadata["help"]
+    assert len(set(losses.values())) == 1
 
 
 def test_an_empty_place_of_the_queue_is_right_for_no_id():

@@ -147,6 +147,8 @@ def test_json_on_the_command_line(parse):
         ("warmup_steps: -1", "warmup_steps is -1; expected 0 or more, or none"),
         ("warmup_learning_rate: -1e-5", "warmup_learning_rate is -1e-05; expected 0 or more"),
         ("schedule: albef\nwarmup_steps: 150", "warmup_steps is 150; expected a multiple of 100 with schedule albef"),
+        ("schedule: albef\nwarmup_epochs: 2", "warmup_epochs is 2, but schedule albef warms up for"),
+        ("data_timeout: 60\nnum_workers: 0", "data_timeout is 60, but a run without data workers .* cannot stop"),
         ("max_steps: 0", "max_steps is 0; expected at least 1"),
         ("max_steps: -3", "max_steps is -3; expected at least 1"),
         ("log_every: 0", "log_every is 0; expected at least 1"),
@@ -283,6 +285,17 @@ def test_a_family_is_named_or_read_from_where_a_run_starts(tmp_path):
         arguments = parse_arguments([*line, *told])
         assert arguments.model.family == "simla" and arguments.model.initial_model == str(tmp_path)
         assert isinstance(arguments.objective, SimlaObjectiveArguments)
+
+
+def test_what_another_option_stands_in_for_is_no_conflict(parse):
+    """Only an option that nothing reads is refused, and no default."""
+    run = parse("schedule: albef\nwarmup_epochs: 2\nwarmup_steps: 300\n").run
+    assert (run.warmup_epochs, run.warmup_steps) == (2, 300)
+    for timeout in ("1800", "null"):
+        parse(f"num_workers: 0\ndata_timeout: {timeout}\n")
+    # the workers of one portion are waited for
+    portions = "portions: {pairs: {num_workers: 0}, texts: {kind: texts, train_data: [notes.txt], num_workers: 1}}"
+    assert parse(f"data_timeout: 60\n{portions}\n").run.data_timeout == 60
 
 
 def test_portions_have_data_batches_and_seeds_of_their_own(parse):

@@ -50,7 +50,8 @@ class CodisObjectiveArguments(MomentumArguments):
         default="albef",
         metadata={
             "help": "albef: keys of the batch and the queue, one-hot mixed with the teacher's. soft: the queue's keys "
-            "alone, the teacher's distribution alone (as equation 4 and Algorithm 1 print it)."
+            "alone, the teacher's distribution alone (as equation 4 and Algorithm 1 print it); alignment then reads "
+            "neither match_ids nor distillation."
         },
     )
     alignment_reduction: Literal["half", "sum", "mean"] = field(

@@ -23,6 +23,8 @@ def check(arguments: Arguments) -> None:
         _check_batches(portion.run)
     arguments.epoch_of()
     _check_run(arguments.run)
+    if not any(portion.data.num_workers for portion in arguments.portions().values()):
+        _check_without_workers(arguments.run)
 
 
 def _check_values(part: Any) -> None:
@@ -79,5 +81,19 @@ def _check_batches(run: RunArguments) -> None:
 def _check_run(run: RunArguments) -> None:
     if os.path.exists(run.output_dir) and not os.path.isdir(run.output_dir):
         raise ValueError(f"output_dir is {run.output_dir!r}, which is not a directory")
+    if run.schedule == "albef" and run.warmup_steps is None and run.warmup_epochs:
+        raise ValueError(
+            f"warmup_epochs is {run.warmup_epochs}, but schedule albef warms up for warmup_steps (2000 if none); "
+            "expected warmup_steps, or warmup_epochs 0"
+        )
     if run.schedule == "albef" and (run.warmup_steps or 0) % 100:
         raise ValueError(f"warmup_steps is {run.warmup_steps}; expected a multiple of 100 with schedule albef")
+
+
+def _check_without_workers(run: RunArguments) -> None:
+    # the default is not what anybody asked for
+    if run.data_timeout not in (None, RunArguments.data_timeout):
+        raise ValueError(
+            f"data_timeout is {run.data_timeout}, but a run without data workers reads batches itself and cannot stop "
+            "waiting for them; expected num_workers of 1 or more, or no data_timeout"
+        )

@@ -380,7 +380,11 @@ class RunArguments:
         metadata=_help("Consecutive updates that may be skipped because of NaN or infinity before the run stops."),
     )
     data_timeout: float | None = field(
-        default=1800, metadata=_help("Seconds to wait for a batch before the run saves and stops; none: no limit.")
+        default=1800,
+        metadata=_help(
+            "Seconds to wait for a batch of the data workers before the run saves and stops; none: no limit. Without "
+            "workers (num_workers: 0) there is no limit either."
+        ),
     )
     allow_changes: bool = field(default=False, metadata=_help("Resume even if the configuration or the data differ."))
 
