@@ -166,36 +166,6 @@ def test_what_soft_targets_of_alignment_do_not_read_is_said():
     assert len(set(losses.values())) == 1
 
 
-def test_what_soft_targets_of_alignment_do_not_read_is_said():
-    """They are the teacher's distribution alone, so nothing is right by its id; tasks set match_ids by default."""
-    (option,) = (one for one in fields(CodisObjectiveArguments) if one.name == "alignment_targets")
-    losses = {}
-    for name, value in (("match_ids", False), ("match_ids", True), ("distillation", 0.9)):
-        torch.manual_seed(0)
-        student = FAMILY.build(PRETRAINING).eval()
-        objective = FAMILY.objective(student, losses=["ica"], alignment_targets="soft", **{name: value})
-        objective.teacher.model.eval()
-        batch = {**tiny_codis.make_batch([5, 3, 2, 4]), "ids": torch.tensor([1, 1, 2, 3])}
-        losses[name, value] = objective.take(student, batch, PROGRESS).loss.item()
-        assert name in option.metadata["help"]
-    assert len(set(losses.values())) == 1
-
-
-def test_what_soft_targets_of_alignment_do_not_read_is_said():
-    """They are the teacher's distribution alone, so nothing is right by its id; tasks set match_ids by default."""
-    (option,) = (one for one in fields(CodisObjectiveArguments) if one.name == "alignment_targets")
-    losses = {}
-    for name, value in (("match_ids", False), ("match_ids", True), ("distillation", 0.9)):
-        torch.manual_seed(0)
-        student = FAMILY.build(PRETRAINING).eval()
-        objective = FAMILY.objective(student, losses=["ica"], alignment_targets="soft", **{name: value})
-        objective.teacher.model.eval()
-        batch = {**tiny_codis.make_batch([5, 3, 2, 4]), "ids": torch.tensor([1, 1, 2, 3])}
-        losses[name, value] = objective.take(student, batch, PROGRESS).loss.item()
-        assert name in option.metadata["help"]
-    assert len(set(losses.values())) == 1
-
-
 def test_an_empty_place_of_the_queue_is_right_for_no_id():
     """Also for one that is called as empty places are."""
     torch.manual_seed(0)

@@ -381,10 +381,7 @@ class RunArguments:
     )
     data_timeout: float | None = field(
         default=1800,
-        metadata=_help(
-            "Seconds to wait for a batch of the data workers before the run saves and stops; none: no limit. Without "
-            "workers (num_workers: 0) there is no limit either."
-        ),
+        metadata=_help("Seconds to wait for data workers before it saves and stops; none, or no workers: no limit."),
     )
     allow_changes: bool = field(default=False, metadata=_help("Resume even if the configuration or the data differ."))
 
