@@ -1,10 +1,10 @@
 """Goodput: the share of the time that a run spends in steps that stay, while it is killed once a minute.
 
-python tests/reliability/goodput.py [--minutes 30] [--seconds 60] [--epochs 5] [--forked] [--waits] [--report FILE]
+python tests/reliability/goodput.py [--minutes 30] [--seconds 60] [--epochs 20] [--forked] [--waits] [--report FILE]
 
 The run is examples/pretrain.py on forty pairs, with a checkpoint after every `--epochs` epochs of five steps. A kill
 loses half of that time on average, so the best interval is the square root of 2 x the time of a checkpoint x the time
-between kills (Young, 1974): for half a second and a minute, 8 s. The run gets SIGKILL `--seconds` after each start and
+between kills (Young, 1974): for a tenth of a second and a minute, 3.5 s. The run gets SIGKILL `--seconds` after each start and
 is started again with --resume, as a process of its own: a supervisor that has imported everything and forks the run is
 `--forked`. What stays at the end is the last whole checkpoint. Its steps, at the median seconds of a step, are the
 good part of the time; the rest went into starts, into steps that were lost with a process and taken again, and into
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seconds", type=float, default=60.0, help="from a start to its kill")
-    parser.add_argument("--epochs", type=int, default=5, help="between checkpoints, of five steps each")
+    parser.add_argument("--epochs", type=int, default=20, help="between checkpoints, of five steps each")
     parser.add_argument("--forked", action="store_true", help="runs are forks of this process, which imports once")
     parser.add_argument("--waits", action="store_true", help="steps wait for the checkpoints")
     parser.add_argument("--report", type=Path, help="where to write what was counted, as JSON")
