@@ -40,6 +40,7 @@ from oner.training.run.building import build_processor_and_config
 from oner.training.run.checkpoint import save_checkpoint
 from oner.training.run.checkpoint_writer import CheckpointWriter
 from oner.training.run.collators import build_collators
+from oner.training.run.data_workers import Waiting
 from oner.training.run.host_memory import keep_freed_memory
 from oner.training.run.loading import RunLoader, open_portions
 from oner.training.run.parsing import parse_arguments
@@ -146,7 +147,8 @@ def measure_loader(arguments: Arguments, seconds: float = 6.0) -> dict[str, Any]
     rates = {}
     for workers in (0, max(1, torch.get_num_threads())):
         arguments.data.num_workers = workers
-        batches = iter(open_data(arguments)[0](0))
+        steps = open_data(arguments)[0](0)
+        batches = (step["pairs"] for step in steps if not isinstance(step, Waiting))
         pairs = len(next(batches)["ids"])  # workers have started
         start, read = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:

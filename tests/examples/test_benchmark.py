@@ -327,6 +327,7 @@ def test_the_whole_command_writes_figures_and_page(tmp_path, root):
     case = kept["cases"]["oner_fp32"]
     assert case["formula_flops"] == pytest.approx(case["flops"], rel=0.02)
     assert set(kept["cases"]) == {"oner_fp32", "oner_bf16_compiled", "loader"}
+    assert not any("error" in one for one in kept["cases"].values()), kept["cases"]
     assert "| oner_fp32 | 4 |" in page.read_text(encoding="utf-8")
 
 
