@@ -4,11 +4,11 @@ python tests/reliability/goodput.py [--minutes 30] [--seconds 60] [--epochs 20] 
 
 The run is examples/pretrain.py on forty pairs, with a checkpoint after every `--epochs` epochs of five steps. A kill
 loses half of that time on average, so the best interval is the square root of 2 x the time of a checkpoint x the time
-between kills (Young, 1974): for a tenth of a second and a minute, 3.5 s. The run gets SIGKILL `--seconds` after each start and
-is started again with --resume, as a process of its own: a supervisor that has imported everything and forks the run is
-`--forked`. What stays at the end is the last whole checkpoint. Its steps, at the median seconds of a step, are the
-good part of the time; the rest went into starts, into steps that were lost with a process and taken again, and into
-checkpoints.
+between kills (Young, 1974): for a tenth of a second and a minute, 3.5 s. The run gets SIGKILL `--seconds` after each
+start and is started again with --resume, as a process of its own: a supervisor that has imported everything and forks
+the run is `--forked`. What stays at the end is the last whole checkpoint. Its steps, at the median seconds of a step,
+are the good part of the time; the rest went into starts, into steps that were lost with a process and taken again, and
+into checkpoints.
 """
 
 import argparse
