@@ -222,6 +222,16 @@ def test_a_space_names_the_makers_of_what_its_model_was_trained_on(search, tmp_p
     )
 
 
+def test_an_attribution_of_a_foreign_model_stays_in_its_directory(tmp_path):
+    (tmp_path / "model" / "results").mkdir(parents=True)
+    (tmp_path / "model" / "credits.md").write_text("Drawn by A. Maker")
+    told = {"name": "m", "data": [{"name": "photos", "attribution": "../../credits.md"}]}
+    (tmp_path / "model" / "results" / "provenance.json").write_text(json.dumps(told))
+    assert attributions_of(tmp_path / "model") == {"credits.md": b"Drawn by A. Maker"}
+    origins = read_origins([tmp_path / "model"])
+    assert list(origins.makers) == ["credits.md"] == [entry["attribution"] for entry in origins.data]
+
+
 def test_a_space_by_name_leaves_the_model_where_it_is(search, tmp_path, monkeypatch):
     from oner.training.publishing.space import Space, write_space
 

@@ -108,9 +108,13 @@ def _of_model(source: str) -> tuple[str, list[dict[str, Any]], dict[str, bytes]]
 
     # exports made before provenance.json existed have only a card and an attribution file
     name = told.get("name") or (_name_on_card(source) if Path(source).is_dir() else source)
-    entries = told.get("data", [])
+    entries = [dict(entry) for entry in told.get("data", [])]
+    # names alone: copies are written under them, and a path could lead out of their directory
+    for entry in entries:
+        if entry.get("attribution"):
+            entry["attribution"] = Path(entry["attribution"]).name
     files = {entry["attribution"] for entry in entries if entry.get("attribution")} | {ATTRIBUTION}
-    makers = {file: content for file in sorted(files) if (content := _read(source, Path(file).name)) is not None}
+    makers = {file: content for file in sorted(files) if (content := _read(source, file)) is not None}
     if not entries:
         entries = [{"name": f"what {name} was trained on", **({"attribution": ATTRIBUTION} if makers else {})}]
     return plain(name), entries, makers
